@@ -1,0 +1,201 @@
+"""Memory of a machine: one block of 64-bit words, its regions, word indices, dtypes, sizes and ABI version.
+
+Everything a machine is lies in one page-aligned block, so one address names it. Regions have fixed places for MAX_VCPUS
+vCPUs; the block is reserved, not filled, so a page that no vCPU uses costs no memory. Vector sets (PIR, IRR, ISR, TMR)
+are four words of 64 bits each, the shape of the posted-interrupt descriptor: PIR to IRR is four ORs, and the slotted
+form of the register page is made when somebody asks for the page.
+
+Who may write a word is said beside it: *owner* is the thread that runs the vCPU (or, for the header, the one that
+configures the machine), *remote* is any thread and then only with atomics, *map writer* holds MAP_LOCK.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
+ABI_VERSION = 1
+MAX_VCPUS = 4096
+MAX_VCPU_ID = 4095
+NONE = (1 << 64) - 1
+"""No vector, no vCPU: ISR_CACHE unknown, sender absent."""
+
+# ---------------------------------------------------------------------------------------------------- header, 512 words
+H_MAGIC = 0  # owner
+H_ABI = 1  # owner
+H_WORDS = 2  # owner
+H_CONFIG = 3  # owner; CONFIG_* bits
+H_TRAITS = 4  # owner; profiles.Trait bits
+H_API = 5  # owner; KVM_CAP_X2APIC_API flags
+H_NVCPUS = 6  # owner; vCPUs that are visible
+H_MAP = 7  # map writer (release store); word index of the map in use
+H_MAP_LOCK = 8  # remote
+H_MAP_DIRTY = 9  # remote
+H_PROFILE = 10  # owner; index into profiles.PROFILES
+H_MAXPHYADDR = 11  # owner
+H_LOST_LOWEST = 12  # remote; set once lowest-priority hashing chose an empty slot
+H_TRACE_HEAD = 13  # remote; records written since the last clear
+H_TIME = 14  # owner; caller's clock
+H_HANDLERS = 15  # owner; 1 when an embedder replaced a handler that the batch kernel has
+H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
+HEADER_WORDS = 512
+
+CONFIG_SVM = 1 << 0
+CONFIG_APICV = 1 << 1
+CONFIG_THREADS = 1 << 2
+CONFIG_SPLIT_IRQCHIP = 1 << 3
+CONFIG_X2APIC_CPUID = 1 << 4
+CONFIG_DEADLINE_CPUID = 1 << 5
+CONFIG_VECTOR_HASHING = 1 << 6
+CONFIG_CMCI = 1 << 7
+CONFIG_FASTPATH = 1 << 8
+CONFIG_NRIPS = 1 << 9
+CONFIG_HV_TIMER = 1 << 10
+CONFIG_TRACE = 1 << 11
+CONFIG_SMM = 1 << 12
+CONFIG_LINT0_REENABLED = 1 << 13
+
+# ------------------------------------------------------------------- APIC map: two copies, the writer fills the idle one
+MAP_PRESENT = 0  # 0: the map was dropped, every delivery takes the slow scan
+MAP_MAX_ID = 1
+MAP_LOGICAL = 2  # regs.LOGICAL_*
+MAP_SLOTS = 8  # 16-bit slots, four a word, vCPU index + 1: 8 flat, then 16 x 4 cluster
+MAP_FLAT_SLOT = 0
+MAP_CLUSTER_SLOT = 8
+MAP_PHYS_SLOT = 128  # slot of physical id 0; ids to MAX_VCPU_ID
+MAP_WORDS = MAP_SLOTS + (MAP_PHYS_SLOT + MAX_VCPU_ID + 1) // 4
+MAP0 = HEADER_WORDS
+MAP1 = MAP0 + MAP_WORDS
+
+# ------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
+HOT = -(-(MAP1 + MAP_WORDS) // 512) * 512
+HOT_STRIDE = 16
+PID_PIR = 0  # remote; 4 words
+PID_CONTROL_WORD = 4  # remote; regs.PID_CONTROL
+HOT_TMR = 8  # remote; 4 words
+HOT_MODE = 12  # remote; vcpu->mode
+HOT_REQUESTS = 13  # remote; KVM_REQ_* mask
+HOT_FLAGS = 14  # owner; FLAG_*
+HOT_BLOCKED = 15  # remote; 1 while the vCPU's thread sleeps
+
+FLAG_HW = 1 << 0  # APICBASE.EN
+FLAG_X2APIC = 1 << 1  # APICBASE.EXTD
+FLAG_SW = 1 << 2  # SVR bit 8
+FLAG_APICV = 1 << 3  # APICv active on this vCPU
+FLAG_L2 = 1 << 4  # in guest mode of a nested guest
+
+# ------------------------------------------------------------------------------ vector sets of the owner, 8 words a vCPU
+VEC = HOT + MAX_VCPUS * HOT_STRIDE
+VEC_STRIDE = 8
+VEC_IRR = 0  # remote without APICv, owner with it
+VEC_ISR = 4  # owner
+
+# -------------------------------------------- register page in KVM_GET_LAPIC's layout, 128 words (IRR/ISR/TMR live above)
+PAGE = VEC + MAX_VCPUS * VEC_STRIDE
+PAGE_STRIDE = 128
+
+# ------------------------------------------------------------------------------------- KVM's own words, 64 words a vCPU
+KVM = PAGE + MAX_VCPUS * PAGE_STRIDE
+KVM_STRIDE = 64
+K_VCPU_ID = 0  # owner
+K_APIC_BASE = 1  # owner
+K_IRR_PENDING = 2  # remote
+K_ISR_COUNT = 3  # owner
+K_ISR_CACHE = 4  # owner; vector or NONE
+K_ARB_PRIO = 5  # remote
+K_MP_STATE = 6  # owner
+K_PENDING_EVENTS = 7  # remote; regs.PENDING_*
+K_RIP = 8  # owner
+K_RFLAGS = 9  # owner
+K_GUEST_DEBUG = 10  # owner; KVM_GUESTDBG_*
+K_SHADOW = 11  # owner; interrupt shadow
+K_EXITS = 12  # owner; stat.exits
+K_PENDING_DB = 13  # owner; DR6 bits of a queued #DB
+K_EXCEPTION = 14  # owner; vector + 1 of the exception to inject
+K_INTERRUPT = 15  # owner; vector + 1 of the interrupt injected last
+K_SIPI_VECTOR = 16  # remote; written before the SIPI bit
+K_NMI_QUEUED = 17  # remote
+K_NMI_PENDING = 18  # owner
+K_NMI_MASKED = 19  # owner
+K_RVI = 20  # owner; requesting virtual interrupt (VMX guest interrupt status)
+K_SVI = 21  # owner; servicing virtual interrupt
+K_TSC_DEADLINE = 22  # owner
+K_TIMER_MODE = 23  # owner; LVTT bits 18:17 in force
+K_TIMER_PENDING = 24  # owner
+K_PV_UNHALTED = 25  # remote
+K_CS = 26  # owner; selector after SIPI
+K_MSR_DATA = 27  # owner; result of the last read
+K_IRQ_WINDOW = 28  # owner; interrupt window requested
+K_LINT0_NMI = 29  # owner; LINT0 counted as NMI watchdog
+K_USER = 30  # owner; KVM_EXIT_* + 1 that a skip asked for
+K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
+K_NESTED_EXITS = 32  # owner; exits reflected to L1
+K_SMI_PENDING = 33  # owner
+K_DR0 = 35  # owner
+K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next entry
+
+# Host-side bookkeeping of the run loop, the work that a fast exit avoids. Not guest-visible.
+K_IRQS_OFF = 40  # owner
+K_SRCU = 41  # owner; 1 while the read lock is held
+K_SRCU_LOCKS = 42  # owner; how often it was taken
+K_IRQ_WINDOWS = 43  # owner; how often host interrupts were let in after an exit
+K_PREEMPT_OFF = 44  # owner
+K_GUEST_TIME = 45  # owner; 1 while time is accounted to the guest
+K_IN_RUN = 46  # owner; 1 between the entry and the return of KVM_RUN
+K_HOST_FIRST = K_IRQS_OFF
+K_HOST_LAST = K_IN_RUN
+
+# ------------------------------------------------------------------------------------------------ trace ring, 8 words a record
+TRACE = KVM + MAX_VCPUS * KVM_STRIDE
+TRACE_STRIDE = 8
+TRACE_CAPACITY = 1 << 17
+
+(
+    TP_ENTRY,
+    TP_EXIT,
+    TP_MSR_READ,
+    TP_MSR_WRITE,
+    TP_APIC_READ,
+    TP_APIC_WRITE,
+    TP_APIC_IPI,
+    TP_ACCEPT_IRQ,
+    TP_APICV_ACCEPT_IRQ,
+    TP_EOI,
+    TP_MSI_SET_IRQ,
+    TP_INJ_VIRQ,
+) = range(1, 13)
+"""Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints.py has their order)."""
+
+WORDS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
+BYTES = WORDS * 8
+
+VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
+"""Memory that one vCPU occupies."""
+
+# ------------------------------------------------------------------------------------------------------------ batch records
+
+EXIT = np.dtype(
+    [("vcpu", "<u4"), ("reason", "<u4"), ("msr", "<u4"), ("info", "<u4"), ("value", "<u8")],
+    align=True,
+)
+"""One exit for Machine.run.
+
+``reason`` is the vendor's exit number (VmxExit or SvmExit). ``msr`` is ECX of an MSR access, or the page offset of an
+access to the xAPIC page (VMX EPT_MISCONFIG, SVM NPF). ``value`` is EDX:EAX, or the data written to the page. ``info``
+is EXITINFO1 of an SVM MSR exit (1 write, 0 read); for the page it is the access length, plus MMIO_WRITE for a write.
+"""
+MMIO_WRITE = 1 << 31
+
+OUTCOME = np.dtype(
+    {
+        "names": ["code", "completion", "path", "fault", "refusal", "accepted", "user", "flags", "value"],
+        "formats": ["<u8", "u1", "u1", "u1", "u1", "<i2", "u1", "u1", "<u8"],
+        "offsets": [0, 0, 1, 2, 3, 4, 6, 7, 8],
+        "itemsize": 16,
+    }
+)
+"""One result of Machine.run: ``code`` is outcome.CODE, the next seven fields are its bytes (``flags`` holds the
+effects in bits 3:0, blocked in bit 6, re-entered in bit 7), ``value`` is what a read returned."""
+
+EXIT_WORDS = EXIT.itemsize // 8
+OUTCOME_WORDS = OUTCOME.itemsize // 8

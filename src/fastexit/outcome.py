@@ -1,0 +1,230 @@
+"""What one exit came to: enums, and the Outcome value that every door returns.
+
+Kernels return one packed integer, the *code*; an Outcome is its readable form. The few hundred distinct codes that a
+workload produces are kept, so that turning a code into an Outcome costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+from fastexit.regs import KvmExit, Layout
+
+
+class Path(IntEnum):
+    """Which path emulated the exit."""
+
+    SLOW = 0
+    FAST = 1
+
+
+class Fastpath(IntEnum):
+    """KVM's fastpath_t / exit_fastpath_completion: how far the fast handler got.
+
+    SKIP_EMUL_INS is what the seed and 5.6-5.7 had: handled, but the instruction is still to be skipped in handle_exit.
+    The kernel gave it -1 (seed) or 1; here every member has its own plain value.
+    """
+
+    NONE = 0
+    REENTER_GUEST = 1
+    EXIT_HANDLED = 2
+    EXIT_USERSPACE = 3
+    SKIP_EMUL_INS = 4
+
+
+class Fault(IntEnum):
+    """Exception that the exit injects into the guest."""
+
+    GP = 13
+
+
+class Refusal(IntEnum):
+    """Why the fast path declined; NONE when it was taken. Order is the order in which KVM tests."""
+
+    NONE = 0
+    NOT_AN_MSR_WRITE = 1
+    SWITCHED_OFF = 2
+    FAILED_VMENTRY = 3
+    NESTED = 4
+    NO_NEXT_RIP = 5
+    SVM_EXIT_CODE = 6
+    MSR = 7
+    NOT_X2APIC = 8
+    RESERVED_BITS = 9
+    SHORTHAND = 10
+    LOGICAL = 11
+    DELIVERY_MODE = 12
+    BROADCAST = 13
+    NO_APIC_MAP = 14
+    LOGICAL_MAP_UNUSABLE = 15
+    NO_HV_TIMER = 16
+
+    @property
+    def text(self) -> str:
+        """One line that a KVM reader understands."""
+        return _REFUSAL_TEXT[self]
+
+
+_REFUSAL_TEXT = {
+    Refusal.NONE: "taken",
+    Refusal.NOT_AN_MSR_WRITE: "exit has no fast handler",
+    Refusal.SWITCHED_OFF: "fast path switched off",
+    Refusal.FAILED_VMENTRY: "VM entry failed",
+    Refusal.NESTED: "vCPU runs L2",
+    Refusal.NO_NEXT_RIP: "no next RIP from hardware (NRIPS off)",
+    Refusal.SVM_EXIT_CODE: "SVM exit code compared with VMX reason 32",
+    Refusal.MSR: "MSR has no fast handler",
+    Refusal.NOT_X2APIC: "APIC not in x2APIC mode",
+    Refusal.RESERVED_BITS: "reserved ICR bits set",
+    Refusal.SHORTHAND: "destination shorthand",
+    Refusal.LOGICAL: "logical destination",
+    Refusal.DELIVERY_MODE: "delivery mode is not Fixed",
+    Refusal.BROADCAST: "broadcast destination",
+    Refusal.NO_APIC_MAP: "no APIC map (aliased ids)",
+    Refusal.LOGICAL_MAP_UNUSABLE: "logical map unusable",
+    Refusal.NO_HV_TIMER: "VMX preemption timer not usable",
+}
+
+
+class Effect(IntFlag):
+    """What the host has to do for the targets of one exit."""
+
+    NONE = 0
+    NOTIFY = 1
+    """Send the posted-interrupt notification vector 0xF2 to the target's pCPU."""
+    WAKE = 2
+    """Wake the target's thread, which blocks."""
+    KICK = 4
+    """Send the reschedule IPI to the target's pCPU: it has to leave the guest."""
+    DOORBELL = 8
+    """Ring the AVIC doorbell of the target's pCPU."""
+
+
+CODE = Layout(
+    64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, _60=2, BLOCKED=1, REENTERED=1
+)
+"""The packed integer, its fields on byte borders so that layout.OUTCOME can name them. FAULT is the exception vector or
+0, ACCEPTED a signed count (-1: nobody matched in the slow scan), USER is KVM_EXIT_* + 1 or 0."""
+CODE_COMPLETION = CODE.mask("COMPLETION")
+CODE_FAST = CODE.mask("PATH") & -CODE.mask("PATH")
+CODE_GP = Fault.GP.value << CODE.shift("FAULT")
+CODE_REFUSAL_SHIFT = CODE.shift("REFUSAL")
+CODE_ACCEPTED_SHIFT = CODE.shift("ACCEPTED")
+CODE_ACCEPTED_NONE = CODE.mask("ACCEPTED")
+CODE_USER_SHIFT = CODE.shift("USER")
+CODE_USER = CODE.mask("USER")
+CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
+CODE_BLOCKED = CODE.mask("BLOCKED")
+CODE_REENTERED = CODE.mask("REENTERED")
+CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")
+
+COMPLETION_NONE, COMPLETION_REENTER, COMPLETION_HANDLED, COMPLETION_USERSPACE, COMPLETION_SKIP = range(5)
+
+
+class Outcome:
+    """The result of one exit. Immutable; equal codes give the same object.
+
+    Attributes:
+        path: Path.FAST when the fast handler emulated the exit, else Path.SLOW.
+        completion: Fastpath as the vCPU loop saw it last (a REENTER_GUEST that a pending request turned into
+            EXIT_HANDLED shows as EXIT_HANDLED).
+        fault: Fault.GP when the guest gets #GP(0) and its RIP did not move, else None.
+        accepted: number of APICs that accepted the IPI; -1 when the slow scan matched nobody; 0 without an IPI.
+        effects: what the host must do for the targets (Effect flags, united over all targets).
+        refusal: why the fast path declined (Refusal).
+        user: the KVM_EXIT_* reason with which the vCPU left to user space, or None when it runs on.
+        blocked: True when the vCPU waits (for SIPI, or halted) instead of having entered the guest again.
+        reentered: True when the vCPU went straight back into the guest from the fast path.
+    """
+
+    __slots__ = (
+        "code",
+        "path",
+        "completion",
+        "fault",
+        "accepted",
+        "effects",
+        "refusal",
+        "user",
+        "blocked",
+        "reentered",
+    )
+
+    code: int
+    path: Path
+    completion: Fastpath
+    fault: Fault | None
+    accepted: int
+    effects: Effect
+    refusal: Refusal
+    user: KvmExit | int | None
+    blocked: bool
+    reentered: bool
+
+    def __init__(self, code: int) -> None:
+        f = CODE.decode(code)
+        put = object.__setattr__
+        put(self, "code", code)
+        put(self, "path", Path(f["PATH"]))
+        put(self, "completion", Fastpath(f["COMPLETION"]))
+        put(self, "fault", Fault(f["FAULT"]) if f["FAULT"] else None)
+        put(self, "accepted", (f["ACCEPTED"] ^ 0x8000) - 0x8000)
+        put(self, "effects", Effect(f["EFFECTS"]))
+        put(self, "refusal", Refusal(f["REFUSAL"]))
+        put(self, "user", KvmExit(f["USER"] - 1) if f["USER"] else None)
+        put(self, "blocked", bool(f["BLOCKED"]))
+        put(self, "reentered", bool(f["REENTERED"]))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("an Outcome cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Outcome) and other.code == self.code
+
+    def __hash__(self) -> int:
+        return hash(self.code)
+
+    def as_dict(self) -> dict[str, object]:
+        """All attributes with plain values, for JSON."""
+        return {
+            "path": self.path.name,
+            "completion": self.completion.name,
+            "fault": self.fault.name if self.fault else None,
+            "accepted": self.accepted,
+            "effects": [e.name for e in Effect if e in self.effects],
+            "refusal": self.refusal.name,
+            "user": self.user.name if isinstance(self.user, KvmExit) else self.user,
+            "blocked": self.blocked,
+        }
+
+    def __repr__(self) -> str:
+        parts = [self.path.name, self.completion.name, f"accepted={self.accepted}"]
+        if self.fault:
+            parts.append(f"fault={self.fault.name}")
+        if self.effects:
+            parts.append(f"effects={'|'.join(e.name or '' for e in Effect if e in self.effects)}")
+        if self.refusal:
+            parts.append(f"refusal={self.refusal.name}")
+        if self.user is not None:
+            parts.append(f"user={self.user.name if isinstance(self.user, KvmExit) else self.user}")
+        if self.blocked:
+            parts.append("blocked")
+        return f"Outcome({', '.join(parts)})"
+
+
+class _Outcomes(dict[int, Outcome]):
+    """code -> Outcome, filled on first sight."""
+
+    def __missing__(self, code: int) -> Outcome:
+        # Codes come from kernels and are few; a caller that makes them up must not grow the table without bound.
+        outcome = Outcome(code)
+        if len(self) < 1 << 16:
+            self[code] = outcome
+        return outcome
+
+
+OUTCOMES = _Outcomes()
+
+
+class GeneralProtection(Exception):
+    """The guest's access faults: #GP(0) is injected and RIP does not move."""

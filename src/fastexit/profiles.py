@@ -1,0 +1,187 @@
+"""One row per kernel generation: what it handles fast, where in the exit, in which order.
+
+Profiles are data over one compiled kernel: a row becomes a word of Trait bits in the machine's header, and kernels
+test bits. Sources are named per trait; the rows follow the trees listed in docs/model.md.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag, auto
+from typing import NamedTuple
+
+
+class Trait(IntFlag):
+    """A behaviour that differs between generations."""
+
+    # -- where the fast handler runs
+    HOOK_IRQOFF = auto()
+    """handle_exit_irqoff: mode is OUTSIDE_GUEST_MODE already. Otherwise the vendor's run function, mode IN_GUEST_MODE."""
+    SKIP_LATE = auto()
+    """The instruction is skipped in handle_exit (SKIP_EMUL_INS), not by the fast handler."""
+    SKIP_AFTER_TRACE = auto()
+    """The handler traces kvm_msr first and skips then; otherwise it skips first."""
+    SKIP_HONOURED = auto()
+    """A skip that asks for user space (KVM_EXIT_DEBUG) is honoured; before, it was lost."""
+    ICR_REENTERS = auto()
+    """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
+    GUARD_L2 = auto()
+    """The handler declines while the vCPU runs L2."""
+    GUARD_FAILED_ENTRY = auto()
+    """The handler declines when the VM entry failed."""
+    SVM_EXIT_32 = auto()
+    """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
+    SVM_NEXT_RIP = auto()
+    """SVM needs NRIPS and a next RIP: without SRCU nothing may be decoded."""
+
+    # -- what is fast
+    ICR_ANY_RESOLVED = auto()
+    """Whatever the map-based resolver can finish; otherwise physical and Fixed only."""
+    ICR_NO_SHORTHAND = auto()
+    ICR_NO_BROADCAST = auto()
+    ICR_NO_RESERVED = auto()
+    TSCDL_HV_TIMER = auto()
+    """TSC_DEADLINE is fast when the VMX preemption timer can be used."""
+    TSCDL_ALWAYS = auto()
+
+    # -- what a register write does
+    ICR_RESERVED_GP = auto()
+    """Reserved ICR bits fault in x2APIC mode."""
+    MSR_UPPER_GP = auto()
+    """Bits 63:32 of an x2APIC register other than the ICR fault, and SELF_IPI checks bits 31:8."""
+    SELF_IPI_WRITES_ICR = auto()
+    ICR_SPLIT = auto()
+    """x2APIC ICR stored as 0x300/0x310 on every vendor."""
+    ICR_SPLIT_SVM = auto()
+    """x2APIC ICR stored as 0x300/0x310 on SVM only; else 64 bits at 0x300."""
+    LOWEST_REWRITE_FIRST = auto()
+    """Lowest priority to physical 0xFF becomes Fixed before the resolver, not after it."""
+
+    # -- posted interrupts
+    PI_KICK = auto()
+    """A target that is not in guest mode is kicked; later kernels only wake it."""
+    PI_EMPTY_LOSES_RVI = auto()
+    """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
+
+    # -- order of tracepoints
+    TRACE_ICR2_FIRST = auto()
+    """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
+    TRACE_WRITE_FIRST = auto()
+    """Fast path traces the raw ICR write before the IPI."""
+    TRACE_ACCEPT_FIRST = auto()
+    """Fast path delivers first and traces the IPI afterwards."""
+    TRACE_EXIT_LATE_VMX = auto()
+    """kvm_exit comes from handle_exit, after the fast handler."""
+    TRACE_EXIT_LATE_SVM = auto()
+
+
+_T = Trait
+
+_OLD_REGISTERS = _T.SELF_IPI_WRITES_ICR | _T.ICR_SPLIT | _T.TRACE_ICR2_FIRST | _T.PI_KICK
+_IRQOFF = _T.HOOK_IRQOFF | _T.SKIP_LATE | _T.TRACE_EXIT_LATE_VMX | _T.TRACE_EXIT_LATE_SVM
+_UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
+
+
+class Profile(NamedTuple):
+    """A kernel generation.
+
+    ``name`` is what Machine(kernel=...) takes, ``tree`` the source tree whose behaviour it follows, ``traits`` its
+    behaviour and ``summary`` what its fast path takes, in words.
+    """
+
+    name: str
+    tree: str
+    traits: Trait
+    summary: str
+
+
+PROFILES: dict[str, Profile] = {
+    p.name: p
+    for p in (
+        Profile(
+            "seed-v3",
+            "patch v3, 20 Nov 2019, on 5.4",
+            _OLD_REGISTERS | _IRQOFF | _T.SVM_EXIT_32 | _T.TRACE_WRITE_FIRST | _T.LOWEST_REWRITE_FIRST,
+            "Fixed + physical, any shorthand, broadcast too; no L2 guard; wrong exit code on SVM",
+        ),
+        Profile(
+            "5.6",
+            "5.6.4",
+            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _T.ICR_NO_SHORTHAND | _T.TRACE_WRITE_FIRST,
+            "Fixed + physical, no shorthand; broadcast too",
+        ),
+        Profile(
+            "5.7",
+            "5.7.6",
+            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _UNICAST,
+            "Fixed + physical unicast",
+        ),
+        Profile(
+            "5.8",
+            "5.8.18",
+            _OLD_REGISTERS | _T.GUARD_L2 | _UNICAST | _T.TSCDL_HV_TIMER | _T.TRACE_EXIT_LATE_SVM,
+            "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
+        ),
+        Profile(
+            "6.1",
+            "6.1.20",
+            _T.GUARD_L2
+            | _UNICAST
+            | _T.TSCDL_HV_TIMER
+            | _T.SVM_NEXT_RIP
+            | _T.MSR_UPPER_GP
+            | _T.TRACE_EXIT_LATE_SVM,
+            "as 5.8; SVM only with a next RIP",
+        ),
+        Profile(
+            "6.12",
+            "6.12.0",
+            _T.GUARD_L2
+            | _T.GUARD_FAILED_ENTRY
+            | _UNICAST
+            | _T.ICR_NO_RESERVED
+            | _T.ICR_REENTERS
+            | _T.SKIP_HONOURED
+            | _T.TSCDL_HV_TIMER
+            | _T.ICR_RESERVED_GP
+            | _T.MSR_UPPER_GP
+            | _T.ICR_SPLIT_SVM,
+            "Fixed + physical unicast with reserved bits clear; re-enters the guest",
+        ),
+        Profile(
+            "6.18",
+            "6.18.26",
+            _T.GUARD_L2
+            | _T.GUARD_FAILED_ENTRY
+            | _T.SVM_NEXT_RIP
+            | _T.ICR_ANY_RESOLVED
+            | _T.ICR_NO_RESERVED
+            | _T.ICR_REENTERS
+            | _T.SKIP_HONOURED
+            | _T.SKIP_AFTER_TRACE
+            | _T.TSCDL_ALWAYS
+            | _T.ICR_RESERVED_GP
+            | _T.MSR_UPPER_GP
+            | _T.ICR_SPLIT_SVM
+            | _T.PI_EMPTY_LOSES_RVI
+            | _T.TRACE_ACCEPT_FIRST,
+            "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
+        ),
+    )
+}
+
+
+def profiles() -> tuple[str, ...]:
+    """Names of the kernel generations, oldest first.
+
+    >>> profiles()[0], profiles()[-1]
+    ('seed-v3', '6.18')
+    """
+    return tuple(PROFILES)
+
+
+def profile(name: str) -> Profile:
+    """The profile of that name; ValueError lists the known ones."""
+    try:
+        return PROFILES[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"unknown kernel {name!r}: one of {', '.join(PROFILES)}") from None

@@ -1,0 +1,475 @@
+"""Bit layouts and numbers of the local APIC, posted interrupts and VM exits.
+
+Models: nothing. This file holds declarations only: no state, no behaviour, no numpy, no numba, so that the
+kernels, the test oracle and the trace reader can share it without sharing logic.
+
+Every register is declared once, in bit order, reserved bits named; all masks are computed from that.
+Sources: Intel SDM vol. 3A ch. "APIC" and vol. 3C "Posted-Interrupt Processing"; AMD APM vol. 2 ch. 15-16; names as
+KVM prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+
+class Field(NamedTuple):
+    """One field of a register: ``lsb`` is its lowest bit, ``width`` its number of bits."""
+
+    name: str
+    lsb: int
+    width: int
+
+    @property
+    def mask(self) -> int:
+        return ((1 << self.width) - 1) << self.lsb
+
+
+class Layout:
+    """A register as named fields, highest bit first, that must add up to its width.
+
+    ``Layout(32, VECTOR=8, DM=3, ...)`` lists widths from bit 0 upwards; a name that begins with ``_`` is reserved.
+
+    >>> ICR.mask("VECTOR"), ICR.shift("SHORTHAND")
+    (255, 18)
+    >>> ICR.decode(0x1000000FD)["DEST"]
+    1
+    """
+
+    def __init__(self, width: int, **fields: int) -> None:
+        self.width = width
+        self.fields: dict[str, Field] = {}
+        lsb = 0
+        for name, bits in fields.items():
+            self.fields[name] = Field(name, lsb, bits)
+            lsb += bits
+        if lsb != width:
+            raise ValueError(f"fields add up to {lsb} bits, the register has {width}")
+
+    @property
+    def reserved(self) -> int:
+        """Mask of all reserved bits."""
+        return sum(f.mask for f in self.fields.values() if f.name.startswith("_"))
+
+    def mask(self, *names: str) -> int:
+        """Mask of the named fields, in place."""
+        return sum(self.fields[n].mask for n in names)
+
+    def shift(self, name: str) -> int:
+        """Lowest bit of a field."""
+        return self.fields[name].lsb
+
+    def decode(self, value: int) -> dict[str, int]:
+        """Field values of ``value``, reserved fields left out."""
+        return {n: (value & f.mask) >> f.lsb for n, f in self.fields.items() if not n.startswith("_")}
+
+    def encode(self, values: Mapping[str, int]) -> int:
+        """The register value with these fields; ValueError when a value does not fit its field."""
+        word = 0
+        for name, value in values.items():
+            field = self.fields[name]
+            if not 0 <= value < (1 << field.width):
+                raise ValueError(f"{name}={value:#x} does not fit {field.width} bits")
+            word |= value << field.lsb
+        return word
+
+
+# --------------------------------------------------------------------------- interrupt command register (SDM 10.6.1)
+
+
+class DeliveryMode(IntEnum):
+    """ICR/LVT/MSI delivery mode, bits 10:8. Member names are the ones KVM's tracepoints print."""
+
+    Fixed = 0
+    LowPrio = 1
+    SMI = 2
+    Res3 = 3  # remote read; KVM uses it as the paravirtual unhalt message
+    NMI = 4
+    INIT = 5
+    SIPI = 6
+    ExtINT = 7
+
+
+class Shorthand(IntEnum):
+    """ICR destination shorthand, bits 19:18."""
+
+    NONE = 0
+    SELF = 1
+    ALL = 2
+    ALL_BUT_SELF = 3
+
+
+ICR = Layout(
+    64,
+    VECTOR=8,
+    DM=3,
+    DEST_MODE=1,
+    BUSY=1,
+    _13=1,
+    LEVEL=1,
+    TRIGGER=1,
+    _16=2,
+    SHORTHAND=2,
+    _20=12,
+    DEST=32,
+)
+ICR_VECTOR = ICR.mask("VECTOR")
+ICR_DM = ICR.mask("DM")
+ICR_DM_SHIFT = ICR.shift("DM")
+ICR_LOGICAL = ICR.mask("DEST_MODE")
+ICR_BUSY = ICR.mask("BUSY")
+ICR_LEVEL = ICR.mask("LEVEL")
+ICR_TRIGGER = ICR.mask("TRIGGER")
+ICR_SHORTHAND = ICR.mask("SHORTHAND")
+ICR_SHORTHAND_SHIFT = ICR.shift("SHORTHAND")
+ICR_DEST_SHIFT = ICR.shift("DEST")
+ICR_RESERVED = ICR.reserved
+XAPIC_DEST_SHIFT = 24
+
+DM_FIXED, DM_LOWEST, DM_SMI, DM_REMRD, DM_NMI, DM_INIT, DM_STARTUP, DM_EXTINT = range(8)
+SH_NONE, SH_SELF, SH_ALLINC, SH_ALLBUT = range(4)
+
+XAPIC_BROADCAST = 0xFF
+X2APIC_BROADCAST = 0xFFFF_FFFF
+
+
+def icr(
+    dest: int = 0,
+    vector: int = 0,
+    *,
+    delivery: DeliveryMode | int = DeliveryMode.Fixed,
+    logical: bool = False,
+    level: bool = False,
+    trigger_level: bool = False,
+    shorthand: Shorthand | int = Shorthand.NONE,
+    busy: bool = False,
+) -> int:
+    """The 64-bit x2APIC ICR value of one IPI (SDM 10.12.9).
+
+    ``dest`` is the 32-bit destination (0xFFFFFFFF broadcasts), ``vector`` 0..255. ``level`` is the assert bit 14,
+    ``trigger_level`` the trigger mode bit 15. ValueError when a value does not fit its field.
+
+    >>> hex(icr(dest=1, vector=0xFD))
+    '0x1000000fd'
+    """
+    return ICR.encode(
+        {
+            "VECTOR": vector,
+            "DM": int(delivery),
+            "DEST_MODE": int(logical),
+            "BUSY": int(busy),
+            "LEVEL": int(level),
+            "TRIGGER": int(trigger_level),
+            "SHORTHAND": int(shorthand),
+            "DEST": dest,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------- register page (SDM table 10-1, 10-6)
+
+APIC_ID = 0x020
+APIC_LVR = 0x030
+APIC_TASKPRI = 0x080
+APIC_ARBPRI = 0x090
+APIC_PROCPRI = 0x0A0
+APIC_EOI = 0x0B0
+APIC_RRR = 0x0C0
+APIC_LDR = 0x0D0
+APIC_DFR = 0x0E0
+APIC_SPIV = 0x0F0
+APIC_ISR = 0x100
+APIC_TMR = 0x180
+APIC_IRR = 0x200
+APIC_ESR = 0x280
+APIC_LVTCMCI = 0x2F0
+APIC_ICR = 0x300
+APIC_ICR2 = 0x310
+APIC_LVTT = 0x320
+APIC_LVTTHMR = 0x330
+APIC_LVTPC = 0x340
+APIC_LVT0 = 0x350
+APIC_LVT1 = 0x360
+APIC_LVTERR = 0x370
+APIC_TMICT = 0x380
+APIC_TMCCT = 0x390
+APIC_TDCR = 0x3E0
+APIC_SELF_IPI = 0x3F0
+APIC_EFEAT = 0x400
+APIC_ECTRL = 0x410
+
+REGISTER_NAMES: dict[int, str] = {
+    value: name for name, value in list(globals().items()) if name.startswith("APIC_") and name != "APIC_LVTCMCI"
+}
+"""Offset -> name as the kvm_apic tracepoint prints it; an offset that is not here prints as hex."""
+
+LAPIC_PAGE_BYTES = 1024
+"""Size of KVM_GET_LAPIC's page; registers are the first dword of each 16-byte slot."""
+
+MSR_X2APIC_BASE = 0x800
+MSR_X2APIC_END = 0x8FF
+MSR_X2APIC_ICR = MSR_X2APIC_BASE + (APIC_ICR >> 4)
+MSR_X2APIC_EOI = MSR_X2APIC_BASE + (APIC_EOI >> 4)
+MSR_X2APIC_SELF_IPI = MSR_X2APIC_BASE + (APIC_SELF_IPI >> 4)
+MSR_APICBASE = 0x1B
+MSR_TSC_DEADLINE = 0x6E0
+
+SVR = Layout(32, VECTOR=8, ENABLE=1, FOCUS=1, _10=2, SUPPRESS_EOI=1, _13=19)
+SVR_ENABLE = SVR.mask("ENABLE")
+SVR_SUPPRESS_EOI = SVR.mask("SUPPRESS_EOI")
+SVR_WRITABLE = SVR.mask("VECTOR", "ENABLE", "FOCUS")
+
+APICBASE = Layout(64, _0=8, BSP=1, _9=1, EXTD=1, EN=1, BASE=52)
+APICBASE_BSP = APICBASE.mask("BSP")
+APICBASE_EXTD = APICBASE.mask("EXTD")
+APICBASE_EN = APICBASE.mask("EN")
+APICBASE_RESERVED = APICBASE.reserved
+APIC_DEFAULT_PHYS_BASE = 0xFEE0_0000
+
+LVT = Layout(32, VECTOR=8, DM=3, _11=1, STATUS=1, POLARITY=1, REMOTE_IRR=1, TRIGGER=1, MASKED=1, TIMER_MODE=2, _19=13)
+LVT_MASKED = LVT.mask("MASKED")
+LVT_TIMER_PERIODIC = 1 << LVT.shift("TIMER_MODE")
+LVT_TIMER_DEADLINE = 2 << LVT.shift("TIMER_MODE")
+_LVT_COMMON = LVT.mask("VECTOR", "STATUS", "MASKED")
+LVT_WRITABLE_TIMER = _LVT_COMMON
+LVT_WRITABLE_ERROR = _LVT_COMMON
+LVT_WRITABLE_LOCAL = _LVT_COMMON | LVT.mask("DM")
+LVT_WRITABLE_LINT = LVT_WRITABLE_LOCAL | LVT.mask("POLARITY", "REMOTE_IRR", "TRIGGER")
+LVT0_BOOT = DM_EXTINT << LVT.shift("DM")
+
+APIC_VERSION = 0x50014
+APIC_VERSION_CMCI = 0x60014
+LVR_DIRECTED_EOI = 1 << 24
+DFR_FLAT = 0xFFFF_FFFF
+DFR_CLUSTER = 0x0FFF_FFFF
+TDCR_WRITABLE = 0xB
+
+TIMER_ONE_SHOT, TIMER_PERIODIC, TIMER_DEADLINE = 0, LVT_TIMER_PERIODIC, LVT_TIMER_DEADLINE
+
+# ------------------------------------------------------------------- posted-interrupt descriptor (SDM 29.6, table 29-1)
+
+PID_CONTROL = Layout(64, ON=1, SN=1, _2=14, NV=8, _24=8, NDST=32)
+"""The u64 at byte 32 of the 64-byte descriptor; bytes 0..31 are PIR, bytes 40..63 reserved."""
+PID_ON = PID_CONTROL.mask("ON")
+PID_SN = PID_CONTROL.mask("SN")
+PID_NV_SHIFT = PID_CONTROL.shift("NV")
+PID_NDST_SHIFT = PID_CONTROL.shift("NDST")
+POSTED_INTR_VECTOR = 0xF2
+POSTED_INTR_WAKEUP_VECTOR = 0xF1
+POSTED_INTR_NESTED_VECTOR = 0xF0
+
+# --------------------------------------------------------------------------------------------------- KVM's own numbers
+
+OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
+
+REQ_UNBLOCK = 1 << 2
+REQ_EVENT = 1 << 14
+REQ_NMI = 1 << 17
+REQ_SMI = 1 << 20
+
+
+class MpState(IntEnum):
+    """KVM_GET_MP_STATE values."""
+
+    RUNNABLE = 0
+    UNINITIALIZED = 1
+    INIT_RECEIVED = 2
+    HALTED = 3
+    SIPI_RECEIVED = 4
+    AP_RESET_HOLD = 9
+
+
+MP_RUNNABLE, MP_UNINITIALIZED, MP_INIT_RECEIVED, MP_HALTED, MP_SIPI_RECEIVED = range(5)
+
+PENDING_INIT = 1 << 0
+PENDING_SIPI = 1 << 1
+
+
+class X2ApicApi(IntFlag):
+    """Flags of KVM_CAP_X2APIC_API (capability 129)."""
+
+    USE_32BIT_IDS = 1
+    DISABLE_BROADCAST_QUIRK = 2
+    ENABLE_SUPPRESS_EOI_BROADCAST = 4
+    DISABLE_SUPPRESS_EOI_BROADCAST = 8
+
+
+X2API_32BIT_IDS, X2API_NO_BROADCAST_QUIRK, X2API_SUPPRESS_EOI, X2API_NO_SUPPRESS_EOI = 1, 2, 4, 8
+
+LOGICAL_SW_DISABLED, LOGICAL_FLAT, LOGICAL_CLUSTER, LOGICAL_X2APIC, LOGICAL_DISABLED = range(5)
+
+RFLAGS_FIXED = 1 << 1
+RFLAGS_TF = 1 << 8
+RFLAGS_IF = 1 << 9
+
+GUESTDBG_SINGLESTEP = 1 << 1
+SHADOW_STI = 1 << 0
+SHADOW_MOV_SS = 1 << 1
+DR6_BS = 1 << 14
+
+VECTORING_INFO_VALID = 1 << 31
+INSN_LEN_WRMSR = 2
+
+LINUX_VECTORS: dict[int, str] = {
+    0xFD: "RESCHEDULE",
+    0xFC: "CALL_FUNCTION",
+    0xFB: "CALL_FUNCTION_SINGLE",
+    0xF8: "REBOOT",
+    0xF7: "X86_PLATFORM_IPI",
+    0xF6: "IRQ_WORK",
+    0xEC: "LOCAL_TIMER",
+}
+"""Vectors that Linux 5.x/6.x sends or takes as IPIs and local interrupts (arch/x86 irq_vectors)."""
+
+
+class KvmExit(IntEnum):
+    """Reasons for which KVM_RUN returns to user space, by KVM's names without the KVM_EXIT_ prefix."""
+
+    UNKNOWN = 0
+    EXCEPTION = 1
+    IO = 2
+    HYPERCALL = 3
+    DEBUG = 4
+    HLT = 5
+    MMIO = 6
+    IRQ_WINDOW_OPEN = 7
+    SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
+    SET_TPR = 11
+    TPR_ACCESS = 12
+    NMI = 16
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    IOAPIC_EOI = 26
+    X86_RDMSR = 29
+    X86_WRMSR = 30
+    X86_BUS_LOCK = 33
+
+
+class VmxExit(IntEnum):
+    """VMX basic exit reasons (SDM appendix C), by the names that kvm_exit prints."""
+
+    EXCEPTION_NMI = 0
+    EXTERNAL_INTERRUPT = 1
+    TRIPLE_FAULT = 2
+    INIT_SIGNAL = 3
+    SIPI_SIGNAL = 4
+    OTHER_SMI = 6
+    INTERRUPT_WINDOW = 7
+    NMI_WINDOW = 8
+    TASK_SWITCH = 9
+    CPUID = 10
+    HLT = 12
+    INVD = 13
+    INVLPG = 14
+    RDPMC = 15
+    RDTSC = 16
+    VMCALL = 18
+    VMCLEAR = 19
+    VMLAUNCH = 20
+    VMPTRLD = 21
+    VMPTRST = 22
+    VMREAD = 23
+    VMRESUME = 24
+    VMWRITE = 25
+    VMOFF = 26
+    VMON = 27
+    CR_ACCESS = 28
+    DR_ACCESS = 29
+    IO_INSTRUCTION = 30
+    MSR_READ = 31
+    MSR_WRITE = 32
+    INVALID_STATE = 33
+    MSR_LOAD_FAIL = 34
+    MWAIT_INSTRUCTION = 36
+    MONITOR_TRAP_FLAG = 37
+    MONITOR_INSTRUCTION = 39
+    PAUSE_INSTRUCTION = 40
+    MCE_DURING_VMENTRY = 41
+    TPR_BELOW_THRESHOLD = 43
+    APIC_ACCESS = 44
+    EOI_INDUCED = 45
+    GDTR_IDTR = 46
+    LDTR_TR = 47
+    EPT_VIOLATION = 48
+    EPT_MISCONFIG = 49
+    INVEPT = 50
+    RDTSCP = 51
+    PREEMPTION_TIMER = 52
+    INVVPID = 53
+    WBINVD = 54
+    XSETBV = 55
+    APIC_WRITE = 56
+    RDRAND = 57
+    INVPCID = 58
+    VMFUNC = 59
+    ENCLS = 60
+    RDSEED = 61
+    PML_FULL = 62
+    XSAVES = 63
+    XRSTORS = 64
+    UMWAIT = 67
+    TPAUSE = 68
+    BUS_LOCK = 74
+    NOTIFY = 75
+    MSR_READ_IMM = 84
+    MSR_WRITE_IMM = 85
+
+
+VMX_FAILED_VMENTRY = 1 << 31
+
+
+class SvmExit(IntEnum):
+    """SVM exit codes (APM vol. 2 appendix C), by the names that kvm_exit prints, in upper case."""
+
+    READ_CR0 = 0x000
+    READ_CR3 = 0x003
+    READ_CR4 = 0x004
+    READ_CR8 = 0x008
+    WRITE_CR0 = 0x010
+    WRITE_CR3 = 0x013
+    WRITE_CR4 = 0x014
+    WRITE_CR8 = 0x018
+    READ_DR0 = 0x020
+    READ_DR1 = 0x021
+    READ_DR2 = 0x022
+    READ_DR3 = 0x023
+    READ_DR4 = 0x024
+    READ_DR5 = 0x025
+    READ_DR6 = 0x026
+    READ_DR7 = 0x027
+    WRITE_DR0 = 0x030
+    WRITE_DR7 = 0x037
+    INTERRUPT = 0x060
+    NMI = 0x061
+    SMI = 0x062
+    INIT = 0x063
+    VINTR = 0x064
+    CR0_SEL_WRITE = 0x065
+    RDPMC = 0x06F
+    CPUID = 0x072
+    IRET = 0x074
+    INVD = 0x076
+    PAUSE = 0x077
+    HLT = 0x078
+    INVLPG = 0x079
+    IO = 0x07B
+    MSR = 0x07C
+    TASK_SWITCH = 0x07D
+    SHUTDOWN = 0x07F
+    VMRUN = 0x080
+    VMMCALL = 0x081
+    RDTSCP = 0x087
+    WBINVD = 0x089
+    MONITOR = 0x08A
+    MWAIT = 0x08B
+    XSETBV = 0x08D
+    IDLE_HLT = 0x0A6
+    NPF = 0x400
+    AVIC_INCOMPLETE_IPI = 0x401
+    AVIC_UNACCELERATED_ACCESS = 0x402
+    VMGEXIT = 0x403
+    ERR = 0xFFFF_FFFF
