@@ -1,0 +1,137 @@
+"""The APIC map (kvm_apic_map): physical and logical ids to vCPUs, rebuilt whenever an id, mode or enable bit changes.
+
+Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Not modelled: RCU grace periods.
+The writer fills the idle one of two copies and publishes it with one store; a reader that is overtaken by two rebuilds
+may see a slot of the newer map, as real senders see the map they found first. Spec: SDM vol. 3A 10.6.2, 10.12.10.
+"""
+
+from . import typed as k
+from ._jit import ctz, kernel, popcount
+from .atomics import fence
+from .lapicreg import reg
+from .shared import hot, own, replace_if
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def slot(m, base, i):
+    """vCPU index + 1 in slot i of the map at base, 0 when empty."""
+    return (m[base + k.MAP_SLOTS + (i >> k.U(2))] >> ((i & k.U(3)) << k.U(4))) & k.U(0xFFFF)
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def set_slot(m, base, i, value):
+    at = base + k.MAP_SLOTS + (i >> k.U(2))
+    shift = (i & k.U(3)) << k.U(4)
+    m[at] = (m[at] & ~(k.U(0xFFFF) << shift)) | (value << shift)
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def phys(m, base, apic_id):
+    """vCPU index + 1 of a physical id, 0 when there is none; ids above the map's maximum are nobody's."""
+    if apic_id > m[base + k.MAP_MAX_ID]:
+        return k.ZERO
+    return slot(m, base, k.MAP_PHYS_SLOT + apic_id)
+
+
+@kernel("u8(u8[::1])")
+def mark_dirty(m):
+    m[k.H_MAP_DIRTY] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def _enter_physical(m, base, v):
+    """kvm_recalculate_phys_map for one vCPU: 1 when the whole map has to go."""
+    vcpu_id = m[own(m, v) + k.K_VCPU_ID]
+    x2apic = m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC
+    xapic_id = reg(m, v, k.APIC_ID) >> k.U(24)
+    if m[k.H_API] & k.X2API_32BIT_IDS:
+        if x2apic or vcpu_id > k.XAPIC_BROADCAST:
+            set_slot(m, base, k.MAP_PHYS_SLOT + vcpu_id, v + k.ONE)
+        if not x2apic and slot(m, base, k.MAP_PHYS_SLOT + xapic_id) == k.ZERO:
+            set_slot(m, base, k.MAP_PHYS_SLOT + xapic_id, v + k.ONE)
+        return k.ZERO
+    apic_id = vcpu_id if x2apic else xapic_id
+    if slot(m, base, k.MAP_PHYS_SLOT + apic_id):
+        return k.ONE
+    set_slot(m, base, k.MAP_PHYS_SLOT + apic_id, v + k.ONE)
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def _enter_logical(m, base, v):
+    """kvm_recalculate_logical_map for one vCPU: votes on the mode, then takes its slot."""
+    if m[base + k.MAP_LOGICAL] == k.LOGICAL_DISABLED:
+        return k.ZERO
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    ldr = reg(m, v, k.APIC_LDR)
+    if not flags & k.FLAG_SW or ldr == k.ZERO:
+        return k.ZERO
+    if flags & k.FLAG_X2APIC:
+        vote = k.LOGICAL_X2APIC
+    elif reg(m, v, k.APIC_DFR) == k.DFR_FLAT:
+        vote = k.LOGICAL_FLAT
+    else:
+        vote = k.LOGICAL_CLUSTER
+    mode = m[base + k.MAP_LOGICAL]
+    if mode != k.LOGICAL_SW_DISABLED and mode != vote:
+        m[base + k.MAP_LOGICAL] = k.LOGICAL_DISABLED
+        return k.ZERO
+    m[base + k.MAP_LOGICAL] = vote
+    if vote == k.LOGICAL_X2APIC:
+        return k.ZERO
+    logical_id = ldr >> k.U(24)
+    first = k.MAP_FLAT_SLOT
+    bits = logical_id
+    if vote == k.LOGICAL_CLUSTER:
+        first = k.MAP_CLUSTER_SLOT + ((logical_id >> k.U(4)) << k.U(2))
+        bits = logical_id & k.U(0xF)
+    if bits == k.ZERO:
+        return k.ZERO
+    at = first + ctz(bits)
+    if popcount(bits) != k.ONE or slot(m, base, at):
+        m[base + k.MAP_LOGICAL] = k.LOGICAL_DISABLED
+        return k.ZERO
+    set_slot(m, base, at, v + k.ONE)
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8)")
+def _build(m, base):
+    m[base : base + k.MAP_WORDS] = k.ZERO
+    n = m[k.H_NVCPUS]
+    top = k.XAPIC_BROADCAST
+    for i in range(n):
+        v = k.U(i)
+        if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
+            top = max(top, m[own(m, v) + k.K_VCPU_ID])
+    m[base + k.MAP_MAX_ID] = top
+    m[base + k.MAP_LOGICAL] = k.LOGICAL_SW_DISABLED
+    for i in range(n):
+        v = k.U(i)
+        if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
+            continue
+        if _enter_physical(m, base, v):
+            return k.ZERO
+        _enter_logical(m, base, v)
+    m[base + k.MAP_PRESENT] = k.ONE
+    return k.ONE
+
+
+@kernel("u8(u8[::1])")
+def recalculate(m):
+    """kvm_recalculate_apic_map: rebuild if something marked the map dirty."""
+    if not m[k.H_MAP_DIRTY]:
+        return k.ZERO
+    while replace_if(m, k.H_MAP_LOCK, k.ZERO, k.ONE):
+        pass
+    # Cleared before the vCPUs are read: a change that comes later marks the map again and is built by its own caller.
+    m[k.H_MAP_DIRTY] = k.ZERO
+    idle = k.MAP1 if m[k.H_MAP] == k.MAP0 else k.MAP0
+    _build(m, idle)
+    fence()
+    m[k.H_MAP] = idle
+    fence()
+    m[k.H_MAP_LOCK] = k.ZERO
+    return k.ONE

@@ -1,0 +1,219 @@
+"""What Python may call: every function here takes the machine's address and integers, and returns one integer.
+
+An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels below
+work on the array.
+"""
+
+from . import batch, irq, lapic, msr, runloop, shared, vcpu
+from . import typed as k
+from ._jit import entry, kernel, open_words
+from .fastpath import reenter
+from .fastpath import wrmsr as fast_wrmsr_kernel
+
+NO_VCPU = k.NONE
+NOT_IN_GUEST = k.U((1 << 64) - 2)
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)")
+def fast_exit(handle, v, reason, msr_index, value):
+    """A WRMSR exit in the vendor's run function: fast handler and re-entry. NOT_IN_GUEST when the vCPU has to enter
+    first."""
+    m = open_words(handle, k.WORDS)
+    if v >= m[k.H_NVCPUS]:
+        return NO_VCPU
+    if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
+        return NOT_IN_GUEST
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        svm = m[k.H_CONFIG] & k.CONFIG_SVM
+        late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
+        if not late:
+            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO)
+    code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
+    if code & k.CODE_REENTERED and m[k.H_CONFIG] & k.CONFIG_TRACE:
+        runloop.trace_entry(m, v)
+    return code
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)")
+def fast_irqoff(handle, v, msr_index, value):
+    """The fast handler alone, as handle_exit_irqoff of the first generations called it."""
+    m = open_words(handle, k.WORDS)
+    return fast_wrmsr_kernel(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)")
+def emulate_wrmsr(handle, v, msr_index, value):
+    m = open_words(handle, k.WORDS)
+    return msr.emulate_wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def emulate_rdmsr(handle, v, msr_index):
+    m = open_words(handle, k.WORDS)
+    return msr.emulate_rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def skip(handle, v, length):
+    m = open_words(handle, k.WORDS)
+    return msr.skip(m, v, length) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)")
+def set_msr(handle, v, msr_index, value):
+    """KVM_SET_MSRS of one MSR."""
+    m = open_words(handle, k.WORDS)
+    return msr.set_msr(m, v, msr_index, value, k.ONE) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def get_msr(handle, v, msr_index):
+    """KVM_GET_MSRS of one MSR."""
+    m = open_words(handle, k.WORDS)
+    return msr.get_msr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)")
+def mmio_write(handle, v, offset, length, value):
+    m = open_words(handle, k.WORDS)
+    return lapic.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)")
+def mmio_read(handle, v, offset, length):
+    m = open_words(handle, k.WORDS)
+    return lapic.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def make_request(handle, v, request):
+    m = open_words(handle, k.WORDS)
+    return shared.make_request(m, v, request) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def get_state(handle, v):
+    m = open_words(handle, k.WORDS)
+    return lapic.get_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def set_state(handle, v):
+    m = open_words(handle, k.WORDS)
+    return lapic.set_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def pending(handle, v):
+    m = open_words(handle, k.WORDS)
+    return irq.has_interrupt(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def ack(handle, v):
+    m = open_words(handle, k.WORDS)
+    return irq.ack(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def eoi(handle, v):
+    m = open_words(handle, k.WORDS)
+    return irq.eoi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def accept_events(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.accept_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def process_nmi(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.process_nmi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def service_requests(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.service_requests(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def inject_events(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.inject_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def enter(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.enter(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def trace_entry(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.trace_entry(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)")
+def trace_exit(handle, v, reason, info1):
+    m = open_words(handle, k.WORDS)
+    return runloop.trace_exit(m, v, reason, info1) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)")
+def create_vcpu(handle, vcpu_id):
+    """Index of the new vCPU; NO_VCPU when the machine is full or the id does not fit its map."""
+    m = open_words(handle, k.WORDS)
+    if m[k.H_NVCPUS] >= k.MAX_VCPUS or vcpu_id > k.MAX_VCPU_ID:
+        return NO_VCPU
+    return vcpu.create(m, vcpu_id)
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def signal_msi(handle, address, data):
+    return vcpu.signal_msi(open_words(handle, k.WORDS), address, data)
+
+
+@entry
+@kernel("u8(u8, u8, u8)")
+def first_bad(handle, exits, n):
+    return batch.first_bad(open_words(handle, k.WORDS), open_words(exits, n * k.EXIT_WORDS), n)
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)")
+def run(handle, exits, outcomes, first, n):
+    return batch.run(
+        open_words(handle, k.WORDS),
+        open_words(exits, n * k.EXIT_WORDS),
+        open_words(outcomes, n * k.OUTCOME_WORDS),
+        first,
+        n,
+    )

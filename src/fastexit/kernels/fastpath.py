@@ -1,0 +1,194 @@
+"""The WRMSR fast path: what may be handled in the first moments of an exit, for every generation.
+
+Models: handle_accel_set_msr_irqoff (seed) to handle_fastpath_wrmsr (6.18), and the re-entry loop of vcpu_enter_guest.
+Not modelled yet: HLT, INVD, WRMSR-immediate and preemption-timer fast exits.
+
+The handler declines with a Refusal, having touched nothing, or does exactly what the generic path would have done.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .apicmap import recalculate
+from .ipi import UNRESOLVED, deliver_fast, destination, send
+from .lapicreg import reg, set_reg, set_x2apic_icr
+from .msr import set_tsc_deadline, skip
+from .pid import sync_pir_to_irr
+from .shared import emit, hot, own
+
+
+@kernel("u8(u8)")
+def refuse(refusal):
+    """Outcome code of a fast path that declined."""
+    return refusal << k.CODE_REFUSAL_SHIFT
+
+
+@kernel("u8(u8, u8)")
+def why_not_icr(traits, icr):
+    """The ICR conditions of a generation that takes physical Fixed IPIs, in KVM's order; RF_NONE when they hold."""
+    if traits & k.T_ICR_NO_RESERVED and icr & k.ICR_RESERVED:
+        return k.RF_RESERVED_BITS
+    if traits & k.T_ICR_NO_SHORTHAND and icr & k.ICR_SHORTHAND:
+        return k.RF_SHORTHAND
+    if icr & k.ICR_LOGICAL:
+        return k.RF_LOGICAL
+    if icr & k.ICR_DM:
+        return k.RF_DELIVERY_MODE
+    if traits & k.T_ICR_NO_BROADCAST and icr >> k.ICR_DEST_SHIFT == k.X2APIC_BROADCAST:
+        return k.RF_BROADCAST
+    return k.RF_NONE
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def why_unresolved(m, v, icr):
+    """Which of the resolver's conditions failed, told after the fact."""
+    if icr & k.ICR_SHORTHAND:
+        return k.RF_SHORTHAND
+    base = m[k.H_MAP]
+    if not m[base + k.MAP_PRESENT]:
+        return k.RF_NO_APIC_MAP
+    if icr & k.ICR_LOGICAL and m[base + k.MAP_LOGICAL] == k.LOGICAL_DISABLED:
+        return k.RF_LOGICAL_MAP_UNUSABLE
+    return k.RF_BROADCAST
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def _icr_two_halves(m, v, icr):
+    """Seed to 5.8: ICR and ICR2 are two registers. The seed and 5.6 store ICR2 in silence and write ICR like any
+    register; from 5.7 on the IPI leaves first and the write is traced last, high half left out."""
+    if m[k.H_TRAITS] & k.T_TRACE_WRITE_FIRST:
+        set_reg(m, v, k.APIC_ICR2, icr >> k.U(32))
+        if m[k.H_CONFIG] & k.CONFIG_TRACE:
+            emit(m, k.TP_APIC_WRITE, v, k.APIC_ICR, icr & k.LOW32, k.ZERO)
+        low = icr & k.LOW32 & ~k.ICR_BUSY
+        code = send(m, v, low | (reg(m, v, k.APIC_ICR2) << k.U(32)))
+        set_reg(m, v, k.APIC_ICR, low)
+        recalculate(m)
+        return code
+    icr = icr & ~k.ICR_BUSY
+    code = send(m, v, icr)
+    set_reg(m, v, k.APIC_ICR2, icr >> k.U(32))
+    set_reg(m, v, k.APIC_ICR, icr)
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_APIC_WRITE, v, k.APIC_ICR, icr & k.LOW32, k.ZERO)
+    return code
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def x2apic_icr(m, v, icr):
+    """The x2APIC ICR write, early: delivery code with CODE_FAST, or a refusal.
+
+    Why early: at this point of the exit the host still has interrupts off and does not hold SRCU. Everything between
+    here and the generic handler (the IRQ window, SRCU, request processing) would be latency of the IPI, and when posted
+    interrupts reach a running target, nothing else is left to wait for. The price is that nothing here may sleep,
+    decode guest memory or take long: multicast, whose cost grows with the vCPUs, is left to the generic path.
+    """
+    traits = m[k.H_TRAITS]
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        return refuse(k.RF_NOT_X2APIC)
+    if traits & k.T_ICR_ANY_RESOLVED:
+        if icr & k.ICR_RESERVED:
+            return refuse(k.RF_RESERVED_BITS)
+        icr = icr & ~k.ICR_BUSY
+        dest = destination(m, v, icr)
+        code = deliver_fast(m, v, icr & k.LOW32, dest, k.ZERO, v)
+        if code == UNRESOLVED:
+            return refuse(why_unresolved(m, v, icr))
+        if m[k.H_CONFIG] & k.CONFIG_TRACE:
+            emit(m, k.TP_APIC_IPI, v, icr & k.LOW32, dest, k.ZERO)
+    else:
+        refusal = why_not_icr(traits, icr)
+        if refusal:
+            return refuse(refusal)
+        if traits & k.T_ICR_SPLIT:
+            return _icr_two_halves(m, v, icr) | k.CODE_FAST
+        icr = icr & ~k.ICR_BUSY
+        code = send(m, v, icr)
+    set_x2apic_icr(m, v, icr)
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_APIC_WRITE, v, k.APIC_ICR, icr, k.ZERO)
+    return code | k.CODE_FAST
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def tsc_deadline(m, v, value):
+    """handle_fastpath_set_tscdeadline: from 5.8 where the preemption timer serves it, in 6.18 always."""
+    traits = m[k.H_TRAITS]
+    if traits & k.T_TSCDL_ALWAYS or (traits & k.T_TSCDL_HV_TIMER and m[k.H_CONFIG] & k.CONFIG_HV_TIMER):
+        set_tsc_deadline(m, v, value)
+        return k.CODE_FAST
+    if traits & k.T_TSCDL_HV_TIMER:
+        return refuse(k.RF_NO_HV_TIMER)
+    return refuse(k.RF_MSR)
+
+
+@kernel("u8(u8[::1], u8)")
+def guards(m, v):
+    """What every MSR's fast handler asks before it looks at the MSR; RF_NONE when nothing stands in the way."""
+    config = m[k.H_CONFIG]
+    traits = m[k.H_TRAITS]
+    if not config & k.CONFIG_FASTPATH:
+        return k.RF_SWITCHED_OFF
+    if traits & k.T_GUARD_L2 and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        return k.RF_NESTED
+    if traits & k.T_SVM_NEXT_RIP and config & k.CONFIG_SVM and not config & k.CONFIG_NRIPS:
+        return k.RF_NO_NEXT_RIP
+    return k.RF_NONE
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def wrmsr(m, v, msr, value):
+    """handle_fastpath_wrmsr: outcome code with its completion, or a refusal with COMPLETION_NONE."""
+    refusal = guards(m, v)
+    if refusal:
+        return refuse(refusal)
+    traits = m[k.H_TRAITS]
+    completion = k.COMPLETION_HANDLED
+    if msr == k.MSR_X2APIC_ICR:
+        code = x2apic_icr(m, v, value)
+        if traits & k.T_ICR_REENTERS:
+            completion = k.COMPLETION_REENTER
+    elif msr == k.MSR_TSC_DEADLINE:
+        code = tsc_deadline(m, v, value)
+        completion = k.COMPLETION_REENTER
+    else:
+        return refuse(k.RF_MSR)
+    if not code & k.CODE_FAST:
+        return code
+    tracing = m[k.H_CONFIG] & k.CONFIG_TRACE
+    if traits & k.T_SKIP_LATE:
+        if tracing:
+            emit(m, k.TP_MSR_WRITE, v, msr, value, k.ZERO)
+        return code | k.COMPLETION_SKIP
+    if traits & k.T_SKIP_AFTER_TRACE and tracing:
+        emit(m, k.TP_MSR_WRITE, v, msr, value, k.ZERO)
+    user = skip(m, v, k.INSN_LEN_WRMSR)
+    if not traits & k.T_SKIP_AFTER_TRACE and tracing:
+        emit(m, k.TP_MSR_WRITE, v, msr, value, k.ZERO)
+    if user and traits & k.T_SKIP_HONOURED:
+        return code | user | k.COMPLETION_USERSPACE
+    return code | completion
+
+
+@kernel("u8(u8[::1], u8)")
+def exit_requested(m, v):
+    """kvm_vcpu_exit_request: a kick or a request that came while the guest ran."""
+    row = hot(m, v)
+    if m[row + k.HOT_MODE] == k.EXITING_GUEST_MODE or m[row + k.HOT_REQUESTS]:
+        return k.ONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def reenter(m, v, code):
+    """The loop's tail after a fast REENTER_GUEST: sync PIR, then run again or, if an exit is requested, leave."""
+    if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
+        return code
+    row = hot(m, v)
+    if m[row + k.PID_CONTROL_WORD] & k.PID_ON:
+        enabled = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
+        if m[row + k.HOT_FLAGS] & enabled == enabled:
+            sync_pir_to_irr(m, v)
+    if exit_requested(m, v):
+        return (code & ~k.CODE_COMPLETION) | k.COMPLETION_HANDLED
+    m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
+    return code | k.CODE_REENTERED

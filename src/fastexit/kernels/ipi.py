@@ -1,0 +1,362 @@
+"""From an ICR value to accepted interrupts: decode, resolve, accept.
+
+Models: kvm_apic_send_ipi, kvm_irq_delivery_to_apic(_fast), kvm_apic_match_dest, __apic_accept_irq and the vendors'
+deliver_interrupt. Not modelled: nested posted interrupts (a target in L2 takes the path of its L1).
+An interrupt is (icr, dest, hint): the low 32 ICR bits, the destination already cut to the sender's mode, and the MSI's
+redirection hint. ``src`` is the sending vCPU or NONE (MSI); ``me`` is the vCPU that runs on this CPU or NONE.
+Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec: SDM vol. 3A 10.6.
+"""
+
+from . import typed as k
+from ._jit import kernel, popcount
+from .apicmap import phys, slot
+from .irq import set_irr
+from .lapicreg import reg
+from .pid import post
+from .shared import clear_word_bits, emit, hot, increment, kick, make_request, or_word, own, wake
+
+ACCEPT = k.ONE << k.CODE_ACCEPTED_SHIFT
+NOBODY = k.CODE_ACCEPTED_NONE
+UNRESOLVED = k.NONE
+FIXED_BITS = k.ICR_DM
+
+
+@kernel("u8(u8, u8)")
+def combine(a, b):
+    """Two delivery codes as one: counts add, effects unite."""
+    accepted = ((a & k.CODE_ACCEPTED_NONE) + (b & k.CODE_ACCEPTED_NONE)) & k.CODE_ACCEPTED_NONE
+    return accepted | ((a | b) & ~k.CODE_ACCEPTED_NONE)
+
+
+@kernel("u8(u8)")
+def delivery_mode(icr):
+    return (icr & k.ICR_DM) >> k.ICR_DM_SHIFT
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def destination(m, v, icr):
+    """Destination field by the sender's mode: 32 bits in x2APIC mode, else bits 63:56 of (ICR2 << 32)."""
+    dest = icr >> k.ICR_DEST_SHIFT
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        return dest
+    return dest >> k.XAPIC_DEST_SHIFT
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _deliver_vmx(m, v, vector, me):
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        return post(m, v, vector, me)
+    set_irr(m, v, vector)
+    make_request(m, v, k.REQ_EVENT)
+    return kick(m, v, me)
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _deliver_svm(m, v, vector, me):
+    """IRR first, then mode: VMRUN re-evaluates the vIRR, so a target that is just entering sees the bit."""
+    set_irr(m, v, vector)
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        make_request(m, v, k.REQ_EVENT)
+        return kick(m, v, me)
+    if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
+        return k.ZERO if v == me else k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT
+    return wake(m, v)
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _accept_fixed(m, v, icr, me):
+    trigger = icr & k.ICR_TRIGGER
+    if trigger and not icr & k.ICR_LEVEL:
+        return k.ZERO
+    enabled = k.FLAG_HW | k.FLAG_SW
+    if m[hot(m, v) + k.HOT_FLAGS] & enabled != enabled:
+        return k.ZERO
+    vector = icr & k.ICR_VECTOR
+    tmr = hot(m, v) + k.HOT_TMR + (vector >> k.U(6))
+    bit = k.ONE << (vector & k.U(63))
+    # Read first: almost every interrupt is edge and finds its TMR bit clear, and a read keeps the line shared.
+    is_level = m[tmr] & bit
+    if trigger and not is_level:
+        or_word(m, tmr, bit)
+    elif is_level and not trigger:
+        clear_word_bits(m, tmr, bit)
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        effects = _deliver_svm(m, v, vector, me)
+    else:
+        effects = _deliver_vmx(m, v, vector, me)
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        emit(m, k.TP_APICV_ACCEPT_IRQ, v, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+    return effects | ACCEPT
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8)")
+def _signal(m, v, request, me, code):
+    make_request(m, v, request)
+    return code | kick(m, v, me)
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _accept_other(m, v, icr, me):
+    """All delivery modes that do not go through IRR; they ignore software-disable."""
+    mode = delivery_mode(icr)
+    row = own(m, v)
+    if mode == k.DM_NMI:
+        increment(m, row + k.K_NMI_QUEUED)
+        return _signal(m, v, k.REQ_NMI, me, ACCEPT)
+    if mode == k.DM_INIT:
+        if icr & k.ICR_TRIGGER and not icr & k.ICR_LEVEL:
+            return k.ZERO
+        # A store, not an OR: INIT discards a SIPI that is still pending.
+        m[row + k.K_PENDING_EVENTS] = k.PENDING_INIT
+        return _signal(m, v, k.REQ_EVENT, me, ACCEPT)
+    if mode == k.DM_STARTUP:
+        # The vector is written before its bit, so that whoever takes the bit reads this vector.
+        m[row + k.K_SIPI_VECTOR] = icr & k.ICR_VECTOR
+        or_word(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI)
+        return _signal(m, v, k.REQ_EVENT, me, ACCEPT)
+    if mode == k.DM_REMRD:
+        m[row + k.K_PV_UNHALTED] = k.ONE
+        return _signal(m, v, k.REQ_EVENT, me, ACCEPT)
+    if mode == k.DM_SMI and m[k.H_CONFIG] & k.CONFIG_SMM:
+        return _signal(m, v, k.REQ_SMI, me, ACCEPT)
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def accept(m, v, icr, me):
+    """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_ACCEPT_IRQ, v, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+    mode = delivery_mode(icr)
+    if mode > k.DM_LOWEST:
+        return _accept_other(m, v, icr, me)
+    if mode == k.DM_LOWEST:
+        increment(m, own(m, v) + k.K_ARB_PRIO)
+    return _accept_fixed(m, v, icr, me)
+
+
+@kernel("u8(u8, u8)")
+def lowest_priority(icr, hint):
+    """kvm_lowest_prio_delivery."""
+    if hint or delivery_mode(icr) == k.DM_LOWEST:
+        return k.ONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def is_broadcast(m, base, src, dest):
+    """kvm_apic_is_broadcast_dest, for physical and logical destinations alike."""
+    if m[k.H_API] & k.X2API_NO_BROADCAST_QUIRK:
+        if dest == k.X2APIC_BROADCAST:
+            return k.ONE
+        if dest == k.XAPIC_BROADCAST and m[base + k.MAP_LOGICAL] != k.LOGICAL_X2APIC:
+            return k.ONE
+        return k.ZERO
+    broadcast = k.XAPIC_BROADCAST
+    if src != k.NONE and m[hot(m, src) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        broadcast = k.X2APIC_BROADCAST
+    return k.ONE if dest == broadcast else k.ZERO
+
+
+@kernel("u8(u8, u8)")
+def nth_bit(bits, n):
+    """Position of the n-th set bit, counted from 0."""
+    position = k.ZERO
+    while True:
+        if (bits >> position) & k.ONE:
+            if n == k.ZERO:
+                return position
+            n = n - k.ONE
+        position = position + k.ONE
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _lowest_by_prio(m, base, first, bits):
+    """Vector hashing off: vCPU index + 1 of the smallest arb_prio among the filled slots, the first wins a tie."""
+    best = k.ZERO
+    for i in range(16):
+        if not (bits >> k.U(i)) & k.ONE:
+            continue
+        candidate = slot(m, base, first + k.U(i))
+        if not candidate:
+            continue
+        if not best or m[own(m, candidate - k.ONE) + k.K_ARB_PRIO] < m[own(m, best - k.ONE) + k.K_ARB_PRIO]:
+            best = candidate
+    return best
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+def _logical_fast(m, base, icr, dest, hint, me):
+    """kvm_apic_map_get_dest_lapic for logical destinations."""
+    mode = m[base + k.MAP_LOGICAL]
+    if mode == k.LOGICAL_DISABLED:
+        return UNRESOLVED
+    if mode == k.LOGICAL_SW_DISABLED:
+        return k.ZERO
+    if mode == k.LOGICAL_X2APIC:
+        cluster = (dest >> k.U(16)) << k.U(4)
+        if cluster > m[base + k.MAP_MAX_ID]:
+            return k.ZERO
+        first = k.MAP_PHYS_SLOT + cluster
+        size = min(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
+        bits = dest & ((k.ONE << size) - k.ONE)
+    elif mode == k.LOGICAL_FLAT:
+        first = k.MAP_FLAT_SLOT
+        bits = dest & k.U(0xFF)
+    else:
+        first = k.MAP_CLUSTER_SLOT + (((dest >> k.U(4)) & k.U(0xF)) << k.U(2))
+        bits = dest & k.U(0xF)
+    if lowest_priority(icr, hint) and bits:
+        if m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
+            # Empty slots count: the hash may choose one, and then the interrupt is dropped.
+            chosen = nth_bit(bits, (icr & k.ICR_VECTOR) % popcount(bits))
+            target = slot(m, base, first + chosen)
+            if not target:
+                m[k.H_LOST_LOWEST] = k.ONE
+        else:
+            target = _lowest_by_prio(m, base, first, bits)
+        if not target:
+            return k.ZERO
+        return accept(m, target - k.ONE, icr, me)
+    code = k.ZERO
+    for i in range(16):
+        if (bits >> k.U(i)) & k.ONE:
+            target = slot(m, base, first + k.U(i))
+            if target:
+                code = combine(code, accept(m, target - k.ONE, icr, me))
+    return code
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+def deliver_fast(m, src, icr, dest, hint, me):
+    """kvm_irq_delivery_to_apic_fast: delivery code, or UNRESOLVED when only the slow scan can tell."""
+    shorthand = icr & k.ICR_SHORTHAND
+    if shorthand:
+        if shorthand == k.SH_SELF << k.ICR_SHORTHAND_SHIFT and src != k.NONE:
+            return accept(m, src, icr, me)
+        return UNRESOLVED
+    base = m[k.H_MAP]
+    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, src, dest):
+        return UNRESOLVED
+    if icr & k.ICR_LOGICAL:
+        return _logical_fast(m, base, icr, dest, hint, me)
+    target = phys(m, base, dest)
+    if not target:
+        return k.ZERO
+    return accept(m, target - k.ONE, icr, me)
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8)")
+def matches(m, v, src, icr, dest):
+    """kvm_apic_match_dest: decoding went by the sender's mode, matching goes by the target's."""
+    shorthand = (icr & k.ICR_SHORTHAND) >> k.ICR_SHORTHAND_SHIFT
+    if shorthand:
+        if shorthand == k.SH_ALLINC:
+            return k.ONE
+        is_source = v == src
+        return k.ONE if is_source == (shorthand == k.SH_SELF) else k.ZERO
+    x2apic = m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC
+    mda = dest
+    quirk = not m[k.H_API] & k.X2API_NO_BROADCAST_QUIRK
+    if quirk and src == k.NONE and dest == k.XAPIC_BROADCAST and x2apic:
+        mda = k.X2APIC_BROADCAST
+    if mda == (k.X2APIC_BROADCAST if x2apic else k.XAPIC_BROADCAST):
+        return k.ONE
+    if not icr & k.ICR_LOGICAL:
+        # Ids above 0xFF name an APIC that has not switched to x2APIC yet by its x2APIC id (vCPU hot-plug).
+        if x2apic or mda > k.XAPIC_BROADCAST:
+            return k.ONE if mda == m[own(m, v) + k.K_VCPU_ID] else k.ZERO
+        return k.ONE if mda == reg(m, v, k.APIC_ID) >> k.U(24) else k.ZERO
+    ldr = reg(m, v, k.APIC_LDR)
+    if x2apic:
+        hit = ldr >> k.U(16) == mda >> k.U(16) and ldr & mda & k.U(0xFFFF) != k.ZERO
+        return k.ONE if hit else k.ZERO
+    logical_id = ldr >> k.U(24)
+    dfr = reg(m, v, k.APIC_DFR)
+    hit = False
+    if dfr == k.DFR_FLAT:
+        hit = logical_id & mda != k.ZERO
+    elif dfr == k.DFR_CLUSTER:
+        hit = logical_id >> k.U(4) == mda >> k.U(4) and logical_id & mda & k.U(0xF) != k.ZERO
+    return k.ONE if hit else k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def _is_candidate(m, v, src, icr_dest):
+    """A present, software-enabled APIC that matches; icr_dest is icr | dest << 32."""
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    if not flags & k.FLAG_HW or not flags & k.FLAG_SW:
+        return k.ZERO
+    return matches(m, v, src, icr_dest & k.LOW32, icr_dest >> k.U(32))
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8)")
+def _slow_lowest(m, src, icr, dest, me):
+    """Lowest priority over all vCPUs: the (vector mod n)-th candidate, or the smallest arb_prio without hashing."""
+    n = m[k.H_NVCPUS]
+    both = icr | (dest << k.U(32))
+    count = k.ZERO
+    best = k.NONE
+    for i in range(n):
+        v = k.U(i)
+        if _is_candidate(m, v, src, both):
+            count = count + k.ONE
+            if best == k.NONE or m[own(m, v) + k.K_ARB_PRIO] < m[own(m, best) + k.K_ARB_PRIO]:
+                best = v
+    if count == k.ZERO:
+        return NOBODY
+    if m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
+        skip = (icr & k.ICR_VECTOR) % count
+        for i in range(n):
+            v = k.U(i)
+            if _is_candidate(m, v, src, both):
+                if skip == k.ZERO:
+                    best = v
+                    break
+                skip = skip - k.ONE
+    return accept(m, best, icr, me)
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+def deliver_slow(m, src, icr, dest, hint, me):
+    """The scan of kvm_irq_delivery_to_apic: every vCPU in creation order; NOBODY when none matches."""
+    if lowest_priority(icr, hint):
+        return _slow_lowest(m, src, icr, dest, me)
+    code = NOBODY
+    n = m[k.H_NVCPUS]
+    for i in range(n):
+        v = k.U(i)
+        if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and matches(m, v, src, icr, dest):
+            if code & k.CODE_ACCEPTED_NONE == NOBODY:
+                code = code & ~k.CODE_ACCEPTED_NONE
+            code = combine(code, accept(m, v, icr, me))
+    return code
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def rewrite_lowest(m, icr, dest, hint):
+    """Lowest priority, or any mode with the redirection hint, to physical 0xFF is delivered as Fixed."""
+    if not icr & k.ICR_LOGICAL and dest == k.XAPIC_BROADCAST and lowest_priority(icr, hint):
+        return icr & ~k.ICR_DM
+    return icr
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+def deliver(m, src, icr, dest, hint, me):
+    """kvm_irq_delivery_to_apic: the map if it can, else the scan."""
+    if m[k.H_TRAITS] & k.T_LOWEST_REWRITE_FIRST:
+        icr = rewrite_lowest(m, icr, dest, hint)
+    code = deliver_fast(m, src, icr, dest, hint, me)
+    if code != UNRESOLVED:
+        return code
+    return deliver_slow(m, src, rewrite_lowest(m, icr, dest, hint), dest, hint, me)
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def send(m, v, icr):
+    """kvm_apic_send_ipi for the 64-bit ICR value (ICR2 << 32 | ICR in xAPIC mode): traces, then delivers."""
+    dest = destination(m, v, icr)
+    low = icr & k.LOW32
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_APIC_IPI, v, low, dest, k.ZERO)
+    return deliver(m, v, low, dest, k.ZERO, v)

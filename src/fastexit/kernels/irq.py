@@ -1,0 +1,184 @@
+"""IRR, ISR, PPR and EOI bookkeeping of one vCPU.
+
+Models: apic_find_highest_isr, apic_set_isr/clear_isr, apic_clear_irr, apic_update_ppr, apic_has_interrupt_for_ppr,
+kvm_apic_has_interrupt, kvm_apic_ack_interrupt, apic_set_eoi. Not modelled: Hyper-V auto-EOI, EOI to the IOAPIC.
+Differs by APICv: isr_count is a constant 1 and the cache is never used, because hardware moves the ISR bits.
+Spec: SDM vol. 3A 10.8.3-10.8.5.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .lapicreg import reg, set_reg
+from .pid import highest, highest_irr, sync_pir_to_irr
+from .shared import clear_word_bits, emit, hot, make_request, or_word, own, vec
+
+
+@kernel("u8(u8[::1], u8)")
+def apicv_active(m, v):
+    return m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV
+
+
+@kernel("u8(u8[::1], u8)")
+def highest_isr(m, v):
+    """apic_find_highest_isr: vector or NONE, by count and cache before any scan."""
+    row = own(m, v)
+    if not m[row + k.K_ISR_COUNT]:
+        return k.NONE
+    if m[row + k.K_ISR_CACHE] != k.NONE:
+        return m[row + k.K_ISR_CACHE]
+    return highest(m, vec(m, v) + k.VEC_ISR)
+
+
+@kernel("u8(u8[::1], u8)")
+def compute_ppr(m, v):
+    """__apic_update_ppr: store PPR when it changed; 1 when it went down."""
+    tpr = reg(m, v, k.APIC_TASKPRI)
+    isr = highest_isr(m, v)
+    if isr == k.NONE:
+        isr = k.ZERO
+    if tpr & k.U(0xF0) >= isr & k.U(0xF0):
+        ppr = tpr & k.U(0xFF)
+    else:
+        ppr = isr & k.U(0xF0)
+    old = reg(m, v, k.APIC_PROCPRI)
+    if old != ppr:
+        set_reg(m, v, k.APIC_PROCPRI, ppr)
+    return k.ONE if ppr < old else k.ZERO
+
+
+@kernel("u8(u8[::1], u8)")
+def deliverable(m, v):
+    """apic_has_interrupt_for_ppr with the stored PPR: vector or NONE."""
+    if apicv_active(m, v):
+        irr = sync_pir_to_irr(m, v)
+    else:
+        irr = highest_irr(m, v)
+    if irr == k.NONE or irr & k.U(0xF0) <= reg(m, v, k.APIC_PROCPRI):
+        return k.NONE
+    return irr
+
+
+@kernel("u8(u8[::1], u8)")
+def update_ppr(m, v):
+    """apic_update_ppr: a PPR that went down may let an interrupt through, which asks for an EVENT."""
+    if compute_ppr(m, v) and deliverable(m, v) != k.NONE:
+        make_request(m, v, k.REQ_EVENT)
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8)")
+def has_interrupt(m, v):
+    """kvm_apic_has_interrupt: the vector that would be injected now, or NONE."""
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_SW:
+        return k.NONE
+    compute_ppr(m, v)
+    return deliverable(m, v)
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def set_irr(m, v, vector):
+    """kvm_lapic_set_irr. The bit goes first: clear_irr may have scanned just before and store irr_pending = false."""
+    or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
+    m[own(m, v) + k.K_IRR_PENDING] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def clear_irr(m, v, vector):
+    """apic_clear_irr."""
+    row = own(m, v)
+    irr = vec(m, v) + k.VEC_IRR
+    bit = k.ONE << (vector & k.U(63))
+    if apicv_active(m, v):
+        clear_word_bits(m, irr + (vector >> k.U(6)), bit)
+        top = highest(m, irr)
+        m[row + k.K_RVI] = k.ZERO if top == k.NONE else top
+        return k.ZERO
+    m[row + k.K_IRR_PENDING] = k.ZERO
+    clear_word_bits(m, irr + (vector >> k.U(6)), bit)
+    if highest(m, irr) != k.NONE:
+        m[row + k.K_IRR_PENDING] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def set_isr(m, v, vector):
+    """apic_set_isr: assumes that an injected vector is the highest in service, as the cache does in KVM."""
+    i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
+    bit = k.ONE << (vector & k.U(63))
+    if m[i] & bit:
+        return k.ZERO
+    m[i] = m[i] | bit
+    row = own(m, v)
+    if apicv_active(m, v):
+        m[row + k.K_SVI] = vector
+    else:
+        m[row + k.K_ISR_COUNT] = m[row + k.K_ISR_COUNT] + k.ONE
+        m[row + k.K_ISR_CACHE] = vector
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def clear_isr(m, v, vector):
+    """apic_clear_isr."""
+    i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
+    bit = k.ONE << (vector & k.U(63))
+    if not m[i] & bit:
+        return k.ZERO
+    m[i] = m[i] & ~bit
+    row = own(m, v)
+    if apicv_active(m, v):
+        top = highest(m, vec(m, v) + k.VEC_ISR)
+        m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
+    else:
+        # A page from KVM_SET_LAPIC is counted afterwards, so the count cannot be 0 while a bit is set.
+        m[row + k.K_ISR_COUNT] = m[row + k.K_ISR_COUNT] - k.ONE
+        m[row + k.K_ISR_CACHE] = k.NONE
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8)")
+def recount(m, v):
+    """kvm_apic_update_apicv: isr_count, cache and irr_pending from scratch."""
+    row = own(m, v)
+    m[row + k.K_IRR_PENDING] = k.ONE
+    m[row + k.K_ISR_CACHE] = k.NONE
+    if apicv_active(m, v):
+        m[row + k.K_ISR_COUNT] = k.ONE
+        top = highest(m, vec(m, v) + k.VEC_ISR)
+        m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
+        return k.ZERO
+    count = k.ZERO
+    for i in range(4):
+        bits = m[vec(m, v) + k.VEC_ISR + k.U(i)]
+        while bits:
+            bits = bits & (bits - k.ONE)
+            count = count + k.ONE
+    m[row + k.K_ISR_COUNT] = count
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8)")
+def ack(m, v):
+    """kvm_apic_has_interrupt and kvm_apic_ack_interrupt: IRR to ISR; the vector, or NONE when none is deliverable."""
+    vector = has_interrupt(m, v)
+    if vector == k.NONE:
+        return k.NONE
+    clear_irr(m, v, vector)
+    set_isr(m, v, vector)
+    compute_ppr(m, v)
+    return vector
+
+
+@kernel("u8(u8[::1], u8)")
+def eoi(m, v):
+    """apic_set_eoi: the vector that left service, or NONE; with nothing in service only the trace line appears."""
+    vector = highest_isr(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_EOI, v, vector, k.ZERO, k.ZERO)
+    if vector == k.NONE:
+        return k.NONE
+    clear_isr(m, v, vector)
+    update_ppr(m, v)
+    make_request(m, v, k.REQ_EVENT)
+    return vector

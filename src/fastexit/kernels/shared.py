@@ -1,0 +1,135 @@
+"""Access to words that other threads may write: locked when the machine is shared, plain when it has one owner.
+
+The choice is a bit of the configuration word, read where it is used; on a machine of one owner a locked instruction
+would cost more than all the rest of an IPI.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .atomics import compare_exchange, exchange, fetch_add, fetch_and, fetch_or, test_and_set_bit
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def test_and_set(m, i, bit):
+    """Set bit 0..63 of word i; 1 when it was set already."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return test_and_set_bit(m, i, bit)
+    old = m[i]
+    m[i] = old | (k.ONE << bit)
+    return (old >> bit) & k.ONE
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def or_word(m, i, value):
+    """OR value into word i; the old word."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return fetch_or(m, i, value)
+    old = m[i]
+    m[i] = old | value
+    return old
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def clear_word_bits(m, i, value):
+    """Clear the bits of value in word i; the old word."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return fetch_and(m, i, ~value)
+    old = m[i]
+    m[i] = old & ~value
+    return old
+
+
+@kernel("u8(u8[::1], u8)")
+def take(m, i):
+    """Exchange word i with 0; the old word."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return exchange(m, i, k.ZERO)
+    old = m[i]
+    m[i] = k.ZERO
+    return old
+
+
+@kernel("u8(u8[::1], u8)")
+def increment(m, i):
+    """Add 1 to word i; the old word."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return fetch_add(m, i, k.ONE)
+    old = m[i]
+    m[i] = old + k.ONE
+    return old
+
+
+@kernel("u8(u8[::1], u8, u8, u8)")
+def replace_if(m, i, old, new):
+    """Word i becomes new if it is old; the word that was there."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        return compare_exchange(m, i, old, new)
+    was = m[i]
+    if was == old:
+        m[i] = new
+    return was
+
+
+@kernel("u8(u8[::1], u8)")
+def hot(m, v):
+    """First word of a vCPU's hot row: its posted-interrupt descriptor, then HOT_*."""
+    return k.HOT + v * k.HOT_STRIDE
+
+
+@kernel("u8(u8[::1], u8)")
+def vec(m, v):
+    """First word of a vCPU's IRR and ISR."""
+    return k.VEC + v * k.VEC_STRIDE
+
+
+@kernel("u8(u8[::1], u8)")
+def own(m, v):
+    """First word of KVM's own words of a vCPU."""
+    return k.KVM + v * k.KVM_STRIDE
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def make_request(m, v, request):
+    """kvm_make_request."""
+    return or_word(m, hot(m, v) + k.HOT_REQUESTS, request)
+
+
+@kernel("u8(u8[::1], u8)")
+def wake(m, v):
+    """kvm_vcpu_wake_up: Effect code WAKE if the vCPU's thread slept, else 0."""
+    if take(m, hot(m, v) + k.HOT_BLOCKED):
+        return k.EF_WAKE << k.CODE_EFFECTS_SHIFT
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8)")
+def kick(m, v, me):
+    """kvm_vcpu_kick (facts of mode: docs/model.md): make the target leave the guest. Effect code of what was needed.
+
+    Only the one who moves mode from IN_GUEST to EXITING sends the reschedule IPI, so a target gets one IPI however many
+    senders kick it. The vCPU that runs here needs none: it sees EXITING before it enters again.
+    """
+    woken = wake(m, v)
+    if woken:
+        return woken
+    mode = hot(m, v) + k.HOT_MODE
+    if v == me:
+        if m[mode] == k.IN_GUEST_MODE:
+            m[mode] = k.EXITING_GUEST_MODE
+        return k.ZERO
+    if replace_if(m, mode, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) == k.IN_GUEST_MODE:
+        return k.EF_KICK << k.CODE_EFFECTS_SHIFT
+    return k.ZERO
+
+
+@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+def emit(m, event, v, a, b, c):
+    """Append one record to the trace ring; past its end it only counts. Call only under CONFIG_TRACE."""
+    n = increment(m, k.H_TRACE_HEAD)
+    if n < k.TRACE_CAPACITY:
+        at = k.TRACE + n * k.TRACE_STRIDE
+        m[at] = event | ((v + k.ONE) << k.U(8))
+        m[at + k.U(1)] = a
+        m[at + k.U(2)] = b
+        m[at + k.U(3)] = c
+    return n

@@ -1,0 +1,35 @@
+"""Every number of regs, layout, outcome and profiles as uint64, for kernels.
+
+numba types ``uint64 & 0xff`` as int64; a mask that is a uint64 itself keeps the unsigned type through the expression.
+Kernels therefore write ``k.ICR_BUSY``, never a bare literal, wherever bit 63 may be set. Values are frozen into
+compiled code; the kernel cache notices an edit in any of the four files.
+"""
+
+import numpy as np
+
+from fastexit import layout, outcome, profiles, regs
+
+U = np.uint64
+
+
+def _typed(namespace: dict) -> dict:
+    return {
+        name: U(value)
+        for name, value in namespace.items()
+        if name[:1] != "_" and name.isupper() and type(value) is int and 0 <= value < 1 << 64
+    }
+
+
+globals().update(_typed(vars(regs)) | _typed(vars(layout)) | _typed(vars(outcome)))
+globals().update({f"T_{trait.name}": U(trait.value) for trait in profiles.Trait})
+globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.Refusal})
+globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
+globals().update({f"VMX_{reason.name}": U(reason.value) for reason in regs.VmxExit})
+globals().update({f"SVM_{reason.name}": U(reason.value) for reason in regs.SvmExit})
+globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER_SHIFT) for reason in regs.KvmExit})
+
+ZERO = U(0)
+ONE = U(1)
+LOW32 = U(0xFFFF_FFFF)
+HIGH32 = U(0xFFFF_FFFF_0000_0000)
+EFFECT_NOTIFY_CODE = U(outcome.Effect.NOTIFY << outcome.CODE_EFFECTS_SHIFT)
