@@ -1,0 +1,90 @@
+"""Exit handlers that VMX and SVM share, and the table that an embedder can extend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.kernels import _jit
+from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastexit.dispatcher import Dispatcher, Exit, Handler
+    from fastexit.machine import Vcpu
+
+
+class Handlers(dict):
+    """exit reason -> generic handler. Assign to extend or replace: ``m.handlers[VmxExit.HLT] = handler``.
+
+    A handler takes ``(vcpu, exit)`` and returns None to run on, or a KvmExit to leave to user space. Once a handler was
+    assigned, the batch door sends every exit through Python, so that it sees the same handlers.
+    """
+
+    def __init__(self, memory: memoryview, builtin: Mapping[int, Handler]) -> None:
+        super().__init__({int(reason): handler for reason, handler in builtin.items()})
+        self._memory = memory
+
+    def __setitem__(self, reason: int, handler: Handler) -> None:
+        if not callable(handler):
+            raise TypeError(f"handler of exit {reason!r} is {type(handler).__name__}, not a function of (vcpu, exit)")
+        self._memory[L.H_HANDLERS] = 1
+        super().__setitem__(int(reason), handler)
+
+    def __delitem__(self, reason: int) -> None:
+        self._memory[L.H_HANDLERS] = 1
+        super().__delitem__(int(reason))
+
+
+class MsrHandlers:
+    """Handlers over the kernels: MSR accesses, the xAPIC page, and exits that need nothing done."""
+
+    def __init__(self, memory: memoryview, handle: int) -> None:
+        self.memory = memory
+        self.handle = handle
+        self.loop: Dispatcher | None = None
+
+    def fast_exit(self, v: Vcpu, exit: Exit) -> int:
+        """Fast handler and re-entry in the vendor's run function."""
+        return _jit.load("fast_exit")(self.handle, v.index, exit.reason, exit.msr, exit.value)
+
+    def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
+        """Fast handler in handle_exit_irqoff."""
+        return _jit.load("fast_irqoff")(self.handle, v.index, exit.msr, exit.value)
+
+    def declined(self, v: Vcpu, exit: Exit) -> int:
+        """An exit that shares its number with a fast one."""
+        if self.loop is not None and not self.loop.vendor.trace_exit_late and not self.loop.hook_irqoff:
+            self.loop.trace_exit(v, exit)
+        return Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
+
+    def wrmsr(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_wrmsr."""
+        return _jit.load("emulate_wrmsr")(self.handle, v.index, exit.msr, exit.value)
+
+    def rdmsr(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_rdmsr; the value is v.read_data."""
+        return _jit.load("emulate_rdmsr")(self.handle, v.index, exit.msr)
+
+    def apic_page(self, v: Vcpu, exit: Exit) -> int:
+        """The instruction emulator at the xAPIC page. RIP is the emulator's business and moves by ``exit.length``."""
+        if exit.write:
+            code = _jit.load("mmio_write")(self.handle, v.index, exit.offset, exit.size, exit.value)
+        else:
+            _jit.load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
+            code = 0
+        return code | self.skip_instruction(v, exit)
+
+    def interrupt_window(self, v: Vcpu, exit: Exit) -> None:
+        """The guest can take interrupts now: close the window, look again."""
+        self.memory[v.own + L.K_IRQ_WINDOW] = 0
+        _jit.load("make_request")(self.handle, v.index, R.REQ_EVENT)
+
+    def nothing(self, v: Vcpu, exit: Exit) -> None:
+        """External interrupts: the IRQ window has handled them."""
+
+    def skip_instruction(self, v: Vcpu, exit: Exit) -> int:
+        """Only RIP moves."""
+        return _jit.load("skip")(self.handle, v.index, exit.length)

@@ -1,0 +1,91 @@
+"""SVM: exit codes, handler tables, the order of checks in svm_handle_exit.
+
+Models: svm_exit_handlers_fastpath, svm_handle_exit_irqoff, svm_handle_exit. RDMSR and WRMSR share exit code 0x7C;
+EXITINFO1 tells them apart. The seed compared the code with VMX's 32 instead, which is a DR0 read here.
+Not modelled: SEV, virtual interrupt bookkeeping, next-RIP decoding without NRIPS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit.dispatcher import user_code
+from fastexit.handlers import Handlers, MsrHandlers
+from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
+from fastexit.profiles import Profile, Trait
+from fastexit.regs import KvmExit, SvmExit, VmxExit
+
+if TYPE_CHECKING:
+    from fastexit.dispatcher import Dispatcher, Exit, Handler
+    from fastexit.machine import Vcpu
+
+
+class Svm:
+    """AMD's side of the dispatcher."""
+
+    wrmsr_reason = int(SvmExit.MSR)
+    wrmsr_info1 = 1
+    rdmsr_reason = int(SvmExit.MSR)
+    mmio_reason = int(SvmExit.NPF)
+    user_exits = {
+        SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
+        SvmExit.IO: KvmExit.IO,
+        SvmExit.HLT: KvmExit.HLT,
+        SvmExit.VMMCALL: KvmExit.HYPERCALL,
+    }
+
+    def __init__(self, profile: Profile, common: MsrHandlers) -> None:
+        self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
+        self.common = common
+        self.fast_run: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_exit)}
+        self.fast_irqoff: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_irqoff)}
+        if profile.traits & Trait.SVM_EXIT_32:
+            self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_irqoff, self.wrmsr_reason: self._wrong_code}
+        self.handlers = Handlers(
+            common.memory,
+            {
+                SvmExit.MSR: self._msr,
+                SvmExit.NPF: common.apic_page,
+                SvmExit.READ_DR0: self._read_dr0,
+                SvmExit.INTERRUPT: common.nothing,
+                SvmExit.VINTR: common.interrupt_window,
+                SvmExit.CPUID: common.skip_instruction,
+            },
+        )
+
+    def _only_writes(self, fast: Handler) -> Handler:
+        def handler(v: Vcpu, exit: Exit) -> int:
+            if exit.info1:
+                return fast(v, exit)  # type: ignore[return-value]
+            return self.common.declined(v, exit)
+
+        return handler
+
+    def _wrong_code(self, v: Vcpu, exit: Exit) -> int:
+        """A real WRMSR under a kernel that waits for exit code 32."""
+        refusal = Refusal.NOT_AN_MSR_WRITE
+        if exit.info1:
+            on = self.common.memory[L.H_CONFIG] & L.CONFIG_FASTPATH
+            refusal = Refusal.SVM_EXIT_CODE if on else Refusal.SWITCHED_OFF
+        return refusal << CODE_REFUSAL_SHIFT
+
+    def _msr(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.wrmsr(v, exit) if exit.info1 else self.common.rdmsr(v, exit)
+
+    def _read_dr0(self, v: Vcpu, exit: Exit) -> int:
+        """dr_interception for DR0: the destination register, here v.read_data, gets DR0."""
+        mem = self.common.memory
+        mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
+        return self.common.skip_instruction(v, exit)
+
+    def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
+        """svm_handle_exit."""
+        mem = loop.mem
+        if mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 and mem[v.own + L.K_L1_WANTS_EXIT]:
+            mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
+            mem[v.own + L.K_NESTED_EXITS] += 1
+            return code
+        if exit.failed_entry:
+            return code | user_code(KvmExit.FAIL_ENTRY)
+        return loop.generic(v, exit, code)

@@ -1,0 +1,82 @@
+"""VMX: exit reasons, handler tables, the order of checks in vmx_handle_exit.
+
+Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns. Not modelled: PML,
+virtual NMIs, bus locks, retpoline shortcuts (same handlers, reached without an indirect call).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.dispatcher import user_code
+from fastexit.handlers import Handlers, MsrHandlers
+from fastexit.profiles import Profile, Trait
+from fastexit.regs import KvmExit, VmxExit
+
+if TYPE_CHECKING:
+    from fastexit.dispatcher import Dispatcher, Exit
+    from fastexit.machine import Vcpu
+
+# Exits that may happen while an event is being delivered; any other with valid vectoring information is an error.
+_WHILE_VECTORING = frozenset(
+    {
+        VmxExit.EXCEPTION_NMI,
+        VmxExit.EPT_VIOLATION,
+        VmxExit.PML_FULL,
+        VmxExit.APIC_ACCESS,
+        VmxExit.TASK_SWITCH,
+        VmxExit.EPT_MISCONFIG,
+        VmxExit.NOTIFY,
+    }
+)
+
+
+class Vmx:
+    """Intel's side of the dispatcher."""
+
+    wrmsr_reason = int(VmxExit.MSR_WRITE)
+    wrmsr_info1 = 0
+    rdmsr_reason = int(VmxExit.MSR_READ)
+    mmio_reason = int(VmxExit.EPT_MISCONFIG)
+    user_exits = {
+        VmxExit.TRIPLE_FAULT: KvmExit.SHUTDOWN,
+        VmxExit.IO_INSTRUCTION: KvmExit.IO,
+        VmxExit.HLT: KvmExit.HLT,
+        VmxExit.VMCALL: KvmExit.HYPERCALL,
+        VmxExit.EPT_VIOLATION: KvmExit.MMIO,
+        VmxExit.BUS_LOCK: KvmExit.X86_BUS_LOCK,
+    }
+
+    def __init__(self, profile: Profile, common: MsrHandlers) -> None:
+        self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
+        self.fast_run = {self.wrmsr_reason: common.fast_exit}
+        self.fast_irqoff = {self.wrmsr_reason: common.fast_irqoff}
+        self.handlers = Handlers(
+            common.memory,
+            {
+                VmxExit.MSR_WRITE: common.wrmsr,
+                VmxExit.MSR_READ: common.rdmsr,
+                VmxExit.EPT_MISCONFIG: common.apic_page,
+                VmxExit.EXTERNAL_INTERRUPT: common.nothing,
+                VmxExit.INTERRUPT_WINDOW: common.interrupt_window,
+                VmxExit.CPUID: common.skip_instruction,
+            },
+        )
+
+    def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
+        """vmx_handle_exit: each early return happens whether or not the fast path has acted already."""
+        mem = loop.mem
+        if mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 and mem[v.own + L.K_L1_WANTS_EXIT]:
+            # nested_vmx_reflect_vmexit: L1 takes the exit, nothing is skipped.
+            mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
+            mem[v.own + L.K_NESTED_EXITS] += 1
+            return code
+        if exit.invalid_state:
+            return code | user_code(KvmExit.INTERNAL_ERROR)
+        if exit.failed_entry:
+            return code | user_code(KvmExit.FAIL_ENTRY)
+        if exit.info2 & R.VECTORING_INFO_VALID and exit.reason not in _WHILE_VECTORING:
+            return code | user_code(KvmExit.INTERNAL_ERROR)
+        return loop.generic(v, exit, code)
