@@ -42,8 +42,7 @@ _NAMES = {
     "EXIT": "layout",
     "OUTCOME": "layout",
     "MMIO_WRITE": "layout",
-    "profiles": "profiles",
-    "profile": "profiles",
+    "profiles": "profile",
 }
 
 __all__ = [*_NAMES, "warmup"]
@@ -57,7 +56,6 @@ def __getattr__(name: str) -> Any:
         value = import_module("fastexit.kernels._jit").warmup
     else:
         raise AttributeError(f"module 'fastexit' has no attribute {name!r}")
-    # `profiles` names a function and a submodule: the function is the public one and must win, whoever imported first.
     globals()[name] = value
     return value
 

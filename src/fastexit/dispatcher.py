@@ -32,7 +32,7 @@ from fastexit.outcome import (
     Outcome,
     Refusal,
 )
-from fastexit.profiles import Profile, Trait
+from fastexit.profile import Profile, Trait
 
 if TYPE_CHECKING:
     from fastexit.machine import Vcpu

@@ -24,7 +24,7 @@ from fastexit.handlers import Handlers, MsrHandlers
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, GeneralProtection, Outcome
-from fastexit.profiles import PROFILES, profile
+from fastexit.profile import PROFILES, profile
 from fastexit.svm import Svm
 from fastexit.tracepoints import Trace
 from fastexit.vmx import Vmx

@@ -13,7 +13,7 @@ from fastexit import layout as L
 from fastexit.dispatcher import user_code
 from fastexit.handlers import Handlers, MsrHandlers
 from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
-from fastexit.profiles import Profile, Trait
+from fastexit.profile import Profile, Trait
 from fastexit.regs import KvmExit, SvmExit, VmxExit
 
 if TYPE_CHECKING:

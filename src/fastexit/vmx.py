@@ -12,7 +12,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.dispatcher import user_code
 from fastexit.handlers import Handlers, MsrHandlers
-from fastexit.profiles import Profile, Trait
+from fastexit.profile import Profile, Trait
 from fastexit.regs import KvmExit, VmxExit
 
 if TYPE_CHECKING:

@@ -41,6 +41,15 @@ except ImportError:  # a numba that keeps them elsewhere: no cache on disk
 
 JIT: bool = not numba.config.DISABLE_JIT
 
+WORDS = numba.types.uint64[::1] if numba.config.BOUNDSCHECK else numba.types.CPointer(numba.types.uint64)
+"""What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
+an array, which knows its size, where bounds are checked."""
+
+
+def parse(signature: str) -> tuple[tuple, Any]:
+    """Argument types and result of a signature, in which ``words`` is a block of 64-bit words."""
+    return sigutils.normalize_signature(eval(signature, {"words": WORDS, **vars(numba.types)}))
+
 
 class Kernel(NamedTuple):
     """A declared kernel; ``function`` is its numba dispatcher, or the plain function when the JIT is off."""
@@ -55,7 +64,7 @@ ENTRIES: dict[str, Kernel] = {}
 
 
 def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable], Any]:
-    """Declare a kernel: ``@kernel("u8(u8[::1], u8)")``. Nothing is compiled yet; other kernels may call the result.
+    """Declare a kernel: ``@kernel("u8(words, u8)")``. Nothing is compiled yet; other kernels may call the result.
 
     Giving up the GIL and taking it back is most of the cost of a short call from Python: an entry that does one exit
     says ``nogil=False``. Called from another kernel there is no difference.
@@ -115,7 +124,7 @@ _progress: Callable[[str, int, int], None] | None = None
 
 def _interpreted(declared: Kernel) -> Callable[..., Any]:
     """An entry without the JIT: arguments become the declared integers, which wrap in silence as compiled ones do."""
-    args, _ = sigutils.normalize_signature(declared.signature)
+    args, _ = parse(declared.signature)
     types = [getattr(np, str(arg)) for arg in args]
 
     def call(*values: int) -> int | None:
@@ -138,7 +147,8 @@ def _dispatcher(function: Callable, name: str, signature: str, nogil: bool) -> A
             if not dispatcher.overloads:
                 if _progress:
                     _progress(name, sum(bool(k.function.overloads) for k in KERNELS), len(KERNELS))
-                compile_for(signature)
+                args, result = parse(signature)
+                compile_for(result(*args))
                 dispatcher.disable_compile()
         return dispatcher  # not the machine code: a Python caller then goes through numba's type check
 
@@ -154,7 +164,7 @@ _CODE_OPTIONS = "OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGI
 def _source_stamp() -> bytes:
     """Hash of everything a kernel may import: all kernels, and the four modules of plain data below them."""
     here = Path(__file__).parent
-    below = [here.parent / f"{name}.py" for name in ("layout", "outcome", "profiles", "regs")]
+    below = [here.parent / f"{name}.py" for name in ("layout", "outcome", "profile", "regs")]
     digest = hashlib.sha256()
     for source in sorted(here.glob("*.py")) + below:
         text = source.read_bytes()
@@ -225,7 +235,7 @@ def lowers(function: Callable, signature: str) -> Callable[[Callable], Callable]
 
     The emitter takes ``(context, builder, *values)``. Called from Python the function stays what it is.
     """
-    args, result = sigutils.normalize_signature(signature)
+    args, result = parse(signature)
 
     def declare(emit: Callable) -> Callable:
         @type_callable(function)
@@ -263,9 +273,11 @@ def open_words(handle, n):
     return ADDRESSES[int(handle)][: int(n)]
 
 
-@lowers(open_words, "u8[::1](u8, u8)")
+@lowers(open_words, "words(u8, u8)")
 def _open_words(context, builder, handle, n):
-    words = context.make_array(numba.types.uint64[::1])(context, builder)
+    if isinstance(WORDS, numba.types.CPointer):
+        return builder.inttoptr(handle, context.get_value_type(WORDS))
+    words = context.make_array(WORDS)(context, builder)
     itemsize = context.get_constant(numba.types.intp, 8)
     data = builder.inttoptr(handle, words.data.type)
     populate_array(words, data=data, shape=[n], strides=[itemsize], itemsize=itemsize, meminfo=None)

@@ -9,16 +9,16 @@ from . import typed as k
 from ._jit import ctz, kernel, popcount
 from .atomics import fence
 from .lapicreg import reg
-from .shared import hot, own, replace_if
+from .shared import clear_words, hot, own, replace_if
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def slot(m, base, i):
     """vCPU index + 1 in slot i of the map at base, 0 when empty."""
     return (m[base + k.MAP_SLOTS + (i >> k.U(2))] >> ((i & k.U(3)) << k.U(4))) & k.U(0xFFFF)
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def set_slot(m, base, i, value):
     at = base + k.MAP_SLOTS + (i >> k.U(2))
     shift = (i & k.U(3)) << k.U(4)
@@ -26,7 +26,7 @@ def set_slot(m, base, i, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def phys(m, base, apic_id):
     """vCPU index + 1 of a physical id, 0 when there is none; ids above the map's maximum are nobody's."""
     if apic_id > m[base + k.MAP_MAX_ID]:
@@ -34,13 +34,13 @@ def phys(m, base, apic_id):
     return slot(m, base, k.MAP_PHYS_SLOT + apic_id)
 
 
-@kernel("u8(u8[::1])")
+@kernel("u8(words)")
 def mark_dirty(m):
     m[k.H_MAP_DIRTY] = k.ONE
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _enter_physical(m, base, v):
     """kvm_recalculate_phys_map for one vCPU: 1 when the whole map has to go."""
     vcpu_id = m[own(m, v) + k.K_VCPU_ID]
@@ -59,7 +59,7 @@ def _enter_physical(m, base, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _enter_logical(m, base, v):
     """kvm_recalculate_logical_map for one vCPU: votes on the mode, then takes its slot."""
     if m[base + k.MAP_LOGICAL] == k.LOGICAL_DISABLED:
@@ -97,9 +97,9 @@ def _enter_logical(m, base, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def _build(m, base):
-    m[base : base + k.MAP_WORDS] = k.ZERO
+    clear_words(m, base, k.MAP_WORDS)
     n = m[k.H_NVCPUS]
     top = k.XAPIC_BROADCAST
     for i in range(n):
@@ -119,7 +119,7 @@ def _build(m, base):
     return k.ONE
 
 
-@kernel("u8(u8[::1])")
+@kernel("u8(words)")
 def recalculate(m):
     """kvm_recalculate_apic_map: rebuild if something marked the map dirty."""
     if not m[k.H_MAP_DIRTY]:

@@ -12,18 +12,19 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from ._jit import lowers
+from ._jit import WORDS, lowers
 
 X86_64 = llvmlite.binding.get_process_triple().startswith("x86_64")
 if X86_64:
     llvmlite.binding.initialize_native_asmparser()
 
-WORDS = numba.types.uint64[::1]
 ORDER = "seq_cst"
 
 
 def _pointer(context, builder, words, i):
     """Address of word i, which has to lie in the array when bounds are checked."""
+    if isinstance(WORDS, numba.types.CPointer):
+        return builder.gep(words, [i])
     array = context.make_array(WORDS)(context, builder, words)
     check = context.enable_boundscheck
     return cgutils.get_item_pointer(context, builder, WORDS, array, [i], wraparound=False, boundscheck=check)
@@ -36,7 +37,7 @@ def fetch_or(m, i, value):
     return old
 
 
-@lowers(fetch_or, "u8(u8[::1], u8, u8)")
+@lowers(fetch_or, "u8(words, u8, u8)")
 def _fetch_or(context, builder, m, i, value):
     return builder.atomic_rmw("or", _pointer(context, builder, m, i), value, ORDER)
 
@@ -48,7 +49,7 @@ def fetch_and(m, i, value):
     return old
 
 
-@lowers(fetch_and, "u8(u8[::1], u8, u8)")
+@lowers(fetch_and, "u8(words, u8, u8)")
 def _fetch_and(context, builder, m, i, value):
     return builder.atomic_rmw("and", _pointer(context, builder, m, i), value, ORDER)
 
@@ -60,7 +61,7 @@ def fetch_add(m, i, value):
     return old
 
 
-@lowers(fetch_add, "u8(u8[::1], u8, u8)")
+@lowers(fetch_add, "u8(words, u8, u8)")
 def _fetch_add(context, builder, m, i, value):
     return builder.atomic_rmw("add", _pointer(context, builder, m, i), value, ORDER)
 
@@ -72,7 +73,7 @@ def exchange(m, i, value):
     return old
 
 
-@lowers(exchange, "u8(u8[::1], u8, u8)")
+@lowers(exchange, "u8(words, u8, u8)")
 def _exchange(context, builder, m, i, value):
     return builder.atomic_rmw("xchg", _pointer(context, builder, m, i), value, ORDER)
 
@@ -85,7 +86,7 @@ def compare_exchange(m, i, old, new):
     return was
 
 
-@lowers(compare_exchange, "u8(u8[::1], u8, u8, u8)")
+@lowers(compare_exchange, "u8(words, u8, u8, u8)")
 def _compare_exchange(context, builder, m, i, old, new):
     return builder.extract_value(builder.cmpxchg(_pointer(context, builder, m, i), old, new, ORDER, ORDER), 0)
 
@@ -96,7 +97,7 @@ def test_and_set_bit(m, i, bit):
     return (fetch_or(m, i, np.uint64(1) << bit) >> bit) & np.uint64(1)
 
 
-@lowers(test_and_set_bit, "u8(u8[::1], u8, u8)")
+@lowers(test_and_set_bit, "u8(words, u8, u8)")
 def _test_and_set_bit(context, builder, m, i, bit):
     return _bit_operation("bts", builder, _pointer(context, builder, m, i), bit)
 
@@ -107,7 +108,7 @@ def test_and_clear_bit(m, i, bit):
     return (fetch_and(m, i, ~(np.uint64(1) << bit)) >> bit) & np.uint64(1)
 
 
-@lowers(test_and_clear_bit, "u8(u8[::1], u8, u8)")
+@lowers(test_and_clear_bit, "u8(words, u8, u8)")
 def _test_and_clear_bit(context, builder, m, i, bit):
     return _bit_operation("btr", builder, _pointer(context, builder, m, i), bit)
 
@@ -136,7 +137,7 @@ def load_acquire(m, i):
     return m[i]
 
 
-@lowers(load_acquire, "u8(u8[::1], u8)")
+@lowers(load_acquire, "u8(words, u8)")
 def _load_acquire(context, builder, m, i):
     return builder.load_atomic(_pointer(context, builder, m, i), "acquire", 8, typ=ir.IntType(64))
 
@@ -146,7 +147,7 @@ def store_release(m, i, value):
     m[i] = value
 
 
-@lowers(store_release, "void(u8[::1], u8, u8)")
+@lowers(store_release, "void(words, u8, u8)")
 def _store_release(context, builder, m, i, value):
     builder.store_atomic(value, _pointer(context, builder, m, i), "release", 8)
     return context.get_dummy_value()

@@ -17,7 +17,7 @@ from .shared import hot, own
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING = (k.U(i) for i in range(6))
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def operation(m, reason, info):
     """What an exit asks for, or OP_NONE when only the Python dispatcher knows."""
     if m[k.H_HANDLERS]:
@@ -38,7 +38,7 @@ def operation(m, reason, info):
     return OP_NOTHING if reason == k.VMX_EXTERNAL_INTERRUPT else OP_NONE
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def run_to_guest(m, v, forced):
     """Entry half of the loop: BLOCKED when the vCPU has to wait instead, else 0 in guest mode.
 
@@ -64,7 +64,7 @@ def run_to_guest(m, v, forced):
         m[host + k.K_PREEMPT_OFF] = k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def start_run(m, v):
     """From user space into the guest: KVM_RUN up to the first entry."""
     host = own(m, v)
@@ -75,7 +75,7 @@ def start_run(m, v):
     return run_to_guest(m, v, k.ONE)
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def _fast_stage(m, v, op, msr, value):
     """The fast handler of a WRMSR exit, wherever this generation hooks it; a refusal for everything else."""
     if op != OP_WRMSR:
@@ -86,7 +86,7 @@ def _fast_stage(m, v, op, msr, value):
     return fast_wrmsr(m, v, msr, value)
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def _handle_exit(m, v, op, msr, value, info):
     """The generic handlers that are compiled."""
     if op == OP_WRMSR:
@@ -102,7 +102,7 @@ def _handle_exit(m, v, op, msr, value, info):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def leave_guest(m, v):
     """Steps 13-17: mode OUTSIDE, the IRQ window, preemption on, SRCU retaken."""
     host = own(m, v)
@@ -117,7 +117,7 @@ def leave_guest(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def return_to_user(m, v):
     """KVM_RUN returns: SRCU dropped, no longer in the run loop."""
     host = own(m, v)
@@ -126,7 +126,7 @@ def return_to_user(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def one_exit(m, v, op, reason, msr, value, info):
     """One exit from VM exit to the next entry, block or return to user space: its outcome code."""
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
@@ -166,7 +166,7 @@ def one_exit(m, v, op, reason, msr, value, info):
     return code
 
 
-@kernel("u8(u8[::1], u8[::1], u8)")
+@kernel("u8(words, words, u8)")
 def first_bad(m, exits, n):
     """Index of the first exit that names a vCPU or an access outside the machine, or n."""
     for i in range(n):
@@ -182,7 +182,7 @@ def first_bad(m, exits, n):
     return n
 
 
-@kernel("u8(u8[::1], u8[::1], u8[::1], u8, u8)")
+@kernel("u8(words, words, words, u8, u8)")
 def run(m, exits, outcomes, first, n):
     """Exits first..n-1; the index of the first one that needs the Python dispatcher, or n.
 

@@ -1,7 +1,7 @@
 """What Python may call: every function here takes the machine's address and integers, and returns one integer.
 
 An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels below
-work on the array.
+work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it up.
 """
 
 from . import batch, irq, lapic, msr, runloop, shared, vcpu
@@ -15,7 +15,7 @@ NOT_IN_GUEST = k.U((1 << 64) - 2)
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
 def fast_exit(handle, v, reason, msr_index, value):
     """A WRMSR exit in the vendor's run function: fast handler and re-entry. NOT_IN_GUEST when the vCPU has to enter
     first."""
@@ -36,7 +36,7 @@ def fast_exit(handle, v, reason, msr_index, value):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
 def fast_irqoff(handle, v, msr_index, value):
     """The fast handler alone, as handle_exit_irqoff of the first generations called it."""
     m = open_words(handle, k.WORDS)
@@ -44,28 +44,28 @@ def fast_irqoff(handle, v, msr_index, value):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
 def emulate_wrmsr(handle, v, msr_index, value):
     m = open_words(handle, k.WORDS)
     return msr.emulate_wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8)")
+@kernel("u8(u8, u8, u8)", nogil=False)
 def emulate_rdmsr(handle, v, msr_index):
     m = open_words(handle, k.WORDS)
     return msr.emulate_rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8)")
+@kernel("u8(u8, u8, u8)", nogil=False)
 def skip(handle, v, length):
     m = open_words(handle, k.WORDS)
     return msr.skip(m, v, length) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
 def set_msr(handle, v, msr_index, value):
     """KVM_SET_MSRS of one MSR."""
     m = open_words(handle, k.WORDS)
@@ -73,7 +73,7 @@ def set_msr(handle, v, msr_index, value):
 
 
 @entry
-@kernel("u8(u8, u8, u8)")
+@kernel("u8(u8, u8, u8)", nogil=False)
 def get_msr(handle, v, msr_index):
     """KVM_GET_MSRS of one MSR."""
     m = open_words(handle, k.WORDS)
@@ -81,112 +81,112 @@ def get_msr(handle, v, msr_index):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
 def mmio_write(handle, v, offset, length, value):
     m = open_words(handle, k.WORDS)
     return lapic.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
 def mmio_read(handle, v, offset, length):
     m = open_words(handle, k.WORDS)
     return lapic.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8)")
+@kernel("u8(u8, u8, u8)", nogil=False)
 def make_request(handle, v, request):
     m = open_words(handle, k.WORDS)
     return shared.make_request(m, v, request) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def get_state(handle, v):
     m = open_words(handle, k.WORDS)
     return lapic.get_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def set_state(handle, v):
     m = open_words(handle, k.WORDS)
     return lapic.set_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def pending(handle, v):
     m = open_words(handle, k.WORDS)
     return irq.has_interrupt(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def ack(handle, v):
     m = open_words(handle, k.WORDS)
     return irq.ack(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def eoi(handle, v):
     m = open_words(handle, k.WORDS)
     return irq.eoi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def accept_events(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.accept_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def process_nmi(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.process_nmi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def service_requests(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.service_requests(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def inject_events(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.inject_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def enter(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.enter(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def trace_entry(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.trace_entry(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
 def trace_exit(handle, v, reason, info1):
     m = open_words(handle, k.WORDS)
     return runloop.trace_exit(m, v, reason, info1) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
-@kernel("u8(u8, u8)")
+@kernel("u8(u8, u8)", nogil=False)
 def create_vcpu(handle, vcpu_id):
     """Index of the new vCPU; NO_VCPU when the machine is full or the id does not fit its map."""
     m = open_words(handle, k.WORDS)
@@ -196,7 +196,7 @@ def create_vcpu(handle, vcpu_id):
 
 
 @entry
-@kernel("u8(u8, u8, u8)")
+@kernel("u8(u8, u8, u8)", nogil=False)
 def signal_msi(handle, address, data):
     return vcpu.signal_msi(open_words(handle, k.WORDS), address, data)
 

@@ -38,7 +38,7 @@ def why_not_icr(traits, icr):
     return k.RF_NONE
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def why_unresolved(m, v, icr):
     """Which of the resolver's conditions failed, told after the fact."""
     if icr & k.ICR_SHORTHAND:
@@ -51,7 +51,7 @@ def why_unresolved(m, v, icr):
     return k.RF_BROADCAST
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _icr_two_halves(m, v, icr):
     """Seed to 5.8: ICR and ICR2 are two registers. The seed and 5.6 store ICR2 in silence and write ICR like any
     register; from 5.7 on the IPI leaves first and the write is traced last, high half left out."""
@@ -73,7 +73,7 @@ def _icr_two_halves(m, v, icr):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def x2apic_icr(m, v, icr):
     """The x2APIC ICR write, early: delivery code with CODE_FAST, or a refusal.
 
@@ -109,7 +109,7 @@ def x2apic_icr(m, v, icr):
     return code | k.CODE_FAST
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def tsc_deadline(m, v, value):
     """handle_fastpath_set_tscdeadline: from 5.8 where the preemption timer serves it, in 6.18 always."""
     traits = m[k.H_TRAITS]
@@ -121,7 +121,7 @@ def tsc_deadline(m, v, value):
     return refuse(k.RF_MSR)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def guards(m, v):
     """What every MSR's fast handler asks before it looks at the MSR; RF_NONE when nothing stands in the way."""
     config = m[k.H_CONFIG]
@@ -135,7 +135,7 @@ def guards(m, v):
     return k.RF_NONE
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def wrmsr(m, v, msr, value):
     """handle_fastpath_wrmsr: outcome code with its completion, or a refusal with COMPLETION_NONE."""
     refusal = guards(m, v)
@@ -169,7 +169,7 @@ def wrmsr(m, v, msr, value):
     return code | completion
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def exit_requested(m, v):
     """kvm_vcpu_exit_request: a kick or a request that came while the guest ran."""
     row = hot(m, v)
@@ -178,7 +178,7 @@ def exit_requested(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def reenter(m, v, code):
     """The loop's tail after a fast REENTER_GUEST: sync PIR, then run again or, if an exit is requested, leave."""
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:

@@ -33,7 +33,7 @@ def delivery_mode(icr):
     return (icr & k.ICR_DM) >> k.ICR_DM_SHIFT
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def destination(m, v, icr):
     """Destination field by the sender's mode: 32 bits in x2APIC mode, else bits 63:56 of (ICR2 << 32)."""
     dest = icr >> k.ICR_DEST_SHIFT
@@ -42,7 +42,7 @@ def destination(m, v, icr):
     return dest >> k.XAPIC_DEST_SHIFT
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _deliver_vmx(m, v, vector, me):
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         return post(m, v, vector, me)
@@ -51,7 +51,7 @@ def _deliver_vmx(m, v, vector, me):
     return kick(m, v, me)
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _deliver_svm(m, v, vector, me):
     """IRR first, then mode: VMRUN re-evaluates the vIRR, so a target that is just entering sees the bit."""
     set_irr(m, v, vector)
@@ -63,7 +63,7 @@ def _deliver_svm(m, v, vector, me):
     return wake(m, v)
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _accept_fixed(m, v, icr, me):
     trigger = icr & k.ICR_TRIGGER
     if trigger and not icr & k.ICR_LEVEL:
@@ -89,13 +89,13 @@ def _accept_fixed(m, v, icr, me):
     return effects | ACCEPT
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def _signal(m, v, request, me, code):
     make_request(m, v, request)
     return code | kick(m, v, me)
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _accept_other(m, v, icr, me):
     """All delivery modes that do not go through IRR; they ignore software-disable."""
     mode = delivery_mode(icr)
@@ -122,7 +122,7 @@ def _accept_other(m, v, icr, me):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def accept(m, v, icr, me):
     """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
@@ -143,7 +143,7 @@ def lowest_priority(icr, hint):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def is_broadcast(m, base, src, dest):
     """kvm_apic_is_broadcast_dest, for physical and logical destinations alike."""
     if m[k.H_API] & k.X2API_NO_BROADCAST_QUIRK:
@@ -170,7 +170,7 @@ def nth_bit(bits, n):
         position = position + k.ONE
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _lowest_by_prio(m, base, first, bits):
     """Vector hashing off: vCPU index + 1 of the smallest arb_prio among the filled slots, the first wins a tie."""
     best = k.ZERO
@@ -185,7 +185,7 @@ def _lowest_by_prio(m, base, first, bits):
     return best
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def _logical_fast(m, base, icr, dest, hint, me):
     """kvm_apic_map_get_dest_lapic for logical destinations."""
     mode = m[base + k.MAP_LOGICAL]
@@ -227,7 +227,7 @@ def _logical_fast(m, base, icr, dest, hint, me):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver_fast(m, src, icr, dest, hint, me):
     """kvm_irq_delivery_to_apic_fast: delivery code, or UNRESOLVED when only the slow scan can tell."""
     shorthand = icr & k.ICR_SHORTHAND
@@ -246,7 +246,7 @@ def deliver_fast(m, src, icr, dest, hint, me):
     return accept(m, target - k.ONE, icr, me)
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def matches(m, v, src, icr, dest):
     """kvm_apic_match_dest: decoding went by the sender's mode, matching goes by the target's."""
     shorthand = (icr & k.ICR_SHORTHAND) >> k.ICR_SHORTHAND_SHIFT
@@ -281,7 +281,7 @@ def matches(m, v, src, icr, dest):
     return k.ONE if hit else k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _is_candidate(m, v, src, icr_dest):
     """A present, software-enabled APIC that matches; icr_dest is icr | dest << 32."""
     flags = m[hot(m, v) + k.HOT_FLAGS]
@@ -290,7 +290,7 @@ def _is_candidate(m, v, src, icr_dest):
     return matches(m, v, src, icr_dest & k.LOW32, icr_dest >> k.U(32))
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def _slow_lowest(m, src, icr, dest, me):
     """Lowest priority over all vCPUs: the (vector mod n)-th candidate, or the smallest arb_prio without hashing."""
     n = m[k.H_NVCPUS]
@@ -317,7 +317,7 @@ def _slow_lowest(m, src, icr, dest, me):
     return accept(m, best, icr, me)
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver_slow(m, src, icr, dest, hint, me):
     """The scan of kvm_irq_delivery_to_apic: every vCPU in creation order; NOBODY when none matches."""
     if lowest_priority(icr, hint):
@@ -333,7 +333,7 @@ def deliver_slow(m, src, icr, dest, hint, me):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def rewrite_lowest(m, icr, dest, hint):
     """Lowest priority, or any mode with the redirection hint, to physical 0xFF is delivered as Fixed."""
     if not icr & k.ICR_LOGICAL and dest == k.XAPIC_BROADCAST and lowest_priority(icr, hint):
@@ -341,7 +341,7 @@ def rewrite_lowest(m, icr, dest, hint):
     return icr
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver(m, src, icr, dest, hint, me):
     """kvm_irq_delivery_to_apic: the map if it can, else the scan."""
     if m[k.H_TRAITS] & k.T_LOWEST_REWRITE_FIRST:
@@ -352,7 +352,7 @@ def deliver(m, src, icr, dest, hint, me):
     return deliver_slow(m, src, rewrite_lowest(m, icr, dest, hint), dest, hint, me)
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def send(m, v, icr):
     """kvm_apic_send_ipi for the 64-bit ICR value (ICR2 << 32 | ICR in xAPIC mode): traces, then delivers."""
     dest = destination(m, v, icr)

@@ -13,12 +13,12 @@ from .pid import highest, highest_irr, sync_pir_to_irr
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, vec
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def apicv_active(m, v):
     return m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def highest_isr(m, v):
     """apic_find_highest_isr: vector or NONE, by count and cache before any scan."""
     row = own(m, v)
@@ -29,7 +29,7 @@ def highest_isr(m, v):
     return highest(m, vec(m, v) + k.VEC_ISR)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def compute_ppr(m, v):
     """__apic_update_ppr: store PPR when it changed; 1 when it went down."""
     tpr = reg(m, v, k.APIC_TASKPRI)
@@ -46,7 +46,7 @@ def compute_ppr(m, v):
     return k.ONE if ppr < old else k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def deliverable(m, v):
     """apic_has_interrupt_for_ppr with the stored PPR: vector or NONE."""
     if apicv_active(m, v):
@@ -58,7 +58,7 @@ def deliverable(m, v):
     return irr
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def update_ppr(m, v):
     """apic_update_ppr: a PPR that went down may let an interrupt through, which asks for an EVENT."""
     if compute_ppr(m, v) and deliverable(m, v) != k.NONE:
@@ -66,7 +66,7 @@ def update_ppr(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def has_interrupt(m, v):
     """kvm_apic_has_interrupt: the vector that would be injected now, or NONE."""
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_SW:
@@ -75,7 +75,7 @@ def has_interrupt(m, v):
     return deliverable(m, v)
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def set_irr(m, v, vector):
     """kvm_lapic_set_irr. The bit goes first: clear_irr may have scanned just before and store irr_pending = false."""
     or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
@@ -83,7 +83,7 @@ def set_irr(m, v, vector):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def clear_irr(m, v, vector):
     """apic_clear_irr."""
     row = own(m, v)
@@ -101,7 +101,7 @@ def clear_irr(m, v, vector):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def set_isr(m, v, vector):
     """apic_set_isr: assumes that an injected vector is the highest in service, as the cache does in KVM."""
     i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
@@ -118,7 +118,7 @@ def set_isr(m, v, vector):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def clear_isr(m, v, vector):
     """apic_clear_isr."""
     i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
@@ -137,7 +137,7 @@ def clear_isr(m, v, vector):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def recount(m, v):
     """kvm_apic_update_apicv: isr_count, cache and irr_pending from scratch."""
     row = own(m, v)
@@ -158,7 +158,7 @@ def recount(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def ack(m, v):
     """kvm_apic_has_interrupt and kvm_apic_ack_interrupt: IRR to ISR; the vector, or NONE when none is deliverable."""
     vector = has_interrupt(m, v)
@@ -170,7 +170,7 @@ def ack(m, v):
     return vector
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def eoi(m, v):
     """apic_set_eoi: the vector that left service, or NONE; with nothing in service only the trace line appears."""
     vector = highest_isr(m, v)

@@ -26,15 +26,15 @@ from .lapicreg import (
 )
 from .pid import clear as clear_pid
 from .pid import sync_pir_to_irr
-from .shared import emit, hot, make_request, own, vec
+from .shared import copy_words, emit, hot, make_request, own, vec
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def in_x2apic_mode(m, v):
     return m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _set_flag(m, v, flag, on):
     i = hot(m, v) + k.HOT_FLAGS
     m[i] = m[i] | flag if on else m[i] & ~flag
@@ -44,7 +44,7 @@ def _set_flag(m, v, flag, on):
 # ------------------------------------------------------------------------------------------------------ SVR and LVTs
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def set_spiv(m, v, value):
     """apic_set_spiv: a change of the enable bit makes the map dirty."""
     set_reg(m, v, k.APIC_SPIV, value)
@@ -56,7 +56,7 @@ def set_spiv(m, v, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1])")
+@kernel("u8(words)")
 def timer_mode_mask(m):
     """LVTT's writable mode bits: TSC deadline only if the guest's CPUID has it."""
     mask = k.LVT_TIMER_PERIODIC
@@ -65,7 +65,7 @@ def timer_mode_mask(m):
     return mask
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def update_lvtt(m, v):
     """apic_update_lvtt: entering or leaving deadline mode forgets count and deadline."""
     row = own(m, v)
@@ -81,7 +81,7 @@ def update_lvtt(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1])")
+@kernel("u8(words)")
 def lvt_count(m):
     """Number of LVT entries: CMCI is the seventh."""
     return k.U(7) if m[k.H_CONFIG] & k.CONFIG_CMCI else k.U(6)
@@ -95,7 +95,7 @@ def lvt_offset(i):
     return k.APIC_LVTT + (i << k.U(4))
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def _watch_lint0(m, v):
     """apic_manage_nmi_watchdog looks at the value before it is masked; the caller stores that value first."""
     raw = reg(m, v, k.APIC_LVT0)
@@ -104,7 +104,7 @@ def _watch_lint0(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def _write_lvt(m, v, offset, value, writable):
     if offset == k.APIC_LVT0:
         set_reg(m, v, offset, value)
@@ -115,7 +115,7 @@ def _write_lvt(m, v, offset, value, writable):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _write_svr(m, v, value):
     writable = k.SVR_WRITABLE
     if reg(m, v, k.APIC_LVR) & k.LVR_DIRECTED_EOI:
@@ -134,7 +134,7 @@ def _write_svr(m, v, value):
 # ------------------------------------------------------------------------------------------------------ register writes
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _write_icr(m, v, value):
     """ICR low through the register path: xAPIC, and x2APIC of kernels that store it in two halves.
 
@@ -146,7 +146,7 @@ def _write_icr(m, v, value):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _write_self_ipi(m, v, value):
     if m[k.H_TRAITS] & k.T_SELF_IPI_WRITES_ICR:
         low = (k.SH_SELF << k.ICR_SHORTHAND_SHIFT) | (value & k.ICR_VECTOR)
@@ -158,7 +158,7 @@ def _write_self_ipi(m, v, value):
     return send(m, v, (k.SH_SELF << k.ICR_SHORTHAND_SHIFT) | value)
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _write_xapic_only(m, v, offset, value):
     """ID, LDR, DFR, ICR2: registers that x2APIC mode does not let a guest write."""
     if in_x2apic_mode(m, v):
@@ -173,7 +173,7 @@ def _write_xapic_only(m, v, offset, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _write_lvt_or_fail(m, v, offset, value):
     if offset == k.APIC_LVTT:
         _write_lvt(m, v, offset, value, k.LVT_WRITABLE_TIMER | timer_mode_mask(m))
@@ -189,7 +189,7 @@ def _write_lvt_or_fail(m, v, offset, value):
     return k.CODE_GP
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _write_timer(m, v, offset, value):
     row = own(m, v)
     if offset == k.APIC_TDCR:
@@ -200,7 +200,7 @@ def _write_timer(m, v, offset, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def reg_write(m, v, offset, value):
     """kvm_lapic_reg_write of a 32-bit value at a 16-byte aligned offset; the trace line precedes any failure."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
@@ -230,7 +230,7 @@ def reg_write(m, v, offset, value):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def x2apic_icr_write(m, v, value):
     """Generic x2APIC ICR write: kvm_x2apic_icr_write, or the two register writes of kernels before 6.0."""
     traits = m[k.H_TRAITS]
@@ -249,7 +249,7 @@ def x2apic_icr_write(m, v, value):
     return code
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def x2apic_msr_write(m, v, msr, value):
     """kvm_x2apic_msr_write for an MSR in 0x800-0x8FF."""
     if not in_x2apic_mode(m, v):
@@ -269,7 +269,7 @@ def x2apic_msr_write(m, v, msr, value):
 # ------------------------------------------------------------------------------------------------------- register reads
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def readable(m, v, offset):
     """kvm_lapic_readable_reg_mask: 1 when the register at an aligned offset can be read in the vCPU's mode."""
     if offset >= k.APIC_ISR and offset < k.APIC_ESR:
@@ -289,7 +289,7 @@ def readable(m, v, offset):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def reg_read(m, v, offset):
     """__apic_read plus its trace line, for a readable register."""
     if offset == k.APIC_PROCPRI:
@@ -306,7 +306,7 @@ def reg_read(m, v, offset):
     return value
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def x2apic_msr_read(m, v, msr):
     """kvm_x2apic_msr_read: value in K_MSR_DATA; CODE_GP when it faults."""
     out = own(m, v) + k.K_MSR_DATA
@@ -326,13 +326,13 @@ def x2apic_msr_read(m, v, msr):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def mmio_claimed(m, v):
     """apic_mmio_in_range's second half: hardware-enabled and in xAPIC mode."""
     return k.ONE if m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_HW | k.FLAG_X2APIC) == k.FLAG_HW else k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def mmio_write(m, v, offset, length, value):
     """apic_mmio_write: only aligned dwords count, the rest vanishes without a fault."""
     if not mmio_claimed(m, v) or length != k.U(4) or offset & k.U(0xF):
@@ -340,7 +340,7 @@ def mmio_write(m, v, offset, length, value):
     return reg_write(m, v, offset & k.U(0xFF0), value & k.LOW32) & k.CODE_DELIVERY
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, offset, length):
     """apic_mmio_read: value in K_MSR_DATA; CODE_GP where KVM leaves the destination as it was."""
     out = own(m, v) + k.K_MSR_DATA
@@ -360,13 +360,13 @@ def mmio_read(m, v, offset, length):
 # ------------------------------------------------------------------------------------------------- APICBASE, reset, state
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def _set_xapic_id(m, v):
     set_reg(m, v, k.APIC_ID, (m[own(m, v) + k.K_VCPU_ID] & k.U(0xFF)) << k.U(24))
     return mark_dirty(m)
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _store_base(m, v, value):
     """__kvm_apic_set_base: what the change of EN and EXTD does to ID and LDR."""
     row = own(m, v)
@@ -389,7 +389,7 @@ def _store_base(m, v, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def set_base(m, v, value, host):
     """kvm_apic_set_base: CODE_GP when the value or, for a guest, the transition is not allowed.
 
@@ -413,7 +413,7 @@ def set_base(m, v, value, host):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def reset(m, v, init):
     """kvm_lapic_reset: RESET (vCPU creation) or, with init, the INIT flavour that keeps mode, ID and x2APIC LDR."""
     row = own(m, v)
@@ -458,13 +458,13 @@ def reset(m, v, init):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def get_state(m, v):
     """kvm_apic_get_state: the page into H_STAGE. PIR is synced first; PPR is not recomputed."""
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         sync_pir_to_irr(m, v)
     page = k.PAGE + v * k.PAGE_STRIDE
-    m[k.H_STAGE : k.H_STAGE + k.PAGE_STRIDE] = m[page : page + k.PAGE_STRIDE]
+    copy_words(m, k.H_STAGE, page, k.PAGE_STRIDE)
     offset = k.APIC_ISR
     while offset < k.APIC_ESR:
         at = k.H_STAGE + (offset >> k.U(3))
@@ -483,7 +483,7 @@ def get_state(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def _fix_up_stage(m, v):
     """kvm_apic_state_fixup for a set: ID, LDR and ICR of a page that is meant for x2APIC mode; CODE_GP for EINVAL."""
     row = own(m, v)
@@ -500,7 +500,7 @@ def _fix_up_stage(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def _store_vectors(m, v, offset, base):
     """Eight staged dwords into a 256-bit set at word index base."""
     for i in range(4):
@@ -509,7 +509,7 @@ def _store_vectors(m, v, offset, base):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def set_state(m, v):
     """kvm_apic_set_state of the page in H_STAGE: CODE_GP for EINVAL, and even then SVR has been applied.
 
@@ -522,7 +522,7 @@ def set_state(m, v):
         recalculate(m)
         return k.CODE_GP
     page = k.PAGE + v * k.PAGE_STRIDE
-    m[page : page + k.PAGE_STRIDE] = m[k.H_STAGE : k.H_STAGE + k.PAGE_STRIDE]
+    copy_words(m, page, k.H_STAGE, k.PAGE_STRIDE)
     _store_vectors(m, v, k.APIC_ISR, vec(m, v) + k.VEC_ISR)
     _store_vectors(m, v, k.APIC_TMR, hot(m, v) + k.HOT_TMR)
     _store_vectors(m, v, k.APIC_IRR, vec(m, v) + k.VEC_IRR)

@@ -10,19 +10,19 @@ from ._jit import kernel
 from .shared import hot, own, vec
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def word(m, v, offset):
     """Word index of the register at a 16-byte aligned page offset."""
     return k.PAGE + v * k.PAGE_STRIDE + (offset >> k.U(3))
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def reg(m, v, offset):
     """kvm_lapic_get_reg."""
     return m[word(m, v, offset)] & k.LOW32
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def set_reg(m, v, offset, value):
     """kvm_lapic_set_reg: the dword at 4 above the slot's start keeps its value."""
     i = word(m, v, offset)
@@ -30,7 +30,7 @@ def set_reg(m, v, offset, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1])")
+@kernel("u8(words)")
 def icr_is_split(m):
     """Whether the x2APIC ICR is stored as 0x300 and 0x310 instead of as one u64 at 0x300."""
     traits = m[k.H_TRAITS]
@@ -41,7 +41,7 @@ def icr_is_split(m):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def x2apic_icr(m, v):
     """The 64-bit x2APIC ICR as a read returns it."""
     if icr_is_split(m):
@@ -49,7 +49,7 @@ def x2apic_icr(m, v):
     return m[word(m, v, k.APIC_ICR)]
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def set_x2apic_icr(m, v, value):
     if icr_is_split(m):
         set_reg(m, v, k.APIC_ICR, value)
@@ -59,7 +59,7 @@ def set_x2apic_icr(m, v, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def vector_slot(m, v, offset):
     """The dword of ISR (0x100-0x170), TMR (0x180-0x1F0) or IRR (0x200-0x270) at this offset."""
     if offset < k.APIC_TMR:
@@ -72,7 +72,7 @@ def vector_slot(m, v, offset):
     return (m[base + (i >> k.ONE)] >> ((i & k.ONE) << k.U(5))) & k.LOW32
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def version(m, v):
     """kvm_apic_set_version's value: directed EOI is advertised on a split irqchip unless user space forbade it."""
     config = m[k.H_CONFIG]
@@ -83,7 +83,7 @@ def version(m, v):
     return value
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def x2apic_ldr(m, v):
     """The logical id that hardware derives from the x2APIC id (SDM 10.12.10.2)."""
     vcpu_id = m[own(m, v) + k.K_VCPU_ID]

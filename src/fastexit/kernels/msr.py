@@ -11,7 +11,7 @@ from .lapic import set_base, x2apic_msr_read, x2apic_msr_write
 from .shared import emit, hot, make_request, own
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def _deadline_usable(m, v):
     """kvm_set/get_lapic_tscdeadline_msr act only on an enabled APIC in deadline mode."""
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and m[own(m, v) + k.K_TIMER_MODE] == k.TIMER_DEADLINE:
@@ -19,7 +19,7 @@ def _deadline_usable(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def set_tsc_deadline(m, v, value):
     """A write outside deadline mode is dropped in silence."""
     if _deadline_usable(m, v):
@@ -28,7 +28,7 @@ def set_tsc_deadline(m, v, value):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8)")
 def set_msr(m, v, msr, value, host):
     """kvm_set_msr_common: delivery code, with CODE_GP where the write faults (for the host: the ioctl stops there)."""
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
@@ -40,7 +40,7 @@ def set_msr(m, v, msr, value, host):
     return k.CODE_GP
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def get_msr(m, v, msr):
     """kvm_get_msr_common: value in K_MSR_DATA (0 when it faults), CODE_GP when it faults."""
     out = own(m, v) + k.K_MSR_DATA
@@ -57,7 +57,7 @@ def get_msr(m, v, msr):
     return k.CODE_GP
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def skip(m, v, length):
     """kvm_skip_emulated_instruction: 0, or the USER code KVM_EXIT_DEBUG when user space single-steps the guest.
 
@@ -76,7 +76,7 @@ def skip(m, v, length):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def inject_gp(m, v):
     """kvm_inject_gp: #GP(0) waits for the next entry; RIP stays."""
     m[own(m, v) + k.K_EXCEPTION] = k.U(14)
@@ -84,7 +84,7 @@ def inject_gp(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def emulate_wrmsr(m, v, msr, value):
     """kvm_emulate_wrmsr by the guest: outcome code (delivery, fault, and USER when the skip asks for it)."""
     code = set_msr(m, v, msr, value, k.ZERO)
@@ -96,7 +96,7 @@ def emulate_wrmsr(m, v, msr, value):
     return code | skip(m, v, k.INSN_LEN_WRMSR)
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def emulate_rdmsr(m, v, msr):
     """kvm_emulate_rdmsr: value in K_MSR_DATA."""
     code = get_msr(m, v, msr)

@@ -16,7 +16,7 @@ from .atomics import fence, load_acquire
 from .shared import clear_word_bits, hot, kick, make_request, or_word, own, take, test_and_set, vec, wake
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def post(m, target, vector, me):
     """vmx_deliver_posted_interrupt: Effect code of what the host has to do. ``me`` is the vCPU that runs here, or NONE.
 
@@ -40,7 +40,7 @@ def post(m, target, vector, me):
     return wake(m, target)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def clear(m, v):
     """apicv_pre_state_restore / reset: ON and PIR emptied."""
     pid = hot(m, v)
@@ -50,7 +50,7 @@ def clear(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def highest(m, base):
     """Highest vector of the 256-bit set at word index base, or NONE."""
     for i in range(4):
@@ -61,7 +61,7 @@ def highest(m, base):
     return k.NONE
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def highest_irr(m, v):
     """apic_find_highest_irr: NONE without a look when irr_pending says that IRR is empty."""
     if not m[own(m, v) + k.K_IRR_PENDING]:
@@ -69,7 +69,7 @@ def highest_irr(m, v):
     return highest(m, vec(m, v) + k.VEC_IRR)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def sync_pir_to_irr(m, v):
     """sync_pir_to_irr: harvest PIR, update RVI; the highest pending vector, or NONE."""
     if m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_CONFIG] & k.CONFIG_APICV:

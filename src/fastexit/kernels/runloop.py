@@ -22,7 +22,7 @@ INTR_DELIVER_ERROR_CODE = k.U(1 << 11)
 VECTOR_DB, VECTOR_NMI = k.U(1), k.U(2)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def process_nmi(m, v):
     """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked."""
     row = own(m, v)
@@ -31,7 +31,7 @@ def process_nmi(m, v):
     return make_request(m, v, k.REQ_EVENT)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def service_requests(m, v):
     """vcpu_enter_guest step 2: every request but EVENT, which the next step tests itself."""
     requests = clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, ~k.REQ_EVENT)
@@ -42,7 +42,7 @@ def service_requests(m, v):
     return requests
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def reset_vcpu_init(m, v):
     """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, all queued events gone, RIP at the reset vector."""
     row = own(m, v)
@@ -61,7 +61,7 @@ def reset_vcpu_init(m, v):
     return take(m, row + k.K_NMI_QUEUED)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def accept_events(m, v):
     """kvm_apic_accept_events: a pending INIT first, then a pending SIPI; each is consumed.
 
@@ -85,7 +85,7 @@ def accept_events(m, v):
     return events
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def _inject_interrupt(m, v, can_inject):
     """External interrupts without APICv: IRR to ISR when the guest takes one now, else ask for an IRQ window."""
     row = own(m, v)
@@ -103,7 +103,7 @@ def _inject_interrupt(m, v, can_inject):
     return k.ONE
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def inject_events(m, v):
     """vcpu_enter_guest step 3 under an EVENT request: INIT/SIPI, then exception, NMI, interrupt. BLOCKED: wait for SIPI.
 
@@ -134,7 +134,7 @@ def inject_events(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def enter(m, v):
     """Steps 6-9: ENTERED, or 0 when a request or kick came in between and the entry was cancelled.
 
@@ -157,7 +157,7 @@ def enter(m, v):
     return ENTERED
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def trace_entry(m, v):
     """kvm_entry, with the event that the entry injects."""
     row = own(m, v)
@@ -168,7 +168,7 @@ def trace_entry(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def trace_exit(m, v, reason, info1):
     """kvm_exit; intr_info and info2 are 0 for the exits that the model raises by itself."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:

@@ -9,7 +9,7 @@ from ._jit import kernel
 from .atomics import compare_exchange, exchange, fetch_add, fetch_and, fetch_or, test_and_set_bit
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def test_and_set(m, i, bit):
     """Set bit 0..63 of word i; 1 when it was set already."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -19,7 +19,7 @@ def test_and_set(m, i, bit):
     return (old >> bit) & k.ONE
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def or_word(m, i, value):
     """OR value into word i; the old word."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -29,7 +29,7 @@ def or_word(m, i, value):
     return old
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def clear_word_bits(m, i, value):
     """Clear the bits of value in word i; the old word."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -39,7 +39,7 @@ def clear_word_bits(m, i, value):
     return old
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def take(m, i):
     """Exchange word i with 0; the old word."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -49,7 +49,7 @@ def take(m, i):
     return old
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def increment(m, i):
     """Add 1 to word i; the old word."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -59,7 +59,7 @@ def increment(m, i):
     return old
 
 
-@kernel("u8(u8[::1], u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)")
 def replace_if(m, i, old, new):
     """Word i becomes new if it is old; the word that was there."""
     if m[k.H_CONFIG] & k.CONFIG_THREADS:
@@ -70,31 +70,47 @@ def replace_if(m, i, old, new):
     return was
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8, u8)")
+def clear_words(m, first, n):
+    """Zero n words that no other thread touches."""
+    for i in range(n):
+        m[first + k.U(i)] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def copy_words(m, target, source, n):
+    """Copy n words that no other thread touches."""
+    for i in range(n):
+        m[target + k.U(i)] = m[source + k.U(i)]
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
 def hot(m, v):
     """First word of a vCPU's hot row: its posted-interrupt descriptor, then HOT_*."""
     return k.HOT + v * k.HOT_STRIDE
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def vec(m, v):
     """First word of a vCPU's IRR and ISR."""
     return k.VEC + v * k.VEC_STRIDE
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def own(m, v):
     """First word of KVM's own words of a vCPU."""
     return k.KVM + v * k.KVM_STRIDE
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def make_request(m, v, request):
     """kvm_make_request."""
     return or_word(m, hot(m, v) + k.HOT_REQUESTS, request)
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def wake(m, v):
     """kvm_vcpu_wake_up: Effect code WAKE if the vCPU's thread slept, else 0."""
     if take(m, hot(m, v) + k.HOT_BLOCKED):
@@ -102,7 +118,7 @@ def wake(m, v):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def kick(m, v, me):
     """kvm_vcpu_kick (facts of mode: docs/model.md): make the target leave the guest. Effect code of what was needed.
 
@@ -122,7 +138,7 @@ def kick(m, v, me):
     return k.ZERO
 
 
-@kernel("u8(u8[::1], u8, u8, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8, u8, u8)")
 def emit(m, event, v, a, b, c):
     """Append one record to the trace ring; past its end it only counts. Call only under CONFIG_TRACE."""
     n = increment(m, k.H_TRACE_HEAD)

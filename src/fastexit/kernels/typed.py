@@ -7,7 +7,7 @@ compiled code; the kernel cache notices an edit in any of the four files.
 
 import numpy as np
 
-from fastexit import layout, outcome, profiles, regs
+from fastexit import layout, outcome, profile, regs
 
 U = np.uint64
 
@@ -21,7 +21,7 @@ def _typed(namespace: dict) -> dict:
 
 
 globals().update(_typed(vars(regs)) | _typed(vars(layout)) | _typed(vars(outcome)))
-globals().update({f"T_{trait.name}": U(trait.value) for trait in profiles.Trait})
+globals().update({f"T_{trait.name}": U(trait.value) for trait in profile.Trait})
 globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.Refusal})
 globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
 globals().update({f"VMX_{reason.name}": U(reason.value) for reason in regs.VmxExit})

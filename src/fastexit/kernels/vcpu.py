@@ -10,7 +10,7 @@ from .lapic import reset
 from .shared import emit, hot, own
 
 
-@kernel("u8(u8[::1], u8)")
+@kernel("u8(words, u8)")
 def create(m, vcpu_id):
     """A new vCPU after the existing ones: its index.
 
@@ -33,7 +33,7 @@ def create(m, vcpu_id):
     return v
 
 
-@kernel("u8(u8[::1], u8, u8)")
+@kernel("u8(words, u8, u8)")
 def signal_msi(m, address, data):
     """kvm_set_msi for KVM_SIGNAL_MSI: delivery code, or CODE_GP where the ioctl says EINVAL.
 
