@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 NOT_IN_GUEST = (1 << 64) - 2
 _NO_FAST_HANDLER = Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
+_FAILED_ENTRY = Refusal.FAILED_VMENTRY << CODE_REFUSAL_SHIFT
 
 
 @dataclass(slots=True)
@@ -156,7 +157,7 @@ class Dispatcher:
             return fast(v, exit)
         if not self.vendor.trace_exit_late:
             self.trace_exit(v, exit)
-        return _NO_FAST_HANDLER
+        return _NO_FAST_HANDLER if fast is None else _FAILED_ENTRY
 
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Steps 13-20 and the next entry: everything that a fast re-entry avoids."""
@@ -282,7 +283,7 @@ class Dispatcher:
         self.mem[v.own + L.K_PREEMPT_OFF] = 1
 
     def irqs_off(self, v: Vcpu) -> None:
-        """Step 5: host interrupts off. Before mode says IN_GUEST, so that a notification stays pending till the entry."""
+        """Step 5: host interrupts off. Before mode says IN_GUEST: a notification then stays pending till the entry."""
         self.mem[v.own + L.K_IRQS_OFF] = 1
 
     def enter(self, v: Vcpu) -> bool:

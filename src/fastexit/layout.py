@@ -55,7 +55,7 @@ CONFIG_TRACE = 1 << 11
 CONFIG_SMM = 1 << 12
 CONFIG_LINT0_REENABLED = 1 << 13
 
-# ------------------------------------------------------------------- APIC map: two copies, the writer fills the idle one
+# ------------------------------------------------------------------ APIC map: two copies, the writer fills the idle one
 MAP_PRESENT = 0  # 0: the map was dropped, every delivery takes the slow scan
 MAP_MAX_ID = 1
 MAP_LOGICAL = 2  # regs.LOGICAL_*
@@ -67,7 +67,7 @@ MAP_WORDS = MAP_SLOTS + (MAP_PHYS_SLOT + MAX_VCPU_ID + 1) // 4
 MAP0 = HEADER_WORDS
 MAP1 = MAP0 + MAP_WORDS
 
-# ------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
+# ---------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
 HOT = -(-(MAP1 + MAP_WORDS) // 512) * 512
 HOT_STRIDE = 16
 PID_PIR = 0  # remote; 4 words
@@ -84,13 +84,13 @@ FLAG_SW = 1 << 2  # SVR bit 8
 FLAG_APICV = 1 << 3  # APICv active on this vCPU
 FLAG_L2 = 1 << 4  # in guest mode of a nested guest
 
-# ------------------------------------------------------------------------------ vector sets of the owner, 8 words a vCPU
+# ----------------------------------------------------------------------------- vector sets of the owner, 8 words a vCPU
 VEC = HOT + MAX_VCPUS * HOT_STRIDE
 VEC_STRIDE = 8
 VEC_IRR = 0  # remote without APICv, owner with it
 VEC_ISR = 4  # owner
 
-# -------------------------------------------- register page in KVM_GET_LAPIC's layout, 128 words (IRR/ISR/TMR live above)
+# ------------------------------------------ register page in KVM_GET_LAPIC's layout, 128 words (IRR/ISR/TMR live above)
 PAGE = VEC + MAX_VCPUS * VEC_STRIDE
 PAGE_STRIDE = 128
 
@@ -145,7 +145,7 @@ K_IN_RUN = 46  # owner; 1 between the entry and the return of KVM_RUN
 K_HOST_FIRST = K_IRQS_OFF
 K_HOST_LAST = K_IN_RUN
 
-# ------------------------------------------------------------------------------------------------ trace ring, 8 words a record
+# ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE
 TRACE_STRIDE = 8
 TRACE_CAPACITY = 1 << 17
@@ -172,7 +172,7 @@ BYTES = WORDS * 8
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
 """Memory that one vCPU occupies."""
 
-# ------------------------------------------------------------------------------------------------------------ batch records
+# -------------------------------------------------------------------------------------------------------- batch records
 
 EXIT = np.dtype(
     [("vcpu", "<u4"), ("reason", "<u4"), ("msr", "<u4"), ("info", "<u4"), ("value", "<u8")],

@@ -439,7 +439,7 @@ class Machine:
 
     @property
     def vendor(self) -> str:
-        """"vmx" or "svm"."""
+        """ "vmx" or "svm"."""
         return "svm" if self._config(L.CONFIG_SVM) else "vmx"
 
     @property
@@ -579,7 +579,9 @@ class Machine:
     def snapshot(self) -> bytes:
         """The whole machine as bytes, without its trace. No other thread may act on it meanwhile."""
         body = b"".join(self.words[rows].tobytes() for rows in self._rows())
-        head = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, L.ABI_VERSION, len(self.vcpus), zlib.crc32(body), len(body) & 0xFFFF_FFFF)
+        head = _SNAPSHOT.pack(
+            _SNAPSHOT_MAGIC, L.ABI_VERSION, len(self.vcpus), zlib.crc32(body), len(body) & 0xFFFF_FFFF
+        )
         return head + body
 
     @classmethod

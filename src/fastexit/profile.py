@@ -15,7 +15,7 @@ class Trait(IntFlag):
 
     # -- where the fast handler runs
     HOOK_IRQOFF = auto()
-    """handle_exit_irqoff: mode is OUTSIDE_GUEST_MODE already. Otherwise the vendor's run function, mode IN_GUEST_MODE."""
+    """handle_exit_irqoff, with mode OUTSIDE_GUEST_MODE already; otherwise the vendor's run function, IN_GUEST_MODE."""
     SKIP_LATE = auto()
     """The instruction is skipped in handle_exit (SKIP_EMUL_INS), not by the fast handler."""
     SKIP_AFTER_TRACE = auto()
@@ -26,8 +26,6 @@ class Trait(IntFlag):
     """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
     GUARD_L2 = auto()
     """The handler declines while the vCPU runs L2."""
-    GUARD_FAILED_ENTRY = auto()
-    """The handler declines when the VM entry failed."""
     SVM_EXIT_32 = auto()
     """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
     SVM_NEXT_RIP = auto()
@@ -124,19 +122,13 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "6.1",
             "6.1.20",
-            _T.GUARD_L2
-            | _UNICAST
-            | _T.TSCDL_HV_TIMER
-            | _T.SVM_NEXT_RIP
-            | _T.MSR_UPPER_GP
-            | _T.TRACE_EXIT_LATE_SVM,
+            _T.GUARD_L2 | _UNICAST | _T.TSCDL_HV_TIMER | _T.SVM_NEXT_RIP | _T.MSR_UPPER_GP | _T.TRACE_EXIT_LATE_SVM,
             "as 5.8; SVM only with a next RIP",
         ),
         Profile(
             "6.12",
             "6.12.0",
             _T.GUARD_L2
-            | _T.GUARD_FAILED_ENTRY
             | _UNICAST
             | _T.ICR_NO_RESERVED
             | _T.ICR_REENTERS
@@ -151,7 +143,6 @@ PROFILES: dict[str, Profile] = {
             "6.18",
             "6.18.26",
             _T.GUARD_L2
-            | _T.GUARD_FAILED_ENTRY
             | _T.SVM_NEXT_RIP
             | _T.ICR_ANY_RESOLVED
             | _T.ICR_NO_RESERVED

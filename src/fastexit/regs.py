@@ -76,7 +76,7 @@ class Layout:
         return word
 
 
-# --------------------------------------------------------------------------- interrupt command register (SDM 10.6.1)
+# ------------------------------------------------------------------------------ interrupt command register (SDM 10.6.1)
 
 
 class DeliveryMode(IntEnum):
@@ -168,7 +168,7 @@ def icr(
     )
 
 
-# ------------------------------------------------------------------------------- register page (SDM table 10-1, 10-6)
+# --------------------------------------------------------------------------------- register page (SDM table 10-1, 10-6)
 
 APIC_ID = 0x020
 APIC_LVR = 0x030
@@ -260,7 +260,7 @@ POSTED_INTR_VECTOR = 0xF2
 POSTED_INTR_WAKEUP_VECTOR = 0xF1
 POSTED_INTR_NESTED_VECTOR = 0xF0
 
-# --------------------------------------------------------------------------------------------------- KVM's own numbers
+# ---------------------------------------------------------------------------------------------------- KVM's own numbers
 
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
 

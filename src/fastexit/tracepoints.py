@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastexit.machine import Machine
 
 RECORD = np.dtype([("event", "<u4"), ("vcpu", "<i4"), ("args", "<u8", (7,))])
-"""One record: event is layout.TP_*, vcpu the index of the vCPU it happened on (-1: none), args what the event prints."""
+"""One record: event is layout.TP_*, vcpu the index of its vCPU (-1: none), args what the event prints."""
 
 NAMES = {
     L.TP_ENTRY: "kvm_entry",
@@ -115,13 +115,15 @@ class Trace:
         return [f"{NAMES[event]}: {self._payload(event, vcpu, args)}" for event, vcpu, args in self._each()]
 
     def text(self) -> str:
-        """All records as ftrace text. The model has no clock of its own: a record's number serves as its microsecond."""
+        """All records as ftrace text. The model has no clock: a record's number serves as its microsecond."""
         out = []
         for n, (event, vcpu, args) in enumerate(self._each()):
             task = f"vcpu{vcpu}" if vcpu >= 0 else "host"
             seconds, micros = divmod(n, 1_000_000)
             name, payload = NAMES[event], self._payload(event, vcpu, args)
-            out.append(f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] ..... {seconds:5d}.{micros:06d}: {name}: {payload}")
+            out.append(
+                f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] ..... {seconds:5d}.{micros:06d}: {name}: {payload}"
+            )
         return "\n".join(out) + ("\n" if out else "")
 
     def __iter__(self) -> Iterator[str]:
@@ -174,4 +176,3 @@ _PAYLOADS: dict[int, Callable[[Trace, int, list[int]], str]] = {
     ),
     L.TP_INJ_VIRQ: lambda t, i, a: f"IRQ 0x{a[0]:x}",
 }
-

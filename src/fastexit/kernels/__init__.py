@@ -1,0 +1,1 @@
+"""The compiled core: the only code that numba sees."""

@@ -30,6 +30,7 @@ import numpy as np
 from numba.core import cgutils, sigutils
 from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import populate_array
 
@@ -40,6 +41,8 @@ except ImportError:  # a numba that keeps them elsewhere: no cache on disk
     NullCache, dumps = object, None
 
 JIT: bool = not numba.config.DISABLE_JIT
+BELOW = "layout", "outcome", "profile", "regs"
+"""The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
 WORDS = numba.types.uint64[::1] if numba.config.BOUNDSCHECK else numba.types.CPointer(numba.types.uint64)
 """What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
@@ -184,6 +187,13 @@ def _directory(cpu: tuple) -> Path:
     return Path(root) / f"{sys.implementation.cache_tag}-{variant}"
 
 
+def cache_directory() -> Path | None:
+    """Where this process keeps compiled code; None when it keeps none."""
+    if not JIT or dumps is None or os.environ.get("FASTEXIT_CACHE") == "0":
+        return None
+    return _directory(cpu_target.target_context.codegen().magic_tuple())
+
+
 class _Cache(NullCache):
     """One file per kernel: a digest over source stamp and content, then the content.
 
@@ -229,7 +239,7 @@ class _Cache(NullCache):
             return
 
 
-# ---------------------------------------------------------------------------- functions with machine code of their own
+# ----------------------------------------------------------------------------- functions with machine code of their own
 def lowers(function: Callable, signature: str) -> Callable[[Callable], Callable]:
     """Say what a kernel's call of a plain function becomes: ``@lowers(msb, "u8(u8)")`` above an emitter of LLVM code.
 

@@ -1,7 +1,7 @@
 """The batch door: many exits of any vCPUs in one compiled call, with the outcomes that single exits would have.
 
-The steps are those of the Python dispatcher, in the same order, on the same words; a property test compares the two byte
-by byte. What has no compiled handler (or one that an embedder replaced) stops the batch at that exit, and the caller
+The steps are those of the Python dispatcher, in the same order, on the same words; a property test compares the two
+byte by byte. What has no compiled handler (or one that an embedder replaced) stops the batch at that exit, and the caller
 hands it to the Python dispatcher.
 """
 

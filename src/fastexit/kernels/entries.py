@@ -1,7 +1,7 @@
 """What Python may call: every function here takes the machine's address and integers, and returns one integer.
 
-An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels below
-work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it up.
+An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels
+below work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it up.
 """
 
 from . import batch, irq, lapic, msr, runloop, shared, vcpu
@@ -17,8 +17,7 @@ NOT_IN_GUEST = k.U((1 << 64) - 2)
 @entry
 @kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
 def fast_exit(handle, v, reason, msr_index, value):
-    """A WRMSR exit in the vendor's run function: fast handler and re-entry. NOT_IN_GUEST when the vCPU has to enter
-    first."""
+    """A WRMSR exit in the vendor's run function: fast handler and re-entry. NOT_IN_GUEST: it has to enter first."""
     m = open_words(handle, k.WORDS)
     if v >= m[k.H_NVCPUS]:
         return NO_VCPU

@@ -53,8 +53,11 @@ def why_unresolved(m, v, icr):
 
 @kernel("u8(words, u8, u8)")
 def _icr_two_halves(m, v, icr):
-    """Seed to 5.8: ICR and ICR2 are two registers. The seed and 5.6 store ICR2 in silence and write ICR like any
-    register; from 5.7 on the IPI leaves first and the write is traced last, high half left out."""
+    """Seed to 5.8: ICR and ICR2 are two registers.
+
+    The seed and 5.6 store ICR2 in silence and write ICR like any register; from 5.7 on the IPI leaves first and the
+    write is traced last, its high half left out.
+    """
     if m[k.H_TRAITS] & k.T_TRACE_WRITE_FIRST:
         set_reg(m, v, k.APIC_ICR2, icr >> k.U(32))
         if m[k.H_CONFIG] & k.CONFIG_TRACE:

@@ -41,7 +41,7 @@ def _set_flag(m, v, flag, on):
     return k.ZERO
 
 
-# ------------------------------------------------------------------------------------------------------ SVR and LVTs
+# --------------------------------------------------------------------------------------------------------- SVR and LVTs
 
 
 @kernel("u8(words, u8, u8)")
@@ -357,7 +357,7 @@ def mmio_read(m, v, offset, length):
     return k.ZERO
 
 
-# ------------------------------------------------------------------------------------------------- APICBASE, reset, state
+# ----------------------------------------------------------------------------------------------- APICBASE, reset, state
 
 
 @kernel("u8(words, u8)")
@@ -441,6 +441,8 @@ def reset(m, v, init):
         set_reg(m, v, k.APIC_ICR2, k.ZERO)
     else:
         m[word(m, v, k.APIC_ICR)] = k.ZERO
+        if m[k.H_TRAITS] & k.T_ICR_SPLIT:
+            set_reg(m, v, k.APIC_ICR2, k.ZERO)
     set_reg(m, v, k.APIC_ESR, k.ZERO)
     set_reg(m, v, k.APIC_TDCR, k.ZERO)
     set_reg(m, v, k.APIC_TMICT, k.ZERO)

@@ -105,7 +105,7 @@ def _inject_interrupt(m, v, can_inject):
 
 @kernel("u8(words, u8)")
 def inject_events(m, v):
-    """vcpu_enter_guest step 3 under an EVENT request: INIT/SIPI, then exception, NMI, interrupt. BLOCKED: wait for SIPI.
+    """Step 3 under an EVENT request: INIT/SIPI, then exception, NMI, interrupt. BLOCKED: the vCPU waits for SIPI.
 
     An injected exception or NMI is delivered by the entry itself, so its queue is empty afterwards.
     """

@@ -1,0 +1,116 @@
+"""How the command line shows walks, comparisons and facts about the installation: rich tables, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fastexit.compare import Comparison
+from fastexit.outcome import Refusal
+from fastexit.profile import PROFILES
+from fastexit.walk import STEPS, Visit, Walk
+
+
+def profile_table() -> Table:
+    """The kernel generations: tree, what is fast, where."""
+    from fastexit.profile import Trait
+
+    table = Table(title="Kernel generations", box=box.SIMPLE_HEAVY)
+    for column in ("kernel", "tree", "handler runs in", "then", "fast WRMSRs"):
+        table.add_column(column)
+    for p in PROFILES.values():
+        where = "handle_exit_irqoff" if p.traits & Trait.HOOK_IRQOFF else "vendor run"
+        then = "guest again" if p.traits & Trait.ICR_REENTERS else "rest of exit"
+        table.add_row(p.name, p.tree, where, then, p.summary)
+    return table
+
+
+_OPTIONAL = ("return_to_user", "service_requests", "inject_events")
+"""Steps that an exit with nothing pending does not have on any path."""
+_ROOM_FOR_PAYLOAD = 70
+
+
+def _event(line: str, width: int) -> str:
+    name, _, payload = line.partition(": ")
+    if name in ("kvm_exit", "kvm_entry") or width < _ROOM_FOR_PAYLOAD:
+        return name
+    return f"{name}: {payload}"
+
+
+def _cell(walk: Walk, step: int, width: int) -> RenderableType:
+    visits: list[Visit] = [visit for visit in walk.visits if visit.step == step]
+    if not visits:
+        skipped = walk.outcome.path and STEPS[step].method and STEPS[step].method not in _OPTIONAL
+        return Text("skipped" if skipped else "-", style="dim")
+    cell = Text("done", style="green")
+    for visit in visits:
+        for line in visit.lines:
+            style = "bold yellow" if "accept_irq" in line or "kvm_apic_ipi" in line else "cyan"
+            cell.append("\n" + _event(line, width), style=style)
+    if step == walk.ipi_step:
+        cell.append("\n<= the IPI has left", style="bold magenta")
+    return cell
+
+
+def walk_table(walks: Sequence[Walk], headline: str, width: int = 50) -> RenderableType:
+    """Walks side by side, one row a step in the order of vcpu_enter_guest."""
+    table = Table(title=headline, box=box.SIMPLE, show_lines=False, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("vcpu_enter_guest", max_width=36)
+    for walk in walks:
+        table.add_column(walk.title, max_width=width)
+    for index, step in enumerate(STEPS):
+        if step.method or index == 1:
+            table.add_row(step.number, step.text, *(_cell(walk, index, width) for walk in walks))
+    return Group(table, *(Text(walk_summary(walk)) for walk in walks))
+
+
+def walk_summary(walk: Walk) -> str:
+    """One sentence: path, when the IPI left, what was skipped."""
+    out = walk.outcome
+    parts = [f"{walk.title}: {out.path.name.lower()} path, {out.completion.name}"]
+    if out.refusal and walk.fastpath:
+        parts.append(f"fast path declined: {Refusal(out.refusal).text}")
+    if out.fault:
+        parts.append("#GP(0), RIP stays")
+    if walk.ipi_step is None:
+        parts.append("no IPI left")
+    else:
+        before = walk.steps_before_ipi or 0
+        parts.append(f"IPI left in step {STEPS[walk.ipi_step].number}, behind {before} other steps")
+    done = {i for i in walk.steps_done if STEPS[i].method}
+    parts.append(f"{len(done)} of {sum(1 for s in STEPS if s.method)} modelled steps run")
+    return "; ".join(parts)
+
+
+def comparison_table(rows: Iterable[Comparison]) -> Table:
+    """Fast against generic, medians."""
+    table = Table(
+        title="Fast against generic path, whole exit, median ns (model time, not silicon)", box=box.SIMPLE_HEAVY
+    )
+    for column in ("kernel", "door", "fast", "generic", "generic / fast"):
+        table.add_column(column, justify="left" if column in ("kernel", "door") else "right")
+    for row in rows:
+        table.add_row(row.kernel, row.door, f"{row.fast_ns:,.0f}", f"{row.generic_ns:,.0f}", f"{row.ratio:.2f}x")
+    return table
+
+
+def facts_table(facts: dict[str, object]) -> Table:
+    """Name and value."""
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}", str(value))
+    return table
+
+
+def console(to_stderr: bool = False) -> Console:
+    """A console that keeps tables readable in a pipe."""
+    out = Console(stderr=to_stderr, highlight=False)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out = Console(stderr=to_stderr, highlight=False, width=140)
+    return out
