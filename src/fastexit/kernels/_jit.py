@@ -10,6 +10,7 @@ Environment: ``FASTEXIT_CACHE=0`` keeps nothing on disk; ``FASTEXIT_CACHE_DIR`` 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import inspect
@@ -19,7 +20,8 @@ import pkgutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,11 @@ try:
     from numba.core.serialize import dumps
 except ImportError:  # a numba that keeps them elsewhere: no cache on disk
     NullCache, dumps = object, None
+
+try:
+    from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary, JITCPUCodegen
+except ImportError:
+    CPUCodeLibrary = JITCodeLibrary = JITCPUCodegen = None
 
 JIT: bool = not numba.config.DISABLE_JIT
 BELOW = "layout", "outcome", "profile", "regs"
@@ -141,6 +148,7 @@ def _interpreted(declared: Kernel) -> Callable[..., Any]:
 def _dispatcher(function: Callable, name: str, signature: str, nogil: bool) -> Any:
     """A dispatcher that compiles the declared signature alone, whoever asks; a calling kernel's int64 is converted."""
     dispatcher = numba.njit(nogil=nogil, error_model="numpy", no_cfunc_wrapper=True)(function)
+    uncached = dispatcher._cache
     if dumps and hasattr(dispatcher, "_cache") and os.environ.get("FASTEXIT_CACHE") != "0":
         dispatcher._cache = _Cache(name, dispatcher.targetctx)
     compile_for = dispatcher.compile
@@ -151,12 +159,56 @@ def _dispatcher(function: Callable, name: str, signature: str, nogil: bool) -> A
                 if _progress:
                     _progress(name, sum(bool(k.function.overloads) for k in KERNELS), len(KERNELS))
                 args, result = parse(signature)
-                compile_for(result(*args))
+                callee = bool(_compiling) and not any(e.function is dispatcher for e in ENTRIES.values())
+                if callee:
+                    dispatcher._cache = uncached
+                _compiling.append(name)
+                try:
+                    with _code_for_callers_only() if callee else nullcontext():
+                        compile_for(result(*args))
+                finally:
+                    _compiling.pop()
                 dispatcher.disable_compile()
         return dispatcher  # not the machine code: a Python caller then goes through numba's type check
 
     dispatcher.compile = compile_declared
     return dispatcher
+
+
+_compiling: list[str] = []
+"""Kernels that are being compiled, callers first; under numba's compiler lock."""
+
+
+@contextmanager
+def _code_for_callers_only() -> Iterator[None]:
+    """Compile a callee to LLVM code that its caller takes in, and stop there.
+
+    numba would optimise each callee with all that it calls and make machine code of it, over again at every level; only
+    the entries' machine code ever runs, and there LLVM sees the whole of it. That halves the time of a first run. A
+    callee so compiled cannot be called from Python: its wrapper answers with a MemoryError instead of a jump to 0.
+    """
+    if CPUCodeLibrary is None or numba.config.BOUNDSCHECK:
+        yield
+        return
+    refusal = ctypes.cast(ctypes.pythonapi.PyErr_NoMemory, ctypes.c_void_p).value
+
+    def finalized(library: Any) -> None:
+        library._finalized = True
+
+    patches = (
+        (CPUCodeLibrary, "_optimize_final_module", lambda library: None),
+        (CPUCodeLibrary, "_finalize_final_module", finalized),
+        (JITCodeLibrary, "get_pointer_to_function", lambda library, name: refusal),
+        (JITCPUCodegen, "set_env", lambda codegen, name, env: None),
+    )
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, stub in patches:
+        setattr(owner, name, stub)
+    try:
+        yield
+    finally:
+        for owner, name, original in saved:
+            setattr(owner, name, original)
 
 
 # -------------------------------------------------------------------------------------------------------- cache on disk
