@@ -35,6 +35,7 @@ from fastexit.outcome import (
 from fastexit.profile import Profile, Trait
 
 if TYPE_CHECKING:
+    from fastexit.handlers import Handlers
     from fastexit.machine import Vcpu
 
 NOT_IN_GUEST = (1 << 64) - 2
@@ -77,7 +78,7 @@ class Vendor(Protocol):
     mmio_reason: int
     fast_run: dict[int, Handler]
     fast_irqoff: dict[int, Handler]
-    handlers: dict[int, Handler]
+    handlers: Handlers
     user_exits: dict[int, R.KvmExit]
     trace_exit_late: bool
 
@@ -228,7 +229,7 @@ class Dispatcher:
             return code
         if completion != COMPLETION_NONE:
             return code
-        handler = self.vendor.handlers.get(exit.reason)
+        handler = self.vendor.handlers.data.get(exit.reason)
         if handler is None:
             return code | user_code(self.vendor.user_exits.get(exit.reason, R.KvmExit.INTERNAL_ERROR))
         result = handler(v, exit)
@@ -243,7 +244,7 @@ class Dispatcher:
     def trace_exit(self, v: Vcpu, exit: Exit) -> None:
         """kvm_exit."""
         if self.mem[L.H_CONFIG] & L.CONFIG_TRACE:
-            _jit.load("trace_exit")(self.handle, v.index, exit.reason, exit.info1)
+            _jit.load("trace_exit")(self.handle, v.index, exit.reason, exit.info1, exit.info2)
 
     # ------------------------------------------------------------------------------------------ towards VM entry
 

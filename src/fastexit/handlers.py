@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import TYPE_CHECKING
 
 from fastexit import layout as L
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fastexit.machine import Vcpu
 
 
-class Handlers(dict):
+class Handlers(UserDict):
     """exit reason -> generic handler. Assign to extend or replace: ``m.handlers[VmxExit.HLT] = handler``.
 
     A handler takes ``(vcpu, exit)`` and returns None to run on, or a KvmExit to leave to user space. Once a handler was
@@ -24,7 +25,8 @@ class Handlers(dict):
     """
 
     def __init__(self, memory: memoryview, builtin: Mapping[int, Handler]) -> None:
-        super().__init__({int(reason): handler for reason, handler in builtin.items()})
+        super().__init__()
+        self.data.update((int(reason), handler) for reason, handler in builtin.items())
         self._memory = memory
 
     def __setitem__(self, reason: int, handler: Handler) -> None:

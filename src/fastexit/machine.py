@@ -125,6 +125,8 @@ class Vcpu:
             name: bool(value) if type(value) is bool else _index(value, name, tops.get(name, _NONE))
             for name, value in info.items()
         }
+        if reason in (self._loop.vendor.wrmsr_reason, self._loop.vendor.rdmsr_reason):
+            fields.setdefault("length", R.INSN_LEN_WRMSR)
         exit = Exit(reason, **fields)
         if exit.size not in (1, 2, 4):
             raise ValueError(f"access size {exit.size} is not 1, 2 or 4")
@@ -439,7 +441,7 @@ class Machine:
 
     @property
     def vendor(self) -> str:
-        """ "vmx" or "svm"."""
+        """Name of the vendor: vmx or svm."""
         return "svm" if self._config(L.CONFIG_SVM) else "vmx"
 
     @property

@@ -26,6 +26,8 @@ class Trait(IntFlag):
     """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
     GUARD_L2 = auto()
     """The handler declines while the vCPU runs L2."""
+    SRCU_IN_FASTPATH = auto()
+    """SRCU is taken around the fast WRMSR handler."""
     SVM_EXIT_32 = auto()
     """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
     SVM_NEXT_RIP = auto()
@@ -70,6 +72,8 @@ class Trait(IntFlag):
     TRACE_EXIT_LATE_VMX = auto()
     """kvm_exit comes from handle_exit, after the fast handler."""
     TRACE_EXIT_LATE_SVM = auto()
+    TRACE_REENTRY = auto()
+    """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
 
 
 _T = Trait
@@ -122,13 +126,21 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "6.1",
             "6.1.20",
-            _T.GUARD_L2 | _UNICAST | _T.TSCDL_HV_TIMER | _T.SVM_NEXT_RIP | _T.MSR_UPPER_GP | _T.TRACE_EXIT_LATE_SVM,
+            _T.GUARD_L2
+            | _T.TRACE_REENTRY
+            | _UNICAST
+            | _T.TSCDL_HV_TIMER
+            | _T.SVM_NEXT_RIP
+            | _T.MSR_UPPER_GP
+            | _T.TRACE_EXIT_LATE_SVM,
             "as 5.8; SVM only with a next RIP",
         ),
         Profile(
             "6.12",
             "6.12.0",
             _T.GUARD_L2
+            | _T.SRCU_IN_FASTPATH
+            | _T.TRACE_REENTRY
             | _UNICAST
             | _T.ICR_NO_RESERVED
             | _T.ICR_REENTERS
@@ -143,6 +155,7 @@ PROFILES: dict[str, Profile] = {
             "6.18",
             "6.18.26",
             _T.GUARD_L2
+            | _T.TRACE_REENTRY
             | _T.SVM_NEXT_RIP
             | _T.ICR_ANY_RESOLVED
             | _T.ICR_NO_RESERVED

@@ -1,8 +1,9 @@
 """The APIC map (kvm_apic_map): physical and logical ids to vCPUs, rebuilt whenever an id, mode or enable bit changes.
 
 Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Not modelled: RCU grace
-periods. The writer fills the idle one of two copies and publishes it with one store; a reader that is overtaken by two rebuilds
-may see a slot of the newer map, as real senders see the map they found first. Spec: SDM vol. 3A 10.6.2, 10.12.10.
+periods. The writer fills the idle one of two copies and publishes it with one store; a reader that is overtaken by
+two rebuilds may see a slot of the newer map, as real senders see the map they found first. Spec: SDM vol. 3A 10.6.2,
+10.12.10.
 """
 
 from . import typed as k

@@ -1,8 +1,8 @@
 """The batch door: many exits of any vCPUs in one compiled call, with the outcomes that single exits would have.
 
 The steps are those of the Python dispatcher, in the same order, on the same words; a property test compares the two
-byte by byte. What has no compiled handler (or one that an embedder replaced) stops the batch at that exit, and the caller
-hands it to the Python dispatcher.
+byte by byte. What has no compiled handler (or one that an embedder replaced) stops the batch at that exit, and the
+caller hands it to the Python dispatcher.
 """
 
 from . import typed as k
@@ -11,7 +11,7 @@ from .fastpath import reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
 from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .runloop import BLOCKED, ENTERED, enter, inject_events, service_requests, trace_entry, trace_exit
+from .runloop import BLOCKED, ENTERED, enter, inject_events, service_requests, trace_entry, trace_exit, trace_reentry
 from .shared import hot, own
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING = (k.U(i) for i in range(6))
@@ -136,12 +136,12 @@ def one_exit(m, v, op, reason, msr, value, info):
     info1 = info if svm and reason == k.SVM_MSR else k.ZERO
     late = traits & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
     if not late:
-        trace_exit(m, v, reason, info1)
+        trace_exit(m, v, reason, info1, k.ZERO)
     code = k.ZERO
     if not traits & k.T_HOOK_IRQOFF:
         code = reenter(m, v, _fast_stage(m, v, op, msr, value))
         if code & k.CODE_REENTERED:
-            trace_entry(m, v)
+            trace_reentry(m, v)
             return code
     else:
         m[hot(m, v) + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE
@@ -152,7 +152,7 @@ def one_exit(m, v, op, reason, msr, value, info):
         return_to_user(m, v)
         return code
     if late:
-        trace_exit(m, v, reason, info1)
+        trace_exit(m, v, reason, info1, k.ZERO)
     if completion == k.COMPLETION_SKIP:
         # The skip's verdict is ignored here as it was in handle_exit: a KVM_EXIT_DEBUG is lost.
         skip(m, v, k.INSN_LEN_WRMSR)

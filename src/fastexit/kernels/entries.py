@@ -1,7 +1,8 @@
 """What Python may call: every function here takes the machine's address and integers, and returns one integer.
 
 An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels
-below work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it up.
+below work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it
+up.
 """
 
 from . import batch, irq, lapic, msr, runloop, shared, vcpu
@@ -27,10 +28,10 @@ def fast_exit(handle, v, reason, msr_index, value):
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
-            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO)
+            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO)
     code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
     if code & k.CODE_REENTERED and m[k.H_CONFIG] & k.CONFIG_TRACE:
-        runloop.trace_entry(m, v)
+        runloop.trace_reentry(m, v)
     return code
 
 
@@ -178,10 +179,10 @@ def trace_entry(handle, v):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def trace_exit(handle, v, reason, info1):
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def trace_exit(handle, v, reason, info1, info2):
     m = open_words(handle, k.WORDS)
-    return runloop.trace_exit(m, v, reason, info1) if v < m[k.H_NVCPUS] else NO_VCPU
+    return runloop.trace_exit(m, v, reason, info1, info2) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry

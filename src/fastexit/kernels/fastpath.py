@@ -146,6 +146,9 @@ def wrmsr(m, v, msr, value):
         return refuse(refusal)
     traits = m[k.H_TRAITS]
     completion = k.COMPLETION_HANDLED
+    if traits & k.T_SRCU_IN_FASTPATH:
+        # Taken and dropped around the handler; nothing in it could tell, so only the count is kept.
+        m[own(m, v) + k.K_SRCU_LOCKS] = m[own(m, v) + k.K_SRCU_LOCKS] + k.ONE
     if msr == k.MSR_X2APIC_ICR:
         code = x2apic_icr(m, v, value)
         if traits & k.T_ICR_REENTERS:

@@ -85,7 +85,7 @@ def _accept_fixed(m, v, icr, me):
     else:
         effects = _deliver_vmx(m, v, vector, me)
     if m[k.H_CONFIG] & k.CONFIG_TRACE and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
-        emit(m, k.TP_APICV_ACCEPT_IRQ, v, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+        emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     return effects | ACCEPT
 
 
@@ -126,7 +126,7 @@ def _accept_other(m, v, icr, me):
 def accept(m, v, icr, me):
     """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_ACCEPT_IRQ, v, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+        emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     mode = delivery_mode(icr)
     if mode > k.DM_LOWEST:
         return _accept_other(m, v, icr, me)

@@ -289,9 +289,9 @@ def readable(m, v, offset):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8)")
-def reg_read(m, v, offset):
-    """__apic_read plus its trace line, for a readable register."""
+@kernel("u8(words, u8, u8, u8)")
+def reg_read(m, v, offset, shown):
+    """__apic_read of a readable register at an aligned offset; the trace line shows the offset as the guest gave it."""
     if offset == k.APIC_PROCPRI:
         update_ppr(m, v)
         value = reg(m, v, offset)
@@ -302,7 +302,7 @@ def reg_read(m, v, offset):
     else:
         value = reg(m, v, offset)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_APIC_READ, v, offset, value, k.ZERO)
+        emit(m, k.TP_APIC_READ, v, shown, value, k.ZERO)
     return value
 
 
@@ -318,11 +318,11 @@ def x2apic_msr_read(m, v, msr):
         return k.CODE_GP
     if offset == k.APIC_ICR:
         if m[k.H_TRAITS] & k.T_TRACE_ICR2_FIRST:
-            m[out] = reg_read(m, v, offset) | (reg_read(m, v, k.APIC_ICR2) << k.U(32))
+            m[out] = reg_read(m, v, offset, offset) | (reg_read(m, v, k.APIC_ICR2, k.APIC_ICR2) << k.U(32))
         else:
             m[out] = x2apic_icr(m, v)
         return k.ZERO
-    m[out] = reg_read(m, v, offset)
+    m[out] = reg_read(m, v, offset, offset)
     return k.ZERO
 
 
@@ -352,7 +352,7 @@ def mmio_read(m, v, offset, length):
     aligned = offset & k.U(0xFF0)
     if (offset & k.U(0xF)) + length > k.U(4) or not readable(m, v, aligned):
         return k.CODE_GP
-    value = reg_read(m, v, aligned)
+    value = reg_read(m, v, aligned, offset)
     m[out] = (value >> ((offset & k.U(0xF)) << k.U(3))) & mask
     return k.ZERO
 

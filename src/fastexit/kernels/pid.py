@@ -4,10 +4,10 @@ Models: pi_test_and_set_pir/on, vmx_deliver_posted_interrupt, vmx_sync_pir_to_ir
 Not modelled yet: load, put and the wake-up vector (SN and NDST keep their initial values).
 Spec: SDM vol. 3C "Posted-Interrupt Processing".
 
-The order is the protocol. A sender sets PIR, then ON (a full barrier), then reads mode; the target sets mode IN_GUEST,
-then (a full barrier) reads ON. So either the sender sees the guest running and notifies, or the target sees ON before it
-enters. The target clears ON before it reads PIR: the other way round a vector set in between would find ON set, stay
-silent and be lost.
+The order is the protocol. A sender sets PIR, then ON (a full barrier), then reads mode; the target sets mode
+IN_GUEST, then (a full barrier) reads ON. So either the sender sees the guest running and notifies, or the target sees
+ON before it enters. The target clears ON before it reads PIR: the other way round a vector set in between would find
+ON set, stay silent and be lost.
 """
 
 from . import typed as k

@@ -168,14 +168,23 @@ def trace_entry(m, v):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8, u8)")
-def trace_exit(m, v, reason, info1):
-    """kvm_exit; intr_info and info2 are 0 for the exits that the model raises by itself."""
+@kernel("u8(words, u8)")
+def trace_reentry(m, v):
+    """kvm_entry of a fast re-entry, in the generations that trace it."""
+    if m[k.H_TRAITS] & k.T_TRACE_REENTRY:
+        return trace_entry(m, v)
+    m[own(m, v) + k.K_ENTRY_INFO] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def trace_exit(m, v, reason, info1, info2):
+    """kvm_exit; the model raises no exit that has intr_info."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         at = emit(m, k.TP_EXIT, v, reason, m[own(m, v) + k.K_RIP], info1)
         if at < k.TRACE_CAPACITY:
             at = k.TRACE + at * k.TRACE_STRIDE
-            m[at + k.U(4)] = k.ZERO
+            m[at + k.U(4)] = info2
             m[at + k.U(5)] = k.ZERO
             m[at + k.U(6)] = k.ZERO
             m[at + k.U(7)] = m[hot(m, v) + k.HOT_REQUESTS]

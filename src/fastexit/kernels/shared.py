@@ -140,7 +140,7 @@ def kick(m, v, me):
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def emit(m, event, v, a, b, c):
-    """Append one record to the trace ring; past its end it only counts. Call only under CONFIG_TRACE."""
+    """Append one record of what vCPU v (NONE: the host) did; a full ring only counts. Call only under CONFIG_TRACE."""
     n = increment(m, k.H_TRACE_HEAD)
     if n < k.TRACE_CAPACITY:
         at = k.TRACE + n * k.TRACE_STRIDE
