@@ -68,8 +68,11 @@ def update_ppr(m, v):
 
 @kernel("u8(words, u8)")
 def has_interrupt(m, v):
-    """kvm_apic_has_interrupt: the vector that would be injected now, or NONE."""
-    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_SW:
+    """kvm_apic_has_interrupt: the vector that would be injected now, or NONE.
+
+    A software-disabled APIC accepts nothing new, but what it has is still injected: only hardware-disable counts.
+    """
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
         return k.NONE
     compute_ppr(m, v)
     return deliverable(m, v)
