@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Machine": "machine",
-    "Vcpu": "machine",
-    "Events": "machine",
+    "Vcpu": "vcpu",
+    "Events": "vcpu",
     "Exit": "dispatcher",
     "GeneralProtection": "outcome",
     "Outcome": "outcome",
@@ -36,9 +36,9 @@ _NAMES = {
     "Shorthand": "regs",
     "MpState": "regs",
     "X2ApicApi": "regs",
-    "KvmExit": "regs",
-    "VmxExit": "regs",
-    "SvmExit": "regs",
+    "KvmExit": "reasons",
+    "VmxExit": "reasons",
+    "SvmExit": "reasons",
     "EXIT": "layout",
     "OUTCOME": "layout",
     "MMIO_WRITE": "layout",

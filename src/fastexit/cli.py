@@ -238,7 +238,7 @@ def _demo(args: argparse.Namespace) -> int:
             {
                 "replay": report.as_dict(),
                 "walks": [w.as_dict() for w in walks],
-                "comparison": [row.as_dict() for row in rows],
+                "comparison": [row._asdict() for row in rows],
                 "pictures": pictures,
             }
         )

@@ -1,8 +1,8 @@
 """Fast against generic on the same machine, interleaved: the quick form of the benchmark suite.
 
 Both sides are this library's real paths. One machine, one exit, one door; only Machine.fastpath differs. A round times
-the fast side and the generic side back to back, so that a noisy neighbour hits both; medians of all rounds
-are compared.
+the fast side and the generic side back to back and gives one ratio, so that a noisy neighbour hits both; the median of
+all rounds counts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,13 @@ from fastexit.walk import STEPS, walk
 
 
 class Comparison(NamedTuple):
-    """One kernel at one door: median ns per exit of each side, and how many times the generic side takes."""
+    """One kernel at one door: median ns per exit of each side, and the median over rounds of generic / fast."""
 
     kernel: str
     door: str
     fast_ns: float
     generic_ns: float
-
-    @property
-    def ratio(self) -> float:
-        return self.generic_ns / self.fast_ns
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "ratio": self.ratio}
+    ratio: float
 
 
 def booted(kernel: str, vendor: str = "vmx", vcpus: int = 4, **keywords: Any) -> Machine:
@@ -84,26 +78,26 @@ def _batch_door(machine: Machine, exits: np.ndarray) -> Callable[[], None]:
 
 
 DOORS: dict[str, tuple[Callable[[Machine, np.ndarray], Callable[[], None]], int]] = {
-    "python": (_python_door, 2_000),
-    "batch": (_batch_door, 50_000),
+    "python": (_python_door, 1_000),
+    "batch": (_batch_door, 25_000),
 }
 """Door -> how to go through it, and how many exits make one timing."""
 
 
-def _times(machine: Machine, go: Callable[[], float], rounds: int) -> dict[bool, float]:
-    """Median of what go() returns on the fast side (True) and the generic side (False), a round being one of each."""
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(-1, rounds):
-        for side in (True, False):
+def _timed(kernel: str, door: str, machine: Machine, go: Callable[[], float], rounds: int) -> Comparison:
+    """Rounds of go(), which returns ns an exit: the fast side, then the generic side. The first round warms both up."""
+    fast, generic = [], []
+    for _ in range(rounds + 1):
+        for side, times in ((True, fast), (False, generic)):
             machine.fastpath = side
             consume(machine)
-            taken = go()
-            if number >= 0:  # the first round warms both sides up
-                times[side].append(taken)
-    return {side: statistics.median(values) for side, values in times.items()}
+            times.append(go())
+    del fast[0], generic[0]
+    ratios = [g / f for f, g in zip(fast, generic, strict=True)]
+    return Comparison(kernel, door, *(statistics.median(values) for values in (fast, generic, ratios)))
 
 
-def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 9) -> Comparison:
+def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time whole exits of one kernel at one door ("python" or "batch"), fast and generic in turn."""
     machine = booted(kernel, vendor)
     make, n = DOORS[door]
@@ -114,11 +108,10 @@ def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 9) -> 
         through()
         return (time.perf_counter_ns() - start) / n
 
-    times = _times(machine, go, rounds)
-    return Comparison(kernel, door, times[True], times[False])
+    return _timed(kernel, door, machine, go, rounds)
 
 
-def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 9) -> Comparison:
+def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time from the exit until the IPI has left, in the Python dispatcher: what the patch set out to shorten.
 
     Up to 6.1 a fast exit still does the rest of the exit afterwards, so its whole time says little. The clock stops
@@ -157,5 +150,4 @@ def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 9) -> C
         delattr(loop, steps[machine.fastpath])
         return spent / len(values)
 
-    times = _times(machine, go, rounds)
-    return Comparison(kernel, "python, until the IPI left", times[True], times[False])
+    return _timed(kernel, "python, until the IPI left", machine, go, rounds)

@@ -33,10 +33,11 @@ from fastexit.outcome import (
     Refusal,
 )
 from fastexit.profile import Profile, Trait
+from fastexit.reasons import KvmExit
 
 if TYPE_CHECKING:
     from fastexit.handlers import Handlers
-    from fastexit.machine import Vcpu
+    from fastexit.vcpu import Vcpu
 
 NOT_IN_GUEST = (1 << 64) - 2
 _NO_FAST_HANDLER = Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
@@ -65,7 +66,7 @@ class Exit:
     invalid_state: bool = False
 
 
-Handler = Callable[["Vcpu", Exit], "int | R.KvmExit | None"]
+Handler = Callable[["Vcpu", Exit], "int | KvmExit | None"]
 """Generic handler of an exit: None (handled, run on), a KvmExit (leave to user space) or an outcome code."""
 
 
@@ -79,13 +80,13 @@ class Vendor(Protocol):
     fast_run: dict[int, Handler]
     fast_irqoff: dict[int, Handler]
     handlers: Handlers
-    user_exits: dict[int, R.KvmExit]
+    user_exits: dict[int, KvmExit]
     trace_exit_late: bool
 
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int: ...
 
 
-def user_code(reason: R.KvmExit) -> int:
+def user_code(reason: KvmExit) -> int:
     """Outcome code that leaves the run loop with a KVM_EXIT_* reason."""
     return reason + 1 << CODE_USER_SHIFT
 
@@ -231,11 +232,11 @@ class Dispatcher:
             return code
         handler = self.vendor.handlers.data.get(exit.reason)
         if handler is None:
-            return code | user_code(self.vendor.user_exits.get(exit.reason, R.KvmExit.INTERNAL_ERROR))
+            return code | user_code(self.vendor.user_exits.get(exit.reason, KvmExit.INTERNAL_ERROR))
         result = handler(v, exit)
         if result is None:
             return code
-        return code | (user_code(result) if isinstance(result, R.KvmExit) else result)
+        return code | (user_code(result) if isinstance(result, KvmExit) else result)
 
     def skip(self, v: Vcpu, length: int) -> int:
         """kvm_skip_emulated_instruction: outcome code, non-zero when it asks for user space."""

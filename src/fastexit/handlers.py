@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastexit.dispatcher import Dispatcher, Exit, Handler
-    from fastexit.machine import Vcpu
+    from fastexit.vcpu import Vcpu
 
 
 class Handlers(UserDict):
@@ -34,6 +34,10 @@ class Handlers(UserDict):
             raise TypeError(f"handler of exit {reason!r} is {type(handler).__name__}, not a function of (vcpu, exit)")
         self._memory[L.H_HANDLERS] = 1
         super().__setitem__(int(reason), handler)
+
+    def __ior__(self, other: Mapping[int, Handler]) -> Handlers:  # type: ignore[override,misc]
+        self.update(other)
+        return self
 
     def __delitem__(self, reason: int) -> None:
         self._memory[L.H_HANDLERS] = 1

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-from fastexit.regs import KvmExit, Layout
+from fastexit.reasons import KvmExit
+from fastexit.regs import Layout
 
 
 class Path(IntEnum):

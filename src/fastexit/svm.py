@@ -14,11 +14,11 @@ from fastexit.dispatcher import user_code
 from fastexit.handlers import Handlers, MsrHandlers
 from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
-from fastexit.regs import KvmExit, SvmExit, VmxExit
+from fastexit.reasons import KvmExit, SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.dispatcher import Dispatcher, Exit, Handler
-    from fastexit.machine import Vcpu
+    from fastexit.vcpu import Vcpu
 
 
 class Svm:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.reasons import VMX_FAILED_VMENTRY, SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -148,17 +149,17 @@ class Trace:
 
     def _reason(self, reason: int) -> str:
         if self._svm:
-            return R.SvmExit(reason).name.lower() if reason in _SVM_REASONS else f"0x{reason:x}"
+            return SvmExit(reason).name.lower() if reason in _SVM_REASONS else f"0x{reason:x}"
         basic = reason & 0xFFFF
-        name = R.VmxExit(basic).name if basic in _VMX_REASONS else f"0x{basic:x}"
-        return name + (" FAILED_VMENTRY" if reason & R.VMX_FAILED_VMENTRY else "")
+        name = VmxExit(basic).name if basic in _VMX_REASONS else f"0x{basic:x}"
+        return name + (" FAILED_VMENTRY" if reason & VMX_FAILED_VMENTRY else "")
 
     def _msr(self, verb: str, a: list[int]) -> str:
         return f"msr_{verb} {a[0]:x} = 0x{a[1]:x}{' (#GP)' if a[2] else ''}"
 
 
-_SVM_REASONS = frozenset(int(r) for r in R.SvmExit)
-_VMX_REASONS = frozenset(int(r) for r in R.VmxExit)
+_SVM_REASONS = frozenset(int(r) for r in SvmExit)
+_VMX_REASONS = frozenset(int(r) for r in VmxExit)
 
 _PAYLOADS: dict[int, Callable[[Trace, int, list[int]], str]] = {
     L.TP_ENTRY: Trace._entry,

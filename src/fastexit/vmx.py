@@ -13,11 +13,11 @@ from fastexit import regs as R
 from fastexit.dispatcher import user_code
 from fastexit.handlers import Handlers, MsrHandlers
 from fastexit.profile import Profile, Trait
-from fastexit.regs import KvmExit, VmxExit
+from fastexit.reasons import KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.dispatcher import Dispatcher, Exit
-    from fastexit.machine import Vcpu
+    from fastexit.vcpu import Vcpu
 
 # Exits that may happen while an event is being delivered; any other with valid vectoring information is an error.
 _WHILE_VECTORING = frozenset(

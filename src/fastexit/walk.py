@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.dispatcher import Exit
-from fastexit.machine import Machine, Vcpu
+from fastexit.machine import Machine
 from fastexit.outcome import CODE_REENTERED, OUTCOMES, Outcome
+from fastexit.vcpu import Vcpu
 
 
 class Step(NamedTuple):

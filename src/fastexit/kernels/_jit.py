@@ -217,9 +217,9 @@ _CODE_OPTIONS = "OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGI
 
 @cache
 def _source_stamp() -> bytes:
-    """Hash of everything a kernel may import: all kernels, and the four modules of plain data below them."""
+    """Hash of everything a kernel may import: all kernels, and the modules of plain data below them."""
     here = Path(__file__).parent
-    below = [here.parent / f"{name}.py" for name in ("layout", "outcome", "profile", "regs")]
+    below = [here.parent / f"{name}.py" for name in ("layout", "outcome", "profile", "reasons", "regs")]
     digest = hashlib.sha256()
     for source in sorted(here.glob("*.py")) + below:
         text = source.read_bytes()

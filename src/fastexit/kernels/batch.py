@@ -19,9 +19,7 @@ OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING = (k.U(i) f
 
 @kernel("u8(words, u8, u8)")
 def operation(m, reason, info):
-    """What an exit asks for, or OP_NONE when only the Python dispatcher knows."""
-    if m[k.H_HANDLERS]:
-        return OP_NONE
+    """What an exit asks for, or OP_NONE when nothing compiled knows it."""
     mmio = OP_MMIO_WRITE if info & k.MMIO_WRITE else OP_MMIO_READ
     if m[k.H_CONFIG] & k.CONFIG_SVM:
         if reason == k.SVM_MSR:
@@ -196,7 +194,7 @@ def run(m, exits, outcomes, first, n):
         msr = exits[at + k.ONE] & k.LOW32
         info = exits[at + k.ONE] >> k.U(32)
         op = operation(m, reason, info)
-        if op == OP_NONE or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        if op == OP_NONE or m[k.H_HANDLERS] or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
             return i
         out = i * k.OUTCOME_WORDS
         outcomes[out] = one_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)

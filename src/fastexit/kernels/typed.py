@@ -1,13 +1,13 @@
-"""Every number of regs, layout, outcome and profiles as uint64, for kernels.
+"""Every number of regs, reasons, layout, outcome and profile as uint64, for kernels.
 
 numba types ``uint64 & 0xff`` as int64; a mask that is a uint64 itself keeps the unsigned type through the expression.
 Kernels therefore write ``k.ICR_BUSY``, never a bare literal, wherever bit 63 may be set. Values are frozen into
-compiled code; the kernel cache notices an edit in any of the four files.
+compiled code; the kernel cache notices an edit in any of them.
 """
 
 import numpy as np
 
-from fastexit import layout, outcome, profile, regs
+from fastexit import layout, outcome, profile, reasons, regs
 
 U = np.uint64
 
@@ -20,13 +20,13 @@ def _typed(namespace: dict) -> dict:
     }
 
 
-globals().update(_typed(vars(regs)) | _typed(vars(layout)) | _typed(vars(outcome)))
+globals().update(_typed(vars(regs)) | _typed(vars(reasons)) | _typed(vars(layout)) | _typed(vars(outcome)))
 globals().update({f"T_{trait.name}": U(trait.value) for trait in profile.Trait})
 globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.Refusal})
 globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
-globals().update({f"VMX_{reason.name}": U(reason.value) for reason in regs.VmxExit})
-globals().update({f"SVM_{reason.name}": U(reason.value) for reason in regs.SvmExit})
-globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER_SHIFT) for reason in regs.KvmExit})
+globals().update({f"VMX_{reason.name}": U(reason.value) for reason in reasons.VmxExit})
+globals().update({f"SVM_{reason.name}": U(reason.value) for reason in reasons.SvmExit})
+globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER_SHIFT) for reason in reasons.KvmExit})
 
 ZERO = U(0)
 ONE = U(1)

@@ -1,0 +1,47 @@
+"""Whole exits at both doors, fast and generic side on the same machine state, for every generation.
+
+Times are the model's, not silicon's. The generic side is the library's own generic path with all its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import fastexit as fx
+from fastexit.compare import DOORS, booted, consume, unicasts
+
+ROUNDS = 15
+
+
+@pytest.mark.parametrize("side", ["fast", "generic"])
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_exit(benchmark: Callable, kernel: str, door: str, side: str) -> None:
+    machine = booted(kernel)
+    machine.fastpath = side == "fast"
+    make, n = DOORS[door]
+    benchmark.group = f"{door} door, {n:,} exits, kernel {kernel}"
+    exits = unicasts(machine, n)
+    benchmark.extra_info["exits"] = n
+    benchmark.pedantic(make(machine, exits), setup=lambda: consume(machine), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["ns_per_exit"] = benchmark.stats.stats.median / n * 1e9
+    last = machine.run(exits)[-1]
+    assert last["path"] == (side == "fast")
+    assert last["accepted"] == 1
+
+
+def _bare(a: int, b: int, c: int) -> int:
+    return a
+
+
+def test_floor(benchmark: Callable) -> None:
+    """What a bare Python call with three arguments costs: the unit of the Python door."""
+    benchmark.group = "floor"
+
+    def calls() -> None:
+        for _ in range(2_000):
+            _bare(1, 2, 3)
+
+    benchmark.pedantic(calls, rounds=ROUNDS, warmup_rounds=1)

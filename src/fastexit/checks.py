@@ -1,0 +1,34 @@
+"""Checks of what comes from outside: one line that says what was wrong, and nothing has happened."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+U64 = (1 << 64) - 1
+U32 = (1 << 32) - 1
+
+
+def integer(value: Any, what: str, top: int = U64) -> int:
+    """``value`` as an int in 0..top; TypeError or ValueError otherwise."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} is {type(value).__name__}, not an integer") from None
+    if not 0 <= value <= top:
+        raise ValueError(f"{what} {value:#x} is out of range 0..{top:#x}")
+    return value
+
+
+def one_of(value: Any, what: str, known: tuple[str, ...]) -> str:
+    """``value`` if it is one of the known names; ValueError lists them."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"unknown {what} {value!r}: one of {', '.join(known)}")
+    return value
+
+
+def access_size(size: Any, what: str = "access length") -> int:
+    """A size of 1, 2 or 4 bytes."""
+    if integer(size, what, 8) not in (1, 2, 4):
+        raise ValueError(f"{what} {size} is not 1, 2 or 4")
+    return size
