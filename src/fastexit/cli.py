@@ -183,12 +183,12 @@ def _replay_file(path: str, quiet: bool, **options: Any) -> Any:
 
 def _pictures(report: Any, base: str) -> list[str]:
     try:
-        from fastexit.trace.heatmap import heatmap
+        from fastexit.trace.heatmap import save
     except ImportError as missing:
         raise UsageError(
             f"pictures need matplotlib ({missing.name} is missing): pip install 'fastexit[plot]'"
         ) from None
-    return [str(path) for path in heatmap(report, base)]
+    return [str(path) for path in save(report, base)]
 
 
 def _replay(args: argparse.Namespace) -> int:

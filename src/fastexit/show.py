@@ -13,7 +13,7 @@ from rich.text import Text
 from fastexit.compare import Comparison
 from fastexit.outcome import Refusal
 from fastexit.profile import PROFILES
-from fastexit.walk import STEPS, Visit, Walk
+from fastexit.walk import MODELLED, STEPS, Visit, Walk
 
 
 def profile_table() -> Table:
@@ -30,7 +30,7 @@ def profile_table() -> Table:
     return table
 
 
-_OPTIONAL = ("return_to_user", "service_requests", "inject_events")
+_OPTIONAL = ("reenter", "return_to_user", "service_requests", "inject_events")
 """Steps that an exit with nothing pending does not have on any path."""
 _ROOM_FOR_PAYLOAD = 70
 
@@ -65,7 +65,7 @@ def walk_table(walks: Sequence[Walk], headline: str, width: int = 50) -> Rendera
     for walk in walks:
         table.add_column(walk.title, max_width=width)
     for index, step in enumerate(STEPS):
-        if step.method or index == 1:
+        if step.method:
             table.add_row(step.number, step.text, *(_cell(walk, index, width) for walk in walks))
     return Group(table, *(Text(walk_summary(walk)) for walk in walks))
 
@@ -83,8 +83,7 @@ def walk_summary(walk: Walk) -> str:
     else:
         before = walk.steps_before_ipi or 0
         parts.append(f"IPI left in step {STEPS[walk.ipi_step].number}, behind {before} other steps")
-    done = {i for i in walk.steps_done if STEPS[i].method}
-    parts.append(f"{len(done)} of {sum(1 for s in STEPS if s.method)} modelled steps run")
+    parts.append(f"{len(walk.steps_done)} of {MODELLED} modelled steps run")
     return "; ".join(parts)
 
 

@@ -20,7 +20,7 @@ from fastexit.vcpu import Vcpu
 class Step(NamedTuple):
     """A step of one run-loop iteration: its number in the order of vcpu_enter_guest, its text, its method.
 
-    The method is the dispatcher's that does it; empty: not modelled, or part of the step before.
+    The method is the dispatcher's that does it; "reenter" is a kernel behind the fast handler; empty: not modelled.
     """
 
     number: str
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("11", "VM exit; vendor's run function, with the fast handler from 5.8 on", "vendor_run"),
-    Step("12", "re-entry loop: stat.exits, PIR to IRR, exit requested?", ""),
+    Step("12", "re-entry loop: stat.exits, PIR to IRR, exit requested?", "reenter"),
     Step("13", "vcpu->mode := OUTSIDE_GUEST_MODE", "guest_mode_outside"),
     Step("14", "handle_exit_irqoff, with the fast handler up to 5.7", "handle_exit_irqoff"),
     Step("15", "IRQ window: host interrupts let in", "irq_window"),
@@ -48,6 +48,10 @@ STEPS = (
     Step("10", "FPU, debug registers (not modelled); guest time starts", "guest_time_start"),
     Step("11", "VM entry", "vm_entry"),
 )
+
+REENTER = next(i for i, step in enumerate(STEPS) if step.method == "reenter")
+MODELLED = sum(1 for step in STEPS if step.method)
+"""Steps that the model has."""
 
 _MODES = ("OUTSIDE", "IN_GUEST", "EXITING", "READING_PT")
 
@@ -130,7 +134,7 @@ class _Recorder:
         self.v = v
         self.visits: list[Visit] = []
         for index, step in enumerate(STEPS):
-            if step.method:
+            if hasattr(machine.dispatcher, step.method or "-"):
                 self._wrap(index, step.method)
 
     def _wrap(self, index: int, method: str) -> None:
@@ -181,6 +185,6 @@ def walk(
         lines = recorder.visits[-1].lines
         entry = [line for line in lines if line.startswith("kvm_entry")]
         recorder.visits[-1].lines = [line for line in lines if line not in entry]
-        recorder.note(1, [])
+        recorder.note(REENTER, [])
         recorder.note(len(STEPS) - 1, entry)
     return Walk(kernel, fastpath, OUTCOMES[code], recorder.visits)

@@ -1,0 +1,97 @@
+"""Write the figures of README.md and docs/ from what the library does: ``python docs/generate.py [--check]``.
+
+Only figures that do not depend on a clock are written here; timings come from ``make bench`` and stay out of the text.
+With --check nothing is written, and the exit code is 1 when a file is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import fastexit as fx
+from fastexit.profile import PROFILES, Trait
+from fastexit.trace.replay import replay
+from fastexit.walk import MODELLED, walk
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACE = ROOT / "examples" / "traces" / "linux-6.1-4vcpu-x2apic.trace.xz"
+
+
+def generations() -> str:
+    """The table that README opens with: one row a kernel generation, by walking and replaying."""
+    report = replay(TRACE)
+    (vm,) = report.vms
+    taken = {generation.kernel: generation for generation in vm.generations}
+    rows = [
+        "| kernel | WRMSR handled in | steps before the IPI leaves, fast / generic | steps of the whole exit, fast / generic "
+        "| ICR writes of a real Linux guest taken fast |",
+        "|---|---|---|---|---|",
+    ]
+    for kernel, profile in PROFILES.items():
+        fast = walk(0x830, fx.icr(dest=1, vector=0xFD), kernel=kernel)
+        generic = walk(0x830, fx.icr(dest=1, vector=0xFD), kernel=kernel, fastpath=False)
+        where = "`handle_exit_irqoff`" if profile.traits & Trait.HOOK_IRQOFF else "vendor's run function"
+        after = ", guest re-entered at once" if profile.traits & Trait.ICR_REENTERS else ""
+        share = taken[kernel]
+        rows.append(
+            f"| {kernel} | {where}{after} | {fast.steps_before_ipi} / {generic.steps_before_ipi} "
+            f"| {len(fast.steps_done)} / {len(generic.steps_done)} "
+            f"| {share.fast:,} of {share.total:,} ({100 * share.share:.1f} %) |"
+        )
+    ipi, accepted = report.ipi, report.accepted
+    rows += [
+        "",
+        f"Steps are those of `vcpu_enter_guest` that the model has ({MODELLED} of them). The trace has {report.lines:,} lines; "
+        f"the model predicts {ipi.exact:,} of its {ipi.total:,} `kvm_apic_ipi` lines and {accepted.exact:,} of the "
+        f"{accepted.total:,} `kvm_apic_accept_irq` lines that IPIs caused, character by character.",
+    ]
+    return "\n".join(rows)
+
+
+def traits() -> str:
+    """Which behaviour each generation has, for docs/model.md."""
+    rows = ["| trait | " + " | ".join(PROFILES) + " |", "|---|" + "---|" * len(PROFILES)]
+    for trait in Trait:
+        marks = ("x" if profile.traits & trait else "" for profile in PROFILES.values())
+        rows.append(f"| `{trait.name}` | " + " | ".join(marks) + " |")
+    return "\n".join(rows)
+
+
+SECTIONS = {
+    ROOT / "README.md": {"generations": generations},
+    ROOT / "docs" / "model.md": {"traits": traits},
+}
+
+
+def render(text: str, name: str, body: str) -> str:
+    """The text with the part between the two markers of that name replaced."""
+    begin, end = f"<!-- generated: {name} -->", "<!-- end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no place for {name}: {begin} ... {end}")
+    return f"{head}{begin}\n{body}\n{end}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path, sections in SECTIONS.items():
+        old = new = path.read_text()
+        for name, make in sections.items():
+            new = render(new, name, make())
+        if new != old:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
+    if stale:
+        print(("out of date: " if check else "written: ") + ", ".join(stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

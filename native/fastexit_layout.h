@@ -1,0 +1,59 @@
+/*
+ * What C sees of a machine's memory: the records of the batch door, and where a machine keeps the words that a
+ * simulator shares with it. A test compares every line with src/fastexit/layout.py, field by field.
+ *
+ * A machine is one block of 64-bit words. FX_HOT is the first word of the hot rows, FX_HOT_STRIDE words per vCPU; a row
+ * begins with the posted-interrupt descriptor in hardware layout, 64 bytes on a 64-byte border.
+ */
+#ifndef FASTEXIT_LAYOUT_H
+#define FASTEXIT_LAYOUT_H
+
+#include <stdint.h>
+
+/* cffi:begin */
+enum {
+    FX_ABI_VERSION = 1,
+    FX_MAX_VCPUS = 4096,
+    FX_HOT = 3072,
+    FX_HOT_STRIDE = 16
+};
+
+/* Words of a hot row behind the descriptor. Remote: any thread may write it, with atomics only. */
+enum {
+    FX_HOT_TMR = 8,       /* remote, 4 words */
+    FX_HOT_MODE = 12,     /* remote: vcpu->mode */
+    FX_HOT_REQUESTS = 13, /* remote: KVM_REQ_* mask */
+    FX_HOT_FLAGS = 14,    /* owner */
+    FX_HOT_BLOCKED = 15   /* remote: 1 while the vCPU's thread sleeps */
+};
+
+/* The descriptor: SDM vol. 3C, "Posted-Interrupt Processing". */
+struct fx_pid {
+    uint64_t pir[4];
+    uint64_t control; /* bit 0 ON, bit 1 SN, bits 23:16 NV, bits 63:32 NDST */
+    uint64_t reserved[3];
+};
+
+/* One exit for the batch door. */
+struct fx_exit {
+    uint32_t vcpu;
+    uint32_t reason; /* VMX exit reason or SVM exit code */
+    uint32_t msr;    /* ECX, or the offset in the xAPIC page */
+    uint32_t info;   /* SVM: EXITINFO1; xAPIC page: access length, bit 31 for a write */
+    uint64_t value;  /* EDX:EAX, or the data written */
+};
+
+/* One result; code overlays the bytes from completion to flags. */
+struct fx_outcome {
+    uint8_t completion;
+    uint8_t path;
+    uint8_t fault;
+    uint8_t refusal;
+    int16_t accepted;
+    uint8_t user; /* KVM_EXIT_* + 1, or 0 */
+    uint8_t flags;
+    uint64_t value;
+};
+/* cffi:end */
+
+#endif

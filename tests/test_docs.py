@@ -1,0 +1,53 @@
+"""Documentation says what is there: names exist, figures are the ones the library gives, commands are real."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastexit.kernels import _jit
+
+ROOT = Path(__file__).parents[1]
+
+
+def _names() -> list[str]:
+    return re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "kvm-map.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", _names())
+def test_kvm_map_names_exist(name: str) -> None:
+    """Every function on the left of docs/kvm-map.md can be imported."""
+    path = name if name.startswith("fastexit.") else f"fastexit.kernels.{name}"
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[cut:]:
+            found = getattr(found, attribute)
+        return
+    pytest.fail(f"{path} cannot be imported")
+
+
+@pytest.mark.skipif(not _jit.JIT, reason="replays a whole trace; interpreted that takes minutes")
+def test_figures_are_generated() -> None:
+    """docs/generate.py would write what is there."""
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_make_targets_exist() -> None:
+    """Every `make TARGET` that README names is in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`?make ([a-z][a-z-]+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test", "bench"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
