@@ -25,8 +25,8 @@ def generations() -> str:
     (vm,) = report.vms
     taken = {generation.kernel: generation for generation in vm.generations}
     rows = [
-        "| kernel | WRMSR handled in | steps before the IPI leaves, fast / generic | steps of the whole exit, fast / generic "
-        "| ICR writes of a real Linux guest taken fast |",
+        "| kernel | WRMSR handled in | steps before the IPI leaves, fast / generic "
+        "| steps of the whole exit, fast / generic | ICR writes of a real Linux guest taken fast |",
         "|---|---|---|---|---|",
     ]
     for kernel, profile in PROFILES.items():
@@ -43,9 +43,10 @@ def generations() -> str:
     ipi, accepted = report.ipi, report.accepted
     rows += [
         "",
-        f"Steps are those of `vcpu_enter_guest` that the model has ({MODELLED} of them). The trace has {report.lines:,} lines; "
-        f"the model predicts {ipi.exact:,} of its {ipi.total:,} `kvm_apic_ipi` lines and {accepted.exact:,} of the "
-        f"{accepted.total:,} `kvm_apic_accept_irq` lines that IPIs caused, character by character.",
+        f"Steps are those of `vcpu_enter_guest` that the model has ({MODELLED} of them). The trace has "
+        f"{report.lines:,} lines; the model predicts {ipi.exact:,} of its {ipi.total:,} `kvm_apic_ipi` lines and "
+        f"{accepted.exact:,} of the {accepted.total:,} `kvm_apic_accept_irq` lines that IPIs caused, character by "
+        "character.",
     ]
     return "\n".join(rows)
 

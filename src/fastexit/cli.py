@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from fastexit import __version__
@@ -104,24 +103,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _compiling() -> Any:
-    """A progress line on stderr while kernels are compiled, if that takes more than a second."""
+def _compile() -> None:
+    """Load the kernels; when that takes more than a second, say so on stderr, with a bar on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     import fastexit
     from fastexit.show import console
 
-    start = time.monotonic()
-    columns = TextColumn("compiling kernels, once"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=console(to_stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, visible=False)
+    began = time.monotonic()
+    out = console(to_stderr=True)
+    bar = Progress(
+        TextColumn("compiling kernels, once"), BarColumn(), MofNCompleteColumn(), console=out, transient=True
+    )
+    task = None
 
-        def progress(_name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=time.monotonic() - start > 1)
+    def progress(_name: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None and time.monotonic() - began > 1:
+            task = bar.add_task("", total=total)
+            if out.is_terminal:
+                bar.start()
+            else:
+                out.print("fastexit: compiling kernels, once", soft_wrap=True)
+        if task is not None:
+            bar.update(task, completed=done, total=total)
 
+    try:
         fastexit.warmup(progress)
-    yield
+    finally:
+        if task is not None and out.is_terminal:
+            bar.stop()
 
 
 def _print_json(value: Any) -> None:
@@ -146,12 +157,12 @@ def _walk(args: argparse.Namespace) -> int:
     from fastexit.walk import walk
 
     value = _icr_value(args)
-    with _compiling():
-        cases = [(kernel, True) for kernel in args.kernels]
-        if args.generic:
-            cases += [(kernel, False) for kernel in args.kernels]
-        options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus}
-        walks = [walk(args.msr, value, kernel=kernel, fastpath=fast, **options) for kernel, fast in cases]
+    cases = [(kernel, True) for kernel in args.kernels]
+    if args.generic:
+        cases += [(kernel, False) for kernel in args.kernels]
+    options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus}
+    _compile()
+    walks = [walk(args.msr, value, kernel=kernel, fastpath=fast, **options) for kernel, fast in cases]
     if args.json:
         _print_json({"msr": args.msr, "value": value, "vendor": args.vendor, "walks": [w.as_dict() for w in walks]})
         return 0
@@ -173,10 +184,11 @@ def _replay_file(path: str, quiet: bool, **options: Any) -> Any:
     from fastexit.show import console
     from fastexit.trace.replay import replay
 
-    if quiet:
+    out = console(to_stderr=True)
+    if quiet or not out.is_terminal:
         return replay(path, **options)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console(to_stderr=True), transient=True) as bar:
+    with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task(f"replaying {os.path.basename(path)}", total=None)
         return replay(path, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
 
@@ -192,8 +204,7 @@ def _pictures(report: Any, base: str) -> list[str]:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    with _compiling():
-        pass
+    _compile()
     report = _replay_file(args.trace, args.quiet or args.json, vendor=args.vendor)
     pictures = _pictures(report, args.picture) if args.picture else []
     if args.json:
@@ -226,8 +237,7 @@ def _demo(args: argparse.Namespace) -> int:
     from fastexit.walk import walk
 
     trace = args.trace or _bundled_trace()
-    with _compiling():
-        pass
+    _compile()
     report = _replay_file(trace, args.json, vendor="vmx", apicv=False)
     walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
     rows = [compare(kernel, door) for kernel in ("5.7", "6.12", "6.18") for door in DOORS]

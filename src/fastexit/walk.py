@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.checks import U32, integer
 from fastexit.dispatcher import Exit
 from fastexit.machine import Machine
 from fastexit.outcome import CODE_REENTERED, OUTCOMES, Outcome
@@ -169,6 +170,7 @@ def walk(
 
     ``msr`` and ``value`` are as for Vcpu.wrmsr; the rest are Machine's arguments. ValueError as there.
     """
+    msr, value = integer(msr, "MSR", U32), integer(value, "MSR value")
     machine = Machine(vcpus=vcpus, kernel=kernel, vendor=vendor, apicv=apicv)
     machine.boot_x2apic()
     machine.fastpath = fastpath
