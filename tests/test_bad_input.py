@@ -1,0 +1,226 @@
+"""Bad input: each mistake gets one clear line, and the machine is what it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastexit as fx
+
+Act = Callable[[fx.Machine, fx.Vcpu], Any]
+
+CALLS: dict[str, tuple[type[Exception], str, Act]] = {
+    "wrmsr index negative": (ValueError, "MSR -0x1 is out of range 0..0xffffffff", lambda m, v: v.wrmsr(-1, 0)),
+    "wrmsr index 33 bits": (ValueError, "MSR 0x100000000 is out of range", lambda m, v: v.wrmsr(1 << 32, 0)),
+    "wrmsr index float": (TypeError, "MSR is float, not an integer", lambda m, v: v.wrmsr(2096.0, 0)),
+    "wrmsr index text": (TypeError, "MSR is str, not an integer", lambda m, v: v.wrmsr("0x830", 0)),
+    "wrmsr value negative": (ValueError, "MSR value -0x1 is out of range", lambda m, v: v.wrmsr(0x830, -1)),
+    "wrmsr value 65 bits": (ValueError, "MSR value 0x10000000000000000 is out", lambda m, v: v.wrmsr(0x830, 1 << 64)),
+    "wrmsr value float": (TypeError, "MSR value is float", lambda m, v: v.wrmsr(0x830, 1.5)),
+    "wrmsr value None": (TypeError, "MSR value is NoneType", lambda m, v: v.wrmsr(0x830, None)),
+    "rdmsr negative": (ValueError, "MSR -0x1 is out of range", lambda m, v: v.rdmsr(-1)),
+    "rdmsr float": (TypeError, "MSR is float", lambda m, v: v.rdmsr(1.0)),
+    "set_msr index": (ValueError, "MSR 0x100000000 is out of range", lambda m, v: v.set_msr(1 << 32, 0)),
+    "set_msr value": (ValueError, "MSR value -0x1 is out of range", lambda m, v: v.set_msr(0x830, -1)),
+    "get_msr float": (TypeError, "MSR is float", lambda m, v: v.get_msr(0.5)),
+    "mmio_write offset": (ValueError, "xAPIC page offset 0x1000 is out of range", lambda m, v: v.mmio_write(0x1000, 0)),
+    "mmio_write negative": (ValueError, "xAPIC page offset -0x10 is out of", lambda m, v: v.mmio_write(-16, 0)),
+    "mmio_write length": (ValueError, "access length 3 is not 1, 2 or 4", lambda m, v: v.mmio_write(0x80, 0, 3)),
+    "mmio_write length 0": (ValueError, "access length 0 is not 1, 2 or 4", lambda m, v: v.mmio_write(0x80, 0, 0)),
+    "mmio_write length huge": (ValueError, "access length 0x10 is out of", lambda m, v: v.mmio_write(0x80, 0, 16)),
+    "mmio_write value": (ValueError, "4-byte value 0x100000000 is out", lambda m, v: v.mmio_write(0x80, 1 << 32)),
+    "mmio_write value of a byte": (ValueError, "1-byte value 0x100 is out", lambda m, v: v.mmio_write(0x80, 256, 1)),
+    "mmio_write value float": (TypeError, "4-byte value is float", lambda m, v: v.mmio_write(0x80, 1.0)),
+    "mmio_read offset": (ValueError, "xAPIC page offset 0x1000 is out of range", lambda m, v: v.mmio_read(0x1000)),
+    "mmio_read length": (ValueError, "access length 8 is not 1, 2 or 4", lambda m, v: v.mmio_read(0x80, 8)),
+    "exit reason": (ValueError, "exit reason -0x1 is out of range", lambda m, v: v.exit(-1)),
+    "exit reason text": (TypeError, "exit reason is str", lambda m, v: v.exit("MSR_WRITE")),
+    "exit unknown field": (ValueError, "exit information ecx is unknown", lambda m, v: v.exit(32, ecx=0x830)),
+    "exit msr": (ValueError, "msr 0x100000000 is out of range", lambda m, v: v.exit(32, msr=1 << 32)),
+    "exit rax": (ValueError, "RAX -0x1 is out of range", lambda m, v: v.exit(32, rcx=0x830, rax=-1)),
+    "exit rcx": (TypeError, "RCX is float", lambda m, v: v.exit(32, rcx=1.0)),
+    "exit offset": (ValueError, "offset 0x1000 is out of range", lambda m, v: v.exit(49, offset=0x1000)),
+    "exit size": (ValueError, "access size 3 is not 1, 2 or 4", lambda m, v: v.exit(49, size=3)),
+    "exit length": (ValueError, "length 0x10 is out of range", lambda m, v: v.exit(10, length=16)),
+    "exit info1": (ValueError, "info1 -0x1 is out of range", lambda m, v: v.exit(10, info1=-1)),
+    "set_lapic short": (ValueError, "a LAPIC page is 1024 bytes, not 1023", lambda m, v: v.set_lapic(bytes(1023))),
+    "set_lapic long": (ValueError, "a LAPIC page is 1024 bytes, not 4096", lambda m, v: v.set_lapic(bytes(4096))),
+    "set_lapic text": (TypeError, "a LAPIC page is 1024 bytes, not str", lambda m, v: v.set_lapic("x" * 1024)),
+    "set_lapic None": (TypeError, "a LAPIC page is 1024 bytes, not NoneType", lambda m, v: v.set_lapic(None)),
+    "MSI address negative": (ValueError, "MSI address -0x1 is out of range", lambda m, v: m.signal_msi(-1, 0)),
+    "MSI address float": (TypeError, "MSI address is float", lambda m, v: m.signal_msi(4276092928.0, 0)),
+    "MSI data 33 bits": (ValueError, "MSI data 0x100000000 is out of", lambda m, v: m.signal_msi(0xFEE00000, 1 << 32)),
+    "add_vcpu taken": (ValueError, "APIC id 1 is taken by vCPU 1 (EEXIST)", lambda m, v: m.add_vcpu(1)),
+    "add_vcpu id": (ValueError, "APIC id 0x1000 is out of range 0..0xfff", lambda m, v: m.add_vcpu(4096)),
+    "add_vcpu negative": (ValueError, "APIC id -0x1 is out of range", lambda m, v: m.add_vcpu(-1)),
+    "add_vcpu float": (TypeError, "APIC id is float", lambda m, v: m.add_vcpu(1.0)),
+    "rip negative": (ValueError, "RIP -0x1 is out of range", lambda m, v: setattr(v, "rip", -1)),
+    "rip 65 bits": (ValueError, "RIP 0x10000000000000000 is out of range", lambda m, v: setattr(v, "rip", 1 << 64)),
+    "rflags float": (TypeError, "RFLAGS is float", lambda m, v: setattr(v, "rflags", 2.0)),
+    "dr0": (ValueError, "DR0 -0x1 is out of range", lambda m, v: setattr(v, "dr0", -1)),
+    "handler no function": (
+        TypeError,
+        "is int, not a function of (vcpu, exit)",
+        lambda m, v: m.handlers.update({12: 1}),
+    ),
+    "handler assigned": (TypeError, "is str, not a function", lambda m, v: m.handlers.__setitem__(12, "x")),
+    "exits a list": (ValueError, "of dtype fastexit.EXIT, not list", lambda m, v: m.run([(0, 1, 0, 0, 0)])),
+    "exits None": (ValueError, "of dtype fastexit.EXIT, not NoneType", lambda m, v: m.run(None)),
+    "exits of integers": (ValueError, "not uint64 (6,)", lambda m, v: m.run(np.zeros(6, dtype=np.uint64))),
+    "exits of outcomes": (ValueError, "must be a one-dimensional array", lambda m, v: m.run(np.zeros(2, fx.OUTCOME))),
+    "exits big-endian": (
+        ValueError,
+        "must be a one-dimensional array",
+        lambda m, v: m.run(np.zeros(2, fx.EXIT.newbyteorder(">"))),
+    ),
+    "exits in two dimensions": (ValueError, "(2, 3)", lambda m, v: m.run(np.zeros((2, 3), dtype=fx.EXIT))),
+    "exits without dimension": (ValueError, "()", lambda m, v: m.run(np.zeros((), dtype=fx.EXIT))),
+}
+
+MACHINES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "neither": (ValueError, "either the number of vCPUs or apic_ids", {}),
+    "both": (ValueError, "either the number of vCPUs or apic_ids", {"vcpus": 1, "apic_ids": [0]}),
+    "no vCPU": (ValueError, "at least one vCPU", {"vcpus": 0}),
+    "no id": (ValueError, "at least one vCPU", {"apic_ids": []}),
+    "negative": (ValueError, "number of vCPUs -0x1 is out of range", {"vcpus": -1}),
+    "too many": (ValueError, "number of vCPUs 0x1001 is out of range", {"vcpus": 4097}),
+    "half a vCPU": (TypeError, "number of vCPUs is float", {"vcpus": 1.5}),
+    "words for a number": (TypeError, "number of vCPUs is str", {"vcpus": "4"}),
+    "ids twice": (ValueError, "APIC id 3 is taken by vCPU 1 (EEXIST)", {"apic_ids": [0, 3, 3]}),
+    "id too big": (ValueError, "APIC id 0x1000 is out of range", {"apic_ids": [4096]}),
+    "id float": (TypeError, "APIC id is float", {"apic_ids": [0, 1.0]}),
+    "ids a number": (TypeError, "apic_ids", {"apic_ids": 5}),
+    "kernel": (ValueError, "unknown kernel '9.9': one of seed-v3, 5.6,", {"vcpus": 1, "kernel": "9.9"}),
+    "kernel a number": (ValueError, "unknown kernel 6.18: one of", {"vcpus": 1, "kernel": 6.18}),
+    "kernel a list": (ValueError, "unknown kernel []: one of", {"vcpus": 1, "kernel": []}),
+    "vendor": (ValueError, "unknown vendor 'arm': one of vmx, svm", {"vcpus": 1, "vendor": "arm"}),
+    "vendor a list": (ValueError, "unknown vendor ['vmx']: one of vmx, svm", {"vcpus": 1, "vendor": ["vmx"]}),
+    "irqchip": (ValueError, "unknown irqchip 'none': one of full, split", {"vcpus": 1, "irqchip": "none"}),
+    "x2apic_api": (ValueError, "x2apic_api 0x10 is out of range", {"vcpus": 1, "x2apic_api": 16}),
+    "x2apic_api negative": (ValueError, "x2apic_api -0x1 is out of range", {"vcpus": 1, "x2apic_api": -1}),
+    "suppress EOI both ways": (ValueError, "x2apic_api", {"vcpus": 1, "irqchip": "split", "x2apic_api": 12}),
+    "suppress EOI on a full irqchip": (ValueError, "x2apic_api", {"vcpus": 1, "irqchip": "full", "x2apic_api": 4}),
+    "maxphyaddr": (ValueError, "maxphyaddr 0x40 is out of range", {"vcpus": 1, "maxphyaddr": 64}),
+    "maxphyaddr float": (TypeError, "maxphyaddr is float", {"vcpus": 1, "maxphyaddr": 48.0}),
+}
+
+
+def lived_in(**options: Any) -> fx.Machine:
+    """A machine with something in every part of its state."""
+    m = fx.Machine(vcpus=3, **options)
+    m.boot_x2apic()
+    m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0xFD))
+    m.vcpus[0].wrmsr(0x808, 0x20)
+    m.signal_msi(0xFEE0_2000, 0x41)
+    return m
+
+
+def fails(kind: type[Exception], text: str, act: Callable[[], Any]) -> None:
+    """The call raises exactly this kind of error, in one line that says this."""
+    with pytest.raises(kind) as caught:
+        act()
+    message = str(caught.value)
+    assert type(caught.value) is kind
+    assert text in message, message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_call(name: str) -> None:
+    """A call with a bad argument says which and why, and nothing has happened."""
+    kind, text, act = CALLS[name]
+    m = lived_in()
+    before, counters = m.snapshot(), [v.counters() for v in m.vcpus]
+    fails(kind, text, lambda: act(m, m.vcpus[0]))
+    assert m.snapshot() == before
+    assert [v.counters() for v in m.vcpus] == counters
+    assert len(m.vcpus) == 3
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_bad_machine(name: str) -> None:
+    """A machine that cannot be says which argument is wrong."""
+    kind, text, options = MACHINES[name]
+    fails(kind, text, lambda: fx.Machine(**options))
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ((3, 32, 0x830, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
+        ((0xFFFF_FFFF, 32, 0x830, 0, 0), "exit 2 is outside the machine: vCPU 4294967295 of 3"),
+        ((3, 12, 0, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
+        ((0, 49, 0x1000, 4, 0), "exit 2 is outside the machine: xAPIC page offset 0x1000, length 4"),
+        ((0, 49, 0x80, fx.MMIO_WRITE | 3, 0), "exit 2 is outside the machine: xAPIC page offset 0x80, length 3"),
+        ((0, 49, 0x80, 0, 0), "exit 2 is outside the machine: xAPIC page offset 0x80, length 0"),
+    ],
+)
+@pytest.mark.parametrize("handlers", ["built in", "assigned"])
+def test_bad_exit_in_a_batch(record: tuple[int, ...], text: str, handlers: str) -> None:
+    """One bad exit stops the whole batch before it begins, whoever would have handled it."""
+    m = lived_in()
+    if handlers == "assigned":
+        m.handlers[fx.VmxExit.HLT] = lambda v, exit: None
+    before = m.snapshot()
+    good = (0, 32, 0x830, 0, 0x1000000FC)
+    fails(ValueError, text, lambda: m.run(np.array([good, good, record, good], dtype=fx.EXIT)))
+    assert m.snapshot() == before
+
+
+def test_numbers_of_other_types_are_numbers() -> None:
+    """NumPy integers and enum members are integers like any other."""
+    m, n = lived_in(), lived_in()
+    a = m.vcpus[0].wrmsr(np.uint32(0x830), np.uint64(0x1000000FC))
+    assert a == n.vcpus[0].wrmsr(0x830, 0x1000000FC)
+    assert m.snapshot() == n.snapshot()
+    assert m.vcpus[0].exit(fx.VmxExit.CPUID, length=np.int64(2)).fault is None
+
+
+def test_msi_einval() -> None:
+    """With 32-bit ids a dirty byte in the MSI's high word is EINVAL, without them it is not looked at."""
+    m = lived_in(x2apic_api=1)
+    before = m.snapshot()
+    fails(ValueError, "bits 39:32 must be 0 with 32-bit ids (EINVAL)", lambda: m.signal_msi(0x1_FEE0_1000, 0x41))
+    assert m.snapshot() == before
+    assert lived_in().signal_msi(0x1_FEE0_1000, 0x41) == 1
+
+
+def test_x2apic_that_the_cpuid_lacks() -> None:
+    """boot_x2apic says why it cannot."""
+    m = fx.Machine(vcpus=2, x2apic=False)
+    before = m.snapshot()
+    fails(ValueError, "guest's CPUID does not offer it", m.boot_x2apic)
+    assert m.snapshot() == before
+
+
+def test_machine_is_full() -> None:
+    """The highest id fits, the one after it does not; a machine with every id refuses one more."""
+    m = fx.Machine(apic_ids=[0, 4095])
+    fails(ValueError, "APIC id 0x1000 is out of range", lambda: m.add_vcpu(4096))
+    assert m.add_vcpu(4094).index == 2
+
+
+def test_icr_helper() -> None:
+    """fx.icr refuses what does not fit its field."""
+    fails(ValueError, "VECTOR=0x100 does not fit 8 bits", lambda: fx.icr(vector=256))
+    fails(ValueError, "DEST=0x100000000 does not fit 32 bits", lambda: fx.icr(dest=1 << 32))
+    fails(ValueError, "DEST=-0x1 does not fit 32 bits", lambda: fx.icr(dest=-1))
+    fails(ValueError, "SHORTHAND=0x4 does not fit 2 bits", lambda: fx.icr(shorthand=4))
+
+
+def test_outcome_is_constant() -> None:
+    """An Outcome is shared by all exits that ended like it, so it cannot be changed."""
+    out = lived_in().vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0xFC))
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        out.accepted = 7
+    assert out.accepted == 1
+
+
+def test_unknown_name() -> None:
+    """The package says which name it lacks."""
+    with pytest.raises(AttributeError, match="module 'fastexit' has no attribute 'Mashine'"):
+        fx.Mashine  # noqa: B018

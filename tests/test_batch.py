@@ -1,0 +1,289 @@
+"""The batch door: Machine.run does what the same exits do one at a time, to the last byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastexit as fx
+from fastexit import layout as L
+from fastexit import regs as r
+
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+EXITS = 60 if INTERPRETED else 400
+VENDORS = ("vmx", "svm")
+IDS = (0, 1, 2, 5, 300)
+
+
+class Numbers:
+    """A vendor's exit numbers."""
+
+    def __init__(self, vendor: str) -> None:
+        svm = vendor == "svm"
+        self.svm = svm
+        self.wrmsr = int(fx.SvmExit.MSR if svm else fx.VmxExit.MSR_WRITE)
+        self.rdmsr = int(fx.SvmExit.MSR if svm else fx.VmxExit.MSR_READ)
+        self.page = int(fx.SvmExit.NPF if svm else fx.VmxExit.EPT_MISCONFIG)
+        self.interrupt = int(fx.SvmExit.INTERRUPT if svm else fx.VmxExit.EXTERNAL_INTERRUPT)
+        self.others = [
+            int(reason)
+            for reason in (
+                (fx.SvmExit.HLT, fx.SvmExit.VINTR, fx.SvmExit.CPUID, fx.SvmExit.READ_DR0, fx.SvmExit.SHUTDOWN)
+                if svm
+                else (fx.VmxExit.HLT, fx.VmxExit.INTERRUPT_WINDOW, fx.VmxExit.CPUID, fx.VmxExit.IO_INSTRUCTION, 0xFFF0)
+            )
+        ]
+
+
+def build(kernel: str, vendor: str, apicv: bool, seed: int, **options: Any) -> fx.Machine:
+    """A machine whose vCPUs differ in mode, interrupt flag and single stepping; the same for the same arguments."""
+    rng = random.Random(seed)
+    m = fx.Machine(apic_ids=IDS, kernel=kernel, vendor=vendor, apicv=apicv, smm=True, **options)
+    m.boot_x2apic()
+    for v in m.vcpus:
+        v.rflags |= rng.choice((0, r.RFLAGS_IF))
+    m.vcpus[1].rflags |= r.RFLAGS_TF
+    m.vcpus[2].singlestep = True
+    m.vcpus[3].set_msr(0x1B, 0xFEE0_0800)
+    m.vcpus[4].nested = True
+    m.trace.enable()
+    return m
+
+
+def icr(rng: random.Random) -> int:
+    value = fx.icr(
+        dest=rng.choice((*IDS, 7, 0xFF, 0xFFFF_FFFF, 0x10003, 3)),
+        vector=rng.choice((5, 0x20, 0x31, 0x80, 0xEC, 0xFD)),
+        delivery=rng.choice((0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7)),
+        logical=rng.random() < 0.2,
+        level=rng.random() < 0.5,
+        trigger_level=rng.random() < 0.1,
+        shorthand=rng.choice((0, 0, 0, 0, 1, 2, 3)),
+        busy=rng.random() < 0.1,
+    )
+    return value | (1 << 13 if rng.random() < 0.05 else 0)
+
+
+def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int]:
+    """One exit record of any kind."""
+    vcpu = rng.randrange(len(IDS))
+    kind = rng.random()
+    write = 1 if on.svm else 0
+    if kind < 0.40:
+        return vcpu, on.wrmsr, 0x830, write, icr(rng)
+    if kind < 0.60:
+        msr, value = rng.choice(
+            (
+                (0x80B, 0),
+                (0x808, rng.randrange(256)),
+                (0x80F, rng.choice((0x1FF, 0x1FF, 0xFF))),
+                (0x832, rng.choice((0xEC, 0x400EC, 0x200EC))),
+                (0x6E0, rng.choice((0, 1 << 62))),
+                (0x1B, 0xFEE0_0000 | rng.choice((0xD00, 0xC00, 0x800, 0))),
+                (0x83F, 0x41),
+                (0x80D, 1),
+                (rng.getrandbits(32), rng.getrandbits(64)),
+            )
+        )
+        return vcpu, on.wrmsr, msr, write, value
+    if kind < 0.72:
+        return vcpu, on.rdmsr, rng.choice((0x802, 0x80A, 0x830, 0x827, 0x80B, 0x1B, 0x6E0, 0x10)), 0, 0
+    if kind < 0.80:
+        offset = rng.choice((0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x300, 0x310, 0x302, 0xFFF))
+        value = rng.choice((0, 0x1FF, 0x41, 0xC0041, 1 << 24, rng.getrandbits(32)))
+        return vcpu, on.page, offset, L.MMIO_WRITE | 4, value
+    if kind < 0.88:
+        return vcpu, on.page, rng.choice((0x20, 0x22, 0x30, 0xA0, 0x220, 0xB0, 0xFFC)), rng.choice((1, 2, 4)), 0
+    if kind < 0.94:
+        return vcpu, on.interrupt, 0, 0, 0
+    return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD
+
+
+def storm(seed: int, vendor: str, n: int = EXITS) -> np.ndarray:
+    rng = random.Random(seed)
+    on = Numbers(vendor)
+    return np.array([one(rng, on) for _ in range(n)], dtype=fx.EXIT)
+
+
+def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
+    """One exit through the single door: its outcome code (None where that door gives none) and the value read."""
+    on = Numbers(m.vendor)
+    vcpu, reason, msr, info, value = (int(record[name]) for name in ("vcpu", "reason", "msr", "info", "value"))
+    v = m.vcpus[vcpu]
+    if reason == on.wrmsr and (info or not on.svm):
+        return v.wrmsr(msr, value).code, 0
+    if reason == on.rdmsr:
+        try:
+            return None, v.rdmsr(msr)
+        except fx.GeneralProtection:
+            return None, 0
+    if reason == on.page and info & L.MMIO_WRITE:
+        return v.mmio_write(msr, value, info & ~L.MMIO_WRITE).code, 0
+    if reason == on.page:
+        return None, v.mmio_read(msr, info)
+    return v.exit(reason, msr=msr, value=value, info1=info).code, 0
+
+
+def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> None:
+    """Runs the exits both ways; outcomes, values, traces and every byte of the machines agree."""
+    outcomes = together.run(exits)
+    for i, record in enumerate(exits):
+        code, value = alone(single, record)
+        if code is not None:
+            got = fx.OUTCOMES[int(outcomes[i]["code"])]
+            assert got == fx.OUTCOMES[code], f"exit {i}: {record} gave {got}, alone {fx.OUTCOMES[code]}"
+        assert outcomes[i]["value"] == value, f"exit {i}: {record}"
+    assert together.trace.lines() == single.trace.lines()
+    assert together.snapshot() == single.snapshot()
+
+
+@pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
+    """A storm of all kinds of exits over unlike vCPUs: the same outcomes, trace lines and bytes either way."""
+    for seed in (1, 2):
+        exits = storm(seed, vendor)
+        assert_same(build(kernel, vendor, apicv, seed), build(kernel, vendor, apicv, seed), exits)
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_batch_of_another_configuration(vendor: str) -> None:
+    """One owner, split irqchip, 32-bit ids, no hashing, no fast path: still the same."""
+    options = {"threads": False, "irqchip": "split", "x2apic_api": 3, "vector_hashing": False, "cmci": True}
+    machines = [build("6.18", vendor, True, 3, **options) for _ in range(2)]
+    for m in machines:
+        m.fastpath = False
+    assert_same(*machines, storm(3, vendor))
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_cutting_a_batch_changes_nothing(vendor: str) -> None:
+    """One run of many exits, or many runs of few: the same outcomes and the same machine."""
+    exits = storm(4, vendor)
+    whole, pieces = build("6.18", vendor, True, 4), build("6.18", vendor, True, 4)
+    expected = whole.run(exits)
+    cuts = [0, 1, 2, len(exits) // 3, len(exits)]
+    got = b"".join(pieces.run(exits[a:b]).tobytes() for a, b in zip(cuts, cuts[1:]))
+    assert got == expected.tobytes()
+    assert whole.snapshot() == pieces.snapshot()
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_reassigned_handlers_change_nothing(vendor: str) -> None:
+    """With a handler assigned every exit goes through Python, with the same results as compiled."""
+    exits = storm(5, vendor)
+    compiled, python = build("6.18", vendor, True, 5), build("6.18", vendor, True, 5)
+    for reason, handler in list(python.handlers.items()):
+        python.handlers[reason] = handler
+    expected, got = compiled.run(exits), python.run(exits)
+    assert [fx.OUTCOMES[int(code)] for code in got["code"]] == [fx.OUTCOMES[int(code)] for code in expected["code"]]
+    assert got["value"].tolist() == expected["value"].tolist()
+    assert python.trace.lines() == compiled.trace.lines()
+    python.mem[L.H_HANDLERS] = 0
+    assert python.snapshot() == compiled.snapshot()
+
+
+def test_own_handler_is_called_from_a_batch() -> None:
+    """A handler of one's own sees the batch's exits of its kind, in their order, and may end them in user space."""
+    m = fx.Machine(vcpus=2)
+    m.boot_x2apic()
+    seen: list[tuple[int, int]] = []
+
+    def halt(v: fx.Vcpu, exit: fx.Exit) -> fx.KvmExit:
+        seen.append((v.index, len(seen)))
+        return fx.KvmExit.HLT
+
+    m.handlers[fx.VmxExit.HLT] = halt
+    exits = np.array([(1, 12, 0, 0, 0), (0, 32, 0x830, 0, 0x1000000FD), (0, 12, 0, 0, 0)], dtype=fx.EXIT)
+    users = [fx.OUTCOMES[int(code)].user for code in m.run(exits)["code"]]
+    assert users == [fx.KvmExit.HLT, None, fx.KvmExit.HLT]
+    assert seen == [(1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda handlers, mine: handlers.update({31: mine}),
+        lambda handlers, mine: handlers.__ior__({31: mine}),
+        lambda handlers, mine: (handlers.pop(31), handlers.setdefault(31, mine)),
+        lambda handlers, mine: (handlers.clear(), handlers.update({31: mine})),
+    ],
+    ids=["update", "|=", "pop and setdefault", "clear"],
+)
+def test_handlers_changed_by_any_dict_method(change: Any) -> None:
+    """However the table was changed, the batch door obeys it."""
+    m = fx.Machine(vcpus=1)
+    change(m.handlers, lambda v, exit: fx.KvmExit.X86_RDMSR)
+    (code,) = m.run(np.array([(0, 31, 0x1B, 0, 0)], dtype=fx.EXIT))["code"]
+    assert fx.OUTCOMES[int(code)].user is fx.KvmExit.X86_RDMSR
+
+
+def test_outcome_fields_are_the_outcome() -> None:
+    """The named fields of a result are the bytes of its code."""
+    m = build("6.18", "vmx", True, 6)
+    for result in m.run(storm(6, "vmx")):
+        out = fx.OUTCOMES[int(result["code"])]
+        assert result["completion"] == out.completion
+        assert result["path"] == out.path
+        assert result["fault"] == (out.fault or 0)
+        assert result["refusal"] == out.refusal
+        assert result["accepted"] == out.accepted
+        assert result["user"] == (0 if out.user is None else out.user + 1)
+        assert result["flags"] == out.effects | out.blocked << 6 | out.reentered << 7
+
+
+def test_empty_batch() -> None:
+    """No exits, no outcomes, nothing changes."""
+    m = fx.Machine(vcpus=1)
+    before = m.snapshot()
+    assert m.run(np.empty(0, dtype=fx.EXIT)).shape == (0,)
+    assert m.snapshot() == before
+
+
+def test_strided_and_read_only_exits() -> None:
+    """Exits may be a view with gaps, and read-only: they are read, never written."""
+    exits = storm(7, "vmx", 20)
+    kept = exits.copy()
+    exits.flags.writeable = False
+    a, b = build("6.12", "vmx", True, 7), build("6.12", "vmx", True, 7)
+    assert a.run(exits[::2]).tobytes() == b.run(exits[::2].copy()).tobytes()
+    assert (exits == kept).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are Python, they cannot release the GIL")
+def test_batch_releases_the_gil() -> None:
+    """While one batch runs, another Python thread runs in the middle of it."""
+    m = fx.Machine(vcpus=2)
+    m.boot_x2apic()
+    exits = np.zeros(1_000_000, dtype=fx.EXIT)
+    exits["reason"], exits["msr"], exits["value"] = fx.VmxExit.MSR_WRITE, 0x830, fx.icr(dest=1, vector=0xFD)
+    m.run(exits[:10])
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for _ in range(50):
+            start = time.perf_counter()
+            m.run(exits)
+            quarter = (time.perf_counter() - start) / 4
+            if any(start + quarter < t < start + 3 * quarter for t in ticks):
+                break
+        else:
+            raise AssertionError("no other thread ran inside any of 50 batches")
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,316 @@
+"""What each kernel generation takes fast, with which completion, and at which step of the exit the IPI leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastexit as fx
+from fastexit import regs as r
+from fastexit.profile import profile
+
+KERNELS = ("seed-v3", "5.6", "5.7", "5.8", "6.1", "6.12", "6.18")
+VENDORS = ("vmx", "svm")
+ICR, DEADLINE = 0x830, 0x6E0
+
+BEFORE_6_12 = ("seed-v3", "5.6", "5.7", "5.8", "6.1")
+WRITES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "unicast": (fx.icr(dest=1, vector=0xFD), KERNELS),
+    "unicast, assert": (fx.icr(dest=1, vector=0xFD, level=True), KERNELS),
+    "unicast, level": (fx.icr(dest=1, vector=0xFD, level=True, trigger_level=True), KERNELS),
+    "unicast, busy": (fx.icr(dest=1, vector=0xFD, busy=True), KERNELS),
+    "unicast, vector 5": (fx.icr(dest=1, vector=5), KERNELS),
+    "nobody's id": (fx.icr(dest=77, vector=0xFD), KERNELS),
+    "id above the map": (fx.icr(dest=0x12345, vector=0xFD), KERNELS),
+    "0xff is no broadcast": (fx.icr(dest=0xFF, vector=0xFD), KERNELS),
+    "reserved bit 13": (fx.icr(dest=1, vector=0xFD) | 1 << 13, BEFORE_6_12),
+    "reserved bit 20": (fx.icr(dest=1, vector=0xFD) | 1 << 20, BEFORE_6_12),
+    "broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD), ("seed-v3", "5.6")),
+    "logical broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD, logical=True), ()),
+    "self": (fx.icr(vector=0xFD, shorthand=1), ("seed-v3", "6.18")),
+    "all": (fx.icr(vector=0xFD, shorthand=2), ("seed-v3",)),
+    "all but self": (fx.icr(vector=0xFD, shorthand=3), ("seed-v3",)),
+    "logical": (fx.icr(dest=0x6, vector=0xFD, logical=True), ("6.18",)),
+    "lowest priority": (fx.icr(dest=0x6, vector=0xFD, logical=True, delivery=1), ("6.18",)),
+    "lowest priority, physical": (fx.icr(dest=1, vector=0xFD, delivery=1), ("6.18",)),
+    "SMI": (fx.icr(dest=1, delivery=2), ("6.18",)),
+    "remote read": (fx.icr(dest=1, delivery=3), ("6.18",)),
+    "NMI": (fx.icr(dest=1, delivery=4), ("6.18",)),
+    "INIT": (fx.icr(dest=1, delivery=5, level=True), ("6.18",)),
+    "SIPI": (fx.icr(dest=1, vector=0x9A, delivery=6), ("6.18",)),
+    "ExtINT": (fx.icr(dest=1, vector=0xFD, delivery=7), ("6.18",)),
+    "NMI to all but self": (fx.icr(delivery=4, shorthand=3), ()),
+}
+COMPLETIONS = {
+    "seed-v3": fx.Fastpath.SKIP_EMUL_INS,
+    "5.6": fx.Fastpath.SKIP_EMUL_INS,
+    "5.7": fx.Fastpath.SKIP_EMUL_INS,
+    "5.8": fx.Fastpath.EXIT_HANDLED,
+    "6.1": fx.Fastpath.EXIT_HANDLED,
+    "6.12": fx.Fastpath.REENTER_GUEST,
+    "6.18": fx.Fastpath.REENTER_GUEST,
+}
+FIRST_STEP_AFTER_THE_IPI = {
+    "seed-v3": "irq_window",
+    "5.6": "irq_window",
+    "5.7": "irq_window",
+    "5.8": "guest_mode_outside",
+    "6.1": "guest_mode_outside",
+    "6.12": None,
+    "6.18": None,
+}
+STEPS = ("guest_mode_outside", "handle_exit_irqoff", "irq_window", "srcu_lock", "handle_exit", "vcpu_enter_guest")
+
+
+def booted(kernel: str, vendor: str = "vmx", **options: Any) -> fx.Machine:
+    m = fx.Machine(vcpus=4, kernel=kernel, vendor=vendor, **options)
+    m.boot_x2apic()
+    return m
+
+
+def deadline_mode(v: fx.Vcpu) -> None:
+    assert v.set_msr(0x832, r.LVT_TIMER_DEADLINE | 0xEC)
+
+
+def first_step_that_sees_the_ipi(m: fx.Machine, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Sends a unicast IPI from vCPU 0; the dispatcher's first step that finds it posted, None if no step runs."""
+    seen: list[tuple[str, bool]] = []
+
+    def spy(name: str) -> Any:
+        step = getattr(m.dispatcher, name)
+
+        def run(*args: Any, **named: Any) -> Any:
+            seen.append((name, bool(m.vcpus[1].pid[3])))
+            return step(*args, **named)
+
+        return run
+
+    m.vcpus[0].wrmsr(0x80B, 0)
+    for name in STEPS:
+        monkeypatch.setattr(m.dispatcher, name, spy(name))
+    m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    assert m.vcpus[1].pid[3], "the IPI was never posted"
+    return next((name for name, posted in seen if posted), None)
+
+
+def test_seven_generations() -> None:
+    """The profiles are the seven generations, oldest first."""
+    assert fx.profiles() == KERNELS
+    assert [profile(name).name for name in KERNELS] == list(KERNELS)
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_who_takes_a_write(vendor: str, name: str) -> None:
+    """Each generation takes exactly its ICR writes, completes them its own way, and moves RIP unless it faults."""
+    value, takers = WRITES[name]
+    for kernel in KERNELS:
+        m = booted(kernel, vendor)
+        v = m.vcpus[0]
+        rip = v.rip
+        out = v.wrmsr(ICR, value)
+        taken = kernel in takers and (kernel, vendor) != ("seed-v3", "svm")
+        assert out.path is (fx.Path.FAST if taken else fx.Path.SLOW), kernel
+        assert out.completion is (COMPLETIONS[kernel] if taken else fx.Fastpath.NONE), kernel
+        assert (out.refusal is fx.Refusal.NONE) is taken, kernel
+        faults = "reserved" in name and kernel not in BEFORE_6_12
+        assert out.fault is (fx.Fault.GP if faults else None), kernel
+        assert v.rip == rip + (0 if faults else 2), kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("unicast", 1),
+        ("nobody's id", 0),
+        ("broadcast", 4),
+        ("self", 1),
+        ("all", 4),
+        ("all but self", 3),
+        ("logical", 2),
+        ("lowest priority", 1),
+        ("SMI", 0),
+        ("ExtINT", 0),
+        ("NMI to all but self", 3),
+    ],
+)
+def test_path_does_not_change_who_accepts(name: str, accepted: int) -> None:
+    """However a generation handles the write, the same number of APICs accept it."""
+    for kernel in KERNELS:
+        for vendor in VENDORS:
+            assert booted(kernel, vendor).vcpus[0].wrmsr(ICR, WRITES[name][0]).accepted == accepted, (kernel, vendor)
+
+
+@pytest.mark.parametrize("kernel", BEFORE_6_12)
+def test_reserved_bits_are_stored(kernel: str) -> None:
+    """Before 6.12 reserved ICR bits are kept and read back; the busy bit never is."""
+    v = booted(kernel).vcpus[0]
+    v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD, busy=True) | 0xFFF3_2000 & ~(3 << 18))
+    assert v.rdmsr(ICR) == fx.icr(dest=1, vector=0xFD) | 0xFFF3_2000 & ~(3 << 18)
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("bit", [13, 16, 17, *range(20, 32)])
+def test_each_reserved_bit_faults(kernel: str, bit: int) -> None:
+    """From 6.12 on each of the reserved ICR bits faults and leaves the old ICR."""
+    v = booted(kernel).vcpus[0]
+    v.wrmsr(ICR, fx.icr(dest=2, vector=0x31))
+    out = v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD) | 1 << bit)
+    assert (out.fault, out.refusal, out.accepted) == (fx.Fault.GP, fx.Refusal.RESERVED_BITS, 0)
+    assert v.rdmsr(ICR) == fx.icr(dest=2, vector=0x31)
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("all", fx.Refusal.SHORTHAND),
+        ("broadcast", fx.Refusal.BROADCAST),
+        ("logical broadcast", fx.Refusal.BROADCAST),
+        ("reserved bit 13", fx.Refusal.RESERVED_BITS),
+    ],
+)
+def test_why_6_18_declines(name: str, refusal: fx.Refusal) -> None:
+    """The newest generation names the condition that failed."""
+    assert booted("6.18").vcpus[0].wrmsr(ICR, WRITES[name][0]).refusal is refusal
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("self", fx.Refusal.SHORTHAND),
+        ("logical", fx.Refusal.LOGICAL),
+        ("NMI", fx.Refusal.DELIVERY_MODE),
+        ("broadcast", fx.Refusal.BROADCAST),
+    ],
+)
+def test_why_5_7_declines(name: str, refusal: fx.Refusal) -> None:
+    """An older generation names the condition that failed, too."""
+    assert booted("5.7").vcpus[0].wrmsr(ICR, WRITES[name][0]).refusal is refusal
+
+
+def test_6_18_needs_a_map() -> None:
+    """Aliased xAPIC ids drop the map, and with it everything that 6.18 could resolve; 6.12 does not ask."""
+    outcomes = {}
+    for kernel in ("6.12", "6.18"):
+        m = fx.Machine(vcpus=3, kernel=kernel)
+        for i in (1, 2):
+            m.vcpus[i].mmio_write(0xF0, 0x1FF)
+            m.vcpus[i].mmio_write(0x20, 7 << 24)
+        m.vcpus[0].set_msr(0x1B, m.vcpus[0].apic_base | 0x400)
+        outcomes[kernel] = m.vcpus[0].wrmsr(ICR, fx.icr(dest=7, vector=0x41))
+    assert outcomes["6.12"].path is fx.Path.FAST
+    assert outcomes["6.18"].refusal is fx.Refusal.NO_APIC_MAP
+    assert [outcomes[k].accepted for k in ("6.12", "6.18")] == [2, 2]
+
+
+def test_6_18_needs_a_usable_logical_map() -> None:
+    """One APIC that votes for xAPIC logical mode spoils the logical map for the fast path; physical stays fast."""
+    m = fx.Machine(vcpus=3, kernel="6.18")
+    v = m.vcpus[0]
+    v.set_msr(0x1B, v.apic_base | 0x400)
+    v.set_msr(0x80F, 0x1FF)
+    m.vcpus[1].mmio_write(0xF0, 0x1FF)
+    m.vcpus[1].mmio_write(0xD0, 1 << 24)
+    assert v.wrmsr(ICR, fx.icr(dest=1, vector=0x41, logical=True)).refusal is fx.Refusal.LOGICAL_MAP_UNUSABLE
+    assert v.wrmsr(ICR, fx.icr(dest=1, vector=0x41)).path is fx.Path.FAST
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_xapic_mode_is_never_fast(kernel: str) -> None:
+    """An APIC in xAPIC mode has no ICR MSR: #GP from the generic path; its MMIO ICR is no MSR write."""
+    m = fx.Machine(vcpus=2, kernel=kernel)
+    v = m.vcpus[0]
+    v.mmio_write(0xF0, 0x1FF)
+    out = v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    assert (out.path, out.fault, out.refusal) == (fx.Path.SLOW, fx.Fault.GP, fx.Refusal.NOT_X2APIC)
+    out = v.mmio_write(0x300, 0xFD)
+    assert (out.path, out.refusal) == (fx.Path.SLOW, fx.Refusal.NOT_AN_MSR_WRITE)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_msrs_are_generic(kernel: str) -> None:
+    """EOI, TPR and SELF_IPI writes have no fast handler in any generation."""
+    v = booted(kernel).vcpus[0]
+    for msr in (0x80B, 0x808, 0x83F):
+        assert v.wrmsr(msr, 0x31 if msr == 0x83F else 0).refusal is fx.Refusal.MSR
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_tsc_deadline(vendor: str) -> None:
+    """0x6E0 is fast from 5.8 where the preemption timer serves it, in 6.18 everywhere, and always re-enters."""
+    for kernel in KERNELS:
+        for hv_timer in (True, False):
+            m = booted(kernel, vendor, hv_timer=hv_timer)
+            v = m.vcpus[0]
+            deadline_mode(v)
+            out = v.wrmsr(DEADLINE, 1 << 62)
+            fast = kernel == "6.18" or (hv_timer and kernel in ("5.8", "6.1", "6.12"))
+            assert out.path is (fx.Path.FAST if fast else fx.Path.SLOW), (kernel, hv_timer)
+            assert out.completion is (fx.Fastpath.REENTER_GUEST if fast else fx.Fastpath.NONE), (kernel, hv_timer)
+            assert v.rdmsr(DEADLINE) == 1 << 62
+    assert booted("6.12", "svm").vcpus[0].wrmsr(DEADLINE, 0).refusal is fx.Refusal.NO_HV_TIMER
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_l2_is_left_alone(kernel: str, vendor: str) -> None:
+    """From 5.6 on nothing of L2's is handled fast: its exit goes to L1 and no IPI leaves."""
+    m = booted(kernel, vendor)
+    v = m.vcpus[0]
+    v.nested = True
+    rip = v.rip
+    out = v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    assert (out.path, out.refusal, out.accepted) == (fx.Path.SLOW, fx.Refusal.NESTED, 0)
+    assert v.counters()["nested_exits"] == 1
+    assert (v.rip, m.vcpus[1].pending()) == (rip, None)
+
+
+def test_svm_without_next_rip() -> None:
+    """SVM of 6.1 and 6.18 declines without NRIPS, since it could not decode; the others do not ask."""
+    for kernel in KERNELS[1:]:
+        out = booted(kernel, "svm", nrips=False).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+        declined = kernel in ("6.1", "6.18")
+        assert out.refusal is (fx.Refusal.NO_NEXT_RIP if declined else fx.Refusal.NONE), kernel
+        assert out.accepted == 1, kernel
+    assert booted("6.18", "vmx", nrips=False).vcpus[0].wrmsr(ICR, 0x1000000FD).path is fx.Path.FAST
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+def test_failed_entry_is_not_fast(kernel: str) -> None:
+    """A VM entry that failed delivers no exit information to act on: no IPI, and the refusal says so."""
+    m = booted(kernel)
+    out = m.vcpus[0].exit(fx.VmxExit.MSR_WRITE, rcx=ICR, rax=0xFD, rdx=1, failed_entry=True)
+    assert (out.path, out.accepted, out.user) == (fx.Path.SLOW, 0, fx.KvmExit.FAIL_ENTRY)
+    assert m.vcpus[1].pending() is None
+    assert out.refusal is fx.Refusal.FAILED_VMENTRY
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_switched_off(kernel: str) -> None:
+    """With the fast path switched off the same write arrives all the same, generically."""
+    m = booted(kernel)
+    m.fastpath = False
+    out = m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    assert (out.path, out.refusal, out.accepted) == (fx.Path.SLOW, fx.Refusal.SWITCHED_OFF, 1)
+    assert m.vcpus[1].pending() == 0xFD
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_where_the_ipi_leaves(kernel: str, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The IPI is out before the IRQ window up to 5.7, before mode changes in 5.8, without any step from 6.12."""
+    if vendor == "svm":
+        # AVIC has no descriptor; what differs between vendors here is only whether the handler runs at all.
+        out = booted(kernel, vendor).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+        assert out.reentered is (FIRST_STEP_AFTER_THE_IPI[kernel] is None)
+        return
+    assert first_step_that_sees_the_ipi(booted(kernel), monkeypatch) == FIRST_STEP_AFTER_THE_IPI[kernel]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_where_the_generic_ipi_leaves(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generically the IPI leaves in handle_exit, so the first step that sees it is the next entry."""
+    m = booted(kernel)
+    m.fastpath = False
+    assert first_step_that_sees_the_ipi(m, monkeypatch) == "vcpu_enter_guest"
