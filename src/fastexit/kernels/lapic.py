@@ -439,10 +439,11 @@ def reset(m, v, init):
         set_reg(m, v, k.APIC_LDR, k.ZERO)
         set_reg(m, v, k.APIC_ICR, k.ZERO)
         set_reg(m, v, k.APIC_ICR2, k.ZERO)
+    elif m[k.H_TRAITS] & k.T_ICR_SPLIT:
+        set_reg(m, v, k.APIC_ICR, k.ZERO)
+        set_reg(m, v, k.APIC_ICR2, k.ZERO)
     else:
         m[word(m, v, k.APIC_ICR)] = k.ZERO
-        if m[k.H_TRAITS] & k.T_ICR_SPLIT:
-            set_reg(m, v, k.APIC_ICR2, k.ZERO)
     set_reg(m, v, k.APIC_ESR, k.ZERO)
     set_reg(m, v, k.APIC_TDCR, k.ZERO)
     set_reg(m, v, k.APIC_TMICT, k.ZERO)

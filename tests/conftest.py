@@ -1,0 +1,33 @@
+"""One set of options for all tests.
+
+Compiled kernels are kept in build/kernel-cache from run to run, which is safe: they are keyed by a hash of the sources.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+BOUNDS = os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0")
+
+os.environ.setdefault("FASTEXIT_CACHE_DIR", str(ROOT / "build" / "kernel-cache"))
+
+EXAMPLES = 25 if INTERPRETED else 100
+settings.register_profile("fastexit", deadline=None, derandomize=True, database=None, max_examples=EXAMPLES)
+settings.load_profile("fastexit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:  # compiled integers wrap in silence
+        config.addinivalue_line("filterwarnings", "ignore:overflow encountered in scalar:RuntimeWarning")
+
+
+def pytest_report_header() -> str:
+    mode = "interpreted" if INTERPRETED else f"compiled, bounds {'checked' if BOUNDS else 'not checked'}"
+    return f"kernels: {mode}; numba {version('numba')}, llvmlite {version('llvmlite')}, numpy {version('numpy')}"

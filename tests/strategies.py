@@ -1,0 +1,499 @@
+"""Random machines, random operations on them, and one way to apply an operation to anything with Machine's face.
+
+Models: nothing. An operation is a plain tuple, so that a failing sequence can be printed and replayed. Values are
+drawn where they matter (IDs that exist, aliases, broadcasts, reserved bits), not uniformly.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+import oracle
+from fastexit import regs as r
+
+ID_POOL = (0, 1, 2, 3, 7, 8, 15, 16, 17, 18, 31, 127, 254, 255, 256, 257, 271, 272, 300, 511, 1023, 4080, 4094, 4095)
+VECTORS = (0, 1, 15, 16, 0x1F, 0x20, 0x2F, 0x31, 0x41, 0x80, 0x81, 0xEC, 0xF0, 0xFB, 0xFC, 0xFD, 0xFE, 0xFF)
+X2APIC_MSRS = tuple(range(r.MSR_X2APIC_BASE, r.MSR_X2APIC_BASE + 0x48))
+WRITABLE_OFFSETS = (
+    r.APIC_TASKPRI,
+    r.APIC_EOI,
+    r.APIC_SPIV,
+    r.APIC_ESR,
+    *oracle.LVTS,
+    r.APIC_TMICT,
+    r.APIC_TDCR,
+    r.APIC_SELF_IPI,
+)
+XAPIC_OFFSETS = (r.APIC_ID, r.APIC_LDR, r.APIC_DFR, r.APIC_ICR2, *WRITABLE_OFFSETS)
+
+LONG_COUNTS = (0, 0xFFFF_FFFF)
+FAR_DEADLINE = 1 << 62
+
+Op = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a machine is built from; the names are Machine's keywords."""
+
+    apic_ids: tuple[int, ...]
+    kernel: str = "6.18"
+    vendor: str = "vmx"
+    apicv: bool = False
+    irqchip: str = "full"
+    x2apic_api: int = 0
+    x2apic: bool = True
+    tsc_deadline: bool = True
+
+    def build(self, factory: Callable[..., Any]) -> Any:
+        return factory(**(asdict(self) | {"apic_ids": list(self.apic_ids)}))
+
+
+def random_ids(rng: random.Random, least: int, most: int) -> tuple[int, ...]:
+    """Distinct IDs in random creation order, mostly with the boot CPU among them."""
+    ids = rng.sample(ID_POOL, rng.randint(least, most))
+    if rng.random() < 0.9 and 0 not in ids:
+        ids[rng.randrange(len(ids))] = 0
+    return tuple(ids)
+
+
+def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed: Any) -> Config:
+    """A machine of any generation, vendor and set of capabilities; ``fixed`` pins some of them."""
+    drawn: dict[str, Any] = {
+        "apic_ids": random_ids(rng, least, most),
+        "kernel": rng.choice(oracle.KERNELS),
+        "vendor": rng.choice(("vmx", "svm")),
+        "apicv": rng.random() < 0.5,
+        "irqchip": rng.choice(("full", "split")),
+        "x2apic_api": rng.randrange(4) | (r.X2API_NO_SUPPRESS_EOI if rng.random() < 0.1 else 0),
+        "x2apic": rng.random() < 0.9,
+        "tsc_deadline": rng.random() < 0.7,
+    }
+    return Config(**(drawn | fixed))
+
+
+configs: st.SearchStrategy[Config] = st.builds(
+    Config,
+    apic_ids=st.lists(st.sampled_from(ID_POOL), min_size=1, max_size=6, unique=True).map(tuple),
+    kernel=st.sampled_from(oracle.KERNELS),
+    vendor=st.sampled_from(("vmx", "svm")),
+    apicv=st.booleans(),
+    irqchip=st.sampled_from(("full", "split")),
+    x2apic_api=st.integers(0, 3),
+    x2apic=st.booleans(),
+    tsc_deadline=st.booleans(),
+)
+"""The same machines, for tests that want hypothesis to shrink them."""
+
+seeds: st.SearchStrategy[int] = st.integers(0, 2**32 - 1)
+"""Seeds for the generators below: a seed per example costs hypothesis far less than a draw per operation."""
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def chance(rng: random.Random, probability: float) -> bool:
+    return rng.random() < probability
+
+
+def word32(rng: random.Random) -> int:
+    """A 32-bit value, often a small or a sparse one."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        return rng.getrandbits(32)
+    if kind == 1:
+        return 1 << rng.randrange(32)
+    if kind == 2:
+        return rng.choice((0, 0xFFFF_FFFF, 0xFF, 0x1FF, 0x10000))
+    return rng.getrandbits(8) | rng.choice((0, 0x100, 0x700, 0x10000, 0x20000, 0x40000, 0x60000, 0x8000, 0x1000))
+
+
+def vector(rng: random.Random) -> int:
+    return rng.choice(VECTORS) if chance(rng, 0.7) else rng.randrange(256)
+
+
+def delivery_mode(rng: random.Random) -> int:
+    return rng.choices(range(8), (45, 20, 4, 5, 8, 6, 7, 3))[0]
+
+
+def destination(rng: random.Random, machine: oracle.Machine) -> int:
+    """A destination that means something to this machine, in whichever format."""
+    target = rng.choice(machine.vcpus)
+    kind = rng.randrange(10)
+    if kind < 3:
+        return target.id
+    if kind == 3:
+        return target.xapic_id
+    if kind == 4:
+        return target.reg(r.APIC_LDR) | rng.choice((0, 1, 3, 0xF, 0xFFFF))
+    if kind == 5:
+        return (target.id >> 4) << 16 | rng.getrandbits(16)
+    if kind == 6:
+        return target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT
+    if kind == 7:
+        return rng.choice((r.XAPIC_BROADCAST, r.X2APIC_BROADCAST))
+    if kind == 8:
+        return rng.getrandbits(8)
+    return rng.choice((rng.getrandbits(32), target.id + 1, target.id | 0x100, 256 * 16))
+
+
+def icr_low(rng: random.Random) -> int:
+    low = vector(rng) | delivery_mode(rng) << r.ICR_DM_SHIFT
+    if chance(rng, 0.45):
+        low |= r.ICR_LOGICAL
+    if chance(rng, 0.5):
+        low |= r.ICR_LEVEL
+    if chance(rng, 0.25):
+        low |= r.ICR_TRIGGER
+    if chance(rng, 0.3):
+        low |= rng.randrange(1, 4) << r.ICR_SHORTHAND_SHIFT
+    if chance(rng, 0.05):
+        low |= r.ICR_BUSY
+    if chance(rng, 0.06):
+        low |= rng.getrandbits(32) & r.ICR_RESERVED & 0xFFFF_FFFF
+    return low
+
+
+def icr(rng: random.Random, machine: oracle.Machine) -> int:
+    """An x2APIC ICR value of any class."""
+    return destination(rng, machine) << r.ICR_DEST_SHIFT | icr_low(rng)
+
+
+def apic_base(rng: random.Random, vcpu: oracle.Vcpu) -> int:
+    value = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
+    value |= rng.choices((0, r.APICBASE_EN, r.APICBASE_EN | r.APICBASE_EXTD, r.APICBASE_EXTD), (1, 4, 6, 0.3))[0]
+    if chance(rng, 0.1):
+        value ^= r.APICBASE_BSP
+    if chance(rng, 0.05):
+        value |= 1 << rng.randrange(64)
+    return value
+
+
+def register_value(rng: random.Random, offset: int) -> int:
+    if offset == r.APIC_SPIV and chance(rng, 0.8):
+        return word32(rng) | r.SVR_ENABLE
+    if offset == r.APIC_ESR and chance(rng, 0.5):
+        return 0
+    if offset == r.APIC_SELF_IPI and chance(rng, 0.9):
+        return vector(rng)
+    if offset == r.APIC_TASKPRI:
+        return vector(rng) if chance(rng, 0.8) else 0
+    if offset == r.APIC_LDR:
+        return (
+            rng.choice((1 << rng.randrange(8), rng.randrange(16) << 4 | 1 << rng.randrange(4), rng.getrandbits(8)))
+            << 24
+        )
+    if offset == r.APIC_DFR:
+        return rng.choice((r.DFR_FLAT, r.DFR_FLAT, r.DFR_CLUSTER, word32(rng)))
+    if offset in (r.APIC_ID, r.APIC_ICR2):
+        return rng.choice((rng.randrange(4), rng.choice(ID_POOL) & 0xFF, 0xFF)) << 24 | rng.choice(
+            (0, rng.getrandbits(24))
+        )
+    return word32(rng)
+
+
+def msi_address(rng: random.Random, machine: oracle.Machine) -> int:
+    dest = destination(rng, machine)
+    address = 0xFEE0_0000 | (dest & 0xFF) << 12
+    if chance(rng, 0.6):
+        address |= (dest & 0xFFFF_FF00) << 32
+    if chance(rng, 0.4):
+        address |= 4
+    if chance(rng, 0.25):
+        address |= 8
+    if chance(rng, 0.03):
+        address |= rng.getrandbits(8) << 32
+    return address
+
+
+def lapic_page(rng: random.Random, vcpu: oracle.Vcpu, *, timer: bool = True) -> bytes:
+    """A page to set: the current one with registers changed, believable or not; without ``timer`` none gets armed."""
+    page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", vcpu.get_lapic())))
+    if chance(rng, 0.03):
+        page = {offset: rng.getrandbits(32) for offset in page}
+    for _ in range(rng.randrange(1, 6)):
+        if chance(rng, 0.25):
+            offset = rng.choice(sorted(oracle.BITMAP_OFFSETS))
+            page[offset] = rng.choice((0, 1 << rng.randrange(32), rng.getrandbits(32) & rng.getrandbits(32)))
+        elif chance(rng, 0.08):
+            page[rng.randrange(256) * 4] = word32(rng)
+        else:
+            offset = rng.choice((*XAPIC_OFFSETS, r.APIC_ICR, r.APIC_PROCPRI, r.APIC_SPIV, r.APIC_LDR))
+            page[offset] = register_value(rng, offset)
+    if chance(rng, 0.8):
+        page[r.APIC_SPIV] |= r.SVR_ENABLE
+    if vcpu.x2apic and chance(rng, 0.85):
+        page[r.APIC_ID] = vcpu.id
+    page[r.APIC_TMCCT] = 0
+    if not timer:
+        page[r.APIC_TMICT] = 0
+    return struct.pack("<256I", *page.values())
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+def setup_ops(rng: random.Random, machine: oracle.Machine) -> list[Op]:
+    """Brings each vCPU into one of the modes: x2APIC, xAPIC, software-disabled, hardware-disabled."""
+    ops: list[Op] = []
+    whole_x2apic = chance(rng, 0.4) and machine.x2apic
+    for i, vcpu in enumerate(machine.vcpus):
+        mode = rng.choices(("x2apic", "xapic", "off"), (5, 4, 1))[0]
+        if whole_x2apic or (mode == "x2apic" and machine.x2apic):
+            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base | r.APICBASE_EN | r.APICBASE_EXTD))
+            if whole_x2apic or chance(rng, 0.85):
+                ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF))
+        elif mode == "off":
+            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base & ~r.APICBASE_EN))
+        else:
+            page = bytearray(vcpu.get_lapic())
+            spiv = 0x1FF if chance(rng, 0.9) else 0xFF
+            struct.pack_into("<I", page, r.APIC_SPIV, spiv)
+            struct.pack_into("<I", page, r.APIC_LDR, (1 << i % 8) << 24)
+            if chance(rng, 0.2):
+                struct.pack_into("<I", page, r.APIC_DFR, r.DFR_CLUSTER)
+            ops.append(("set_lapic", i, bytes(page)))
+    return ops
+
+
+def host_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
+    """One operation that ioctls can carry out.
+
+    With ``timer`` clocks may run out: right where nobody enters the guest, which is where a tick becomes an interrupt.
+    """
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    kind = rng.random()
+    if kind < 0.40:
+        return ("set_msr", i, r.MSR_X2APIC_ICR, icr(rng, machine))
+    if kind < 0.55:
+        offset = rng.choice(WRITABLE_OFFSETS)
+        high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
+        if offset == r.APIC_TMICT and not timer:
+            return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), rng.choice(LONG_COUNTS))
+        return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), register_value(rng, offset) | high)
+    if kind < 0.60:
+        msr = rng.choice(X2APIC_MSRS) if chance(rng, 0.95) else rng.randrange(r.MSR_X2APIC_BASE, r.MSR_X2APIC_END + 1)
+        value = word32(rng)
+        if msr == r.MSR_X2APIC_BASE + (r.APIC_TMICT >> 4) and not timer:
+            value = rng.choice(LONG_COUNTS)
+        return ("set_msr", i, msr, value)
+    if kind < 0.70:
+        return ("get_msr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
+    if kind < 0.76:
+        return ("set_msr", i, r.MSR_APICBASE, apic_base(rng, vcpu))
+    if kind < 0.88:
+        return (
+            "signal_msi",
+            msi_address(rng, machine),
+            vector(rng) | delivery_mode(rng) << 8 | rng.choice((0, 0, 0x8000)),
+        )
+    if kind < 0.94:
+        return ("set_lapic", i, lapic_page(rng, vcpu, timer=timer))
+    if kind < 0.97:
+        return ("get_mp_state", i)
+    if kind < 0.985:
+        return ("events", i)
+    # a deadline that has passed or is far away: what lies between would depend on when it is looked at
+    return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
+
+
+def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
+    """One operation, host or guest."""
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    kind = rng.random()
+    if kind < 0.40:
+        op = host_op(rng, machine, timer=timer)
+        return ("guest_wrmsr", *op[1:]) if op[0] == "set_msr" and chance(rng, 0.6) else op
+    if kind < 0.55 and not vcpu.x2apic:
+        return ("mmio_write", i, r.APIC_ICR, icr_low(rng), 4)
+    if kind < 0.55:
+        return ("guest_wrmsr", i, r.MSR_X2APIC_ICR, icr(rng, machine))
+    if kind < 0.75:
+        offset = rng.choice(XAPIC_OFFSETS)
+        value = register_value(rng, offset)
+        if offset == r.APIC_TMICT and not timer:
+            value = rng.choice(LONG_COUNTS)
+        elif chance(rng, 0.05):
+            length = rng.choice((1, 2, 4))
+            return ("mmio_write", i, rng.randrange(0x1000), value & (1 << 8 * length) - 1, length)
+        return ("mmio_write", i, offset, value, 4)
+    if kind < 0.80:
+        offset = rng.choice(sorted(oracle.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
+        return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000), rng.choice((4, 4, 1, 2)))
+    if kind < 0.87:
+        return ("pending", i)
+    if kind < 0.94:
+        return ("ack", i)
+    return ("eoi", i)
+
+
+def apply(machine: Any, op: Op) -> Any:
+    """Carries out one operation on an oracle or a real VM; what it returns can be compared between them."""
+    name, *args = op
+    if name in ("signal_msi", "add_vcpu"):
+        try:
+            result = getattr(machine, name)(*args)
+        except ValueError:
+            return "einval"
+        return result if name == "signal_msi" else None
+    vcpu = machine.vcpus[args[0]]
+    if name == "set_lapic":
+        try:
+            vcpu.set_lapic(args[1])
+        except ValueError:
+            return "einval"
+        return None
+    result = getattr(vcpu, name)(*args[1:])
+    if name == "events":
+        return result.nmi_pending, result.latched_init
+    return result
+
+
+def masked(page: bytes) -> bytes:
+    """A register page without the one register that depends on the time of day."""
+    return page[: r.APIC_TMCCT] + bytes(4) + page[r.APIC_TMCCT + 4 :]
+
+
+def differences(expected: bytes, got: bytes) -> str:
+    """The dwords in which two pages differ, in words."""
+    dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", expected), struct.unpack("<256I", got))
+    return ", ".join(f"{oracle.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
+
+
+def story(config: Config, history: list[Op]) -> str:
+    """How a machine came to be what it is: enough to replay it, pages reduced to their non-zero dwords."""
+    return "\n".join((f"{config}", *(describe(op) for op in history)))
+
+
+def describe(op: Op) -> str:
+    """One operation, readable."""
+    shown = []
+    for argument in op[1:]:
+        if isinstance(argument, bytes):
+            dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument))
+            shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
+        else:
+            shown.append(f"{argument:#x}" if argument > 9 else str(argument))
+    return f"{op[0]} " + " ".join(shown)
+
+
+# ------------------------------------------------------------------------------- the library beside the oracle
+
+
+JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+"""Without the JIT a kernel costs some hundred times more, so tests take fewer examples."""
+
+
+class Pair:
+    """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
+
+    A vCPU that executes an instruction runs through the dispatcher, which takes the vCPU into the guest and so carries
+    out what is pending: INIT and SIPI, NMIs, a fresh PPR. The oracle has no run loop, so both sides are brought to
+    rest before and after: INIT/SIPI accepted, runnable, PPR recomputed. NMIs of a vCPU that ran are not counted.
+    """
+
+    def __init__(self, config: Config, machine: Any) -> None:
+        self.config = config
+        self.model = config.build(oracle.Machine)
+        self.machine = machine
+        self.history: list[Op] = []
+        self.ran: set[int] = set()
+
+    def step(self, op: Op) -> None:
+        """One operation on both, then everything is compared."""
+        self.history.append(op)
+        if op[0] in GUEST_OPS:
+            want, got = self._guest(op)
+        else:
+            want, got = apply(self.model, op), apply(self.machine, op)
+            if op[0] == "events" and op[1] in self.ran:
+                want, got = want[1], got[1]
+            elif op[0] == "set_msr":
+                want, got = (want, self.model.vcpus[op[1]].last_accepted), (got, self.machine.last_accepted)
+        self.same(got, want, describe(op))
+        for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
+            page, other = masked(model.get_lapic()), masked(vcpu.get_lapic())
+            if page != other:
+                raise AssertionError(f"vCPU {i} {differences(page, other)} after {self.story()}")
+            self.same(vcpu.apic_base, model.apic_base, f"vCPU {i} APICBASE")
+
+    def at_rest(self) -> None:
+        """What only shows when somebody asks: pending vectors, mp_state and events."""
+        for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
+            self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
+            events, expected = vcpu.events(), model.events()
+            if i not in self.ran:
+                self.same(events.nmi_pending, expected.nmi_pending, f"vCPU {i} NMIs")
+            self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
+            deadline = r.MSR_TSC_DEADLINE
+            self.same(vcpu.get_msr(deadline), model.get_msr(deadline), f"vCPU {i} deadline")
+
+    def _guest(self, op: Op) -> tuple[Any, Any]:
+        name, i, *arguments = op
+        model, vcpu = self.model.vcpus[i], self.machine.vcpus[i]
+        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
+        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
+        model.set_mp_state(r.MP_RUNNABLE)
+        self.ran.add(i)
+        want = getattr(model, name)(*arguments)
+        rip = vcpu.rip
+        if name == "guest_wrmsr":
+            out = vcpu.wrmsr(*arguments)
+            got = "ok" if out.fault is None else "gp", out.accepted
+            if not model.pending_init:
+                self.same(vcpu.rip - rip, r.INSN_LEN_WRMSR if want == "ok" else 0, f"vCPU {i} RIP")
+            want = want, model.last_accepted
+        else:
+            got = getattr(vcpu, name)(*arguments)
+            if name == "mmio_write" or want is None:
+                got = want  # a write returns nothing to compare; a read that KVM drops leaves what was there
+        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
+        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
+        return want, got
+
+    def same(self, got: Any, want: Any, what: str) -> None:
+        if got != want:
+            raise AssertionError(f"{what}: expected {want!r}, got {got!r} after {self.story()}")
+
+    def story(self) -> str:
+        return story(self.config, self.history)
+
+
+GUEST_OPS = ("guest_wrmsr", "mmio_write", "mmio_read")
+
+
+def first_difference(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str | None:
+    """Replays operations on a new pair; the text of the first difference."""
+    pair = Pair(config, config.build(factory))
+    try:
+        for op in ops:
+            pair.step(op)
+        pair.at_rest()
+    except AssertionError as difference:
+        return str(difference)
+    except IndexError:
+        pass  # the vCPU that this operation names was created by one that was left out
+    return None
+
+
+def minimised(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str:
+    """The difference that a failing sequence shows, after leaving out every operation that it does not need."""
+    size = len(ops)
+    while size := size // 2:
+        at = 0
+        while at < len(ops):
+            shorter = ops[:at] + ops[at + size :]
+            if first_difference(config, factory, shorter) is None:
+                at += size
+            else:
+                ops = shorter
+    return first_difference(config, factory, ops) or "the difference does not show again on replay"
