@@ -231,7 +231,7 @@ def _bundled_trace() -> str:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fastexit.compare import DOORS, compare
+    from fastexit.compare import DOORS, compare, compare_until_ipi
     from fastexit.regs import icr
     from fastexit.show import comparison_table, console, profile_table, walk_table
     from fastexit.walk import walk
@@ -240,7 +240,9 @@ def _demo(args: argparse.Namespace) -> int:
     _compile()
     report = _replay_file(trace, args.json, vendor="vmx", apicv=False)
     walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
-    rows = [compare(kernel, door) for kernel in ("5.7", "6.12", "6.18") for door in DOORS]
+    kernels = ("seed-v3", "5.8", "6.18")
+    rows = [compare(kernel, door) for kernel in kernels for door in DOORS]
+    rows += [compare_until_ipi(kernel) for kernel in kernels]
     os.makedirs(args.output, exist_ok=True)
     pictures = _pictures(report, os.path.join(args.output, "ipi-heatmap"))
     if args.json:

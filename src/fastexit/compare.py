@@ -108,7 +108,7 @@ def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) ->
         through()
         return (time.perf_counter_ns() - start) / n
 
-    return _timed(kernel, door, machine, go, rounds)
+    return _timed(kernel, f"{door}, whole exit", machine, go, rounds)
 
 
 def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
