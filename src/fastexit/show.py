@@ -89,9 +89,7 @@ def walk_summary(walk: Walk) -> str:
 
 def comparison_table(rows: Iterable[Comparison]) -> Table:
     """Fast against generic, medians."""
-    table = Table(
-        title="Fast against generic path: median ns of the model, not of silicon", box=box.SIMPLE_HEAVY
-    )
+    table = Table(title="Fast against generic path: median ns of the model, not of silicon", box=box.SIMPLE_HEAVY)
     for column in ("kernel", "door", "fast", "generic", "generic / fast"):
         table.add_column(column, justify="left" if column in ("kernel", "door") else "right")
     for row in rows:

@@ -1,55 +1,33 @@
-"""How a kernel is declared, compiled, cached and called: the one file that leans on numba's internals.
+"""How kernels are declared, compiled and called: the one file, with ``_cache``, that leans on numba's internals.
 
-A kernel is declared with its full signature and compiled for exactly that one, on first use. With
-``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function. Compiled code is kept on disk, keyed by the
-sources of all kernels, because numba's own cache does not notice an edit in a callee's file.
-
-Environment: ``FASTEXIT_CACHE=0`` keeps nothing on disk; ``FASTEXIT_CACHE_DIR`` says where to keep it, otherwise
-``fastexit`` in the user's cache directory.
+A kernel is declared with its full signature. The first use of an entry compiles all entries of its module, with every
+kernel they reach, into one piece of machine code: each kernel is typed once, and LLVM sees the whole. ``_cache`` keeps
+the code on disk. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import importlib
 import inspect
-import os
-import pickle
 import pkgutil
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import llvmlite
 import numba
 import numpy as np
-from numba.core import cgutils, sigutils
-from numba.core.compiler import CompileResult
+from numba.core import cgutils, compiler, sigutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
+from numba.core.typing.templates import make_concrete_template
 from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import populate_array
 
-try:
-    from numba.core.caching import NullCache
-    from numba.core.serialize import dumps
-except ImportError:  # a numba that keeps them elsewhere: no cache on disk
-    NullCache, dumps = object, None
-
-try:
-    from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary, JITCPUCodegen
-except ImportError:
-    CPUCodeLibrary = JITCodeLibrary = JITCPUCodegen = None
+from ._cache import Code, read, write
+from ._cache import cache_directory as cache_directory
 
 JIT: bool = not numba.config.DISABLE_JIT
-BELOW = "layout", "outcome", "profile", "regs"
-"""The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
 WORDS = numba.types.uint64[::1] if numba.config.BOUNDSCHECK else numba.types.CPointer(numba.types.uint64)
 """What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
@@ -62,10 +40,11 @@ def parse(signature: str) -> tuple[tuple, Any]:
 
 
 class Kernel(NamedTuple):
-    """A declared kernel; ``function`` is its numba dispatcher, or the plain function when the JIT is off."""
+    """A declared kernel; ``function`` is what kernels call: its numba dispatcher, or ``python`` with the JIT off."""
 
     name: str
     signature: str
+    python: Callable
     function: Any
 
 
@@ -82,8 +61,11 @@ def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable], Any]:
 
     def declare(function: Callable) -> Any:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
-        made = _dispatcher(function, name, signature, nogil) if JIT else function
-        KERNELS.append(Kernel(name, signature, made))
+        made = numba.njit(nogil=nogil, error_model="numpy")(function) if JIT else function
+        declared = Kernel(name, signature, function, made)
+        if JIT:
+            _teach_calls(declared)
+        KERNELS.append(declared)
         return made
 
     return declare
@@ -104,15 +86,19 @@ def load(name: str) -> Callable[..., Any]:
     It does not check types: give it ints of the declared width, validated, and nothing else.
     """
     declared = ENTRIES[name]
-    if not JIT:
-        return _interpreted(declared)
-    declared.function.compile(None)
-    (compiled,) = declared.function.overloads.values()
-    return getattr(compiled, "entry_point", None) or declared.function
+    return _machine_code(declared.python.__module__)[name].call if JIT else _interpreted(declared)
+
+
+def address(name: str) -> int:
+    """A C function pointer to an entry: integers of the declared width, no GIL, no Python. Only with the JIT."""
+    return _machine_code(ENTRIES[name].python.__module__)[name].address
 
 
 def warmup(progress: Callable[[str, int, int], None] | None = None) -> dict[str, float]:
-    """Load every entry; the seconds each took. ``progress(name, done, total)`` comes before each kernel is compiled."""
+    """Load every entry; the seconds each took, where the first one bears the cost of those compiled along with it.
+
+    ``progress(name, done, total)`` is called before each kernel is compiled.
+    """
     global _progress
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
@@ -145,150 +131,101 @@ def _interpreted(declared: Kernel) -> Callable[..., Any]:
     return call
 
 
-def _dispatcher(function: Callable, name: str, signature: str, nogil: bool) -> Any:
-    """A dispatcher that compiles the declared signature alone, whoever asks; a calling kernel's int64 is converted."""
-    dispatcher = numba.njit(nogil=nogil, error_model="numpy", no_cfunc_wrapper=True)(function)
-    uncached = dispatcher._cache
-    if dumps and hasattr(dispatcher, "_cache") and os.environ.get("FASTEXIT_CACHE") != "0":
-        dispatcher._cache = _Cache(name, dispatcher.targetctx)
-    compile_for = dispatcher.compile
+# ---------------------------------------------------------------------------------------------------------- compilation
+class _Callable(NamedTuple):
+    """An entry that was compiled: for Python, and for C."""
 
-    def compile_declared(_: Any) -> Any:
-        with global_compiler_lock:
-            if not dispatcher.overloads:
-                if _progress:
-                    _progress(name, sum(bool(k.function.overloads) for k in KERNELS), len(KERNELS))
-                args, result = parse(signature)
-                callee = bool(_compiling) and not any(e.function is dispatcher for e in ENTRIES.values())
-                if callee:
-                    dispatcher._cache = uncached
-                _compiling.append(name)
-                try:
-                    with _code_for_callers_only() if callee else nullcontext():
-                        compile_for(result(*args))
-                finally:
-                    _compiling.pop()
-                dispatcher.disable_compile()
-        return dispatcher  # not the machine code: a Python caller then goes through numba's type check
-
-    dispatcher.compile = compile_declared
-    return dispatcher
-
-
-_compiling: list[str] = []
-"""Kernels that are being compiled, callers first; under numba's compiler lock."""
-
-
-@contextmanager
-def _code_for_callers_only() -> Iterator[None]:
-    """Compile a callee to LLVM code that its caller takes in, and stop there.
-
-    numba would optimise each callee with all that it calls and make machine code of it, over again at every level; only
-    the entries' machine code ever runs, and there LLVM sees the whole of it. That halves the time of a first run. A
-    callee so compiled cannot be called from Python: its wrapper answers with a MemoryError instead of a jump to 0.
-    """
-    if CPUCodeLibrary is None or numba.config.BOUNDSCHECK:
-        yield
-        return
-    refusal = ctypes.cast(ctypes.pythonapi.PyErr_NoMemory, ctypes.c_void_p).value
-
-    def finalized(library: Any) -> None:
-        library._finalized = True
-
-    patches = (
-        (CPUCodeLibrary, "_optimize_final_module", lambda library: None),
-        (CPUCodeLibrary, "_finalize_final_module", finalized),
-        (JITCodeLibrary, "get_pointer_to_function", lambda library, name: refusal),
-        (JITCPUCodegen, "set_env", lambda codegen, name, env: None),
-    )
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
-    for owner, name, stub in patches:
-        setattr(owner, name, stub)
-    try:
-        yield
-    finally:
-        for owner, name, original in saved:
-            setattr(owner, name, original)
-
-
-# -------------------------------------------------------------------------------------------------------- cache on disk
-_CODE_OPTIONS = "OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "FULL_TRACEBACKS"
+    call: Callable[..., Any]
+    address: int
 
 
 @cache
-def _source_stamp() -> bytes:
-    """Hash of everything a kernel may import: all kernels, and the modules of plain data below them."""
-    here = Path(__file__).parent
-    below = [here.parent / f"{name}.py" for name in ("layout", "outcome", "profile", "reasons", "regs")]
-    digest = hashlib.sha256()
-    for source in sorted(here.glob("*.py")) + below:
-        text = source.read_bytes()
-        digest.update(f"{source.name} {len(text)}\n".encode() + text)
-    return digest.digest()
+def _machine_code(module: str) -> dict[str, _Callable]:
+    """All entries that a Python module declares, from the cache or compiled; by name."""
+    with global_compiler_lock:
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
+        entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
+        code = read(module)
+        if code is None or code.entries.keys() != entries.keys():
+            code = _Build(entries).code
+            write(module, code)
+        return {name: _callable(code.library, *face) for name, face in code.entries.items()}
 
 
-@cache
-def _directory(cpu: tuple) -> Path:
-    """Where compiled code lies: one directory per interpreter, compiler, CPU and code-changing option."""
-    root = os.environ.get("FASTEXIT_CACHE_DIR")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastexit"
-    options = [getattr(numba.config, name, None) for name in _CODE_OPTIONS]
-    versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, np.__version__
-    variant = hashlib.sha256(repr((versions, cpu, options)).encode()).hexdigest()[:16]
-    return Path(root) / f"{sys.implementation.cache_tag}-{variant}"
+def _callable(library: Any, descriptor: Any, environment: Any) -> _Callable:
+    call = cpu_target.target_context.get_executable(library, descriptor, environment)
+    return _Callable(call, library.get_pointer_to_function(descriptor.llvm_cfunc_wrapper_name))
 
 
-def cache_directory() -> Path | None:
-    """Where this process keeps compiled code; None when it keeps none."""
-    if not JIT or dumps is None or os.environ.get("FASTEXIT_CACHE") == "0":
-        return None
-    return _directory(cpu_target.target_context.codegen().magic_tuple())
+class _Build:
+    """One compilation of some entries: every kernel they reach becomes a function of the same library."""
 
+    current: _Build | None = None
 
-class _Cache(NullCache):
-    """One file per kernel: a digest over source stamp and content, then the content.
-
-    A file that is stale, damaged or half there fails the digest and counts as absent; the kernel is then compiled and
-    the file replaced in one step, so processes that start together only do the same work twice. A directory that cannot
-    be read or written means no cache. Whatever else goes wrong in here must not cost more than a compilation.
-    """
-
-    def __init__(self, name: str, target: Any) -> None:
-        self._name = name
-        self._target = target
-
-    def _path(self) -> Path:
-        return _directory(self._target.codegen().magic_tuple()) / self._name
-
-    def _digest(self, content: bytes) -> bytes:
-        return hashlib.blake2b(content, digest_size=32, key=_source_stamp()).digest()
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
+    def __init__(self, entries: dict[str, Kernel]) -> None:
+        self._exported = set(entries.values())
+        self._results: dict[Kernel, Any] = {}
+        self._library = cpu_target.target_context.codegen().create_library("fastexit")
+        self._library.enable_object_caching()
+        _Build.current = self
         try:
-            target_context.refresh()
-            data = self._path().read_bytes()
-            if self._digest(data[32:]) != data[:32]:
-                return None
-            return CompileResult._rebuild(target_context, *pickle.loads(data[32:]))
-        except Exception:
-            return None
+            for declared in entries.values():
+                self.add(declared)
+        finally:
+            _Build.current = None
+            for declared in self._results:
+                cpu_target.target_context.remove_user_function(declared.function)
+        self._hide()
+        self._library.finalize()
+        faces = {name: self._results[declared] for name, declared in entries.items()}
+        self.code = Code(self._library, {name: (r.fndesc, r.environment) for name, r in faces.items()})
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            if data.lifted or data.library.has_dynamic_globals:
-                return
-            content = dumps(data._reduce())
-            path = self._path()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            half = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            try:
-                half.write_bytes(self._digest(content) + content)
-                half.replace(path)
-            finally:
-                half.unlink(missing_ok=True)
-        except Exception:
+    def add(self, declared: Kernel) -> None:
+        """Compile a kernel into the library, unless it is there."""
+        if declared in self._results:
             return
+        if _progress:
+            _progress(declared.name, len(self._results), len(KERNELS))
+        flags = compiler.Flags()
+        cpu_target.options.parse_as_flags(flags, declared.function.targetoptions)
+        flags.no_compile = True
+        flags.no_cpython_wrapper = flags.no_cfunc_wrapper = declared not in self._exported
+        args, result = parse(declared.signature)
+        contexts = cpu_target.typing_context, cpu_target.target_context
+        made = compiler.compile_extra(*contexts, declared.python, args, result, flags, {}, library=self._library)
+        if any(isinstance(kind, numba.types.Float) for kind in made.type_annotation.typemap.values()):
+            raise TypeError(f"kernel {declared.name} computes with floats: uint64 and a signed integer were mixed")
+        cpu_target.target_context.insert_user_function(declared.function, made.fndesc)
+        self._results[declared] = made
+
+    def _hide(self) -> None:
+        """Make what is no entry private to the library, so that LLVM may inline it away."""
+        code = self._library._final_module
+        for declared, made in self._results.items():
+            if declared not in self._exported:
+                code.get_function(made.fndesc.llvm_func_name).linkage = "internal"
+                code.get_global_variable(made.environment.env_name).linkage = "internal"
+
+
+def _teach_calls(declared: Kernel) -> None:
+    """Tell numba what a call of this kernel in another one means: the declared signature, whatever the arguments."""
+    dispatcher = declared.function
+    args, result = parse(declared.signature)
+    template = make_concrete_template(declared.name, key=declared.name, signatures=[result(*args)])
+
+    def compile_alone(_: Any) -> None:
+        raise TypeError(f"kernel {declared.name} can be called by kernels only; an @entry, through load()")
+
+    def get_call_template(given: Any, keywords: Any) -> tuple:
+        if _Build.current is None:
+            compile_alone(given)
+        _Build.current.add(declared)
+        return template, *dispatcher.fold_argument_types(given, keywords), {}
+
+    dispatcher.compile = compile_alone
+    dispatcher.get_call_template = get_call_template
+    dispatcher.get_overload = lambda _signature: dispatcher
 
 
 # ----------------------------------------------------------------------------- functions with machine code of their own

@@ -1,0 +1,56 @@
+# Every target sets up .venv by itself; the only needs are make and Python >= 3.11.
+PY := .venv/bin/python
+STAMP := .venv/installed
+PYTEST := $(PY) -m pytest
+BOUNDS := $(addprefix tests/test_,$(addsuffix .py,atomics bad_input batch lapic_state posted property snapshot stateful))
+export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-jit test-nojit test-bounds test-long bench lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
+	@mkdir -p build/demo
+	@$(PY) -m fastexit demo --output build/demo
+
+test: $(STAMP) ## the whole suite: compiled, interpreted, and with checked bounds
+	@$(MAKE) --no-print-directory test-jit
+	@$(MAKE) --no-print-directory test-nojit
+	@$(MAKE) --no-print-directory test-bounds
+
+test-jit: $(STAMP) ## the suite on compiled kernels
+	@echo "== compiled kernels (the first run compiles them)"
+	@$(PYTEST) -m "not long"
+
+test-nojit: $(STAMP) ## the suite on interpreted kernels
+	@echo "== interpreted kernels (NUMBA_DISABLE_JIT=1)"
+	@NUMBA_DISABLE_JIT=1 $(PYTEST) -m "not long"
+
+test-bounds: $(STAMP) ## a part of the suite with every array access checked
+	@echo "== compiled kernels with checked bounds (NUMBA_BOUNDSCHECK=1)"
+	@NUMBA_BOUNDSCHECK=1 $(PYTEST) -m "not long" $(BOUNDS)
+
+test-long: $(STAMP) ## the tests that take minutes
+	@$(PYTEST) -m long
+
+bench: $(STAMP) ## all benchmarks, fast path beside generic path
+	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+lint: $(STAMP) ## ruff
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+clean: ## remove everything that was made here
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml setup.cfg
+	@set -e; for py in $(PYTHON) python3.11 python3; do \
+		if $$py -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; py=; done; \
+	[ -n "$$py" ] || { echo "fastexit needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	[ -x $(PY) ] || { echo "setting up .venv with $$($$py -V), once"; $$py -m venv .venv || { rm -rf .venv; exit 1; }; }
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[test,plot]'
+	@touch $@

@@ -1,0 +1,166 @@
+"""Compiled kernels on disk: used again, never stale, never in the way.
+
+Every case runs a copy of the package with two small kernels of its own, each in a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastexit
+from fastexit.kernels._jit import JIT
+
+pytestmark = pytest.mark.skipif(not JIT, reason="nothing is compiled")
+
+LEAF = """
+from fastexit import regs
+from ._jit import kernel
+
+@kernel("u8(u8)")
+def leaf(x):
+    return x * 2 + {bit}
+"""
+PROBE = """
+from ._jit import entry, kernel
+from .leaf import leaf
+
+@entry
+@kernel("u8(u8)")
+def probe(x):
+    return leaf(x)
+"""
+RUN = """
+from fastexit.kernels import _jit, probe
+compiled = []
+_jit._progress = lambda name, *_: compiled.append(name)
+print(_jit.load("probe")(20), *compiled)
+"""
+COMPILED, CACHED = " probe.probe leaf.leaf", ""
+
+
+class Copy:
+    """A copy of the package, and where its compiled kernels go."""
+
+    def __init__(self, where: Path) -> None:
+        self.package = where / "package" / "fastexit"
+        self.cache = where / "cache"
+        shutil.copytree(Path(fastexit.__file__).parent, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.write("kernels/leaf.py", LEAF.format(bit="regs.PROBE"))
+        self.write("kernels/probe.py", PROBE)
+        self.append("regs.py", "\nPROBE = 1\n")
+
+    def write(self, name: str, text: str) -> None:
+        (self.package / name).write_text(text)
+
+    def append(self, name: str, text: str) -> None:
+        with (self.package / name).open("a") as file:
+            file.write(text)
+
+    def start(self, before: str = "", **changes: str) -> subprocess.Popen:
+        env = os.environ | {"FASTEXIT_CACHE_DIR": str(self.cache), "PYTHONPATH": str(self.package.parent)} | changes
+        return subprocess.Popen([sys.executable, "-c", before + RUN], env=env, stdout=subprocess.PIPE, text=True)
+
+    def run(self, before: str = "", **changes: str) -> str:
+        """What the entry returned and which kernels were compiled for it."""
+        return self.finish(self.start(before, **changes))
+
+    @staticmethod
+    def finish(process: subprocess.Popen) -> str:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        return output.rstrip("\n")
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.cache.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    """A copy whose kernels are on disk."""
+    copy = Copy(tmp_path_factory.mktemp("warm"))
+    assert copy.run() == f"41{COMPILED}"
+    assert copy.run() == f"41{CACHED}"
+    return copy
+
+
+def test_edits_are_noticed(copy: Copy) -> None:
+    assert copy.run() == f"41{COMPILED}"
+    copy.write("kernels/leaf.py", LEAF.format(bit="3"))
+    assert copy.run() == f"43{COMPILED}"
+    copy.write("kernels/leaf.py", LEAF.format(bit="regs.PROBE"))
+    copy.append("regs.py", "PROBE = 9\n")
+    assert copy.run() == f"49{COMPILED}"
+    copy.append("kernels/lapic.py", "# a kernel that the entry does not even reach\n")
+    assert copy.run() == f"49{COMPILED}"
+    assert len(copy.files()) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[:-1], id="truncated"),
+        pytest.param(lambda data: data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :], id="overwritten"),
+        pytest.param(lambda data: b"", id="empty"),
+    ],
+)
+def test_damaged_file_is_replaced(warm: Copy, damage: Callable[[bytes], bytes]) -> None:
+    (file,) = warm.files()
+    file.write_bytes(damage(file.read_bytes()))
+    assert warm.run() == f"41{COMPILED}"
+    assert warm.run() == f"41{CACHED}"
+
+
+def test_two_processes_on_a_cold_cache(copy: Copy) -> None:
+    both = [copy.start(), copy.start()]
+    assert {copy.finish(process) for process in both} <= {f"41{COMPILED}", f"41{CACHED}"}
+    assert len(copy.files()) == 1
+    assert copy.run() == f"41{CACHED}"
+
+
+def test_no_place_for_a_cache(warm: Copy, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    assert warm.run(FASTEXIT_CACHE_DIR=str(in_the_way)) == f"41{COMPILED}"
+    read_only = tmp_path / "directory"
+    read_only.mkdir(mode=0o500)
+    assert warm.run(FASTEXIT_CACHE_DIR=str(read_only)) == f"41{COMPILED}"
+
+
+def test_read_only_cache_is_read(warm: Copy) -> None:
+    (file,) = warm.files()
+    file.chmod(0o400)
+    file.parent.chmod(0o500)
+    try:
+        assert warm.run() == f"41{CACHED}"
+    finally:
+        file.parent.chmod(0o700)
+        file.chmod(0o600)
+
+
+def test_switched_off(warm: Copy, tmp_path: Path) -> None:
+    assert warm.run(FASTEXIT_CACHE="0") == f"41{COMPILED}"
+    assert warm.run(FASTEXIT_CACHE="0", FASTEXIT_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path)) == f"41{COMPILED}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_place(warm: Copy, tmp_path: Path) -> None:
+    warm.run(FASTEXIT_CACHE_DIR="", XDG_CACHE_HOME="", HOME=str(tmp_path))
+    assert len(list(tmp_path.glob(".cache/fastexit/*/fastexit.kernels.probe"))) == 1
+
+
+def test_numba_without_the_internals(copy: Copy) -> None:
+    without = "from numba.core.codegen import CPUCodeLibrary\ndel CPUCodeLibrary.serialize_using_object_code\n"
+    assert copy.run(without) == f"41{COMPILED}"
+    assert copy.files() == []
