@@ -1,0 +1,334 @@
+"""From lines to accesses: which lines of a thread are one register access, in the order in which accesses act.
+
+KVM prints several lines for one access, other threads' lines come in between, and the order differs: an x2APIC write
+ends with its kvm_msr line, an MMIO write begins with its kvm_mmio line, and accept lines stand behind kvm_apic_ipi in
+the generic path, before it in the fast path of 6.18. A write acts at its first line: the target of an IPI may be served
+before the sender's last line is printed. So while one is open, everything later waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Protocol
+
+from fastexit import regs as R
+from fastexit.trace.events import Event, Kind
+from fastexit.trace.reader import Batch, Task
+
+WINDOW = 1 << 14
+"""What may wait for an open write; when that many wait, it is taken as complete."""
+
+_EOI_REG, _ICR, _SELF_IPI = R.APIC_EOI, R.APIC_ICR, R.APIC_SELF_IPI
+_EOI_MSR, _MSR_BASE = R.MSR_X2APIC_EOI, R.MSR_X2APIC_BASE
+_PAGE = R.APIC_DEFAULT_PHYS_BASE >> 12
+_EOI_GPA = R.APIC_DEFAULT_PHYS_BASE + _EOI_REG
+_SENDERS = (_ICR, _SELF_IPI)
+_INIT = R.DM_INIT << R.ICR_DM_SHIFT
+_LOWEST = R.DM_LOWEST << R.ICR_DM_SHIFT
+
+(_VCPU, _SOURCE, _ACCEPT, _MARK, _IPI, _WRITE, _READ, _EOI, _MSR, _RDMSR, _MMIO, _RDMMIO, _INJECT, _DEADLINE) = (
+    int(kind) for kind in Kind if kind != Kind.OTHER
+)
+
+
+class Via(IntEnum):
+    """How an access reached the register."""
+
+    NONE = 0
+    """No kvm_msr and no kvm_mmio line: the host did it, or hardware with a trap afterwards."""
+    MSR = 1
+    MMIO = 2
+
+
+class Access:
+    """A register write, in the making or complete.
+
+    Attributes:
+        line: number of its first line.
+        via: Via. reg, value, length: page offset, what was written, bytes of an MMIO write.
+        ipi, ipi_line: its kvm_apic_ipi line.
+        accepts: its kvm_apic_accept_irq lines as (line, event).
+        fault: the line says #GP.
+        traced: its kvm_apic line was seen.
+        cut: the file ended in the middle of it.
+    """
+
+    __slots__ = tuple("line reg value via length ipi ipi_line accepts fault traced cut done".split())
+
+    def __init__(self, line: int, reg: int, value: int = 0, via: int = 0, length: int = 4) -> None:
+        self.line = line
+        self.reg = reg
+        self.value = value
+        self.via = via
+        self.length = length
+        self.ipi: Event | None = None
+        self.ipi_line = 0
+        self.accepts: list[tuple[int, Event]] = []
+        self.fault = False
+        self.traced = False
+        self.cut = False
+        self.done = False
+
+
+class Sink(Protocol):
+    """What takes the accesses of one vCPU, or of a thread that is none."""
+
+    def write(self, access: Access) -> None:
+        """A register write other than EOI."""
+
+    def read(self, line: int, reg: int, value: int) -> None:
+        """A register read."""
+
+    def eoi(self, line: int, vector: int) -> None:
+        """A kvm_eoi line."""
+
+    def silent_eoi(self) -> None:
+        """An EOI write in a trace that has no kvm_eoi lines."""
+
+    def accept(self, line: int, event: Event, source: str) -> None:
+        """An accept line of no IPI."""
+
+    def inject(self, vector: int) -> None:
+        """kvm_inj_virq."""
+
+    def apicbase(self, line: int, value: int, fault: bool) -> None:
+        """A write of APICBASE."""
+
+    def deadline(self) -> None:
+        """A write of the TSC deadline."""
+
+    def ran(self) -> None:
+        """The first line after an INIT reached this vCPU."""
+
+
+class Lane:
+    """One thread: where its accesses go, and what of it is open.
+
+    ``vcpu`` is its vCPU id or -1, ``mates`` the lanes of its VM by vCPU id. ``traced_eois`` counts EOI writes,
+    ``guest_eois`` those of them that the guest made.
+    """
+
+    __slots__ = ("guest_eois", "loose", "mates", "open", "reset", "sink", "source", "traced_eois", "vcpu")
+
+    def __init__(self, sink: Sink, vcpu: int, mates: dict[int, Lane]) -> None:
+        self.sink = sink
+        self.vcpu = vcpu
+        self.mates = mates
+        self.open: Access | None = None
+        self.loose: list[list[Any]] = []
+        self.source = ""
+        self.reset = False
+        self.traced_eois = 0
+        self.guest_eois = 0
+
+
+def _belongs(ipi: Event, accept: Event) -> bool:
+    """An IPI is accepted with its own vector, mode and trigger; lowest priority to 0xFF turns into Fixed."""
+    if (ipi.b ^ accept.b) & (R.ICR_VECTOR | R.ICR_TRIGGER):
+        return False
+    mode = accept.b & R.ICR_DM
+    return ipi.b & R.ICR_DM == mode or (not mode and ipi.b & R.ICR_DM == _LOWEST)
+
+
+class Assembler:
+    """Turns lines into calls of sinks. ``lanes`` finds a thread's lane; ``eois``: the trace has kvm_eoi lines."""
+
+    def __init__(self, lanes: dict[Task, Lane], *, eois: bool) -> None:
+        self._lanes = lanes
+        self._eois = eois
+        self._held: deque[list[Any]] = deque()
+        self.strays = 0
+
+    def feed(self, batch: Batch) -> None:
+        """A batch of lines."""
+        lane_of = self._lanes.get
+        held = self._held
+        line = batch.first - 1
+        for task, event in zip(batch.tasks, batch.events, strict=True):
+            line += 1
+            kind = event.kind
+            if kind < _SOURCE:
+                continue
+            lane = lane_of(task)  # type: ignore[arg-type]
+            if lane is None:
+                self.strays += kind == _ACCEPT
+                continue
+            if lane.reset:
+                lane.reset = False
+                self._call(lane.sink.ran)
+            if kind < _MARK:
+                self._beside(lane, line, event)
+                continue
+            if lane.loose or lane.source:
+                self._settle(lane, event)
+            if lane.open is not None and self._continues(lane, line, event):
+                continue
+            if kind == _EOI:
+                if held:
+                    held.append([lane.sink.eoi, line, event.b])
+                else:
+                    lane.sink.eoi(line, event.b)
+            elif kind == _WRITE:
+                if event.a == _EOI_REG:
+                    lane.traced_eois += 1
+                else:
+                    lane.open = access = Access(line, event.a, event.b)
+                    access.traced = True
+                    held.append([lane.sink.write, access])
+            elif kind == _MSR:
+                if event.a == _EOI_MSR and not event.c:
+                    self._guest_eoi(lane)
+                else:
+                    self._msr_write(lane, line, event)
+            elif kind == _MMIO:
+                if event.a == _EOI_GPA:
+                    self._guest_eoi(lane)
+                elif event.a >> 12 == _PAGE:
+                    lane.open = access = Access(line, event.a & 0xFFF, event.b, int(Via.MMIO), event.c)
+                    held.append([lane.sink.write, access])
+            elif kind == _READ:
+                self._call(lane.sink.read, line, event.a, event.b)
+            elif kind == _IPI:
+                lane.open = access = Access(line, _ICR)
+                access.ipi, access.ipi_line = event, line
+                held.append([lane.sink.write, access])
+            elif kind == _DEADLINE:
+                lane.sink.deadline()
+            elif kind == _INJECT and not event.c:
+                self._call(lane.sink.inject, event.b)
+
+    def finish(self) -> None:
+        """The file has ended; what is still open is handed over as cut."""
+        for lane in self._lanes.values():
+            self._let_go(lane)
+            if lane.open is not None:
+                lane.open.cut = True
+                self._close(lane)
+
+    # ------------------------------------------------------------------------------------------------------- the order
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Now, or behind the open write that everything waits for."""
+        if self._held:
+            self._held.append([function, *args])
+        else:
+            function(*args)
+
+    def _flush(self) -> None:
+        """Makes the calls that wait for nothing any more: an entry waits that has no function yet or an open access."""
+        held = self._held
+        while held:
+            entry = held[0]
+            if entry[0] is None or (len(entry) == 2 and isinstance(entry[1], Access) and not entry[1].done):
+                if len(held) <= WINDOW:
+                    return
+                self._give_up(entry)
+            held.popleft()
+            entry[0](*entry[1:])
+
+    def _give_up(self, entry: list[Any]) -> None:
+        """Too much waits for this one: it is taken as it stands."""
+        for lane in self._lanes.values():
+            if len(entry) == 2 and lane.open is entry[1]:
+                lane.open.done = True
+                lane.open = None
+            elif any(waiting is entry for waiting in lane.loose):
+                entry[0] = lane.sink.accept
+                lane.loose = [waiting for waiting in lane.loose if waiting is not entry]
+
+    # ------------------------------------------------------------------------------------------------------ one thread
+
+    def _close(self, lane: Lane) -> None:
+        """The open access is complete."""
+        access = lane.open
+        assert access is not None
+        lane.open = None
+        access.done = True
+        self._flush()
+
+    def _continues(self, lane: Lane, line: int, event: Event) -> bool:
+        """Whether the event is part of the open access; if not, that one is closed."""
+        access = lane.open
+        assert access is not None
+        kind = event.kind
+        if kind == _WRITE and access.reg == event.a and not access.traced:
+            access.traced = True
+            if not access.via:
+                access.value = event.b
+            elif access.reg not in _SENDERS:
+                self._close(lane)
+            return True
+        if kind == _WRITE and event.a == _ICR and access.reg == _SELF_IPI and access.ipi is None:
+            return True  # up to 5.16 SELF_IPI is written as an ICR write
+        if kind == _IPI and access.ipi is None and access.reg in _SENDERS:
+            access.ipi, access.ipi_line = event, line
+            return True
+        if kind == _MSR and event.a == R.MSR_X2APIC_SELF_IPI and access.ipi is not None and not access.traced:
+            access.reg = _SELF_IPI  # kvm_apic lines were not recorded, so the IPI came first
+        if kind == _MSR and not access.via and event.a == _MSR_BASE + (access.reg >> 4):
+            access.via, access.value, access.fault = int(Via.MSR), event.b, bool(event.c)
+            self._close(lane)
+            return True
+        self._close(lane)
+        return False
+
+    def _guest_eoi(self, lane: Lane) -> None:
+        lane.guest_eois += 1
+        if not self._eois:
+            self._call(lane.sink.silent_eoi)
+
+    def _msr_write(self, lane: Lane, line: int, event: Event) -> None:
+        """A kvm_msr line with nothing before it: APICBASE, a write that faulted, an access begun before the file."""
+        if event.a == R.MSR_APICBASE:
+            self._call(lane.sink.apicbase, line, event.b, bool(event.c))
+            return
+        access = Access(line, (event.a - _MSR_BASE) << 4, event.b, int(Via.MSR))
+        access.fault = bool(event.c)
+        access.done = True
+        self._call(lane.sink.write, access)
+
+    def _beside(self, lane: Lane, line: int, event: Event) -> None:
+        """An accept line, or one that says where the next accept lines come from: neither ends an access."""
+        if event.kind == _SOURCE:
+            lane.source = event.text
+            return
+        if event.b & R.ICR_DM == _INIT and event.a in lane.mates:
+            lane.mates[event.a].reset = True
+        access = lane.open
+        if access is not None and access.ipi is not None and _belongs(access.ipi, event):
+            access.accepts.append((line, event))
+        elif lane.vcpu < 0 or lane.source:
+            self._call(lane.sink.accept, line, event, lane.source)
+        else:
+            # In the fast path of 6.18 the IPI comes after what it caused: the thread's next line tells.
+            entry = [None, line, event, ""]
+            lane.loose.append(entry)
+            self._held.append(entry)
+
+    def _let_go(self, lane: Lane) -> None:
+        """Accept lines that turned out to belong to no IPI."""
+        for entry in lane.loose:
+            entry[0] = lane.sink.accept
+        lane.loose = []
+        self._flush()
+
+    def _settle(self, lane: Lane, event: Event) -> None:
+        """The line after accept lines: the IPI that they belong to, or not."""
+        mine = [entry for entry in lane.loose if event.kind == _IPI and _belongs(event, entry[2])]
+        if mine:
+            if lane.open is not None:
+                self._close(lane)
+            lane.open = access = Access(mine[0][1], _ICR)
+            access.accepts = [(entry[1], entry[2]) for entry in mine]
+            lane.loose = [entry for entry in lane.loose if not _belongs(event, entry[2])]
+            mine[0][:] = [lane.sink.write, access]
+            for entry in mine[1:]:
+                entry[:] = [_nothing]
+        self._let_go(lane)
+        lane.source = ""
+
+
+def _nothing() -> None:
+    """Stands where an accept line was that went to its IPI."""

@@ -1,0 +1,231 @@
+"""The kvm tracepoints that matter for a local APIC, from text to numbers.
+
+`parse` turns the text behind the time stamp into an Event. Events are shared: the same text, and everything that
+differs only where nobody looks (RIPs, deadlines), gives the same object, so that millions of lines cost a handful of
+objects and can be told apart by identity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from enum import IntEnum
+
+from fastexit import regs as R
+
+
+class Kind(IntEnum):
+    """What an event means here. Everything from MARK up ends what its thread was doing."""
+
+    OTHER = 0
+    """Nothing to do with the APIC, or not readable."""
+    VCPU = 1
+    """Says which vCPU a thread is, nothing else; ``a`` is the vCPU id."""
+    SOURCE = 2
+    """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, IOAPIC, PIC or a hypercall."""
+    ACCEPT = 3
+    """``a`` vCPU id, ``b`` vector, delivery and trigger mode in their ICR bits."""
+    MARK = 4
+    """``a`` vCPU id or -1."""
+    IPI = 5
+    """``a`` destination, ``b`` low 32 ICR bits, as far as the line shows them."""
+    APIC_WRITE = 6
+    """``a`` register offset, ``b`` value."""
+    APIC_READ = 7
+    EOI = 8
+    """``a`` vCPU id, ``b`` vector or -1."""
+    MSR_WRITE = 9
+    """An x2APIC MSR or APICBASE: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
+    MSR_READ = 10
+    MMIO_WRITE = 11
+    """``a`` guest physical address, ``b`` value, ``c`` length."""
+    MMIO_READ = 12
+    INJECT = 13
+    """kvm_inj_virq: ``b`` vector, ``c`` 1 when it is no new interrupt."""
+    DEADLINE = 14
+    """A write of the TSC deadline MSR."""
+
+
+BY_BEGINNING = frozenset((Kind.OTHER, Kind.VCPU, Kind.SOURCE, Kind.MARK, Kind.DEADLINE))
+"""Kinds whose event follows from the first three words of the text; the rest differs on almost every line."""
+
+
+class Event:
+    """One kind of line. Compared by identity: `parse` shares equal ones."""
+
+    __slots__ = ("a", "b", "c", "kind", "name", "text")
+
+    def __init__(self, kind: Kind, name: str, a: int = -1, b: int = 0, c: int = 0, text: str = "") -> None:
+        self.kind = int(kind)
+        self.name = name
+        self.a = a
+        self.b = b
+        self.c = c
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"Event({Kind(self.kind).name}, {self.name}: {self.text or (self.a, self.b, self.c)})"
+
+
+UNREADABLE = Event(Kind.OTHER, "")
+"""Stands for a line that is no event."""
+
+_DELIVERY = {mode.name: mode << R.ICR_DM_SHIFT for mode in R.DeliveryMode}
+_SHORTHAND = {"dst": 0, "self": 1, "all": 2, "all-but-self": 3}
+_REGISTERS = {name.encode(): offset for offset, name in R.REGISTER_NAMES.items()}
+
+_IPI = re.compile(
+    r"dst ([0-9a-f]+) vec (\d+) \((\w+)\|(physical|logical)\|(assert|de-assert)\|(edge|level)\|([\w-]+)\)"
+)
+_ACCEPT = re.compile(r"apicid ([0-9a-f]+) vec (\d+) \((\w+)\|(edge|level)\)( \(coalesced\))?")
+_EOI = re.compile(r"apicid ([0-9a-f]+) vector (-?\d+)")
+_APIC = re.compile(rb"apic_(read|write) (\w+) = 0x([0-9a-f]+)")
+_MSR = re.compile(rb"msr_(read|write) ([0-9a-f]+) = 0x([0-9a-f]+)( \(#GP\))?")
+_MMIO = re.compile(rb"mmio (unsatisfied-read|read|write) len (\d+) gpa 0x([0-9a-f]+) val 0x([0-9a-f]+)")
+_VCPU = re.compile(rb"vcpu[ =]?(\d+)")
+_INJECT = re.compile(rb"(?:IRQ 0x([0-9a-f]+)|irq (\d+))")
+
+
+class _Shared(dict[tuple[object, ...], Event]):
+    """Arguments of Event -> the one Event with them."""
+
+    def __missing__(self, key: tuple[object, ...]) -> Event:
+        if len(self) >= 1 << 16:  # identity matters within a batch only, so forgetting is harmless
+            self.clear()
+        self[key] = event = Event(*key)  # type: ignore[arg-type]
+        return event
+
+
+_EVENTS = _Shared()
+
+
+def _ipi(name: str, payload: bytes) -> Event | None:
+    match = _IPI.fullmatch(payload.decode("ascii", "replace"))
+    if not match or match[3] not in _DELIVERY or match[7] not in _SHORTHAND:
+        return None
+    low = int(match[2]) | _DELIVERY[match[3]] | _SHORTHAND[match[7]] << R.ICR_SHORTHAND_SHIFT
+    low |= (match[4] == "logical" and R.ICR_LOGICAL) | (match[5] == "assert" and R.ICR_LEVEL)
+    low |= match[6] == "level" and R.ICR_TRIGGER
+    return _EVENTS[Kind.IPI, name, int(match[1], 16), low, 0, match[0]]
+
+
+def _accept(name: str, payload: bytes) -> Event | None:
+    match = _ACCEPT.fullmatch(payload.decode("ascii", "replace"))
+    if not match or match[3] not in _DELIVERY:
+        return None
+    low = int(match[2]) | _DELIVERY[match[3]] | (match[4] == "level" and R.ICR_TRIGGER)
+    return _EVENTS[Kind.ACCEPT, name, int(match[1], 16), low, 0, match[0]]
+
+
+def _eoi(name: str, payload: bytes) -> Event | None:
+    match = _EOI.fullmatch(payload.decode("ascii", "replace"))
+    return _EVENTS[Kind.EOI, name, int(match[1], 16), int(match[2]), 0, ""] if match else None
+
+
+def _apic(name: str, payload: bytes) -> Event | None:
+    match = _APIC.fullmatch(payload)
+    if not match:
+        return None
+    offset = _REGISTERS.get(match[2])
+    if offset is None:  # registers without a name print as bare or 0x-prefixed hex
+        try:
+            offset = int(match[2], 16)
+        except ValueError:
+            return None
+    kind = Kind.APIC_READ if match[1] == b"read" else Kind.APIC_WRITE
+    return _EVENTS[kind, name, offset, int(match[3], 16), 0, ""]
+
+
+def _msr(name: str, payload: bytes) -> Event | None:
+    match = _MSR.fullmatch(payload)
+    if not match:
+        return None
+    msr = int(match[2], 16)
+    if R.MSR_X2APIC_BASE <= msr <= R.MSR_X2APIC_END or msr == R.MSR_APICBASE:
+        kind = Kind.MSR_READ if match[1] == b"read" else Kind.MSR_WRITE
+        return _EVENTS[kind, name, msr, int(match[3], 16), 1 if match[4] else 0, ""]
+    if msr == 0x6E0 and match[1] == b"write":
+        return _EVENTS[Kind.DEADLINE, name, msr, 0, 0, ""]
+    return _EVENTS[Kind.MARK, name, -1, 0, 0, ""]
+
+
+def _mmio(name: str, payload: bytes) -> Event | None:
+    match = _MMIO.fullmatch(payload)
+    if not match:
+        return None
+    gpa = int(match[3], 16)
+    if match[1] == b"write":
+        return _EVENTS[Kind.MMIO_WRITE, name, gpa, int(match[4], 16), int(match[2]), ""]
+    return _EVENTS[Kind.MMIO_READ, name, gpa, 0, int(match[2]), ""]
+
+
+def _mark(name: str, payload: bytes) -> Event:
+    match = _VCPU.match(payload)
+    return _EVENTS[Kind.MARK, name, int(match[1]) if match else -1, 0, 0, ""]
+
+
+def _vcpu(name: str, payload: bytes) -> Event:
+    match = _VCPU.match(payload)
+    return _EVENTS[Kind.VCPU, name, int(match[1]) if match else -1, 0, 0, ""]
+
+
+def _hv_timer(name: str, payload: bytes) -> Event:
+    word = payload.split(b" ", 2)
+    return _EVENTS[Kind.VCPU, name, int(word[1], 16) if len(word) > 1 else -1, 0, 0, ""]
+
+
+def _inject(name: str, payload: bytes) -> Event:
+    match = _INJECT.match(payload)
+    if not match:  # Soft/INTn: the guest's own INT instruction
+        return _EVENTS[Kind.INJECT, name, -1, 0, 1, ""]
+    again = b"reinjected" in payload
+    return _EVENTS[Kind.INJECT, name, -1, int(match[1], 16) if match[1] else int(match[2]), int(again), ""]
+
+
+def _source(what: str) -> Callable[[str, bytes], Event]:
+    return lambda name, payload: _EVENTS[Kind.SOURCE, name, -1, 0, 0, what]
+
+
+def _hypercall(name: str, payload: bytes) -> Event:
+    send_ipi = payload.startswith((b"nr 0xa ", b"nr 10 "))
+    return _EVENTS[Kind.SOURCE, name, -1, 0, 0, "hypercall"] if send_ipi else _mark(name, payload)
+
+
+_PARSERS: dict[bytes, Callable[[str, bytes], Event | None]] = {
+    b"kvm_apic_ipi": _ipi,
+    b"kvm_apic_accept_irq": _accept,
+    b"kvm_eoi": _eoi,
+    b"kvm_pv_eoi": _eoi,
+    b"kvm_apic": _apic,
+    b"kvm_msr": _msr,
+    b"kvm_mmio": _mmio,
+    b"kvm_inj_virq": _inject,
+    b"kvm_msi_set_irq": _source("MSI"),
+    b"kvm_ioapic_set_irq": _source("IOAPIC"),
+    b"kvm_pic_set_irq": _source("PIC"),
+    b"kvm_hypercall": _hypercall,
+    b"kvm_hv_timer_state": _hv_timer,
+    b"kvm_halt_poll_ns": _vcpu,
+    b"kvm_wait_lapic_expire": _vcpu,
+}
+for _name in (
+    "entry exit userspace_exit vcpu_wakeup inj_exception pio cpuid cr page_fault emulate_insn fast_mmio fpu "
+    "pvclock_update track_tsc nested_vmexit nested_vmrun"
+).split():
+    _PARSERS[b"kvm_" + _name.encode()] = _mark
+
+
+def parse(body: bytes) -> Event:
+    """The event of one line from its text behind the time stamp.
+
+    ``kvm:`` in front of the name (perf) and padding behind it (trace-cmd) are accepted. Events of other systems give
+    an event of kind OTHER; a kvm event of a known name whose arguments make no sense gives UNREADABLE.
+    """
+    name, _, payload = body.strip().partition(b":")
+    if name == b"kvm":
+        name, _, payload = payload.partition(b":")
+    parser = _PARSERS.get(name)
+    if parser is None:
+        known = name.startswith(b"kvm_") and name.replace(b"_", b"").isalnum()
+        return _EVENTS[Kind.OTHER, name.decode() if known else "", -1, 0, 0, ""]
+    return parser(name.decode(), payload.lstrip()) or UNREADABLE

@@ -1,0 +1,130 @@
+"""One VM of a trace on a Machine: its first state, its vCPUs, and what reaches them from outside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastexit import regs as R
+from fastexit.machine import Machine
+from fastexit.trace.accesses import Lane
+from fastexit.trace.events import Event
+from fastexit.trace.generations import Generations
+from fastexit.trace.guestvcpu import TIMER, GuestVcpu
+from fastexit.trace.report import Mismatch, VmReport
+from fastexit.trace.threads import Vm
+
+
+class Recorded(NamedTuple):
+    """Which events the trace has at all; what was not recorded cannot differ."""
+
+    ipis: bool
+    accepts: bool
+
+
+class Guest:
+    """One VM of the trace on a Machine.
+
+    ``lanes`` has a lane for each vCPU id, ``mismatches`` is where differences go, ``recorded`` says what can differ.
+    """
+
+    def __init__(
+        self, vm: Vm, *, kernel: str, vendor: str, apicv: bool, recorded: Recorded, mismatches: list[Mismatch]
+    ) -> None:
+        ids = list(vm.vcpus)
+        irqchip = "split" if vm.split else "full"
+        api = R.X2API_32BIT_IDS | R.X2API_NO_BROADCAST_QUIRK if max(ids) > 0xFE else 0
+        threads = {vcpu: str(clues.task) if clues else "" for vcpu, clues in vm.vcpus.items()}
+        self.report = VmReport(vm.number, threads, irqchip, assumptions=list(vm.assumed))
+        self.recorded = recorded
+        self.machine = Machine(
+            apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api, threads=False
+        )
+        self.generations = Generations(self.machine, ids, irqchip, api)
+        self.lanes: dict[int, Lane] = {}
+        self._mismatches = mismatches
+        self.vcpus = [GuestVcpu(self, v) for v in self.machine.vcpus]
+        for vcpu in self.vcpus:
+            self.lanes[vcpu.v.vcpu_id] = vcpu.lane
+        self.report.start = self._start(vm)
+
+    def _start(self, vm: Vm) -> str:
+        """Puts every APIC into the state that the trace implies; says what that was."""
+        on: list[str] = []
+        running: list[str] = []
+        known = [clues for clues in vm.vcpus.values() if clues]
+        modes = [clues.x2apic for clues in known if clues.x2apic is not None]
+        states = [clues.running for clues in known if clues.running is not None]
+        for vcpu in self.vcpus:
+            clues = vm.vcpus[vcpu.v.vcpu_id]
+            if not vm.was_reset(vcpu.v.vcpu_id):
+                x2apic = clues.x2apic if clues and clues.x2apic is not None else all(modes)
+                enabled = bool(clues.running) if clues else bool(states) and all(states)
+                if x2apic:
+                    vcpu.put_into_mode(True)
+                    on.append(str(vcpu.v.vcpu_id))
+                if enabled:
+                    running.append(str(vcpu.v.vcpu_id))
+                vcpu.load(clues.registers if clues else {}, enabled)
+            # A VMM loads each APIC after creating it, which also brings the last vCPU into the map.
+            vcpu.v.set_lapic(vcpu.v.get_lapic())
+        parts = []
+        if on:
+            guess = "" if modes else ", as no line tells"
+            parts.append(f"x2APIC mode on for vCPU {', '.join(on)} before the first line{guess}")
+        if running:
+            logical = "" if len(on) == len(self.vcpus) else ", xAPIC logical id 1 << vCPU in the flat model"
+            parts.append(f"vCPU {', '.join(running)} already running with SVR 0x1ff{logical}")
+        return "assumed: " + "; ".join(parts) if parts else "reset"
+
+    def accept(self, line: int, event: Event, source: str) -> None:
+        """An interrupt that is no IPI: counted by cause, and raised in the model so that IRR stays right."""
+        if not self.recorded.ipis and source != TIMER:
+            self.report.other_accepts["unknown, as kvm_apic_ipi was not recorded"] += 1
+            return
+        if event.b & R.ICR_DM > R.DM_LOWEST << R.ICR_DM_SHIFT:
+            self.report.other_accepts[f"{R.DeliveryMode(event.b >> R.ICR_DM_SHIFT & 7).name} from outside"] += 1
+            return
+        self.report.other_accepts[source] += 1
+        if event.a in self.lanes:
+            self.raise_irq(event.a, event.b)
+
+    def raise_irq(self, vcpu: int, data: int) -> None:
+        """An MSI to one vCPU; ``data`` has vector, delivery and trigger mode."""
+        self.machine.signal_msi(vcpu >> 8 << 40 | R.APIC_DEFAULT_PHYS_BASE | (vcpu & 0xFF) << 12, data)
+
+    def differs(self, line: int, event: str, recorded: str, predicted: str) -> None:
+        """One more mismatch."""
+        self._mismatches.append(Mismatch(line, event, self.report.number, recorded, predicted))
+
+    def assume(self, what: str) -> None:
+        """One more assumption."""
+        self.report.assumptions.append(what)
+
+    def finish(self) -> VmReport:
+        """The VM's report, complete."""
+        report = self.report
+        report.host_eois = sum(lane.traced_eois - lane.guest_eois for lane in self.lanes.values() if lane.traced_eois)
+        if report.taken_back:
+            self.assume(
+                f"{report.taken_back:,} ICR values are taken back from kvm_apic_ipi lines, as the writes were not "
+                "recorded: these lines agree by construction"
+            )
+        report.generations = self.generations.result()
+        if report.deadlines:
+            report.deadline_fast = self.generations.deadline_fast()
+        return report
+
+
+class Device:
+    """A thread that is no vCPU, as a sink: it delivers interrupts and nothing else."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def accept(self, line: int, event: Event, source: str) -> None:
+        self._guest.accept(line, event, source or "device thread")
+
+    def nothing(self, *args: object) -> None:
+        """Whatever else such a thread shows."""
+
+    write = read = eoi = silent_eoi = inject = apicbase = deadline = ran = nothing

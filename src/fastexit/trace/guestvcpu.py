@@ -1,0 +1,287 @@
+"""One vCPU of a replayed VM: its thread's accesses in, predictions compared with what KVM printed.
+
+Accesses go through the model's host doors, whose tracepoints are those of KVM's generic path; a guest's APICBASE write
+goes through its own door, because the host may do what a guest may not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.trace.accesses import Access, Lane, Via
+from fastexit.trace.events import Event
+from fastexit.trace.report import FAULTED, icr_class
+from fastexit.tracepoints import accept_text, ipi_text
+from fastexit.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from fastexit.trace.guest import Guest
+
+TIMER = "timer"
+"""Cause of an accept line: the vCPU's own timer."""
+
+_RUNS_BY_ITSELF = frozenset((R.APIC_TMCCT, R.APIC_TMICT))
+_IPI_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_LOGICAL | R.ICR_LEVEL | R.ICR_TRIGGER | R.ICR_SHORTHAND
+_ACCEPT_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_TRIGGER
+_LINUX_TIMER = next(vector for vector, name in R.LINUX_VECTORS.items() if name == "LOCAL_TIMER")
+_TRACING = L.CONFIG_TRACE
+
+Printed = tuple[int, int]
+"""A kvm_apic_ipi line as (destination, ICR bits), a kvm_apic_accept_irq line as (vCPU id, ICR bits)."""
+
+
+class GuestVcpu:
+    """One vCPU of a Guest, as a sink for its thread's accesses."""
+
+    def __init__(self, guest: Guest, v: Vcpu) -> None:
+        self.v = v
+        self.x2apic = False
+        self.lane = Lane(self, v.vcpu_id, guest.lanes)
+        self._guest = guest
+        self._report = guest.report
+        self._eois = guest.report.eoi
+        self._mem = guest.machine.mem
+        self._seen = False
+        self._host_ends = False
+        self._timer = _LINUX_TIMER
+        self._running = False  # before the first line, and no interrupt of this trace has come through yet
+
+    # --------------------------------------------------------------------------------------------------- first state
+
+    def put_into_mode(self, x2apic: bool) -> None:
+        """What a VMM does with KVM_SET_MSRS or KVM_SET_SREGS."""
+        base = self.v.apic_base | R.APICBASE_EN
+        self.v.set_msr(R.MSR_APICBASE, base | R.APICBASE_EXTD if x2apic else base & ~R.APICBASE_EXTD)
+        self.x2apic = x2apic
+
+    def load(self, read: dict[int, int], enabled: bool) -> None:
+        """Loads what a running guest must have, and over it what the guest read before it wrote."""
+        self._running = enabled
+        page = bytearray(self.v.get_lapic())
+        if enabled:
+            _put(page, R.APIC_SPIV, 0x1FF)
+            if not self.x2apic and self.v.index < 8:
+                _put(page, R.APIC_LDR, 1 << 24 + self.v.index)
+        learned = []
+        for offset, value in read.items():
+            was = int.from_bytes(page[offset : offset + 4], "little")
+            if was == value & 0xFFFF_FFFF or (self.x2apic and offset == R.APIC_LDR):
+                continue
+            _put(page, offset, value & 0xFFFF_FFFF)
+            if offset == R.APIC_ICR:
+                _put(page, R.APIC_ICR2, value >> 32)
+            learned.append(f"{R.REGISTER_NAMES[offset]} {value:#x} instead of {was:#x}")
+        self.v.set_lapic(bytes(page))
+        if learned:
+            self._guest.assume(f"vCPU {self.v.vcpu_id} from the start as its first reads say: {', '.join(learned)}")
+        self._timer = read.get(R.APIC_LVTT, 0) & R.ICR_VECTOR or _LINUX_TIMER  # until LVTT is written
+
+    def _check_mode(self, access: Access) -> None:
+        """An access that its APIC's mode rules out shows that the host changed the mode (reset, migration)."""
+        by_msr = access.via == Via.MSR
+        if by_msr == self.x2apic or access.fault or not access.via or (not by_msr and not access.traced):
+            return
+        self.put_into_mode(by_msr)
+        self._guest.assume(
+            f"line {access.line}: the host has put vCPU {self.v.vcpu_id} into {'x2APIC' if by_msr else 'xAPIC'} mode; "
+            "its registers were kept"
+        )
+
+    # --------------------------------------------------------------------------------------------- everything but IPIs
+
+    def accept(self, line: int, event: Event, source: str) -> None:
+        own = event.a == self.v.vcpu_id and event.b == self._timer
+        self._guest.accept(line, event, source or (TIMER if own else "MSI or IOAPIC"))
+
+    def eoi(self, line: int, vector: int) -> None:
+        """The interrupt of a kvm_eoi line leaves service.
+
+        Where nothing shows its injection (the recorded host ends interrupts itself when it injects them, or
+        kvm_inj_virq was not recorded), it is taken out of IRR here and now.
+        """
+        v, eois = self.v, self._eois
+        self._seen = True
+        eois.total += 1
+        if self._host_ends and vector >= 0:
+            ended = self._deliver(vector)
+        else:
+            ended = v.eoi()
+            if ended is None and vector >= 0:
+                ended = self._deliver(vector)
+                self._host_ends = ended == vector
+        if ended == (None if vector < 0 else vector):
+            eois.exact += 1
+            self._running = self._running and vector < 0
+        elif ended is None and self._running:
+            self._guest.assume(f"line {line}: vector {vector} was pending before the first line")
+            eois.exact += 1
+        else:
+            text = f"apicid {v.vcpu_id:x} vector "
+            self._guest.differs(line, "kvm_eoi", f"{text}{vector}", f"{text}{-1 if ended is None else ended}")
+
+    def silent_eoi(self) -> None:
+        if self.v.eoi() is None and self.v.ack() is not None:
+            self.v.eoi()
+
+    def _deliver(self, vector: int) -> int | None:
+        """From IRR through ISR and out: the vector that the model says.
+
+        If the trace says another one, the model follows it: what it has above that is dropped, what it has below stays.
+        """
+        v = self.v
+        first = found = v.ack()
+        if found == vector:
+            return v.eoi()
+        while found is not None:
+            v.eoi()
+            if found < vector:
+                self._guest.raise_irq(v.vcpu_id, found)
+            if found <= vector:
+                break
+            found = v.ack()
+        return first
+
+    def inject(self, vector: int) -> None:
+        self.v.ack()
+
+    def ran(self) -> None:
+        self.v.get_mp_state()
+
+    def deadline(self) -> None:
+        self._report.deadlines += 1
+
+    def apicbase(self, line: int, value: int, fault: bool) -> None:
+        faulted = self.v.wrmsr(R.MSR_APICBASE, value).fault is not None
+        self.x2apic = bool(self.v.apic_base & R.APICBASE_EXTD)
+        self._compare_fault(line, fault, faulted)
+
+    def read(self, line: int, reg: int, value: int) -> None:
+        if reg in _RUNS_BY_ITSELF:
+            return
+        found = self.v.get_msr(R.MSR_X2APIC_BASE + (reg >> 4)) if self.x2apic else self.v.mmio_read(reg & ~0xF)
+        self._report.reads.add(found == value)
+        if found != value:
+            name = R.REGISTER_NAMES.get(reg, f"0x{reg:x}")
+            predicted = "#GP" if found is None else f"apic_read {name} = 0x{found:x}"
+            self._guest.differs(line, "kvm_apic", f"apic_read {name} = 0x{value:x}", predicted)
+
+    def write(self, access: Access) -> None:
+        reg, value = access.reg, access.value
+        if reg == R.APIC_ICR or reg == R.APIC_SELF_IPI:
+            self._send(access)
+            return
+        self._check_mode(access)
+        self._seen = True
+        if not self.x2apic:
+            self.v.mmio_write(reg, value & 0xFFFF_FFFF, access.length)
+        elif reg != R.APIC_ICR2 or access.via:  # up to 5.10 an x2APIC ICR write shows ICR2 as a write of its own
+            faulted = not self.v.set_msr(R.MSR_X2APIC_BASE + (reg >> 4), value)
+            if access.via:
+                self._compare_fault(access.line, access.fault, faulted)
+        if reg == R.APIC_LVTT:
+            self._timer = value & R.ICR_VECTOR
+
+    def _compare_fault(self, line: int, recorded: bool, predicted: bool) -> None:
+        if recorded:
+            self._report.faults.add(predicted)
+        if recorded != predicted:
+            text = {True: "#GP", False: "no fault"}
+            self._guest.differs(line, "kvm_msr", text[recorded], text[predicted])
+
+    # ------------------------------------------------------------------------------------------------------------ IPIs
+
+    def _send(self, access: Access) -> None:
+        """A write of ICR or SELF_IPI: what KVM printed against what the model prints."""
+        ipi = access.ipi
+        if not access.via and not access.traced and ipi is not None:
+            # Neither kvm_msr nor kvm_apic was recorded: the value is taken back from the kvm_apic_ipi line.
+            self._report.taken_back += 1
+            access.value = ipi.b | ipi.a << 32
+            if not self.x2apic:
+                self.v.mmio_write(R.APIC_ICR2, ipi.a << R.XAPIC_DEST_SHIFT & 0xFFFF_FFFF)
+        self._check_mode(access)
+        began_before, self._seen = not self._seen and ipi is None, True
+        sent, accepted = self._predict(access)
+        self._count(sent, accepted, access)
+        if began_before and sent and not access.cut:
+            self._guest.assume(f"line {access.line}: this write began before the first line of the trace: not compared")
+            return
+        self._compare_ipi(access, sent)
+        self._compare_accepts(access, accepted)
+
+    def _predict(self, access: Access) -> tuple[Printed | None, list[Printed]]:
+        """Does the write in the model: the kvm_apic_ipi line and the kvm_apic_accept_irq lines that it prints."""
+        mem, v = self._mem, self.v
+        value = access.value
+        mem[L.H_CONFIG] |= _TRACING
+        mem[L.H_TRACE_HEAD] = 0
+        if self.x2apic:
+            msr = R.MSR_X2APIC_BASE + (access.reg >> 4)
+            self._guest.generations.count(v.index, msr, value)
+            faulted = not v.set_msr(msr, value)
+            if access.via:
+                self._compare_fault(access.line, access.fault, faulted)
+        else:
+            self._guest.generations.count_mmio(v.index, value & 0xFFFF_FFFF)
+            v.mmio_write(access.reg, value & 0xFFFF_FFFF, access.length)
+        mem[L.H_CONFIG] &= ~_TRACING
+        sent: Printed | None = None
+        accepted: list[Printed] = []
+        end = L.TRACE + min(mem[L.H_TRACE_HEAD], L.TRACE_CAPACITY) * L.TRACE_STRIDE
+        for at in range(L.TRACE, end, L.TRACE_STRIDE):
+            event = mem[at] & 0xFF
+            if event == L.TP_ACCEPT_IRQ:
+                accepted.append((mem[at + 1], mem[at + 2] & _ACCEPT_BITS))
+            elif event == L.TP_APIC_IPI:
+                sent = mem[at + 2], mem[at + 1] & _IPI_BITS
+        return sent, accepted
+
+    def _count(self, sent: Printed | None, accepted: list[Printed], access: Access) -> None:
+        report = self._report
+        report.icr_writes += 1
+        if sent is None:
+            report.classes[FAULTED] += 1
+            return
+        if self._guest.recorded.accepts:
+            targets = [event.a for _, event in access.accepts]
+        else:
+            targets = [vcpu for vcpu, _ in accepted]
+        dest, icr = sent
+        kind = icr_class(icr, dest, len(targets))
+        report.classes[kind] += 1
+        if icr & R.ICR_DM <= R.DM_LOWEST << R.ICR_DM_SHIFT:
+            report.vectors[icr & R.ICR_VECTOR, kind.shorthand] += 1
+        for target in targets:
+            report.sent[self.v.vcpu_id, target] += 1
+
+    def _compare_ipi(self, access: Access, sent: Printed | None) -> None:
+        ipi = access.ipi
+        if ipi is not None:
+            exact = sent == (ipi.a, ipi.b)
+            self._report.ipi.add(exact)
+            if not exact:
+                predicted = ipi_text(sent[1], sent[0]) if sent else ""
+                self._guest.differs(access.ipi_line, "kvm_apic_ipi", ipi.text, predicted)
+        elif sent and self._guest.recorded.ipis and not access.cut:
+            self._guest.differs(access.line, "kvm_apic_ipi", "", ipi_text(sent[1], sent[0]))
+
+    def _compare_accepts(self, access: Access, accepted: list[Printed]) -> None:
+        """Line by line, in order. Of an access that the file cuts off, missing lines at the end are no difference."""
+        recorded = access.accepts
+        for i, (line, event) in enumerate(recorded):
+            predicted = accepted[i] if i < len(accepted) else None
+            exact = predicted == (event.a, event.b)
+            self._report.accepted.add(exact)
+            if not exact:
+                text = accept_text(*predicted) if predicted else ""
+                self._guest.differs(line, "kvm_apic_accept_irq", event.text, text)
+        if self._guest.recorded.accepts and not access.cut:
+            for predicted in accepted[len(recorded) :]:
+                self._guest.differs(access.ipi_line or access.line, "kvm_apic_accept_irq", "", accept_text(*predicted))
+
+
+def _put(page: bytearray, offset: int, value: int) -> None:
+    """Stores a register in a KVM_GET_LAPIC page."""
+    page[offset : offset + 4] = value.to_bytes(4, "little")

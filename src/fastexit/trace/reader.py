@@ -1,0 +1,269 @@
+"""Trace text in: lines of every shape as threads and events, and what is wrong with them.
+
+Reads what tracefs prints (`trace`, `trace_pipe`), `trace-cmd report` and `perf script`. A line is cut at two separators
+and both halves are looked up in dictionaries, because a regular expression per line would cost more than everything
+after it; a line whose halves are not known yet goes through the strict pattern once. What cannot be read is never
+dropped silently: it ends up in `problems`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fastexit.trace.events import BY_BEGINNING, UNREADABLE, Event, parse
+from fastexit.trace.files import TraceFile
+
+_LONGEST_LINE = 1 << 12
+_KNOWN_BODIES = 1 << 16
+
+_LINE = re.compile(
+    rb"(?P<comm>.*?)"
+    rb"(?:-(?P<pid>\d+) +(?:\( *(?P<tgid>\d+|-+)\) +)?"
+    rb"| +(?:(?P<perf_tgid>\d+)/)?(?P<perf_pid>\d+) +)"
+    rb"\[\d+\] +(?:[^\s:\[\]]{4,8} +)?(?P<time>\d+\.\d+): +(?P<body>\S.*)"
+)
+_LOST = re.compile(rb"CPU:? ?\d+ \[(?:LOST )?(\d*) ?EVENTS(?: DROPPED)?\]")
+_ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d+)/(\d+)")
+_BINARY = b"\0"
+_SPACE = ord(" ")
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """A thread as the trace names it: ``pid`` is the thread's id, ``tgid`` its process's or -1 when not printed.
+
+    There is one object per thread, whatever the trace calls it from line to line (``<...>`` at first, perhaps).
+    """
+
+    pid: int
+    tgid: int
+    comm: str
+
+    def __str__(self) -> str:
+        return f"{self.comm}-{self.pid}"
+
+
+class Batch(NamedTuple):
+    """Consecutive lines: entry i is line ``first + i``. ``tasks[i]`` is None where the line is no event."""
+
+    first: int
+    tasks: list[Task | None]
+    events: list[Event]
+
+
+class TraceReader:
+    """One trace file. `batches()` may be called several times; each call reads the file from its beginning.
+
+    Attributes:
+        path: as given.
+        size: bytes on disk, the total that ``progress`` counts towards.
+        lines: lines seen by the last complete pass.
+        events: event lines among them, of any event system.
+        problems: damage, one line each, with line numbers; filled by the last pass.
+        notes: oddities that do not put the result in doubt.
+
+    Raises TraceError as TraceFile does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = TraceFile(path)
+        self.path = self._file.path
+        self.size = self._file.size
+        self.lines = 0
+        self.events = 0
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._known: dict[bytes, Event] = {}
+        self._beginnings: dict[tuple[bytes, ...], Event] = {}
+        self._tasks: dict[bytes, Task] = {}
+        self._by_pid: dict[int, Task] = {}
+        # A line is cut at these places, counted from the end of its time stamp: behind the thread, before the time.
+        self._behind = self._stamp = 0
+        self._widths: dict[int, int] = {}
+
+    def batches(
+        self, progress: Callable[[int], object] | None = None, skim: Callable[[], bool] | None = None
+    ) -> Iterator[Batch]:
+        """The whole file as batches of lines; ``progress(n)`` is called as n more bytes on disk are consumed.
+
+        Where ``skim()`` is true, only batches with a thread not seen before are given; the others are not looked into.
+        """
+        self.lines = self.events = 0
+        self.problems = []
+        self.notes = []
+        self._lost = self._backwards = self._unreadable = 0
+        self._first_lost = self._first_backwards = self._first_unreadable = ""
+        self._promised = -1
+        self._clock: dict[int, float] = {}
+        self._latest = b""
+        for text in self._file.chunks(progress):
+            lines = text.replace(b"\r", b"").split(b"\n")
+            if b"\0" in text:
+                lines = [_BINARY if b"\0" in line else line for line in lines]
+            if skim and skim() and {line.partition(b" [")[0] for line in lines} <= self._tasks.keys():
+                self.lines += len(lines)
+                self.events += len(lines)
+            else:
+                yield self._batch(lines)
+        tail = self._file.tail
+        whole = not self._file.cut and (self._promised < 0 or self.events + 1 == self._promised)
+        if whole and _LINE.fullmatch(tail):
+            self.notes.append("the last line has no end; it was taken as whole")
+            self._file.tail = b""
+            yield self._batch([tail])
+        self._finish()
+
+    def _batch(self, lines: list[bytes]) -> Batch:
+        known = self._known.get
+        beginnings = self._beginnings.get
+        task_of = self._tasks.get
+        behind, stamp = self._behind, self._stamp
+        first = self.lines + 1
+        tasks: list[Task | None] = []
+        events: list[Event] = []
+        stamps: list[bytes] = []
+        add_task, add_event, add_stamp = tasks.append, events.append, stamps.append
+        for line in lines:
+            head, _, body = line.partition(b": ")
+            task = task_of(head[:behind])
+            event = known(body)
+            if task is None or head[behind] != _SPACE:
+                task, event, head = self._look(line, first + len(tasks))
+                behind, stamp = self._behind, self._stamp
+            elif event is None:
+                event = beginnings(tuple(body.split(None, 3)[:3]))
+                if event is None or b": kvm_" in body:  # a second event in a line that two writers tore
+                    event = self._learn(body, first + len(tasks), line)
+            add_task(task)
+            add_event(event)
+            add_stamp(head[stamp:])
+        self.lines += len(lines)
+        self.events += len(lines) - tasks.count(None)
+        self._check_clock(first, lines, tasks, stamps)
+        return Batch(first, tasks, events)
+
+    def _look(self, line: bytes, number: int) -> tuple[Task | None, Event, bytes]:
+        """A line that is not cut where the one before it was: its thread, event, and what stands before the event."""
+        who, _, rest = line.partition(b" [")
+        head, _, body = rest.partition(b": ")
+        task = self._tasks.get(who)
+        stamp = self._widths.get(len(head))
+        if task is not None and stamp is not None:
+            self._behind, self._stamp = -len(head) - 2, stamp
+            event = self._known.get(body) or self._learn(body, number, line)
+            return task, event, head
+        match = _LINE.fullmatch(line) if len(line) <= _LONGEST_LINE else None
+        if match is None:
+            self._no_event(line, number)
+            return None, UNREADABLE, b""
+        pid, tgid = match["pid"] or match["perf_pid"], match["tgid"] or match["perf_tgid"] or b"-1"
+        task = self._task(int(pid), -1 if tgid.startswith(b"-") else int(tgid), match["comm"].strip())
+        time, text = match["time"], match["body"]
+        if text == body.lstrip() and head.endswith(b" " + time):
+            self._widths[len(head)] = self._stamp = -len(time) - 1
+            self._behind = -len(head) - 2
+            self._tasks[who] = task
+            text = body
+        return task, self._learn(text, number, line), b" " + time
+
+    def _learn(self, body: bytes, number: int, line: bytes) -> Event:
+        """Parses a text that is not known yet, or not known to be repeated, and remembers it."""
+        event = parse(body) if b": kvm_" not in body else UNREADABLE
+        if event is UNREADABLE:
+            self._bad(number, line)
+            return event
+        by_beginning = event.kind in BY_BEGINNING
+        known: dict[Any, Event] = self._beginnings if by_beginning else self._known
+        if len(known) >= _KNOWN_BODIES:
+            known.clear()
+        known[tuple(body.split(None, 3)[:3]) if by_beginning else body] = event
+        return event
+
+    def _task(self, pid: int, tgid: int, comm: bytes) -> Task:
+        task = self._by_pid.setdefault(pid, Task(pid, tgid, "<...>"))
+        if task.comm == "<...>":
+            task.comm = comm.decode("utf-8", "replace")
+        if task.tgid < 0:
+            task.tgid = tgid
+        return task
+
+    def _no_event(self, line: bytes, number: int) -> None:
+        """Comments and blank lines are normal, lost events are damage, the rest could not be read."""
+        if lost := _LOST.match(line):
+            self._lost += int(lost[1] or 1)
+            self._first_lost = self._first_lost or f"{self.path}:{number}"
+        elif line.startswith(b"#"):
+            if entries := _ENTRIES.match(line):
+                held, written = int(entries[1]), int(entries[2])
+                if self._promised >= 0:
+                    self.problems.append(f"{self.path}:{number}: a second trace begins here: pass the two one by one")
+                self._promised = max(self._promised, 0) + held
+                if written > held:
+                    self.notes.append(f"the ring buffer kept the last {held:,} of {written:,} events")
+        elif line.strip() and not line.startswith((b"cpus=", b"version =", b"CPU ")):
+            self._bad(number, line)
+
+    def _bad(self, number: int, line: bytes) -> None:
+        self._unreadable += 1
+        what = "binary data" if line is _BINARY else f"not ftrace text: {line[:80].decode('utf-8', 'replace')!r}"
+        self._first_unreadable = self._first_unreadable or f"{self.path}:{number}: {what}, left out"
+
+    def _check_clock(self, first: int, lines: list[bytes], tasks: list[Task | None], stamps: list[bytes]) -> None:
+        """Time may not go back. Sorting an already sorted list is the cheapest test; only a failure is looked into."""
+        if tasks.count(None):
+            stamps = [stamp for stamp, task in zip(stamps, tasks, strict=True) if task]
+        if stamps and stamps[0] >= self._latest and stamps == sorted(stamps):
+            self._latest = stamps[-1]
+            return
+        now = float(self._latest or 0)
+        for i, task in enumerate(tasks):
+            match = _LINE.fullmatch(lines[i]) if task else None
+            if task is None or match is None:
+                continue
+            time = float(match["time"])
+            own = self._clock.get(task.pid, 0.0)
+            if time < own or time < now:
+                self._backwards += 1
+                who = f" of thread {task.pid} itself" if time < own else ""
+                self._first_backwards = self._first_backwards or (
+                    f"{self.path}:{first + i}: time{who} goes back from {max(own, now):.6f} to {time:.6f}: lines of "
+                    "several traces are mixed; sort them by time, or pass one trace at a time"
+                )
+            now = time
+            self._clock[task.pid] = time
+        self._latest = stamps[-1] if stamps else self._latest
+
+    def _finish(self) -> None:
+        """What the pass found wrong, one line for each kind of damage."""
+        if self._unreadable:
+            self.problems.append(self._first_unreadable + _and_more(self._unreadable))
+        if self._lost:
+            self.problems.append(
+                f"{self._first_lost}: {self._lost:,} events or more were lost: state may be off after that"
+            )
+        if self._backwards:
+            self.problems.append(self._first_backwards + _and_more(self._backwards))
+        file = self._file
+        torn = ""
+        if file.tail.strip():
+            self.lines += 1
+            torn = f"the last line has no end and was left out: {file.tail[:80].decode('utf-8', 'replace')!r}"
+        if file.cut:
+            used = f"the {self.events:,} events up to here were used" if self.events else "no event could be read"
+            self.problems.append(f"{self.path}:{self.lines}: {file.cut}: {used}{'; ' if torn else ''}{torn}")
+            return
+        if torn:
+            self.problems.append(f"{self.path}:{self.lines}: {torn}")
+        if self.events < self._promised:
+            self.notes.append(
+                f"the header counts {self._promised:,} events, the file holds {self.events:,}: filtered or cut at a "
+                "line end"
+            )
+
+
+def _and_more(n: int) -> str:
+    return f" (and {n - 1:,} times more)" if n > 1 else ""

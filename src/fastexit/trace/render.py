@@ -1,0 +1,165 @@
+"""A Report on the terminal: what was predicted, who sent what, what each generation takes fast, and what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastexit.trace.report import Lines, Mismatch, Report, VmReport, vector_name
+
+_VECTORS = 16
+_THREADS = 8
+
+
+def render(report: Report, console: Console) -> None:
+    """Prints the whole report; every mismatch has its line."""
+    rate = report.lines / report.seconds if report.seconds else 0.0
+    console.print(
+        f"[bold]{escape(Path(report.path).name)}[/]: {report.lines:,} lines, "
+        f"{sum(report.events.values()):,} kvm events, {_count(len(report.vms), 'VM')}; "
+        f"replayed as {report.kernel} {report.vendor}{' with APICv' if report.apicv else ''} "
+        f"in {report.seconds:.2f} s ({rate:,.0f} lines/s)",
+        soft_wrap=True,
+    )
+    for problem in report.problems:
+        console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    for vm in report.vms:
+        _vm(vm, console, alone=len(report.vms) == 1)
+    _mismatches(report, console)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _vm(vm: VmReport, console: Console, *, alone: bool) -> None:
+    console.print()
+    if not alone:
+        console.rule(f"VM {vm.number}", align="left")
+    threads = [f"{vcpu} = {thread or 'no thread seen'}" for vcpu, thread in vm.threads.items()]
+    more = f", and {len(threads) - _THREADS} more" if len(threads) > _THREADS else ""
+    console.print(f"vCPU {escape(', '.join(threads[:_THREADS]))}{more}; {vm.irqchip} irqchip", soft_wrap=True)
+    console.print(f"state before the first line: {escape(vm.start)}", soft_wrap=True)
+    for assumption in vm.assumptions:
+        console.print(f"assumed: {escape(assumption)}", soft_wrap=True)
+    console.print(_predictions(vm))
+    if not vm.icr_writes:
+        return
+    console.print(_classes(vm))
+    if vm.vectors:
+        console.print(_vectors(vm))
+    console.print(_generations(vm))
+    if vm.deadlines:
+        fast = ", ".join(vm.deadline_fast) or "none"
+        console.print(f"{vm.deadlines:,} TSC_DEADLINE writes besides, taken fast by: {fast}")
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns named with a leading ``#`` hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE, pad_edge=False)
+    for column in columns:
+        if column.startswith("#"):
+            table.add_column(column[1:], justify="right", no_wrap=True)
+        else:
+            table.add_column(column)
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    """A percentage that says 100 only when nothing is missing."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    if part == whole:
+        return "100 %"
+    return "< 0.1 %" if 0 < percent < 0.05 else f"{min(percent, 99.9):.1f} %"
+
+
+def _predictions(vm: VmReport) -> Table:
+    table = _table("Predicted by the model", "lines", "#recorded", "#exact", "#share")
+
+    def row(what: str, lines: Lines) -> None:
+        if lines.total:
+            color = "green" if lines.exact == lines.total else "red"
+            table.add_row(
+                what, f"{lines.total:,}", f"{lines.exact:,}", f"[{color}]{_share(lines.exact, lines.total)}[/]"
+            )
+
+    row("kvm_apic_ipi", vm.ipi)
+    row("kvm_apic_accept_irq, caused by IPIs", vm.accepted)
+    for cause, n in vm.other_accepts.most_common():
+        table.add_row(f"kvm_apic_accept_irq, caused by: {escape(cause)}", f"{n:,}", "", "not IPIs")
+    row("kvm_eoi", vm.eoi)
+    if vm.host_eois:
+        table.add_row("  of them the recorded host's own EOI at injection", f"{vm.host_eois:,}", "", "")
+    row("register reads", vm.reads)
+    row("writes with #GP", vm.faults)
+    return table
+
+
+def _classes(vm: VmReport) -> Table:
+    table = _table(
+        f"{vm.icr_writes:,} ICR writes by class", "delivery", "destination", "shorthand", "cast", "#writes", "#share"
+    )
+    for kind, n in vm.classes.most_common():
+        table.add_row(
+            kind.delivery or "-",
+            kind.destination or "-",
+            kind.shorthand or "-",
+            kind.cast,
+            f"{n:,}",
+            _share(n, vm.icr_writes),
+        )
+    return table
+
+
+def _vectors(vm: VmReport) -> Table:
+    table = _table(
+        "Vectors of Fixed and lowest-priority IPIs", "vector", "name in Linux", "shorthand", "#writes", "#share"
+    )
+    total = vm.vectors.total()
+    for (vector, shorthand), n in vm.vectors.most_common(_VECTORS):
+        table.add_row(f"0x{vector:02x}", vector_name(vector), shorthand, f"{n:,}", _share(n, total))
+    rest = len(vm.vectors) - _VECTORS
+    if rest > 0:
+        n = total - sum(count for _, count in vm.vectors.most_common(_VECTORS))
+        table.add_row(_count(rest, "other"), "", "", f"{n:,}", _share(n, total))
+    return table
+
+
+def _generations(vm: VmReport) -> Table:
+    table = _table("Taken fast, by kernel generation", "kernel", "#fast", "#share", "why not the others")
+    for generation in vm.generations:
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in generation.refusals.items())
+        table.add_row(
+            generation.kernel, f"{generation.fast:,}", _share(generation.fast, generation.total), escape(reasons)
+        )
+    return table
+
+
+def _mismatches(report: Report, console: Console) -> None:
+    if not report.mismatches:
+        console.print("\n[green]no mismatch[/]")
+        return
+    console.print()
+    table = _table(
+        f"{len(report.mismatches):,} mismatch{'es' if len(report.mismatches) > 1 else ''}",
+        "#line",
+        "#VM",
+        "event",
+        "recorded",
+        "predicted",
+    )
+    for m in report.mismatches:
+        table.add_row(*_row(m))
+    console.print(table)
+
+
+def _row(m: Mismatch) -> tuple[str, ...]:
+    return f"{m.line:,}", str(m.vm), m.event, escape(m.recorded or "(no line)"), escape(m.predicted or "(no line)")

@@ -1,0 +1,244 @@
+"""What a replay found: counts, predictions, mismatches. Plain data; render.py and heatmap.py show it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from fastexit.regs import LINUX_VECTORS, XAPIC_BROADCAST, DeliveryMode, Shorthand
+
+
+class IcrClass(NamedTuple):
+    """A kind of ICR write. ``targets`` is how many APICs its accept lines name; -1 for a write that faulted."""
+
+    delivery: str
+    destination: str
+    shorthand: str
+    targets: int
+    broadcast: bool
+
+    @property
+    def cast(self) -> str:
+        """Unicast or multicast, in words."""
+        if self.targets < 0:
+            return "refused with #GP"
+        if self.shorthand != "none":
+            return f"{self.targets} targets" if self.targets != 1 else "1 target"
+        if self.broadcast:
+            return f"broadcast, {self.targets} targets"
+        return {0: "nobody there", 1: "unicast"}.get(self.targets, f"multicast, {self.targets} targets")
+
+
+FAULTED = IcrClass("", "", "", -1, False)
+"""A write that faulted: what it meant to send plays no part."""
+
+
+@lru_cache(4096)
+def icr_class(icr: int, dest: int, targets: int) -> IcrClass:
+    """The class of an ICR value: its low 32 bits, the destination cut to the sender's mode, accept lines."""
+    shorthand = Shorthand(icr >> 18 & 3)
+    return IcrClass(
+        DeliveryMode(icr >> 8 & 7).name,
+        "logical" if icr & 0x800 else "physical",
+        shorthand.name.lower().replace("_", "-"),
+        targets,
+        not shorthand and dest in (XAPIC_BROADCAST, 0xFFFF_FFFF),
+    )
+
+
+class Mismatch(NamedTuple):
+    """A recorded line that the model does not predict, or a predicted line that was not recorded.
+
+    ``recorded`` or ``predicted`` is empty when there is no such line; ``line`` is the line in the file that shows it.
+    """
+
+    line: int
+    event: str
+    vm: int
+    recorded: str
+    predicted: str
+
+
+@dataclass
+class Lines:
+    """Lines of one kind: how many the trace has, and how many of them the model predicts exactly."""
+
+    total: int = 0
+    exact: int = 0
+
+    def add(self, exact: bool) -> None:
+        self.total += 1
+        self.exact += exact
+
+    @property
+    def share(self) -> float:
+        """Exact share, 0..1; 1 when there is nothing to predict."""
+        return self.exact / self.total if self.total else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "exact": self.exact}
+
+
+class Generation(NamedTuple):
+    """What one kernel generation's fast path would have done with the trace's ICR writes.
+
+    ``fast`` of ``total`` writes are taken; ``refusals`` says why the others are not: reason -> writes.
+    """
+
+    kernel: str
+    fast: int
+    total: int
+    refusals: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Fast share, 0..1."""
+        return self.fast / self.total if self.total else 0.0
+
+
+@dataclass
+class VmReport:
+    """One VM of the trace.
+
+    Attributes:
+        number: from 1, in order of first appearance.
+        threads: vCPU id -> thread, ``""`` for a vCPU that is only a target.
+        irqchip: "full" or "split".
+        start: what the state before the first line was taken to be.
+        assumptions: everything else that was assumed, one sentence each.
+        icr_writes: writes of ICR and SELF_IPI, by MSR or MMIO, faulting ones included.
+        classes: IcrClass -> writes.
+        vectors: (vector, shorthand) of Fixed and lowest-priority IPIs -> writes.
+        sent: (sender, target) vCPU ids -> interrupts that IPIs delivered.
+        taken_back: ICR values that only their kvm_apic_ipi line shows.
+        ipi, accepted: kvm_apic_ipi lines, and kvm_apic_accept_irq lines that IPIs caused.
+        other_accepts: kvm_apic_accept_irq lines by cause, when it was no IPI.
+        faults: writes that were recorded with #GP.
+        eoi: kvm_eoi lines; host_eois of them are the recorded host's own EOI at injection.
+        reads: register reads, the running timer count left out.
+        generations: one for each profile.
+        deadlines: TSC_DEADLINE writes, and ``deadline_fast`` the profiles that take them fast.
+    """
+
+    number: int
+    threads: dict[int, str]
+    irqchip: str
+    start: str = ""
+    assumptions: list[str] = field(default_factory=list)
+    icr_writes: int = 0
+    classes: Counter[IcrClass] = field(default_factory=Counter)
+    vectors: Counter[tuple[int, str]] = field(default_factory=Counter)
+    sent: Counter[tuple[int, int]] = field(default_factory=Counter)
+    taken_back: int = 0
+    ipi: Lines = field(default_factory=Lines)
+    accepted: Lines = field(default_factory=Lines)
+    other_accepts: Counter[str] = field(default_factory=Counter)
+    faults: Lines = field(default_factory=Lines)
+    eoi: Lines = field(default_factory=Lines)
+    host_eois: int = 0
+    reads: Lines = field(default_factory=Lines)
+    generations: list[Generation] = field(default_factory=list)
+    deadlines: int = 0
+    deadline_fast: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {
+            "vm": self.number,
+            "threads": [{"vcpu": vcpu, "thread": thread or None} for vcpu, thread in self.threads.items()],
+            "irqchip": self.irqchip,
+            "start": self.start,
+            "assumptions": self.assumptions,
+            "icr_writes": self.icr_writes,
+            "classes": [{**c._asdict(), "cast": c.cast, "writes": n} for c, n in self.classes.most_common()],
+            "vectors": [
+                {"vector": v, "name": vector_name(v), "shorthand": s, "writes": n}
+                for (v, s), n in self.vectors.most_common()
+            ],
+            "sent": [{"from": s, "to": t, "interrupts": n} for (s, t), n in sorted(self.sent.items())],
+            "kvm_apic_ipi": self.ipi.as_dict(),
+            "kvm_apic_accept_irq": {
+                "total": self.accepted.total + sum(self.other_accepts.values()),
+                "by_ipi": self.accepted.as_dict(),
+                "by_other": dict(self.other_accepts.most_common()),
+            },
+            "faults": self.faults.as_dict(),
+            "kvm_eoi": {**self.eoi.as_dict(), "by_recorded_host": self.host_eois},
+            "register_reads": self.reads.as_dict(),
+            "fast_path": [{**g._asdict(), "share": g.share} for g in self.generations],
+            "tsc_deadline": {"writes": self.deadlines, "fast_in": self.deadline_fast},
+        }
+
+
+@dataclass
+class Report:
+    """The result of a replay.
+
+    Attributes:
+        path, kernel, vendor, apicv: what was replayed, and as what.
+        lines, events: lines in the file, and how many of them are events of the kvm system by name.
+        vms: one VmReport each.
+        mismatches: every one of them, by line.
+        problems: damage of the file. notes: oddities that leave the result good.
+        seconds: time the replay took.
+    """
+
+    path: str
+    kernel: str
+    vendor: str
+    apicv: bool
+    lines: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    vms: list[VmReport] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ipi(self) -> Lines:
+        """kvm_apic_ipi lines of all VMs."""
+        return _sum([vm.ipi for vm in self.vms])
+
+    @property
+    def accepted(self) -> Lines:
+        """kvm_apic_accept_irq lines that IPIs caused, of all VMs."""
+        return _sum([vm.accepted for vm in self.vms])
+
+    @property
+    def exact(self) -> bool:
+        """True when the file is sound and the model predicts every line that it can predict."""
+        return not self.mismatches and not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {
+            "path": self.path,
+            "kernel": self.kernel,
+            "vendor": self.vendor,
+            "apicv": self.apicv,
+            "lines": self.lines,
+            "events": dict(self.events.most_common()),
+            "seconds": round(self.seconds, 3),
+            "kvm_apic_ipi": self.ipi.as_dict(),
+            "kvm_apic_accept_irq_by_ipi": self.accepted.as_dict(),
+            "vms": [vm.as_dict() for vm in self.vms],
+            "mismatches": [m._asdict() for m in self.mismatches],
+            "problems": self.problems,
+            "notes": self.notes,
+        }
+
+
+def _sum(parts: list[Lines]) -> Lines:
+    return Lines(sum(p.total for p in parts), sum(p.exact for p in parts))
+
+
+def vector_name(vector: int) -> str:
+    """Linux's name of a vector, or an empty string.
+
+    >>> vector_name(0xFD)
+    'RESCHEDULE'
+    """
+    return LINUX_VECTORS.get(vector, "")
