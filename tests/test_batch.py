@@ -236,7 +236,7 @@ def test_outcome_fields_are_the_outcome() -> None:
         assert result["refusal"] == out.refusal
         assert result["accepted"] == out.accepted
         assert result["user"] == (0 if out.user is None else out.user + 1)
-        assert result["flags"] == out.effects | out.blocked << 6 | out.reentered << 7
+        assert result["flags"] == out.effects | out.blocked << 6
 
 
 def test_empty_batch() -> None:

@@ -21,11 +21,12 @@ from fastexit.kernels import _jit
 from fastexit.outcome import (
     CODE_BLOCKED,
     CODE_COMPLETION,
-    CODE_REENTERED,
+    CODE_NOT_IN_GUEST,
     CODE_REFUSAL_SHIFT,
     CODE_USER,
     CODE_USER_SHIFT,
     COMPLETION_NONE,
+    COMPLETION_REENTER,
     COMPLETION_SKIP,
     COMPLETION_USERSPACE,
     OUTCOMES,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from fastexit.handlers import Handlers
     from fastexit.vcpu import Vcpu
 
-NOT_IN_GUEST = (1 << 64) - 2
 _NO_FAST_HANDLER = Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
 _FAILED_ENTRY = Refusal.FAILED_VMENTRY << CODE_REFUSAL_SHIFT
 
@@ -113,9 +113,9 @@ class Dispatcher:
         """A guest WRMSR. Steps 11, 12, 8 and 9 of a fast exit are one kernel call; a re-entry ends here."""
         if self.wrmsr_fast:
             code = self.fast_exit(self.handle, v.index, self.vendor.wrmsr_reason, msr, value)
-            if code & CODE_REENTERED and code != NOT_IN_GUEST:
+            if code & CODE_COMPLETION == COMPLETION_REENTER:
                 return OUTCOMES[code]
-            if code == NOT_IN_GUEST:
+            if code == CODE_NOT_IN_GUEST:
                 self.start_run(v)
                 return self.wrmsr(v, msr, value)
             exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
@@ -128,7 +128,7 @@ class Dispatcher:
         if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
             self.start_run(v)
         code = self.vendor_run(v, exit)
-        if code & CODE_REENTERED:
+        if code & CODE_COMPLETION == COMPLETION_REENTER:
             return code
         return self.after_run(v, exit, code)
 

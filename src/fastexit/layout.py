@@ -195,7 +195,7 @@ OUTCOME = np.dtype(
     }
 )
 """One result of Machine.run: ``code`` is outcome.CODE, the next seven fields are its bytes (``flags`` holds the
-effects in bits 3:0, blocked in bit 6, re-entered in bit 7), ``value`` is what a read returned."""
+effects in bits 3:0, blocked in bit 6), ``value`` is what a read returned."""
 
 EXIT_WORDS = EXIT.itemsize // 8
 OUTCOME_WORDS = OUTCOME.itemsize // 8

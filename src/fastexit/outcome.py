@@ -101,12 +101,12 @@ class Effect(IntFlag):
     """Ring the AVIC doorbell of the target's pCPU."""
 
 
-CODE = Layout(
-    64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, _60=2, BLOCKED=1, REENTERED=1
-)
+CODE = Layout(64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, _60=2, BLOCKED=1, _63=1)
 """The packed integer, its fields on byte borders so that layout.OUTCOME can name them. FAULT is the exception vector or
 0, ACCEPTED a signed count (-1: nobody matched in the slow scan), USER is KVM_EXIT_* + 1 or 0."""
 CODE_COMPLETION = CODE.mask("COMPLETION")
+CODE_NOT_IN_GUEST = CODE_COMPLETION
+"""No outcome: the vCPU has to enter the guest before it can exit."""
 CODE_FAST = CODE.mask("PATH") & -CODE.mask("PATH")
 CODE_GP = Fault.GP.value << CODE.shift("FAULT")
 CODE_REFUSAL_SHIFT = CODE.shift("REFUSAL")
@@ -116,7 +116,6 @@ CODE_USER_SHIFT = CODE.shift("USER")
 CODE_USER = CODE.mask("USER")
 CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
 CODE_BLOCKED = CODE.mask("BLOCKED")
-CODE_REENTERED = CODE.mask("REENTERED")
 CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")
 
 COMPLETION_NONE, COMPLETION_REENTER, COMPLETION_HANDLED, COMPLETION_USERSPACE, COMPLETION_SKIP = range(5)
@@ -174,7 +173,7 @@ class Outcome:
         put(self, "refusal", Refusal(f["REFUSAL"]))
         put(self, "user", KvmExit(f["USER"] - 1) if f["USER"] else None)
         put(self, "blocked", bool(f["BLOCKED"]))
-        put(self, "reentered", bool(f["REENTERED"]))
+        put(self, "reentered", f["COMPLETION"] == COMPLETION_REENTER)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("an Outcome cannot be changed")

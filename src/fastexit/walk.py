@@ -14,7 +14,7 @@ from fastexit import regs as R
 from fastexit.checks import U32, integer
 from fastexit.dispatcher import Exit
 from fastexit.machine import Machine
-from fastexit.outcome import CODE_REENTERED, OUTCOMES, Outcome
+from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, OUTCOMES, Outcome
 from fastexit.vcpu import Vcpu
 
 
@@ -182,7 +182,7 @@ def walk(
     loop = machine.dispatcher
     exit = Exit(loop.vendor.wrmsr_reason, msr, value, loop.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
     code = loop.run_exit(v, exit)
-    if code & CODE_REENTERED:
+    if code & CODE_COMPLETION == COMPLETION_REENTER:
         # The kernel did the loop's tail within its call; it is a step of its own in KVM's order, and so is the entry.
         lines = recorder.visits[-1].lines
         entry = [line for line in lines if line.startswith("kvm_entry")]

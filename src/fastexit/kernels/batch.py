@@ -138,7 +138,7 @@ def one_exit(m, v, op, reason, msr, value, info):
     code = k.ZERO
     if not traits & k.T_HOOK_IRQOFF:
         code = reenter(m, v, _fast_stage(m, v, op, msr, value))
-        if code & k.CODE_REENTERED:
+        if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
             trace_reentry(m, v)
             return code
     else:

@@ -12,25 +12,24 @@ from .fastpath import reenter
 from .fastpath import wrmsr as fast_wrmsr_kernel
 
 NO_VCPU = k.NONE
-NOT_IN_GUEST = k.U((1 << 64) - 2)
 
 
 @entry
 @kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
 def fast_exit(handle, v, reason, msr_index, value):
-    """A WRMSR exit in the vendor's run function: fast handler and re-entry. NOT_IN_GUEST: it has to enter first."""
+    """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST."""
     m = open_words(handle, k.WORDS)
     if v >= m[k.H_NVCPUS]:
         return NO_VCPU
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
-        return NOT_IN_GUEST
+        return k.CODE_NOT_IN_GUEST
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
             runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO)
     code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
-    if code & k.CODE_REENTERED and m[k.H_CONFIG] & k.CONFIG_TRACE:
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
         runloop.trace_reentry(m, v)
     return code
 

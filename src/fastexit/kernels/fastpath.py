@@ -186,7 +186,10 @@ def exit_requested(m, v):
 
 @kernel("u8(words, u8, u8)")
 def reenter(m, v, code):
-    """The loop's tail after a fast REENTER_GUEST: sync PIR, then run again or, if an exit is requested, leave."""
+    """The loop's tail after a fast REENTER_GUEST: sync PIR, then run again or, if an exit is requested, leave.
+
+    The completion tells which: a REENTER_GUEST that must leave becomes EXIT_HANDLED.
+    """
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
         return code
     row = hot(m, v)
@@ -197,4 +200,4 @@ def reenter(m, v, code):
     if exit_requested(m, v):
         return (code & ~k.CODE_COMPLETION) | k.COMPLETION_HANDLED
     m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
-    return code | k.CODE_REENTERED
+    return code
