@@ -14,7 +14,7 @@
 enum {
     FX_ABI_VERSION = 1,
     FX_MAX_VCPUS = 4096,
-    FX_HOT = 3072,
+    FX_HOT = 4096,
     FX_HOT_STRIDE = 16
 };
 

@@ -1,4 +1,4 @@
-"""Two threads send to the same vCPUs while a third takes the interrupts: nothing is lost, nothing is invented."""
+"""Threads on one machine: storms lose and invent nothing, a map that is rebuilt loses nobody, pages stay apart."""
 
 from __future__ import annotations
 
@@ -71,3 +71,72 @@ def test_storm(vendor: str, apicv: bool) -> None:
             assert vectors == set(VECTORS)
             assert machine.vcpus[target].pending() is None
             assert not machine.vcpus[target].pid[L.PID_PIR : L.PID_PIR + 4].any()
+
+
+@pytest.mark.skipif(not _jit.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
+def test_map_rebuilt_under_fire() -> None:
+    """vCPU 1 changes its id over and over; unicasts to vCPU 2, which nobody touches, are accepted every time."""
+    machine = fx.Machine(vcpus=3)
+    machine.boot_x2apic()
+    changer = machine.vcpus[1]
+    changer.set_msr(0x1B, 0xFEE00800)
+    batch = np.concatenate([storm(machine, 0, [2], seed=seed) for seed in range(100)])
+    changes = np.zeros(400, dtype=fx.EXIT)
+    changes["vcpu"], changes["reason"] = 1, machine.dispatcher.vendor.mmio_reason
+    changes["msr"], changes["info"] = 0x20, 4 | fx.MMIO_WRITE
+    changes["value"] = [(5 + i % 2) << 24 for i in range(len(changes))]
+    stop = threading.Event()
+    rebuilt = 0
+
+    def change() -> None:
+        nonlocal rebuilt
+        while not stop.is_set():
+            machine.run(changes)
+            rebuilt += len(changes)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        accepted = [(machine.run(batch)["accepted"] == 1).all() for _ in range(800)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(accepted)
+    assert rebuilt > 0
+
+
+def test_pages_of_two_vcpus_at_once() -> None:
+    """KVM_GET_LAPIC and KVM_SET_LAPIC of different vCPUs in different threads keep the pages apart."""
+    machine = fx.Machine(vcpus=2)
+    wrong: list[str] = []
+
+    def own_page(index: int) -> None:
+        vcpu = machine.vcpus[index]
+        for number in range(300 if _jit.JIT else 20):
+            page = bytearray(vcpu.get_lapic())
+            if page[0x23] != index:
+                wrong.append(f"vCPU {index} got id {page[0x23]}")
+            page[0x80] = number % 16
+            vcpu.set_lapic(bytes(page))
+
+    threads = [threading.Thread(target=own_page, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_vcpus_created_at_once() -> None:
+    """Index, id and place in the list agree, however many threads add vCPUs."""
+    machine = fx.Machine(vcpus=1)
+    threads = [
+        threading.Thread(target=lambda first=first: [machine.add_vcpu(first + i) for i in range(15)])
+        for first in (100, 200, 300)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [vcpu.index for vcpu in machine.vcpus] == list(range(46))
+    assert len({vcpu.vcpu_id for vcpu in machine.vcpus}) == 46

@@ -21,6 +21,8 @@ from fastexit.kernels import _jit
 from fastexit.outcome import (
     CODE_BLOCKED,
     CODE_COMPLETION,
+    CODE_DELIVERY,
+    CODE_FAULT,
     CODE_NOT_IN_GUEST,
     CODE_REFUSAL_SHIFT,
     CODE_USER,
@@ -34,12 +36,13 @@ from fastexit.outcome import (
     Refusal,
 )
 from fastexit.profile import Profile, Trait
-from fastexit.reasons import KvmExit
+from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit
 
 if TYPE_CHECKING:
     from fastexit.handlers import Handlers
     from fastexit.vcpu import Vcpu
 
+_FROM_HANDLERS = CODE_DELIVERY | CODE_FAULT | CODE_USER
 _NO_FAST_HANDLER = Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
 _FAILED_ENTRY = Refusal.FAILED_VMENTRY << CODE_REFUSAL_SHIFT
 
@@ -82,6 +85,8 @@ class Vendor(Protocol):
     handlers: Handlers
     user_exits: dict[int, KvmExit]
     trace_exit_late: bool
+
+    def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int: ...
 
@@ -131,6 +136,20 @@ class Dispatcher:
         if code & CODE_COMPLETION == COMPLETION_REENTER:
             return code
         return self.after_run(v, exit, code)
+
+    def kvm_run(self, v: Vcpu) -> bool:
+        """KVM_RUN as user space calls it: True in the guest, False when the vCPU waits for INIT or SIPI."""
+        mem = self.mem
+        if mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
+            return True
+        mem[v.hot + L.HOT_BLOCKED] = 0
+        mem[v.own + L.K_IN_RUN] = 1
+        self.srcu_lock(v)
+        while mem[v.own + L.K_MP_STATE] != R.MP_RUNNABLE:
+            _jit.load("accept_events")(self.handle, v.index)
+            if mem[v.own + L.K_MP_STATE] != R.MP_RUNNABLE and self.block(v):
+                return False
+        return self.vcpu_enter_guest(v)
 
     def start_run(self, v: Vcpu) -> None:
         """KVM_RUN up to the VM entry. The caller's word that the vCPU runs guest code outranks its mp_state."""
@@ -236,7 +255,20 @@ class Dispatcher:
         result = handler(v, exit)
         if result is None:
             return code
-        return code | (user_code(result) if isinstance(result, KvmExit) else result)
+        if isinstance(result, KvmExit):
+            return code | user_code(result)
+        if type(result) is not int or result < 0 or result & ~_FROM_HANDLERS:
+            raise TypeError(f"handler of exit {exit.reason} returned {result!r:.40}: neither None nor a KvmExit")
+        return code | result
+
+    def reflect_to_l1(self, v: Vcpu) -> bool:
+        """An exit of L2 that L1 wants: it is L1's now, and nothing is skipped. nested_vmx_reflect_vmexit."""
+        mem = self.mem
+        if not mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 or not mem[v.own + L.K_L1_WANTS_EXIT]:
+            return False
+        mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
+        mem[v.own + L.K_NESTED_EXITS] += 1
+        return True
 
     def skip(self, v: Vcpu, length: int) -> int:
         """kvm_skip_emulated_instruction: outcome code, non-zero when it asks for user space."""
@@ -245,7 +277,9 @@ class Dispatcher:
     def trace_exit(self, v: Vcpu, exit: Exit) -> None:
         """kvm_exit."""
         if self.mem[L.H_CONFIG] & L.CONFIG_TRACE:
-            _jit.load("trace_exit")(self.handle, v.index, exit.reason, exit.info1, exit.info2)
+            # VMX says so in bit 31 of the reason itself.
+            failed = VMX_FAILED_VMENTRY if exit.failed_entry and not self.mem[L.H_CONFIG] & L.CONFIG_SVM else 0
+            _jit.load("trace_exit")(self.handle, v.index, exit.reason | failed, exit.info1, exit.info2)
 
     # ------------------------------------------------------------------------------------------ towards VM entry
 
@@ -254,9 +288,11 @@ class Dispatcher:
         while True:
             if self.mem[v.hot + L.HOT_REQUESTS]:
                 self.service_requests(v)
-                if not self.inject_events(v) and not forced:
-                    self.block(v)
+                self.inject_events(v)
+            if self.mem[v.own + L.K_MP_STATE] == R.MP_INIT_RECEIVED and not forced:
+                if self.block(v):
                     return False
+                continue  # the sender's EVENT request follows its event at once
             if forced:
                 self.mem[v.own + L.K_MP_STATE] = R.MP_RUNNABLE
             self.preempt_disable(v)
@@ -271,14 +307,13 @@ class Dispatcher:
         """Step 2: pending requests, NMI and SMI among them."""
         _jit.load("service_requests")(self.handle, v.index)
 
-    def inject_events(self, v: Vcpu) -> bool:
-        """Step 3: INIT/SIPI, then exception, NMI, interrupt. False when the vCPU now waits for SIPI."""
-        return not _jit.load("inject_events")(self.handle, v.index)
+    def inject_events(self, v: Vcpu) -> None:
+        """Step 3: INIT/SIPI, then exception, NMI, interrupt; none of the latter for a vCPU that now waits for SIPI."""
+        _jit.load("inject_events")(self.handle, v.index)
 
-    def block(self, v: Vcpu) -> None:
-        """The loop goes to vcpu_block: the thread sleeps outside the guest."""
-        self.mem[v.hot + L.HOT_BLOCKED] = 1
-        self.return_to_user(v)
+    def block(self, v: Vcpu) -> bool:
+        """The loop goes to vcpu_block: True when the thread sleeps, False when a request came meanwhile."""
+        return bool(_jit.load("block")(self.handle, v.index))
 
     def preempt_disable(self, v: Vcpu) -> None:
         """Step 4: preemption off, the vendor prepares the switch."""

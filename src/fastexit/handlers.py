@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 class Handlers(UserDict):
     """exit reason -> generic handler. Assign to extend or replace: ``m.handlers[VmxExit.HLT] = handler``.
 
-    A handler takes ``(vcpu, exit)`` and returns None to run on, or a KvmExit to leave to user space. Once a handler was
-    assigned, the batch door sends every exit through Python, so that it sees the same handlers.
+    A handler takes ``(vcpu, exit)`` and returns None to run on, a KvmExit to leave to user space, or what a built-in
+    handler returned to it. Anything else is a TypeError, and the vCPU is then outside the guest. Once a handler was
+    assigned, the batch door sends every exit through Python, so that it sees the same handlers; one that raises ends
+    the batch, and the exits before it have happened.
     """
 
     def __init__(self, memory: memoryview, builtin: Mapping[int, Handler]) -> None:
@@ -44,8 +46,8 @@ class Handlers(UserDict):
         super().__delitem__(int(reason))
 
 
-class MsrHandlers:
-    """Handlers over the kernels: MSR accesses, the xAPIC page, and exits that need nothing done."""
+class CommonHandlers:
+    """Handlers over the kernels: MSR accesses, the xAPIC page, windows, and exits that need nothing done."""
 
     def __init__(self, memory: memoryview, handle: int) -> None:
         self.memory = memory
@@ -54,7 +56,8 @@ class MsrHandlers:
 
     def fast_exit(self, v: Vcpu, exit: Exit) -> int:
         """Fast handler and re-entry in the vendor's run function."""
-        return _jit.load("fast_exit")(self.handle, v.index, exit.reason, exit.msr, exit.value)
+        self._trace_exit(v, exit)
+        return _jit.load("fast_reenter")(self.handle, v.index, exit.msr, exit.value)
 
     def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
         """Fast handler in handle_exit_irqoff."""
@@ -62,9 +65,13 @@ class MsrHandlers:
 
     def declined(self, v: Vcpu, exit: Exit) -> int:
         """An exit that shares its number with a fast one."""
-        if self.loop is not None and not self.loop.vendor.trace_exit_late and not self.loop.hook_irqoff:
-            self.loop.trace_exit(v, exit)
+        if self.loop is not None and not self.loop.hook_irqoff:
+            self._trace_exit(v, exit)
         return Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
+
+    def _trace_exit(self, v: Vcpu, exit: Exit) -> None:
+        if self.loop is not None and not self.loop.vendor.trace_exit_late:
+            self.loop.trace_exit(v, exit)
 
     def wrmsr(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_wrmsr."""

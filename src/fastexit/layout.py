@@ -6,7 +6,8 @@ are four words of 64 bits each, the shape of the posted-interrupt descriptor: PI
 form of the register page is made when somebody asks for the page.
 
 Who may write a word is said beside it: *owner* is the thread that runs the vCPU (or, for the header, the one that
-configures the machine), *remote* is any thread and then only with atomics, *map writer* holds MAP_LOCK.
+configures the machine), *remote* is any thread, with atomics, *remote store* is any thread with a plain store, as in
+KVM, because the last value is right whatever came before; *map writer* holds MAP_LOCK.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ H_API = 5  # owner; KVM_CAP_X2APIC_API flags
 H_NVCPUS = 6  # owner; vCPUs that are visible
 H_MAP = 7  # map writer (release store); word index of the map in use
 H_MAP_LOCK = 8  # remote
-H_MAP_DIRTY = 9  # remote
+H_MAP_DIRTY = 9  # remote; 0 clean, 1 dirty, 2 being rebuilt
 H_PROFILE = 10  # owner; index into profile.PROFILES
 H_MAXPHYADDR = 11  # owner
-H_LOST_LOWEST = 12  # remote; set once lowest-priority hashing chose an empty slot
+H_LOST_LOWEST = 12  # remote store; set once lowest-priority hashing chose an empty slot
 H_TRACE_HEAD = 13  # remote; records written since the last clear
-H_TIME = 14  # owner; caller's clock
 H_HANDLERS = 15  # owner; 1 when an embedder replaced a handler that the batch kernel has
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
 HEADER_WORDS = 512
@@ -68,7 +68,8 @@ MAP0 = HEADER_WORDS
 MAP1 = MAP0 + MAP_WORDS
 
 # ---------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
-HOT = -(-(MAP1 + MAP_WORDS) // 512) * 512
+MAP_SCRATCH = MAP1 + MAP_WORDS
+HOT = -(-(MAP_SCRATCH + MAP_WORDS) // 512) * 512
 HOT_STRIDE = 16
 PID_PIR = 0  # remote; 4 words
 PID_CONTROL_WORD = 4  # remote; regs.PID_CONTROL
@@ -99,12 +100,12 @@ KVM = PAGE + MAX_VCPUS * PAGE_STRIDE
 KVM_STRIDE = 64
 K_VCPU_ID = 0  # owner
 K_APIC_BASE = 1  # owner
-K_IRR_PENDING = 2  # remote
+K_IRR_PENDING = 2  # remote store
 K_ISR_COUNT = 3  # owner
 K_ISR_CACHE = 4  # owner; vector or NONE
 K_ARB_PRIO = 5  # remote
 K_MP_STATE = 6  # owner
-K_PENDING_EVENTS = 7  # remote; regs.PENDING_*
+K_PENDING_EVENTS = 7  # remote (INIT by store: it discards a SIPI); regs.PENDING_*
 K_RIP = 8  # owner
 K_RFLAGS = 9  # owner
 K_GUEST_DEBUG = 10  # owner; KVM_GUESTDBG_*
@@ -113,7 +114,7 @@ K_EXITS = 12  # owner; stat.exits
 K_PENDING_DB = 13  # owner; DR6 bits of a queued #DB
 K_EXCEPTION = 14  # owner; vector + 1 of the exception to inject
 K_INTERRUPT = 15  # owner; vector + 1 of the interrupt injected last
-K_SIPI_VECTOR = 16  # remote; written before the SIPI bit
+K_SIPI_VECTOR = 16  # remote store; written before the SIPI bit
 K_NMI_QUEUED = 17  # remote
 K_NMI_PENDING = 18  # owner
 K_NMI_MASKED = 19  # owner
@@ -122,12 +123,11 @@ K_SVI = 21  # owner; servicing virtual interrupt
 K_TSC_DEADLINE = 22  # owner
 K_TIMER_MODE = 23  # owner; LVTT bits 18:17 in force
 K_TIMER_PENDING = 24  # owner
-K_PV_UNHALTED = 25  # remote
+K_PV_UNHALTED = 25  # remote store
 K_CS = 26  # owner; selector after SIPI
 K_MSR_DATA = 27  # owner; result of the last read
 K_IRQ_WINDOW = 28  # owner; interrupt window requested
 K_LINT0_NMI = 29  # owner; LINT0 counted as NMI watchdog
-K_USER = 30  # owner; KVM_EXIT_* + 1 that a skip asked for
 K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
 K_NESTED_EXITS = 32  # owner; exits reflected to L1
 K_SMI_PENDING = 33  # owner
@@ -142,8 +142,6 @@ K_IRQ_WINDOWS = 43  # owner; how often host interrupts were let in after an exit
 K_PREEMPT_OFF = 44  # owner
 K_GUEST_TIME = 45  # owner; 1 while time is accounted to the guest
 K_IN_RUN = 46  # owner; 1 between the entry and the return of KVM_RUN
-K_HOST_FIRST = K_IRQS_OFF
-K_HOST_LAST = K_IN_RUN
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE

@@ -6,6 +6,7 @@ Models: KVM_CREATE_VM with an in-kernel irqchip as far as APICs go, KVM_CREATE_V
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +17,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, one_of
 from fastexit.dispatcher import Dispatcher, Exit
-from fastexit.handlers import Handlers, MsrHandlers
+from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES
@@ -81,6 +82,8 @@ class Machine:
         one_of(vendor, "vendor", ("vmx", "svm"))
         one_of(irqchip, "irqchip", ("full", "split"))
         _check_api(x2apic_api, irqchip)
+        if hv_timer and vendor == "svm":
+            raise ValueError("hv_timer=True: SVM has no preemption timer")
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         if vcpus is not None:
@@ -91,6 +94,8 @@ class Machine:
             ids = [integer(i, "APIC id", L.MAX_VCPU_ID) for i in apic_ids]
         if not ids:
             raise ValueError("a machine needs at least one vCPU")
+        if not 32 <= integer(maxphyaddr, "maxphyaddr", 63) <= 52:
+            raise ValueError(f"maxphyaddr {maxphyaddr} is out of range 32..52")
         switches = {
             L.CONFIG_SVM: vendor == "svm",
             L.CONFIG_APICV: apicv,
@@ -116,7 +121,7 @@ class Machine:
         mem[L.H_API] = x2apic_api
         mem[L.H_MAP] = L.MAP0
         mem[L.H_PROFILE] = list(PROFILES).index(kernel)
-        mem[L.H_MAXPHYADDR] = integer(maxphyaddr, "maxphyaddr", 63)
+        mem[L.H_MAXPHYADDR] = maxphyaddr
         self._assemble()
         for vcpu_id in ids:
             self.add_vcpu(vcpu_id)
@@ -133,13 +138,14 @@ class Machine:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
         self.profile = list(PROFILES.values())[self.mem[L.H_PROFILE]]
-        common = MsrHandlers(self.mem, self.handle)
+        common = CommonHandlers(self.mem, self.handle)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
         common.loop = self.dispatcher
         self.trace = Trace(self)
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
+        self.lock = threading.Lock()
         self.last_host_code = 0
 
     def __repr__(self) -> str:
@@ -195,14 +201,15 @@ class Machine:
     def add_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU: the new vCPU. It is missing from the APIC map until something makes the map dirty."""
         vcpu_id = integer(vcpu_id, "APIC id", L.MAX_VCPU_ID)
-        if vcpu_id in self._ids:
-            raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
-        index = _jit.load("create_vcpu")(self.handle, vcpu_id)
-        if index == L.NONE:
-            raise ValueError(f"a machine holds at most {L.MAX_VCPUS} vCPUs")
-        self._ids[vcpu_id] = index
-        v = Vcpu(self, index, vcpu_id)
-        self.vcpus.append(v)
+        with self.lock:
+            if vcpu_id in self._ids:
+                raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
+            index = _jit.load("create_vcpu")(self.handle, vcpu_id)
+            if index == L.NONE:
+                raise ValueError(f"a machine holds at most {L.MAX_VCPUS} vCPUs")
+            self._ids[vcpu_id] = index
+            v = Vcpu(self, index, vcpu_id)
+            self.vcpus.append(v)
         return v
 
     def boot_x2apic(self) -> None:

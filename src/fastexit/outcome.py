@@ -108,6 +108,7 @@ CODE_COMPLETION = CODE.mask("COMPLETION")
 CODE_NOT_IN_GUEST = CODE_COMPLETION
 """No outcome: the vCPU has to enter the guest before it can exit."""
 CODE_FAST = CODE.mask("PATH") & -CODE.mask("PATH")
+CODE_FAULT = CODE.mask("FAULT")
 CODE_GP = Fault.GP.value << CODE.shift("FAULT")
 CODE_REFUSAL_SHIFT = CODE.shift("REFUSAL")
 CODE_ACCEPTED_SHIFT = CODE.shift("ACCEPTED")
@@ -133,7 +134,7 @@ class Outcome:
         effects: what the host must do for the targets (Effect flags, united over all targets).
         refusal: why the fast path declined (Refusal).
         user: the KVM_EXIT_* reason with which the vCPU left to user space, or None when it runs on.
-        blocked: True when the vCPU waits (for SIPI, or halted) instead of having entered the guest again.
+        blocked: True when the vCPU waits for SIPI instead of having entered the guest again.
         reentered: True when the vCPU went straight back into the guest from the fast path.
     """
 

@@ -1,7 +1,7 @@
 """One row per kernel generation: what it handles fast, where in the exit, in which order.
 
 Profiles are data over one compiled kernel: a row becomes a word of Trait bits in the machine's header, and kernels
-test bits. Sources are named per trait; the rows follow the trees listed in docs/model.md.
+test bits. The rows follow the source trees that they name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Trait(IntFlag):
 
     # -- what is fast
     ICR_ANY_RESOLVED = auto()
-    """Whatever the map-based resolver can finish; otherwise physical and Fixed only."""
+    """Whatever the map-based resolver can finish, traced behind the delivery; otherwise physical and Fixed only."""
     ICR_NO_SHORTHAND = auto()
     ICR_NO_BROADCAST = auto()
     ICR_NO_RESERVED = auto()
@@ -67,8 +67,6 @@ class Trait(IntFlag):
     """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
     TRACE_WRITE_FIRST = auto()
     """Fast path traces the raw ICR write before the IPI."""
-    TRACE_ACCEPT_FIRST = auto()
-    """Fast path delivers first and traces the IPI afterwards."""
     TRACE_EXIT_LATE_VMX = auto()
     """kvm_exit comes from handle_exit, after the fast handler."""
     TRACE_EXIT_LATE_SVM = auto()
@@ -166,8 +164,7 @@ PROFILES: dict[str, Profile] = {
             | _T.ICR_RESERVED_GP
             | _T.MSR_UPPER_GP
             | _T.ICR_SPLIT_SVM
-            | _T.PI_EMPTY_LOSES_RVI
-            | _T.TRACE_ACCEPT_FIRST,
+            | _T.PI_EMPTY_LOSES_RVI,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
         ),
     )

@@ -255,16 +255,12 @@ PID_CONTROL = Layout(64, ON=1, SN=1, _2=14, NV=8, _24=8, NDST=32)
 PID_ON = PID_CONTROL.mask("ON")
 PID_SN = PID_CONTROL.mask("SN")
 PID_NV_SHIFT = PID_CONTROL.shift("NV")
-PID_NDST_SHIFT = PID_CONTROL.shift("NDST")
 POSTED_INTR_VECTOR = 0xF2
-POSTED_INTR_WAKEUP_VECTOR = 0xF1
-POSTED_INTR_NESTED_VECTOR = 0xF0
 
 # ---------------------------------------------------------------------------------------------------- KVM's own numbers
 
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
 
-REQ_UNBLOCK = 1 << 2
 REQ_EVENT = 1 << 14
 REQ_NMI = 1 << 17
 REQ_SMI = 1 << 20

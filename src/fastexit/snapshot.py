@@ -80,6 +80,8 @@ def _check_header(words: np.ndarray, n: int) -> None:
     _require(header[L.H_PROFILE] < len(profiles), "the kernel")
     _require(header[L.H_TRAITS] == profiles[header[L.H_PROFILE]].traits, "the kernel's traits")
     _require(header[L.H_API] <= 15, "the x2APIC API")
+    known = sum(value for name, value in vars(L).items() if name.startswith("CONFIG_"))
+    _require(header[L.H_CONFIG] & ~known == 0, "the configuration")
     _require(header[L.H_MAXPHYADDR] <= 63, "MAXPHYADDR")
     for base in (L.MAP0, L.MAP1):
         _require(words[base + L.MAP_MAX_ID] <= L.MAX_VCPU_ID, "the map's highest id")
@@ -95,5 +97,5 @@ def _check_vcpus(rows: np.ndarray, hot: np.ndarray) -> None:
     _require(bool(((caches < 256) | (caches == L.NONE)).all()), "a highest ISR vector")
     _require(bool((rows[:, [L.K_EXCEPTION, L.K_INTERRUPT]] <= 256).all()), "an injected vector")
     _require(bool((rows[:, L.K_SIPI_VECTOR] < 256).all()), "a SIPI vector")
-    _require(bool((rows[:, L.K_MP_STATE] <= R.MpState.AP_RESET_HOLD).all()), "an mp_state")
+    _require(bool(np.isin(rows[:, L.K_MP_STATE], [int(state) for state in R.MpState]).all()), "an mp_state")
     _require(bool((hot[:, L.HOT_MODE] <= R.READING_SHADOW_PAGE_TABLES).all()), "a vCPU's mode")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit.dispatcher import user_code
-from fastexit.handlers import Handlers, MsrHandlers
+from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
@@ -35,7 +35,7 @@ class Svm:
         SvmExit.VMMCALL: KvmExit.HYPERCALL,
     }
 
-    def __init__(self, profile: Profile, common: MsrHandlers) -> None:
+    def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
         self.common = common
         self.fast_run: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_exit)}
@@ -79,12 +79,13 @@ class Svm:
         mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
         return self.common.skip_instruction(v, exit)
 
+    def failed_entry(self, reason: int) -> tuple[int, bool]:
+        """The exit code, and whether it is the one for an invalid VMCB."""
+        return reason, reason == SvmExit.ERR
+
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
         """svm_handle_exit."""
-        mem = loop.mem
-        if mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 and mem[v.own + L.K_L1_WANTS_EXIT]:
-            mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
-            mem[v.own + L.K_NESTED_EXITS] += 1
+        if loop.reflect_to_l1(v):
             return code
         if exit.failed_entry:
             return code | user_code(KvmExit.FAIL_ENTRY)

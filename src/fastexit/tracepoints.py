@@ -72,7 +72,6 @@ class Trace:
     """``machine.trace``: switch on, read as records or text, clear."""
 
     def __init__(self, machine: Machine) -> None:
-        # Not a reference to the machine itself: that would be a cycle, and its memory should go when it goes.
         self._mem = machine.mem
         self._words = machine.words
         self._svm = bool(machine.mem[L.H_CONFIG] & L.CONFIG_SVM)
@@ -109,6 +108,8 @@ class Trace:
         out["event"] = raw[:, 0] & np.uint64(0xFF)
         out["vcpu"] = (raw[:, 0] >> np.uint64(8)).astype(np.uint32).astype(np.int64) - 1
         out["args"] = raw[:, 1:]
+        for event, used in _ARGUMENTS.items():
+            out["args"][out["event"] == event, used:] = 0  # what an older record left there
         return out
 
     def lines(self) -> list[str]:
@@ -157,6 +158,9 @@ class Trace:
     def _msr(self, verb: str, a: list[int]) -> str:
         return f"msr_{verb} {a[0]:x} = 0x{a[1]:x}{' (#GP)' if a[2] else ''}"
 
+
+_ARGUMENTS = {event: 7 if event == L.TP_EXIT else 3 for event in NAMES}
+"""How many of a record's arguments the event writes."""
 
 _SVM_REASONS = frozenset(int(r) for r in SvmExit)
 _VMX_REASONS = frozenset(int(r) for r in VmxExit)

@@ -78,6 +78,9 @@ class Vcpu:
         ``info`` are the fields of dispatcher.Exit; ``rcx``, ``rax`` and ``rdx`` may stand for ``msr`` and ``value``.
         """
         reason = integer(reason, "exit reason", 0xFFFF_FFFF)
+        reason, failed = self._loop.vendor.failed_entry(reason)
+        if failed:
+            info["failed_entry"] = True
         if "rcx" in info:
             info["msr"] = integer(info.pop("rcx"), "RCX", L.NONE) & 0xFFFF_FFFF
         if "rax" in info or "rdx" in info:
@@ -93,7 +96,8 @@ class Vcpu:
             for name, value in info.items()
         }
         if reason in (self._loop.vendor.wrmsr_reason, self._loop.vendor.rdmsr_reason):
-            fields.setdefault("length", R.INSN_LEN_WRMSR)
+            if fields.setdefault("length", R.INSN_LEN_WRMSR) != R.INSN_LEN_WRMSR:
+                raise ValueError(f"length {fields['length']} of an MSR access: RDMSR and WRMSR are 2 bytes long")
         exit = Exit(reason, **fields)
         access_size(exit.size, "access size")
         return OUTCOMES[self._loop.run_exit(self, exit)]
@@ -150,8 +154,9 @@ class Vcpu:
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last."""
         self._loop.leave_guest(self)
-        _jit.load("get_state")(self._handle, self.index)
-        return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
+        with self.machine.lock:  # one staging page for all vCPUs
+            _jit.load("get_state")(self._handle, self.index)
+            return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
 
     def set_lapic(self, data: bytes) -> None:
         """KVM_SET_LAPIC of 1024 bytes; ValueError where KVM says EINVAL, and even then SVR has been applied."""
@@ -162,10 +167,19 @@ class Vcpu:
         if len(page) != R.LAPIC_PAGE_BYTES:
             raise ValueError(f"a LAPIC page is 1024 bytes, not {len(page)}")
         self._loop.leave_guest(self)
-        self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE] = memoryview(bytes(page)).cast("Q")
-        if _jit.load("set_state")(self._handle, self.index) & CODE_GP:
+        with self.machine.lock:
+            self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE] = memoryview(bytes(page)).cast("Q")
+            refused = _jit.load("set_state")(self._handle, self.index) & CODE_GP
+        if refused:
             found = int.from_bytes(page[R.APIC_ID : R.APIC_ID + 4], "little")
             raise ValueError(f"x2APIC id {found:#x} in the page is not the vCPU's id {self.vcpu_id:#x} (EINVAL)")
+
+    def run(self) -> bool:
+        """KVM_RUN: True when the vCPU is in the guest then, False when it waits for INIT or SIPI.
+
+        The answer to Effect.WAKE: the thread looks again, runs what is pending, and sleeps again if it still waits.
+        """
+        return self._loop.kvm_run(self)
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
@@ -217,6 +231,35 @@ class Vcpu:
     def mode(self) -> int:
         """vcpu->mode: 0 outside, 1 in guest, 2 exiting."""
         return self._mem[self.hot + L.HOT_MODE]
+
+    @property
+    def nmi_masked(self) -> bool:
+        """NMIs are blocked since one was injected; an IRET of the guest, here setting False, unblocks them."""
+        return bool(self._mem[self.own + L.K_NMI_MASKED])
+
+    @nmi_masked.setter
+    def nmi_masked(self, on: bool) -> None:
+        self._mem[self.own + L.K_NMI_MASKED] = int(bool(on))
+        if not on:
+            _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+
+    @property
+    def shadow(self) -> int:
+        """Interrupt shadow: regs.SHADOW_STI, regs.SHADOW_MOV_SS; any emulated instruction ends it."""
+        return self._mem[self.own + L.K_SHADOW]
+
+    @shadow.setter
+    def shadow(self, value: int) -> None:
+        self._mem[self.own + L.K_SHADOW] = integer(value, "interrupt shadow", R.SHADOW_STI | R.SHADOW_MOV_SS)
+
+    @property
+    def l1_wants_exits(self) -> bool:
+        """Whether L1 intercepts what L2 does, so that exits of a nested vCPU are reflected to it. True at first."""
+        return bool(self._mem[self.own + L.K_L1_WANTS_EXIT])
+
+    @l1_wants_exits.setter
+    def l1_wants_exits(self, on: bool) -> None:
+        self._mem[self.own + L.K_L1_WANTS_EXIT] = int(bool(on))
 
     @property
     def requests(self) -> int:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.dispatcher import user_code
-from fastexit.handlers import Handlers, MsrHandlers
+from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.profile import Profile, Trait
-from fastexit.reasons import KvmExit, VmxExit
+from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.dispatcher import Dispatcher, Exit
@@ -49,7 +48,7 @@ class Vmx:
         VmxExit.BUS_LOCK: KvmExit.X86_BUS_LOCK,
     }
 
-    def __init__(self, profile: Profile, common: MsrHandlers) -> None:
+    def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
         self.fast_run = {self.wrmsr_reason: common.fast_exit}
         self.fast_irqoff = {self.wrmsr_reason: common.fast_irqoff}
@@ -65,13 +64,13 @@ class Vmx:
             },
         )
 
+    def failed_entry(self, reason: int) -> tuple[int, bool]:
+        """The basic reason, and whether its bit 31 says that the entry failed."""
+        return reason & ~VMX_FAILED_VMENTRY, bool(reason & VMX_FAILED_VMENTRY)
+
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
         """vmx_handle_exit: each early return happens whether or not the fast path has acted already."""
-        mem = loop.mem
-        if mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 and mem[v.own + L.K_L1_WANTS_EXIT]:
-            # nested_vmx_reflect_vmexit: L1 takes the exit, nothing is skipped.
-            mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
-            mem[v.own + L.K_NESTED_EXITS] += 1
+        if loop.reflect_to_l1(v):
             return code
         if exit.invalid_state:
             return code | user_code(KvmExit.INTERNAL_ERROR)

@@ -1,16 +1,18 @@
 """The APIC map (kvm_apic_map): physical and logical ids to vCPUs, rebuilt whenever an id, mode or enable bit changes.
 
-Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Not modelled: RCU grace
-periods. The writer fills the idle one of two copies and publishes it with one store; a reader that is overtaken by
-two rebuilds may see a slot of the newer map, as real senders see the map they found first. Spec: SDM vol. 3A 10.6.2,
-10.12.10.
+Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Spec: SDM vol. 3A 10.6.2,
+10.12.10. Not modelled: RCU grace periods. A map is built in a scratch area, then copied word by word over the idle one
+of two copies, unchanged words left alone, and published with one store. A reader that two rebuilds overtake so finds
+in each word what the map said before or says now, never an emptied slot: vCPUs that nobody touched stay reachable.
 """
 
 from . import typed as k
 from ._jit import ctz, kernel, popcount
-from .atomics import fence
+from .atomics import compare_exchange, exchange, load_acquire, store_release
 from .lapicreg import reg
 from .shared import clear_words, hot, own, replace_if
+
+CLEAN, DIRTY, IN_PROGRESS = k.ZERO, k.ONE, k.U(2)
 
 
 @kernel("u8(words, u8, u8)")
@@ -37,8 +39,8 @@ def phys(m, base, apic_id):
 
 @kernel("u8(words)")
 def mark_dirty(m):
-    m[k.H_MAP_DIRTY] = k.ONE
-    return k.ZERO
+    """The map no longer shows the vCPUs. After the change itself: a rebuild that sees the mark must see the change."""
+    return exchange(m, k.H_MAP_DIRTY, DIRTY)
 
 
 @kernel("u8(words, u8, u8)")
@@ -100,6 +102,7 @@ def _enter_logical(m, base, v):
 
 @kernel("u8(words, u8)")
 def _build(m, base):
+    """A map of what the vCPUs are now, at base; MAP_PRESENT only if no rule drops it."""
     clear_words(m, base, k.MAP_WORDS)
     n = m[k.H_NVCPUS]
     top = k.XAPIC_BROADCAST
@@ -123,16 +126,25 @@ def _build(m, base):
 @kernel("u8(words)")
 def recalculate(m):
     """kvm_recalculate_apic_map: rebuild if something marked the map dirty."""
-    if not m[k.H_MAP_DIRTY]:
+    if load_acquire(m, k.H_MAP_DIRTY) == CLEAN:
         return k.ZERO
     while replace_if(m, k.H_MAP_LOCK, k.ZERO, k.ONE):
         pass
-    # Cleared before the vCPUs are read: a change that comes later marks the map again and is built by its own caller.
-    m[k.H_MAP_DIRTY] = k.ZERO
+    if load_acquire(m, k.H_MAP_DIRTY) == CLEAN:
+        # Another thread, which held the lock, has built from what this one changed.
+        store_release(m, k.H_MAP_LOCK, k.ZERO)
+        return k.ZERO
+    # Not yet clean: whoever changes a vCPU now and looks must wait for the lock. Marks that come during the build say
+    # DIRTY again, so the exchange at the end fails and their own callers build once more.
+    exchange(m, k.H_MAP_DIRTY, IN_PROGRESS)
+    _build(m, k.MAP_SCRATCH)
     idle = k.MAP1 if m[k.H_MAP] == k.MAP0 else k.MAP0
-    _build(m, idle)
-    fence()
-    m[k.H_MAP] = idle
-    fence()
-    m[k.H_MAP_LOCK] = k.ZERO
+    for i in range(k.MAP_WORDS):
+        word = k.U(i)
+        new = m[k.MAP_SCRATCH + word]
+        if m[idle + word] != new:
+            m[idle + word] = new
+    store_release(m, k.H_MAP, idle)
+    compare_exchange(m, k.H_MAP_DIRTY, IN_PROGRESS, CLEAN)
+    store_release(m, k.H_MAP_LOCK, k.ZERO)
     return k.ONE

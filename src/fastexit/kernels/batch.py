@@ -11,7 +11,17 @@ from .fastpath import reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
 from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .runloop import BLOCKED, ENTERED, enter, inject_events, service_requests, trace_entry, trace_exit, trace_reentry
+from .runloop import (
+    BLOCKED,
+    ENTERED,
+    block,
+    enter,
+    inject_events,
+    service_requests,
+    trace_entry,
+    trace_exit,
+    trace_reentry,
+)
 from .shared import hot, own
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING = (k.U(i) for i in range(6))
@@ -46,11 +56,11 @@ def run_to_guest(m, v, forced):
     while True:
         if m[hot(m, v) + k.HOT_REQUESTS]:
             service_requests(m, v)
-            if inject_events(m, v) == BLOCKED and not forced:
-                m[hot(m, v) + k.HOT_BLOCKED] = k.ONE
-                m[host + k.K_SRCU] = k.ZERO
-                m[host + k.K_IN_RUN] = k.ZERO
+            inject_events(m, v)
+        if m[host + k.K_MP_STATE] == k.MP_INIT_RECEIVED and not forced:
+            if block(m, v) == BLOCKED:
                 return BLOCKED
+            continue  # the sender's EVENT request follows its event at once
         if forced:
             m[host + k.K_MP_STATE] = k.MP_RUNNABLE
         m[host + k.K_PREEMPT_OFF] = k.ONE
@@ -131,7 +141,7 @@ def one_exit(m, v, op, reason, msr, value, info):
         start_run(m, v)
     traits = m[k.H_TRAITS]
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
-    info1 = info if svm and reason == k.SVM_MSR else k.ZERO
+    info1 = k.ZERO if op == OP_MMIO_WRITE or op == OP_MMIO_READ else info
     late = traits & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
     if not late:
         trace_exit(m, v, reason, info1, k.ZERO)

@@ -5,13 +5,21 @@ below work on the words. One exit keeps the GIL, because giving it up would cost
 up.
 """
 
-from . import batch, irq, lapic, msr, runloop, shared, vcpu
+from . import batch, irq, lapic, lapicstate, msi, msr, runloop, shared, vcpu
 from . import typed as k
 from ._jit import entry, kernel, open_words
 from .fastpath import reenter
 from .fastpath import wrmsr as fast_wrmsr_kernel
 
 NO_VCPU = k.NONE
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _fast_and_reenter(m, v, msr_index, value):
+    code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        runloop.trace_reentry(m, v)
+    return code
 
 
 @entry
@@ -28,10 +36,17 @@ def fast_exit(handle, v, reason, msr_index, value):
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
             runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO)
-    code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
-    if m[k.H_CONFIG] & k.CONFIG_TRACE and code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        runloop.trace_reentry(m, v)
-    return code
+    return _fast_and_reenter(m, v, msr_index, value)
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def fast_reenter(handle, v, msr_index, value):
+    """fast_exit behind its kvm_exit line, for a vCPU that is in guest mode."""
+    m = open_words(handle, k.WORDS)
+    if v >= m[k.H_NVCPUS]:
+        return NO_VCPU
+    return _fast_and_reenter(m, v, msr_index, value)
 
 
 @entry
@@ -104,14 +119,14 @@ def make_request(handle, v, request):
 @kernel("u8(u8, u8)", nogil=False)
 def get_state(handle, v):
     m = open_words(handle, k.WORDS)
-    return lapic.get_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+    return lapicstate.get_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
 @kernel("u8(u8, u8)", nogil=False)
 def set_state(handle, v):
     m = open_words(handle, k.WORDS)
-    return lapic.set_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+    return lapicstate.set_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -165,6 +180,13 @@ def inject_events(handle, v):
 
 @entry
 @kernel("u8(u8, u8)", nogil=False)
+def block(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.block(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
 def enter(handle, v):
     m = open_words(handle, k.WORDS)
     return runloop.enter(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
@@ -197,7 +219,7 @@ def create_vcpu(handle, vcpu_id):
 @entry
 @kernel("u8(u8, u8, u8)", nogil=False)
 def signal_msi(handle, address, data):
-    return vcpu.signal_msi(open_words(handle, k.WORDS), address, data)
+    return msi.signal_msi(open_words(handle, k.WORDS), address, data)
 
 
 @entry

@@ -25,8 +25,6 @@ def refuse(refusal):
 @kernel("u8(u8, u8)")
 def why_not_icr(traits, icr):
     """The ICR conditions of a generation that takes physical Fixed IPIs, in KVM's order; RF_NONE when they hold."""
-    if traits & k.T_ICR_NO_RESERVED and icr & k.ICR_RESERVED:
-        return k.RF_RESERVED_BITS
     if traits & k.T_ICR_NO_SHORTHAND and icr & k.ICR_SHORTHAND:
         return k.RF_SHORTHAND
     if icr & k.ICR_LOGICAL:
@@ -35,11 +33,13 @@ def why_not_icr(traits, icr):
         return k.RF_DELIVERY_MODE
     if traits & k.T_ICR_NO_BROADCAST and icr >> k.ICR_DEST_SHIFT == k.X2APIC_BROADCAST:
         return k.RF_BROADCAST
+    if traits & k.T_ICR_NO_RESERVED and icr & k.ICR_RESERVED:
+        return k.RF_RESERVED_BITS
     return k.RF_NONE
 
 
-@kernel("u8(words, u8, u8)")
-def why_unresolved(m, v, icr):
+@kernel("u8(words, u8)")
+def why_unresolved(m, icr):
     """Which of the resolver's conditions failed, told after the fact."""
     if icr & k.ICR_SHORTHAND:
         return k.RF_SHORTHAND
@@ -95,7 +95,7 @@ def x2apic_icr(m, v, icr):
         dest = destination(m, v, icr)
         code = deliver_fast(m, v, icr & k.LOW32, dest, k.ZERO, v)
         if code == UNRESOLVED:
-            return refuse(why_unresolved(m, v, icr))
+            return refuse(why_unresolved(m, icr))
         if m[k.H_CONFIG] & k.CONFIG_TRACE:
             emit(m, k.TP_APIC_IPI, v, icr & k.LOW32, dest, k.ZERO)
     else:

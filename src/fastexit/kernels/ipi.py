@@ -1,6 +1,6 @@
 """From an ICR value to accepted interrupts: decode, resolve, accept.
 
-Models: kvm_apic_send_ipi, kvm_irq_delivery_to_apic(_fast), kvm_apic_match_dest, __apic_accept_irq and the vendors'
+Models: kvm_apic_send_ipi, kvm_irq_delivery_to_apic(_fast), __apic_accept_irq and the vendors'
 deliver_interrupt. Not modelled: nested posted interrupts (a target in L2 takes the path of its L1).
 An interrupt is (icr, dest, hint): the low 32 ICR bits, the destination already cut to the sender's mode, and the MSI's
 redirection hint. ``src`` is the sending vCPU or NONE (MSI); ``me`` is the vCPU that runs on this CPU or NONE.
@@ -11,14 +11,13 @@ from . import typed as k
 from ._jit import kernel, popcount
 from .apicmap import phys, slot
 from .irq import set_irr
-from .lapicreg import reg
+from .match import is_broadcast, matches
 from .pid import post
 from .shared import clear_word_bits, emit, hot, increment, kick, make_request, or_word, own, wake
 
 ACCEPT = k.ONE << k.CODE_ACCEPTED_SHIFT
 NOBODY = k.CODE_ACCEPTED_NONE
 UNRESOLVED = k.NONE
-FIXED_BITS = k.ICR_DM
 
 
 @kernel("u8(u8, u8)")
@@ -143,21 +142,6 @@ def lowest_priority(icr, hint):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8, u8)")
-def is_broadcast(m, base, src, dest):
-    """kvm_apic_is_broadcast_dest, for physical and logical destinations alike."""
-    if m[k.H_API] & k.X2API_NO_BROADCAST_QUIRK:
-        if dest == k.X2APIC_BROADCAST:
-            return k.ONE
-        if dest == k.XAPIC_BROADCAST and m[base + k.MAP_LOGICAL] != k.LOGICAL_X2APIC:
-            return k.ONE
-        return k.ZERO
-    broadcast = k.XAPIC_BROADCAST
-    if src != k.NONE and m[hot(m, src) + k.HOT_FLAGS] & k.FLAG_X2APIC:
-        broadcast = k.X2APIC_BROADCAST
-    return k.ONE if dest == broadcast else k.ZERO
-
-
 @kernel("u8(u8, u8)")
 def nth_bit(bits, n):
     """Position of the n-th set bit, counted from 0."""
@@ -244,41 +228,6 @@ def deliver_fast(m, src, icr, dest, hint, me):
     if not target:
         return k.ZERO
     return accept(m, target - k.ONE, icr, me)
-
-
-@kernel("u8(words, u8, u8, u8, u8)")
-def matches(m, v, src, icr, dest):
-    """kvm_apic_match_dest: decoding went by the sender's mode, matching goes by the target's."""
-    shorthand = (icr & k.ICR_SHORTHAND) >> k.ICR_SHORTHAND_SHIFT
-    if shorthand:
-        if shorthand == k.SH_ALLINC:
-            return k.ONE
-        is_source = v == src
-        return k.ONE if is_source == (shorthand == k.SH_SELF) else k.ZERO
-    x2apic = m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC
-    mda = dest
-    quirk = not m[k.H_API] & k.X2API_NO_BROADCAST_QUIRK
-    if quirk and src == k.NONE and dest == k.XAPIC_BROADCAST and x2apic:
-        mda = k.X2APIC_BROADCAST
-    if mda == (k.X2APIC_BROADCAST if x2apic else k.XAPIC_BROADCAST):
-        return k.ONE
-    if not icr & k.ICR_LOGICAL:
-        # Ids above 0xFF name an APIC that has not switched to x2APIC yet by its x2APIC id (vCPU hot-plug).
-        if x2apic or mda > k.XAPIC_BROADCAST:
-            return k.ONE if mda == m[own(m, v) + k.K_VCPU_ID] else k.ZERO
-        return k.ONE if mda == reg(m, v, k.APIC_ID) >> k.U(24) else k.ZERO
-    ldr = reg(m, v, k.APIC_LDR)
-    if x2apic:
-        hit = ldr >> k.U(16) == mda >> k.U(16) and ldr & mda & k.U(0xFFFF) != k.ZERO
-        return k.ONE if hit else k.ZERO
-    logical_id = ldr >> k.U(24)
-    dfr = reg(m, v, k.APIC_DFR)
-    hit = False
-    if dfr == k.DFR_FLAT:
-        hit = logical_id & mda != k.ZERO
-    elif dfr == k.DFR_CLUSTER:
-        hit = logical_id >> k.U(4) == mda >> k.U(4) and logical_id & mda & k.U(0xF) != k.ZERO
-    return k.ONE if hit else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")

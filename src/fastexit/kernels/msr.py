@@ -7,7 +7,8 @@ filters and exits to user space for MSRs, nested single-step bookkeeping, retire
 
 from . import typed as k
 from ._jit import kernel
-from .lapic import set_base, x2apic_msr_read, x2apic_msr_write
+from .lapic import x2apic_msr_read, x2apic_msr_write
+from .lapicstate import set_base
 from .shared import emit, hot, make_request, own
 
 

@@ -6,10 +6,10 @@ steps one by one; batch.py strings the same steps together. Not modelled yet: SM
 
 from . import typed as k
 from ._jit import kernel
-from .atomics import fence
+from .atomics import exchange, fence, load_acquire
 from .fastpath import exit_requested
 from .irq import ack, apicv_active, has_interrupt
-from .lapic import reset
+from .lapicstate import reset
 from .pid import sync_pir_to_irr
 from .shared import clear_word_bits, emit, hot, make_request, own, take
 
@@ -155,6 +155,23 @@ def enter(m, v):
         m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
         return k.ZERO
     return ENTERED
+
+
+@kernel("u8(words, u8)")
+def block(m, v):
+    """A vCPU that waits for INIT or SIPI goes to sleep: BLOCKED, or 0 when one has come and it must look again.
+
+    HOT_BLOCKED is published before the pending events are read, with a full barrier; a sender sets its event before it
+    looks whether the thread sleeps. So either it sees the sleeper and wakes it, or the sleeper sees the event.
+    """
+    host = own(m, v)
+    exchange(m, hot(m, v) + k.HOT_BLOCKED, k.ONE)
+    if load_acquire(m, host + k.K_PENDING_EVENTS):
+        take(m, hot(m, v) + k.HOT_BLOCKED)
+        return k.ZERO
+    m[host + k.K_SRCU] = k.ZERO
+    m[host + k.K_IN_RUN] = k.ZERO
+    return BLOCKED
 
 
 @kernel("u8(words, u8)")

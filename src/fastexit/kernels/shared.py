@@ -120,7 +120,7 @@ def wake(m, v):
 
 @kernel("u8(words, u8, u8)")
 def kick(m, v, me):
-    """kvm_vcpu_kick (facts of mode: docs/model.md): make the target leave the guest. Effect code of what was needed.
+    """kvm_vcpu_kick: make the target leave the guest. Effect code of what was needed.
 
     Only the one who moves mode from IN_GUEST to EXITING sends the reschedule IPI, so a target gets one IPI however many
     senders kick it. The vCPU that runs here needs none: it sees EXITING before it enters again.
