@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 import fastexit as fx
 from fastexit.cli import main
+from fastexit.compare import Comparison
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
 HEAD = 6000
@@ -127,10 +130,18 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["walk", "--vcpus", "5000"], "number of vCPUs 0x1388 is out of range"),
         (["walk", "--vendor", "via"], "invalid choice: 'via'"),
         (["replay", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["walk", "--msr", "9" * 5000], f"argument --msr: '{'9' * 40}...' does not fit 64 bits"),
+        (["walk", "--value", "0x" + "f" * 5000], f"argument --value: '0x{'f' * 38}...' does not fit 64 bits"),
+        (["walk", "--vcpus", "x" * 5000], f"argument --vcpus: '{'x' * 40}...' is not a number"),
+        (["walk", "--kernels", "4" * 5000], f"unknown kernel '{'4' * 40}...': one of"),
+        (["walk", "--mode", "m" * 5000], f"unknown delivery mode '{'m' * 40}...': one of"),
+        (["replay", "t", "--picture", ""], "--picture needs the name of a file, not ''"),
+        (["replay", "t", "--picture", "/"], "--picture needs the name of a file, not '/'"),
+        (["demo", "--output", ""], "--output needs the name of a directory, not ''"),
         (["play"], "invalid choice: 'play'"),
         ([], "required: COMMAND"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
     assert said in refused(capsys, *args)
@@ -144,9 +155,177 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in out for word in ("walk", "replay", "demo", "info", "trace-cmd record"))
 
 
-def test_module_runs_and_a_closed_pipe_is_no_error() -> None:
-    """``python -m fastexit info | head -1``: the reader goes away, nothing is said."""
-    command = f"{sys.executable} -m fastexit info | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+COMMANDS = ("walk", "walk --json", "info", "replay {trace} --quiet", "--help")
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which ``fastexit`` is this installation."""
+    script = f"set -o pipefail; fastexit() {{ '{sys.executable}' -m fastexit \"$@\"; }}; {line}"
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_closed_pipe_is_no_error(command: str, small_trace: Path) -> None:
+    """The reader goes away before anything is written: nothing is said, and pipefail finds nothing."""
+    done = shell(f"fastexit {command.format(trace=small_trace)} | exec true")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_module_runs_into_head() -> None:
+    """``fastexit info | head -n 1``: the reader has seen enough."""
+    done = shell("fastexit info | head -n 1")
     assert "fastexit" in done.stdout
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["walk", "walk --json", "info", "--help"])
+def test_a_closed_stdout_is_said_in_one_line(command: str) -> None:
+    """``fastexit walk --json >&-``: there is nowhere to write to."""
+    done = shell(f"fastexit {command} >&-")
+    assert (done.returncode, done.stderr) == (2, "fastexit: standard output is closed\n")
+
+
+def test_everything_closed_is_only_an_exit_code() -> None:
+    """Without stdout and stderr nothing can be said, and nothing breaks."""
+    assert shell("fastexit info >&- 2>&-").returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["info", "info --json"])
+def test_a_full_disk_is_said_in_one_line(command: str) -> None:
+    """``fastexit info > /dev/full``: no traceback, and not a second message at exit."""
+    done = shell(f"fastexit {command} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "fastexit: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "-5", "wide", ""])
+def test_columns_that_no_terminal_has_count_as_unset(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["walk"]) == 0
+    expected = capsys.readouterr().out
+    assert "vcpu_enter_guest" in expected
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["walk"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_info_says_when_the_cache_directory_is_not_writable(tmp_path: Path) -> None:
+    """A file where the cache directory should be: kernels are compiled each time, so it has to be said."""
+    (tmp_path / "file").touch()
+    for place, suffix in ((tmp_path / "file", " (not writable)"), (tmp_path / "new", "")):
+        done = shell("fastexit info --json", FASTEXIT_CACHE_DIR=str(place), NUMBA_DISABLE_JIT="0")
+        said = json.loads(done.stdout)["kernel cache"]
+        assert said.startswith(str(place))
+        assert said.endswith(" (not writable)") == bool(suffix)
+    assert not (tmp_path / "new").exists()
+
+
+def test_replay_takes_the_recording_kernels_options(capsys: pytest.CaptureFixture[str], small_trace: Path) -> None:
+    """A 6.18 without APICv recorded this trace: for anything else there are mismatches, and nothing on stderr."""
+    assert main(["replay", str(small_trace), "--quiet", "--kernel", "5.7", "--apicv"]) == 1
+    said = capsys.readouterr()
+    assert "replayed as 5.7 vmx with APICv" in said.out
+    assert "mismatches" in said.out
+    assert said.err == ""
+    with pytest.raises(SystemExit, match="2"):
+        main(["replay", str(small_trace), "--kernel", "4.4"])
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused has to be refused before this."""
+
+    def work() -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("fastexit.cli._compile", work)
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fastexit.trace.heatmap", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons in no time: the demo's are timed by the benchmarks."""
+    monkeypatch.setattr("fastexit.compare.compare", lambda kernel, door: Comparison(kernel, door, 1.0, 2.0, 2.0))
+    monkeypatch.setattr("fastexit.compare.compare_until_ipi", lambda kernel: Comparison(kernel, "IPI", 1.0, 2.0, 2.0))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("where", ["file", "file/below", "nowhere/at/all"])
+def test_replay_refuses_a_picture_it_cannot_write_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, where: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    said = refused(capsys, "replay", "t", "--picture", str(tmp_path / where / "picture"))
+    assert said.startswith(f"fastexit: --picture: cannot write to '{tmp_path / where}'")
+
+
+@pytest.mark.usefixtures("no_work", "no_matplotlib")
+def test_replay_refuses_a_picture_without_matplotlib_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = refused(capsys, "replay", "t", "--picture", str(tmp_path / "picture"))
+    assert said == "fastexit: --picture: pictures need matplotlib: pip install 'fastexit[plot]'"
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_demo_refuses_an_unusable_output_before_the_work(
+    capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path, where: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    said = refused(capsys, "demo", "--trace", str(small_trace), "--output", str(tmp_path / where))
+    assert said.startswith(f"fastexit: --output: cannot create '{tmp_path / where}'")
+
+
+@pytest.mark.usefixtures("quick", "no_matplotlib")
+def test_demo_without_matplotlib_does_everything_else(
+    capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path
+) -> None:
+    assert main(["demo", "--trace", str(small_trace), "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{number}. " in out for number in range(1, 6))
+    assert "no mismatch" in out
+    assert "pictures need matplotlib: pip install 'fastexit[plot]'" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_shows_and_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--trace", str(small_trace), "--output", str(tmp_path / "new" / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "At the Python door a fast exit that re-enters the guest is one compiled call" in out
+    assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"ipi-heatmap.png", "ipi-heatmap.svg"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_of_a_trace_without_ipis_has_no_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The first lines of a boot: no second vCPU yet."""
+    pytest.importorskip("matplotlib")
+    silent = tmp_path / "silent.txt"
+    with lzma.open(TRACES / "linux-6.1-4vcpu-x2apic.trace.xz", "rt") as source:
+        silent.write_text("".join(line for line, _ in zip(source, range(300), strict=False)))
+    assert main(["demo", "--trace", str(silent), "--output", str(tmp_path / "out")]) == 0
+    assert "there is nothing to draw" in capsys.readouterr().out
+
+
+def test_demo_json_is_json(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path) -> None:
+    """The whole demo, comparisons included, and nothing but JSON on stdout."""
+    pytest.importorskip("matplotlib")
+    found = run_json(capsys, "demo", "--trace", str(small_trace), "--output", str(tmp_path))
+    assert found["replay"]["mismatches"] == []
+    assert [w["kernel"] for w in found["walks"]] == ["seed-v3", "6.18"]
+    assert all(row["fast_ns"] > 0 and row["generic_ns"] > 0 for row in found["comparison"])
+    assert sorted(Path(path).suffix for path in found["pictures"]) == [".png", ".svg"]

@@ -44,6 +44,21 @@ def test_figures_are_generated() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python block of README does what its comments say."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines, values = block.splitlines(), {}
+    for number, line in enumerate(lines):
+        code, _, comment = line.partition("  # ")
+        if code.rstrip() and comment.lstrip()[:1] in ("F", "2"):  # an expression whose value the comment shows
+            values[number] = f"shown.append(({code.strip()}))"
+    scope: dict = {"shown": []}
+    exec("\n".join(values.get(number, line) for number, line in enumerate(lines)), scope)
+    (path, completion, accepted), vector = scope["shown"]
+    assert (path.name, completion.name, accepted, vector) == ("FAST", "REENTER_GUEST", 1, 253)
+    assert "kvm_apic_ipi: dst 0 vec 65 (Fixed|physical|de-assert|edge|all-but-self)" in capsys.readouterr().out
+
+
 def test_make_targets_exist() -> None:
     """Every `make TARGET` that README names is in the Makefile."""
     makefile = (ROOT / "Makefile").read_text()

@@ -1,7 +1,7 @@
 """The command line: ``fastexit walk | replay | demo | info``, each with --json.
 
-Exit code 0: done; 1: replay found damage, or lines that the model did not predict; 2: wrong arguments or unusable input,
-said in one line on stderr.
+Exit code 0: done; 1: replay found damage, or lines that the model did not predict; 2: wrong arguments, unusable input
+or nowhere to write to, said in one line on stderr.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastexit import __version__
@@ -32,18 +34,33 @@ class UsageError(Exception):
     """Wrong arguments or input: one line for stderr, exit code 2."""
 
 
+_SHOWN = 40
+
+
+def _short(text: str) -> str:
+    """A word of the user's as an error quotes it: one line, and not a screenful."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
 def _number(text: str) -> int:
     try:
-        return int(text, 0)
+        value = int(text, 0)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number (decimal or 0x hex)") from None
+        digits = text.strip().lstrip("+-")
+        # Python converts no more than some thousand decimal digits.
+        if not (digits.isdecimal() and len(digits) > _SHOWN):
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not a number (decimal or 0x hex)") from None
+        value = 1 << 64
+    if value.bit_length() > 64:
+        raise argparse.ArgumentTypeError(f"{_short(text)} does not fit 64 bits")
+    return value
 
 
 def _kernels(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PROFILES:
-            raise argparse.ArgumentTypeError(f"unknown kernel {name!r}: one of {', '.join(profiles())}")
+            raise argparse.ArgumentTypeError(f"unknown kernel {_short(name)}: one of {', '.join(profiles())}")
     if not names:
         raise argparse.ArgumentTypeError("no kernel given")
     return names
@@ -149,7 +166,7 @@ def _icr_value(args: argparse.Namespace) -> int:
         return args.value
     modes = {mode.name.lower(): mode for mode in DeliveryMode}
     if args.mode.lower() not in modes:
-        raise UsageError(f"unknown delivery mode {args.mode!r}: one of {' '.join(m.name for m in DeliveryMode)}")
+        raise UsageError(f"unknown delivery mode {_short(args.mode)}: one of {' '.join(m.name for m in DeliveryMode)}")
     shorthand = ("none", "self", "all", "all-but-self").index(args.shorthand)
     dest = args.dest if shorthand == 0 else 0
     return icr(dest, args.vector, delivery=modes[args.mode.lower()], logical=args.logical, shorthand=shorthand)
@@ -195,37 +212,62 @@ def _replay_file(path: str, quiet: bool, **options: Any) -> Any:
         return replay(path, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
 
 
-def _pictures(report: Any, base: str) -> list[str]:
+NO_MATPLOTLIB = "pictures need matplotlib: pip install 'fastexit[plot]'"
+
+
+def _can_draw() -> bool:
+    """Whether matplotlib is here; asked before the work, since an answer after it comes too late."""
     try:
-        from fastexit.trace.heatmap import save
-    except ImportError as missing:
-        raise UsageError(
-            f"pictures need matplotlib ({missing.name} is missing): pip install 'fastexit[plot]'"
-        ) from None
+        import fastexit.trace.heatmap  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _check_writable(directory: str | Path, option: str) -> None:
+    """A directory that pictures go to: nothing less than a file in it shows that it is usable."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {str(directory)!r}: {error.strerror}") from None
+
+
+def _check_picture(base: str) -> None:
+    """Everything that can be known about --picture before there is one."""
+    if not Path(base).name:
+        raise UsageError(f"--picture needs the name of a file, not {_short(base)}")
+    if not _can_draw():
+        raise UsageError(f"--picture: {NO_MATPLOTLIB}")
+    _check_writable(Path(base).parent, "--picture")
+
+
+def _pictures(report: Any, base: str) -> list[str]:
+    from fastexit.trace.heatmap import save
+
     return [str(path) for path in save(report, base)]
 
 
 def _replay(args: argparse.Namespace) -> int:
+    if args.picture is not None:
+        _check_picture(args.picture)
     _compile()
     options = {"kernel": args.kernel, "vendor": args.vendor, "apicv": args.apicv}
     report = _replay_file(args.trace, args.quiet or args.json, **options)
-    pictures = _pictures(report, args.picture) if args.picture else []
     if args.json:
-        _print_json(report.as_dict() | {"pictures": pictures})
-    else:
-        from fastexit.show import console
-        from fastexit.trace.render import render
+        _print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
+        return 0 if report.exact else 1
+    from fastexit.show import console
+    from fastexit.trace.render import render
 
-        out = console()
-        render(report, out)
-        for path in pictures:
-            out.print(f"picture: {path}", soft_wrap=True)
+    out = console()
+    render(report, out)
+    for path in _pictures(report, args.picture) if args.picture else ():
+        out.print(f"picture: {path}", markup=False, soft_wrap=True)
     return 0 if report.exact else 1
 
 
 def _bundled_trace() -> str:
-    from pathlib import Path
-
     name = "linux-6.1-4vcpu-x2apic.trace.xz"
     for root in (Path.cwd(), *Path(__file__).resolve().parents):
         if (root / "examples" / "traces" / name).is_file():
@@ -239,16 +281,31 @@ def _demo(args: argparse.Namespace) -> int:
     from fastexit.show import comparison_table, console, profile_table, walk_table
     from fastexit.walk import walk
 
-    trace = args.trace or _bundled_trace()
+    trace = _bundled_trace() if args.trace is None else args.trace
+    if not args.output:
+        raise UsageError("--output needs the name of a directory, not ''")
+    drawing = _can_draw()
+    if drawing:
+        try:
+            os.makedirs(args.output, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output: cannot create {args.output!r}: {error.strerror}") from None
+        _check_writable(args.output, "--output")
     _compile()
     report = _replay_file(trace, args.json, vendor="vmx", apicv=False)
     walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
     kernels = ("seed-v3", "5.8", "6.18")
     rows = [compare(kernel, door) for kernel in kernels for door in DOORS]
     rows += [compare_until_ipi(kernel) for kernel in kernels]
-    os.makedirs(args.output, exist_ok=True)
-    pictures = _pictures(report, os.path.join(args.output, "ipi-heatmap"))
+    pictures, no_pictures = [], "" if drawing else NO_MATPLOTLIB
+    if drawing:
+        try:
+            pictures = _pictures(report, os.path.join(args.output, "ipi-heatmap"))
+        except ValueError as nothing:  # a trace without IPIs has no picture, but everything else
+            no_pictures = str(nothing)
     if args.json:
+        if no_pictures:
+            _complain(no_pictures)
         _print_json(
             {
                 "replay": report.as_dict(),
@@ -270,9 +327,18 @@ def _demo(args: argparse.Namespace) -> int:
     out.rule("4. Fast against generic on this machine")
     out.print(comparison_table(rows))
     out.rule("5. Who interrupts whom")
-    for path in pictures:
-        out.print(f"picture: {path}", soft_wrap=True)
+    for line in [f"picture: {path}" for path in pictures] or [no_pictures]:
+        out.print(line, markup=False, soft_wrap=True)
     return 0 if report.exact else 1
+
+
+def _cache_fact(directory: Path | None) -> str:
+    """Where compiled kernels are kept, and whether they really can be: a failure there is silent elsewhere."""
+    if directory is None:
+        return "off"
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return str(directory) if usable else f"{directory} (not writable)"
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -291,7 +357,7 @@ def _info(args: argparse.Namespace) -> int:
         "llvmlite": llvmlite.__version__,
         "numpy": numpy.__version__,
         "kernels": "compiled" if _jit.JIT else "interpreted (NUMBA_DISABLE_JIT)",
-        "kernel cache": _jit.cache_directory() or "off",
+        "kernel cache": _cache_fact(_jit.cache_directory()),
         "ABI version": layout.ABI_VERSION,
         "bytes per vCPU": layout.VCPU_BYTES,
         "vCPUs at most": layout.MAX_VCPUS,
@@ -309,19 +375,45 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _complain(text: str) -> None:
+    """One line on stderr, where there is one."""
+    if sys.stderr is not None:
+        print(f"fastexit: {text}", file=sys.stderr)
+
+
+def _abandon_stdout() -> None:
+    """Point stdout elsewhere: what it still holds cannot be written, and its flush at exit would say so again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    finally:
+        # Here, where a closed pipe or a full disk can still be dealt with, and not at exit; --help comes by as well.
+        sys.stdout.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    args = _parser().parse_args(argv)
+    if sys.stdout is None:
+        _complain("standard output is closed")
+        return 2
     try:
-        return args.run(args)
-    except BrokenPipeError:
-        # The reader has seen enough (``| head``). Point stdout elsewhere, so that its flush at exit stays silent too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _run(argv)
+    except BrokenPipeError:  # the reader has seen enough (``| head``)
+        _abandon_stdout()
         return 0
     except KeyboardInterrupt:
-        print("fastexit: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except (UsageError, ValueError, OSError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"fastexit: {text}", file=sys.stderr)
+        _complain(" ".join(str(error).split()) or type(error).__name__)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _abandon_stdout()
         return 2
