@@ -243,7 +243,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("fastexit.cli._compile", work)
+    monkeypatch.setattr("fastexit.commands._compile", work)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ LAYERS = (
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},
     {"show"},
+    {"commands"},
     {"__main__", "cli"},
 )
 """A module may import from its own row and from those above it."""

@@ -32,3 +32,12 @@ def access_size(size: Any, what: str = "access length") -> int:
     if integer(size, what, 8) not in (1, 2, 4):
         raise ValueError(f"{what} {size} is not 1, 2 or 4")
     return size
+
+
+QUOTED = 40
+"""Characters of a word that an error quotes."""
+
+
+def quoted(text: str) -> str:
+    """A word of the user's as an error quotes it: one line, and not a screenful."""
+    return repr(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")

@@ -1,0 +1,283 @@
+"""The commands of ``fastexit``: walk, replay, demo, info. Each takes parsed arguments and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fastexit import __version__
+from fastexit.checks import quoted
+from fastexit.profile import PROFILES
+
+
+class UsageError(Exception):
+    """Wrong arguments or input: one line for stderr, exit code 2."""
+
+
+def complain(text: str) -> None:
+    """One line on stderr, where there is one."""
+    if sys.stderr is not None:
+        print(f"fastexit: {text}", file=sys.stderr)
+
+
+def _compile() -> None:
+    """Load the kernels; when that takes more than a second, say so on stderr, with a bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    import fastexit
+    from fastexit.show import console
+
+    began = time.monotonic()
+    out = console(to_stderr=True)
+    bar = Progress(
+        TextColumn("compiling kernels, once"), BarColumn(), MofNCompleteColumn(), console=out, transient=True
+    )
+    task = None
+
+    def progress(_name: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None and time.monotonic() - began > 1:
+            task = bar.add_task("", total=total)
+            if out.is_terminal:
+                bar.start()
+            else:
+                out.print("fastexit: compiling kernels, once", soft_wrap=True)
+        if task is not None:
+            bar.update(task, completed=done, total=total)
+
+    try:
+        fastexit.warmup(progress)
+    finally:
+        if task is not None and out.is_terminal:
+            bar.stop()
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def _icr_value(args: argparse.Namespace) -> int:
+    from fastexit.regs import DeliveryMode, icr
+
+    if args.value is not None:
+        return args.value
+    modes = {mode.name.lower(): mode for mode in DeliveryMode}
+    if args.mode.lower() not in modes:
+        raise UsageError(f"unknown delivery mode {quoted(args.mode)}: one of {' '.join(m.name for m in DeliveryMode)}")
+    shorthand = ("none", "self", "all", "all-but-self").index(args.shorthand)
+    dest = args.dest if shorthand == 0 else 0
+    return icr(dest, args.vector, delivery=modes[args.mode.lower()], logical=args.logical, shorthand=shorthand)
+
+
+def walk(args: argparse.Namespace) -> int:
+    """``fastexit walk``."""
+    from fastexit.walk import walk
+
+    value = _icr_value(args)
+    cases = [(kernel, True) for kernel in args.kernels]
+    if args.generic:
+        cases += [(kernel, False) for kernel in args.kernels]
+    options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus}
+    _compile()
+    walks = [walk(args.msr, value, kernel=kernel, fastpath=fast, **options) for kernel, fast in cases]
+    if args.json:
+        _print_json({"msr": args.msr, "value": value, "vendor": args.vendor, "walks": [w.as_dict() for w in walks]})
+        return 0
+    from fastexit.show import console, walk_table
+
+    apicv = "without APICv" if args.no_apicv else "APICv on"
+    out = console()
+    width = max(24, (out.width - 44) // len(walks) - 2)
+    out.print(
+        walk_table(walks, f"WRMSR {args.msr:#x} = {value:#x} on vCPU 0 of {args.vcpus}, {args.vendor}, {apicv}", width)
+    )
+    return 0
+
+
+def _replay_file(path: str, quiet: bool, **options: Any) -> Any:
+    """A report, with a progress bar over the bytes of the file as they lie on disk."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from fastexit.show import console
+    from fastexit.trace.replay import replay
+
+    out = console(to_stderr=True)
+    if quiet or not out.is_terminal:
+        return replay(path, **options)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(f"replaying {os.path.basename(path)}", total=None)
+        return replay(path, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
+
+
+NO_MATPLOTLIB = "pictures need matplotlib: pip install 'fastexit[plot]'"
+
+
+def _can_draw() -> bool:
+    """Whether matplotlib is here; asked before the work, since an answer after it comes too late."""
+    try:
+        import fastexit.trace.heatmap  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _check_writable(directory: str | Path, option: str) -> None:
+    """A directory that pictures go to: nothing less than a file in it shows that it is usable."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {str(directory)!r}: {error.strerror}") from None
+
+
+def _check_picture(base: str) -> None:
+    """Everything that can be known about --picture before there is one."""
+    if not Path(base).name:
+        raise UsageError(f"--picture needs the name of a file, not {quoted(base)}")
+    if not _can_draw():
+        raise UsageError(f"--picture: {NO_MATPLOTLIB}")
+    _check_writable(Path(base).parent, "--picture")
+
+
+def _pictures(report: Any, base: str) -> list[str]:
+    from fastexit.trace.heatmap import save
+
+    return [str(path) for path in save(report, base)]
+
+
+def replay(args: argparse.Namespace) -> int:
+    """``fastexit replay``; 1 when the file is damaged or a line was not predicted."""
+    if args.picture is not None:
+        _check_picture(args.picture)
+    _compile()
+    options = {"kernel": args.kernel, "vendor": args.vendor, "apicv": args.apicv}
+    report = _replay_file(args.trace, args.quiet or args.json, **options)
+    if args.json:
+        _print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
+        return 0 if report.exact else 1
+    from fastexit.show import console
+    from fastexit.trace.render import render
+
+    out = console()
+    render(report, out)
+    for path in _pictures(report, args.picture) if args.picture else ():
+        out.print(f"picture: {path}", markup=False, soft_wrap=True)
+    return 0 if report.exact else 1
+
+
+def _bundled_trace() -> str:
+    name = "linux-6.1-4vcpu-x2apic.trace.xz"
+    for root in (Path.cwd(), *Path(__file__).resolve().parents):
+        if (root / "examples" / "traces" / name).is_file():
+            return str(root / "examples" / "traces" / name)
+    raise UsageError(f"{name} is not here: run from a checkout of the project, or name a trace with --trace")
+
+
+def demo(args: argparse.Namespace) -> int:
+    """``fastexit demo``."""
+    from fastexit.compare import DOORS, compare, compare_until_ipi
+    from fastexit.regs import icr
+    from fastexit.show import comparison_table, console, profile_table, walk_table
+    from fastexit.walk import walk
+
+    trace = _bundled_trace() if args.trace is None else args.trace
+    if not args.output:
+        raise UsageError("--output needs the name of a directory, not ''")
+    drawing = _can_draw()
+    if drawing:
+        try:
+            os.makedirs(args.output, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output: cannot create {args.output!r}: {error.strerror}") from None
+        _check_writable(args.output, "--output")
+    _compile()
+    report = _replay_file(trace, args.json, vendor="vmx", apicv=False)
+    walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
+    kernels = ("seed-v3", "5.8", "6.18")
+    rows = [compare(kernel, door) for kernel in kernels for door in DOORS]
+    rows += [compare_until_ipi(kernel) for kernel in kernels]
+    pictures, no_pictures = [], "" if drawing else NO_MATPLOTLIB
+    if drawing:
+        try:
+            pictures = _pictures(report, os.path.join(args.output, "ipi-heatmap"))
+        except ValueError as nothing:  # a trace without IPIs has no picture, but everything else
+            no_pictures = str(nothing)
+    if args.json:
+        if no_pictures:
+            complain(no_pictures)
+        _print_json(
+            {
+                "replay": report.as_dict(),
+                "walks": [w.as_dict() for w in walks],
+                "comparison": [row._asdict() for row in rows],
+                "pictures": pictures,
+            }
+        )
+        return 0 if report.exact else 1
+    from fastexit.trace.render import render
+
+    out = console()
+    out.rule("1. A real trace, replayed")
+    render(report, out)
+    out.rule("2. The generations")
+    out.print(profile_table())
+    out.rule("3. One exit, step by step: vCPU 0 sends RESCHEDULE to vCPU 1")
+    out.print(walk_table(walks, "WRMSR 0x830 = 0x1000000fd, VMX, APICv on", max(24, (out.width - 44) // 2 - 2)))
+    out.rule("4. Fast against generic on this machine")
+    out.print(comparison_table(rows))
+    out.rule("5. Who interrupts whom")
+    for line in [f"picture: {path}" for path in pictures] or [no_pictures]:
+        out.print(line, markup=False, soft_wrap=True)
+    return 0 if report.exact else 1
+
+
+def _cache_fact(directory: Path | None) -> str:
+    """Where compiled kernels are kept, and whether they really can be: a failure there is silent elsewhere."""
+    if directory is None:
+        return "off"
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return str(directory) if usable else f"{directory} (not writable)"
+
+
+def info(args: argparse.Namespace) -> int:
+    """``fastexit info``."""
+    import llvmlite
+    import numba
+    import numpy
+
+    from fastexit import layout
+    from fastexit.kernels import _jit
+
+    kvm = "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "present, not accessible"
+    facts: dict[str, object] = {
+        "fastexit": __version__,
+        "Python": sys.version.split()[0],
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "numpy": numpy.__version__,
+        "kernels": "compiled" if _jit.JIT else "interpreted (NUMBA_DISABLE_JIT)",
+        "kernel cache": _cache_fact(_jit.cache_directory()),
+        "ABI version": layout.ABI_VERSION,
+        "bytes per vCPU": layout.VCPU_BYTES,
+        "vCPUs at most": layout.MAX_VCPUS,
+        "/dev/kvm": kvm if os.path.exists("/dev/kvm") else "absent",
+    }
+    if args.json:
+        rows = {p.name: {"tree": p.tree, "summary": p.summary} for p in PROFILES.values()}
+        _print_json({**{k: str(v) for k, v in facts.items()}, "profiles": rows})
+        return 0
+    from fastexit.show import console, facts_table, profile_table
+
+    out = console()
+    out.print(facts_table(facts))
+    out.print(profile_table())
+    return 0
