@@ -38,7 +38,7 @@ CALLS: dict[str, tuple[type[Exception], str, Act]] = {
     "mmio_read length": (ValueError, "access length 8 is not 1, 2 or 4", lambda m, v: v.mmio_read(0x80, 8)),
     "exit reason": (ValueError, "exit reason -0x1 is out of range", lambda m, v: v.exit(-1)),
     "exit reason text": (TypeError, "exit reason is str", lambda m, v: v.exit("MSR_WRITE")),
-    "exit unknown field": (ValueError, "exit information ecx is unknown", lambda m, v: v.exit(32, ecx=0x830)),
+    "exit unknown field": (ValueError, "exit information ebx is unknown", lambda m, v: v.exit(32, ebx=0x830)),
     "exit msr": (ValueError, "msr 0x100000000 is out of range", lambda m, v: v.exit(32, msr=1 << 32)),
     "exit rax": (ValueError, "RAX -0x1 is out of range", lambda m, v: v.exit(32, rcx=0x830, rax=-1)),
     "exit rcx": (TypeError, "RCX is float", lambda m, v: v.exit(32, rcx=1.0)),

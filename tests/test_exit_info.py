@@ -137,3 +137,19 @@ def test_switches_that_cannot_be() -> None:
         booted(vendor="svm", hv_timer=True)
     with pytest.raises(ValueError, match=r"maxphyaddr 0 is out of range 32\.\.52"):
         booted(maxphyaddr=0)
+
+
+@pytest.mark.parametrize(
+    "registers",
+    [
+        {"msr": 0x830, "value": ICR},
+        {"rcx": 0x830, "rax": ICR & 0xFFFF_FFFF, "rdx": ICR >> 32},
+        {"ecx": 0x830, "eax": ICR & 0xFFFF_FFFF, "edx": ICR >> 32},
+    ],
+    ids=["msr", "rcx", "ecx"],
+)
+def test_names_of_the_guests_registers(registers: dict[str, int]) -> None:
+    """An exit takes the MSR and its value, or the registers that hold them."""
+    m = booted()
+    assert m.vcpus[0].exit(fx.VmxExit.MSR_WRITE, **registers).accepted == 1
+    assert m.vcpus[1].pending() == 0x41

@@ -75,12 +75,16 @@ class Vcpu:
     def exit(self, reason: int, **info: Any) -> Outcome:
         """Any other exit, by VMX reason or SVM code.
 
-        ``info`` are the fields of dispatcher.Exit; ``rcx``, ``rax`` and ``rdx`` may stand for ``msr`` and ``value``.
+        ``info`` are the fields of dispatcher.Exit; ``rcx``, ``rax`` and ``rdx`` (or ``ecx`` ...) may stand
+        for ``msr`` and ``value``.
         """
         reason = integer(reason, "exit reason", 0xFFFF_FFFF)
         reason, failed = self._loop.vendor.failed_entry(reason)
         if failed:
             info["failed_entry"] = True
+        for short, name in (("ecx", "rcx"), ("eax", "rax"), ("edx", "rdx")):
+            if short in info:
+                info[name] = info.pop(short)
         if "rcx" in info:
             info["msr"] = integer(info.pop("rcx"), "RCX", L.NONE) & 0xFFFF_FFFF
         if "rax" in info or "rdx" in info:
