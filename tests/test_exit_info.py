@@ -121,6 +121,14 @@ def test_handler_around_the_built_in_one() -> None:
     assert seen == [0x830, 0x830]
 
 
+def test_tables_can_be_merged() -> None:
+    """``handlers | other`` is a plain dictionary, and the machine keeps its own table."""
+    m = booted()
+    merged = m.handlers | {fx.VmxExit.HLT: print}
+    assert merged[fx.VmxExit.HLT] is print
+    assert fx.VmxExit.HLT not in m.handlers
+
+
 def test_length_of_an_msr_access() -> None:
     """RDMSR and WRMSR are two bytes long, and another length is a mistake."""
     v = booted().vcpus[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 import fastexit as fx
 from fastexit import layout as L
+from traced import booted
 
 KERNELS = fx.profiles()
 VENDORS = ("vmx", "svm")
@@ -40,17 +39,6 @@ KINDS = {
     "kvm_apic": WRITE,
     "kvm_msr": MSR,
 }
-
-
-def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **options: Any) -> fx.Machine:
-    """A machine whose vCPU 0 runs, with tracing on from here."""
-    if "apic_ids" not in options:
-        options["vcpus"] = 3
-    m = fx.Machine(kernel=kernel, vendor=vendor, apicv=apicv, **options)
-    m.boot_x2apic()
-    m.vcpus[0].wrmsr(0x808, 0)
-    m.trace.enable()
-    return m
 
 
 def kinds(m: fx.Machine) -> tuple[str, ...]:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 import fastexit as fx
+from traced import booted
 
 ICR = 0x830
-
-
-def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **options: Any) -> fx.Machine:
-    """A machine whose vCPU 0 runs, with tracing on from here."""
-    if "apic_ids" not in options:
-        options["vcpus"] = 3
-    m = fx.Machine(kernel=kernel, vendor=vendor, apicv=apicv, **options)
-    m.boot_x2apic()
-    m.vcpus[0].wrmsr(0x808, 0)
-    m.trace.enable()
-    return m
 
 
 def line(m: fx.Machine, event: str) -> str:

@@ -123,10 +123,8 @@ class Dispatcher:
             if code == CODE_NOT_IN_GUEST:
                 self.start_run(v)
                 return self.wrmsr(v, msr, value)
-            exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-            return OUTCOMES[self.after_run(v, exit, code)]
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        return OUTCOMES[self.run_exit(v, exit)]
+        return OUTCOMES[self.after_run(v, exit, code) if self.wrmsr_fast else self.run_exit(v, exit)]
 
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Any exit, until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""

@@ -37,6 +37,9 @@ class Handlers(UserDict):
         self._memory[L.H_HANDLERS] = 1
         super().__setitem__(int(reason), handler)
 
+    def __or__(self, other: Mapping[int, Handler]) -> dict[int, Handler]:  # type: ignore[override]
+        return self.data | dict(other)
+
     def __ior__(self, other: Mapping[int, Handler]) -> Handlers:  # type: ignore[override,misc]
         self.update(other)
         return self

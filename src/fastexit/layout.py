@@ -131,8 +131,8 @@ K_LINT0_NMI = 29  # owner; LINT0 counted as NMI watchdog
 K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
 K_NESTED_EXITS = 32  # owner; exits reflected to L1
 K_SMI_PENDING = 33  # owner
-K_DR0 = 35  # owner
 K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next entry
+K_DR0 = 35  # owner
 
 # Host-side bookkeeping of the run loop, the work that a fast exit avoids. Not guest-visible.
 K_IRQS_OFF = 40  # owner
