@@ -12,9 +12,9 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 1,
+    FX_ABI_VERSION = 2,
     FX_MAX_VCPUS = 4096,
-    FX_HOT = 4096,
+    FX_HOT = 12288,
     FX_HOT_STRIDE = 16
 };
 

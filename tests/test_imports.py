@@ -20,7 +20,7 @@ LAYERS = (
     {"reasons", "regs"},
     {"layout", "outcome", "profile"},
     {"kernels"},
-    {"checks", "dispatcher", "handlers", "machine", "snapshot", "svm", "tracepoints", "vcpu", "vmx"},
+    {"checks", "config", "dispatcher", "handlers", "machine", "snapshot", "svm", "tracepoints", "vcpu", "vmx"},
     {"walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},

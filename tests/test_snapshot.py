@@ -57,7 +57,8 @@ def put(index: int, value: int) -> Callable[[np.ndarray], None]:
 
 def kvm_word(n: int, word: int) -> int:
     """Where a vCPU 0 word of KVM's own lies in the snapshot of a machine with n vCPUs."""
-    return L.MAP1 + L.MAP_WORDS + n * (L.HOT_STRIDE + L.VEC_STRIDE + L.PAGE_STRIDE) + word
+    tables = L.TABLES_END - L.FILTER
+    return L.MAP1 + L.MAP_WORDS + tables + n * (L.HOT_STRIDE + L.VEC_STRIDE + L.PAGE_STRIDE) + word
 
 
 def refuses(data: Any, text: str, kind: type[Exception] = ValueError) -> None:

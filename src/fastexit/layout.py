@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_VCPUS = 4096
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -37,6 +37,17 @@ H_MAXPHYADDR = 11  # owner
 H_LOST_LOWEST = 12  # remote store; set once lowest-priority hashing chose an empty slot
 H_TRACE_HEAD = 13  # remote; records written since the last clear
 H_HANDLERS = 15  # owner; 1 when an embedder replaced a handler that the batch kernel has
+H_NOW = 16  # owner; the host's monotonic clock, ns
+H_TSC_KHZ = 17  # owner; guest TSC ticks a millisecond, counted from clock 0
+H_BUS_NS = 18  # owner; APIC bus cycle, ns (KVM_CAP_X86_APIC_BUS_CYCLES_NS)
+H_MIN_PERIOD_NS = 19  # owner; shortest periodic timer
+H_TIMER_ADVANCE_NS = 20  # owner; timer_advance_ns of a new vCPU, 0: lapic_timer_advance off
+H_INHIBITS = 21  # map writer; APICv inhibit reasons, regs.INHIBIT_*
+H_DISABLED_EXITS = 22  # owner; KVM_CAP_X86_DISABLE_EXITS
+H_USER_MSR = 23  # owner; KVM_CAP_X86_USER_SPACE_MSR
+H_FILTER_RANGES = 24  # owner; number of MSR filter ranges
+H_FILTER_DENY = 25  # owner; 1: the filter denies what no range names
+H_BSP_ID = 26  # owner; KVM_SET_BOOT_CPU_ID
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
 HEADER_WORDS = 512
 
@@ -54,6 +65,12 @@ CONFIG_HV_TIMER = 1 << 10
 CONFIG_TRACE = 1 << 11
 CONFIG_SMM = 1 << 12
 CONFIG_LINT0_REENABLED = 1 << 13
+CONFIG_IPIV = 1 << 14
+CONFIG_VTD_PI = 1 << 15
+CONFIG_X2AVIC = 1 << 16
+CONFIG_MMIO_HOLE = 1 << 17
+CONFIG_PI_INJECT_TIMER = 1 << 18
+CONFIG_RETPOLINE = 1 << 19
 
 # ------------------------------------------------------------------ APIC map: two copies, the writer fills the idle one
 MAP_PRESENT = 0  # 0: the map was dropped, every delivery takes the slow scan
@@ -67,9 +84,29 @@ MAP_WORDS = MAP_SLOTS + (MAP_PHYS_SLOT + MAX_VCPU_ID + 1) // 4
 MAP0 = HEADER_WORDS
 MAP1 = MAP0 + MAP_WORDS
 
-# ---------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
 MAP_SCRATCH = MAP1 + MAP_WORDS
-HOT = -(-(MAP_SCRATCH + MAP_WORDS) // 512) * 512
+
+# ------------------------------------------------------------------ MSR filter (KVM_X86_SET_MSR_FILTER), written by owner
+FILTER = MAP_SCRATCH + MAP_WORDS
+FILTER_RANGES = 16
+FILTER_FLAGS = 0
+FILTER_BASE = 1
+FILTER_COUNT = 2
+FILTER_BITMAP = 3
+FILTER_BITMAP_BYTES = 0x600
+FILTER_STRIDE = FILTER_BITMAP + FILTER_BITMAP_BYTES // 8
+
+# -------------------------------------------------------------------------- tables that hardware walks, one page aligned
+TABLES = -(-(FILTER + FILTER_RANGES * FILTER_STRIDE) // 512) * 512
+PID_TABLE = TABLES  # IPI virtualisation's PID-pointer table: one word a vCPU id
+AVIC_PHYSICAL = PID_TABLE + MAX_VCPU_ID + 1  # remote; one word a vCPU id
+AVIC_PHYSICAL_ENTRIES = 512
+AVIC_LOGICAL = AVIC_PHYSICAL + AVIC_PHYSICAL_ENTRIES  # owner of the vCPU that an entry names; two 32-bit entries a word
+AVIC_LOGICAL_ENTRIES = 1024
+TABLES_END = AVIC_LOGICAL + AVIC_LOGICAL_ENTRIES // 2
+
+# ---------------------------------- what an IPI touches in its target: two cache lines, packed densely; 16 words a vCPU
+HOT = -(-TABLES_END // 512) * 512
 HOT_STRIDE = 16
 PID_PIR = 0  # remote; 4 words
 PID_CONTROL_WORD = 4  # remote; regs.PID_CONTROL
@@ -85,6 +122,11 @@ FLAG_SW = 1 << 2  # SVR bit 8
 FLAG_APICV = 1 << 3  # APICv active on this vCPU
 FLAG_L2 = 1 << 4  # in guest mode of a nested guest
 
+HF_SMM = 1 << 0  # in system management mode
+HF_SMM_INSIDE_NMI = 1 << 1  # NMIs were masked already when the SMI came
+HF_VMXON = 1 << 2  # in VMX root operation (VMX): INIT is blocked outside L2
+HF_GIF_CLEAR = 1 << 3  # global interrupt flag clear (SVM): INIT, NMI and interrupts are blocked
+
 # ----------------------------------------------------------------------------- vector sets of the owner, 8 words a vCPU
 VEC = HOT + MAX_VCPUS * HOT_STRIDE
 VEC_STRIDE = 8
@@ -95,9 +137,9 @@ VEC_ISR = 4  # owner
 PAGE = VEC + MAX_VCPUS * VEC_STRIDE
 PAGE_STRIDE = 128
 
-# ------------------------------------------------------------------------------------- KVM's own words, 64 words a vCPU
+# ------------------------------------------------------------------------------------- KVM's own words, 96 words a vCPU
 KVM = PAGE + MAX_VCPUS * PAGE_STRIDE
-KVM_STRIDE = 64
+KVM_STRIDE = 96
 K_VCPU_ID = 0  # owner
 K_APIC_BASE = 1  # owner
 K_IRR_PENDING = 2  # remote store
@@ -128,11 +170,17 @@ K_CS = 26  # owner; selector after SIPI
 K_MSR_DATA = 27  # owner; result of the last read
 K_IRQ_WINDOW = 28  # owner; interrupt window requested
 K_LINT0_NMI = 29  # owner; LINT0 counted as NMI watchdog
+K_TARGET = 29  # owner; the timer's target_expiration, ns
+K_PERIOD = 30  # owner; the timer's period, ns
 K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
 K_NESTED_EXITS = 32  # owner; exits reflected to L1
 K_SMI_PENDING = 33  # owner
 K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next entry
 K_DR0 = 35  # owner
+K_DIVIDE = 36  # owner; divide_count of TDCR
+K_HRTIMER = 37  # owner; when the hrtimer fires, ns, or NONE
+K_HV_DEADLINE = 38  # owner; guest TSC at which the VMX preemption timer exits, or NONE: hv timer not in use
+K_EXPIRED_DEADLINE = 39  # owner; expired_tscdeadline, 0: none to wait for
 
 # Host-side bookkeeping of the run loop, the work that a fast exit avoids. Not guest-visible.
 K_IRQS_OFF = 40  # owner
@@ -142,6 +190,38 @@ K_IRQ_WINDOWS = 43  # owner; how often host interrupts were let in after an exit
 K_PREEMPT_OFF = 44  # owner
 K_GUEST_TIME = 45  # owner; 1 while time is accounted to the guest
 K_IN_RUN = 46  # owner; 1 between the entry and the return of KVM_RUN
+K_INDIRECT_CALLS = 47  # owner; exits whose handler was reached through the table
+
+K_TIMER_ADVANCE = 48  # owner; timer_advance_ns
+K_WAITED = 49  # owner; ns that entries busy-waited for a deadline
+K_CPU = 50  # owner; pCPU it was loaded on last
+K_LOADED = 51  # owner; 1 between vcpu_load and vcpu_put
+K_WAKEUP_CPU = 52  # owner; pCPU + 1 whose wake-up list it is linked on, 0: none
+K_HFLAGS = 53  # owner; HF_*
+K_IOAPIC_HANDLED = 54  # owner; 4 words, vectors whose EOI the IOAPIC wants
+K_IOAPIC_EOI = 58  # owner; vector of the last EOI that went there, bit 8: its trigger mode was level
+K_IOAPIC_EOIS = 59  # owner; how many
+K_REINJECT = 60  # owner; interruption information of an event whose delivery was cut short, bit 31 valid
+K_FORCE_EXIT = 61  # owner; the next entry exits at once (req_immediate_exit)
+K_IMMEDIATE = 62  # owner; the entry that is under way was forced to exit at once
+K_EXTINT = 63  # owner; vector + 1 of KVM_INTERRUPT (pending_external_vector)
+K_USER_WINDOW = 64  # owner; user space asked for an interrupt window
+K_NMI_WINDOW = 65  # owner; NMI window requested
+K_MSR_INDEX = 66  # owner; MSR of the last KVM_EXIT_X86_RDMSR/WRMSR
+K_MSR_REASON = 67  # owner; its KVM_MSR_EXIT_REASON_*, 0 once completed
+K_PV_EOI_MSR = 68  # owner; MSR_KVM_PV_EOI_EN
+K_PV_EOI_FLAG = 69  # remote; the guest's memory: 1 while it may skip an EOI
+K_ATTENTION = 70  # owner; apic_attention
+K_TPR_REPORT = 71  # owner; tpr_access_reporting
+K_SMI_COUNT = 72  # owner
+K_SMM_RIP = 73  # owner; saved by the SMI
+K_SMM_RFLAGS = 74  # owner
+K_PMI = 75  # owner; 1: a performance interrupt waits for its LVT
+K_VIRTUALIZED = 76  # owner; how APIC accesses are virtualised now, VIRT_*
+K_AVIC_LDR = 77  # owner; LDR that the AVIC logical table holds for it
+K_CR8 = 78  # owner; what the guest's CR8 last said
+K_PREEMPTED = 79  # owner; sched_out found it runnable
+K_TSC_OFFSET = 80  # owner; guest TSC - TSC of the machine's clock
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE
@@ -161,7 +241,17 @@ TRACE_CAPACITY = 1 << 17
     TP_EOI,
     TP_MSI_SET_IRQ,
     TP_INJ_VIRQ,
-) = range(1, 13)
+    TP_PV_EOI,
+    TP_FAST_MMIO,
+    TP_HV_TIMER_STATE,
+    TP_WAIT_LAPIC_EXPIRE,
+    TP_APICV_INHIBIT_CHANGED,
+    TP_AVIC_INCOMPLETE_IPI,
+    TP_AVIC_DOORBELL,
+    TP_AVIC_KICK_VCPU_SLOWPATH,
+    TP_USERSPACE_EXIT,
+    TP_PI_IRTE_UPDATE,
+) = range(1, 23)
 """Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints.py has their order)."""
 
 WORDS = TRACE + TRACE_CAPACITY * TRACE_STRIDE

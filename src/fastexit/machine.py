@@ -15,13 +15,14 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import integer, one_of
+from fastexit.checks import integer
+from fastexit.config import Config
 from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES
-from fastexit.profile import PROFILES, profile
+from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
 from fastexit.tracepoints import Trace
@@ -52,7 +53,18 @@ class Machine:
         cmci, smm: a host whose MCG_CAP has CMCI_P, a kernel with CONFIG_KVM_SMM.
         nrips: SVM saves the next RIP.
         hv_timer: the VMX preemption timer can be used; None means on VMX.
+        ipiv: IPI virtualisation (VMX), or AVIC's IsRunning bits in use (SVM); None means on SVM only.
+        vtd_pi: devices can post interrupts (VMX); x2avic: AVIC in x2APIC mode too (SVM).
+        pi_inject_timer: KVM's module parameter; timers are posted from the host's interrupt where nothing else can.
+        retpoline: a kernel with CONFIG_MITIGATION_RETPOLINE: common exits are handled without an indirect call.
         maxphyaddr: guest physical address bits, which limit APICBASE.
+        tsc_khz: guest TSC ticks a millisecond of the machine's clock.
+        bus_cycle_ns: APIC bus cycle (KVM_CAP_X86_APIC_BUS_CYCLES_NS).
+        min_timer_period_us: KVM's module parameter; shorter periodic timers are stretched.
+        timer_advance_ns: deadline timers fire that early and the entry waits (KVM begins with 1000); 0: off.
+        disable_exits: KVM_CAP_X86_DISABLE_EXITS (regs.DisableExits).
+        disable_quirks: KVM_CAP_DISABLE_QUIRKS; bits 0 (LINT0_REENABLED) and 2 (LAPIC_MMIO_HOLE) matter here.
+        boot_cpu_id: KVM_SET_BOOT_CPU_ID.
 
     Each vCPU is created as by KVM_CREATE_VCPU, so the last one is missing from the APIC map until a register write that
     concerns the map, such as boot_x2apic makes. ValueError for every argument out of range.
@@ -76,14 +88,22 @@ class Machine:
         smm: bool = False,
         nrips: bool = True,
         hv_timer: bool | None = None,
+        ipiv: bool | None = None,
+        vtd_pi: bool = False,
+        x2avic: bool = False,
+        pi_inject_timer: bool = False,
+        retpoline: bool = True,
         maxphyaddr: int = 48,
+        tsc_khz: int = 1_000_000,
+        bus_cycle_ns: int = 1,
+        min_timer_period_us: int = 200,
+        timer_advance_ns: int = 0,
+        disable_exits: int = 0,
+        disable_quirks: int = 0,
+        boot_cpu_id: int = 0,
     ) -> None:
-        chosen = profile(kernel)
-        one_of(vendor, "vendor", ("vmx", "svm"))
-        one_of(irqchip, "irqchip", ("full", "split"))
-        _check_api(x2apic_api, irqchip)
-        if hv_timer and vendor == "svm":
-            raise ValueError("hv_timer=True: SVM has no preemption timer")
+        settings = {name: value for name, value in locals().items() if name in Config.__dataclass_fields__}
+        config = Config(**settings)
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         if vcpus is not None:
@@ -94,34 +114,9 @@ class Machine:
             ids = [integer(i, "APIC id", L.MAX_VCPU_ID) for i in apic_ids]
         if not ids:
             raise ValueError("a machine needs at least one vCPU")
-        if not 32 <= integer(maxphyaddr, "maxphyaddr", 63) <= 52:
-            raise ValueError(f"maxphyaddr {maxphyaddr} is out of range 32..52")
-        switches = {
-            L.CONFIG_SVM: vendor == "svm",
-            L.CONFIG_APICV: apicv,
-            L.CONFIG_THREADS: threads,
-            L.CONFIG_SPLIT_IRQCHIP: irqchip == "split",
-            L.CONFIG_X2APIC_CPUID: x2apic,
-            L.CONFIG_DEADLINE_CPUID: tsc_deadline,
-            L.CONFIG_VECTOR_HASHING: vector_hashing,
-            L.CONFIG_CMCI: cmci,
-            L.CONFIG_SMM: smm,
-            L.CONFIG_NRIPS: nrips,
-            L.CONFIG_HV_TIMER: vendor == "vmx" if hv_timer is None else hv_timer,
-            L.CONFIG_FASTPATH: True,
-            L.CONFIG_LINT0_REENABLED: True,
-        }
         self._map_memory()
-        mem = self.mem
-        mem[L.H_MAGIC] = L.MAGIC
-        mem[L.H_ABI] = L.ABI_VERSION
-        mem[L.H_WORDS] = L.WORDS
-        mem[L.H_CONFIG] = sum(bit for bit, on in switches.items() if on)
-        mem[L.H_TRAITS] = int(chosen.traits)
-        mem[L.H_API] = x2apic_api
-        mem[L.H_MAP] = L.MAP0
-        mem[L.H_PROFILE] = list(PROFILES).index(kernel)
-        mem[L.H_MAXPHYADDR] = maxphyaddr
+        for word, value in config.header().items():
+            self.mem[word] = value
         self._assemble()
         for vcpu_id in ids:
             self.add_vcpu(vcpu_id)
@@ -306,16 +301,6 @@ class Machine:
             m._ids[vcpu_id] = index
             m.vcpus.append(Vcpu(m, index, vcpu_id))
         return m
-
-
-def _check_api(flags: int, irqchip: str) -> None:
-    """What KVM_ENABLE_CAP of KVM_CAP_X2APIC_API would refuse."""
-    flags = R.X2ApicApi(integer(flags, "x2apic_api", 15))
-    enable, disable = R.X2ApicApi.ENABLE_SUPPRESS_EOI_BROADCAST, R.X2ApicApi.DISABLE_SUPPRESS_EOI_BROADCAST
-    if enable in flags and (irqchip != "split" or disable in flags):
-        raise ValueError(
-            "x2apic_api: ENABLE_SUPPRESS_EOI_BROADCAST needs a split irqchip and excludes DISABLE (EINVAL)"
-        )
 
 
 def _kind(exits: Any) -> str:

@@ -13,10 +13,11 @@ from fastexit.regs import Layout
 
 
 class Path(IntEnum):
-    """Which path emulated the exit."""
+    """Which path emulated the exit. HARDWARE: there was none, the CPU did it."""
 
     SLOW = 0
     FAST = 1
+    HARDWARE = 2
 
 
 class Fastpath(IntEnum):
@@ -101,9 +102,10 @@ class Effect(IntFlag):
     """Ring the AVIC doorbell of the target's pCPU."""
 
 
-CODE = Layout(64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, _60=2, BLOCKED=1, _63=1)
+CODE = Layout(64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, MSR_WHY=2, BLOCKED=1, _63=1)
 """The packed integer, its fields on byte borders so that layout.OUTCOME can name them. FAULT is the exception vector or
-0, ACCEPTED a signed count (-1: nobody matched in the slow scan), USER is KVM_EXIT_* + 1 or 0."""
+0, ACCEPTED a signed count (-1: nobody matched in the slow scan), USER is KVM_EXIT_* + 1 or 0. MSR_WHY is set between
+kernels only: why an MSR access failed, MSR_WHY_* or 0 for a bad value."""
 CODE_COMPLETION = CODE.mask("COMPLETION")
 CODE_NOT_IN_GUEST = CODE_COMPLETION
 """No outcome: the vCPU has to enter the guest before it can exit."""
@@ -117,6 +119,10 @@ CODE_USER_SHIFT = CODE.shift("USER")
 CODE_USER = CODE.mask("USER")
 CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
 CODE_BLOCKED = CODE.mask("BLOCKED")
+CODE_HARDWARE = Path.HARDWARE << CODE.shift("PATH")
+CODE_MSR_WHY = CODE.mask("MSR_WHY")
+MSR_WHY_UNKNOWN = 1 << CODE.shift("MSR_WHY")
+MSR_WHY_FILTER = 2 << CODE.shift("MSR_WHY")
 CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")
 
 COMPLETION_NONE, COMPLETION_REENTER, COMPLETION_HANDLED, COMPLETION_USERSPACE, COMPLETION_SKIP = range(5)

@@ -215,6 +215,7 @@ MSR_X2APIC_EOI = MSR_X2APIC_BASE + (APIC_EOI >> 4)
 MSR_X2APIC_SELF_IPI = MSR_X2APIC_BASE + (APIC_SELF_IPI >> 4)
 MSR_APICBASE = 0x1B
 MSR_TSC_DEADLINE = 0x6E0
+MSR_KVM_PV_EOI_EN = 0x4B56_4D04
 
 SVR = Layout(32, VECTOR=8, ENABLE=1, FOCUS=1, _10=2, SUPPRESS_EOI=1, _13=19)
 SVR_ENABLE = SVR.mask("ENABLE")
@@ -256,14 +257,31 @@ PID_ON = PID_CONTROL.mask("ON")
 PID_SN = PID_CONTROL.mask("SN")
 PID_NV_SHIFT = PID_CONTROL.shift("NV")
 POSTED_INTR_VECTOR = 0xF2
+POSTED_INTR_WAKEUP_VECTOR = 0xF1
+POSTED_INTR_NESTED_VECTOR = 0xF0
+PID_NV = PID_CONTROL.mask("NV")
+PID_NDST = PID_CONTROL.mask("NDST")
+PID_NDST_SHIFT = PID_CONTROL.shift("NDST")
+PID_POINTER_VALID = 1 << 0
 
 # ---------------------------------------------------------------------------------------------------- KVM's own numbers
 
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
 
+REQ_UNBLOCK = 1 << 2
+REQ_MIGRATE_TIMER = 1 << 8
+REQ_REPORT_TPR_ACCESS = 1 << 9
+REQ_TRIPLE_FAULT = 1 << 10
 REQ_EVENT = 1 << 14
 REQ_NMI = 1 << 17
+REQ_PMI = 1 << 19
 REQ_SMI = 1 << 20
+REQ_SCAN_IOAPIC = 1 << 23
+REQ_IOAPIC_EOI_EXIT = 1 << 27
+REQ_LOAD_EOI_EXITMAP = 1 << 31
+REQ_APICV_UPDATE = 1 << 33
+REQ_SIGNAL = 1 << 63
+"""Not a request of KVM's: a signal waits for the vCPU's thread. It shares the word so that an entry tests both at once."""
 
 
 class MpState(IntEnum):
@@ -295,6 +313,55 @@ class X2ApicApi(IntFlag):
 X2API_32BIT_IDS, X2API_NO_BROADCAST_QUIRK, X2API_SUPPRESS_EOI, X2API_NO_SUPPRESS_EOI = 1, 2, 4, 8
 
 LOGICAL_SW_DISABLED, LOGICAL_FLAT, LOGICAL_CLUSTER, LOGICAL_X2APIC, LOGICAL_DISABLED = range(5)
+
+
+
+class Inhibit(IntEnum):
+    """Reasons for which APICv is off, by bit number, as kvm_apicv_inhibit_changed prints them."""
+
+    DISABLED = 0
+    HYPERV = 1
+    ABSENT = 2
+    BLOCKIRQ = 3
+    PHYSICAL_ID_ALIASED = 4
+    APIC_ID_MODIFIED = 5
+    APIC_BASE_MODIFIED = 6
+    NESTED = 7
+    IRQWIN = 8
+    PIT_REINJ = 9
+    SEV = 10
+    LOGICAL_ID_ALIASED = 11
+    PHYSICAL_ID_TOO_BIG = 12
+
+
+class DisableExits(IntFlag):
+    """Bits of KVM_CAP_X86_DISABLE_EXITS."""
+
+    MWAIT = 1
+    HLT = 2
+    PAUSE = 4
+    CSTATE = 8
+
+
+EXITS_MWAIT, EXITS_HLT, EXITS_PAUSE, EXITS_CSTATE = 1, 2, 4, 8
+
+
+class MsrExit(IntFlag):
+    """KVM_MSR_EXIT_REASON_*: why an MSR access is user space's, and the mask of KVM_CAP_X86_USER_SPACE_MSR."""
+
+    INVAL = 1
+    UNKNOWN = 2
+    FILTER = 4
+
+
+MSR_EXIT_INVAL, MSR_EXIT_UNKNOWN, MSR_EXIT_FILTER = 1, 2, 4
+MSR_FILTER_READ, MSR_FILTER_WRITE = 1, 2
+
+QUIRK_LINT0_REENABLED = 1 << 0
+QUIRK_LAPIC_MMIO_HOLE = 1 << 2
+
+HC_VAPIC_POLL_IRQ, HC_KICK_CPU, HC_SEND_IPI, HC_SCHED_YIELD = 1, 5, 10, 11
+HC_ENOSYS, HC_EPERM, HC_EINVAL, HC_EOPNOTSUPP = 1000, 1, 22, 95
 
 RFLAGS_FIXED = 1 << 1
 RFLAGS_TF = 1 << 8

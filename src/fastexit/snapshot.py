@@ -22,7 +22,8 @@ _MAGIC = b"FXSNAP\0\0"
 def _rows(n: int) -> list[slice]:
     """The parts of a machine's memory that n vCPUs fill."""
     regions = (L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE)
-    return [slice(0, L.MAP1 + L.MAP_WORDS), *(slice(first, first + n * stride) for first, stride in regions)]
+    fixed = [slice(0, L.MAP1 + L.MAP_WORDS), slice(L.FILTER, L.TABLES_END)]
+    return [*fixed, *(slice(first, first + n * stride) for first, stride in regions)]
 
 
 def pack(words: np.ndarray) -> bytes:
@@ -59,7 +60,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     for r in rows:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
-    _check_vcpus(parts[-1].reshape(n, L.KVM_STRIDE), parts[1].reshape(n, L.HOT_STRIDE))
+    _check_vcpus(parts[-1].reshape(n, L.KVM_STRIDE), parts[2].reshape(n, L.HOT_STRIDE))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
     words[L.H_TRACE_HEAD] = 0

@@ -84,7 +84,7 @@ def reset(m, v, init):
         clear_pid(m, v)
     if not init:
         base = k.APIC_DEFAULT_PHYS_BASE | k.APICBASE_EN
-        if m[row + k.K_VCPU_ID] == k.ZERO:
+        if m[row + k.K_VCPU_ID] == m[k.H_BSP_ID]:
             base = base | k.APICBASE_BSP
         _store_base(m, v, base)
         _set_xapic_id(m, v)
@@ -92,7 +92,7 @@ def reset(m, v, init):
     for i in range(lvt_count(m)):
         set_reg(m, v, lvt_offset(k.U(i)), k.LVT_MASKED)
     update_lvtt(m, v)
-    if m[row + k.K_VCPU_ID] == k.ZERO and m[k.H_CONFIG] & k.CONFIG_LINT0_REENABLED:
+    if m[row + k.K_VCPU_ID] == m[k.H_BSP_ID] and m[k.H_CONFIG] & k.CONFIG_LINT0_REENABLED:
         set_reg(m, v, k.APIC_LVT0, k.LVT0_BOOT)
     watch_lint0(m, v)
     set_reg(m, v, k.APIC_DFR, k.DFR_FLAT)

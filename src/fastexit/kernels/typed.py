@@ -26,6 +26,7 @@ globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.
 globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
 globals().update({f"VMX_{reason.name}": U(reason.value) for reason in reasons.VmxExit})
 globals().update({f"SVM_{reason.name}": U(reason.value) for reason in reasons.SvmExit})
+globals().update({f"INHIBIT_{reason.name}": U(1 << reason.value) for reason in regs.Inhibit})
 globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER_SHIFT) for reason in reasons.KvmExit})
 
 ZERO = U(0)

@@ -20,7 +20,7 @@ def create(m, vcpu_id):
     m[row + k.K_VCPU_ID] = vcpu_id
     m[pid + k.PID_CONTROL_WORD] = k.PID_SN | (k.POSTED_INTR_VECTOR << k.PID_NV_SHIFT)
     m[pid + k.HOT_FLAGS] = k.FLAG_APICV if m[k.H_CONFIG] & k.CONFIG_APICV else k.ZERO
-    m[row + k.K_MP_STATE] = k.MP_UNINITIALIZED if vcpu_id else k.MP_RUNNABLE
+    m[row + k.K_MP_STATE] = k.MP_RUNNABLE if vcpu_id == m[k.H_BSP_ID] else k.MP_UNINITIALIZED
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_RIP] = k.U(0xFFF0)
     m[row + k.K_CS] = k.U(0xF000)
