@@ -86,7 +86,7 @@ MAP1 = MAP0 + MAP_WORDS
 
 MAP_SCRATCH = MAP1 + MAP_WORDS
 
-# ------------------------------------------------------------------ MSR filter (KVM_X86_SET_MSR_FILTER), written by owner
+# --------------------------------------------------------------- MSR filter (KVM_X86_SET_MSR_FILTER), written by owner
 FILTER = MAP_SCRATCH + MAP_WORDS
 FILTER_RANGES = 16
 FILTER_FLAGS = 0
@@ -96,7 +96,7 @@ FILTER_BITMAP = 3
 FILTER_BITMAP_BYTES = 0x600
 FILTER_STRIDE = FILTER_BITMAP + FILTER_BITMAP_BYTES // 8
 
-# -------------------------------------------------------------------------- tables that hardware walks, one page aligned
+# ----------------------------------------------------------------------- tables that hardware walks, one page aligned
 TABLES = -(-(FILTER + FILTER_RANGES * FILTER_STRIDE) // 512) * 512
 PID_TABLE = TABLES  # IPI virtualisation's PID-pointer table: one word a vCPU id
 AVIC_PHYSICAL = PID_TABLE + MAX_VCPU_ID + 1  # remote; one word a vCPU id

@@ -281,7 +281,7 @@ REQ_IOAPIC_EOI_EXIT = 1 << 27
 REQ_LOAD_EOI_EXITMAP = 1 << 31
 REQ_APICV_UPDATE = 1 << 33
 REQ_SIGNAL = 1 << 63
-"""Not a request of KVM's: a signal waits for the vCPU's thread. It shares the word so that an entry tests both at once."""
+"""No request of KVM's: a signal waits for the thread. It shares the word so that an entry tests both at once."""
 
 
 class MpState(IntEnum):
@@ -313,7 +313,6 @@ class X2ApicApi(IntFlag):
 X2API_32BIT_IDS, X2API_NO_BROADCAST_QUIRK, X2API_SUPPRESS_EOI, X2API_NO_SUPPRESS_EOI = 1, 2, 4, 8
 
 LOGICAL_SW_DISABLED, LOGICAL_FLAT, LOGICAL_CLUSTER, LOGICAL_X2APIC, LOGICAL_DISABLED = range(5)
-
 
 
 class Inhibit(IntEnum):
