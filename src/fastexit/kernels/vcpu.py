@@ -29,6 +29,7 @@ def create(m, vcpu_id):
     m[row + k.K_RIP] = k.U(0xFFF0)
     m[row + k.K_CS] = k.U(0xF000)
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
+    m[row + k.K_DIVIDE] = k.U(2)
     reset(m, v, k.ZERO)
     store_release(m, k.H_NVCPUS, v + k.ONE)
     return v
