@@ -53,7 +53,8 @@ class Exit:
 
     ``reason`` is the vendor's exit number; ``msr`` and ``value`` are the guest's ECX and EDX:EAX. ``info1`` is the VMX
     exit qualification or SVM's EXITINFO1, ``info2`` the IDT-vectoring information (bit 31: valid). ``offset``, ``size``
-    and ``write`` describe an access to the xAPIC page, whose data is ``value``; ``length`` is the instruction's length.
+    and ``write`` describe an access to the xAPIC page, whose data is ``value``; ``gpa`` is an EPT violation's address;
+    ``length`` is the instruction's length.
     """
 
     reason: int
@@ -64,6 +65,7 @@ class Exit:
     offset: int = 0
     size: int = 4
     write: bool = False
+    gpa: int = 0
     length: int = 0
     failed_entry: bool = False
     invalid_state: bool = False
@@ -85,6 +87,9 @@ class Vendor(Protocol):
     handlers: Handlers
     user_exits: dict[int, KvmExit]
     trace_exit_late: bool
+    hardware: str
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
 
     def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 

@@ -61,6 +61,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
     _check_vcpus(parts[-1].reshape(n, L.KVM_STRIDE), parts[2].reshape(n, L.HOT_STRIDE))
+    _check_pid_table(parts[1][L.PID_TABLE - L.FILTER :], parts[-1].reshape(n, L.KVM_STRIDE)[:, L.K_VCPU_ID])
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
     words[L.H_TRACE_HEAD] = 0
@@ -98,5 +99,16 @@ def _check_vcpus(rows: np.ndarray, hot: np.ndarray) -> None:
     _require(bool(((caches < 256) | (caches == L.NONE)).all()), "a highest ISR vector")
     _require(bool((rows[:, [L.K_EXCEPTION, L.K_INTERRUPT]] <= 256).all()), "an injected vector")
     _require(bool((rows[:, L.K_SIPI_VECTOR] < 256).all()), "a SIPI vector")
+    _require(bool((rows[:, [L.K_RVI, L.K_SVI]] < 256).all()), "a virtual interrupt")
+    _require(bool((rows[:, L.K_WAKEUP_CPU] <= 1 << 32).all()), "a wake-up list")
     _require(bool(np.isin(rows[:, L.K_MP_STATE], [int(state) for state in R.MpState]).all()), "an mp_state")
     _require(bool((hot[:, L.HOT_MODE] <= R.READING_SHADOW_PAGE_TABLES).all()), "a vCPU's mode")
+
+
+def _check_pid_table(table: np.ndarray, ids: np.ndarray) -> None:
+    """An entry is empty or names the descriptor of the vCPU that has its id."""
+    allowed = np.zeros(L.MAX_VCPU_ID + 1, dtype=np.uint64)
+    hot_rows = L.HOT + np.arange(len(ids), dtype=np.uint64) * np.uint64(L.HOT_STRIDE)
+    allowed[ids] = hot_rows * np.uint64(8) | np.uint64(R.PID_POINTER_VALID)
+    entries = table[: L.MAX_VCPU_ID + 1]
+    _require(bool(((entries == 0) | (entries == allowed)).all()), "an entry of the PID-pointer table")

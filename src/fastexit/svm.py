@@ -28,6 +28,7 @@ class Svm:
     wrmsr_info1 = 1
     rdmsr_reason = int(SvmExit.MSR)
     mmio_reason = int(SvmExit.NPF)
+    hardware = ""
     user_exits = {
         SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
         SvmExit.IO: KvmExit.IO,
@@ -78,6 +79,10 @@ class Svm:
         mem = self.common.memory
         mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
         return self.common.skip_instruction(v, exit)
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
+        """The exit that the CPU makes of an access; without AVIC the plain one."""
+        return plain
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The exit code, and whether it is the one for an invalid VMCB."""
