@@ -219,6 +219,10 @@ def test_no_bytes_at_all(wrong: Any) -> None:
         pytest.param(put(kvm_word(4, L.K_VCPU_ID), 1 << 40), id="vCPU id"),
         pytest.param(put(kvm_word(4, L.K_VCPU_ID), 1), id="vCPU id twice"),
         pytest.param(put(kvm_word(4, L.K_ISR_CACHE), 1 << 20), id="vector in service"),
+        pytest.param(put(kvm_word(4, L.K_RVI), 256), id="requesting virtual interrupt"),
+        pytest.param(put(kvm_word(4, L.K_SVI), 1 << 40), id="servicing virtual interrupt"),
+        pytest.param(put(kvm_word(4, L.K_WAKEUP_CPU), 1 << 33), id="wake-up list"),
+        pytest.param(put(L.MAP1 + L.MAP_WORDS + L.PID_TABLE - L.FILTER, 65), id="PID-pointer table"),
     ],
 )
 def test_forged_words(change: Callable[[np.ndarray], None]) -> None:

@@ -38,18 +38,23 @@ def write_nodecode(m, v, offset):
 
 
 @kernel("u8(words, u8, u8)")
-def ioapic_eoi(m, v, vector):
-    """kvm_ioapic_send_eoi: to the in-kernel IOAPIC with the TMR's trigger mode, or to user space on a split irqchip."""
+def send_ioapic_eoi(m, v, vector):
+    """kvm_ioapic_send_eoi: to KVM's IOAPIC with the TMR's trigger mode, or to user space's by an exit.
+
+    Suppress-EOI-broadcast counts only where user space asked for it.
+    """
     row = own(m, v)
     w = vector >> k.U(6)
     bit = vector & k.U(63)
     if not (m[row + k.K_IOAPIC_HANDLED + w] >> bit) & k.ONE:
         return k.ZERO
-    m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
     if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
+        if reg(m, v, k.APIC_SPIV) & k.SVR_SUPPRESS_EOI and m[k.H_API] & k.X2API_SUPPRESS_EOI:
+            return k.ZERO
         m[row + k.K_IOAPIC_EOI] = vector
         return make_request(m, v, k.REQ_IOAPIC_EOI_EXIT)
     m[row + k.K_IOAPIC_EOI] = vector | (((m[hot(m, v) + k.HOT_TMR + w] >> bit) & k.ONE) << k.U(8))
+    m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
     return k.ZERO
 
 
@@ -59,7 +64,7 @@ def set_eoi(m, v, vector):
     vector = vector & k.ICR_VECTOR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_EOI, v, vector, k.ZERO, k.ZERO)
-    ioapic_eoi(m, v, vector)
+    send_ioapic_eoi(m, v, vector)
     make_request(m, v, k.REQ_EVENT)
     return k.ZERO
 
