@@ -212,6 +212,7 @@ def test_no_bytes_at_all(wrong: Any) -> None:
         pytest.param(put(L.H_PROFILE, 1000), id="profile"),
         pytest.param(put(L.H_MAXPHYADDR, 64), id="maxphyaddr"),
         pytest.param(put(L.H_MAP_LOCK, 1), id="map lock held"),
+        pytest.param(put(L.H_INHIBITS, 1 << 13), id="unknown inhibit"),
         pytest.param(put(L.H_NVCPUS, 5000), id="number of vCPUs"),
         pytest.param(put(L.MAP1 + L.MAP_MAX_ID, 1 << 30), id="largest id of the map"),
         pytest.param(put(L.MAP0 + L.MAP_SLOTS + L.MAP_PHYS_SLOT // 4, 0xFFFF), id="slot of the other map"),

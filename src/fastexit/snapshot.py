@@ -84,6 +84,7 @@ def _check_header(words: np.ndarray, n: int) -> None:
     known = sum(value for name, value in vars(L).items() if name.startswith("CONFIG_"))
     _require(header[L.H_CONFIG] & ~known == 0, "the configuration")
     _require(header[L.H_MAXPHYADDR] <= 63, "MAXPHYADDR")
+    _require(header[L.H_INHIBITS] >> len(R.Inhibit) == 0, "an APICv inhibit")
     for base in (L.MAP0, L.MAP1):
         _require(words[base + L.MAP_MAX_ID] <= L.MAX_VCPU_ID, "the map's highest id")
         _require(words[base + L.MAP_LOGICAL] <= R.LOGICAL_DISABLED, "the map's logical mode")

@@ -35,6 +35,10 @@ NAMES = {
     L.TP_EOI: "kvm_eoi",
     L.TP_MSI_SET_IRQ: "kvm_msi_set_irq",
     L.TP_INJ_VIRQ: "kvm_inj_virq",
+    L.TP_APICV_INHIBIT_CHANGED: "kvm_apicv_inhibit_changed",
+    L.TP_AVIC_INCOMPLETE_IPI: "kvm_avic_incomplete_ipi",
+    L.TP_AVIC_DOORBELL: "kvm_avic_doorbell",
+    L.TP_AVIC_KICK_VCPU_SLOWPATH: "kvm_avic_kick_vcpu_slowpath",
 }
 
 _SHORTHANDS = ("dst", "self", "all", "all-but-self")
@@ -62,6 +66,11 @@ def ipi_text(icr: int, dest: int) -> str:
 def accept_text(apic_id: int, icr: int) -> str:
     """Text of kvm_apic_accept_irq and kvm_apicv_accept_irq."""
     return f"apicid {apic_id:x} vec {icr & 0xFF} ({_mode(icr)}|{_trigger(icr)})"
+
+
+def _inhibit_text(reason: int, on: int, inhibits: int) -> str:
+    names = "|".join(why.name for why in R.Inhibit if inhibits >> why & 1)
+    return f"{'set' if on else 'cleared'} reason={reason}, inhibits=0x{inhibits:x}{' ' if names else ''}{names}"
 
 
 def _register(offset: int) -> str:
@@ -180,4 +189,12 @@ _PAYLOADS: dict[int, Callable[[Trace, int, list[int]], str]] = {
         f"dst {a[1]:x} vec {a[0] & 0xFF} ({_mode(a[0])}|{_dest_mode(a[0])}|{_trigger(a[0])}{'|rh' if a[2] else ''})"
     ),
     L.TP_INJ_VIRQ: lambda t, i, a: f"IRQ 0x{a[0]:x}",
+    L.TP_APICV_INHIBIT_CHANGED: lambda t, i, a: _inhibit_text(*a[:3]),
+    L.TP_AVIC_INCOMPLETE_IPI: lambda t, i, a: (
+        f"vcpu={i}, icrh:icrl=0x{a[0] >> 32:08x}:{a[0] & 0xFFFF_FFFF:08x}, id={a[1]}, index={a[2]}"
+    ),
+    L.TP_AVIC_DOORBELL: lambda t, i, a: f"vcpuid={a[0]}, apicid={a[1]}",
+    L.TP_AVIC_KICK_VCPU_SLOWPATH: lambda t, i, a: (
+        f"icrh:icrl=0x{a[0] >> 32:06x}:{a[0] & 0xFFFF_FFFF:08x}, index={a[1]}"
+    ),
 }

@@ -8,6 +8,7 @@ from . import typed as k
 from ._jit import kernel
 from .atomics import exchange, fence, load_acquire
 from .fastpath import exit_requested
+from .inhibit import update_vcpu
 from .irq import ack, apicv_active, has_interrupt
 from .lapicstate import reset
 from .pid import sync_pir_to_irr
@@ -39,6 +40,8 @@ def service_requests(m, v):
         m[own(m, v) + k.K_SMI_PENDING] = k.ONE
     if requests & k.REQ_NMI:
         process_nmi(m, v)
+    if requests & k.REQ_APICV_UPDATE:
+        update_vcpu(m, v)
     return requests
 
 
@@ -145,8 +148,9 @@ def enter(m, v):
     m[row + k.HOT_MODE] = k.IN_GUEST_MODE
     m[host + k.K_SRCU] = k.ZERO
     fence()
-    enabled = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
-    if m[row + k.HOT_FLAGS] & enabled == enabled:
+    # Whether or not APICv is active on this vCPU: it may have been when a vector was posted.
+    enabled = k.FLAG_HW | k.FLAG_SW
+    if m[k.H_CONFIG] & k.CONFIG_APICV and m[row + k.HOT_FLAGS] & enabled == enabled:
         sync_pir_to_irr(m, v)
     if exit_requested(m, v):
         m[row + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE
