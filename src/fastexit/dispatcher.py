@@ -85,6 +85,9 @@ class Vendor(Protocol):
     handlers: Handlers
     user_exits: dict[int, KvmExit]
     trace_exit_late: bool
+    hardware: str
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
 
     def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 
@@ -266,6 +269,7 @@ class Dispatcher:
             return False
         mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
         mem[v.own + L.K_NESTED_EXITS] += 1
+        _jit.load("nested_changed")(self.handle, v.index)
         return True
 
     def skip(self, v: Vcpu, length: int) -> int:

@@ -121,6 +121,9 @@ CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
 CODE_BLOCKED = CODE.mask("BLOCKED")
 CODE_HARDWARE = Path.HARDWARE << CODE.shift("PATH")
 CODE_MSR_WHY = CODE.mask("MSR_WHY")
+CODE_EXIT = CODE.mask("_63")
+"""No outcome: the CPU could not do it. It exits with the reason in bits 47:32; bits 31:0 are the qualification."""
+CODE_EXIT_REASON_SHIFT = 32
 MSR_WHY_UNKNOWN = 1 << CODE.shift("MSR_WHY")
 MSR_WHY_FILTER = 2 << CODE.shift("MSR_WHY")
 CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")

@@ -121,6 +121,36 @@ class Vcpu:
         self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
         return self.read_data
 
+    # ---------------------------------------------------------------------- what the guest's CPU does, exit or not
+
+    def hw_wrmsr(self, msr: int, value: int) -> Outcome:
+        """WRMSR as the CPU executes it: Path.HARDWARE when it needs no exit, else the exit that it causes.
+
+        A #GP of the CPU's own goes to the guest without KVM: Outcome.fault says so and RIP stays.
+        """
+        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
+        return OUTCOMES[self.machine.hardware.wrmsr(self, msr, value)]
+
+    def hw_rdmsr(self, msr: int) -> int:
+        """RDMSR as the CPU executes it: its value; GeneralProtection when the guest gets #GP(0)."""
+        msr = integer(msr, "MSR", 0xFFFF_FFFF)
+        if self.machine.hardware.rdmsr(self, msr) & CODE_GP:
+            raise GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
+        return self.read_data
+
+    def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
+        """A write to the xAPIC page as the CPU executes it. RIP does not move: the instruction's length is unknown."""
+        offset = integer(offset, "xAPIC page offset", 0xFFF)
+        length = access_size(length)
+        value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
+        return OUTCOMES[self.machine.hardware.mmio_write(self, offset, value, length)]
+
+    def hw_mmio_read(self, offset: int, length: int = 4) -> int:
+        """A read of the xAPIC page as the CPU executes it."""
+        offset = integer(offset, "xAPIC page offset", 0xFFF)
+        self.machine.hardware.mmio_read(self, offset, access_size(length))
+        return self.read_data
+
     # ------------------------------------------------------------------------------- what the guest's CPU would do
 
     def pending(self) -> int | None:
@@ -291,6 +321,11 @@ class Vcpu:
         self._mem[self.own + L.K_DR0] = integer(value, "DR0", L.NONE)
 
     @property
+    def apicv(self) -> bool:
+        """Whether APICv is active on this vCPU; it follows Machine.inhibits, L2 (SVM) and APICBASE at an entry."""
+        return bool(self._mem[self.hot + L.HOT_FLAGS] & L.FLAG_APICV)
+
+    @property
     def nested(self) -> bool:
         """Whether the vCPU runs L2."""
         return bool(self._mem[self.hot + L.HOT_FLAGS] & L.FLAG_L2)
@@ -299,6 +334,8 @@ class Vcpu:
     def nested(self, on: bool) -> None:
         flags = self._mem[self.hot + L.HOT_FLAGS]
         self._mem[self.hot + L.HOT_FLAGS] = flags | L.FLAG_L2 if on else flags & ~L.FLAG_L2
+        if bool(flags & L.FLAG_L2) is not bool(on):
+            _jit.load("nested_changed")(self._handle, self.index)
 
     @property
     def singlestep(self) -> bool:

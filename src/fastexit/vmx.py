@@ -39,6 +39,7 @@ class Vmx:
     wrmsr_info1 = 0
     rdmsr_reason = int(VmxExit.MSR_READ)
     mmio_reason = int(VmxExit.EPT_MISCONFIG)
+    hardware = ""
     user_exits = {
         VmxExit.TRIPLE_FAULT: KvmExit.SHUTDOWN,
         VmxExit.IO_INSTRUCTION: KvmExit.IO,
@@ -63,6 +64,10 @@ class Vmx:
                 VmxExit.CPUID: common.skip_instruction,
             },
         )
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
+        """The exit that the CPU makes of an access."""
+        return plain
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""
