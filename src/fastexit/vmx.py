@@ -48,6 +48,7 @@ class Vmx:
     wrmsr_info1 = 0
     rdmsr_reason = int(VmxExit.MSR_READ)
     mmio_reason = int(VmxExit.EPT_MISCONFIG)
+    interrupt_reason = int(VmxExit.EXTERNAL_INTERRUPT)
     forced_reason = int(VmxExit.PREEMPTION_TIMER)
     hypercall_reason = int(VmxExit.VMCALL)
     lengths = {
