@@ -292,11 +292,14 @@ def test_doorbell_by_pcpu() -> None:
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())
-def test_doorbells_are_traced_since_6_1(kernel: str) -> None:
+def test_doorbells_and_scans_are_traced_since_6_1(kernel: str) -> None:
     m = machine(kernel=kernel)
     m.trace.enable()
     assert m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0x41)).effects == DOORBELL
-    assert bool(lines(m, "kvm_avic_doorbell")) is (kernel in ("6.1", "6.12", "6.18"))
+    m.vcpus[0].exit(INCOMPLETE, info1=fx.icr(vector=0x41, shorthand=3), info2=1 << 32)
+    traced = kernel in ("6.1", "6.12", "6.18")
+    assert bool(lines(m, "kvm_avic_doorbell")) is traced
+    assert bool(lines(m, "kvm_avic_kick_vcpu_slowpath")) is traced
 
 
 # ------------------------------------------------------------------------------------------------------- hardware: IPIs

@@ -94,7 +94,7 @@ class Trait(IntFlag):
     TRACE_REENTRY = auto()
     """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
     TRACE_DOORBELL = auto()
-    """AVIC doorbells have a tracepoint."""
+    """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
 
 
 _T = Trait

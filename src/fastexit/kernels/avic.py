@@ -95,7 +95,7 @@ def kick_targets(m, v, icr, index):
         broadcast = k.X2APIC_BROADCAST if in_x2apic_mode(m, v) else k.XAPIC_BROADCAST
         if dest != broadcast and dest == index:
             return _kick_by_id(m, v, dest, low)
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & k.T_TRACE_DOORBELL:
         emit(m, k.TP_AVIC_KICK_VCPU_SLOWPATH, v, icr, index, k.ZERO)
     code = k.ZERO
     for i in range(m[k.H_NVCPUS]):

@@ -70,7 +70,8 @@ def change(m, reason, on):
         old = clear_word_bits(m, k.H_INHIBITS, reason)
         new = old & ~reason
     switches = (old != k.ZERO) != (new != k.ZERO)
-    if m[k.H_CONFIG] & k.CONFIG_TRACE and (switches or m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE):
+    traced = k.T_INHIBITS if switches else k.T_INHIBIT_ID_BASE
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & traced:
         emit(m, k.TP_APICV_INHIBIT_CHANGED, k.NONE, ctz(reason), k.ONE if on else k.ZERO, new)
     return _ask_all(m) if switches else k.ZERO
 
