@@ -533,6 +533,20 @@ def test_page_write_is_finished_by_kvm() -> None:
     assert not m.mem[v.hot + L.HOT_FLAGS] & L.FLAG_SW
 
 
+def test_nothing_is_left_to_skip_behind_a_trap() -> None:
+    """A handler sees the instruction's length with a fault-like exit only."""
+    m = booted(ipiv=True)
+    seen = []
+    for reason in (fx.VmxExit.APIC_WRITE, fx.VmxExit.EOI_INDUCED, fx.VmxExit.MSR_WRITE):
+        m.handlers[reason] = lambda v, exit: seen.append((exit.reason, exit.length, exit.info1, exit.msr))
+    v = m.vcpus[0]
+    wants(v, 0)
+    v.hw_wrmsr(SELF_IPI, 3)
+    v.hw_wrmsr(EOI, 0)
+    v.hw_wrmsr(0x80F, 0x1FF)
+    assert seen == [(56, 0, 0x3F0, SELF_IPI), (45, 0, 0, EOI), (32, 2, 0, 0x80F)]
+
+
 def test_page_writes_that_kvm_takes_back_and_those_it_does_not() -> None:
     """KVM masks what it stores; ESR and, in deadline mode, TMICT it only ignores: the guest reads what it wrote."""
     m = xapic()
@@ -837,11 +851,12 @@ def test_tpr_below_threshold() -> None:
     assert (v.injected, page(v, 0xA0)) == (0x41, 0x40)
 
 
-@pytest.mark.parametrize("offset", [0x100, 0x3D0, 0x400, 0x418, 0xFF0])
+@pytest.mark.parametrize("offset", [0x100, 0x3D0, 0x400, 0x418, 0x420, 0xFF0])
 def test_apic_write_exit_beyond_all_registers(offset: int) -> None:
     """A qualification that no CPU gives: traced with what is there, nothing written, nothing read outside the page."""
     m = xapic()
-    v = m.vcpus[2]
+    v = m.vcpus[1]
+    assert page(m.vcpus[2], 0x20), "which lies behind the page, 0x400 further on"
     pend(v, 0x05)
     v.rflags &= ~IF
     before = m.words[L.PAGE : L.PAGE + 4 * L.PAGE_STRIDE].tobytes()
