@@ -182,7 +182,7 @@ class Vmx:
         base = self.common.memory[v.own + L.K_APIC_BASE] & R.APICBASE.mask("BASE")
         if exit.gpa & ~_PAGE != base:
             return KvmExit.MMIO
-        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE))
+        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE, gpa=0))
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""
