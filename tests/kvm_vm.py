@@ -40,9 +40,18 @@ KVM_SET_CPUID2 = 0x4008AE90
 KVM_GET_MP_STATE = 0x8004AE98
 KVM_SET_MP_STATE = 0x4004AE99
 KVM_GET_VCPU_EVENTS = 0x8040AE9F
+KVM_SET_VCPU_EVENTS = 0x4040AEA0
+KVM_GET_TSC_KHZ = 0xAEA3
+KVM_SET_BOOT_CPU_ID = 0xAE78
+KVM_INTERRUPT = 0x4004AE86
+KVM_X86_SET_MSR_FILTER = 0x4188AEC6
+KVM_SET_GSI_ROUTING = 0x4008AE6A
 
 CAP_SPLIT_IRQCHIP = 121
 CAP_X2APIC_API = 129
+CAP_DISABLE_QUIRKS = 116
+CAP_X86_USER_SPACE_MSR = 188
+CAP_X86_APIC_BUS_CYCLES_NS = 237
 IOAPIC_PINS = 24
 CPUID_ENTRY = struct.Struct("<7I12x")
 CPUID_1_ECX_X2APIC = 1 << 21
@@ -117,6 +126,11 @@ class RealVcpu:
         self.memory = vm.memory
         self.run_area = mmap.mmap(self.fd, mapping_bytes)
         vm.mappings.append(self.run_area)
+        self.flat_real_mode()
+        self.set_mp_state(r.MP_RUNNABLE)
+
+    def flat_real_mode(self) -> None:
+        """Segments from 0 to 4 GiB, as code expects them that a test runs."""
         sregs = bytearray(312)
         fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs, True)
         for segment in range(6):
@@ -124,7 +138,6 @@ class RealVcpu:
             kind = 0xB if segment == 0 else 0x3
             struct.pack_into("<QIH8B", sregs, 24 * segment, 0, 0xFFFF_FFFF, 0, kind, 1, 0, 0, 1, 0, 1, 0)
         fcntl.ioctl(self.fd, KVM_SET_SREGS, sregs, True)
-        self.set_mp_state(r.MP_RUNNABLE)
 
     def _run(self, program: bytes, registers: list[int], rflags: int) -> tuple[int, int, int]:
         """Runs a program until it writes to a port: the port, then EAX and EDX."""
@@ -143,6 +156,10 @@ class RealVcpu:
         """Runs one instruction; whether it went through, then EAX and EDX."""
         port, eax, edx = self._run(code + OUT_DONE, [rax, 0, rcx, rdx, 0, rdi, STACK_AT, 0], r.RFLAGS_FIXED)
         return port == PORT_DONE, eax, edx
+
+    def run_through(self) -> None:
+        """KVM_RUN of a guest that does nothing but leave to user space, interrupts off."""
+        self._run(OUT_DONE, [0, 0, 0, 0, 0, 0, STACK_AT, 0], r.RFLAGS_FIXED)
 
     def taken(self) -> int | None:
         """The vector of the interrupt that the guest takes with RFLAGS.IF set, or None."""
@@ -176,6 +193,9 @@ class RealKvm:
         x2apic_api: int = 0,
         x2apic: bool = True,
         tsc_deadline: bool = True,
+        bus_cycle_ns: int = 1,
+        disable_quirks: int = 0,
+        boot_cpu_id: int = 0,
         **_unused: object,
     ) -> None:
         self.fds: list[int] = []
@@ -192,6 +212,12 @@ class RealKvm:
                 fcntl.ioctl(self.fd, KVM_CREATE_IRQCHIP)
             if x2apic_api:
                 self._enable_cap(CAP_X2APIC_API, x2apic_api)
+            if bus_cycle_ns != 1:
+                self._enable_cap(CAP_X86_APIC_BUS_CYCLES_NS, bus_cycle_ns)
+            if disable_quirks:
+                self._enable_cap(CAP_DISABLE_QUIRKS, disable_quirks)
+            if boot_cpu_id:
+                fcntl.ioctl(self.fd, KVM_SET_BOOT_CPU_ID, boot_cpu_id)
             self.system = system
             self.cpuid = self._guest_cpuid(system, x2apic, tsc_deadline)
             for apic_id in apic_ids:
@@ -256,6 +282,9 @@ class RealKvm:
         mapping_bytes = fcntl.ioctl(self.system, KVM_GET_VCPU_MMAP_SIZE, 0)
         for vcpu in self.vcpus:
             vcpu.start(self, mapping_bytes)
+
+    def tsc_khz(self) -> int:
+        return fcntl.ioctl(self.vcpus[0].fd, KVM_GET_TSC_KHZ)
 
     def signal_msi(self, address: int, data: int) -> int:
         message = struct.pack("<IIIII12x", address & 0xFFFF_FFFF, address >> 32, data, 0, 0)

@@ -7,15 +7,19 @@ kernel generations. Sets stand for bitmaps, a dict for the register page, a dict
 It shares nothing but numbers (`fastexit.regs`) with the library, so an error has to be made twice to go unnoticed.
 `test_oracle_kvm.py` holds it against a real `/dev/kvm`; `test_property.py` holds the library against it.
 
-Not modelled: time (TMICT is stored, TMCCT reads 0, nothing expires), CMCI, Hyper-V and Xen, the IOAPIC side of an EOI.
+Not modelled: CMCI, Hyper-V and Xen. The timer is in oracle_timer.py.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastexit import regs as r
+from fastexit.reasons import KvmExit
+from oracle_run import Result, RunLoop
+from oracle_timer import Timer
 
 KERNELS = ("seed-v3", "5.6", "5.7", "5.8", "6.1", "6.12", "6.18")
 
@@ -47,6 +51,16 @@ XAPIC_ID_MASK = 0xFF00_0000
 ENABLED_BITS = r.APICBASE_EN | r.APICBASE_EXTD
 DESTINATIONS = ("dst", "self", "all", "all-but-self")
 MAX_PENDING_NMIS = 2
+
+
+@dataclass
+class MsrRange:
+    """One range of KVM_X86_SET_MSR_FILTER; bits of ``bitmap`` allow."""
+
+    flags: int
+    base: int
+    count: int
+    bitmap: int
 
 
 @dataclass
@@ -84,6 +98,9 @@ class Events:
 
     nmi_pending: int
     latched_init: int
+    nmi_masked: bool = False
+    smi_pending: bool = False
+    exception: int | None = None
 
 
 class Vcpu:
@@ -93,7 +110,7 @@ class Vcpu:
         self.m = machine
         self.id = apic_id
         self.index = index
-        self.is_boot_cpu = apic_id == 0
+        self.is_boot_cpu = apic_id == machine.boot_cpu_id
         self.apic_base = 0
         self.words: dict[int, int] = {}  # every dword of the page that is not part of a bitmap
         self.irr: set[int] = set()
@@ -102,9 +119,27 @@ class Vcpu:
         self.pir: set[int] = set()
         self.isr_count = 0
         self.isr_cache: int | None = None
-        self.lvtt_mode = 0
-        self.tsc_deadline = 0
+        self.timer = Timer(self)
+        self.thread = RunLoop(self)
+        self.in_guest = False
+        self.requests: set[str] = set()
+        self.rip = 0xFFF0
+        self.rflags = r.RFLAGS_FIXED
+        self.shadow = 0
+        self.exception: int | None = None
+        self.injected: int | None = None
+        self.extint: int | None = None
         self.nmi_queued = 0
+        self.nmi_pending = 0
+        self.nmi_masked = False
+        self.nmi_injected = False
+        self.smi_pending = False
+        self.smm = False
+        self.vmxon = False
+        self.gif = True
+        self.arb_prio = 0
+        self.ioapic_handled: set[int] = set()
+        self.ioapic_eoi = 0
         self.pending_init = False
         self.pending_sipi = False
         self.sipi_vector = 0
@@ -131,10 +166,6 @@ class Vcpu:
     def xapic_id(self) -> int:
         return self.reg(r.APIC_ID) >> r.XAPIC_DEST_SHIFT
 
-    @property
-    def deadline_mode(self) -> bool:
-        return self.lvtt_mode == r.TIMER_DEADLINE
-
     def _bitmap(self, offset: int) -> tuple[set[int], int]:
         base = next(b for b in (r.APIC_IRR, r.APIC_TMR, r.APIC_ISR) if offset >= b)
         return {r.APIC_IRR: self.irr, r.APIC_TMR: self.tmr, r.APIC_ISR: self.isr}[base], (offset - base) // 0x10 * 32
@@ -146,7 +177,7 @@ class Vcpu:
             return sum(1 << (v - first) for v in vectors if first <= v < first + 32)
         return self.words.get(offset, 0)
 
-    def _put(self, offset: int, value: int) -> None:
+    def put(self, offset: int, value: int) -> None:
         if offset in BITMAP_OFFSETS:
             vectors, first = self._bitmap(offset)
             vectors.difference_update(range(first, first + 32))
@@ -158,40 +189,47 @@ class Vcpu:
 
     def _reset(self, *, init: bool) -> None:
         self.pir.clear()
-        if not init:
+        if init:
+            self.nmi_queued = self.nmi_pending = 0
+            self.nmi_masked = self.smi_pending = False
+            self.exception = None
+            self.rip, self.rflags, self.shadow = 0xFFF0, r.RFLAGS_FIXED, 0
+        else:
             self._set_base(r.APIC_DEFAULT_PHYS_BASE | r.APICBASE_EN | (r.APICBASE_BSP if self.is_boot_cpu else 0))
             self._set_xapic_id(self.id)
         self._set_version()
         for lvt in LVTS:
-            self._put(lvt, r.LVT_MASKED)
-        self._update_timer_mode()
-        if self.is_boot_cpu:
-            self._put(r.APIC_LVT0, r.LVT0_BOOT)
-        self._put(r.APIC_DFR, r.DFR_FLAT)
+            self.put(lvt, r.LVT_MASKED)
+        self.timer.mode_changed()
+        if self.is_boot_cpu and not self.m.disable_quirks & r.QUIRK_LINT0_REENABLED:
+            self.put(r.APIC_LVT0, r.LVT0_BOOT)
+        self.put(r.APIC_DFR, r.DFR_FLAT)
         self._set_svr(0xFF)
         self.m.map_dirty = True
-        self._put(r.APIC_TASKPRI, 0)
+        self.put(r.APIC_TASKPRI, 0)
         if not self.x2apic:
-            self._put(r.APIC_LDR, 0)
-        self._put(r.APIC_ESR, 0)
-        self._put(r.APIC_ICR, 0)
+            self.put(r.APIC_LDR, 0)
+        self.put(r.APIC_ESR, 0)
+        self.put(r.APIC_ICR, 0)
         if not self.x2apic or self.m.icr_always_split:
-            self._put(r.APIC_ICR2, 0)
+            self.put(r.APIC_ICR2, 0)
         else:
             # a 64-bit store, also on the vendor that keeps the high half elsewhere
-            self._put(r.APIC_ICR + 4, 0)
-        self._put(r.APIC_TDCR, 0)
-        self._put(r.APIC_TMICT, 0)
+            self.put(r.APIC_ICR + 4, 0)
+        self.put(r.APIC_TDCR, 0)
+        self.put(r.APIC_TMICT, 0)
+        self.timer.reset()
         self.irr.clear()
         self.isr.clear()
         self.tmr.clear()
         self._recount_isr()
+        self.arb_prio = 0
         self._update_ppr()
         self.m.rebuild_map()
 
     def _set_version(self) -> None:
         advertised = self.m.x2apic and self.m.split_irqchip and not self.m.x2apic_api & r.X2API_NO_SUPPRESS_EOI
-        self._put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
+        self.put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
 
     def _recount_isr(self) -> None:
         self.isr_count = 1 if self.m.apicv else len(self.isr)
@@ -200,10 +238,10 @@ class Vcpu:
     def _set_svr(self, value: int) -> None:
         if bool(value & r.SVR_ENABLE) != self.sw_enabled:
             self.m.map_dirty = True
-        self._put(r.APIC_SPIV, value)
+        self.put(r.APIC_SPIV, value)
 
     def _set_xapic_id(self, apic_id: int) -> None:
-        self._put(r.APIC_ID, (apic_id & 0xFF) << r.XAPIC_DEST_SHIFT)
+        self.put(r.APIC_ID, (apic_id & 0xFF) << r.XAPIC_DEST_SHIFT)
         self.m.map_dirty = True
 
     def _x2apic_ldr(self) -> int:
@@ -220,8 +258,8 @@ class Vcpu:
                 self._set_xapic_id(self.id)
         if changed & r.APICBASE_EXTD:
             if value & r.APICBASE_EXTD:
-                self._put(r.APIC_ID, self.id)
-                self._put(r.APIC_LDR, self._x2apic_ldr())
+                self.put(r.APIC_ID, self.id)
+                self.put(r.APIC_LDR, self._x2apic_ldr())
                 self.m.map_dirty = True
             elif value & r.APICBASE_EN:
                 self._set_xapic_id(self.id)
@@ -248,19 +286,61 @@ class Vcpu:
 
     def set_msr(self, msr: int, value: int) -> bool:
         """KVM_SET_MSRS of one entry; False where the ioctl stops."""
-        return self._write_msr(msr, value, host=True)
+        self.thread.leave()
+        return self.write_msr(msr, value, host=True)
+
+    def get_msr(self, msr: int) -> int | None:
+        """KVM_GET_MSRS of one entry; None where the ioctl stops."""
+        self.thread.leave()
+        return self.read_msr(msr)
 
     def guest_wrmsr(self, msr: int, value: int) -> str:
-        """A guest WRMSR: ``"ok"`` or ``"gp"``."""
-        return "ok" if self._write_msr(msr, value, host=False) else "gp"
+        """A guest WRMSR, and what the thread does behind it: ``"ok"``, ``"gp"``, ``"user"``."""
+        result = self.wrmsr(msr, value)
+        return "gp" if result.fault else "user" if result.user is KvmExit.X86_WRMSR else "ok"
 
-    def _write_msr(self, msr: int, value: int, *, host: bool) -> bool:
+    def guest_rdmsr(self, msr: int) -> int | None:
+        """A guest RDMSR; None where it faults."""
+        self._into_guest()
+        return self.thread.rdmsr(msr)[1]
+
+    def wrmsr(self, msr: int, value: int) -> Result:
+        self._into_guest()
+        return self.thread.wrmsr(msr, value)
+
+    def hlt(self) -> Result:
+        self._into_guest()
+        return self.thread.hlt()
+
+    def host_interrupt(self) -> Result:
+        """The exit that the host's own interrupts make."""
+        self._into_guest()
+        return self.thread.other()
+
+    def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> int:
+        self._into_guest()
+        return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)[1]
+
+    def run(self) -> str | KvmExit:
+        """KVM_RUN."""
+        return self.thread.run()
+
+    def run_through(self) -> None:
+        """KVM_RUN of a guest that does nothing but leave to user space: no iteration ends inside the kernel."""
+        self._into_guest()
+        self.in_guest = False
+
+    def _into_guest(self) -> None:
+        state = self.thread.run()
+        if state != "guest":
+            raise RuntimeError(f"vCPU {self.index} is not in the guest: {state!r}")
+
+    def write_msr(self, msr: int, value: int, *, host: bool) -> bool:
         self.last_accepted = 0
         if msr == r.MSR_APICBASE:
             return self._write_base(value, host=host)
         if msr == r.MSR_TSC_DEADLINE:
-            if self.hw_enabled and self.deadline_mode:
-                self.tsc_deadline = value
+            self.timer.write_deadline(value)
             return True
         if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
             return False
@@ -278,12 +358,12 @@ class Vcpu:
             return False
         return self._write_reg(offset, value)
 
-    def get_msr(self, msr: int) -> int | None:
-        """KVM_GET_MSRS of one entry, and equally a guest RDMSR; None where it faults."""
+    def read_msr(self, msr: int) -> int | None:
+        """What a read gives, whoever reads; None where it faults."""
         if msr == r.MSR_APICBASE:
             return self.apic_base
         if msr == r.MSR_TSC_DEADLINE:
-            return self.tsc_deadline if self.hw_enabled and self.deadline_mode else 0
+            return self.timer.read_deadline()
         if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
             return None
         offset = (msr - r.MSR_X2APIC_BASE) << 4
@@ -293,12 +373,20 @@ class Vcpu:
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> None:
         """A guest store to the APIC page."""
+        self._into_guest()
         self.last_accepted = 0
         if self.hw_enabled and not self.x2apic and length == 4 and offset % 16 == 0:
             self._write_reg(offset, value & 0xFFFF_FFFF)
+        self.thread.other()
 
     def mmio_read(self, offset: int, length: int = 4) -> int | None:
         """A guest load from the APIC page; None where KVM leaves the destination as it was."""
+        self._into_guest()
+        value = self._load(offset, length)
+        self.thread.other()
+        return value
+
+    def _load(self, offset: int, length: int) -> int | None:
         if not self.hw_enabled or self.x2apic:
             return (1 << 8 * length) - 1
         byte = offset % 16
@@ -317,7 +405,10 @@ class Vcpu:
             return None
         if offset == r.APIC_PROCPRI:
             self._update_ppr()
-        value = 0 if offset in (r.APIC_ARBPRI, r.APIC_TMCCT) else self.reg(offset)
+        if offset == r.APIC_TMCCT:
+            value = self.timer.current_count()
+        else:
+            value = 0 if offset == r.APIC_ARBPRI else self.reg(offset)
         self.m.log(f"kvm_apic: apic_read {register_name(offset if traced_as is None else traced_as)} = {value:#x}")
         return value
 
@@ -334,10 +425,10 @@ class Vcpu:
         if offset in (r.APIC_ID, r.APIC_LDR, r.APIC_DFR):
             if self.x2apic:
                 return False
-            self._put(offset, value | r.DFR_CLUSTER if offset == r.APIC_DFR else value & XAPIC_ID_MASK)
+            self.put(offset, value | r.DFR_CLUSTER if offset == r.APIC_DFR else value & XAPIC_ID_MASK)
             self.m.map_dirty = True
         elif offset == r.APIC_TASKPRI:
-            self._put(offset, value & 0xFF)
+            self.put(offset, value & 0xFF)
             self._update_ppr()
         elif offset == r.APIC_EOI:
             self.eoi()
@@ -348,25 +439,25 @@ class Vcpu:
             self._set_svr(value & writable)
             if not self.sw_enabled:
                 for lvt in LVTS:
-                    self._put(lvt, self.reg(lvt) | r.LVT_MASKED)
-                self._update_timer_mode()
+                    self.put(lvt, self.reg(lvt) | r.LVT_MASKED)
+                self.timer.mode_changed()
+                self.timer.software_disabled()
         elif offset == r.APIC_ICR:
             self._send_ipi(value & ~r.ICR_BUSY, self.reg(r.APIC_ICR2))
-            self._put(r.APIC_ICR, value & ~r.ICR_BUSY)
+            self.put(r.APIC_ICR, value & ~r.ICR_BUSY)
         elif offset == r.APIC_ICR2:
             if self.x2apic and not self.m.icr_always_split:
                 return False
-            self._put(offset, value if self.x2apic else value & XAPIC_ID_MASK)
+            self.put(offset, value if self.x2apic else value & XAPIC_ID_MASK)
         elif offset in PLAIN_LVTS:
-            self._put(offset, (value | self._forced_mask()) & PLAIN_LVTS[offset])
+            self.put(offset, (value | self._forced_mask()) & PLAIN_LVTS[offset])
         elif offset == r.APIC_LVTT:
-            self._put(offset, (value | self._forced_mask()) & (r.LVT_WRITABLE_TIMER | self._timer_mode_mask()))
-            self._update_timer_mode()
+            self.put(offset, (value | self._forced_mask()) & (r.LVT_WRITABLE_TIMER | self.timer.allowed_modes()))
+            self.timer.mode_changed()
         elif offset == r.APIC_TMICT:
-            if not self.deadline_mode:
-                self._put(offset, value)
+            self.timer.write_initial_count(value)
         elif offset == r.APIC_TDCR:
-            self._put(offset, value & r.TDCR_WRITABLE)
+            self.timer.write_divide(value)
         elif offset == r.APIC_ESR:
             return not (self.x2apic and value)
         elif offset == r.APIC_SELF_IPI:
@@ -385,16 +476,6 @@ class Vcpu:
     def _forced_mask(self) -> int:
         return 0 if self.sw_enabled else r.LVT_MASKED
 
-    def _timer_mode_mask(self) -> int:
-        return r.LVT_TIMER_PERIODIC | (r.LVT_TIMER_DEADLINE if self.m.tsc_deadline else 0)
-
-    def _update_timer_mode(self) -> None:
-        mode = self.reg(r.APIC_LVTT) & self._timer_mode_mask()
-        if (mode == r.TIMER_DEADLINE) != self.deadline_mode:
-            self._put(r.APIC_TMICT, 0)
-            self.tsc_deadline = 0
-        self.lvtt_mode = mode
-
     # --------------------------------------------------------------------------------------------------- sending
 
     def _write_x2apic_icr(self, value: int) -> bool:
@@ -402,13 +483,14 @@ class Vcpu:
             return False
         value &= ~r.ICR_BUSY
         self._send_ipi(value & 0xFFFF_FFFF, value >> 32)
-        self._put(r.APIC_ICR, value & 0xFFFF_FFFF)
-        self._put(self._icr_high_at(), value >> 32)
+        self.put(r.APIC_ICR, value & 0xFFFF_FFFF)
+        self.put(self._icr_high_at(), value >> 32)
         self.m.log(f"kvm_apic: apic_write APIC_ICR = {value:#x}")
         return True
 
-    def _send_ipi(self, low: int, high: int) -> None:
-        irq = Irq(
+    def irq_of(self, low: int, high: int) -> Irq:
+        """The message that the two halves of an ICR describe."""
+        return Irq(
             vector=low & r.ICR_VECTOR,
             mode=(low & r.ICR_DM) >> r.ICR_DM_SHIFT,
             logical=bool(low & r.ICR_LOGICAL),
@@ -417,6 +499,9 @@ class Vcpu:
             shorthand=(low & r.ICR_SHORTHAND) >> r.ICR_SHORTHAND_SHIFT,
             dest=high if self.x2apic else high >> r.XAPIC_DEST_SHIFT,
         )
+
+    def _send_ipi(self, low: int, high: int) -> None:
+        irq = self.irq_of(low, high)
         self.m.log(
             f"kvm_apic_ipi: dst {irq.dest:x} vec {irq.vector} ({r.DeliveryMode(irq.mode).name}|"
             f"{'logical' if irq.logical else 'physical'}|{'assert' if irq.level else 'de-assert'}|"
@@ -431,6 +516,8 @@ class Vcpu:
         trigger = "level" if irq.trigger_level else "edge"
         what = f"apicid {self.id:x} vec {irq.vector} ({r.DeliveryMode(irq.mode).name}|{trigger})"
         self.m.log(f"kvm_apic_accept_irq: {what}")
+        if irq.mode == r.DM_LOWEST:
+            self.arb_prio += 1
         if irq.mode in (r.DM_FIXED, r.DM_LOWEST):
             if irq.trigger_level and not irq.level:
                 return 0
@@ -443,24 +530,57 @@ class Vcpu:
             (self.pir if self.m.posts_interrupts else self.irr).add(irq.vector)
             if self.m.apicv:
                 self.m.log(f"kvm_apicv_accept_irq: {what}")
+            else:
+                self.request("EVENT")
+            return 1
+        if irq.mode == r.DM_SMI:
+            if not self.m.smm:
+                return 0
+            self.request("SMI")
             return 1
         if irq.mode == r.DM_REMRD:
             self.pv_unhalted = True
+            self.request("EVENT")
             return 1
         if irq.mode == r.DM_NMI:
             self.nmi_queued += 1
+            self.request("NMI")
             return 1
         if irq.mode == r.DM_INIT:
             if irq.trigger_level and not irq.level:
                 return 0
             self.pending_init = True
             self.pending_sipi = False
+            self.request("EVENT")
             return 1
         if irq.mode == r.DM_STARTUP:
             self.sipi_vector = irq.vector
             self.pending_sipi = True
+            self.request("EVENT")
             return 1
-        return 0  # ExtINT, and SMI on a kernel without system management mode
+        return 0  # ExtINT
+
+    def request(self, name: str) -> None:
+        """A KVM_REQ_*: the next entry deals with it, and a vCPU that is in the guest comes out for it."""
+        self.requests.add(name)
+
+    def deliver_local(self, lvt: int) -> int:
+        """An interrupt of the APIC itself, through its LVT entry."""
+        value = self.reg(lvt)
+        if not self.hw_enabled or value & r.LVT_MASKED:
+            return 0
+        mode = (value & r.LVT.mask("DM")) >> r.LVT.shift("DM")
+        return self.accept(
+            Irq(
+                vector=value & 0xFF,
+                mode=mode,
+                logical=False,
+                level=True,
+                trigger_level=bool(value & r.LVT.mask("TRIGGER")),
+                shorthand=r.SH_NONE,
+                dest=0,
+            )
+        )
 
     def sync_pir(self) -> None:
         """Moves posted interrupts into the IRR."""
@@ -481,12 +601,14 @@ class Vcpu:
         tpr, in_service = self.reg(r.APIC_TASKPRI), self._highest_isr() or 0
         ppr = tpr & 0xFF if tpr & 0xF0 >= in_service & 0xF0 else in_service & 0xF0
         fell = ppr < self.reg(r.APIC_PROCPRI)
-        self._put(r.APIC_PROCPRI, ppr)
+        self.put(r.APIC_PROCPRI, ppr)
         return fell
 
     def _update_ppr(self) -> None:
         if self._store_ppr():
             self.sync_pir()  # looking for something that became deliverable looks at posted interrupts too
+            if max(self.irr, default=0) & 0xF0 > self.reg(r.APIC_PROCPRI):
+                self.request("EVENT")
 
     def pending(self) -> int | None:
         """The vector that could be injected now."""
@@ -523,19 +645,49 @@ class Vcpu:
                 self.isr_count -= 1
                 self.isr_cache = None
         self._update_ppr()
+        if vector in self.ioapic_handled and self.m.split_irqchip and not self._suppresses_eoi():
+            self.ioapic_eoi = vector
+            self.request("IOAPIC_EOI")
+        self.request("EVENT")
         return vector
+
+    def _suppresses_eoi(self) -> bool:
+        return bool(self.m.x2apic_api & r.X2API_SUPPRESS_EOI and self.reg(r.APIC_SPIV) & r.SVR_SUPPRESS_EOI)
+
+    def has_extint(self) -> bool:
+        """An interrupt of user space's PIC waits, and LINT0 lets it through."""
+        lint0 = self.reg(r.APIC_LVT0)
+        open_ = not lint0 & r.LVT_MASKED and lint0 & r.LVT.mask("DM") == r.LVT0_BOOT
+        return self.extint is not None and (not self.hw_enabled or open_)
+
+    def take_extint(self) -> int | None:
+        vector, self.extint = self.extint, None
+        return vector
+
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT; ValueError for what the ioctl refuses."""
+        self.thread.leave()
+        if not self.m.split_irqchip or self.extint is not None:
+            raise ValueError("ENXIO or EEXIST")
+        self.extint = vector
+        self.request("EVENT")
+
+    def queue_exception(self, number: int) -> None:
+        self.exception = number
+        self.request("EVENT")
 
     # ---------------------------------------------------------------------------------------------- state in and out
 
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC."""
+        self.thread.leave()
         self.sync_pir()
         page = dict.fromkeys(range(0, r.LAPIC_PAGE_BYTES, 4), 0) | self.words
         for base, vectors in ((r.APIC_ISR, self.isr), (r.APIC_TMR, self.tmr), (r.APIC_IRR, self.irr)):
             bitmap = sum(1 << v for v in vectors)
             for word in range(8):
                 page[base + 0x10 * word] = bitmap >> 32 * word & 0xFFFF_FFFF
-        page[r.APIC_TMCCT] = 0
+        page[r.APIC_TMCCT] = self.timer.current_count()
         if self.x2apic:
             if not self.m.x2apic_api & r.X2API_32BIT_IDS:
                 page[r.APIC_ID] = self.id << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
@@ -546,6 +698,7 @@ class Vcpu:
         """KVM_SET_LAPIC; ValueError where the ioctl says EINVAL."""
         if len(data) != r.LAPIC_PAGE_BYTES:
             raise ValueError(f"a register page has {r.LAPIC_PAGE_BYTES} bytes, got {len(data)}")
+        self.thread.leave()
         page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
         self.pir.clear()
         self._set_svr(page[r.APIC_SPIV])
@@ -557,50 +710,92 @@ class Vcpu:
             page[r.APIC_LDR] = self._x2apic_ldr()
             page[self._icr_high_at()] = page[r.APIC_ICR2]
         for offset, value in page.items():
-            self._put(offset, value)
+            self.put(offset, value)
         self.m.map_dirty = True
         self.m.rebuild_map()
         self._set_version()
         self._update_ppr()
-        self._update_timer_mode()
-        self._put(r.APIC_TMCCT, 0)
+        self.timer.restore(page[r.APIC_TMCCT])
+        self.put(r.APIC_TMCCT, 0)
         self._recount_isr()
+        self.arb_prio = 0
+        self.request("EVENT")
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE, which first carries out a pending INIT or SIPI."""
-        self._accept_init_and_sipi()
-        if self.mp_state == r.MP_HALTED and self.pv_unhalted:
+        self.thread.leave()
+        self.accept_events()
+        if self.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD) and self.pv_unhalted:
             return r.MP_RUNNABLE
         return self.mp_state
 
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE."""
+        self.thread.leave()
         if state == r.MP_SIPI_RECEIVED:
-            self._set_mp(r.MP_INIT_RECEIVED)
+            self.set_mp(r.MP_INIT_RECEIVED)
             self.pending_sipi = True
         else:
-            self._set_mp(state)
+            self.set_mp(state)
+        self.request("EVENT")
 
-    def _set_mp(self, state: int) -> None:
+    def set_mp(self, state: int) -> None:
         self.mp_state = state
         if state == r.MP_RUNNABLE:
             self.pv_unhalted = False
 
-    def _accept_init_and_sipi(self) -> None:
+    def init_allowed(self) -> bool:
+        return not (self.smm or self.vmxon or not self.gif)
+
+    def accept_events(self) -> None:
+        """INIT and SIPI, where they are due."""
+        if not self.init_allowed():
+            if self.pending_init or self.pending_sipi:
+                self.pending_sipi = False
+            return
         if self.pending_init:
             self.pending_init = False
-            self.nmi_queued = 0
             self._reset(init=True)
-            self._set_mp(r.MP_RUNNABLE if self.apic_base & r.APICBASE_BSP else r.MP_INIT_RECEIVED)
+            self.set_mp(r.MP_RUNNABLE if self.apic_base & r.APICBASE_BSP else r.MP_INIT_RECEIVED)
         if self.pending_sipi:
             self.pending_sipi = False
             if self.mp_state == r.MP_INIT_RECEIVED:
-                self._set_mp(r.MP_RUNNABLE)
+                self.rip = 0
+                self.set_mp(r.MP_RUNNABLE)
+
+    def process_nmi(self) -> None:
+        self.requests.discard("NMI")
+        most = 1 if self.nmi_masked or self.nmi_injected else MAX_PENDING_NMIS
+        self.nmi_pending = min(self.nmi_pending + self.nmi_queued, most)
+        self.nmi_queued = 0
+        if self.nmi_pending:
+            self.request("EVENT")
+
+    def enter_smm(self) -> None:
+        self.smm = True
+        self.rip, self.rflags, self.shadow = 0x8000, r.RFLAGS_FIXED, 0
 
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
-        self.nmi_queued = min(self.nmi_queued, MAX_PENDING_NMIS)
-        return Events(self.nmi_queued, int(self.pending_init))
+        self.thread.leave()
+        if "NMI" in self.requests:
+            self.process_nmi()
+        return Events(
+            self.nmi_pending,
+            int(self.pending_init),
+            self.nmi_masked,
+            self.smi_pending or "SMI" in self.requests,
+            self.exception,
+        )
+
+    def set_sregs(self, *, apic_base: int, cr8: int) -> bool:
+        """KVM_SET_SREGS as far as it concerns the APIC; False where the ioctl fails."""
+        self.thread.leave()
+        if not self._write_base(apic_base, host=True):
+            return False
+        self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4)
+        self._update_ppr()
+        return True
 
 
 class Machine:
@@ -619,12 +814,40 @@ class Machine:
         x2apic: bool = True,
         tsc_deadline: bool = True,
         maxphyaddr: int = 48,
+        vector_hashing: bool = True,
+        smm: bool = False,
+        hv_timer: bool | None = None,
+        pi_inject_timer: bool = False,
+        tsc_khz: int = 1_000_000,
+        bus_cycle_ns: int = 1,
+        min_timer_period_us: int = 200,
+        disable_exits: int = 0,
+        disable_quirks: int = 0,
+        boot_cpu_id: int = 0,
+        fastpath: bool = True,
     ) -> None:
-        generation = KERNELS.index(kernel)
-        self.icr_always_split = generation <= KERNELS.index("5.8")
-        self.icr_split = self.icr_always_split or (generation >= KERNELS.index("6.12") and vendor == "svm")
-        self.icr_reserved_faults = generation >= KERNELS.index("6.12")
+        self.kernel = kernel
+        self.generation = generation = self.at(kernel)
+        self.icr_always_split = generation <= self.at("5.8")
+        self.icr_split = self.icr_always_split or (generation >= self.at("6.12") and vendor == "svm")
+        self.icr_reserved_faults = generation >= self.at("6.12")
         self.lowest_broadcast_rewritten_early = kernel == "seed-v3"
+        self.periodic_skips = generation >= self.at("6.18")
+        self.fastpath = fastpath
+        self.svm = vendor == "svm"
+        self.vector_hashing = vector_hashing
+        self.smm = smm
+        self.hv_timer = vendor == "vmx" if hv_timer is None else hv_timer
+        self.pi_inject_timer = pi_inject_timer
+        self.now = 0
+        self.tsc_khz = tsc_khz
+        self.bus_cycle_ns = bus_cycle_ns
+        self.min_timer_period_us = min_timer_period_us
+        self.disable_exits = disable_exits
+        self.disable_quirks = disable_quirks
+        self.boot_cpu_id = boot_cpu_id
+        self.user_space_msr = 0
+        self.msr_filter: tuple[bool, list[MsrRange]] | None = None
         self.apicv = apicv
         self.posts_interrupts = apicv and vendor == "vmx"
         self.split_irqchip = irqchip == "split"
@@ -653,6 +876,91 @@ class Machine:
 
     def log(self, line: str) -> None:
         self.trace.append(line)
+
+    @staticmethod
+    def at(kernel: str) -> int:
+        return KERNELS.index(kernel)
+
+    # ----------------------------------------------------------------------------------------------------- time
+
+    def cycles(self, ns: int) -> int:
+        return ns * self.tsc_khz // 1_000_000
+
+    def tsc(self) -> int:
+        """The guest's TSC."""
+        return self.cycles(self.now)
+
+    def next_timer(self) -> int | None:
+        """When the next timer of the host runs out."""
+        return min((v.timer.hrtimer for v in self.vcpus if v.timer.hrtimer is not None), default=None)
+
+    def set_time(self, ns: int) -> list[int]:
+        """Time passes; whose preemption timer took him out of the guest, in order."""
+        if ns < self.now:
+            raise ValueError("time does not go back")
+        self.now = ns
+        left = []
+        while True:
+            due = [v for v in self.vcpus if v.timer.hrtimer is not None and v.timer.hrtimer <= ns]
+            if due:
+                min(due, key=lambda v: (v.timer.hrtimer, v.index)).timer.fire()
+                continue
+            due = [v for v in self.vcpus if v.in_guest and v.timer.hv_at is not None and v.timer.hv_at <= self.tsc()]
+            if not due:
+                return left
+            left.append(due[0].index)
+            due[0].thread.preemption_timer()
+
+    # ---------------------------------------------------------------------------------------------- MSRs and hypercalls
+
+    def filtered(self, msr: int, *, write: bool) -> bool:
+        """Whether the MSR filter denies this access to the guest."""
+        if self.msr_filter is None or r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END:
+            return False
+        deny, ranges = self.msr_filter
+        for one in ranges:
+            if one.base <= msr < one.base + one.count and one.flags & (2 if write else 1):
+                return not one.bitmap >> msr - one.base & 1
+        return deny
+
+    def pv_ipi(self, low: int, high: int, least: int, icr: int, width: int) -> int:
+        """KVM_HC_SEND_IPI: how many accepted, or an error."""
+        if icr & (r.ICR_LOGICAL | r.ICR_SHORTHAND):
+            return -r.HC_EINVAL
+        if self.map is None:
+            return -r.HC_EOPNOTSUPP
+        irq = Irq(
+            vector=icr & r.ICR_VECTOR,
+            mode=(icr & r.ICR_DM) >> r.ICR_DM_SHIFT,
+            logical=False,
+            level=bool(icr & r.ICR_LEVEL),
+            trigger_level=bool(icr & r.ICR_TRIGGER),
+            shorthand=r.SH_NONE,
+            dest=0,
+        )
+        accepted = 0
+        for bitmap in (low, high):
+            for bit in bits_of(bitmap):
+                target = self.map.phys.get(least + bit) if least + bit <= self.map.max_apic_id else None
+                if target is not None:
+                    accepted += target.accept(irq)
+            least = least + width & 0xFFFF_FFFF
+        return accepted
+
+    def pv_kick(self, apic_id: int) -> None:
+        """KVM_HC_KICK_CPU."""
+        self.deliver(
+            None,
+            Irq(
+                vector=0,
+                mode=r.DM_REMRD,
+                logical=False,
+                level=False,
+                trigger_level=False,
+                shorthand=r.SH_NONE,
+                dest=apic_id,
+            ),
+        )
 
     # ------------------------------------------------------------------------------------------------- APIC map
 
@@ -720,24 +1028,30 @@ class Machine:
             return source.accept(irq)
         if self.lowest_broadcast_rewritten_early:
             self._rewrite_lowest_broadcast(irq)
-        targets = self._resolve(source, irq)
+        targets = self.resolve(source, irq)
         if targets is not None:
             return sum(target.accept(irq) for target in targets)
         self._rewrite_lowest_broadcast(irq)
         matching = [v for v in self.vcpus if v.hw_enabled and self._matches(source, irq, v)]
         if irq.wants_lowest:
-            candidates = [v for v in matching if v.sw_enabled]
-            matching = [candidates[irq.vector % len(candidates)]] if candidates else []
+            matching = self._lowest(irq, [v for v in matching if v.sw_enabled])
         if not matching:
             return -1
         return sum(target.accept(irq) for target in matching)
+
+    def _lowest(self, irq: Irq, candidates: list[Any]) -> list[Any]:
+        if not candidates:
+            return []
+        if self.vector_hashing:
+            return [candidates[irq.vector % len(candidates)]]
+        return [min(candidates, key=lambda v: v.arb_prio)]
 
     @staticmethod
     def _rewrite_lowest_broadcast(irq: Irq) -> None:
         if not irq.logical and irq.dest == r.XAPIC_BROADCAST and irq.wants_lowest:
             irq.mode = r.DM_FIXED
 
-    def _resolve(self, source: Vcpu | None, irq: Irq) -> list[Vcpu] | None:
+    def resolve(self, source: Vcpu | None, irq: Irq) -> list[Vcpu] | None:
         """The targets by the map; None where the map cannot tell."""
         if irq.shorthand or self.map is None or self._is_broadcast(source, irq, self.map):
             return None
@@ -747,8 +1061,8 @@ class Machine:
         if slots is None:
             return None
         if irq.wants_lowest and slots:
-            # empty slots take part in the choice
-            slots = [slots[irq.vector % len(slots)]]
+            # empty slots take part in the choice by vector, but not in the one by priority
+            slots = self._lowest(irq, slots if self.vector_hashing else [v for v in slots if v is not None])
         return [target for target in slots if target is not None]
 
     def _is_broadcast(self, source: Vcpu | None, irq: Irq, apic_map: ApicMap) -> bool:
