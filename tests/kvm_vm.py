@@ -11,12 +11,14 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import struct
 from types import TracebackType
 from typing import Self
 
 import oracle
 from fastexit import regs as r
+from fastexit.reasons import KvmExit
 
 KVM_CREATE_VM = 0xAE01
 KVM_CHECK_EXTENSION = 0xAE03
@@ -58,15 +60,17 @@ CPUID_1_ECX_X2APIC = 1 << 21
 CPUID_1_ECX_DEADLINE = 1 << 24
 MAXPHYADDR = 48
 
+SREGS_BYTES, SREGS_CS_SELECTOR, SREGS_CR8, SREGS_APIC_BASE = 312, 12, 256, 272
+
 GUEST_BYTES = 0x10000
 CODE_AT = 0x1000
 FAULT_HANDLER_AT = 0x800
 STACK_AT = 0x7000
 VECTOR_HANDLERS_AT = 0x2000
 PORT_DONE, PORT_FAULT, PORT_INTERRUPT = 0x10, 0x11, 0x12
-EXIT_IO = 2
 OUT_DONE = bytes((0xE6, PORT_DONE))
-WRMSR, RDMSR = b"\x0f\x30", b"\x0f\x32"
+WRMSR, RDMSR, HLT = b"\x0f\x30", b"\x0f\x32", b"\xf4"
+ASLEEP_SECONDS = 0.01
 STORES = {4: b"\x67\x66\x89\x07", 2: b"\x67\x89\x07", 1: b"\x67\x88\x07"}
 LOADS = {4: b"\x67\x66\x8b\x07", 2: b"\x67\x8b\x07", 1: b"\x67\x8a\x07"}
 """16-bit encodings: [EDI] with EAX, AX, AL."""
@@ -77,6 +81,7 @@ class RealVcpu:
 
     def __init__(self, vm: RealKvm, apic_id: int) -> None:
         self.id = apic_id
+        self.msr_error = False
         self.fd = fcntl.ioctl(vm.fd, KVM_CREATE_VCPU, apic_id)
         vm.fds.append(self.fd)
         fcntl.ioctl(self.fd, KVM_SET_CPUID2, bytearray(vm.cpuid), True)
@@ -115,9 +120,59 @@ class RealVcpu:
         fcntl.ioctl(self.fd, KVM_SET_MP_STATE, struct.pack("<I", state))
 
     def events(self) -> oracle.Events:
+        buffer = self._events()
+        return oracle.Events(nmi_pending=buffer[13], latched_init=buffer[27], nmi_masked=bool(buffer[14]))
+
+    def _events(self) -> bytearray:
         buffer = bytearray(64)
         fcntl.ioctl(self.fd, KVM_GET_VCPU_EVENTS, buffer, True)
-        return oracle.Events(nmi_pending=buffer[13], latched_init=buffer[27])
+        return buffer
+
+    def set_events(
+        self,
+        *,
+        nmi_pending: int | None = None,
+        nmi_masked: bool = False,
+        sipi_vector: int | None = None,
+        latched_init: bool | None = None,
+    ) -> None:
+        flags = 1 * (nmi_pending is not None) | 2 * (sipi_vector is not None) | 8 * (latched_init is not None)
+        buffer = bytearray(64)
+        buffer[13:15] = nmi_pending or 0, nmi_masked
+        struct.pack_into("<II", buffer, 16, sipi_vector or 0, flags)
+        buffer[27] = bool(latched_init)
+        fcntl.ioctl(self.fd, KVM_SET_VCPU_EVENTS, buffer)
+
+    def set_sregs(self, *, apic_base: int, cr8: int) -> bool:
+        sregs = self._sregs()
+        struct.pack_into("<Q", sregs, SREGS_CR8, cr8)
+        struct.pack_into("<Q", sregs, SREGS_APIC_BASE, apic_base)
+        try:
+            fcntl.ioctl(self.fd, KVM_SET_SREGS, sregs)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    @property
+    def cr8(self) -> int:
+        return struct.unpack_from("<Q", self._sregs(), SREGS_CR8)[0]
+
+    @property
+    def cs(self) -> int:
+        return struct.unpack_from("<H", self._sregs(), SREGS_CS_SELECTOR)[0]
+
+    def _sregs(self) -> bytearray:
+        sregs = bytearray(SREGS_BYTES)
+        fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs, True)
+        return sregs
+
+    def interrupt(self, vector: int) -> None:
+        try:
+            fcntl.ioctl(self.fd, KVM_INTERRUPT, struct.pack("<I", vector))
+        except OSError as error:
+            raise ValueError(f"KVM_INTERRUPT: {error.strerror}") from error
 
     # ----------------------------------------------------------------------------------- as the guest, by real code
 
@@ -131,8 +186,7 @@ class RealVcpu:
 
     def flat_real_mode(self) -> None:
         """Segments from 0 to 4 GiB, as code expects them that a test runs."""
-        sregs = bytearray(312)
-        fcntl.ioctl(self.fd, KVM_GET_SREGS, sregs, True)
+        sregs = self._sregs()
         for segment in range(6):
             # struct kvm_segment: base, limit, selector, type, present, dpl, db, s, l, g
             kind = 0xB if segment == 0 else 0x3
@@ -140,13 +194,29 @@ class RealVcpu:
         fcntl.ioctl(self.fd, KVM_SET_SREGS, sregs, True)
 
     def _run(self, program: bytes, registers: list[int], rflags: int) -> tuple[int, int, int]:
-        """Runs a program until it writes to a port: the port, then EAX and EDX."""
+        """Runs a program until it writes to a port: the port, then EAX and EDX.
+
+        What asks user space on the way is in ``asked``: an access to an MSR is answered as ``msr_error`` says, what
+        goes to memory that is not there with zeros.
+        """
         self.memory[CODE_AT : CODE_AT + len(program)] = program
         fcntl.ioctl(self.fd, KVM_SET_REGS, struct.pack("<18Q", *registers, *([0] * 8), CODE_AT, rflags))
-        fcntl.ioctl(self.fd, KVM_RUN, 0)
-        reason = struct.unpack_from("<I", self.run_area, 8)[0]
+        self.asked: list[tuple[int, ...]] = []
+        while True:
+            fcntl.ioctl(self.fd, KVM_RUN, 0)
+            reason = struct.unpack_from("<I", self.run_area, 8)[0]
+            if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+                self.asked.append((reason, *struct.unpack_from("<IIQ", self.run_area, 40)))
+                struct.pack_into("<B", self.run_area, 32, self.msr_error)
+            elif reason == KvmExit.MMIO:
+                self.asked.append((reason,))
+                struct.pack_into("<Q", self.run_area, 40, 0)
+            elif reason == KvmExit.IOAPIC_EOI:
+                self.asked.append((reason, self.run_area[32]))
+            else:
+                break
         port = struct.unpack_from("<H", self.run_area, 34)[0]
-        assert reason == EXIT_IO, f"the guest stopped with exit {reason}"
+        assert reason == KvmExit.IO, f"the guest stopped with exit {reason}"
         after = bytearray(144)
         fcntl.ioctl(self.fd, KVM_GET_REGS, after, True)
         eax, _, _, edx = struct.unpack_from("<4Q", after)
@@ -157,6 +227,10 @@ class RealVcpu:
         port, eax, edx = self._run(code + OUT_DONE, [rax, 0, rcx, rdx, 0, rdi, STACK_AT, 0], r.RFLAGS_FIXED)
         return port == PORT_DONE, eax, edx
 
+    def _user(self) -> bool:
+        """Whether user space had to do the last instruction."""
+        return any(asked[0] != KvmExit.IOAPIC_EOI for asked in self.asked)
+
     def run_through(self) -> None:
         """KVM_RUN of a guest that does nothing but leave to user space, interrupts off."""
         self._run(OUT_DONE, [0, 0, 0, 0, 0, 0, STACK_AT, 0], r.RFLAGS_FIXED)
@@ -166,19 +240,36 @@ class RealVcpu:
         port, al, _ = self._run(OUT_DONE, [0, 0, 0, 0, 0, 0, STACK_AT, 0], r.RFLAGS_FIXED | r.RFLAGS_IF)
         return al & 0xFF if port == PORT_INTERRUPT else None
 
+    def halt_and_take(self, *, interrupts: bool) -> int | str:
+        """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
+        handler = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, ASLEEP_SECONDS)
+        try:
+            flags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
+            port, al, _ = self._run(HLT + OUT_DONE, [0, 0, 0, 0, 0, 0, STACK_AT, 0], flags)
+        except InterruptedError:
+            return "asleep"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        return al & 0xFF if port == PORT_INTERRUPT else "went on"
+
     def guest_wrmsr(self, msr: int, value: int) -> str:
         done, _, _ = self._execute(WRMSR, rcx=msr, rax=value & 0xFFFF_FFFF, rdx=value >> 32)
-        return "ok" if done else "gp"
+        return "user" if self._user() else "ok" if done else "gp"
 
     def guest_rdmsr(self, msr: int) -> int | None:
         done, eax, edx = self._execute(RDMSR, rcx=msr)
         return edx << 32 | eax if done else None
 
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> None:
+    def mmio_write(self, offset: int, value: int, length: int = 4) -> str | None:
         self._execute(STORES[length], rax=value, rdi=r.APIC_DEFAULT_PHYS_BASE + offset)
+        return "user" if self._user() else None
 
-    def mmio_read(self, offset: int, length: int = 4) -> int:
+    def mmio_read(self, offset: int, length: int = 4) -> int | str:
         _, eax, _ = self._execute(LOADS[length], rdi=r.APIC_DEFAULT_PHYS_BASE + offset)
+        if self._user():
+            return "user"
         return eax & (1 << 8 * length) - 1
 
 
@@ -283,6 +374,28 @@ class RealKvm:
         for vcpu in self.vcpus:
             vcpu.start(self, mapping_bytes)
 
+    def set_msr_filter(self, default_deny: bool, ranges: list[oracle.MsrRange]) -> None:
+        """KVM_X86_SET_MSR_FILTER."""
+        keep = []
+        packed = struct.pack("<II", default_deny, 0)
+        for one in [*ranges, *[oracle.MsrRange(0, 0, 0, 0)] * (16 - len(ranges))]:
+            bitmap = ctypes.create_string_buffer(one.bitmap.to_bytes((one.count + 63) // 64 * 8 or 8, "little"))
+            keep.append(bitmap)
+            packed += struct.pack("<IIIIQ", one.flags, one.count, one.base, 0, ctypes.addressof(bitmap))
+        fcntl.ioctl(self.fd, KVM_X86_SET_MSR_FILTER, packed)
+
+    def ask_user_space(self, reasons: int) -> None:
+        """KVM_CAP_X86_USER_SPACE_MSR."""
+        self._enable_cap(CAP_X86_USER_SPACE_MSR, reasons)
+
+    def route(self, vectors: list[int]) -> None:
+        """KVM_SET_GSI_ROUTING: level-triggered messages to physical 0, one a pin of user space's IOAPIC."""
+        entries = b"".join(
+            struct.pack("<IIIIIII20x", pin, 2, 0, 0, 0xFEE0_0000, 0, vector | 0x8000)
+            for pin, vector in enumerate(vectors)
+        )
+        fcntl.ioctl(self.fd, KVM_SET_GSI_ROUTING, bytearray(struct.pack("<II", len(vectors), 0) + entries))
+
     def tsc_khz(self) -> int:
         return fcntl.ioctl(self.vcpus[0].fd, KVM_GET_TSC_KHZ)
 
@@ -298,14 +411,14 @@ class RealKvm:
             raise ValueError("KVM_SIGNAL_MSI: EINVAL") from error
 
 
-def look_at_kernel() -> tuple[int, str | None]:
-    """KVM_CAP_X2APIC_API flags that this kernel knows, and why the oracle cannot be held against it, if so."""
+def look_at_kernel() -> tuple[int, int, str | None]:
+    """KVM_CAP_X2APIC_API flags of full and split irqchips, and why the oracle cannot be held against this kernel."""
     try:
-        with RealKvm(apic_ids=[0]) as vm:
-            flags = fcntl.ioctl(vm.fd, KVM_CHECK_EXTENSION, CAP_X2APIC_API)
+        with RealKvm(apic_ids=[0]) as vm, RealKvm(apic_ids=[0], irqchip="split") as split:
+            flags, on_split = (fcntl.ioctl(one.fd, KVM_CHECK_EXTENSION, CAP_X2APIC_API) for one in (vm, split))
     except OSError as error:
-        return 0, f"no usable /dev/kvm: {error.strerror}"
-    return flags, None if flags & 3 == 3 else "this kernel lacks KVM_CAP_X2APIC_API"
+        return 0, 0, f"no usable /dev/kvm: {error.strerror}"
+    return flags, on_split, None if flags & 3 == 3 else "this kernel lacks KVM_CAP_X2APIC_API"
 
 
-API_FLAGS, UNUSABLE = look_at_kernel()
+API_FLAGS, API_FLAGS_SPLIT, UNUSABLE = look_at_kernel()

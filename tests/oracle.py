@@ -124,10 +124,12 @@ class Vcpu:
         self.in_guest = False
         self.requests: set[str] = set()
         self.rip = 0xFFF0
+        self.cs = 0xF000
         self.rflags = r.RFLAGS_FIXED
         self.shadow = 0
         self.exception: int | None = None
-        self.injected: int | None = None
+        self.injected: int | None = None  # what was injected last
+        self.interrupt_injected = False  # and the guest has not been entered with it
         self.extint: int | None = None
         self.nmi_queued = 0
         self.nmi_pending = 0
@@ -191,9 +193,9 @@ class Vcpu:
         self.pir.clear()
         if init:
             self.nmi_queued = self.nmi_pending = 0
-            self.nmi_masked = self.smi_pending = False
+            self.nmi_masked = self.nmi_injected = self.smi_pending = self.interrupt_injected = False
             self.exception = None
-            self.rip, self.rflags, self.shadow = 0xFFF0, r.RFLAGS_FIXED, 0
+            self.rip, self.cs, self.rflags, self.shadow = 0xFFF0, 0xF000, r.RFLAGS_FIXED, 0
         else:
             self._set_base(r.APIC_DEFAULT_PHYS_BASE | r.APICBASE_EN | (r.APICBASE_BSP if self.is_boot_cpu else 0))
             self._set_xapic_id(self.id)
@@ -317,6 +319,30 @@ class Vcpu:
         self._into_guest()
         return self.thread.other()
 
+    def next_interrupt(self) -> int | None:
+        """What a guest with interrupts on is interrupted by next: user space's PIC first."""
+        return self.take_extint() if self.has_extint() else self.pending()
+
+    def halt_and_take(self, *, interrupts: bool) -> int | str:
+        """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
+        self.injected = None
+        self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
+        self._into_guest()
+        asleep = self.injected is None and self.thread.hlt().blocked
+        self.in_guest = False
+        self.rflags = r.RFLAGS_FIXED
+        if asleep:
+            self.thread.leave()
+            return "asleep"
+        return "went on" if self.injected is None else self.injected
+
+    def complete_msr(self, *, error: bool = False) -> None:
+        """User space has dealt with the MSR that KVM_RUN came back for."""
+        if error:
+            self.queue_exception(13)
+        else:
+            self.thread.skip(2)
+
     def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> int:
         self._into_guest()
         return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)[1]
@@ -371,17 +397,27 @@ class Vcpu:
             return self.reg(r.APIC_ICR) | self.reg(self._icr_high_at()) << 32
         return self._read_reg(offset)
 
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> None:
-        """A guest store to the APIC page."""
+    def mmio_write(self, offset: int, value: int, length: int = 4) -> str | None:
+        """A guest store to the APIC page; "user" where nobody in the kernel claims it."""
         self._into_guest()
+        if self._nobody_there():
+            self.in_guest = False
+            return "user"
         self.last_accepted = 0
         if self.hw_enabled and not self.x2apic and length == 4 and offset % 16 == 0:
             self._write_reg(offset, value & 0xFFFF_FFFF)
         self.thread.other()
+        return None
 
-    def mmio_read(self, offset: int, length: int = 4) -> int | None:
-        """A guest load from the APIC page; None where KVM leaves the destination as it was."""
+    def _nobody_there(self) -> bool:
+        return bool(self.m.disable_quirks & r.QUIRK_LAPIC_MMIO_HOLE) and (not self.hw_enabled or self.x2apic)
+
+    def mmio_read(self, offset: int, length: int = 4) -> int | str | None:
+        """A guest load from the APIC page; None where KVM leaves the destination as it was, "user" where it goes."""
         self._into_guest()
+        if self._nobody_there():
+            self.in_guest = False
+            return "user"
         value = self._load(offset, length)
         self.thread.other()
         return value
@@ -760,7 +796,7 @@ class Vcpu:
         if self.pending_sipi:
             self.pending_sipi = False
             if self.mp_state == r.MP_INIT_RECEIVED:
-                self.rip = 0
+                self.rip, self.cs = 0, self.sipi_vector << 8
                 self.set_mp(r.MP_RUNNABLE)
 
     def process_nmi(self) -> None:
@@ -788,14 +824,46 @@ class Vcpu:
             self.exception,
         )
 
+    def set_events(
+        self,
+        *,
+        nmi_pending: int | None = None,
+        nmi_masked: bool = False,
+        sipi_vector: int | None = None,
+        latched_init: bool | None = None,
+    ) -> None:
+        """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
+        self.thread.leave()
+        self.process_nmi()
+        if nmi_pending is not None:
+            self.nmi_pending, self.nmi_queued = 0, nmi_pending
+            if nmi_pending:
+                self.request("NMI")
+        self.nmi_masked = nmi_masked
+        self.nmi_injected = False
+        self.interrupt_injected = False
+        self.exception = None
+        if sipi_vector is not None:
+            self.sipi_vector = sipi_vector
+        if latched_init is not None:
+            self.pending_init = latched_init
+        self.request("EVENT")
+
     def set_sregs(self, *, apic_base: int, cr8: int) -> bool:
         """KVM_SET_SREGS as far as it concerns the APIC; False where the ioctl fails."""
         self.thread.leave()
         if not self._write_base(apic_base, host=True):
             return False
-        self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4)
-        self._update_ppr()
+        if not cr8 >> 4:
+            self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4)
+            self._update_ppr()
+        if self.apic_base & r.APICBASE_BSP and self.rip == 0xFFF0 and self.cs == 0xF000:
+            self.set_mp(r.MP_RUNNABLE)  # user space of old did not do so when it reset the boot CPU
         return True
+
+    @property
+    def cr8(self) -> int:
+        return self.reg(r.APIC_TASKPRI) >> 4 & 0xF
 
 
 class Machine:

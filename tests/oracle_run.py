@@ -41,6 +41,7 @@ class RunLoop:
         self.m = vcpu.m
         self.sleeps_on_hv = False  # sleeping, with the host counting for the preemption timer
         self.sleeping = False
+        self.msr_asked = 0  # why user space was asked about the last MSR, MSR_EXIT_*
         self.user: KvmExit | None = None
 
     # ---------------------------------------------------------------------------------------------- the outer loop
@@ -94,10 +95,13 @@ class RunLoop:
         if v.hw_enabled and v.sw_enabled:
             v.sync_pir()
         if v.requests:
+            if self._under_way():
+                v.request("EVENT")  # what was to be delivered by this entry comes first in the next one
             return None
         v.in_guest = True
         v.exception = None
         v.nmi_injected = False
+        v.interrupt_injected = False
         while v.in_guest and v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
             if self.preemption_timer().completion != "reenter":
                 return GUEST if v.in_guest else BLOCKED
@@ -106,7 +110,7 @@ class RunLoop:
     def _inject(self) -> None:
         """The most urgent event that the guest can take."""
         v = self.v
-        can = v.exception is None
+        can = not self._under_way()
         if v.smi_pending and can and not v.smm:
             v.smi_pending = False
             v.enter_smm()
@@ -119,6 +123,10 @@ class RunLoop:
             vector = v.take_extint() if v.has_extint() else None if self.m.apicv else v.ack()
             if vector is not None:
                 v.injected = vector
+                v.interrupt_injected = True
+
+    def _under_way(self) -> bool:
+        return self.v.exception is not None or self.v.nmi_injected or self.v.interrupt_injected
 
     def _interrupts_on(self) -> bool:
         return bool(self.v.rflags & r.RFLAGS_IF) and self.v.gif and not self.v.shadow
@@ -235,9 +243,10 @@ class RunLoop:
         return r.MSR_EXIT_INVAL if known else r.MSR_EXIT_UNKNOWN
 
     def _msr_outcome(self, result: Result, why: int, exit_reason: KvmExit) -> Result:
+        self.msr_asked = why if self.m.user_space_msr & why else 0
         if not why:
             self.skip(INSN_LEN["wrmsr"])
-        elif self.m.user_space_msr & why:
+        elif self.msr_asked:
             result.user = exit_reason
         else:
             result.fault = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ class Config:
     x2apic_api: int = 0
     x2apic: bool = True
     tsc_deadline: bool = True
+    boot_cpu_id: int = 0
+    disable_quirks: int = 0
 
     def build(self, factory: Callable[..., Any]) -> Any:
         return factory(**(asdict(self) | {"apic_ids": list(self.apic_ids)}))
@@ -81,7 +83,10 @@ def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed:
         "x2apic_api": rng.randrange(4) | (r.X2API_NO_SUPPRESS_EOI if rng.random() < 0.1 else 0),
         "x2apic": rng.random() < 0.9,
         "tsc_deadline": rng.random() < 0.7,
+        "disable_quirks": rng.choice((0, 0, 0, r.QUIRK_LINT0_REENABLED)),
     }
+    if chance(rng, 0.1):
+        drawn["boot_cpu_id"] = rng.choice((fixed | drawn)["apic_ids"])
     return Config(**(drawn | fixed))
 
 
@@ -311,6 +316,47 @@ def host_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) 
     return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
 
 
+def set_events_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
+    return (
+        "set_events",
+        rng.randrange(len(machine.vcpus)),
+        rng.choice((None, 0, 1, 2, 3)),
+        chance(rng, 0.3),
+        rng.choice((None, rng.randrange(256))),
+        rng.choice((None, None, False, True)),
+    )
+
+
+def set_sregs_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """KVM_SET_SREGS, the two words of it that concern the APIC."""
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    base = vcpu.apic_base if chance(rng, 0.5) else apic_base(rng, vcpu)
+    return ("set_sregs", i, base, rng.randrange(16) if chance(rng, 0.9) else rng.randrange(256))
+
+
+def set_mp_state_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("set_mp_state", rng.randrange(len(machine.vcpus)), rng.randrange(5))
+
+
+def look_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return (rng.choice(("cr8", "cs", "events", "get_mp_state")), rng.randrange(len(machine.vcpus)))
+
+
+USER_OPS: dict[str, Callable[[random.Random, oracle.Machine], Op]] = {
+    "set_events": set_events_op,
+    "set_sregs": set_sregs_op,
+    "set_mp_state": set_mp_state_op,
+    "look": look_op,
+}
+"""What user space does to a vCPU beside its APIC."""
+
+
+def user_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(USER_OPS)) -> Op:
+    return USER_OPS[rng.choice(names)](rng, machine)
+
+
 def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
     """One operation, host or guest."""
     i = rng.randrange(len(machine.vcpus))
@@ -358,6 +404,15 @@ def apply(machine: Any, op: Op) -> Any:
         except ValueError:
             return "einval"
         return None
+    if name in ("cr8", "cs"):
+        return getattr(vcpu, name)
+    if name == "set_events":
+        nmi_pending, nmi_masked, sipi_vector, latched_init = args[1:]
+        return vcpu.set_events(
+            nmi_pending=nmi_pending, nmi_masked=nmi_masked, sipi_vector=sipi_vector, latched_init=latched_init
+        )
+    if name == "set_sregs":
+        return vcpu.set_sregs(apic_base=args[1], cr8=args[2])
     result = getattr(vcpu, name)(*args[1:])
     if name == "events":
         return result.nmi_pending, result.latched_init
@@ -388,5 +443,5 @@ def describe(op: Op) -> str:
             dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument))
             shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
         else:
-            shown.append(f"{argument:#x}" if argument > 9 else str(argument))
+            shown.append(f"{argument:#x}" if isinstance(argument, int) and argument > 9 else str(argument))
     return f"{op[0]} " + " ".join(shown)

@@ -73,8 +73,8 @@ def run_sequences(operations: int, first_seed: int, seconds: float | None = None
                 op = s.host_op(rng, expected)
                 if rng.random() < 0.004:
                     op = ("add_vcpu", late.pop(rng.randrange(len(late))))
-                elif rng.random() < 0.01:
-                    op = ("set_mp_state", rng.randrange(len(expected.vcpus)), rng.randrange(5))
+                elif rng.random() < 0.06:
+                    op = s.user_op(rng, expected)
                 step(expected, real, op, history, config)
                 done += 1
                 if seconds is not None and number % 50 == 0 and time.monotonic() - start > seconds:
