@@ -200,8 +200,8 @@ def test_own_handler_is_called_from_a_batch() -> None:
         seen.append((v.index, len(seen)))
         return fx.KvmExit.HLT
 
-    m.handlers[fx.VmxExit.HLT] = halt
-    exits = np.array([(1, 12, 0, 0, 0), (0, 32, 0x830, 0, 0x1000000FD), (0, 12, 0, 0, 0)], dtype=fx.EXIT)
+    m.handlers[fx.VmxExit.PAUSE_INSTRUCTION] = halt
+    exits = np.array([(1, 40, 0, 0, 0), (0, 32, 0x830, 0, 0x1000000FD), (0, 40, 0, 0, 0)], dtype=fx.EXIT)
     users = [fx.OUTCOMES[int(code)].user for code in m.run(exits)["code"]]
     assert users == [fx.KvmExit.HLT, None, fx.KvmExit.HLT]
     assert seen == [(1, 0), (0, 1)]

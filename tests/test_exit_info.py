@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastexit as fx
+from fastexit import layout as L
 from fastexit.outcome import CODE_GP
 
 ICR = fx.icr(dest=1, vector=0x41)
@@ -26,6 +27,14 @@ def exit_line(m: fx.Machine) -> str:
     return line
 
 
+def qualification(m: fx.Machine) -> int:
+    """info1 of the only exit, which every generation prints in its own way."""
+    records = m.trace.records()
+    (args,) = records[records["event"] == L.TP_EXIT]["args"]
+    m.trace.clear()
+    return int(args[2])
+
+
 def batch(m: fx.Machine, reason: int, info: int, value: int = 0) -> np.ndarray:
     exits = np.zeros(1, dtype=fx.EXIT)
     exits["reason"], exits["info"], exits["msr"], exits["value"] = reason, info, 0x830, value
@@ -38,13 +47,12 @@ def test_qualification_of_an_msr_exit(kernel: str, vendor: str, reason: int, inf
     """info1 appears as given, from one exit, from a batch, and from a batch that goes through Python."""
     m = booted(kernel, vendor)
     m.vcpus[0].exit(reason, rcx=0x830, rax=ICR & 0xFFFF_FFFF, rdx=ICR >> 32, info1=info1)
-    single = exit_line(m)
-    assert f"info1 0x{info1:016x}" in single
+    assert qualification(m) == info1
     batch(m, reason, info1, ICR)
-    assert f"info1 0x{info1:016x}" in exit_line(m)
+    assert qualification(m) == info1
     m.handlers[0xFFF0] = lambda vcpu, exit: None
     batch(m, reason, info1, ICR)
-    assert f"info1 0x{info1:016x}" in exit_line(m)
+    assert qualification(m) == info1
 
 
 def test_vectoring_information_of_a_fast_exit() -> None:

@@ -20,7 +20,8 @@ LAYERS = (
     {"reasons", "regs"},
     {"layout", "outcome", "profile"},
     {"kernels"},
-    {"checks", "config", "dispatcher", "handlers", "machine", "snapshot", "svm", "tracepoints", "vcpu", "vmx"},
+    {"checks", "config", "dispatcher", "handlers", "ioctls", "machine", "snapshot", "svm", "vcpu", "vcpustate", "vmx"}
+    | {"tracenames", "tracepoints", "tracetext"},
     {"walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},

@@ -72,12 +72,13 @@ def test_generic_order(kernel: str, vendor: str) -> None:
 @pytest.mark.parametrize("vendor", VENDORS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_posted_acceptance_follows(kernel: str, vendor: str) -> None:
-    """With APICv each accept line is followed at once by its apicv line, with the same text."""
+    """With APICv each accept line is followed at once by its apicv line, with the same text; from 6.1."""
     m = booted(kernel, vendor, apicv=True)
     m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
     lines = m.trace.lines()
     at = lines.index("kvm_apic_accept_irq: apicid 1 vec 253 (Fixed|edge)")
-    assert lines[at + 1] == "kvm_apicv_accept_irq: apicid 1 vec 253 (Fixed|edge)"
+    apicv = [i for i, text in enumerate(lines) if text == "kvm_apicv_accept_irq: apicid 1 vec 253 (Fixed|edge)"]
+    assert apicv == ([at + 1] if kernel.startswith("6") else [])
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

@@ -1,13 +1,22 @@
-"""What each tracepoint says: the text after its name, as a 6.18 kernel prints it, and the task in front."""
+"""What each tracepoint says: the text after its name, as each generation prints it, and the task in front.
+
+Every line that can be printed is read back by the trace reader.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 import fastexit as fx
+from fastexit import layout as L
+from fastexit.trace.events import Kind
+from fastexit.trace.reader import TraceReader
 from traced import booted
 
 ICR = 0x830
+KERNELS = fx.profiles()
 
 
 def line(m: fx.Machine, event: str) -> str:
@@ -242,3 +251,297 @@ def test_ftrace_text_names_the_task_that_ran() -> None:
     m.signal_msi(0xFEE0_1000, 0x52)
     tasks = [text.split("-")[0].strip() for text in m.trace.text().splitlines()]
     assert tasks == ["host"] * 3
+
+
+# ------------------------------------------------------------------------------- every event, generation by generation
+
+RIP = 0xFFFF_FFFF_8107_F8AA
+EXIT_WORDS = (32, RIP, 0x1, 0x8000_00FD, 0x8000_00F2, 0xB, 1 << 63 | 1 << 14)
+MSR = "kvm_msr: msr_write 830 = 0x1000040fd"
+EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
+    "entry": (
+        L.TP_ENTRY,
+        (RIP, 0x8000_00FD, 0),
+        {
+            "seed-v3": "kvm_entry: vcpu 18",
+            "6.1": "kvm_entry: vcpu 18, rip 0xffffffff8107f8aa",
+            "6.18": "kvm_entry: vcpu 18, rip 0xffffffff8107f8aa intr_info 0x800000fd error_code 0x00000000",
+        },
+    ),
+    "entry that exits at once": (
+        L.TP_ENTRY,
+        (0xFFF0, 0x8000_0B0D, 1 << 32 | 8),
+        {
+            "seed-v3": "kvm_entry: vcpu 18",
+            "6.1": "kvm_entry: vcpu 18, rip 0xfff0",
+            "6.12": "kvm_entry: vcpu 18, rip 0xfff0[immediate exit]",
+            "6.18": "kvm_entry: vcpu 18, rip 0xfff0 intr_info 0x80000b0d error_code 0x00000008[immediate exit]",
+        },
+    ),
+    "exit": (
+        L.TP_EXIT,
+        EXIT_WORDS,
+        {
+            "seed-v3": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info 1 800000fd",
+            "6.1": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info1 0x0000000000000001 "
+            "info2 0x00000000800000fd intr_info 0x800000f2 error_code 0x0000000b",
+            "6.18": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info1 0x0000000000000001 "
+            "info2 0x00000000800000fd intr_info 0x800000f2 error_code 0x0000000b requests 0x0000000000004000",
+        },
+    ),
+    "msr write": (L.TP_MSR_WRITE, (0x830, 0x1_0000_40FD, 0), {"seed-v3": MSR}),
+    "msr write that faults": (L.TP_MSR_WRITE, (0x830, 0x1_0000_40FD, 1), {"seed-v3": f"{MSR} (#GP)"}),
+    "msr read": (L.TP_MSR_READ, (0x802, 0x12, 0), {"seed-v3": "kvm_msr: msr_read 802 = 0x12"}),
+    "apic write": (
+        L.TP_APIC_WRITE,
+        (0x300, 0x1_0000_40FD),
+        {"seed-v3": "kvm_apic: apic_write APIC_ICR = 0x40fd", "6.1": "kvm_apic: apic_write APIC_ICR = 0x1000040fd"},
+    ),
+    "apic read": (L.TP_APIC_READ, (0x110, 0x8), {"seed-v3": "kvm_apic: apic_read 0x110 = 0x8"}),
+    "extended register": (L.TP_APIC_READ, (0x400, 0), {"seed-v3": "kvm_apic: apic_read APIC_EFEAT = 0x0"}),
+    "apic ipi": (
+        L.TP_APIC_IPI,
+        (0x4841, 0x10004),
+        {"seed-v3": "kvm_apic_ipi: dst 10004 vec 65 (Fixed|logical|assert|edge|dst)"},
+    ),
+    "accept": (L.TP_ACCEPT_IRQ, (18, 0x4841), {"seed-v3": "kvm_apic_accept_irq: apicid 12 vec 65 (Fixed|edge)"}),
+    "apicv accept": (
+        L.TP_APICV_ACCEPT_IRQ,
+        (18, 0x8052),
+        {"seed-v3": None, "6.1": "kvm_apicv_accept_irq: apicid 12 vec 82 (Fixed|level)"},
+    ),
+    "eoi": (L.TP_EOI, (65,), {"seed-v3": "kvm_eoi: apicid 12 vector 65"}),
+    "eoi of nothing": (L.TP_EOI, (L.NONE,), {"seed-v3": "kvm_eoi: apicid 12 vector -1"}),
+    "pv eoi": (L.TP_PV_EOI, (236,), {"seed-v3": "kvm_pv_eoi: apicid 12 vector 236"}),
+    "injected interrupt": (
+        L.TP_INJ_VIRQ,
+        (0xFD, 0, 0),
+        {"seed-v3": "kvm_inj_virq: irq 253", "6.1": "kvm_inj_virq: IRQ 0xfd"},
+    ),
+    "injected again": (
+        L.TP_INJ_VIRQ,
+        (0xEC, 0, 1),
+        {"seed-v3": "kvm_inj_virq: irq 236", "6.1": "kvm_inj_virq: IRQ 0xec [reinjected]"},
+    ),
+    "software interrupt": (
+        L.TP_INJ_VIRQ,
+        (0x80, 1, 0),
+        {"seed-v3": "kvm_inj_virq: irq 128", "6.1": "kvm_inj_virq: Soft/INTn 0x80"},
+    ),
+    "software interrupt again": (
+        L.TP_INJ_VIRQ,
+        (0x80, 1, 1),
+        {"seed-v3": "kvm_inj_virq: irq 128", "6.1": "kvm_inj_virq: Soft/INTn 0x80 [reinjected]"},
+    ),
+    "msi": (L.TP_MSI_SET_IRQ, (0x8052, 1, 0), {"seed-v3": "kvm_msi_set_irq: dst 1 vec 82 (Fixed|physical|level)"}),
+    "msi with hint": (
+        L.TP_MSI_SET_IRQ,
+        (0x0952, 0x1FF, 1),
+        {"seed-v3": "kvm_msi_set_irq: dst 1ff vec 82 (LowPrio|logical|edge|rh)"},
+    ),
+    "fast mmio": (L.TP_FAST_MMIO, (0xFEE0_1000,), {"seed-v3": "kvm_fast_mmio: fast mmio at gpa 0xfee01000"}),
+    "hv timer": (L.TP_HV_TIMER_STATE, (1,), {"seed-v3": "kvm_hv_timer_state: vcpu_id 12 hv_timer 1"}),
+    "late": (L.TP_WAIT_LAPIC_EXPIRE, (250,), {"seed-v3": "kvm_wait_lapic_expire: vcpu 18: delta 250 (late)"}),
+    "early": (
+        L.TP_WAIT_LAPIC_EXPIRE,
+        ((1 << 64) - 250,),
+        {"seed-v3": "kvm_wait_lapic_expire: vcpu 18: delta -250 (early)"},
+    ),
+    "inhibit set": (
+        L.TP_APICV_INHIBIT_CHANGED,
+        (8, 1, 1 << 8),
+        {
+            "seed-v3": None,
+            "5.6": "kvm_apicv_update_request: deactivate bit=3",
+            "6.1": "kvm_apicv_inhibit_changed: set reason=7, inhibits=0x80",
+            "6.12": "kvm_apicv_inhibit_changed: set reason=8, inhibits=0x100 IRQWIN",
+        },
+    ),
+    "inhibit that leaves others": (
+        L.TP_APICV_INHIBIT_CHANGED,
+        (8, 0, 1 << 7 | 1 << 9),
+        {
+            "seed-v3": None,
+            "6.1": "kvm_apicv_inhibit_changed: cleared reason=7, inhibits=0x140",
+            "6.12": "kvm_apicv_inhibit_changed: cleared reason=8, inhibits=0x280 NESTED|PIT_REINJ",
+        },
+    ),
+    "last inhibit": (
+        L.TP_APICV_INHIBIT_CHANGED,
+        (9, 0, 0),
+        {
+            "seed-v3": None,
+            "5.6": "kvm_apicv_update_request: activate bit=4",
+            "6.1": "kvm_apicv_inhibit_changed: cleared reason=8, inhibits=0x0",
+            "6.12": "kvm_apicv_inhibit_changed: cleared reason=9, inhibits=0x0",
+        },
+    ),
+    "inhibit of 6.18 only": (
+        L.TP_APICV_INHIBIT_CHANGED,
+        (12, 1, 1 << 12),
+        {
+            "seed-v3": None,
+            "6.18": "kvm_apicv_inhibit_changed: set reason=12, inhibits=0x1000 PHYSICAL_ID_TOO_BIG",
+        },
+    ),
+    "incomplete ipi": (
+        L.TP_AVIC_INCOMPLETE_IPI,
+        (5 << 32 | 0x40FD, 1, 3),
+        {"seed-v3": "kvm_avic_incomplete_ipi: vcpu=18, icrh:icrl=0x00000005:000040fd, id=1, index=3"},
+    ),
+    "doorbell": (L.TP_AVIC_DOORBELL, (18, 3), {"seed-v3": None, "6.1": "kvm_avic_doorbell: vcpuid=18, apicid=3"}),
+    "slow path": (
+        L.TP_AVIC_KICK_VCPU_SLOWPATH,
+        (5 << 32 | 0x40FD, 3),
+        {"seed-v3": None, "6.1": "kvm_avic_kick_vcpu_slowpath: icrh:icrl=0x000005:000040fd, index=3"},
+    ),
+    "user space": (L.TP_USERSPACE_EXIT, (5, 0), {"seed-v3": "kvm_userspace_exit: reason KVM_EXIT_HLT (5)"}),
+    "user space MSR": (
+        L.TP_USERSPACE_EXIT,
+        (30, 0),
+        {
+            "seed-v3": "kvm_userspace_exit: reason 0x1e (30)",
+            "6.1": "kvm_userspace_exit: reason KVM_EXIT_X86_WRMSR (30)",
+        },
+    ),
+    "signal": (L.TP_USERSPACE_EXIT, (10, 4), {"seed-v3": "kvm_userspace_exit: reason restart (4)"}),
+    "errno": (L.TP_USERSPACE_EXIT, (0, 14), {"seed-v3": "kvm_userspace_exit: reason error (14)"}),
+    "irte posted": (
+        L.TP_PI_IRTE_UPDATE,
+        (1 << 32 | 42, 18 << 32 | 0x18, 0x52),
+        {
+            "seed-v3": "kvm_pi_irte_update: VT-d PI is enabled and being updated for irq 42, vcpu 18, gsi: 0x18, "
+            f"gvec: 0x52, pi_desc_addr: {8 * (L.HOT + 2 * L.HOT_STRIDE):#x}",
+            "6.12": "kvm_pi_irte_update: PI is enabled and being updated for irq 42, vcpu 18, gsi: 0x18, "
+            f"gvec: 0x52, pi_desc_addr: {8 * (L.HOT + 2 * L.HOT_STRIDE):#x}",
+            "6.18": "kvm_pi_irte_update: PI is enabled and being updated for irq 42, vcpu 18, gsi: 0x18, gvec: 0x52",
+        },
+    ),
+    "irte remapped": (
+        L.TP_PI_IRTE_UPDATE,
+        (42, 0xFFFF_FFFF << 32 | 0x18, 0),
+        {
+            "seed-v3": None,
+            "6.18": "kvm_pi_irte_update: PI is disabled for irq 42, vcpu -1, gsi: 0x18, gvec: 0x0",
+        },
+    ),
+}
+"""Name -> event, arguments, and from which generation on which line; no line before the event exists.
+
+vCPU 2 has the id 18. Between two entries of a table the text stays as it was.
+"""
+
+
+def printed(table: dict[str, str | None], kernel: str) -> str | None:
+    """What a generation prints: the last entry from it or from an older one."""
+    return [table[known] for known in KERNELS[: KERNELS.index(kernel) + 1] if known in table][-1]
+
+
+def record(m: fx.Machine, event: int, args: tuple[int, ...], vcpu: int = 2) -> None:
+    """Append a record as kernels do. Words that the event does not use hold what was there before."""
+    at = L.TRACE + m.mem[L.H_TRACE_HEAD] * L.TRACE_STRIDE
+    words = (event | vcpu + 1 << 8, *args)
+    m.words[at : at + L.TRACE_STRIDE] = 0xAAAA_AAAA_AAAA_AAAA
+    m.words[at : at + len(words)] = words
+    m.mem[L.H_TRACE_HEAD] += 1
+
+
+def test_every_event_is_here() -> None:
+    """A new tracepoint needs an example."""
+    numbers = {value for name, value in vars(L).items() if name.startswith("TP_")}
+    assert {event for event, _, _ in EVENTS.values()} == numbers
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", EVENTS)
+def test_text_by_generation(name: str, kernel: str) -> None:
+    """Each event in each generation's words; none where the generation does not have it."""
+    event, args, table = EVENTS[name]
+    m = fx.Machine(apic_ids=[0, 1, 18], kernel=kernel)
+    record(m, event, args)
+    expected = printed(table, kernel)
+    assert m.trace.lines() == [expected] * (expected is not None)
+    assert len(m.trace) == 1
+
+
+KINDS = {
+    "entry": (Kind.MARK, 18, 0, 0),
+    "exit": (Kind.MARK, 18, 0, 0),
+    "msr write": (Kind.MSR_WRITE, 0x830, 0x1_0000_40FD, 0),
+    "msr write that faults": (Kind.MSR_WRITE, 0x830, 0x1_0000_40FD, 1),
+    "msr read": (Kind.MSR_READ, 0x802, 0x12, 0),
+    "apic write": (Kind.APIC_WRITE, 0x300, {"seed-v3": 0x40FD, "6.1": 0x1_0000_40FD}, 0),
+    "apic read": (Kind.APIC_READ, 0x110, 8, 0),
+    "extended register": (Kind.APIC_READ, 0x400, 0, 0),
+    "apic ipi": (Kind.IPI, 0x10004, 0x4841, 0),
+    "accept": (Kind.ACCEPT, 18, 0x41, 0),
+    "eoi": (Kind.EOI, 18, 65, 0),
+    "eoi of nothing": (Kind.EOI, 18, -1, 0),
+    "pv eoi": (Kind.EOI, 18, 236, 0),
+    "injected interrupt": (Kind.INJECT, -1, 0xFD, 0),
+    "injected again": (Kind.INJECT, -1, 0xEC, {"seed-v3": 0, "6.1": 1}),
+    "software interrupt": (Kind.INJECT, -1, {"seed-v3": 0x80, "6.1": 0}, {"seed-v3": 0, "6.1": 1}),
+    "msi": (Kind.SOURCE, -1, 0, 0),
+    "hv timer": (Kind.VCPU, 18, 0, 0),
+    "late": (Kind.VCPU, 18, 0, 0),
+    "user space": (Kind.MARK, -1, 0, 0),
+    "fast mmio": (Kind.MARK, -1, 0, 0),
+}
+"""What the reader makes of them; whatever is not here means nothing to it."""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_reader_reads_every_line(kernel: str, tmp_path: Path) -> None:
+    """The text of a machine that traced everything is read without a complaint, and says what was recorded."""
+    m = fx.Machine(apic_ids=[0, 1, 18], kernel=kernel)
+    shown = []
+    for name, (event, args, _) in EVENTS.items():
+        before = len(m.trace.lines())
+        record(m, event, args)
+        if len(m.trace.lines()) > before:
+            shown.append(name)
+    path = tmp_path / "trace.txt"
+    path.write_text(m.trace.text())
+    reader = TraceReader(path)
+    events = [event for batch in reader.batches() for event in batch.events]
+    assert (reader.problems, reader.notes) == ([], [])
+    assert [event.name for event in events] == [line.split(":")[0] for line in m.trace.lines()]
+    for name, event in zip(shown, events, strict=True):
+        if name in KINDS:
+            kind, *fields = (printed(f, kernel) if isinstance(f, dict) else f for f in KINDS[name])
+            assert [Kind(event.kind), event.a, event.b, event.c] == [kind, *fields], name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_latency_flags_by_generation(kernel: str) -> None:
+    """Older kernels print four flags in front of the time stamp."""
+    m = booted(kernel)
+    m.vcpus[0].wrmsr(0x808, 0)
+    flags = {text.split("]")[1].split()[0] for text in m.trace.text().splitlines()}
+    assert flags == {"....." if kernel.startswith("6") else "...."}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "vendor", "reason", "name"),
+    [
+        ("seed-v3", "vmx", 7, "PENDING_INTERRUPT"),
+        ("5.6", "vmx", 7, "INTERRUPT_WINDOW"),
+        ("5.8", "vmx", 74, "0x4a"),
+        ("6.1", "vmx", 74, "BUS_LOCK"),
+        ("6.12", "vmx", 85, "0x55"),
+        ("6.18", "vmx", 6, "0x6"),
+        ("6.18", "vmx", 0x8000_0021, "INVALID_STATE FAILED_VMENTRY"),
+        ("6.18", "vmx", 0x0800_0030, "EPT_VIOLATION 0x8000000"),
+        ("6.18", "svm", 0x4E, "PF excp"),
+        ("6.18", "svm", 0x81, "hypercall"),
+        ("6.18", "svm", 0xA6, "idle-halt"),
+        ("6.12", "svm", 0xA6, "0xa6"),
+        ("6.18", "svm", 0x6D, "write_rt"),
+        ("6.18", "svm", 0xFFFF_FFFF, "invalid_guest_state"),
+    ],
+)
+def test_exit_names_by_generation(kernel: str, vendor: str, reason: int, name: str) -> None:
+    """Exit names came one by one; VMX prints the upper half of a reason behind the name."""
+    m = fx.Machine(vcpus=3, kernel=kernel, vendor=vendor)
+    record(m, L.TP_EXIT, (reason, *EXIT_WORDS[1:]))
+    assert f" reason {name} rip " in m.trace.lines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fastexit as fx
+from fastexit import layout as L
 
 
 def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **options: Any) -> fx.Machine:
@@ -16,3 +17,9 @@ def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **opt
     m.vcpus[0].wrmsr(0x808, 0)
     m.trace.enable()
     return m
+
+
+def injected(m: fx.Machine) -> int:
+    """Interruption information of the last entry, which the text of older generations does not show."""
+    records = m.trace.records()
+    return int(records[records["event"] == L.TP_ENTRY][-1]["args"][1])

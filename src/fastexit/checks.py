@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 U64 = (1 << 64) - 1
@@ -25,6 +26,13 @@ def one_of(value: Any, what: str, known: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"unknown {what} {value!r}: one of {', '.join(known)}")
     return value
+
+
+def member(value: Any, what: str, known: Collection[int]) -> int:
+    """``value`` if it is one of the known integers; ValueError lists them."""
+    if integer(value, what) not in known:
+        raise ValueError(f"{what} {value:#x} is none of {', '.join(f'{int(k):#x}' for k in known)}")
+    return int(value)
 
 
 def access_size(size: Any, what: str = "access length") -> int:

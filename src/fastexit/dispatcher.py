@@ -5,7 +5,7 @@ changes the state it is about: requests, IRQ flag, mode, SRCU, preemption, guest
 guest mode between two exits; so an exit runs the second half of one iteration and, unless the fast path goes straight
 back, the first half of the next. Work on the APIC itself is done by the compiled kernels.
 
-Not modelled: MMU, FPU, debug registers, PMU and steal-time steps (no state that an interrupt exit could see), signals.
+Not modelled: MMU, FPU, debug registers, PMU and steal-time steps (no state that an interrupt exit could see).
 vmx.py and svm.py hold what differs between vendors.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.handlers import user_code
 from fastexit.kernels import _jit
 from fastexit.outcome import (
     CODE_BLOCKED,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from fastexit.handlers import Handlers
     from fastexit.vcpu import Vcpu
 
+IN_GUEST, AROUND = 0, L.NONE
+"""What a try to enter came to, besides the USER codes."""
 _FROM_HANDLERS = CODE_DELIVERY | CODE_FAULT | CODE_USER
 _NO_FAST_HANDLER = Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
 _FAILED_ENTRY = Refusal.FAILED_VMENTRY << CODE_REFUSAL_SHIFT
@@ -52,8 +55,11 @@ class Exit:
     """What hardware reports about one exit.
 
     ``reason`` is the vendor's exit number; ``msr`` and ``value`` are the guest's ECX and EDX:EAX. ``info1`` is the VMX
-    exit qualification or SVM's EXITINFO1, ``info2`` the IDT-vectoring information (bit 31: valid). ``offset``, ``size``
-    and ``write`` describe an access to the xAPIC page, whose data is ``value``; ``length`` is the instruction's length.
+    exit qualification or SVM's EXITINFO1; ``info2`` VMX's IDT-vectoring information (bit 31: valid) or SVM's EXITINFO2;
+    ``intr_info`` VMX's VM-exit interruption information or SVM's EXITINTINFO. ``offset``, ``size`` and ``write``
+    describe an access to the xAPIC page, whose data is ``value``; ``gpa`` is the address of any other access. ``args``
+    are RAX, RBX, RCX, RDX and RSI of a hypercall, ``bits64`` whether all 64 bits of them count. ``length`` is the
+    instruction's length.
     """
 
     reason: int
@@ -61,7 +67,11 @@ class Exit:
     value: int = 0
     info1: int = 0
     info2: int = 0
+    intr_info: int = 0
     offset: int = 0
+    gpa: int = 0
+    args: tuple[int, ...] = ()
+    bits64: bool = True
     size: int = 4
     write: bool = False
     length: int = 0
@@ -80,6 +90,11 @@ class Vendor(Protocol):
     wrmsr_info1: int
     rdmsr_reason: int
     mmio_reason: int
+    forced_reason: int
+    hypercall_reason: int
+    lengths: dict[int, int]
+    l0_wants: frozenset[int]
+    shortcuts: frozenset[int]
     fast_run: dict[int, Handler]
     fast_irqoff: dict[int, Handler]
     handlers: Handlers
@@ -88,12 +103,9 @@ class Vendor(Protocol):
 
     def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 
+    def cut_short(self, exit: Exit) -> int: ...
+
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int: ...
-
-
-def user_code(reason: KvmExit) -> int:
-    """Outcome code that leaves the run loop with a KVM_EXIT_* reason."""
-    return reason + 1 << CODE_USER_SHIFT
 
 
 class Dispatcher:
@@ -136,41 +148,48 @@ class Dispatcher:
         return self.after_run(v, exit, code)
 
     def kvm_run(self, v: Vcpu) -> bool:
-        """KVM_RUN as user space calls it: True in the guest, False when the vCPU waits for INIT or SIPI."""
-        mem = self.mem
-        if mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
+        """KVM_RUN as user space calls it, or a sleeper that goes on: True when the vCPU is in the guest then.
+
+        False: it waits (for INIT, SIPI or what ends a halt), or KVM_RUN has returned; Vcpu.exit_reason tells.
+        """
+        if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             return True
-        mem[v.hot + L.HOT_BLOCKED] = 0
-        mem[v.own + L.K_IN_RUN] = 1
-        self.srcu_lock(v)
-        while mem[v.own + L.K_MP_STATE] != R.MP_RUNNABLE:
-            _jit.load("accept_events")(self.handle, v.index)
-            if mem[v.own + L.K_MP_STATE] != R.MP_RUNNABLE and self.block(v):
-                return False
-        return self.vcpu_enter_guest(v)
+        _jit.load("begin_run")(self.handle, v.index)
+        return not self.vcpu_run(v)
 
     def start_run(self, v: Vcpu) -> None:
-        """KVM_RUN up to the VM entry. The caller's word that the vCPU runs guest code outranks its mp_state."""
-        mem = self.mem
-        mem[v.hot + L.HOT_BLOCKED] = 0
-        mem[v.own + L.K_IN_RUN] = 1
-        self.srcu_lock(v)
-        self.vcpu_enter_guest(v, forced=True)
+        """KVM_RUN up to the VM entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says.
+
+        A return to user space that stands before the entry (an EOI for its IOAPIC, say) happens, and user space calls
+        KVM_RUN again.
+        """
+        code = CODE_USER
+        while code:
+            _jit.load("begin_run")(self.handle, v.index)
+            _jit.load("wake_up")(self.handle, v.index)
+            code = self.vcpu_run(v, forced=True)
 
     def leave_guest(self, v: Vcpu) -> None:
-        """A signal takes the vCPU out of the guest and out of KVM_RUN, as any vCPU ioctl needs."""
-        if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            return
+        """A signal takes the vCPU out of the guest and out of KVM_RUN, as any vCPU ioctl needs. Not traced."""
+        if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
+            self.out_of_guest(v)
+            _jit.load("return_to_user")(self.handle, v.index, L.NONE, 0)
+
+    def out_of_guest(self, v: Vcpu) -> None:
+        """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
         self.guest_mode_outside(v)
         self.irq_window(v)
         self.guest_time_stop(v)
         self.srcu_lock(v)
-        self.return_to_user(v)
+        self.sync_from_vapic(v)
 
     # ------------------------------------------------------------------------------ from VM exit to handle_exit
 
     def vendor_run(self, v: Vcpu, exit: Exit) -> int:
-        """Step 11 behind VMEXIT: kvm_exit, then the vendor's fast handler where this generation has one here."""
+        """Step 11 behind VMEXIT: kvm_exit, an event cut short queued again, then the fast handler if there is one."""
+        cut_short = self.vendor.cut_short(exit)
+        if cut_short & R.VECTORING_INFO_VALID:
+            _jit.load("requeue")(self.handle, v.index, cut_short)
         fast = None if self.hook_irqoff else self.vendor.fast_run.get(exit.reason)
         if fast is not None and not exit.failed_entry:
             return fast(v, exit)
@@ -179,21 +198,25 @@ class Dispatcher:
         return _NO_FAST_HANDLER if fast is None else _FAILED_ENTRY
 
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:
-        """Steps 13-20 and the next entry: everything that a fast re-entry avoids."""
+        """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""
+        code = self.leave_and_handle(v, exit, code)
+        user = code & CODE_USER or self.loop_tail(v)
+        if user:
+            self.return_to_user(v, user)
+            return code | user
+        return code | self.vcpu_run(v)
+
+    def leave_and_handle(self, v: Vcpu, exit: Exit, code: int) -> int:
+        """Steps 13-20: out of the guest, and what the exit asked for."""
         self.guest_mode_outside(v)
         code = self.handle_exit_irqoff(v, exit, code)
         self.irq_window(v)
         self.guest_time_stop(v)
         self.srcu_lock(v)
-        if code & CODE_COMPLETION == COMPLETION_USERSPACE:
-            self.return_to_user(v)
-            return code
-        code = self.handle_exit(v, exit, code)
-        if code & CODE_USER:
-            self.return_to_user(v)
-            return code
-        if not self.vcpu_enter_guest(v):
-            code |= CODE_BLOCKED
+        self.sync_from_vapic(v)
+        if code & CODE_COMPLETION != COMPLETION_USERSPACE:
+            code = self.handle_exit(v, exit, code)
+            self.mem[v.own + L.K_IMMEDIATE] = 0
         return code
 
     def guest_mode_outside(self, v: Vcpu) -> None:
@@ -226,11 +249,15 @@ class Dispatcher:
         mem[own + L.K_SRCU] = 1
         mem[own + L.K_SRCU_LOCKS] += 1
 
-    def return_to_user(self, v: Vcpu) -> None:
-        """KVM_RUN returns: SRCU dropped."""
-        mem, own = self.mem, v.own
-        mem[own + L.K_SRCU] = 0
-        mem[own + L.K_IN_RUN] = 0
+    def sync_from_vapic(self, v: Vcpu) -> None:
+        """Step 18: did the guest end its interrupt by the paravirtual flag?"""
+        if self.mem[v.own + L.K_ATTENTION]:
+            _jit.load("take_pv_eoi")(self.handle, v.index)
+
+    def return_to_user(self, v: Vcpu, code: int) -> None:
+        """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR."""
+        reason = ((code & CODE_USER) >> CODE_USER_SHIFT) - 1
+        _jit.load("return_to_user")(self.handle, v.index, reason, R.EINTR if reason == KvmExit.INTR else 0)
 
     def handle_exit(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 20: the vendor's checks, then the generic handler unless the fast path was there already."""
@@ -247,6 +274,9 @@ class Dispatcher:
             return code
         if completion != COMPLETION_NONE:
             return code
+        if exit.reason not in self.vendor.shortcuts or not self.mem[L.H_CONFIG] & L.CONFIG_RETPOLINE:
+            # Everything else is an indirect call, which a retpoline makes dear.
+            self.mem[v.own + L.K_INDIRECT_CALLS] += 1
         handler = self.vendor.handlers.data.get(exit.reason)
         if handler is None:
             return code | user_code(self.vendor.user_exits.get(exit.reason, KvmExit.INTERNAL_ERROR))
@@ -259,10 +289,12 @@ class Dispatcher:
             raise TypeError(f"handler of exit {exit.reason} returned {result!r:.40}: neither None nor a KvmExit")
         return code | result
 
-    def reflect_to_l1(self, v: Vcpu) -> bool:
+    def reflect_to_l1(self, v: Vcpu, reason: int) -> bool:
         """An exit of L2 that L1 wants: it is L1's now, and nothing is skipped. nested_vmx_reflect_vmexit."""
         mem = self.mem
         if not mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 or not mem[v.own + L.K_L1_WANTS_EXIT]:
+            return False
+        if reason in self.vendor.l0_wants:
             return False
         mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
         mem[v.own + L.K_NESTED_EXITS] += 1
@@ -277,40 +309,76 @@ class Dispatcher:
         if self.mem[L.H_CONFIG] & L.CONFIG_TRACE:
             # VMX says so in bit 31 of the reason itself.
             failed = VMX_FAILED_VMENTRY if exit.failed_entry and not self.mem[L.H_CONFIG] & L.CONFIG_SVM else 0
-            _jit.load("trace_exit")(self.handle, v.index, exit.reason | failed, exit.info1, exit.info2)
+            reason = exit.reason | failed
+            _jit.load("trace_exit")(self.handle, v.index, reason, exit.info1, exit.info2, exit.intr_info)
 
     # ------------------------------------------------------------------------------------------ towards VM entry
 
-    def vcpu_enter_guest(self, v: Vcpu, forced: bool = False) -> bool:
-        """Iterations of the loop until the vCPU is in the guest: True, or False when it waits for SIPI."""
+    def vcpu_run(self, v: Vcpu, forced: bool = False) -> int:
+        """The loop until the vCPU is in the guest (0), waits (CODE_BLOCKED) or KVM_RUN has returned (a USER code)."""
+        mem = self.mem
         while True:
-            if self.mem[v.hot + L.HOT_REQUESTS]:
-                self.service_requests(v)
-                self.inject_events(v)
-            if self.mem[v.own + L.K_MP_STATE] == R.MP_INIT_RECEIVED and not forced:
+            if forced or mem[v.own + L.K_MP_STATE] == R.MP_RUNNABLE:
+                code = self.vcpu_enter_guest(v, forced)
+                if code == IN_GUEST:
+                    return 0
+            else:
                 if self.block(v):
-                    return False
-                continue  # the sender's EVENT request follows its event at once
-            if forced:
-                self.mem[v.own + L.K_MP_STATE] = R.MP_RUNNABLE
-            self.preempt_disable(v)
-            self.irqs_off(v)
-            if self.enter(v):
-                self.guest_time_start(v)
-                self.vm_entry(v)
-                return True
-            self.mem[v.own + L.K_PREEMPT_OFF] = 0
+                    return CODE_BLOCKED
+                code = AROUND
+            if code == AROUND:
+                code = self.loop_tail(v)
+            if code:
+                self.return_to_user(v, code)
+                return code
 
-    def service_requests(self, v: Vcpu) -> None:
-        """Step 2: pending requests, NMI and SMI among them."""
-        _jit.load("service_requests")(self.handle, v.index)
+    def loop_tail(self, v: Vcpu) -> int:
+        """Behind an iteration that stays in the kernel: timer ticks become interrupts, signals are seen. O4-O7."""
+        return _jit.load("loop_tail")(self.handle, v.index)
 
-    def inject_events(self, v: Vcpu) -> None:
-        """Step 3: INIT/SIPI, then exception, NMI, interrupt; none of the latter for a vCPU that now waits for SIPI."""
-        _jit.load("inject_events")(self.handle, v.index)
+    def vcpu_enter_guest(self, v: Vcpu, forced: bool = False) -> int:
+        """One try to enter, steps 1-11: IN_GUEST, AROUND (the loop goes round again) or a USER code."""
+        mem = self.mem
+        if mem[v.hot + L.HOT_REQUESTS] or mem[v.own + L.K_USER_WINDOW]:
+            user = self.service_requests(v)
+            if user:
+                return user
+            if self.inject_events(v) and not forced:
+                return AROUND
+        if forced:
+            mem[v.own + L.K_MP_STATE] = R.MP_RUNNABLE
+        self.preempt_disable(v)
+        self.irqs_off(v)
+        if self.enter(v):
+            self.guest_time_start(v)
+            self.vm_entry(v)
+            return self.exit_at_once(v)
+        mem[v.own + L.K_PREEMPT_OFF] = 0
+        return AROUND
+
+    def exit_at_once(self, v: Vcpu) -> int:
+        """A guest may leave before its first instruction: KVM forced it to, or its preemption timer has run out."""
+        mem = self.mem
+        if not mem[v.own + L.K_IMMEDIATE] and mem[v.own + L.K_HV_DEADLINE] == L.NONE:
+            return IN_GUEST
+        if not _jit.load("exits_at_once")(self.handle, v.index):
+            return IN_GUEST
+        exit = Exit(self.vendor.forced_reason)
+        code = self.vendor_run(v, exit)
+        if code & CODE_COMPLETION == COMPLETION_REENTER:
+            return IN_GUEST
+        return self.leave_and_handle(v, exit, code) & CODE_USER or AROUND
+
+    def service_requests(self, v: Vcpu) -> int:
+        """Step 2: pending requests in KVM's order; a USER code when one of them is user space's."""
+        return _jit.load("service_requests")(self.handle, v.index)
+
+    def inject_events(self, v: Vcpu) -> bool:
+        """Step 3: INIT/SIPI, then one event; True when the vCPU waits for SIPI instead."""
+        return bool(_jit.load("inject_events")(self.handle, v.index))
 
     def block(self, v: Vcpu) -> bool:
-        """The loop goes to vcpu_block: True when the thread sleeps, False when a request came meanwhile."""
+        """The loop goes to vcpu_block: True when the thread sleeps, False when the loop goes round."""
         return bool(_jit.load("block")(self.handle, v.index))
 
     def preempt_disable(self, v: Vcpu) -> None:
@@ -330,8 +398,9 @@ class Dispatcher:
         self.mem[v.own + L.K_GUEST_TIME] = 1
 
     def vm_entry(self, v: Vcpu) -> None:
-        """Step 11 up to VMENTER: kvm_entry, injected event and all."""
-        if self.mem[L.H_CONFIG] & L.CONFIG_TRACE:
+        """Step 11 up to VMENTER: kvm_entry, injected event and all; the wait for a deadline that fired early."""
+        mem, own = self.mem, v.own
+        if mem[L.H_CONFIG] & L.CONFIG_TRACE or mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE]:
             _jit.load("trace_entry")(self.handle, v.index)
         else:
-            self.mem[v.own + L.K_ENTRY_INFO] = 0
+            mem[own + L.K_ENTRY_INFO] = 0

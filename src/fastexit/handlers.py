@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
+from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER_SHIFT, Refusal
+from fastexit.reasons import KvmExit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastexit.dispatcher import Dispatcher, Exit, Handler
     from fastexit.vcpu import Vcpu
+
+
+def user_code(reason: KvmExit) -> int:
+    """Outcome code that leaves the run loop with a KVM_EXIT_* reason."""
+    return reason + 1 << CODE_USER_SHIFT
 
 
 class Handlers(UserDict):
@@ -57,10 +63,25 @@ class CommonHandlers:
         self.handle = handle
         self.loop: Dispatcher | None = None
 
-    def fast_exit(self, v: Vcpu, exit: Exit) -> int:
-        """Fast handler and re-entry in the vendor's run function."""
+    def fast_wrmsr(self, v: Vcpu, exit: Exit) -> int:
+        """Fast WRMSR handler and re-entry in the vendor's run function."""
         self._trace_exit(v, exit)
-        return _jit.load("fast_reenter")(self.handle, v.index, exit.msr, exit.value)
+        return _jit.load("fast_wrmsr")(self.handle, v.index, exit.msr, exit.value, exit.length)
+
+    def fast_hlt(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_hlt."""
+        self._trace_exit(v, exit)
+        return _jit.load("fast_hlt")(self.handle, v.index)
+
+    def fast_invd(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_invd."""
+        self._trace_exit(v, exit)
+        return _jit.load("fast_invd")(self.handle, v.index, exit.length)
+
+    def fast_preemption_timer(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_preemption_timer."""
+        self._trace_exit(v, exit)
+        return _jit.load("fast_preemption_timer")(self.handle, v.index)
 
     def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
         """Fast handler in handle_exit_irqoff."""
@@ -78,14 +99,26 @@ class CommonHandlers:
 
     def wrmsr(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_wrmsr."""
-        return _jit.load("emulate_wrmsr")(self.handle, v.index, exit.msr, exit.value)
+        return _jit.load("emulate_wrmsr")(self.handle, v.index, exit.msr, exit.value, exit.length)
 
     def rdmsr(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_rdmsr; the value is v.read_data."""
-        return _jit.load("emulate_rdmsr")(self.handle, v.index, exit.msr)
+        return _jit.load("emulate_rdmsr")(self.handle, v.index, exit.msr, exit.length)
 
     def apic_page(self, v: Vcpu, exit: Exit) -> int:
-        """The instruction emulator at the xAPIC page. RIP is the emulator's business and moves by ``exit.length``."""
+        """The instruction emulator at the xAPIC page. RIP is the emulator's business and moves by ``exit.length``.
+
+        An address at which user space listens (a fast-MMIO ioeventfd) needs no emulator: the write happened, RIP moves.
+        """
+        if exit.gpa:
+            if exit.gpa not in v.machine.fast_mmio:
+                return user_code(KvmExit.MMIO)
+            self._emit(L.TP_FAST_MMIO, v, exit.gpa)
+            return self.skip_instruction(v, exit)
+        config = self.memory[L.H_CONFIG]
+        claimed = self.memory[v.hot + L.HOT_FLAGS] & (L.FLAG_HW | L.FLAG_X2APIC) == L.FLAG_HW
+        if not claimed and not config & L.CONFIG_MMIO_HOLE:
+            return user_code(KvmExit.MMIO)
         if exit.write:
             code = _jit.load("mmio_write")(self.handle, v.index, exit.offset, exit.size, exit.value)
         else:
@@ -93,10 +126,56 @@ class CommonHandlers:
             code = 0
         return code | self.skip_instruction(v, exit)
 
+    def _emit(self, event: int, v: Vcpu, a: int) -> None:
+        if self.memory[L.H_CONFIG] & L.CONFIG_TRACE:
+            _jit.load("emit")(self.handle, event, v.index, a, 0, 0)
+
+    def hlt(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_halt."""
+        return _jit.load("emulate_halt")(self.handle, v.index)
+
+    def preemption_timer(self, v: Vcpu, exit: Exit) -> int:
+        """handle_preemption_timer."""
+        return _jit.load("handle_preemption_timer")(self.handle, v.index)
+
+    def hypercall(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_hypercall; RAX is v.read_data afterwards."""
+        args = (*exit.args, 0, 0, 0, 0, 0)[:5]
+        code = _jit.load("emulate_hypercall")(self.handle, v.index, *args, int(exit.bits64))
+        return code | self.skip_instruction(v, exit)
+
+    def cr8(self, v: Vcpu, exit: Exit, write: bool) -> int:
+        """MOV to or from CR8; what was read is v.read_data."""
+        return _jit.load("emulate_cr8")(self.handle, v.index, exit.value, int(write))
+
+    def exception(self, v: Vcpu, exit: Exit) -> int | KvmExit | None:
+        """An exception the guest does not get by itself, or a host NMI: back to the guest, or to its debugger."""
+        kind, vector = exit.intr_info >> 8 & 7, exit.intr_info & 0xFF
+        if kind == R.INTR_TYPE_NMI:
+            return None  # the host's NMI handler ran with interrupts still off
+        if vector in (R.VECTOR_DB, R.VECTOR_BP) and self.memory[v.own + L.K_GUEST_DEBUG]:
+            return KvmExit.DEBUG
+        self.memory[v.own + L.K_EXCEPTION] = vector + 1
+        return self.event(v, exit)
+
+    def event(self, v: Vcpu, exit: Exit) -> None:
+        """Something may be injected now: look at the next entry."""
+        _jit.load("make_request")(self.handle, v.index, R.REQ_EVENT)
+
+    def nmi_window(self, v: Vcpu, exit: Exit) -> None:
+        """The guest can take an NMI now."""
+        self.memory[v.own + L.K_NMI_WINDOW] = 0
+        self.event(v, exit)
+
+    def iret(self, v: Vcpu, exit: Exit) -> None:
+        """SVM's IRET intercept: NMIs are unmasked behind the instruction, here at once."""
+        self.memory[v.own + L.K_NMI_MASKED] = 0
+        self.nmi_window(v, exit)
+
     def interrupt_window(self, v: Vcpu, exit: Exit) -> None:
         """The guest can take interrupts now: close the window, look again."""
         self.memory[v.own + L.K_IRQ_WINDOW] = 0
-        _jit.load("make_request")(self.handle, v.index, R.REQ_EVENT)
+        self.event(v, exit)
 
     def nothing(self, v: Vcpu, exit: Exit) -> None:
         """External interrupts: the IRQ window has handled them."""

@@ -221,7 +221,8 @@ K_VIRTUALIZED = 76  # owner; how APIC accesses are virtualised now, VIRT_*
 K_AVIC_LDR = 77  # owner; LDR that the AVIC logical table holds for it
 K_CR8 = 78  # owner; what the guest's CR8 last said
 K_PREEMPTED = 79  # owner; sched_out found it runnable
-K_TSC_OFFSET = 80  # owner; guest TSC - TSC of the machine's clock
+K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN, 0: it runs
+K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE

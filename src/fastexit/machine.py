@@ -21,7 +21,7 @@ from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Outcome
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
@@ -141,6 +141,7 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
         self.lock = threading.Lock()
+        self.fast_mmio: set[int] = set()
         self.last_host_code = 0
 
     def __repr__(self) -> str:
@@ -225,6 +226,76 @@ class Machine:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         return OUTCOMES[code].accepted
 
+    def set_msr_filter(
+        self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()
+    ) -> None:
+        """KVM_X86_SET_MSR_FILTER. ``ranges`` are (flags, first MSR, one bool an MSR: allowed).
+
+        ``flags`` are regs.MSR_FILTER_READ and _WRITE; the first range that has the MSR decides, ``default_deny`` what
+        becomes of the others; without either there is no filter. At most 16 ranges of 12288 MSRs. x2APIC registers are never filtered, and fast paths do not ask.
+        """
+        rows = []
+        for flags, first, bits in ranges:
+            flags = integer(flags, "flags of a filter range", R.MSR_FILTER_READ | R.MSR_FILTER_WRITE)
+            allowed = [bool(bit) for bit in bits]
+            if not flags or not allowed or len(allowed) > L.FILTER_BITMAP_BYTES * 8:
+                raise ValueError(f"filter range at {first:#x}: flags {flags}, {len(allowed)} MSRs (EINVAL)")
+            rows.append((flags, integer(first, "first MSR", 0xFFFF_FFFF), allowed))
+        if len(rows) > L.FILTER_RANGES:
+            raise ValueError(f"{len(rows)} filter ranges: at most {L.FILTER_RANGES} (EINVAL)")
+        for i, (flags, first, allowed) in enumerate(rows):
+            at = L.FILTER + i * L.FILTER_STRIDE
+            self.mem[at + L.FILTER_FLAGS] = flags
+            self.mem[at + L.FILTER_BASE] = first
+            self.mem[at + L.FILTER_COUNT] = len(allowed)
+            packed = np.packbits(allowed, bitorder="little").tobytes().ljust(L.FILTER_BITMAP_BYTES, b"\0")
+            self.words[at + L.FILTER_BITMAP : at + L.FILTER_STRIDE] = np.frombuffer(packed, dtype=np.uint64)
+        self.mem[L.H_FILTER_RANGES] = len(rows)
+        self.mem[L.H_FILTER_DENY] = int(bool(default_deny))
+
+    @property
+    def user_space_msr(self) -> R.MsrExit:
+        """KVM_CAP_X86_USER_SPACE_MSR: which failing MSR accesses of guests leave to user space."""
+        return R.MsrExit(self.mem[L.H_USER_MSR])
+
+    @user_space_msr.setter
+    def user_space_msr(self, reasons: int) -> None:
+        self.mem[L.H_USER_MSR] = integer(reasons, "user_space_msr", 7)
+
+    # ---------------------------------------------------------------------------------------------------------- time
+
+    @property
+    def time(self) -> int:
+        """The host's monotonic clock in ns, as set_time left it. The guest's TSC is this times tsc_khz / 10^6."""
+        return self.mem[L.H_NOW]
+
+    def set_time(self, ns: int) -> list[tuple[int, Outcome]]:
+        """Move the host's clock; what the timers that are due by then did, as (vCPU index, Outcome) in order.
+
+        An hrtimer fires, at the new time, however long ago it was due: its outcome tells the host whom to wake, kick
+        or notify. Then a preemption timer that has run out makes its vCPU, if that is in guest mode, exit. Times
+        between are not visited: set them one by one (next_timer()) where that matters. No other thread may act on the
+        machine meanwhile. ValueError for a time that has passed already.
+        """
+        ns = integer(ns, "time", (1 << 63) - 1)
+        if ns < self.time:
+            raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
+        self.mem[L.H_NOW] = ns
+        happened = []
+        while (index := _jit.load("due_timer")(self.handle)) != L.NONE:
+            happened.append((index, OUTCOMES[_jit.load("fire_timer")(self.handle, index)]))
+        index = _jit.load("hv_timer_exit")(self.handle, 0)
+        while index != L.NONE:
+            exit = Exit(self.dispatcher.vendor.forced_reason)
+            happened.append((index, OUTCOMES[self.dispatcher.run_exit(self.vcpus[index], exit)]))
+            index = _jit.load("hv_timer_exit")(self.handle, index + 1)
+        return happened
+
+    def next_timer(self) -> int | None:
+        """When the next timer is due, ns, or None. A preemption timer counts only while its vCPU is in guest mode."""
+        ns = _jit.load("next_timer")(self.handle)
+        return None if ns == L.NONE else ns
+
     # ----------------------------------------------------------------------------------------------- batch door
 
     def run(self, exits: np.ndarray) -> np.ndarray:
@@ -274,8 +345,7 @@ class Machine:
             size = info & ~L.MMIO_WRITE
             exit = Exit(reason, value=value, offset=msr, size=size, write=bool(info & L.MMIO_WRITE))
         else:
-            is_msr = reason in (vendor.wrmsr_reason, vendor.rdmsr_reason)
-            exit = Exit(reason, msr, value, info, length=R.INSN_LEN_WRMSR if is_msr else 0)
+            exit = Exit(reason, msr, value, info, length=vendor.lengths.get(reason, 0))
         code = self.dispatcher.run_exit(v, exit)
         outcomes[at]["code"] = code
         is_read = (reason == vendor.mmio_reason and not exit.write) or (

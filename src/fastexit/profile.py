@@ -42,6 +42,14 @@ class Trait(IntFlag):
     TSCDL_HV_TIMER = auto()
     """TSC_DEADLINE is fast when the VMX preemption timer can be used."""
     TSCDL_ALWAYS = auto()
+    PREEMPTION_TIMER_FAST = auto()
+    """The VMX preemption timer's exit is handled in the vendor's run function."""
+    FORCED_EXIT_HANDLED = auto()
+    """An exit that KVM forced by the preemption timer is EXIT_HANDLED there; before, its generic handler ate it."""
+    HLT_FAST = auto()
+    INVD_FAST = auto()
+    MSR_IMM = auto()
+    """WRMSR and RDMSR with an immediate are known; the write is fast."""
 
     # -- what a register write does
     ICR_RESERVED_GP = auto()
@@ -55,6 +63,9 @@ class Trait(IntFlag):
     """x2APIC ICR stored as 0x300/0x310 on SVM only; else 64 bits at 0x300."""
     LOWEST_REWRITE_FIRST = auto()
     """Lowest priority to physical 0xFF becomes Fixed before the resolver, not after it."""
+
+    TIMER_NO_CATCH_UP = auto()
+    """A periodic timer that is late by more than a period goes on from now."""
 
     # -- posted interrupts
     PI_KICK = auto()
@@ -118,7 +129,12 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "5.8",
             "5.8.18",
-            _OLD_REGISTERS | _T.GUARD_L2 | _UNICAST | _T.TSCDL_HV_TIMER | _T.TRACE_EXIT_LATE_SVM,
+            _OLD_REGISTERS
+            | _T.GUARD_L2
+            | _UNICAST
+            | _T.TSCDL_HV_TIMER
+            | _T.PREEMPTION_TIMER_FAST
+            | _T.TRACE_EXIT_LATE_SVM,
             "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
         ),
         Profile(
@@ -128,6 +144,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_REENTRY
             | _UNICAST
             | _T.TSCDL_HV_TIMER
+            | _T.PREEMPTION_TIMER_FAST
             | _T.SVM_NEXT_RIP
             | _T.MSR_UPPER_GP
             | _T.TRACE_EXIT_LATE_SVM,
@@ -144,10 +161,13 @@ PROFILES: dict[str, Profile] = {
             | _T.ICR_REENTERS
             | _T.SKIP_HONOURED
             | _T.TSCDL_HV_TIMER
+            | _T.PREEMPTION_TIMER_FAST
+            | _T.FORCED_EXIT_HANDLED
+            | _T.HLT_FAST
             | _T.ICR_RESERVED_GP
             | _T.MSR_UPPER_GP
             | _T.ICR_SPLIT_SVM,
-            "Fixed + physical unicast with reserved bits clear; re-enters the guest",
+            "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
         ),
         Profile(
             "6.18",
@@ -161,6 +181,12 @@ PROFILES: dict[str, Profile] = {
             | _T.SKIP_HONOURED
             | _T.SKIP_AFTER_TRACE
             | _T.TSCDL_ALWAYS
+            | _T.PREEMPTION_TIMER_FAST
+            | _T.FORCED_EXIT_HANDLED
+            | _T.HLT_FAST
+            | _T.INVD_FAST
+            | _T.MSR_IMM
+            | _T.TIMER_NO_CATCH_UP
             | _T.ICR_RESERVED_GP
             | _T.MSR_UPPER_GP
             | _T.ICR_SPLIT_SVM

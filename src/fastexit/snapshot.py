@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -55,16 +56,116 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     if n > L.MAX_VCPUS or sum(r.stop - r.start for r in rows) * 8 != length:
         raise ValueError("snapshot is damaged: its size does not fit its vCPUs")
     source = np.frombuffer(body, dtype=np.uint64)
-    _check_header(source, n)
     parts, at = [], 0
     for r in rows:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
-    _check_vcpus(parts[-1].reshape(n, L.KVM_STRIDE), parts[2].reshape(n, L.HOT_STRIDE))
+    fixed, tables, hot, _, _, kvm = parts
+    _check_header(fixed, n)
+    _check_tables(tables, n)
+    _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
+
+
+# ------------------------------------------------------------------------------ what a word may hold, one line for each
+
+_Check = Callable[[np.ndarray], np.ndarray]
+_U32 = 0xFFFF_FFFF
+
+
+def _between(least: int, most: int) -> _Check:
+    return lambda words: (words >= least) & (words <= most)
+
+
+def _up_to(most: int) -> _Check:
+    return lambda words: words <= most
+
+
+def _bits(mask: int) -> _Check:
+    return lambda words: words & np.uint64(~mask & L.NONE) == 0
+
+
+def _among(*values: int) -> _Check:
+    return lambda words: np.isin(words, np.array(values, dtype=np.uint64))
+
+
+_CONFIG = sum(value for name, value in vars(L).items() if name.startswith("CONFIG_"))
+_TIMER_MODES = R.LVT_TIMER_PERIODIC | R.LVT_TIMER_DEADLINE
+_HFLAGS = sum(value for name, value in vars(L).items() if name.startswith("HF_"))
+_FLAGS = sum(value for name, value in vars(L).items() if name.startswith("FLAG_"))
+
+_HEADER: tuple[tuple[int, _Check, str], ...] = (
+    (L.H_MAGIC, _among(L.MAGIC), "its header"),
+    (L.H_ABI, _among(L.ABI_VERSION), "its header"),
+    (L.H_WORDS, _among(L.WORDS), "its header"),
+    (L.H_CONFIG, _bits(_CONFIG), "the configuration"),
+    (L.H_API, _up_to(15), "the x2APIC API"),
+    (L.H_MAP, _among(L.MAP0, L.MAP1), "the map in use"),
+    (L.H_MAP_LOCK, _among(0), "the map's lock"),
+    (L.H_MAP_DIRTY, _up_to(1), "the map's state"),
+    (L.H_PROFILE, _up_to(len(PROFILES) - 1), "the kernel"),
+    (L.H_MAXPHYADDR, _between(32, 52), "MAXPHYADDR"),
+    (L.H_LOST_LOWEST, _up_to(1), "a lost interrupt"),
+    (L.H_NOW, _up_to((1 << 63) - 1), "the clock"),
+    (L.H_TSC_KHZ, _between(1, 10_000_000), "the TSC's frequency"),
+    (L.H_BUS_NS, _between(1, (1 << 63) // (_U32 * 128)), "the APIC bus cycle"),
+    (L.H_MIN_PERIOD_NS, _up_to(1_000_000_000), "the shortest period"),
+    (L.H_TIMER_ADVANCE_NS, _up_to(_U32), "the timer's advance"),
+    (L.H_INHIBITS, _bits((1 << len(R.Inhibit)) - 1), "an APICv inhibit"),
+    (L.H_DISABLED_EXITS, _up_to(15), "a disabled exit"),
+    (L.H_USER_MSR, _up_to(7), "a reason for MSR exits"),
+    (L.H_FILTER_RANGES, _up_to(L.FILTER_RANGES), "the number of filter ranges"),
+    (L.H_FILTER_DENY, _up_to(1), "the filter's default"),
+    (L.H_BSP_ID, _up_to(L.MAX_VCPU_ID), "the boot CPU's id"),
+)
+_MAP: tuple[tuple[int, _Check, str], ...] = (
+    (L.MAP_PRESENT, _up_to(1), "the map's presence"),
+    (L.MAP_MAX_ID, _up_to(L.MAX_VCPU_ID), "the map's highest id"),
+    (L.MAP_LOGICAL, _up_to(R.LOGICAL_DISABLED), "the map's logical mode"),
+)
+_FILTER: tuple[tuple[int, _Check, str], ...] = (
+    (L.FILTER_FLAGS, _bits(R.MSR_FILTER_READ | R.MSR_FILTER_WRITE), "a filter range's flags"),
+    (L.FILTER_BASE, _up_to(_U32), "a filter range's base"),
+    (L.FILTER_COUNT, _up_to(8 * L.FILTER_BITMAP_BYTES), "a filter range's length"),
+)
+_HOT: tuple[tuple[int, _Check, str], ...] = (
+    (L.HOT_MODE, _up_to(R.READING_SHADOW_PAGE_TABLES), "a vCPU's mode"),
+    (L.HOT_FLAGS, _bits(_FLAGS), "a vCPU's flags"),
+    (L.HOT_BLOCKED, _up_to(1), "a sleeping thread"),
+)
+_KVM: tuple[tuple[int, _Check, str], ...] = (
+    (L.K_VCPU_ID, _up_to(L.MAX_VCPU_ID), "a vCPU's id"),
+    (L.K_ISR_CACHE, lambda words: (words < 256) | (words == L.NONE), "a highest ISR vector"),
+    (L.K_MP_STATE, _among(*R.MpState), "an mp_state"),
+    (L.K_PENDING_EVENTS, _bits(R.PENDING_INIT | R.PENDING_SIPI), "a pending event"),
+    (L.K_SHADOW, _bits(R.SHADOW_STI | R.SHADOW_MOV_SS), "an interrupt shadow"),
+    (L.K_EXCEPTION, _up_to(256), "an injected vector"),
+    (L.K_INTERRUPT, _up_to(256), "an injected vector"),
+    (L.K_EXTINT, _up_to(256), "an injected vector"),
+    (L.K_SIPI_VECTOR, _up_to(255), "a SIPI vector"),
+    (L.K_NMI_PENDING, _up_to(2), "a number of pending NMIs"),
+    (L.K_RVI, _up_to(255), "RVI"),
+    (L.K_SVI, _up_to(255), "SVI"),
+    (L.K_TIMER_MODE, _bits(_TIMER_MODES), "a timer's mode"),
+    (L.K_PERIOD, _up_to(1 << 63), "a timer's period"),
+    (L.K_DIVIDE, _among(*(1 << shift for shift in range(8))), "a timer's divisor"),
+    (L.K_TIMER_ADVANCE, _up_to(_U32), "a timer's advance"),
+    (L.K_ENTRY_INFO, _up_to(_U32), "an interruption information"),
+    (L.K_REINJECT, _up_to(_U32), "an interruption information"),
+    (L.K_CPU, _up_to(_U32), "a pCPU"),
+    (L.K_WAKEUP_CPU, _up_to(1 << 32), "a pCPU"),
+    (L.K_LOADED, _up_to(1), "a loaded vCPU"),
+    (L.K_HFLAGS, _bits(_HFLAGS), "a vCPU's hflags"),
+    (L.K_IOAPIC_EOI, _up_to(511), "an EOI's vector"),
+    (L.K_MSR_INDEX, _up_to(_U32), "an MSR's number"),
+    (L.K_MSR_REASON, _up_to(7), "an MSR exit's reason"),
+    (L.K_PV_EOI_FLAG, _up_to(1), "a PV EOI flag"),
+)
+"""Words that kernels use as an index, a shift, a divisor, a loop's end or a lock, and those whose readers expect few
+values. The others may hold anything: numbers that are only stored, compared, counted or shown."""
 
 
 def _require(holds: bool, what: str) -> None:
@@ -72,31 +173,37 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(f"snapshot is damaged: {what} is out of range")
 
 
+def _check(table: tuple[tuple[int, _Check, str], ...], rows: np.ndarray) -> None:
+    """Every line of a table, on every row."""
+    for word, holds, what in table:
+        _require(bool(holds(rows[:, word]).all()), what)
+
+
 def _check_header(words: np.ndarray, n: int) -> None:
-    header = [int(word) for word in words[: L.HEADER_WORDS]]
-    profiles = list(PROFILES.values())
-    _require((header[L.H_MAGIC], header[L.H_ABI], header[L.H_WORDS]) == (L.MAGIC, L.ABI_VERSION, L.WORDS), "its header")
-    _require(header[L.H_NVCPUS] == n and n > 0, "the number of vCPUs")
-    _require(header[L.H_MAP] in (L.MAP0, L.MAP1) and header[L.H_MAP_LOCK] == 0, "the map in use")
-    _require(header[L.H_PROFILE] < len(profiles), "the kernel")
-    _require(header[L.H_TRAITS] == profiles[header[L.H_PROFILE]].traits, "the kernel's traits")
-    _require(header[L.H_API] <= 15, "the x2APIC API")
-    known = sum(value for name, value in vars(L).items() if name.startswith("CONFIG_"))
-    _require(header[L.H_CONFIG] & ~known == 0, "the configuration")
-    _require(header[L.H_MAXPHYADDR] <= 63, "MAXPHYADDR")
-    for base in (L.MAP0, L.MAP1):
-        _require(words[base + L.MAP_MAX_ID] <= L.MAX_VCPU_ID, "the map's highest id")
-        _require(words[base + L.MAP_LOGICAL] <= R.LOGICAL_DISABLED, "the map's logical mode")
-        slots = words[base + L.MAP_SLOTS : base + L.MAP_WORDS].view(np.uint16)
-        _require(int(slots.max()) <= n, "a slot of the map")
+    _check(_HEADER, words[None, : L.HEADER_WORDS])
+    profile = list(PROFILES.values())[int(words[L.H_PROFILE])]
+    _require(int(words[L.H_TRAITS]) == profile.traits, "the kernel's traits")
+    _require(n > 0 and int(words[L.H_NVCPUS]) == n, "the number of vCPUs")
+    maps = words[L.MAP0 : L.MAP1 + L.MAP_WORDS].reshape(2, L.MAP_WORDS)
+    _check(_MAP, maps)
+    slots = np.ascontiguousarray(maps[:, L.MAP_SLOTS :]).view(np.uint16)
+    _require(int(slots.max()) <= n, "a slot of the map")
+
+
+def _check_tables(words: np.ndarray, n: int) -> None:
+    """The MSR filter and what hardware walks; ``words`` begins at the filter."""
+    filters = words[: L.FILTER_RANGES * L.FILTER_STRIDE].reshape(L.FILTER_RANGES, L.FILTER_STRIDE)
+    _check(_FILTER, filters)
+    pointers = words[L.PID_TABLE - L.FILTER : L.AVIC_PHYSICAL - L.FILTER]
+    rows = 8 * (L.HOT + np.arange(n, dtype=np.uint64) * L.HOT_STRIDE) | R.PID_POINTER_VALID
+    _require(bool(np.isin(pointers, np.append(rows, np.uint64(0))).all()), "a descriptor's address")
+    logical = words[L.AVIC_LOGICAL - L.FILTER : L.TABLES_END - L.FILTER].view(np.uint32)
+    known = np.uint32(1 << 31 | L.AVIC_PHYSICAL_ENTRIES - 1)
+    _require(bool((logical & ~known == 0).all()), "an AVIC logical id")
 
 
 def _check_vcpus(rows: np.ndarray, hot: np.ndarray) -> None:
-    ids = rows[:, L.K_VCPU_ID]
-    _require(bool((ids <= L.MAX_VCPU_ID).all()) and len(set(ids.tolist())) == len(ids), "a vCPU's id")
-    caches = rows[:, L.K_ISR_CACHE]
-    _require(bool(((caches < 256) | (caches == L.NONE)).all()), "a highest ISR vector")
-    _require(bool((rows[:, [L.K_EXCEPTION, L.K_INTERRUPT]] <= 256).all()), "an injected vector")
-    _require(bool((rows[:, L.K_SIPI_VECTOR] < 256).all()), "a SIPI vector")
-    _require(bool(np.isin(rows[:, L.K_MP_STATE], [int(state) for state in R.MpState]).all()), "an mp_state")
-    _require(bool((hot[:, L.HOT_MODE] <= R.READING_SHADOW_PAGE_TABLES).all()), "a vCPU's mode")
+    _check(_KVM, rows)
+    _check(_HOT, hot)
+    ids = rows[:, L.K_VCPU_ID].tolist()
+    _require(len(set(ids)) == len(ids), "a vCPU's id")

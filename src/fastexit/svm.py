@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastexit import layout as L
-from fastexit.dispatcher import user_code
-from fastexit.handlers import CommonHandlers, Handlers
+from fastexit import regs as R
+from fastexit.handlers import CommonHandlers, Handlers, user_code
 from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
@@ -28,17 +28,46 @@ class Svm:
     wrmsr_info1 = 1
     rdmsr_reason = int(SvmExit.MSR)
     mmio_reason = int(SvmExit.NPF)
+    forced_reason = int(SvmExit.INTERRUPT)
+    hypercall_reason = int(SvmExit.VMMCALL)
+    lengths = {
+        int(SvmExit.MSR): R.INSN_LEN_WRMSR,
+        int(SvmExit.HLT): R.INSN_LEN_HLT,
+        int(SvmExit.IDLE_HLT): R.INSN_LEN_HLT,
+        int(SvmExit.CPUID): 2,
+        int(SvmExit.INVD): 2,
+        int(SvmExit.WBINVD): 2,
+        int(SvmExit.PAUSE): 2,
+        int(SvmExit.VMMCALL): 3,
+        int(SvmExit.READ_CR8): R.INSN_LEN_MOV_CR,
+        int(SvmExit.WRITE_CR8): R.INSN_LEN_MOV_CR,
+    }
+    l0_wants = frozenset(int(reason) for reason in (SvmExit.INTERRUPT, SvmExit.NMI, SvmExit.NPF))
+    shortcuts = frozenset(
+        int(reason)
+        for reason in (
+            SvmExit.MSR,
+            SvmExit.VINTR,
+            SvmExit.INTERRUPT,
+            SvmExit.HLT,
+            SvmExit.IDLE_HLT,
+            SvmExit.NPF,
+            SvmExit.VMGEXIT,
+        )
+    )
     user_exits = {
         SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
         SvmExit.IO: KvmExit.IO,
-        SvmExit.HLT: KvmExit.HLT,
-        SvmExit.VMMCALL: KvmExit.HYPERCALL,
     }
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
         self.common = common
-        self.fast_run: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_exit)}
+        self.fast_run: dict[int, Handler] = {
+            self.wrmsr_reason: self._only_writes(common.fast_wrmsr),
+            int(SvmExit.HLT): common.fast_hlt,
+            int(SvmExit.INVD): common.fast_invd,
+        }
         self.fast_irqoff: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_irqoff)}
         if profile.traits & Trait.SVM_EXIT_32:
             self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_irqoff, self.wrmsr_reason: self._wrong_code}
@@ -50,7 +79,17 @@ class Svm:
                 SvmExit.READ_DR0: self._read_dr0,
                 SvmExit.INTERRUPT: common.nothing,
                 SvmExit.VINTR: common.interrupt_window,
+                SvmExit.IRET: common.iret,
+                SvmExit.HLT: common.hlt,
+                SvmExit.IDLE_HLT: common.hlt,
+                SvmExit.VMMCALL: common.hypercall,
+                SvmExit.READ_CR8: self._read_cr8,
+                SvmExit.WRITE_CR8: self._write_cr8,
+                SvmExit.NMI: common.nothing,
                 SvmExit.CPUID: common.skip_instruction,
+                SvmExit.INVD: common.skip_instruction,
+                SvmExit.WBINVD: common.skip_instruction,
+                SvmExit.PAUSE: common.skip_instruction,
             },
         )
 
@@ -79,13 +118,23 @@ class Svm:
         mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
         return self.common.skip_instruction(v, exit)
 
+    def _read_cr8(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.cr8(v, exit, write=False)
+
+    def _write_cr8(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.cr8(v, exit, write=True)
+
+    def cut_short(self, exit: Exit) -> int:
+        """EXITINTINFO: the event during whose delivery the exit happened."""
+        return exit.intr_info
+
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The exit code, and whether it is the one for an invalid VMCB."""
         return reason, reason == SvmExit.ERR
 
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
         """svm_handle_exit."""
-        if loop.reflect_to_l1(v):
+        if loop.reflect_to_l1(v, exit.reason):
             return code
         if exit.failed_entry:
             return code | user_code(KvmExit.FAIL_ENTRY)

@@ -1,19 +1,17 @@
-"""One virtual CPU: doors for its exits, what its hardware would do, and the ioctls that user space makes on it.
+"""One virtual CPU: doors for its exits, and what its hardware would do.
 
-Models: KVM_SET/GET_MSRS, KVM_GET/SET_LAPIC, KVM_GET_MP_STATE, KVM_GET_VCPU_EVENTS as far as the local APIC goes. Every
-ioctl first takes the vCPU out of the guest, as KVM's vcpu mutex would demand.
+ioctls.py has what user space does with it, vcpustate.py its state.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import access_size, integer
 from fastexit.dispatcher import Exit
+from fastexit.ioctls import VcpuIoctls
 from fastexit.kernels import _jit
 from fastexit.outcome import CODE_GP, OUTCOMES, GeneralProtection, Outcome
 
@@ -21,24 +19,13 @@ if TYPE_CHECKING:
     from fastexit.machine import Machine
 
 
-class Events(NamedTuple):
-    """KVM_GET_VCPU_EVENTS as far as the APIC feeds it.
-
-    ``nmi_pending`` counts at most two (one while NMIs are masked); ``latched_init`` is a pending INIT; ``exception`` is
-    the vector waiting to be injected, or None.
-    """
-
-    nmi_pending: int
-    nmi_masked: bool
-    smi_pending: bool
-    latched_init: bool
-    exception: int | None
+HYPERCALL_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi")
 
 
-class Vcpu:
+class Vcpu(VcpuIoctls):
     """One virtual CPU; ``m.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id."""
 
-    __slots__ = ("hot", "index", "machine", "own", "vcpu_id", "_loop", "_mem", "_handle")
+    __slots__ = ("_loop",)
 
     def __init__(self, machine: Machine, index: int, vcpu_id: int) -> None:
         self.machine = machine
@@ -76,7 +63,8 @@ class Vcpu:
         """Any other exit, by VMX reason or SVM code.
 
         ``info`` are the fields of dispatcher.Exit; ``rcx``, ``rax`` and ``rdx`` (or ``ecx`` ...) may stand
-        for ``msr`` and ``value``.
+        for ``msr`` and ``value``; a hypercall takes ``rax``, ``rbx``, ``rcx``, ``rdx`` and ``rsi``. ``length`` is that
+        of the instruction if one of known length exits.
         """
         reason = integer(reason, "exit reason", 0xFFFF_FFFF)
         reason, failed = self._loop.vendor.failed_entry(reason)
@@ -85,6 +73,8 @@ class Vcpu:
         for short, name in (("ecx", "rcx"), ("eax", "rax"), ("edx", "rdx")):
             if short in info:
                 info[name] = info.pop(short)
+        if reason == self._loop.vendor.hypercall_reason:
+            info["args"] = tuple(integer(info.pop(name, 0), name.upper(), L.NONE) for name in HYPERCALL_REGISTERS)
         if "rcx" in info:
             info["msr"] = integer(info.pop("rcx"), "RCX", L.NONE) & 0xFFFF_FFFF
         if "rax" in info or "rdx" in info:
@@ -92,18 +82,34 @@ class Vcpu:
             info["value"] = integer(info.pop("rdx", 0), "RDX", L.NONE) << 32 & L.NONE | low
         unknown = sorted(set(info) - set(Exit.__dataclass_fields__))
         if unknown:
-            known = ", ".join(f for f in Exit.__dataclass_fields__ if f != "reason")
+            known = ", ".join(f for f in Exit.__dataclass_fields__ if f not in ("reason", "args"))
             raise ValueError(f"exit information {', '.join(unknown)} is unknown: one of {known}, rcx, rax, rdx")
-        tops = {"msr": 0xFFFF_FFFF, "offset": 0xFFF, "length": 15}
-        fields = {
-            name: bool(value) if type(value) is bool else integer(value, name, tops.get(name, L.NONE))
+        tops = {"msr": 0xFFFF_FFFF, "offset": 0xFFF, "length": 15, "intr_info": 0xFFFF_FFFF}
+        fields: dict[str, Any] = {
+            name: value if name == "args" or type(value) is bool else integer(value, name, tops.get(name, L.NONE))
             for name, value in info.items()
         }
-        if reason in (self._loop.vendor.wrmsr_reason, self._loop.vendor.rdmsr_reason):
-            if fields.setdefault("length", R.INSN_LEN_WRMSR) != R.INSN_LEN_WRMSR:
-                raise ValueError(f"length {fields['length']} of an MSR access: RDMSR and WRMSR are 2 bytes long")
+        length = self._loop.vendor.lengths.get(reason, 0)
+        if fields.setdefault("length", length) != length and reason in (
+            self._loop.vendor.wrmsr_reason,
+            self._loop.vendor.rdmsr_reason,
+        ):
+            raise ValueError(f"length {fields['length']} of an MSR access: RDMSR and WRMSR are 2 bytes long")
         exit = Exit(reason, **fields)
         access_size(exit.size, "access size")
+        return OUTCOMES[self._loop.run_exit(self, exit)]
+
+    def hypercall(
+        self, number: int, a0: int = 0, a1: int = 0, a2: int = 0, a3: int = 0, bits64: bool = True
+    ) -> Outcome:
+        """A guest's VMCALL or VMMCALL (regs.HC_SEND_IPI, ...); its RAX is ``read_data`` afterwards, 64 bits.
+
+        ``bits64``: the guest is in long mode; otherwise registers have 32 bits.
+        """
+        values = (number, a0, a1, a2, a3)
+        args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=True))
+        reason = self._loop.vendor.hypercall_reason
+        exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.lengths[reason])
         return OUTCOMES[self._loop.run_exit(self, exit)]
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
@@ -137,191 +143,3 @@ class Vcpu:
         """End of interrupt: the vector that left service, or None when none was. apic_set_eoi."""
         vector = _jit.load("eoi")(self._handle, self.index)
         return None if vector == L.NONE else vector
-
-    # ----------------------------------------------------------------------------------------------- vCPU ioctls
-
-    def set_msr(self, msr: int, value: int) -> bool:
-        """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
-        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
-        self._loop.leave_guest(self)
-        code = _jit.load("set_msr")(self._handle, self.index, msr, value)
-        self.machine.last_host_code = code
-        return not code & CODE_GP
-
-    def get_msr(self, msr: int) -> int | None:
-        """KVM_GET_MSRS of one MSR: None where the ioctl stops."""
-        msr = integer(msr, "MSR", 0xFFFF_FFFF)
-        self._loop.leave_guest(self)
-        code = _jit.load("get_msr")(self._handle, self.index, msr)
-        return None if code & CODE_GP else self.read_data
-
-    def get_lapic(self) -> bytes:
-        """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last."""
-        self._loop.leave_guest(self)
-        with self.machine.lock:  # one staging page for all vCPUs
-            _jit.load("get_state")(self._handle, self.index)
-            return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
-
-    def set_lapic(self, data: bytes) -> None:
-        """KVM_SET_LAPIC of 1024 bytes; ValueError where KVM says EINVAL, and even then SVR has been applied."""
-        try:
-            page = memoryview(data).cast("B")
-        except TypeError:
-            raise TypeError(f"a LAPIC page is 1024 bytes, not {type(data).__name__}") from None
-        if len(page) != R.LAPIC_PAGE_BYTES:
-            raise ValueError(f"a LAPIC page is 1024 bytes, not {len(page)}")
-        self._loop.leave_guest(self)
-        with self.machine.lock:
-            self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE] = memoryview(bytes(page)).cast("Q")
-            refused = _jit.load("set_state")(self._handle, self.index) & CODE_GP
-        if refused:
-            found = int.from_bytes(page[R.APIC_ID : R.APIC_ID + 4], "little")
-            raise ValueError(f"x2APIC id {found:#x} in the page is not the vCPU's id {self.vcpu_id:#x} (EINVAL)")
-
-    def run(self) -> bool:
-        """KVM_RUN: True when the vCPU is in the guest then, False when it waits for INIT or SIPI.
-
-        The answer to Effect.WAKE: the thread looks again, runs what is pending, and sleeps again if it still waits.
-        """
-        return self._loop.kvm_run(self)
-
-    def get_mp_state(self) -> int:
-        """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
-        self._loop.leave_guest(self)
-        _jit.load("accept_events")(self._handle, self.index)
-        return R.MpState(self._mem[self.own + L.K_MP_STATE])
-
-    def events(self) -> Events:
-        """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
-        self._loop.leave_guest(self)
-        mem, own = self._mem, self.own
-        if mem[own + L.K_NMI_QUEUED]:
-            _jit.load("process_nmi")(self._handle, self.index)
-        exception = mem[own + L.K_EXCEPTION]
-        return Events(
-            nmi_pending=mem[own + L.K_NMI_PENDING],
-            nmi_masked=bool(mem[own + L.K_NMI_MASKED]),
-            smi_pending=bool(mem[own + L.K_SMI_PENDING] or mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI),
-            latched_init=bool(mem[own + L.K_PENDING_EVENTS] & R.PENDING_INIT),
-            exception=exception - 1 if exception else None,
-        )
-
-    # ---------------------------------------------------------------------------------------------------- state
-
-    @property
-    def rip(self) -> int:
-        """Guest RIP; an emulated WRMSR moves it by 2, a fault leaves it."""
-        return self._mem[self.own + L.K_RIP]
-
-    @rip.setter
-    def rip(self, value: int) -> None:
-        self._mem[self.own + L.K_RIP] = integer(value, "RIP", L.NONE)
-
-    @property
-    def rflags(self) -> int:
-        """Guest RFLAGS. IF is 0 after reset: the embedder then delivers by ack(); with IF set, an entry injects."""
-        return self._mem[self.own + L.K_RFLAGS]
-
-    @rflags.setter
-    def rflags(self, value: int) -> None:
-        self._mem[self.own + L.K_RFLAGS] = integer(value, "RFLAGS", L.NONE)
-
-    @property
-    def apic_base(self) -> int:
-        """IA32_APICBASE."""
-        return self._mem[self.own + L.K_APIC_BASE]
-
-    @property
-    def mode(self) -> int:
-        """vcpu->mode: 0 outside, 1 in guest, 2 exiting."""
-        return self._mem[self.hot + L.HOT_MODE]
-
-    @property
-    def nmi_masked(self) -> bool:
-        """NMIs are blocked since one was injected; an IRET of the guest, here setting False, unblocks them."""
-        return bool(self._mem[self.own + L.K_NMI_MASKED])
-
-    @nmi_masked.setter
-    def nmi_masked(self, on: bool) -> None:
-        self._mem[self.own + L.K_NMI_MASKED] = int(bool(on))
-        if not on:
-            _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
-
-    @property
-    def shadow(self) -> int:
-        """Interrupt shadow: regs.SHADOW_STI, regs.SHADOW_MOV_SS; any emulated instruction ends it."""
-        return self._mem[self.own + L.K_SHADOW]
-
-    @shadow.setter
-    def shadow(self, value: int) -> None:
-        self._mem[self.own + L.K_SHADOW] = integer(value, "interrupt shadow", R.SHADOW_STI | R.SHADOW_MOV_SS)
-
-    @property
-    def l1_wants_exits(self) -> bool:
-        """Whether L1 intercepts what L2 does, so that exits of a nested vCPU are reflected to it. True at first."""
-        return bool(self._mem[self.own + L.K_L1_WANTS_EXIT])
-
-    @l1_wants_exits.setter
-    def l1_wants_exits(self, on: bool) -> None:
-        self._mem[self.own + L.K_L1_WANTS_EXIT] = int(bool(on))
-
-    @property
-    def requests(self) -> int:
-        """Pending KVM_REQ_* bits."""
-        return self._mem[self.hot + L.HOT_REQUESTS]
-
-    @property
-    def injected(self) -> int | None:
-        """Vector of the interrupt that the last injecting entry delivered, or None."""
-        vector = self._mem[self.own + L.K_INTERRUPT]
-        return vector - 1 if vector else None
-
-    @property
-    def read_data(self) -> int:
-        """Data of the last read that was emulated."""
-        return self._mem[self.own + L.K_MSR_DATA]
-
-    @property
-    def dr0(self) -> int:
-        """Guest DR0, for SVM's read_dr0 exit."""
-        return self._mem[self.own + L.K_DR0]
-
-    @dr0.setter
-    def dr0(self, value: int) -> None:
-        self._mem[self.own + L.K_DR0] = integer(value, "DR0", L.NONE)
-
-    @property
-    def nested(self) -> bool:
-        """Whether the vCPU runs L2."""
-        return bool(self._mem[self.hot + L.HOT_FLAGS] & L.FLAG_L2)
-
-    @nested.setter
-    def nested(self, on: bool) -> None:
-        flags = self._mem[self.hot + L.HOT_FLAGS]
-        self._mem[self.hot + L.HOT_FLAGS] = flags | L.FLAG_L2 if on else flags & ~L.FLAG_L2
-
-    @property
-    def singlestep(self) -> bool:
-        """KVM_GUESTDBG_SINGLESTEP: user space steps the guest; it takes effect through RFLAGS.TF."""
-        return bool(self._mem[self.own + L.K_GUEST_DEBUG] & R.GUESTDBG_SINGLESTEP)
-
-    @singlestep.setter
-    def singlestep(self, on: bool) -> None:
-        self._mem[self.own + L.K_GUEST_DEBUG] = R.GUESTDBG_SINGLESTEP if on else 0
-        flags = self.rflags
-        self.rflags = flags | R.RFLAGS_TF if on else flags & ~R.RFLAGS_TF
-
-    @property
-    def pid(self) -> np.ndarray:
-        """The posted-interrupt descriptor: 8 words of 64 bits in hardware layout, shared with the machine."""
-        return self.machine.words[self.hot : self.hot + 8]
-
-    def counters(self) -> dict[str, int]:
-        """Statistics of the run loop: exits, how often SRCU was taken and host interrupts let in, reflected exits."""
-        mem, own = self._mem, self.own
-        return {
-            "exits": mem[own + L.K_EXITS],
-            "srcu_locks": mem[own + L.K_SRCU_LOCKS],
-            "irq_windows": mem[own + L.K_IRQ_WINDOWS],
-            "nested_exits": mem[own + L.K_NESTED_EXITS],
-        }

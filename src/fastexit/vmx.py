@@ -1,7 +1,7 @@
 """VMX: exit reasons, handler tables, the order of checks in vmx_handle_exit.
 
-Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns. Not modelled: PML,
-virtual NMIs, bus locks, retpoline shortcuts (same handlers, reached without an indirect call).
+Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns and its retpoline
+shortcuts (the same handlers, reached without an indirect call). Not modelled: PML, virtual NMIs, bus locks.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastexit import regs as R
-from fastexit.dispatcher import user_code
-from fastexit.handlers import CommonHandlers, Handlers
+from fastexit.handlers import CommonHandlers, Handlers, user_code
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
-    from fastexit.dispatcher import Dispatcher, Exit
+    from fastexit.dispatcher import Dispatcher, Exit, Handler
     from fastexit.vcpu import Vcpu
 
 # Exits that may happen while an event is being delivered; any other with valid vectoring information is an error.
@@ -39,18 +38,58 @@ class Vmx:
     wrmsr_info1 = 0
     rdmsr_reason = int(VmxExit.MSR_READ)
     mmio_reason = int(VmxExit.EPT_MISCONFIG)
+    forced_reason = int(VmxExit.PREEMPTION_TIMER)
+    hypercall_reason = int(VmxExit.VMCALL)
+    lengths = {
+        int(VmxExit.MSR_WRITE): R.INSN_LEN_WRMSR,
+        int(VmxExit.MSR_READ): R.INSN_LEN_WRMSR,
+        int(VmxExit.MSR_WRITE_IMM): R.INSN_LEN_WRMSR_IMM,
+        int(VmxExit.MSR_READ_IMM): R.INSN_LEN_WRMSR_IMM,
+        int(VmxExit.HLT): R.INSN_LEN_HLT,
+        int(VmxExit.CPUID): 2,
+        int(VmxExit.INVD): 2,
+        int(VmxExit.WBINVD): 2,
+        int(VmxExit.PAUSE_INSTRUCTION): 2,
+        int(VmxExit.VMCALL): 3,
+        int(VmxExit.CR_ACCESS): R.INSN_LEN_MOV_CR,
+    }
+    l0_wants = frozenset(
+        int(reason)
+        for reason in (
+            VmxExit.EXTERNAL_INTERRUPT,
+            VmxExit.PREEMPTION_TIMER,
+            VmxExit.EPT_VIOLATION,
+            VmxExit.EPT_MISCONFIG,
+        )
+    )
+    shortcuts = frozenset(
+        int(reason)
+        for reason in (
+            VmxExit.MSR_WRITE,
+            VmxExit.MSR_WRITE_IMM,
+            VmxExit.PREEMPTION_TIMER,
+            VmxExit.INTERRUPT_WINDOW,
+            VmxExit.EXTERNAL_INTERRUPT,
+            VmxExit.HLT,
+            VmxExit.EPT_MISCONFIG,
+        )
+    )
     user_exits = {
         VmxExit.TRIPLE_FAULT: KvmExit.SHUTDOWN,
         VmxExit.IO_INSTRUCTION: KvmExit.IO,
-        VmxExit.HLT: KvmExit.HLT,
-        VmxExit.VMCALL: KvmExit.HYPERCALL,
         VmxExit.EPT_VIOLATION: KvmExit.MMIO,
         VmxExit.BUS_LOCK: KvmExit.X86_BUS_LOCK,
     }
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
-        self.fast_run = {self.wrmsr_reason: common.fast_exit}
+        self.common = common
+        self.fast_run: dict[int, Handler] = {
+            self.wrmsr_reason: common.fast_wrmsr,
+            int(VmxExit.PREEMPTION_TIMER): common.fast_preemption_timer,
+            int(VmxExit.HLT): common.fast_hlt,
+            int(VmxExit.INVD): common.fast_invd,
+        }
         self.fast_irqoff = {self.wrmsr_reason: common.fast_irqoff}
         self.handlers = Handlers(
             common.memory,
@@ -60,9 +99,32 @@ class Vmx:
                 VmxExit.EPT_MISCONFIG: common.apic_page,
                 VmxExit.EXTERNAL_INTERRUPT: common.nothing,
                 VmxExit.INTERRUPT_WINDOW: common.interrupt_window,
+                VmxExit.NMI_WINDOW: common.nmi_window,
+                VmxExit.EXCEPTION_NMI: common.exception,
+                VmxExit.PREEMPTION_TIMER: common.preemption_timer,
+                VmxExit.HLT: common.hlt,
+                VmxExit.VMCALL: common.hypercall,
+                VmxExit.CR_ACCESS: self._cr_access,
                 VmxExit.CPUID: common.skip_instruction,
+                VmxExit.INVD: common.skip_instruction,
+                VmxExit.WBINVD: common.skip_instruction,
+                VmxExit.PAUSE_INSTRUCTION: common.skip_instruction,
             },
         )
+        if profile.traits & Trait.MSR_IMM:
+            self.fast_run[int(VmxExit.MSR_WRITE_IMM)] = common.fast_wrmsr
+            self.handlers.data[int(VmxExit.MSR_WRITE_IMM)] = common.wrmsr
+            self.handlers.data[int(VmxExit.MSR_READ_IMM)] = common.rdmsr
+
+    def _cr_access(self, v: Vcpu, exit: Exit) -> int:
+        """handle_cr for CR8 (qualification bits 3:0 number, 5:4 type: 0 to, 1 from); other registers are the MMU's."""
+        if exit.info1 & 0xF != 8 or exit.info1 >> 4 & 3 > 1:
+            return user_code(KvmExit.INTERNAL_ERROR)
+        return self.common.cr8(v, exit, write=exit.info1 >> 4 & 3 == 0)
+
+    def cut_short(self, exit: Exit) -> int:
+        """IDT-vectoring information: the event during whose delivery the exit happened."""
+        return exit.info2
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""
@@ -70,7 +132,7 @@ class Vmx:
 
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
         """vmx_handle_exit: each early return happens whether or not the fast path has acted already."""
-        if loop.reflect_to_l1(v):
+        if loop.reflect_to_l1(v, exit.reason):
             return code
         if exit.invalid_state:
             return code | user_code(KvmExit.INTERNAL_ERROR)

@@ -143,7 +143,7 @@ class _Recorder:
         original = getattr(loop, method)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            seen = len(self.machine.trace)
+            seen = len(self.machine.trace.lines())
             result = original(*args, **kwargs)
             self.note(index, self.machine.trace.lines()[seen:])
             return result

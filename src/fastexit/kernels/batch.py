@@ -7,24 +7,33 @@ caller hands it to the Python dispatcher.
 
 from . import typed as k
 from ._jit import kernel
-from .fastpath import reenter, refuse
+from .events import inject_events
+from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
-from .lapic import mmio_read, mmio_write
+from .halt import emulate_halt
+from .irq import take_pv_eoi
+from .lapic import mmio_claimed, mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .runloop import (
     BLOCKED,
     ENTERED,
+    begin_run,
     block,
     enter,
-    inject_events,
+    exits_at_once,
+    loop_tail,
+    return_to_user,
     service_requests,
     trace_entry,
     trace_exit,
     trace_reentry,
+    wake_up,
 )
 from .shared import hot, own
 
-OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING = (k.U(i) for i in range(6))
+OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
+IN_GUEST, AROUND = k.ZERO, k.NONE
+"""What a try to enter came to: in the guest, or once more around the loop; else a USER code."""
 
 
 @kernel("u8(words, u8, u8)")
@@ -36,6 +45,8 @@ def operation(m, reason, info):
             return OP_WRMSR if info else OP_RDMSR
         if reason == k.SVM_NPF:
             return mmio
+        if reason == k.SVM_HLT:
+            return OP_HLT
         return OP_NOTHING if reason == k.SVM_INTERRUPT else OP_NONE
     if reason == k.VMX_MSR_WRITE:
         return OP_WRMSR
@@ -43,65 +54,46 @@ def operation(m, reason, info):
         return OP_RDMSR
     if reason == k.VMX_EPT_MISCONFIG:
         return mmio
+    if reason == k.VMX_HLT:
+        return OP_HLT
+    if reason == k.VMX_PREEMPTION_TIMER:
+        return OP_TIMER
     return OP_NOTHING if reason == k.VMX_EXTERNAL_INTERRUPT else OP_NONE
-
-
-@kernel("u8(words, u8, u8)")
-def run_to_guest(m, v, forced):
-    """Entry half of the loop: BLOCKED when the vCPU has to wait instead, else 0 in guest mode.
-
-    ``forced`` is the caller's word that the vCPU runs guest code, whatever its mp_state said.
-    """
-    host = own(m, v)
-    while True:
-        if m[hot(m, v) + k.HOT_REQUESTS]:
-            service_requests(m, v)
-            inject_events(m, v)
-        if m[host + k.K_MP_STATE] == k.MP_INIT_RECEIVED and not forced:
-            if block(m, v) == BLOCKED:
-                return BLOCKED
-            continue  # the sender's EVENT request follows its event at once
-        if forced:
-            m[host + k.K_MP_STATE] = k.MP_RUNNABLE
-        m[host + k.K_PREEMPT_OFF] = k.ONE
-        m[host + k.K_IRQS_OFF] = k.ONE
-        if enter(m, v) == ENTERED:
-            m[host + k.K_GUEST_TIME] = k.ONE
-            trace_entry(m, v)
-            return k.ZERO
-        m[host + k.K_PREEMPT_OFF] = k.ZERO
-
-
-@kernel("u8(words, u8)")
-def start_run(m, v):
-    """From user space into the guest: KVM_RUN up to the first entry."""
-    host = own(m, v)
-    m[hot(m, v) + k.HOT_BLOCKED] = k.ZERO
-    m[host + k.K_IN_RUN] = k.ONE
-    m[host + k.K_SRCU] = k.ONE
-    m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
-    return run_to_guest(m, v, k.ONE)
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def _fast_stage(m, v, op, msr, value):
-    """The fast handler of a WRMSR exit, wherever this generation hooks it; a refusal for everything else."""
+    """The fast handler of an exit, wherever this generation hooks it; a refusal for everything else."""
+    if op == OP_HLT:
+        return hlt(m, v)
+    if op == OP_TIMER:
+        return preemption_timer(m, v)
     if op != OP_WRMSR:
         return refuse(k.RF_NOT_AN_MSR_WRITE)
     if m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_TRAITS] & k.T_SVM_EXIT_32:
         refusal = k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF
         return refuse(refusal)
-    return fast_wrmsr(m, v, msr, value)
+    return fast_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def _handle_exit(m, v, op, msr, value, info):
     """The generic handlers that are compiled."""
+    if op == OP_RDMSR and not m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
+        # Every other exit here has a retpoline shortcut.
+        m[own(m, v) + k.K_INDIRECT_CALLS] = m[own(m, v) + k.K_INDIRECT_CALLS] + k.ONE
     if op == OP_WRMSR:
-        return emulate_wrmsr(m, v, msr, value)
+        return emulate_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
     if op == OP_RDMSR:
-        return emulate_rdmsr(m, v, msr)
+        return emulate_rdmsr(m, v, msr, k.INSN_LEN_WRMSR)
+    if op == OP_HLT:
+        return emulate_halt(m, v)
+    if op == OP_TIMER:
+        return handle_preemption_timer(m, v)
     length = info & ~k.MMIO_WRITE
+    if op == OP_MMIO_WRITE or op == OP_MMIO_READ:
+        if not mmio_claimed(m, v) and not m[k.H_CONFIG] & k.CONFIG_MMIO_HOLE:
+            return k.USER_MMIO
     if op == OP_MMIO_WRITE:
         return mmio_write(m, v, msr, length, value) | skip(m, v, k.ZERO)
     if op == OP_MMIO_READ:
@@ -112,7 +104,7 @@ def _handle_exit(m, v, op, msr, value, info):
 
 @kernel("u8(words, u8)")
 def leave_guest(m, v):
-    """Steps 13-17: mode OUTSIDE, the IRQ window, preemption on, SRCU retaken."""
+    """Steps 13-18: mode OUTSIDE, the IRQ window, preemption on, SRCU retaken, PV EOI."""
     host = own(m, v)
     m[hot(m, v) + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE
     m[host + k.K_EXITS] = m[host + k.K_EXITS] + k.ONE
@@ -122,56 +114,156 @@ def leave_guest(m, v):
     m[host + k.K_PREEMPT_OFF] = k.ZERO
     m[host + k.K_SRCU] = k.ONE
     m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
+    if m[host + k.K_ATTENTION]:
+        take_pv_eoi(m, v)
     return k.ZERO
 
 
-@kernel("u8(words, u8)")
-def return_to_user(m, v):
-    """KVM_RUN returns: SRCU dropped, no longer in the run loop."""
-    host = own(m, v)
-    m[host + k.K_SRCU] = k.ZERO
-    m[host + k.K_IN_RUN] = k.ZERO
-    return k.ZERO
+@kernel("u8(words)")
+def _traces_late(m):
+    """kvm_exit comes from handle_exit in this generation."""
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    return m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
-def one_exit(m, v, op, reason, msr, value, info):
-    """One exit from VM exit to the next entry, block or return to user space: its outcome code."""
-    if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
-        start_run(m, v)
-    traits = m[k.H_TRAITS]
-    svm = m[k.H_CONFIG] & k.CONFIG_SVM
-    info1 = k.ZERO if op == OP_MMIO_WRITE or op == OP_MMIO_READ else info
-    late = traits & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
-    if not late:
-        trace_exit(m, v, reason, info1, k.ZERO)
-    code = k.ZERO
-    if not traits & k.T_HOOK_IRQOFF:
-        code = reenter(m, v, _fast_stage(m, v, op, msr, value))
-        if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-            trace_reentry(m, v)
-            return code
-    else:
+def _vendor_run(m, v, op, reason, msr, value, info1):
+    """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
+    if not _traces_late(m):
+        trace_exit(m, v, reason, info1, k.ZERO, k.ZERO)
+    if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
+        return k.ZERO
+    code = reenter(m, v, _fast_stage(m, v, op, msr, value))
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        trace_reentry(m, v)
+    return code
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def _leave_and_handle(m, v, op, reason, msr, value, info, code):
+    """Steps 13-20 of an exit that did not re-enter: its outcome code."""
+    if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
         m[hot(m, v) + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE
         code = _fast_stage(m, v, op, msr, value)
     leave_guest(m, v)
     completion = code & k.CODE_COMPLETION
     if completion == k.COMPLETION_USERSPACE:
-        return_to_user(m, v)
         return code
-    if late:
-        trace_exit(m, v, reason, info1, k.ZERO)
+    if _traces_late(m):
+        mmio = op == OP_MMIO_WRITE or op == OP_MMIO_READ
+        trace_exit(m, v, reason, k.ZERO if mmio else info, k.ZERO, k.ZERO)
     if completion == k.COMPLETION_SKIP:
         # The skip's verdict is ignored here as it was in handle_exit: a KVM_EXIT_DEBUG is lost.
         skip(m, v, k.INSN_LEN_WRMSR)
     elif completion == k.COMPLETION_NONE:
         code = code | _handle_exit(m, v, op, msr, value, info)
-    if code & k.CODE_USER:
-        return_to_user(m, v)
-        return code
-    if run_to_guest(m, v, k.ZERO) == BLOCKED:
-        code = code | k.CODE_BLOCKED
+    m[own(m, v) + k.K_IMMEDIATE] = k.ZERO
     return code
+
+
+@kernel("u8(words, u8)")
+def _exit_at_once(m, v):
+    """The exit of a guest that leaves before its first instruction, if it does: IN_GUEST, AROUND or a USER code."""
+    if not exits_at_once(m, v):
+        return IN_GUEST
+    # KVM forces an exit by the preemption timer, or by a host interrupt where there is none.
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    op = OP_NOTHING if svm else OP_TIMER
+    reason = k.SVM_INTERRUPT if svm else k.VMX_PREEMPTION_TIMER
+    code = _vendor_run(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        return IN_GUEST
+    code = _leave_and_handle(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO, code)
+    return code & k.CODE_USER if code & k.CODE_USER else AROUND
+
+
+@kernel("u8(words, u8, u8)")
+def _vcpu_enter_guest(m, v, forced):
+    """One try to enter: steps 1-11. IN_GUEST, AROUND or a USER code."""
+    host = own(m, v)
+    if m[hot(m, v) + k.HOT_REQUESTS] or m[host + k.K_USER_WINDOW]:
+        user = service_requests(m, v)
+        if user:
+            return user
+        if inject_events(m, v) == BLOCKED and not forced:
+            return AROUND
+    if forced:
+        m[host + k.K_MP_STATE] = k.MP_RUNNABLE
+    m[host + k.K_PREEMPT_OFF] = k.ONE
+    m[host + k.K_IRQS_OFF] = k.ONE
+    if enter(m, v) == ENTERED:
+        m[host + k.K_GUEST_TIME] = k.ONE
+        trace_entry(m, v)
+        return _exit_at_once(m, v)
+    m[host + k.K_PREEMPT_OFF] = k.ZERO
+    return AROUND
+
+
+@kernel("u8(words, u8, u8)")
+def _to_user(m, v, code):
+    """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR."""
+    reason = ((code & k.CODE_USER) >> k.CODE_USER_SHIFT) - k.ONE
+    return return_to_user(m, v, reason, k.EINTR if code & k.CODE_USER == k.USER_INTR else k.ZERO)
+
+
+@kernel("u8(words, u8, u8)")
+def vcpu_run(m, v, forced):
+    """The loop until the vCPU is in the guest (0), waits (CODE_BLOCKED) or KVM_RUN returns (a USER code).
+
+    ``forced`` is the caller's word that the vCPU runs guest code, whatever its mp_state said.
+    """
+    while True:
+        if forced or m[own(m, v) + k.K_MP_STATE] == k.MP_RUNNABLE:
+            user = _vcpu_enter_guest(m, v, forced)
+            if user == IN_GUEST:
+                return k.ZERO
+        else:
+            user = AROUND
+            if block(m, v) == BLOCKED:
+                return k.CODE_BLOCKED
+        if user == AROUND:
+            user = loop_tail(m, v)
+        if user:
+            _to_user(m, v, user)
+            return user
+
+
+@kernel("u8(words, u8)")
+def start_run(m, v):
+    """From user space into the guest, on the caller's word that it is there.
+
+    A return of KVM_RUN that stands before the entry (an EOI for user space's IOAPIC, say) happens, and user space then
+    calls KVM_RUN again.
+    """
+    while True:
+        begin_run(m, v)
+        wake_up(m, v)
+        if not vcpu_run(m, v, k.ONE):
+            return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def _go_on(m, v, user):
+    """Behind an iteration: out for its USER code, or around the loop again."""
+    if user == AROUND:
+        user = loop_tail(m, v)
+    if user:
+        _to_user(m, v, user)
+        return user
+    return vcpu_run(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8)")
+def one_exit(m, v, op, reason, msr, value, info):
+    """One exit from VM exit to the next entry, sleep or return to user space: its outcome code."""
+    if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
+        start_run(m, v)
+    mmio = op == OP_MMIO_WRITE or op == OP_MMIO_READ
+    code = _vendor_run(m, v, op, reason, msr, value, k.ZERO if mmio else info)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        return code
+    code = _leave_and_handle(m, v, op, reason, msr, value, info, code)
+    return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 
 
 @kernel("u8(words, words, u8)")

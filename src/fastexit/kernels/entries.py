@@ -5,20 +5,35 @@ below work on the words. One exit keeps the GIL, because giving it up would cost
 up.
 """
 
-from . import batch, irq, lapic, lapicstate, msi, msr, runloop, shared, vcpu
+from . import (
+    batch,
+    events,
+    fastpath,
+    halt,
+    hypercall,
+    irq,
+    lapic,
+    lapicstate,
+    msi,
+    msr,
+    runloop,
+    sched,
+    shared,
+    timer,
+    vcpu,
+)
 from . import typed as k
 from ._jit import entry, kernel, open_words
-from .fastpath import reenter
-from .fastpath import wrmsr as fast_wrmsr_kernel
 
 NO_VCPU = k.NONE
 
 
-@kernel("u8(words, u8, u8, u8)")
-def _fast_and_reenter(m, v, msr_index, value):
-    code = reenter(m, v, fast_wrmsr_kernel(m, v, msr_index, value))
-    if m[k.H_CONFIG] & k.CONFIG_TRACE and code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        runloop.trace_reentry(m, v)
+@kernel("u8(words, u8, u8)")
+def _reenter(m, v, code):
+    code = fastpath.reenter(m, v, code)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        if m[k.H_CONFIG] & k.CONFIG_TRACE or m[shared.own(m, v) + k.K_EXPIRED_DEADLINE]:
+            runloop.trace_reentry(m, v)
     return code
 
 
@@ -35,18 +50,44 @@ def fast_exit(handle, v, reason, msr_index, value):
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
-            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO)
-    return _fast_and_reenter(m, v, msr_index, value)
+            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
+    return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def fast_reenter(handle, v, msr_index, value):
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def fast_wrmsr(handle, v, msr_index, value, length):
     """fast_exit behind its kvm_exit line, for a vCPU that is in guest mode."""
     m = open_words(handle, k.WORDS)
-    if v >= m[k.H_NVCPUS]:
-        return NO_VCPU
-    return _fast_and_reenter(m, v, msr_index, value)
+    return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, length)) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def fast_hlt(handle, v):
+    m = open_words(handle, k.WORDS)
+    return _reenter(m, v, fastpath.hlt(m, v)) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def fast_invd(handle, v, length):
+    m = open_words(handle, k.WORDS)
+    return _reenter(m, v, fastpath.invd(m, v, length)) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def fast_preemption_timer(handle, v):
+    m = open_words(handle, k.WORDS)
+    return _reenter(m, v, fastpath.preemption_timer(m, v)) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def handle_preemption_timer(handle, v):
+    m = open_words(handle, k.WORDS)
+    return fastpath.handle_preemption_timer(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -54,21 +95,56 @@ def fast_reenter(handle, v, msr_index, value):
 def fast_irqoff(handle, v, msr_index, value):
     """The fast handler alone, as handle_exit_irqoff of the first generations called it."""
     m = open_words(handle, k.WORDS)
-    return fast_wrmsr_kernel(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+    return fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def emulate_wrmsr(handle, v, msr_index, value, length):
+    m = open_words(handle, k.WORDS)
+    return msr.emulate_wrmsr(m, v, msr_index, value, length) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
 @kernel("u8(u8, u8, u8, u8)", nogil=False)
-def emulate_wrmsr(handle, v, msr_index, value):
+def emulate_rdmsr(handle, v, msr_index, length):
     m = open_words(handle, k.WORDS)
-    return msr.emulate_wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+    return msr.emulate_rdmsr(m, v, msr_index, length) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def emulate_cr8(handle, v, value, write):
+    m = open_words(handle, k.WORDS)
+    return msr.emulate_cr8(m, v, value, write) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
 @kernel("u8(u8, u8, u8)", nogil=False)
-def emulate_rdmsr(handle, v, msr_index):
+def set_cr8(handle, v, value):
     m = open_words(handle, k.WORDS)
-    return msr.emulate_rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
+    return msr.set_cr8(m, v, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def complete_msr(handle, v, error):
+    m = open_words(handle, k.WORDS)
+    return msr.complete(m, v, error) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def emulate_halt(handle, v):
+    m = open_words(handle, k.WORDS)
+    return halt.emulate_halt(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8, u8, u8, u8)", nogil=False)
+def emulate_hypercall(handle, v, number, a0, a1, a2, a3, bits64):
+    m = open_words(handle, k.WORDS)
+    return hypercall.emulate(m, v, number, a0, a1, a2, a3, bits64) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -154,14 +230,14 @@ def eoi(handle, v):
 @kernel("u8(u8, u8)", nogil=False)
 def accept_events(handle, v):
     m = open_words(handle, k.WORDS)
-    return runloop.accept_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+    return events.accept_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
 @kernel("u8(u8, u8)", nogil=False)
 def process_nmi(handle, v):
     m = open_words(handle, k.WORDS)
-    return runloop.process_nmi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+    return events.process_nmi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -175,7 +251,7 @@ def service_requests(handle, v):
 @kernel("u8(u8, u8)", nogil=False)
 def inject_events(handle, v):
     m = open_words(handle, k.WORDS)
-    return runloop.inject_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+    return events.inject_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -200,10 +276,154 @@ def trace_entry(handle, v):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def trace_exit(handle, v, reason, info1, info2):
+@kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
+def trace_exit(handle, v, reason, info1, info2, intr_info):
     m = open_words(handle, k.WORDS)
-    return runloop.trace_exit(m, v, reason, info1, info2) if v < m[k.H_NVCPUS] else NO_VCPU
+    return runloop.trace_exit(m, v, reason, info1, info2, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def loop_tail(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.loop_tail(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def begin_run(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.begin_run(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def wake_up(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.wake_up(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def return_to_user(handle, v, reason, errno):
+    m = open_words(handle, k.WORDS)
+    return runloop.return_to_user(m, v, reason, errno) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def exits_at_once(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.exits_at_once(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def trace_reentry(handle, v):
+    m = open_words(handle, k.WORDS)
+    return runloop.trace_reentry(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def requeue(handle, v, info):
+    m = open_words(handle, k.WORDS)
+    return events.requeue(m, v, info) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def leave_smm(handle, v):
+    m = open_words(handle, k.WORDS)
+    return events.leave_smm(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def set_mp_state(handle, v, state):
+    m = open_words(handle, k.WORDS)
+    return halt.set_mp_state(m, v, state) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def init_blocked(handle, v):
+    m = open_words(handle, k.WORDS)
+    return halt.init_blocked(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def take_pv_eoi(handle, v):
+    m = open_words(handle, k.WORDS)
+    return irq.take_pv_eoi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def vcpu_load(handle, v, cpu):
+    m = open_words(handle, k.WORDS)
+    return sched.vcpu_load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def vcpu_put(handle, v, blocking):
+    m = open_words(handle, k.WORDS)
+    return sched.vcpu_put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def local_deliver(handle, v, offset, me):
+    m = open_words(handle, k.WORDS)
+    return timer.local_deliver(m, v, offset, me) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def fire_timer(handle, v):
+    m = open_words(handle, k.WORDS)
+    return timer.fire(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def kick(handle, v, me):
+    m = open_words(handle, k.WORDS)
+    return shared.kick(m, v, me) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def exit_requested(handle, v):
+    m = open_words(handle, k.WORDS)
+    return fastpath.exit_requested(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
+def emit(handle, event, v, a, b, c):
+    """Append a trace record; the caller has looked whether tracing is on."""
+    return shared.emit(open_words(handle, k.WORDS), event, v, a, b, c)
+
+
+@entry
+@kernel("u8(u8)", nogil=False)
+def due_timer(handle):
+    return timer.due(open_words(handle, k.WORDS))
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def hv_timer_exit(handle, first):
+    return timer.hv_exit(open_words(handle, k.WORDS), first)
+
+
+@entry
+@kernel("u8(u8)", nogil=False)
+def next_timer(handle):
+    return timer.next_event(open_words(handle, k.WORDS))
 
 
 @entry

@@ -1,7 +1,7 @@
-"""The WRMSR fast path: what may be handled in the first moments of an exit, for every generation.
+"""The fast paths: what may be handled in the first moments of an exit, for every generation.
 
-Models: handle_accel_set_msr_irqoff (seed) to handle_fastpath_wrmsr (6.18), and the re-entry loop of vcpu_enter_guest.
-Not modelled yet: HLT, INVD, WRMSR-immediate and preemption-timer fast exits.
+Models: handle_accel_set_msr_irqoff (seed) to handle_fastpath_wrmsr and handle_fastpath_wrmsr_imm (6.18),
+handle_fastpath_hlt, handle_fastpath_invd, handle_fastpath_preemption_timer, and the re-entry loop of vcpu_enter_guest.
 
 The handler declines with a Refusal, having touched nothing, or does exactly what the generic path would have done.
 """
@@ -9,11 +9,13 @@ The handler declines with a Refusal, having touched nothing, or does exactly wha
 from . import typed as k
 from ._jit import kernel
 from .apicmap import recalculate
+from .halt import emulate_halt
 from .ipi import UNRESOLVED, deliver_fast, destination, send
 from .lapicreg import reg, set_reg, set_x2apic_icr
-from .msr import set_tsc_deadline, skip
+from .msr import skip
 from .pid import sync_pir_to_irr
 from .shared import emit, hot, own
+from .timer import can_use_hv, expire_hv, hv_in_use, set_deadline
 
 
 @kernel("u8(u8)")
@@ -116,8 +118,8 @@ def x2apic_icr(m, v, icr):
 def tsc_deadline(m, v, value):
     """handle_fastpath_set_tscdeadline: from 5.8 where the preemption timer serves it, in 6.18 always."""
     traits = m[k.H_TRAITS]
-    if traits & k.T_TSCDL_ALWAYS or (traits & k.T_TSCDL_HV_TIMER and m[k.H_CONFIG] & k.CONFIG_HV_TIMER):
-        set_tsc_deadline(m, v, value)
+    if traits & k.T_TSCDL_ALWAYS or (traits & k.T_TSCDL_HV_TIMER and can_use_hv(m, v)):
+        set_deadline(m, v, value)
         return k.CODE_FAST
     if traits & k.T_TSCDL_HV_TIMER:
         return refuse(k.RF_NO_HV_TIMER)
@@ -138,9 +140,12 @@ def guards(m, v):
     return k.RF_NONE
 
 
-@kernel("u8(words, u8, u8, u8)")
-def wrmsr(m, v, msr, value):
-    """handle_fastpath_wrmsr: outcome code with its completion, or a refusal with COMPLETION_NONE."""
+@kernel("u8(words, u8, u8, u8, u8)")
+def wrmsr(m, v, msr, value, length):
+    """handle_fastpath_wrmsr(_imm): outcome code with its completion, or a refusal with COMPLETION_NONE.
+
+    ``length`` is the instruction's. User space's MSR filter is not asked: TSC_DEADLINE is written all the same.
+    """
     refusal = guards(m, v)
     if refusal:
         return refuse(refusal)
@@ -167,7 +172,7 @@ def wrmsr(m, v, msr, value):
         return code | k.COMPLETION_SKIP
     if traits & k.T_SKIP_AFTER_TRACE and tracing:
         emit(m, k.TP_MSR_WRITE, v, msr, value, k.ZERO)
-    user = skip(m, v, k.INSN_LEN_WRMSR)
+    user = skip(m, v, length)
     if not traits & k.T_SKIP_AFTER_TRACE and tracing:
         emit(m, k.TP_MSR_WRITE, v, msr, value, k.ZERO)
     if user and traits & k.T_SKIP_HONOURED:
@@ -176,8 +181,66 @@ def wrmsr(m, v, msr, value):
 
 
 @kernel("u8(words, u8)")
+def hlt(m, v):
+    """handle_fastpath_hlt: straight back into the guest when something wakes it at once, else HANDLED: it blocks."""
+    if not m[k.H_TRAITS] & k.T_HLT_FAST:
+        return refuse(k.RF_NOT_AN_MSR_WRITE)
+    refusal = guards(m, v)
+    if refusal:
+        return refuse(refusal)
+    user = emulate_halt(m, v)
+    if user:
+        return k.CODE_FAST | user | k.COMPLETION_USERSPACE
+    running = m[own(m, v) + k.K_MP_STATE] == k.MP_RUNNABLE
+    return k.CODE_FAST | (k.COMPLETION_REENTER if running else k.COMPLETION_HANDLED)
+
+
+@kernel("u8(words, u8, u8)")
+def invd(m, v, length):
+    """handle_fastpath_invd: an INVD does nothing but move RIP."""
+    if not m[k.H_TRAITS] & k.T_INVD_FAST:
+        return refuse(k.RF_NOT_AN_MSR_WRITE)
+    refusal = guards(m, v)
+    if refusal:
+        return refuse(refusal)
+    user = skip(m, v, length)
+    return k.CODE_FAST | (user | k.COMPLETION_USERSPACE if user else k.COMPLETION_REENTER)
+
+
+@kernel("u8(words, u8)")
+def preemption_timer(m, v):
+    """handle_fastpath_preemption_timer: a tick of the guest's timer, an exit that KVM forced, or a spurious one.
+
+    Unlike the others it is looked at in L2 too, where only the tick itself is left to the generic handler.
+    """
+    traits = m[k.H_TRAITS]
+    forced = m[own(m, v) + k.K_IMMEDIATE]
+    if not traits & k.T_PREEMPTION_TIMER_FAST:
+        return refuse(k.RF_NOT_AN_MSR_WRITE)
+    if not m[k.H_CONFIG] & k.CONFIG_FASTPATH:
+        return refuse(k.RF_SWITCHED_OFF)
+    if not traits & k.T_FORCED_EXIT_HANDLED:
+        if forced or not hv_in_use(m, v) or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+            return refuse(k.RF_NOT_AN_MSR_WRITE)
+    elif forced:
+        return k.CODE_FAST | k.COMPLETION_HANDLED
+    elif m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2 and hv_in_use(m, v):
+        return refuse(k.RF_NESTED)
+    expire_hv(m, v)
+    return k.CODE_FAST | k.COMPLETION_REENTER
+
+
+@kernel("u8(words, u8)")
+def handle_preemption_timer(m, v):
+    """handle_preemption_timer, the generic handler: nothing to do for an exit that was forced."""
+    if not m[own(m, v) + k.K_IMMEDIATE]:
+        expire_hv(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
 def exit_requested(m, v):
-    """kvm_vcpu_exit_request: a kick or a request that came while the guest ran."""
+    """kvm_vcpu_exit_request: a kick, a request or a signal that came while the guest ran."""
     row = hot(m, v)
     if m[row + k.HOT_MODE] == k.EXITING_GUEST_MODE or m[row + k.HOT_REQUESTS]:
         return k.ONE

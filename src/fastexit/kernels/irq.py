@@ -1,7 +1,8 @@
 """IRR, ISR, PPR and EOI bookkeeping of one vCPU.
 
 Models: apic_find_highest_isr, apic_set_isr/clear_isr, apic_clear_irr, apic_update_ppr, apic_has_interrupt_for_ppr,
-kvm_apic_has_interrupt, kvm_apic_ack_interrupt, apic_set_eoi. Not modelled: Hyper-V auto-EOI, EOI to the IOAPIC.
+kvm_apic_has_interrupt, kvm_apic_ack_interrupt, apic_set_eoi, kvm_ioapic_send_eoi up to the IOAPIC itself, PV EOI.
+Not modelled: Hyper-V auto-EOI.
 Differs by APICv: isr_count is a constant 1 and the cache is never used, because hardware moves the ISR bits.
 Spec: SDM vol. 3A 10.8.3-10.8.5.
 """
@@ -10,7 +11,7 @@ from . import typed as k
 from ._jit import kernel
 from .lapicreg import reg, set_reg
 from .pid import highest, highest_irr, sync_pir_to_irr
-from .shared import clear_word_bits, emit, hot, make_request, or_word, own, vec
+from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take, vec
 
 
 @kernel("u8(words, u8)")
@@ -173,6 +174,33 @@ def ack(m, v):
     return vector
 
 
+@kernel("u8(words, u8, u8)")
+def ioapic_handles(m, v, vector):
+    """kvm_ioapic_handles_vector: 1 when the routing wants this vector's EOI. Masked: the index may come from memory."""
+    return (m[own(m, v) + k.K_IOAPIC_HANDLED + ((vector >> k.U(6)) & k.U(3))] >> (vector & k.U(63))) & k.ONE
+
+
+@kernel("u8(words, u8, u8)")
+def send_ioapic_eoi(m, v, vector):
+    """kvm_ioapic_send_eoi: to user space's IOAPIC by an exit, to KVM's with the trigger mode that TMR has now.
+
+    Suppress-EOI-broadcast counts only where user space asked for it; by default KVM advertises it on a split irqchip
+    and broadcasts all the same.
+    """
+    if not ioapic_handles(m, v, vector):
+        return k.ZERO
+    row = own(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
+        if reg(m, v, k.APIC_SPIV) & k.SVR_SUPPRESS_EOI and m[k.H_API] & k.X2API_SUPPRESS_EOI:
+            return k.ZERO
+        m[row + k.K_IOAPIC_EOI] = vector
+        return make_request(m, v, k.REQ_IOAPIC_EOI_EXIT)
+    level = (m[hot(m, v) + k.HOT_TMR + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
+    m[row + k.K_IOAPIC_EOI] = vector | (level << k.U(8))
+    m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
+    return k.ZERO
+
+
 @kernel("u8(words, u8)")
 def eoi(m, v):
     """apic_set_eoi: the vector that left service, or NONE; with nothing in service only the trace line appears."""
@@ -183,5 +211,33 @@ def eoi(m, v):
         return k.NONE
     clear_isr(m, v, vector)
     update_ppr(m, v)
+    send_ioapic_eoi(m, v, vector)
     make_request(m, v, k.REQ_EVENT)
+    return vector
+
+
+@kernel("u8(words, u8)")
+def offer_pv_eoi(m, v):
+    """apic_sync_pv_eoi_to_guest: one interrupt in service, none behind it, nobody to tell: EOI may be skipped."""
+    row = own(m, v)
+    if not m[row + k.K_PV_EOI_MSR] & k.PV_EOI_ENABLED or m[row + k.K_IRR_PENDING]:
+        return k.ZERO
+    vector = m[row + k.K_ISR_CACHE]
+    if vector == k.NONE or ioapic_handles(m, v, vector):
+        return k.ZERO
+    m[row + k.K_PV_EOI_FLAG] = k.ONE
+    m[row + k.K_ATTENTION] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def take_pv_eoi(m, v):
+    """apic_sync_pv_eoi_from_guest: the offer is withdrawn; if the guest took it, its interrupt ends here."""
+    row = own(m, v)
+    m[row + k.K_ATTENTION] = k.ZERO
+    if take(m, row + k.K_PV_EOI_FLAG):
+        return k.ZERO
+    vector = eoi(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_PV_EOI, v, vector, k.ZERO, k.ZERO)
     return vector

@@ -1,8 +1,8 @@
 """The local APIC's registers as the guest and user space see them.
 
 Models: kvm_lapic_reg_write, kvm_lapic_reg_read, kvm_x2apic_msr_read/write, apic_mmio_read/write, SVR and LVT side
-effects; lapicstate.py has APICBASE, reset and the whole page. Not modelled yet: timers run (TMICT stores,
-TMCCT reads 0), EOI to the IOAPIC, vapic TPR reports. Spec: SDM vol. 3A 10.4-10.12.
+effects; lapicstate.py has APICBASE, reset and the whole page, timer.py what TMICT, TDCR and LVTT do to the timer.
+Spec: SDM vol. 3A 10.4-10.12.
 
 A write returns a delivery code (see ipi.py), with CODE_GP when the register does not take it; xAPIC writes ignore the
 latter, since MMIO has no way to fault.
@@ -20,7 +20,8 @@ from .lapicreg import (
     vector_slot,
     x2apic_icr,
 )
-from .shared import emit, hot, own
+from .shared import emit, hot, make_request, own
+from .timer import current_count, timer_mode_mask, update_lvtt, write_tdcr, write_tmict
 
 
 @kernel("u8(words, u8)")
@@ -47,31 +48,6 @@ def set_spiv(m, v, value):
     if (enabled != k.ZERO) != (was != k.ZERO):
         set_flag(m, v, k.FLAG_SW, enabled)
         mark_dirty(m)
-    return k.ZERO
-
-
-@kernel("u8(words)")
-def timer_mode_mask(m):
-    """LVTT's writable mode bits: TSC deadline only if the guest's CPUID has it."""
-    mask = k.LVT_TIMER_PERIODIC
-    if m[k.H_CONFIG] & k.CONFIG_DEADLINE_CPUID:
-        mask = mask | k.LVT_TIMER_DEADLINE
-    return mask
-
-
-@kernel("u8(words, u8)")
-def update_lvtt(m, v):
-    """apic_update_lvtt: entering or leaving deadline mode forgets count and deadline."""
-    row = own(m, v)
-    mode = reg(m, v, k.APIC_LVTT) & timer_mode_mask(m)
-    old = m[row + k.K_TIMER_MODE]
-    if mode == old:
-        return k.ZERO
-    if mode == k.TIMER_DEADLINE or old == k.TIMER_DEADLINE:
-        set_reg(m, v, k.APIC_TMICT, k.ZERO)
-        m[row + k.K_TSC_DEADLINE] = k.ZERO
-        m[row + k.K_TIMER_PENDING] = k.ZERO
-    m[row + k.K_TIMER_MODE] = mode
     return k.ZERO
 
 
@@ -183,14 +159,11 @@ def _write_lvt_or_fail(m, v, offset, value):
     return k.CODE_GP
 
 
-@kernel("u8(words, u8, u8, u8)")
-def _write_timer(m, v, offset, value):
-    row = own(m, v)
-    if offset == k.APIC_TDCR:
-        set_reg(m, v, offset, value & k.TDCR_WRITABLE)
-    elif m[row + k.K_TIMER_MODE] != k.TIMER_DEADLINE:
-        m[row + k.K_TIMER_PENDING] = k.ZERO
-        set_reg(m, v, offset, value)
+@kernel("u8(words, u8)")
+def _report_tpr_access(m, v):
+    """report_tpr_access: user space may want to see every access to TPR, to patch the instruction."""
+    if m[own(m, v) + k.K_TPR_REPORT]:
+        make_request(m, v, k.REQ_REPORT_TPR_ACCESS)
     return k.ZERO
 
 
@@ -205,10 +178,13 @@ def reg_write(m, v, offset, value):
     elif offset == k.APIC_EOI:
         eoi(m, v)
     elif offset == k.APIC_TASKPRI:
+        _report_tpr_access(m, v)
         set_reg(m, v, offset, value & k.U(0xFF))
         update_ppr(m, v)
-    elif offset == k.APIC_TMICT or offset == k.APIC_TDCR:
-        _write_timer(m, v, offset, value)
+    elif offset == k.APIC_TMICT:
+        write_tmict(m, v, value)
+    elif offset == k.APIC_TDCR:
+        write_tdcr(m, v, value)
     elif offset == k.APIC_SPIV:
         _write_svr(m, v, value)
     elif offset == k.APIC_ID or offset == k.APIC_LDR or offset == k.APIC_DFR or offset == k.APIC_ICR2:
@@ -289,11 +265,15 @@ def reg_read(m, v, offset, shown):
     if offset == k.APIC_PROCPRI:
         update_ppr(m, v)
         value = reg(m, v, offset)
-    elif offset == k.APIC_ARBPRI or offset == k.APIC_TMCCT:
+    elif offset == k.APIC_ARBPRI:
         value = k.ZERO
+    elif offset == k.APIC_TMCCT:
+        value = current_count(m, v)
     elif offset >= k.APIC_ISR and offset < k.APIC_ESR:
         value = vector_slot(m, v, offset)
     else:
+        if offset == k.APIC_TASKPRI:
+            _report_tpr_access(m, v)
         value = reg(m, v, offset)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_APIC_READ, v, shown, value, k.ZERO)

@@ -1,7 +1,7 @@
 """The local APIC as a whole: APICBASE, reset, and the 1 KiB page that user space gets and sets.
 
-Models: kvm_apic_set_base, kvm_lapic_reset, kvm_apic_get_state/set_state with kvm_apic_state_fixup. Not modelled yet:
-the timer restart of KVM_SET_LAPIC, APICv inhibits. Spec: SDM vol. 3A 10.4, 10.12.
+Models: kvm_apic_set_base, kvm_lapic_reset, kvm_apic_get_state/set_state with kvm_apic_state_fixup.
+Spec: SDM vol. 3A 10.4, 10.12.
 """
 
 from . import typed as k
@@ -14,13 +14,13 @@ from .lapic import (
     lvt_offset,
     set_flag,
     set_spiv,
-    update_lvtt,
     watch_lint0,
 )
 from .lapicreg import icr_is_split, reg, set_reg, vector_slot, version, word, x2apic_ldr
 from .pid import clear as clear_pid
 from .pid import sync_pir_to_irr
 from .shared import copy_words, hot, make_request, own, vec
+from .timer import cancel, current_count, start, update_divide, update_lvtt
 
 
 @kernel("u8(words, u8)")
@@ -82,6 +82,8 @@ def reset(m, v, init):
     row = own(m, v)
     if not m[k.H_CONFIG] & k.CONFIG_SVM and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         clear_pid(m, v)
+    # The hrtimer only: a preemption timer that counts goes on, and its tick waits for LVTT to be unmasked.
+    m[row + k.K_HRTIMER] = k.NONE
     if not init:
         base = k.APIC_DEFAULT_PHYS_BASE | k.APICBASE_EN
         if m[row + k.K_VCPU_ID] == m[k.H_BSP_ID]:
@@ -110,6 +112,7 @@ def reset(m, v, init):
     set_reg(m, v, k.APIC_ESR, k.ZERO)
     set_reg(m, v, k.APIC_TDCR, k.ZERO)
     set_reg(m, v, k.APIC_TMICT, k.ZERO)
+    update_divide(m, v)
     for i in range(4):
         m[vec(m, v) + k.VEC_IRR + k.U(i)] = k.ZERO
         m[vec(m, v) + k.VEC_ISR + k.U(i)] = k.ZERO
@@ -118,6 +121,8 @@ def reset(m, v, init):
     m[row + k.K_TIMER_PENDING] = k.ZERO
     m[row + k.K_ARB_PRIO] = k.ZERO
     m[row + k.K_RVI] = k.ZERO
+    m[row + k.K_PV_EOI_MSR] = k.ZERO
+    m[row + k.K_ATTENTION] = k.ZERO
     mark_dirty(m)
     update_ppr(m, v)
     recalculate(m)
@@ -137,7 +142,7 @@ def get_state(m, v):
         m[at] = (m[at] & k.HIGH32) | vector_slot(m, v, offset)
         offset = offset + k.U(16)
     at = k.H_STAGE + (k.APIC_TMCCT >> k.U(3))
-    m[at] = m[at] & k.HIGH32
+    m[at] = (m[at] & k.HIGH32) | current_count(m, v)
     if in_x2apic_mode(m, v):
         if not m[k.H_API] & k.X2API_32BIT_IDS:
             at = k.H_STAGE + (k.APIC_ID >> k.U(3))
@@ -197,9 +202,12 @@ def set_state(m, v):
     set_reg(m, v, k.APIC_LVR, version(m, v))
     compute_ppr(m, v)
     row = own(m, v)
-    m[row + k.K_TIMER_PENDING] = k.ZERO
+    cancel(m, v)
+    m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
     update_lvtt(m, v)
     watch_lint0(m, v)
+    update_divide(m, v)
+    start(m, v, k.APIC_TMCCT)
     set_reg(m, v, k.APIC_TMCCT, k.ZERO)
     recount(m, v)
     m[row + k.K_ARB_PRIO] = k.ZERO

@@ -1,61 +1,81 @@
 """Generic MSR emulation and the skip of the instruction that exited.
 
-Models: kvm_set_msr_common/kvm_get_msr_common as far as APIC state goes (IA32_APICBASE, 0x800-0x8FF, TSC_DEADLINE),
-kvm_emulate_wrmsr/rdmsr, kvm_skip_emulated_instruction. Other MSRs are unknown here and fault. Not modelled yet: MSR
-filters and exits to user space for MSRs, nested single-step bookkeeping, retired-instruction counts.
+Models: kvm_set_msr_common/kvm_get_msr_common as far as APIC state goes (IA32_APICBASE, 0x800-0x8FF, TSC_DEADLINE,
+MSR_KVM_PV_EOI_EN), kvm_msr_allowed, kvm_emulate_wrmsr/rdmsr with kvm_msr_user_space, kvm_skip_emulated_instruction,
+kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-step bookkeeping, counts of retired
+instructions.
 """
 
 from . import typed as k
 from ._jit import kernel
+from .irq import update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
+from .lapicreg import reg, set_reg
 from .lapicstate import set_base
-from .shared import emit, hot, make_request, own
-
-
-@kernel("u8(words, u8)")
-def _deadline_usable(m, v):
-    """kvm_set/get_lapic_tscdeadline_msr act only on an enabled APIC in deadline mode."""
-    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and m[own(m, v) + k.K_TIMER_MODE] == k.TIMER_DEADLINE:
-        return k.ONE
-    return k.ZERO
+from .shared import emit, make_request, own
+from .timer import deadline_usable, set_deadline
 
 
 @kernel("u8(words, u8, u8)")
-def set_tsc_deadline(m, v, value):
-    """A write outside deadline mode is dropped in silence."""
-    if _deadline_usable(m, v):
-        m[own(m, v) + k.K_TIMER_PENDING] = k.ZERO
-        m[own(m, v) + k.K_TSC_DEADLINE] = value
+def allowed(m, msr, access):
+    """kvm_msr_allowed: user space's filter lets this access (MSR_FILTER_READ or _WRITE) be emulated.
+
+    x2APIC registers cannot be filtered. The first range that has the MSR decides, then the default.
+    """
+    if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
+        return k.ONE
+    for i in range(min(m[k.H_FILTER_RANGES], k.FILTER_RANGES)):
+        at = k.FILTER + k.U(i) * k.FILTER_STRIDE
+        first = m[at + k.FILTER_BASE]
+        count = min(m[at + k.FILTER_COUNT], k.FILTER_BITMAP_BYTES << k.U(3))
+        if m[at + k.FILTER_FLAGS] & access and msr >= first and msr - first < count:
+            bit = msr - first
+            return (m[at + k.FILTER_BITMAP + (bit >> k.U(6))] >> (bit & k.U(63))) & k.ONE
+    return k.ZERO if m[k.H_FILTER_DENY] else k.ONE
+
+
+@kernel("u8(words, u8, u8)")
+def _set_pv_eoi(m, v, value):
+    """kvm_lapic_set_pv_eoi: the guest's flag lies at a dword address, bit 0 enables."""
+    if value & k.PV_EOI_RESERVED:
+        return k.CODE_GP
+    m[own(m, v) + k.K_PV_EOI_MSR] = value
     return k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def set_msr(m, v, msr, value, host):
-    """kvm_set_msr_common: delivery code, with CODE_GP where the write faults (for the host: the ioctl stops there)."""
+    """kvm_set_msr_common: delivery code, with CODE_GP and MSR_WHY where it faults (for the host: the ioctl stops)."""
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
         return x2apic_msr_write(m, v, msr, value)
     if msr == k.MSR_TSC_DEADLINE:
-        return set_tsc_deadline(m, v, value)
+        set_deadline(m, v, value)
+        return k.ZERO
     if msr == k.MSR_APICBASE:
         return set_base(m, v, value, host)
-    return k.CODE_GP
+    if msr == k.MSR_KVM_PV_EOI_EN:
+        return _set_pv_eoi(m, v, value)
+    return k.CODE_GP | k.MSR_WHY_UNKNOWN
 
 
 @kernel("u8(words, u8, u8)")
 def get_msr(m, v, msr):
-    """kvm_get_msr_common: value in K_MSR_DATA (0 when it faults), CODE_GP when it faults."""
+    """kvm_get_msr_common: value in K_MSR_DATA (0 when it faults), CODE_GP and MSR_WHY when it faults."""
     out = own(m, v) + k.K_MSR_DATA
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
         return x2apic_msr_read(m, v, msr)
     m[out] = k.ZERO
     if msr == k.MSR_TSC_DEADLINE:
-        if _deadline_usable(m, v):
+        if deadline_usable(m, v):
             m[out] = m[own(m, v) + k.K_TSC_DEADLINE]
         return k.ZERO
     if msr == k.MSR_APICBASE:
         m[out] = m[own(m, v) + k.K_APIC_BASE]
         return k.ZERO
-    return k.CODE_GP
+    if msr == k.MSR_KVM_PV_EOI_EN:
+        m[out] = m[own(m, v) + k.K_PV_EOI_MSR]
+        return k.ZERO
+    return k.CODE_GP | k.MSR_WHY_UNKNOWN
 
 
 @kernel("u8(words, u8, u8)")
@@ -86,25 +106,85 @@ def inject_gp(m, v):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def emulate_wrmsr(m, v, msr, value):
-    """kvm_emulate_wrmsr by the guest: outcome code (delivery, fault, and USER when the skip asks for it)."""
-    code = set_msr(m, v, msr, value, k.ZERO)
+def _ask_user(m, v, msr, code):
+    """kvm_msr_user_space: 1 when user space wants MSR accesses that fail for this reason."""
+    why = code & k.CODE_MSR_WHY
+    reason = k.MSR_EXIT_INVAL
+    if why == k.MSR_WHY_UNKNOWN:
+        reason = k.MSR_EXIT_UNKNOWN
+    elif why == k.MSR_WHY_FILTER:
+        reason = k.MSR_EXIT_FILTER
+    if not m[k.H_USER_MSR] & reason:
+        return k.ZERO
+    m[own(m, v) + k.K_MSR_INDEX] = msr
+    m[own(m, v) + k.K_MSR_REASON] = reason
+    return k.ONE
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def emulate_wrmsr(m, v, msr, value, length):
+    """kvm_emulate_wrmsr by the guest: outcome code (delivery, fault, and USER when the skip or user space asks)."""
+    if allowed(m, msr, k.MSR_FILTER_WRITE):
+        code = set_msr(m, v, msr, value, k.ZERO)
+    else:
+        code = k.CODE_GP | k.MSR_WHY_FILTER
+    if code & k.CODE_GP and _ask_user(m, v, msr, code):
+        m[own(m, v) + k.K_MSR_DATA] = value
+        return (code & ~(k.CODE_GP | k.CODE_MSR_WHY)) | k.USER_X86_WRMSR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_MSR_WRITE, v, msr, value, k.ONE if code & k.CODE_GP else k.ZERO)
     if code & k.CODE_GP:
         inject_gp(m, v)
-        return code
-    return code | skip(m, v, k.INSN_LEN_WRMSR)
+        return code & ~k.CODE_MSR_WHY
+    return code | skip(m, v, length)
 
 
-@kernel("u8(words, u8, u8)")
-def emulate_rdmsr(m, v, msr):
+@kernel("u8(words, u8, u8, u8)")
+def emulate_rdmsr(m, v, msr, length):
     """kvm_emulate_rdmsr: value in K_MSR_DATA."""
-    code = get_msr(m, v, msr)
+    if allowed(m, msr, k.MSR_FILTER_READ):
+        code = get_msr(m, v, msr)
+    else:
+        m[own(m, v) + k.K_MSR_DATA] = k.ZERO
+        code = k.CODE_GP | k.MSR_WHY_FILTER
+    if code & k.CODE_GP and _ask_user(m, v, msr, code):
+        return (code & ~(k.CODE_GP | k.CODE_MSR_WHY)) | k.USER_X86_RDMSR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         faults = k.ONE if code & k.CODE_GP else k.ZERO
         emit(m, k.TP_MSR_READ, v, msr, m[own(m, v) + k.K_MSR_DATA], faults)
     if code & k.CODE_GP:
         inject_gp(m, v)
-        return code
-    return code | skip(m, v, k.INSN_LEN_WRMSR)
+        return code & ~k.CODE_MSR_WHY
+    return code | skip(m, v, length)
+
+
+@kernel("u8(words, u8, u8)")
+def complete(m, v, error):
+    """User space's answer to KVM_EXIT_X86_RDMSR/WRMSR: #GP, or the instruction is done. complete_emulated_wrmsr."""
+    m[own(m, v) + k.K_MSR_REASON] = k.ZERO
+    if error:
+        inject_gp(m, v)
+        return k.CODE_GP
+    return skip(m, v, k.INSN_LEN_WRMSR)
+
+
+@kernel("u8(words, u8, u8)")
+def set_cr8(m, v, value):
+    """kvm_set_cr8: the four bits become TPR[7:4] and TPR[3:0] is lost; CODE_GP for any other bit."""
+    if value & ~k.U(0xF):
+        return k.CODE_GP
+    set_reg(m, v, k.APIC_TASKPRI, value << k.U(4))
+    update_ppr(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def emulate_cr8(m, v, value, write):
+    """A guest's MOV to or from CR8: handle_cr, cr8_write_interception; what was read is in K_MSR_DATA."""
+    if not write:
+        m[own(m, v) + k.K_MSR_DATA] = reg(m, v, k.APIC_TASKPRI) >> k.U(4)
+        return skip(m, v, k.INSN_LEN_MOV_CR)
+    if set_cr8(m, v, value):
+        inject_gp(m, v)
+        return k.CODE_GP
+    return skip(m, v, k.INSN_LEN_MOV_CR)

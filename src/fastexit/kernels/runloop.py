@@ -1,137 +1,160 @@
-"""Steps of vcpu_enter_guest and vcpu_run that touch words other threads write, or that the batch door needs compiled.
+"""Steps of vcpu_run and vcpu_enter_guest that touch words other threads write, or that the batch door needs compiled.
 
-Models: request processing, event injection, INIT/SIPI acceptance, the entry protocol. The Python dispatcher calls these
-steps one by one; batch.py strings the same steps together. Not modelled yet: SMM, blocked INIT (VMXON, GIF=0), timers.
+Models: request processing, the tail of vcpu_run's loop, vcpu_block, the entry protocol. The Python dispatcher calls
+these steps one by one; batch.py strings the same steps together. events.py has what an entry injects.
 """
 
 from . import typed as k
 from ._jit import kernel
-from .atomics import exchange, fence, load_acquire
+from .atomics import exchange, fence
+from .events import accept_events, cancel_injection, process_nmi, process_smi, ready_for_user
 from .fastpath import exit_requested
-from .irq import ack, apicv_active, has_interrupt
-from .lapicstate import reset
+from .halt import runnable, set_mp_state
+from .irq import ioapic_handles, take_pv_eoi
 from .pid import sync_pir_to_irr
-from .shared import clear_word_bits, emit, hot, make_request, own, take
+from .sched import vcpu_load, vcpu_put
+from .shared import clear_word_bits, emit, hot, own, take
+from .timer import (
+    has_pending,
+    hv_due,
+    hv_in_use,
+    inject_if_pending,
+    local_deliver,
+    restart,
+    settle,
+    start_sw,
+    wait_expired,
+)
 
 BLOCKED = k.ONE
 ENTERED = k.ONE
-INTR_INFO_VALID = k.U(1 << 31)
-INTR_TYPE_NMI = k.U(2 << 8)
-INTR_TYPE_EXCEPTION = k.U(3 << 8)
-INTR_DELIVER_ERROR_CODE = k.U(1 << 11)
-VECTOR_DB, VECTOR_NMI = k.U(1), k.U(2)
-
-
-@kernel("u8(words, u8)")
-def process_nmi(m, v):
-    """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked."""
-    row = own(m, v)
-    limit = k.ONE if m[row + k.K_NMI_MASKED] else k.U(2)
-    m[row + k.K_NMI_PENDING] = min(m[row + k.K_NMI_PENDING] + take(m, row + k.K_NMI_QUEUED), limit)
-    return make_request(m, v, k.REQ_EVENT)
+IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
+"""K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and had the preemption timer in use."""
 
 
 @kernel("u8(words, u8)")
 def service_requests(m, v):
-    """vcpu_enter_guest step 2: every request but EVENT, which the next step tests itself."""
-    requests = clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, ~k.REQ_EVENT)
-    if requests & k.REQ_SMI:
-        m[own(m, v) + k.K_SMI_PENDING] = k.ONE
-    if requests & k.REQ_NMI:
+    """vcpu_enter_guest step 2, in KVM's order: 0, or the USER code for which it returns; EVENT is the next step's.
+
+    A request behind the one that leaves to user space stays pending.
+    """
+    requests = hot(m, v) + k.HOT_REQUESTS
+    if clear_word_bits(m, requests, k.REQ_REPORT_TPR_ACCESS) & k.REQ_REPORT_TPR_ACCESS:
+        return k.USER_TPR_ACCESS
+    if clear_word_bits(m, requests, k.REQ_TRIPLE_FAULT) & k.REQ_TRIPLE_FAULT:
+        return k.USER_SHUTDOWN
+    if clear_word_bits(m, requests, k.REQ_PMI) & k.REQ_PMI:
+        local_deliver(m, v, k.APIC_LVTPC, v)
+    if clear_word_bits(m, requests, k.REQ_SMI) & k.REQ_SMI:
+        process_smi(m, v)
+    if clear_word_bits(m, requests, k.REQ_NMI) & k.REQ_NMI:
         process_nmi(m, v)
-    return requests
-
-
-@kernel("u8(words, u8)")
-def reset_vcpu_init(m, v):
-    """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, all queued events gone, RIP at the reset vector."""
-    row = own(m, v)
-    reset(m, v, k.ONE)
-    m[row + k.K_NMI_PENDING] = k.ZERO
-    m[row + k.K_NMI_MASKED] = k.ZERO
-    m[row + k.K_SMI_PENDING] = k.ZERO
-    m[row + k.K_EXCEPTION] = k.ZERO
-    m[row + k.K_PENDING_DB] = k.ZERO
-    m[row + k.K_INTERRUPT] = k.ZERO
-    m[row + k.K_IRQ_WINDOW] = k.ZERO
-    m[row + k.K_SHADOW] = k.ZERO
-    m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
-    m[row + k.K_RIP] = k.U(0xFFF0)
-    m[row + k.K_CS] = k.U(0xF000)
-    return take(m, row + k.K_NMI_QUEUED)
-
-
-@kernel("u8(words, u8)")
-def accept_events(m, v):
-    """kvm_apic_accept_events: a pending INIT first, then a pending SIPI; each is consumed.
-
-    Whether INIT makes a vCPU run or wait goes by the BSP bit of its APICBASE. A SIPI that finds the vCPU not waiting is
-    lost.
-    """
-    row = own(m, v)
-    events = m[row + k.K_PENDING_EVENTS]
-    if not events:
-        return k.ZERO
-    if events & k.PENDING_INIT:
-        clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT)
-        reset_vcpu_init(m, v)
-        bsp = m[row + k.K_APIC_BASE] & k.APICBASE_BSP
-        m[row + k.K_MP_STATE] = k.MP_RUNNABLE if bsp else k.MP_INIT_RECEIVED
-    if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI) & k.PENDING_SIPI:
-        if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
-            m[row + k.K_CS] = m[row + k.K_SIPI_VECTOR] << k.U(8)
-            m[row + k.K_RIP] = k.ZERO
-            m[row + k.K_MP_STATE] = k.MP_RUNNABLE
-    return events
-
-
-@kernel("u8(words, u8, u8)")
-def _inject_interrupt(m, v, can_inject):
-    """External interrupts without APICv: IRR to ISR when the guest takes one now, else ask for an IRQ window."""
-    row = own(m, v)
-    if apicv_active(m, v) or has_interrupt(m, v) == k.NONE:
-        return k.ZERO
-    open_window = m[row + k.K_RFLAGS] & k.RFLAGS_IF and not m[row + k.K_SHADOW]
-    if not can_inject or not open_window:
-        m[row + k.K_IRQ_WINDOW] = k.ONE
-        return k.ZERO
-    vector = ack(m, v)
-    m[row + k.K_INTERRUPT] = vector + k.ONE
-    m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | vector
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_INJ_VIRQ, v, vector, k.ZERO, k.ZERO)
-    return k.ONE
-
-
-@kernel("u8(words, u8)")
-def inject_events(m, v):
-    """Step 3 under an EVENT request: INIT/SIPI, then exception, NMI, interrupt. BLOCKED: the vCPU waits for SIPI.
-
-    An injected exception or NMI is delivered by the entry itself, so its queue is empty afterwards.
-    """
-    if not clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_EVENT) & k.REQ_EVENT:
-        return k.ZERO
-    row = own(m, v)
-    accept_events(m, v)
-    if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
-        return BLOCKED
-    can_inject = k.ONE
-    if m[row + k.K_EXCEPTION]:
-        vector = m[row + k.K_EXCEPTION] - k.ONE
-        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | INTR_DELIVER_ERROR_CODE | vector
-        m[row + k.K_EXCEPTION] = k.ZERO
-        can_inject = k.ZERO
-    elif m[row + k.K_PENDING_DB]:
-        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | VECTOR_DB
-        m[row + k.K_PENDING_DB] = k.ZERO
-        can_inject = k.ZERO
-    if m[row + k.K_NMI_PENDING] and not m[row + k.K_NMI_MASKED] and can_inject:
-        m[row + k.K_NMI_PENDING] = m[row + k.K_NMI_PENDING] - k.ONE
-        m[row + k.K_NMI_MASKED] = k.ONE
-        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_NMI | VECTOR_NMI
-        can_inject = k.ZERO
-    _inject_interrupt(m, v, can_inject)
+    if clear_word_bits(m, requests, k.REQ_IOAPIC_EOI_EXIT) & k.REQ_IOAPIC_EOI_EXIT:
+        if ioapic_handles(m, v, m[own(m, v) + k.K_IOAPIC_EOI]):
+            return k.USER_IOAPIC_EOI
+    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used.
+    clear_word_bits(m, requests, ~(k.REQ_EVENT | k.REQ_UNBLOCK | k.REQ_SIGNAL))
     return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def loop_tail(m, v):
+    """vcpu_run behind an iteration that stays in the kernel: 0, or the USER code with which KVM_RUN returns.
+
+    UNBLOCK has done its work; a tick becomes an interrupt here and nowhere else; then user space's interrupt window,
+    then signals. An iteration that left to user space does not come here, so its tick waits.
+    """
+    requests = hot(m, v) + k.HOT_REQUESTS
+    if m[requests] & k.REQ_UNBLOCK:
+        clear_word_bits(m, requests, k.REQ_UNBLOCK)
+    inject_if_pending(m, v)
+    if m[own(m, v) + k.K_USER_WINDOW] and ready_for_user(m, v):
+        return k.USER_IRQ_WINDOW_OPEN
+    if m[requests] & k.REQ_SIGNAL:
+        clear_word_bits(m, requests, k.REQ_SIGNAL)
+        return k.USER_INTR
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _awake(m, v):
+    """kvm_vcpu_check_block: a reason not to sleep."""
+    if m[hot(m, v) + k.HOT_REQUESTS] & (k.REQ_UNBLOCK | k.REQ_SIGNAL):
+        return k.ONE
+    return runnable(m, v) | has_pending(m, v)
+
+
+@kernel("u8(words, u8)")
+def _leave_halt(m, v):
+    """The end of vcpu_block for a vCPU that can go on: INIT and SIPI are taken, a halted vCPU runs."""
+    accept_events(m, v)
+    state = m[own(m, v) + k.K_MP_STATE]
+    if state == k.MP_HALTED or state == k.MP_AP_RESET_HOLD:
+        set_mp_state(m, v, k.MP_RUNNABLE)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def wake_up(m, v):
+    """A sleeper's thread goes on: the preemption timer counts again if it did before."""
+    host = own(m, v)
+    hv = m[host + k.K_IN_RUN] == ASLEEP_HV_TIMER
+    m[host + k.K_IN_RUN] = IN_RUN
+    return restart(m, v) if hv else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def block(m, v):
+    """vcpu_block of a vCPU that does not run: BLOCKED when its thread sleeps now, else 0: the loop goes round.
+
+    HOT_BLOCKED is published before events and requests are read, with a full barrier; a sender sets its event before
+    it looks whether the thread sleeps. So either it sees the sleeper and wakes it, or the sleeper sees the event. The
+    preemption timer counts in the guest only, so a sleeper uses the hrtimer.
+    """
+    host = own(m, v)
+    if not runnable(m, v):
+        if m[host + k.K_IN_RUN] < ASLEEP:
+            m[host + k.K_IN_RUN] = ASLEEP_HV_TIMER if hv_in_use(m, v) else ASLEEP
+            if hv_in_use(m, v):
+                start_sw(m, v)
+                settle(m, v)
+        exchange(m, hot(m, v) + k.HOT_BLOCKED, k.ONE)
+        if not _awake(m, v):
+            m[host + k.K_SRCU] = k.ZERO
+            vcpu_put(m, v, k.ONE)
+            return BLOCKED
+        take(m, hot(m, v) + k.HOT_BLOCKED)
+        wake_up(m, v)
+        if not runnable(m, v):
+            return k.ZERO
+    wake_up(m, v)
+    return _leave_halt(m, v)
+
+
+@kernel("u8(words, u8)")
+def begin_run(m, v):
+    """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken."""
+    host = own(m, v)
+    if m[host + k.K_IN_RUN] < ASLEEP:
+        m[host + k.K_IN_RUN] = IN_RUN
+    m[host + k.K_USER_EXIT] = k.ZERO
+    m[hot(m, v) + k.HOT_BLOCKED] = k.ZERO
+    vcpu_load(m, v, m[host + k.K_CPU])
+    m[host + k.K_SRCU] = k.ONE
+    m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def return_to_user(m, v, reason, errno):
+    """KVM_RUN returns: SRCU dropped, kvm_userspace_exit (not for NONE), vcpu_put."""
+    host = own(m, v)
+    m[host + k.K_SRCU] = k.ZERO
+    m[host + k.K_IN_RUN] = k.ZERO
+    m[host + k.K_USER_EXIT] = reason + k.ONE
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and reason != k.NONE:
+        emit(m, k.TP_USERSPACE_EXIT, v, reason, errno, k.ZERO)
+    return vcpu_put(m, v, k.ZERO)
 
 
 @kernel("u8(words, u8)")
@@ -153,35 +176,25 @@ def enter(m, v):
         m[host + k.K_IRQS_OFF] = k.ZERO
         m[host + k.K_SRCU] = k.ONE
         m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
+        cancel_injection(m, v)
+        if m[host + k.K_ATTENTION]:
+            take_pv_eoi(m, v)
         return k.ZERO
     return ENTERED
 
 
 @kernel("u8(words, u8)")
-def block(m, v):
-    """A vCPU that waits for INIT or SIPI goes to sleep: BLOCKED, or 0 when one has come and it must look again.
-
-    HOT_BLOCKED is published before the pending events are read, with a full barrier; a sender sets its event before it
-    looks whether the thread sleeps. So either it sees the sleeper and wakes it, or the sleeper sees the event.
-    """
-    host = own(m, v)
-    exchange(m, hot(m, v) + k.HOT_BLOCKED, k.ONE)
-    if load_acquire(m, host + k.K_PENDING_EVENTS):
-        take(m, hot(m, v) + k.HOT_BLOCKED)
-        return k.ZERO
-    m[host + k.K_SRCU] = k.ZERO
-    m[host + k.K_IN_RUN] = k.ZERO
-    return BLOCKED
-
-
-@kernel("u8(words, u8)")
 def trace_entry(m, v):
-    """kvm_entry, with the event that the entry injects."""
+    """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early."""
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
+    m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
+    m[row + k.K_FORCE_EXIT] = k.ZERO
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_ENTRY, v, m[row + k.K_RIP], info, k.ZERO)
+        emit(m, k.TP_ENTRY, v, m[row + k.K_RIP], info, m[row + k.K_IMMEDIATE] << k.U(32))
+    if m[row + k.K_EXPIRED_DEADLINE]:
+        wait_expired(m, v)
     return k.ZERO
 
 
@@ -191,18 +204,26 @@ def trace_reentry(m, v):
     if m[k.H_TRAITS] & k.T_TRACE_REENTRY:
         return trace_entry(m, v)
     m[own(m, v) + k.K_ENTRY_INFO] = k.ZERO
+    if m[own(m, v) + k.K_EXPIRED_DEADLINE]:
+        wait_expired(m, v)
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8, u8, u8)")
-def trace_exit(m, v, reason, info1, info2):
-    """kvm_exit; the model raises no exit that has intr_info."""
+@kernel("u8(words, u8)")
+def exits_at_once(m, v):
+    """1 when the guest that was just entered leaves again before its first instruction: forced, or a timer ran out."""
+    return k.ONE if m[own(m, v) + k.K_IMMEDIATE] else hv_due(m, v)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def trace_exit(m, v, reason, info1, info2, intr_info):
+    """kvm_exit; no exit of the model has an error code."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         at = emit(m, k.TP_EXIT, v, reason, m[own(m, v) + k.K_RIP], info1)
         if at < k.TRACE_CAPACITY:
             at = k.TRACE + at * k.TRACE_STRIDE
             m[at + k.U(4)] = info2
-            m[at + k.U(5)] = k.ZERO
+            m[at + k.U(5)] = intr_info
             m[at + k.U(6)] = k.ZERO
             m[at + k.U(7)] = m[hot(m, v) + k.HOT_REQUESTS]
     return k.ZERO

@@ -1,0 +1,272 @@
+"""What user space and the host's scheduler do with a vCPU from outside.
+
+Models: KVM_RUN, KVM_SET/GET_MSRS, KVM_GET/SET_LAPIC, KVM_GET/SET_MP_STATE, KVM_GET/SET_VCPU_EVENTS, KVM_SET_SREGS and
+KVM_INTERRUPT as far as the local APIC goes, the preempt notifiers. Every ioctl first takes the vCPU out of the guest,
+as KVM's vcpu mutex would demand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.checks import integer, member
+from fastexit.kernels import _jit
+from fastexit.outcome import CODE_GP, OUTCOMES, Effect
+from fastexit.reasons import KvmExit
+from fastexit.vcpustate import VcpuState
+
+if TYPE_CHECKING:
+    from fastexit.machine import Machine
+
+
+class Events(NamedTuple):
+    """KVM_GET_VCPU_EVENTS as far as interrupts go.
+
+    ``nmi_pending`` counts at most two (one while NMIs are masked); ``latched_init`` is a pending INIT; ``exception`` is
+    the vector waiting to be injected, or None; ``interrupt`` the vector whose delivery was cut short, or None.
+    """
+
+    nmi_pending: int
+    nmi_masked: bool
+    smi_pending: bool
+    latched_init: bool
+    exception: int | None
+    smm: bool = False
+    interrupt: int | None = None
+
+
+class UserMsr(NamedTuple):
+    """run->msr: index, data (of a write) and why the access is user space's."""
+
+    index: int
+    data: int
+    reason: R.MsrExit
+
+
+class VcpuIoctls(VcpuState):
+    """The half of Vcpu that user space sees."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        machine: Machine
+
+    def set_msr(self, msr: int, value: int) -> bool:
+        """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
+        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
+        self._loop.leave_guest(self)
+        code = _jit.load("set_msr")(self._handle, self.index, msr, value)
+        self.machine.last_host_code = code
+        return not code & CODE_GP
+
+    def get_msr(self, msr: int) -> int | None:
+        """KVM_GET_MSRS of one MSR: None where the ioctl stops."""
+        msr = integer(msr, "MSR", 0xFFFF_FFFF)
+        self._loop.leave_guest(self)
+        code = _jit.load("get_msr")(self._handle, self.index, msr)
+        return None if code & CODE_GP else self.read_data
+
+    def get_lapic(self) -> bytes:
+        """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last."""
+        self._loop.leave_guest(self)
+        with self.machine.lock:  # one staging page for all vCPUs
+            _jit.load("get_state")(self._handle, self.index)
+            return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
+
+    def set_lapic(self, data: bytes) -> None:
+        """KVM_SET_LAPIC of 1024 bytes; ValueError where KVM says EINVAL, and even then SVR has been applied."""
+        try:
+            page = memoryview(data).cast("B")
+        except TypeError:
+            raise TypeError(f"a LAPIC page is 1024 bytes, not {type(data).__name__}") from None
+        if len(page) != R.LAPIC_PAGE_BYTES:
+            raise ValueError(f"a LAPIC page is 1024 bytes, not {len(page)}")
+        self._loop.leave_guest(self)
+        with self.machine.lock:
+            self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE] = memoryview(bytes(page)).cast("Q")
+            refused = _jit.load("set_state")(self._handle, self.index) & CODE_GP
+        if refused:
+            found = int.from_bytes(page[R.APIC_ID : R.APIC_ID + 4], "little")
+            raise ValueError(f"x2APIC id {found:#x} in the page is not the vCPU's id {self.vcpu_id:#x} (EINVAL)")
+
+    def run(self) -> bool:
+        """KVM_RUN: True when the vCPU is in the guest then; False when it waits, or KVM_RUN has returned already.
+
+        It waits for INIT or SIPI, or for what ends a halt; ``exit_reason`` is None then. The answer to Effect.WAKE: the
+        thread looks again, runs what is pending, and sleeps again if it still waits.
+        """
+        return self._loop.kvm_run(self)
+
+    @property
+    def exit_reason(self) -> KvmExit | None:
+        """run->exit_reason of the last return of KVM_RUN (INTR: a signal, the call gave EINTR); None while it runs."""
+        reason = self._mem[self.own + L.K_USER_EXIT]
+        return KvmExit(reason - 1) if reason else None
+
+    def signal(self) -> Effect:
+        """A signal for the vCPU's thread: KVM_RUN returns at the next look. Returns what the host has to do.
+
+        A vCPU that is in the guest has to be kicked out of it: let it exit by an external interrupt.
+        """
+        _jit.load("make_request")(self._handle, self.index, R.REQ_SIGNAL)
+        return OUTCOMES[_jit.load("kick")(self._handle, self.index, L.NONE)].effects
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
+        self._loop.leave_guest(self)
+        _jit.load("accept_events")(self._handle, self.index)
+        state = self._mem[self.own + L.K_MP_STATE]
+        if state in (R.MP_HALTED, R.MpState.AP_RESET_HOLD) and self._mem[self.own + L.K_PV_UNHALTED]:
+            return R.MpState.RUNNABLE
+        return R.MpState(state)
+
+    def set_mp_state(self, state: int) -> None:
+        """KVM_SET_MP_STATE; SIPI_RECEIVED becomes INIT_RECEIVED and a pending SIPI. ValueError for EINVAL."""
+        state = member(state, "mp_state", list(R.MpState))
+        self._loop.leave_guest(self)
+        waits = state in (R.MP_INIT_RECEIVED, R.MP_SIPI_RECEIVED)
+        if waits and _jit.load("init_blocked")(self._handle, self.index):
+            raise ValueError(f"mp_state {R.MpState(state).name}: INIT is blocked (EINVAL)")
+        if state == R.MP_SIPI_RECEIVED:
+            self._mem[self.own + L.K_PENDING_EVENTS] |= R.PENDING_SIPI
+            state = R.MP_INIT_RECEIVED
+        _jit.load("set_mp_state")(self._handle, self.index, state)
+        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+
+    def events(self) -> Events:
+        """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
+        self._loop.leave_guest(self)
+        mem, own = self._mem, self.own
+        if mem[own + L.K_NMI_QUEUED]:
+            _jit.load("process_nmi")(self._handle, self.index)
+        exception = mem[own + L.K_EXCEPTION]
+        again = mem[own + L.K_REINJECT]
+        external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
+        return Events(
+            nmi_pending=mem[own + L.K_NMI_PENDING],
+            nmi_masked=bool(mem[own + L.K_NMI_MASKED]),
+            smi_pending=bool(mem[own + L.K_SMI_PENDING] or mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI),
+            latched_init=bool(mem[own + L.K_PENDING_EVENTS] & R.PENDING_INIT),
+            exception=exception - 1 if exception else None,
+            smm=bool(mem[own + L.K_HFLAGS] & L.HF_SMM),
+            interrupt=again & 0xFF if external else None,
+        )
+
+    def set_events(
+        self,
+        *,
+        nmi_pending: int | None = None,
+        nmi_masked: bool = False,
+        sipi_vector: int | None = None,
+        shadow: int | None = None,
+        smm: bool | None = None,
+        smi_pending: bool = False,
+        smm_inside_nmi: bool = False,
+        latched_init: bool = False,
+    ) -> None:
+        """KVM_SET_VCPU_EVENTS. None leaves out what a flag of the structure would make valid.
+
+        ``smm`` makes the four SMM fields valid, ``latched_init`` among them: it sets or clears a pending INIT. The SIPI
+        vector alone is no SIPI. ValueError where KVM says EINVAL.
+        """
+        mem, own = self._mem, self.own
+        if nmi_pending is not None:
+            nmi_pending = integer(nmi_pending, "number of NMIs", 0xFF)
+        if sipi_vector is not None:
+            sipi_vector = integer(sipi_vector, "SIPI vector", 0xFF)
+        if shadow is not None:
+            shadow = integer(shadow, "interrupt shadow", R.SHADOW_STI | R.SHADOW_MOV_SS)
+        if (smm or smi_pending) and not mem[L.H_CONFIG] & L.CONFIG_SMM:
+            raise ValueError("SMM: this kernel has no CONFIG_KVM_SMM (EINVAL)")
+        self._loop.leave_guest(self)
+        if mem[own + L.K_NMI_QUEUED]:
+            _jit.load("process_nmi")(self._handle, self.index)
+        if shadow is not None:
+            mem[own + L.K_SHADOW] = shadow
+        if nmi_pending is not None:
+            mem[own + L.K_NMI_PENDING] = 0
+            mem[own + L.K_NMI_QUEUED] = nmi_pending
+            if nmi_pending:
+                _jit.load("make_request")(self._handle, self.index, R.REQ_NMI)
+        mem[own + L.K_NMI_MASKED] = int(bool(nmi_masked))
+        if sipi_vector is not None:
+            mem[own + L.K_SIPI_VECTOR] = sipi_vector
+        if smm is not None:
+            flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI)
+            mem[own + L.K_HFLAGS] = flags | (L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0) if smm else 0)
+            mem[own + L.K_SMI_PENDING] = int(bool(smi_pending))
+            pending = mem[own + L.K_PENDING_EVENTS] & ~R.PENDING_INIT
+            mem[own + L.K_PENDING_EVENTS] = pending | (R.PENDING_INIT if latched_init else 0)
+        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+
+    def set_sregs(self, *, apic_base: int | None = None, cr8: int | None = None) -> None:
+        """KVM_SET_SREGS as far as the APIC goes: APICBASE by host rules, then CR8, which clears TPR[3:0].
+
+        None keeps the value that KVM_GET_SREGS would have given. ValueError where KVM says EINVAL.
+        """
+        base = self.apic_base if apic_base is None else integer(apic_base, "APICBASE", L.NONE)
+        cr8 = self.cr8 if cr8 is None else integer(cr8, "CR8", L.NONE)
+        self._loop.leave_guest(self)
+        if _jit.load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base) & CODE_GP:
+            raise ValueError(f"APICBASE {base:#x}: reserved bits or an impossible mode (EINVAL)")
+        _jit.load("set_cr8")(self._handle, self.index, cr8)
+
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: an external interrupt of user space's PIC; it comes in where LINT0 is unmasked ExtINT.
+
+        ValueError where KVM refuses: an in-kernel PIC (ENXIO), or a vector that still waits (EEXIST).
+        """
+        vector = integer(vector, "vector", 0xFF)
+        if not self._mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP:
+            raise ValueError("KVM_INTERRUPT: the PIC is KVM's with a full irqchip (ENXIO)")
+        if self._mem[self.own + L.K_EXTINT]:
+            raise ValueError(f"KVM_INTERRUPT: vector {self._mem[self.own + L.K_EXTINT] - 1} still waits (EEXIST)")
+        self._loop.leave_guest(self)
+        self._mem[self.own + L.K_EXTINT] = vector + 1
+        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+
+    def complete_msr(self, *, error: bool = False, data: int | None = None) -> None:
+        """User space's answer to KVM_EXIT_X86_RDMSR or X86_WRMSR: run->msr.error, and the data of a read.
+
+        ValueError when no MSR access waits for an answer.
+        """
+        if not self._mem[self.own + L.K_MSR_REASON]:
+            raise ValueError("no MSR access waits for user space")
+        if data is not None and not error:
+            self._mem[self.own + L.K_MSR_DATA] = integer(data, "MSR value", L.NONE)
+        _jit.load("complete_msr")(self._handle, self.index, int(bool(error)))
+
+    @property
+    def user_msr(self) -> UserMsr | None:
+        """The MSR access that waits for user space (run->msr), or None."""
+        mem, own = self._mem, self.own
+        if not mem[own + L.K_MSR_REASON]:
+            return None
+        return UserMsr(mem[own + L.K_MSR_INDEX], mem[own + L.K_MSR_DATA], R.MsrExit(mem[own + L.K_MSR_REASON]))
+
+    # ------------------------------------------------------------------------------------------- the host's scheduler
+
+    @property
+    def cpu(self) -> int:
+        """The pCPU on which the vCPU is or was loaded last; vCPU i begins on pCPU i."""
+        return self._mem[self.own + L.K_CPU]
+
+    def load(self, cpu: int | None = None) -> None:
+        """The thread is scheduled in, on ``cpu`` or where it was: vcpu_load. KVM_RUN does it by itself."""
+        cpu = self.cpu if cpu is None else integer(cpu, "pCPU", 0xFFFF_FFFF)
+        self._leave_for_host()
+        if self._mem[self.own + L.K_LOADED] and cpu != self.cpu:
+            _jit.load("vcpu_put")(self._handle, self.index, 0)
+        _jit.load("vcpu_load")(self._handle, self.index, cpu)
+
+    def put(self, preempted: bool = False) -> None:
+        """The thread is scheduled out: vcpu_put; ``preempted``: although it wanted to run on."""
+        self._leave_for_host()
+        self._mem[self.own + L.K_PREEMPTED] = int(bool(preempted))
+        _jit.load("vcpu_put")(self._handle, self.index, 0)
+
+    def _leave_for_host(self) -> None:
+        if self._mem[self.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
+            self._loop.out_of_guest(self)

@@ -1,0 +1,312 @@
+"""What an entry injects, and what INIT and SIPI do.
+
+Models: kvm_check_and_inject_events, kvm_apic_accept_events with the nested checks before it, process_nmi, process_smi,
+enter_smm, vmx_complete_interrupts and cancel_injection. Interruption information has the VMX and SVM format: vector in
+bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area (RIP and RFLAGS are kept), exceptions
+of L2, double faults.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
+from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi
+from .lapicstate import reset
+from .shared import clear_word_bits, emit, hot, make_request, own, take
+
+BLOCKED = k.ONE
+INTR_INFO_VALID = k.U(1 << 31)
+INTR_TYPE_EXTERNAL, INTR_TYPE_NMI, INTR_TYPE_EXCEPTION, INTR_TYPE_SOFT = (k.U(t << 8) for t in (0, 2, 3, 4))
+INTR_TYPE = k.U(7 << 8)
+INTR_DELIVER_ERROR_CODE = k.U(1 << 11)
+VECTOR_DB, VECTOR_NMI = k.U(1), k.U(2)
+ERROR_CODE_VECTORS = k.U(0x2_7D00)
+"""Exceptions that push an error code: 8, 10-14, 17."""
+SMM_ENTRY_RIP = k.U(0x8000)
+
+
+@kernel("u8(words, u8)")
+def process_nmi(m, v):
+    """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked or one is being delivered."""
+    row = own(m, v)
+    injecting = m[row + k.K_REINJECT] & (INTR_INFO_VALID | INTR_TYPE) == INTR_INFO_VALID | INTR_TYPE_NMI
+    limit = k.ONE if m[row + k.K_NMI_MASKED] or injecting else k.U(2)
+    m[row + k.K_NMI_PENDING] = min(m[row + k.K_NMI_PENDING] + take(m, row + k.K_NMI_QUEUED), limit)
+    return make_request(m, v, k.REQ_EVENT)
+
+
+@kernel("u8(words, u8)")
+def process_smi(m, v):
+    """process_smi: delivered by the next injection that may."""
+    m[own(m, v) + k.K_SMI_PENDING] = k.ONE
+    return make_request(m, v, k.REQ_EVENT)
+
+
+@kernel("u8(words, u8)")
+def enter_smm(m, v):
+    """enter_smm: the state that matters here is saved, NMIs are masked."""
+    row = own(m, v)
+    hflags = m[row + k.K_HFLAGS] | k.HF_SMM
+    if m[row + k.K_NMI_MASKED]:
+        hflags = hflags | k.HF_SMM_INSIDE_NMI
+    m[row + k.K_HFLAGS] = hflags
+    m[row + k.K_NMI_MASKED] = k.ONE
+    m[row + k.K_SMM_RIP] = m[row + k.K_RIP]
+    m[row + k.K_SMM_RFLAGS] = m[row + k.K_RFLAGS]
+    m[row + k.K_RIP] = SMM_ENTRY_RIP
+    m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
+    m[row + k.K_SHADOW] = k.ZERO
+    m[row + k.K_SMI_COUNT] = m[row + k.K_SMI_COUNT] + k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def leave_smm(m, v):
+    """RSM: kvm_smm_changed looks for an INIT or SMI that had to wait."""
+    row = own(m, v)
+    if not m[row + k.K_HFLAGS] & k.HF_SMM_INSIDE_NMI:
+        m[row + k.K_NMI_MASKED] = k.ZERO
+    m[row + k.K_HFLAGS] = m[row + k.K_HFLAGS] & ~(k.HF_SMM | k.HF_SMM_INSIDE_NMI)
+    m[row + k.K_RIP] = m[row + k.K_SMM_RIP]
+    m[row + k.K_RFLAGS] = m[row + k.K_SMM_RFLAGS]
+    return make_request(m, v, k.REQ_EVENT)
+
+
+@kernel("u8(words, u8)")
+def reset_vcpu_init(m, v):
+    """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, all queued events gone, RIP at the reset vector."""
+    row = own(m, v)
+    reset(m, v, k.ONE)
+    m[row + k.K_NMI_PENDING] = k.ZERO
+    m[row + k.K_NMI_MASKED] = k.ZERO
+    m[row + k.K_SMI_PENDING] = k.ZERO
+    m[row + k.K_EXCEPTION] = k.ZERO
+    m[row + k.K_PENDING_DB] = k.ZERO
+    m[row + k.K_INTERRUPT] = k.ZERO
+    m[row + k.K_IRQ_WINDOW] = k.ZERO
+    m[row + k.K_NMI_WINDOW] = k.ZERO
+    m[row + k.K_REINJECT] = k.ZERO
+    m[row + k.K_EXTINT] = k.ZERO
+    m[row + k.K_HFLAGS] = k.ZERO
+    m[row + k.K_SHADOW] = k.ZERO
+    m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
+    m[row + k.K_RIP] = k.U(0xFFF0)
+    m[row + k.K_CS] = k.U(0xF000)
+    return take(m, row + k.K_NMI_QUEUED)
+
+
+@kernel("u8(words, u8)")
+def _leave_l2(m, v):
+    """nested_vmx_vmexit, nested_svm_vmexit: the event is L1's. SVM clears GIF on the way."""
+    row = own(m, v)
+    m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_L2
+    m[row + k.K_NESTED_EXITS] = m[row + k.K_NESTED_EXITS] + k.ONE
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        m[row + k.K_HFLAGS] = m[row + k.K_HFLAGS] | k.HF_GIF_CLEAR
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _check_nested_init(m, v):
+    """check_nested_events for INIT and SIPI in L2: VMX hands INIT to L1 and forgets it, on SVM it stays pending."""
+    row = own(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        if m[row + k.K_PENDING_EVENTS] & k.PENDING_INIT and m[row + k.K_L1_WANTS_EXIT]:
+            _leave_l2(m, v)
+        return k.ZERO
+    if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT) & k.PENDING_INIT:
+        if m[row + k.K_MP_STATE] != k.MP_INIT_RECEIVED:
+            _leave_l2(m, v)
+        return k.ZERO
+    if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI) & k.PENDING_SIPI:
+        if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
+            _leave_l2(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def accept_events(m, v):
+    """kvm_apic_accept_events: a pending INIT first, then a pending SIPI; each is consumed.
+
+    Whether INIT makes a vCPU run or wait goes by the BSP bit of its APICBASE. A SIPI that finds the vCPU not waiting is
+    lost. Where INIT is blocked it stays, and a SIPI is lost as well.
+    """
+    row = own(m, v)
+    events = m[row + k.K_PENDING_EVENTS]
+    if not events:
+        return k.ZERO
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        _check_nested_init(m, v)
+    if init_blocked(m, v):
+        clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI)
+        return events
+    if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT) & k.PENDING_INIT:
+        reset_vcpu_init(m, v)
+        bsp = m[row + k.K_APIC_BASE] & k.APICBASE_BSP
+        set_mp_state(m, v, k.MP_RUNNABLE if bsp else k.MP_INIT_RECEIVED)
+    if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI) & k.PENDING_SIPI:
+        if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
+            m[row + k.K_CS] = m[row + k.K_SIPI_VECTOR] << k.U(8)
+            m[row + k.K_RIP] = k.ZERO
+            set_mp_state(m, v, k.MP_RUNNABLE)
+    return events
+
+
+@kernel("u8(words, u8, u8)")
+def requeue(m, v, info):
+    """vmx_complete_interrupts: an event whose delivery did not finish is injected again by the next entry."""
+    if not info & INTR_INFO_VALID:
+        return k.ZERO
+    m[own(m, v) + k.K_REINJECT] = info
+    if info & INTR_TYPE == INTR_TYPE_NMI:
+        m[own(m, v) + k.K_NMI_MASKED] = k.ZERO
+    return make_request(m, v, k.REQ_EVENT)
+
+
+@kernel("u8(words, u8)")
+def cancel_injection(m, v):
+    """cancel_injection: the entry does not happen, so what it would have delivered is queued again."""
+    row = own(m, v)
+    info = m[row + k.K_ENTRY_INFO]
+    m[row + k.K_ENTRY_INFO] = k.ZERO
+    if m[row + k.K_FORCE_EXIT]:
+        m[row + k.K_FORCE_EXIT] = k.ZERO
+        make_request(m, v, k.REQ_EVENT)
+    return requeue(m, v, info)
+
+
+@kernel("u8(words, u8)")
+def ready_for_user(m, v):
+    """kvm_vcpu_ready_for_interrupt_injection: user space could inject an interrupt, and the guest would take it now."""
+    row = own(m, v)
+    if m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB] or m[row + k.K_REINJECT] & INTR_INFO_VALID:
+        return k.ZERO
+    if has_extint(m, v) or not accepts_extint(m, v):
+        return k.ZERO
+    return interrupt_allowed(m, v)
+
+
+@kernel("u8(words, u8)")
+def _injectable(m, v):
+    """kvm_cpu_has_injectable_intr: with APICv active only the PIC's interrupts are KVM's business."""
+    if has_extint(m, v):
+        return k.ONE
+    if apicv_active(m, v) and not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        return k.ZERO
+    return k.ONE if has_interrupt(m, v) != k.NONE else k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _trace_injection(m, v, info, reinjected):
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        soft = k.ONE if info & INTR_TYPE == INTR_TYPE_SOFT else k.ZERO
+        emit(m, k.TP_INJ_VIRQ, v, info & k.ICR_VECTOR, soft, reinjected)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def _inject_interrupt(m, v, can_inject):
+    """External interrupts: now, when the guest opens its window, or (0 returned) behind the event that goes first."""
+    row = own(m, v)
+    if not _injectable(m, v):
+        return k.ONE
+    if not can_inject:
+        return k.ZERO
+    if interrupt_allowed(m, v):
+        if has_extint(m, v):
+            vector = m[row + k.K_EXTINT] - k.ONE
+            m[row + k.K_EXTINT] = k.ZERO
+        else:
+            vector = ack(m, v)
+        m[row + k.K_INTERRUPT] = vector + k.ONE
+        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXTERNAL | vector
+        _trace_injection(m, v, m[row + k.K_ENTRY_INFO], k.ZERO)
+        if not _injectable(m, v):
+            return k.ONE
+    m[row + k.K_IRQ_WINDOW] = k.ONE
+    return k.ONE
+
+
+@kernel("u8(words, u8, u8)")
+def _inject_nmi(m, v, can_inject):
+    """A pending NMI: now, when the window opens, or (0) behind the event that goes first."""
+    row = own(m, v)
+    if not m[row + k.K_NMI_PENDING]:
+        return k.ONE
+    if not can_inject:
+        return k.ZERO
+    if nmi_allowed(m, v):
+        m[row + k.K_NMI_PENDING] = m[row + k.K_NMI_PENDING] - k.ONE
+        m[row + k.K_NMI_MASKED] = k.ONE
+        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_NMI | VECTOR_NMI
+    if m[row + k.K_NMI_PENDING]:
+        m[row + k.K_NMI_WINDOW] = k.ONE
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def _inject_first(m, v):
+    """A pending exception, or else the event whose delivery was cut short; 1 when the entry has its event."""
+    row = own(m, v)
+    if m[row + k.K_EXCEPTION]:
+        vector = m[row + k.K_EXCEPTION] - k.ONE
+        info = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | vector
+        if vector < k.U(32) and (ERROR_CODE_VECTORS >> vector) & k.ONE:
+            info = info | INTR_DELIVER_ERROR_CODE
+        m[row + k.K_ENTRY_INFO] = info
+        m[row + k.K_EXCEPTION] = k.ZERO
+        return k.ONE
+    if m[row + k.K_PENDING_DB]:
+        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | VECTOR_DB
+        m[row + k.K_PENDING_DB] = k.ZERO
+        return k.ONE
+    info = m[row + k.K_REINJECT]
+    if not info & INTR_INFO_VALID:
+        return k.ZERO
+    m[row + k.K_REINJECT] = k.ZERO
+    m[row + k.K_ENTRY_INFO] = info
+    if info & INTR_TYPE == INTR_TYPE_NMI:
+        m[row + k.K_NMI_MASKED] = k.ONE
+    elif info & INTR_TYPE == INTR_TYPE_EXTERNAL or info & INTR_TYPE == INTR_TYPE_SOFT:
+        _trace_injection(m, v, info, k.ONE)
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def inject_events(m, v):
+    """Step 3 under an EVENT request or for user space's window: BLOCKED when the vCPU now waits for SIPI, else 0.
+
+    One event an entry, in this order: exception, event to deliver again, SMI, NMI, interrupt. If another could go in at
+    once behind it, the entry is made to exit immediately; if the guest must open a window first, that is asked for.
+    An injected event is delivered by the entry itself, so its queue is empty afterwards.
+    """
+    row = own(m, v)
+    asked = clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_EVENT) & k.REQ_EVENT
+    if not asked and not m[row + k.K_USER_WINDOW]:
+        return k.ZERO
+    accept_events(m, v)
+    if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
+        return BLOCKED
+    can_inject = k.ZERO if _inject_first(m, v) or m[row + k.K_REINJECT] & INTR_INFO_VALID else k.ONE
+    force = k.ZERO
+    if m[row + k.K_SMI_PENDING]:
+        if not can_inject:
+            force = k.ONE
+        elif smi_allowed(m, v):
+            m[row + k.K_SMI_PENDING] = k.ZERO
+            enter_smm(m, v)
+            can_inject = k.ZERO
+    if not force:
+        if not _inject_nmi(m, v, can_inject):
+            force = k.ONE
+        else:
+            if m[row + k.K_ENTRY_INFO]:
+                can_inject = k.ZERO
+            if not _inject_interrupt(m, v, can_inject):
+                force = k.ONE
+    m[row + k.K_FORCE_EXIT] = force
+    if m[row + k.K_USER_WINDOW] and not ready_for_user(m, v):
+        m[row + k.K_IRQ_WINDOW] = k.ONE
+    enabled = k.FLAG_HW | k.FLAG_SW
+    if m[hot(m, v) + k.HOT_FLAGS] & enabled == enabled:
+        offer_pv_eoi(m, v)
+    return k.ZERO

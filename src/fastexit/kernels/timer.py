@@ -1,0 +1,523 @@
+"""The local APIC timer: one-shot, periodic and TSC-deadline, on the host's hrtimer or on VMX's preemption timer.
+
+Models: start_apic_timer and everything below it (set_target_expiration, restart_apic_timer, start_hv_timer,
+start_sw_timer, update_target_expiration, advance_periodic_target_expiration), apic_timer_fn, apic_timer_expired,
+kvm_apic_inject_pending_timer_irqs, apic_get_tmcct, apic_update_lvtt, kvm_set_lapic_tscdeadline_msr,
+kvm_lapic_expired_hv_timer, kvm_wait_lapic_expire. Spec: SDM vol. 3A 10.5.4.
+
+The clock is H_NOW, which only the caller moves; an hrtimer that became due in between fires late, at the new time, as
+on a host that was busy. Guest TSC is the clock times tsc_khz, computed exactly, where KVM multiplies by a rounded
+fraction. Not modelled: TSC offsets and scaling; the repeated trace lines of an older kernel that catches up tick by
+tick (its state is the same).
+
+K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the guest TSC of the target in the others.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .ipi import accept
+from .lapicreg import reg, set_reg
+from .shared import emit, hot, kick, make_request, own, vec
+
+PREEMPTION_TIMER_SHIFT = k.U(5)
+"""VMX_MISC[4:0]: the preemption timer counts at the TSC's rate shifted right by this. Every Intel core has 5."""
+MILLION = k.U(1_000_000)
+ADJUST_MIN, ADJUST_MAX, ADJUST_STEP = k.U(100), k.U(10_000), k.U(8)
+ADVANCE_INIT_NS, ADVANCE_MAX_NS = k.U(1000), k.U(5000)
+
+
+@kernel("u8(words, u8)")
+def cycles(m, ns):
+    """nsec_to_cycles."""
+    khz = m[k.H_TSC_KHZ]
+    return ns // MILLION * khz + ns % MILLION * khz // MILLION
+
+
+@kernel("u8(words)")
+def guest_tsc(m):
+    """The guest's TSC at the machine's clock. kvm_read_l1_tsc."""
+    return cycles(m, m[k.H_NOW])
+
+
+@kernel("u8(words, u8)")
+def nanoseconds(m, tsc):
+    """Guest TSC ticks as ns."""
+    khz = m[k.H_TSC_KHZ]
+    return tsc // khz * MILLION + tsc % khz * MILLION // khz
+
+
+@kernel("u8(words)")
+def timer_mode_mask(m):
+    """LVTT's writable mode bits: TSC deadline only if the guest's CPUID has it."""
+    mask = k.LVT_TIMER_PERIODIC
+    if m[k.H_CONFIG] & k.CONFIG_DEADLINE_CPUID:
+        mask = mask | k.LVT_TIMER_DEADLINE
+    return mask
+
+
+@kernel("u8(words, u8)")
+def hv_in_use(m, v):
+    """hv_timer_in_use: the preemption timer, not an hrtimer, counts for this vCPU."""
+    return k.ONE if m[own(m, v) + k.K_HV_DEADLINE] != k.NONE else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def can_post(m, v):
+    """kvm_can_post_timer_interrupt: a guest that is never interrupted gets its ticks posted by another CPU."""
+    if not m[k.H_CONFIG] & k.CONFIG_PI_INJECT_TIMER or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        return k.ZERO
+    return k.ONE if m[k.H_DISABLED_EXITS] & (k.EXITS_MWAIT | k.EXITS_HLT) else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def can_use_hv(m, v):
+    """kvm_can_use_hv_timer."""
+    if not m[k.H_CONFIG] & k.CONFIG_HV_TIMER or m[k.H_DISABLED_EXITS] & k.EXITS_MWAIT:
+        return k.ZERO
+    return k.ZERO if can_post(m, v) else k.ONE
+
+
+# ------------------------------------------------------------------------------------------------------------- delivery
+
+
+@kernel("u8(words, u8, u8, u8)")
+def local_deliver(m, v, offset, me):
+    """kvm_apic_local_deliver: the interrupt of an LVT entry; delivery code, 0 from a masked entry."""
+    lvt = reg(m, v, offset)
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or lvt & k.LVT_MASKED:
+        return k.ZERO
+    code = accept(m, v, (lvt & (k.ICR_VECTOR | k.ICR_DM | k.ICR_TRIGGER)) | k.ICR_LEVEL, me)
+    if offset == k.APIC_LVTPC and code & k.CODE_ACCEPTED_NONE and not m[k.H_CONFIG] & k.CONFIG_SVM:
+        # Only Intel's APIC masks the entry when it delivers; the guest's CPU model is taken to be the vendor's.
+        set_reg(m, v, offset, lvt | k.LVT_MASKED)
+    return code
+
+
+@kernel("u8(words, u8, u8)")
+def inject_pending(m, v, me):
+    """kvm_apic_inject_pending_timer_irqs: the tick becomes an interrupt, if LVTT lets it; it is used up either way."""
+    row = own(m, v)
+    code = local_deliver(m, v, k.APIC_LVTT, me)
+    mode = m[row + k.K_TIMER_MODE]
+    if mode == k.TIMER_DEADLINE:
+        m[row + k.K_TSC_DEADLINE] = k.ZERO
+    elif mode == k.TIMER_ONE_SHOT:
+        m[row + k.K_TSC_DEADLINE] = k.ZERO
+        m[row + k.K_TARGET] = k.ZERO
+    return code
+
+
+@kernel("u8(words, u8)")
+def has_pending(m, v):
+    """apic_has_pending_timer: a tick that LVTT would let through now; a masked one waits."""
+    if not m[own(m, v) + k.K_TIMER_PENDING]:
+        return k.ZERO
+    enabled = k.FLAG_HW | k.FLAG_SW
+    if m[hot(m, v) + k.HOT_FLAGS] & enabled != enabled or reg(m, v, k.APIC_LVTT) & k.LVT_MASKED:
+        return k.ZERO
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def inject_if_pending(m, v):
+    """kvm_inject_pending_timer_irqs in vcpu_run: the only place where a tick of an hrtimer reaches IRR."""
+    if has_pending(m, v):
+        inject_pending(m, v, v)
+        m[own(m, v) + k.K_TIMER_PENDING] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def interrupt_injected(m, v):
+    """lapic_timer_int_injected: the timer's vector is on its way into the guest."""
+    vector = reg(m, v, k.APIC_LVTT) & k.ICR_VECTOR
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    if not flags & k.FLAG_HW:
+        return k.ZERO
+    base = vec(m, v) + (k.VEC_IRR if flags & k.FLAG_APICV else k.VEC_ISR)
+    return (m[base + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _adapt_advance(m, v, error, early):
+    """adjust_lapic_timer_advance: a step of an eighth against the error, tiny and wild ones ignored."""
+    if error > ADJUST_MAX or error < ADJUST_MIN:
+        return k.ZERO
+    row = own(m, v)
+    step = error * MILLION // m[k.H_TSC_KHZ] // ADJUST_STEP
+    # 32 bits in KVM too: a step below zero wraps and is then reset as too large.
+    advance = m[row + k.K_TIMER_ADVANCE]
+    advance = (advance - step if early else advance + step) & k.LOW32
+    m[row + k.K_TIMER_ADVANCE] = ADVANCE_INIT_NS if advance > ADVANCE_MAX_NS else advance
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def wait_expired(m, v):
+    """kvm_wait_lapic_expire: a timer that fired ahead of its deadline makes the entry wait for it.
+
+    The clock is the caller's, so the wait is only counted, in K_WAITED.
+    """
+    row = own(m, v)
+    deadline = m[row + k.K_EXPIRED_DEADLINE]
+    if not deadline or not m[row + k.K_TIMER_ADVANCE] or not interrupt_injected(m, v):
+        return k.ZERO
+    m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
+    tsc = guest_tsc(m)
+    early = k.ONE if tsc < deadline else k.ZERO
+    error = deadline - tsc if early else tsc - deadline
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_WAIT_LAPIC_EXPIRE, v, tsc - deadline, k.ZERO, k.ZERO)
+    if early:
+        m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, error)
+    return _adapt_advance(m, v, error, early)
+
+
+@kernel("u8(words, u8, u8)")
+def expired(m, v, from_hrtimer):
+    """apic_timer_expired: Effect code. A tick that finds one pending is dropped: ticks coalesce to one."""
+    row = own(m, v)
+    if m[row + k.K_TIMER_PENDING]:
+        return k.ZERO
+    if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or hv_in_use(m, v):
+        m[row + k.K_EXPIRED_DEADLINE] = m[row + k.K_TSC_DEADLINE]
+    if not from_hrtimer and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        return inject_pending(m, v, v) & ~k.CODE_ACCEPTED_NONE
+    if can_post(m, v) and m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
+        wait_expired(m, v)
+        return inject_pending(m, v, k.NONE if from_hrtimer else v) & ~k.CODE_ACCEPTED_NONE
+    m[row + k.K_TIMER_PENDING] = k.ONE
+    make_request(m, v, k.REQ_UNBLOCK)
+    return kick(m, v, k.NONE) if from_hrtimer else k.ZERO
+
+
+# ------------------------------------------------------------------------------------------------------- start and stop
+
+
+@kernel("u8(words, u8, u8)")
+def _trace_state(m, v, hv):
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_HV_TIMER_STATE, v, hv, k.ZERO, k.ZERO)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def cancel(m, v):
+    """cancel_apic_timer."""
+    row = own(m, v)
+    m[row + k.K_HRTIMER] = k.NONE
+    m[row + k.K_HV_DEADLINE] = k.NONE
+    m[row + k.K_TIMER_PENDING] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _limit_period(m, v):
+    """limit_periodic_timer_frequency: TMICT keeps its value, so TMCCT may exceed it."""
+    row = own(m, v)
+    if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
+        m[row + k.K_PERIOD] = max(m[row + k.K_PERIOD], m[k.H_MIN_PERIOD_NS])
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def _count_to_ns(m, v, count):
+    """tmict_to_ns."""
+    return count * m[k.H_BUS_NS] * m[own(m, v) + k.K_DIVIDE]
+
+
+@kernel("u8(words, u8)")
+def update_divide(m, v):
+    """update_divide_count: TDCR bits 3, 1, 0 as a power of two, 111b meaning 1."""
+    tdcr = reg(m, v, k.APIC_TDCR)
+    shift = (((tdcr & k.U(3)) | ((tdcr & k.U(8)) >> k.ONE)) + k.ONE) & k.U(7)
+    m[own(m, v) + k.K_DIVIDE] = k.ONE << shift
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def advance_period(m, v):
+    """advance_periodic_target_expiration: the next tick of a periodic timer.
+
+    A host that is late by more than a period starts again from now in 6.18; before, it caught up tick by tick, which
+    comes to the first target that is still ahead.
+    """
+    row = own(m, v)
+    now = m[k.H_NOW]
+    period = m[row + k.K_PERIOD]
+    target = m[row + k.K_TARGET] + period
+    if target < now and m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
+        target = now
+    elif target <= now and not m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
+        target = target + ((now - target) // period + k.ONE) * period
+    m[row + k.K_TARGET] = target
+    m[row + k.K_TSC_DEADLINE] = guest_tsc(m) + cycles(m, target - now)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _arm_hv(m, v):
+    """start_hv_timer without its trace line: 1 when the preemption timer serves the deadline."""
+    row = own(m, v)
+    deadline = m[row + k.K_TSC_DEADLINE]
+    if not can_use_hv(m, v) or not deadline:
+        return k.ZERO
+    tsc = guest_tsc(m)
+    delta = max(deadline, tsc) - tsc
+    ahead = cycles(m, m[row + k.K_TIMER_ADVANCE])
+    delta = delta - ahead if delta > ahead else k.ZERO
+    if delta >> (PREEMPTION_TIMER_SHIFT + k.U(32)):
+        return k.ZERO
+    m[row + k.K_HV_DEADLINE] = tsc + delta
+    m[row + k.K_HRTIMER] = k.NONE
+    if m[row + k.K_TIMER_MODE] != k.TIMER_PERIODIC:
+        # A periodic timer keeps counting even if it has run out: its exit computes the next target.
+        if m[row + k.K_TIMER_PENDING]:
+            m[row + k.K_HV_DEADLINE] = k.NONE
+        elif not delta:
+            expired(m, v, k.ZERO)
+            m[row + k.K_HV_DEADLINE] = k.NONE
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def start_sw(m, v):
+    """start_sw_timer: the hrtimer takes over. An hrtimer that is due already is left to settle()."""
+    row = own(m, v)
+    m[row + k.K_HV_DEADLINE] = k.NONE
+    mode = m[row + k.K_TIMER_MODE]
+    if mode != k.TIMER_PERIODIC and m[row + k.K_TIMER_PENDING]:
+        return k.ZERO
+    now = m[k.H_NOW]
+    if mode == k.TIMER_DEADLINE:
+        deadline = m[row + k.K_TSC_DEADLINE]
+        tsc = guest_tsc(m)
+        if deadline:
+            ns = nanoseconds(m, deadline - tsc)
+            if deadline > tsc and ns > m[row + k.K_TIMER_ADVANCE]:
+                m[row + k.K_HRTIMER] = now + ns - m[row + k.K_TIMER_ADVANCE]
+            else:
+                expired(m, v, k.ZERO)
+    elif (mode == k.TIMER_ONE_SHOT or mode == k.TIMER_PERIODIC) and m[row + k.K_PERIOD]:
+        late = now > m[row + k.K_TARGET]
+        if late:
+            expired(m, v, k.ZERO)
+            if mode == k.TIMER_PERIODIC:
+                advance_period(m, v)
+        if not late or mode == k.TIMER_PERIODIC:
+            m[row + k.K_HRTIMER] = m[row + k.K_TARGET]
+    return _trace_state(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8)")
+def fire(m, v):
+    """apic_timer_fn, the hrtimer's callback: Effect code; a periodic timer starts its next period."""
+    row = own(m, v)
+    m[row + k.K_HRTIMER] = k.NONE
+    code = expired(m, v, k.ONE)
+    if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
+        advance_period(m, v)
+        m[row + k.K_HRTIMER] = m[row + k.K_TARGET]
+    return code
+
+
+@kernel("u8(words, u8)")
+def settle(m, v):
+    """An hrtimer that was started when it was due fires as soon as the host lets its interrupt in."""
+    code = k.ZERO
+    while m[own(m, v) + k.K_HRTIMER] <= m[k.H_NOW]:
+        code = code | fire(m, v)
+    return code
+
+
+@kernel("u8(words, u8)")
+def restart(m, v):
+    """restart_apic_timer."""
+    row = own(m, v)
+    if m[row + k.K_TIMER_MODE] != k.TIMER_PERIODIC and m[row + k.K_TIMER_PENDING]:
+        return k.ZERO
+    if _arm_hv(m, v):
+        return _trace_state(m, v, hv_in_use(m, v))
+    start_sw(m, v)
+    return settle(m, v)
+
+
+@kernel("u8(words, u8, u8)")
+def start(m, v, offset):
+    """__start_apic_timer with the count of the register at offset: TMICT, or TMCCT where KVM_SET_LAPIC resumes."""
+    row = own(m, v)
+    m[row + k.K_TIMER_PENDING] = k.ZERO
+    mode = m[row + k.K_TIMER_MODE]
+    if mode == k.TIMER_ONE_SHOT or mode == k.TIMER_PERIODIC:
+        m[row + k.K_PERIOD] = _count_to_ns(m, v, reg(m, v, k.APIC_TMICT))
+        if not m[row + k.K_PERIOD]:
+            m[row + k.K_TSC_DEADLINE] = k.ZERO
+            return k.ZERO
+        _limit_period(m, v)
+        period = m[row + k.K_PERIOD]
+        ns = period
+        if offset != k.APIC_TMICT:
+            ns = _count_to_ns(m, v, reg(m, v, offset))
+            if not ns and mode == k.TIMER_PERIODIC:
+                ns = period
+            elif ns > period:
+                set_reg(m, v, offset, k.ZERO)
+                ns = period
+        m[row + k.K_TSC_DEADLINE] = guest_tsc(m) + cycles(m, ns)
+        m[row + k.K_TARGET] = m[k.H_NOW] + ns
+    return restart(m, v)
+
+
+# ------------------------------------------------------------------------------------------------------------ registers
+
+
+@kernel("u8(words, u8, u8)")
+def write_tmict(m, v, value):
+    """TMICT: ignored in deadline mode; else the timer starts over, masked or not."""
+    if m[own(m, v) + k.K_TIMER_MODE] == k.TIMER_DEADLINE:
+        return k.ZERO
+    cancel(m, v)
+    set_reg(m, v, k.APIC_TMICT, value)
+    return start(m, v, k.APIC_TMICT)
+
+
+@kernel("u8(words, u8, u8)")
+def write_tdcr(m, v, value):
+    """TDCR: a running timer keeps the count that remains, so its time changes by the ratio of the divisors."""
+    row = own(m, v)
+    old = m[row + k.K_DIVIDE]
+    set_reg(m, v, k.APIC_TDCR, value & k.TDCR_WRITABLE)
+    update_divide(m, v)
+    new = m[row + k.K_DIVIDE]
+    if new == old or not m[row + k.K_PERIOD]:
+        return k.ZERO
+    m[row + k.K_HRTIMER] = k.NONE
+    m[row + k.K_PERIOD] = _count_to_ns(m, v, reg(m, v, k.APIC_TMICT))
+    _limit_period(m, v)
+    now = m[k.H_NOW]
+    target = m[row + k.K_TARGET]
+    left = target - now if target > now else k.ZERO
+    scaled = left // old * new + left % old * new // old
+    m[row + k.K_TSC_DEADLINE] = m[row + k.K_TSC_DEADLINE] + cycles(m, scaled) - cycles(m, left)
+    m[row + k.K_TARGET] = now + scaled
+    return restart(m, v)
+
+
+@kernel("u8(words, u8)")
+def current_count(m, v):
+    """TMCCT as a read computes it. apic_get_tmcct."""
+    row = own(m, v)
+    period = m[row + k.K_PERIOD]
+    if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or not reg(m, v, k.APIC_TMICT) or not period:
+        return k.ZERO
+    target, now = m[row + k.K_TARGET], m[k.H_NOW]
+    left = target - now if target > now else k.ZERO
+    return (left % period // (m[k.H_BUS_NS] * m[row + k.K_DIVIDE])) & k.LOW32
+
+
+@kernel("u8(words, u8)")
+def update_lvtt(m, v):
+    """apic_update_lvtt: entering or leaving deadline mode stops the timer and forgets count and deadline.
+
+    Between one-shot and periodic nothing restarts; only the shortest period is enforced.
+    """
+    row = own(m, v)
+    mode = reg(m, v, k.APIC_LVTT) & timer_mode_mask(m)
+    old = m[row + k.K_TIMER_MODE]
+    if mode == old:
+        return k.ZERO
+    if mode == k.TIMER_DEADLINE or old == k.TIMER_DEADLINE:
+        cancel(m, v)
+        set_reg(m, v, k.APIC_TMICT, k.ZERO)
+        m[row + k.K_PERIOD] = k.ZERO
+        m[row + k.K_TSC_DEADLINE] = k.ZERO
+    m[row + k.K_TIMER_MODE] = mode
+    return _limit_period(m, v)
+
+
+@kernel("u8(words, u8)")
+def deadline_usable(m, v):
+    """kvm_set/get_lapic_tscdeadline_msr act only on an enabled APIC in deadline mode."""
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and m[own(m, v) + k.K_TIMER_MODE] == k.TIMER_DEADLINE:
+        return k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def set_deadline(m, v, value):
+    """kvm_set_lapic_tscdeadline_msr: a write outside deadline mode is dropped in silence; 0 disarms."""
+    if not deadline_usable(m, v):
+        return k.ZERO
+    m[own(m, v) + k.K_HRTIMER] = k.NONE
+    m[own(m, v) + k.K_TSC_DEADLINE] = value
+    return start(m, v, k.APIC_TMICT)
+
+
+# ------------------------------------------------------------------------------------------------- VMX preemption timer
+
+
+@kernel("u8(words, u8)")
+def hv_due(m, v):
+    """1 when the preemption timer of this vCPU, if it runs, has counted down."""
+    row = own(m, v)
+    deadline = m[row + k.K_HV_DEADLINE]
+    if deadline == k.NONE or deadline > guest_tsc(m):
+        return k.ZERO
+    # A period below the clock's resolution would exit for ever while the clock stands still.
+    return k.ZERO if m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE else k.ONE
+
+
+@kernel("u8(words, u8)")
+def expire_hv(m, v):
+    """kvm_lapic_expired_hv_timer."""
+    row = own(m, v)
+    if not hv_in_use(m, v):
+        return k.ZERO
+    m[row + k.K_HV_EXITED] = m[k.H_NOW] + k.ONE
+    expired(m, v, k.ZERO)
+    m[row + k.K_HV_DEADLINE] = k.NONE
+    if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
+        advance_period(m, v)
+        restart(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words)")
+def due(m):
+    """Which vCPU's hrtimer fires next at or before now: earliest first, then by index; NONE when none does."""
+    best = k.NONE
+    n = m[k.H_NVCPUS]
+    for i in range(n):
+        v = k.U(i)
+        when = m[own(m, v) + k.K_HRTIMER]
+        if when <= m[k.H_NOW] and (best == k.NONE or when < m[own(m, best) + k.K_HRTIMER]):
+            best = v
+    return best
+
+
+@kernel("u8(words, u8)")
+def hv_exit(m, first):
+    """The vCPU, from index first on, that is in guest mode with a preemption timer that has counted down, or NONE."""
+    n = m[k.H_NVCPUS]
+    for i in range(first, n):
+        v = k.U(i)
+        if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE and hv_due(m, v):
+            return v
+    return k.NONE
+
+
+@kernel("u8(words)")
+def next_event(m):
+    """Clock at which the next timer fires or exits, or NONE; a preemption timer counts only in guest mode."""
+    best = k.NONE
+    n = m[k.H_NVCPUS]
+    for i in range(n):
+        row = own(m, k.U(i))
+        best = min(best, m[row + k.K_HRTIMER])
+        deadline = m[row + k.K_HV_DEADLINE]
+        if deadline != k.NONE and m[hot(m, k.U(i)) + k.HOT_MODE] == k.IN_GUEST_MODE:
+            tsc = guest_tsc(m)
+            ahead = deadline - tsc if deadline > tsc else k.ZERO
+            # Rounded up: at that ns the deadline has been reached.
+            best = min(best, m[k.H_NOW] + (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ])
+    return best
