@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import oracle
+import oracle_apic
 from fastexit import regs as r
 from fastexit.reasons import KvmExit
 
@@ -119,9 +120,9 @@ class RealVcpu:
     def set_mp_state(self, state: int) -> None:
         fcntl.ioctl(self.fd, KVM_SET_MP_STATE, struct.pack("<I", state))
 
-    def events(self) -> oracle.Events:
+    def events(self) -> oracle_apic.Events:
         buffer = self._events()
-        return oracle.Events(nmi_pending=buffer[13], latched_init=buffer[27], nmi_masked=bool(buffer[14]))
+        return oracle_apic.Events(nmi_pending=buffer[13], latched_init=buffer[27], nmi_masked=bool(buffer[14]))
 
     def _events(self) -> bytearray:
         buffer = bytearray(64)

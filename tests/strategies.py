@@ -16,6 +16,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 import oracle
+import oracle_apic
 from fastexit import regs as r
 
 ID_POOL = (0, 1, 2, 3, 7, 8, 15, 16, 17, 18, 31, 127, 254, 255, 256, 257, 271, 272, 300, 511, 1023, 4080, 4094, 4095)
@@ -26,7 +27,7 @@ WRITABLE_OFFSETS = (
     r.APIC_EOI,
     r.APIC_SPIV,
     r.APIC_ESR,
-    *oracle.LVTS,
+    *oracle_apic.LVTS,
     r.APIC_TMICT,
     r.APIC_TDCR,
     r.APIC_SELF_IPI,
@@ -177,7 +178,7 @@ def icr(rng: random.Random, machine: oracle.Machine) -> int:
     return destination(rng, machine) << r.ICR_DEST_SHIFT | icr_low(rng)
 
 
-def apic_base(rng: random.Random, vcpu: oracle.Vcpu) -> int:
+def apic_base(rng: random.Random, vcpu: oracle_apic.Vcpu) -> int:
     value = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
     value |= rng.choices((0, r.APICBASE_EN, r.APICBASE_EN | r.APICBASE_EXTD, r.APICBASE_EXTD), (1, 4, 6, 0.3))[0]
     if chance(rng, 0.1):
@@ -224,14 +225,14 @@ def msi_address(rng: random.Random, machine: oracle.Machine) -> int:
     return address
 
 
-def lapic_page(rng: random.Random, vcpu: oracle.Vcpu, *, timer: bool = True) -> bytes:
+def lapic_page(rng: random.Random, vcpu: oracle_apic.Vcpu, *, timer: bool = True) -> bytes:
     """A page to set: the current one with registers changed, believable or not; without ``timer`` none gets armed."""
     page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", vcpu.get_lapic())))
     if chance(rng, 0.03):
         page = {offset: rng.getrandbits(32) for offset in page}
     for _ in range(rng.randrange(1, 6)):
         if chance(rng, 0.25):
-            offset = rng.choice(sorted(oracle.BITMAP_OFFSETS))
+            offset = rng.choice(sorted(oracle_apic.BITMAP_OFFSETS))
             page[offset] = rng.choice((0, 1 << rng.randrange(32), rng.getrandbits(32) & rng.getrandbits(32)))
         elif chance(rng, 0.08):
             page[rng.randrange(256) * 4] = word32(rng)
@@ -379,7 +380,7 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
             return ("mmio_write", i, rng.randrange(0x1000), value & (1 << 8 * length) - 1, length)
         return ("mmio_write", i, offset, value, 4)
     if kind < 0.80:
-        offset = rng.choice(sorted(oracle.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
+        offset = rng.choice(sorted(oracle_apic.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
         return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000), rng.choice((4, 4, 1, 2)))
     if kind < 0.87:
         return ("pending", i)
@@ -427,7 +428,7 @@ def masked(page: bytes) -> bytes:
 def differences(expected: bytes, got: bytes) -> str:
     """The dwords in which two pages differ, in words."""
     dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", expected), struct.unpack("<256I", got))
-    return ", ".join(f"{oracle.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
+    return ", ".join(f"{oracle_apic.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
 
 
 def story(config: Config, history: list[Op]) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 
 import oracle
+import oracle_apic
 import strategies as s
 from fastexit import regs as r
 from kvm_vm import API_FLAGS, MAXPHYADDR, STORES, UNUSABLE, RealKvm, RealVcpu
@@ -155,7 +156,7 @@ def guest_step(expected: oracle.Machine, real: RealKvm, op: s.Op, history: list[
         assert page == real_page, f"vCPU {i} {s.differences(page, real_page)} after {s.story(config, history)}"
 
 
-def refresh_ppr(model: oracle.Vcpu, vcpu: RealVcpu) -> None:
+def refresh_ppr(model: oracle_apic.Vcpu, vcpu: RealVcpu) -> None:
     """Reads PPR on both sides, which stores it; a disabled APIC offers no way to."""
     for side in (model, vcpu):
         if model.x2apic:

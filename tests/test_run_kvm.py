@@ -11,6 +11,7 @@ import struct
 import pytest
 
 import oracle
+import oracle_apic
 import strategies as s
 from fastexit import regs as r
 from fastexit.reasons import KvmExit
@@ -32,7 +33,7 @@ def machines(**keywords: object) -> tuple[oracle.Machine, RealKvm]:
     return model, real
 
 
-def page_with(vcpu: oracle.Vcpu, rng: random.Random, **registers: int) -> bytes:
+def page_with(vcpu: oracle_apic.Vcpu, rng: random.Random, **registers: int) -> bytes:
     """The vCPU's page with some vectors pending or in service."""
     page = bytearray(vcpu.get_lapic())
     for base, likely in ((r.APIC_IRR, 0.12), (r.APIC_ISR, 0.06), (r.APIC_TMR, 0.1)):
