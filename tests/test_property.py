@@ -83,7 +83,8 @@ def test_tracepoints_of_host_calls(vendor: str, apicv: bool, seed: int) -> None:
             machine.trace.clear()
             s.apply(model, op)
             s.apply(machine, op)
-            assert machine.trace.lines() == model.trace, f"after {s.story(config, history)}"
+            lines = [line for line in machine.trace.lines() if not line.startswith("kvm_hv_timer_state")]
+            assert lines == model.trace, f"after {s.story(config, history)}"
 
 
 def test_boot_x2apic() -> None:

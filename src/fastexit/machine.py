@@ -231,8 +231,9 @@ class Machine:
     ) -> None:
         """KVM_X86_SET_MSR_FILTER. ``ranges`` are (flags, first MSR, one bool an MSR: allowed).
 
-        ``flags`` are regs.MSR_FILTER_READ and _WRITE; the first range that has the MSR decides, ``default_deny`` what
-        becomes of the others; without either there is no filter. At most 16 ranges of 12288 MSRs. x2APIC registers are never filtered, and fast paths do not ask.
+        ``flags`` are regs.MSR_FILTER_READ and _WRITE; the first range that has the MSR decides, ``default_deny`` says
+        what becomes of all others; without either there is no filter. At most 16 ranges of 12288 MSRs. x2APIC registers
+        are never filtered, and fast paths do not ask.
         """
         rows = []
         for flags, first, bits in ranges:
