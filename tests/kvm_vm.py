@@ -135,16 +135,17 @@ class RealVcpu:
         nmi_pending: int | None = None,
         nmi_masked: bool = False,
         sipi_vector: int | None = None,
-        latched_init: bool | None = None,
+        smm: bool | None = None,
+        latched_init: bool = False,
     ) -> None:
-        flags = 1 * (nmi_pending is not None) | 2 * (sipi_vector is not None) | 8 * (latched_init is not None)
+        flags = 1 * (nmi_pending is not None) | 2 * (sipi_vector is not None) | 8 * (smm is not None)
         buffer = bytearray(64)
         buffer[13:15] = nmi_pending or 0, nmi_masked
         struct.pack_into("<II", buffer, 16, sipi_vector or 0, flags)
-        buffer[27] = bool(latched_init)
+        buffer[27] = latched_init
         fcntl.ioctl(self.fd, KVM_SET_VCPU_EVENTS, buffer)
 
-    def set_sregs(self, *, apic_base: int, cr8: int) -> bool:
+    def set_sregs(self, *, apic_base: int, cr8: int) -> None:
         sregs = self._sregs()
         struct.pack_into("<Q", sregs, SREGS_CR8, cr8)
         struct.pack_into("<Q", sregs, SREGS_APIC_BASE, apic_base)
@@ -153,8 +154,7 @@ class RealVcpu:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return False
-        return True
+            raise ValueError("KVM_SET_SREGS: EINVAL") from error
 
     @property
     def cr8(self) -> int:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastexit import regs as r
-from fastexit.reasons import KvmExit
-from oracle_run import Result, RunLoop
+from oracle_run import Doors, RunLoop
 from oracle_timer import Timer
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Events:
     exception: int | None = None
 
 
-class Vcpu:
+class Vcpu(Doors):
     """One vCPU: its APIC registers and the few words KVM keeps beside them."""
 
     def __init__(self, machine: Machine, apic_id: int, index: int) -> None:
@@ -270,71 +269,6 @@ class Vcpu:
         self.thread.leave()
         return self.read_msr(msr)
 
-    def guest_wrmsr(self, msr: int, value: int) -> str:
-        """A guest WRMSR, and what the thread does behind it: ``"ok"``, ``"gp"``, ``"user"``."""
-        result = self.wrmsr(msr, value)
-        return "gp" if result.fault else "user" if result.user is KvmExit.X86_WRMSR else "ok"
-
-    def guest_rdmsr(self, msr: int) -> int | None:
-        """A guest RDMSR; None where it faults."""
-        self._into_guest()
-        return self.thread.rdmsr(msr)[1]
-
-    def wrmsr(self, msr: int, value: int) -> Result:
-        self._into_guest()
-        return self.thread.wrmsr(msr, value)
-
-    def hlt(self) -> Result:
-        self._into_guest()
-        return self.thread.hlt()
-
-    def host_interrupt(self) -> Result:
-        """The exit that the host's own interrupts make."""
-        self._into_guest()
-        return self.thread.other()
-
-    def next_interrupt(self) -> int | None:
-        """What a guest with interrupts on is interrupted by next: user space's PIC first."""
-        return self.take_extint() if self.has_extint() else self.pending()
-
-    def halt_and_take(self, *, interrupts: bool) -> int | str:
-        """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
-        self.injected = None
-        self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
-        self._into_guest()
-        asleep = self.injected is None and self.thread.hlt().blocked
-        self.in_guest = False
-        self.rflags = r.RFLAGS_FIXED
-        if asleep:
-            self.thread.leave()
-            return "asleep"
-        return "went on" if self.injected is None else self.injected
-
-    def complete_msr(self, *, error: bool = False) -> None:
-        """User space has dealt with the MSR that KVM_RUN came back for."""
-        if error:
-            self.queue_exception(13)
-        else:
-            self.thread.skip(2)
-
-    def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> int:
-        self._into_guest()
-        return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)[1]
-
-    def run(self) -> str | KvmExit:
-        """KVM_RUN."""
-        return self.thread.run()
-
-    def run_through(self) -> None:
-        """KVM_RUN of a guest that does nothing but leave to user space: no iteration ends inside the kernel."""
-        self._into_guest()
-        self.in_guest = False
-
-    def _into_guest(self) -> None:
-        state = self.thread.run()
-        if state != "guest":
-            raise RuntimeError(f"vCPU {self.index} is not in the guest: {state!r}")
-
     def write_msr(self, msr: int, value: int, *, host: bool) -> bool:
         self.last_accepted = 0
         if msr == r.MSR_APICBASE:
@@ -371,32 +305,14 @@ class Vcpu:
             return self.reg(r.APIC_ICR) | self.reg(self._icr_high_at()) << 32
         return self._read_reg(offset)
 
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> str | None:
-        """A guest store to the APIC page; "user" where nobody in the kernel claims it."""
-        self._into_guest()
-        if self._nobody_there():
-            self.in_guest = False
-            return "user"
+    def store(self, offset: int, value: int, length: int) -> None:
+        """A store to the page, once it is clear that the kernel takes it."""
         self.last_accepted = 0
         if self.hw_enabled and not self.x2apic and length == 4 and offset % 16 == 0:
             self._write_reg(offset, value & 0xFFFF_FFFF)
-        self.thread.other()
-        return None
 
-    def _nobody_there(self) -> bool:
-        return bool(self.m.disable_quirks & r.QUIRK_LAPIC_MMIO_HOLE) and (not self.hw_enabled or self.x2apic)
-
-    def mmio_read(self, offset: int, length: int = 4) -> int | str | None:
-        """A guest load from the APIC page; None where KVM leaves the destination as it was, "user" where it goes."""
-        self._into_guest()
-        if self._nobody_there():
-            self.in_guest = False
-            return "user"
-        value = self._load(offset, length)
-        self.thread.other()
-        return value
-
-    def _load(self, offset: int, length: int) -> int | None:
+    def load(self, offset: int, length: int) -> int | None:
+        """A load from the page; None where KVM leaves the destination as it was."""
         if not self.hw_enabled or self.x2apic:
             return (1 << 8 * length) - 1
         byte = offset % 16
@@ -742,6 +658,8 @@ class Vcpu:
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE."""
         self.thread.leave()
+        if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and not self.init_allowed():
+            raise ValueError("EINVAL")
         if state == r.MP_SIPI_RECEIVED:
             self.set_mp(r.MP_INIT_RECEIVED)
             self.pending_sipi = True
@@ -803,9 +721,10 @@ class Vcpu:
         nmi_pending: int | None = None,
         nmi_masked: bool = False,
         sipi_vector: int | None = None,
-        latched_init: bool | None = None,
+        smm: bool | None = None,
+        latched_init: bool = False,
     ) -> None:
-        """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
+        """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count, ``smm`` that of the pending INIT."""
         self.thread.leave()
         self.process_nmi()
         if nmi_pending is not None:
@@ -818,21 +737,21 @@ class Vcpu:
         self.exception = None
         if sipi_vector is not None:
             self.sipi_vector = sipi_vector
-        if latched_init is not None:
+        if smm is not None:
+            self.smm = smm
             self.pending_init = latched_init
         self.request("EVENT")
 
-    def set_sregs(self, *, apic_base: int, cr8: int) -> bool:
-        """KVM_SET_SREGS as far as it concerns the APIC; False where the ioctl fails."""
+    def set_sregs(self, *, apic_base: int, cr8: int) -> None:
+        """KVM_SET_SREGS as far as it concerns the APIC; ValueError where the ioctl fails."""
         self.thread.leave()
         if not self._write_base(apic_base, host=True):
-            return False
+            raise ValueError("EINVAL")
         if not cr8 >> 4:
             self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4)
             self._update_ppr()
         if self.apic_base & r.APICBASE_BSP and self.rip == 0xFFF0 and self.cs == 0xF000:
             self.set_mp(r.MP_RUNNABLE)  # user space of old did not do so when it reset the boot CPU
-        return True
 
     @property
     def cr8(self) -> int:

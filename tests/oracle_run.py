@@ -71,7 +71,19 @@ class RunLoop:
         v = self.v
         return v.timer.pending and v.hw_enabled and v.sw_enabled and not v.reg(r.APIC_LVTT) & r.LVT_MASKED
 
-    def _enter(self) -> str | KvmExit | None:
+    def force(self) -> None:
+        """KVM_RUN up to the entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says.
+
+        User space, where it is asked for something before, calls KVM_RUN again.
+        """
+        if self.v.in_guest:
+            return
+        self._awake()
+        while (state := self._enter(forced=True)) != GUEST:
+            if state is None:
+                self._after_iteration()
+
+    def _enter(self, *, forced: bool = False) -> str | KvmExit | None:
         """One attempt to enter: "guest", a reason for user space, or None to go round again."""
         v = self.v
         if "SMI" in v.requests:
@@ -89,7 +101,7 @@ class RunLoop:
         if "EVENT" in v.requests:
             v.requests.discard("EVENT")
             v.accept_events()
-            if v.mp_state == r.MP_INIT_RECEIVED:
+            if v.mp_state == r.MP_INIT_RECEIVED and not forced:
                 return None
             self._inject()
         if v.hw_enabled and v.sw_enabled:
@@ -98,13 +110,23 @@ class RunLoop:
             if self._under_way():
                 v.request("EVENT")  # what was to be delivered by this entry comes first in the next one
             return None
+        if forced:
+            v.mp_state = r.MP_RUNNABLE
         v.in_guest = True
         v.exception = None
         v.nmi_injected = False
         v.interrupt_injected = False
-        while v.in_guest and v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
-            if self.preemption_timer().completion != "reenter":
-                return GUEST if v.in_guest else BLOCKED
+        return self._exits_at_once()
+
+    def _exits_at_once(self) -> str | None:
+        """A preemption timer that has run out already lets the guest in and out again."""
+        v = self.v
+        while v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
+            v.timer.hv_exit()
+            v.sync_pir()
+            if self.m.generation < self.m.at("5.8") or v.requests:
+                v.in_guest = False
+                return None
         return GUEST
 
     def _inject(self) -> None:
@@ -253,10 +275,10 @@ class RunLoop:
             self.v.queue_exception(13)
         return result
 
-    def mmio(self) -> Result:
-        """Behind an access to the page that was carried out."""
+    def page(self, *, claimed: bool) -> Result:
+        """Behind an access to the page; nobody in the kernel claims it where the APIC is off and the quirk too."""
         self.v.in_guest = False
-        return self._finish(Result())
+        return self._finish(Result(user=None if claimed else KvmExit.MMIO))
 
     def other(self) -> Result:
         """An exit that KVM has nothing to do for, such as a host interrupt."""
@@ -326,3 +348,96 @@ class RunLoop:
         if generation >= m.at("5.6") and shorthand:
             return False
         return generation < m.at("5.7") or value >> r.ICR_DEST_SHIFT != r.X2APIC_BROADCAST
+
+
+class Doors:
+    """What a guest does, as methods of the oracle's vCPU."""
+
+    thread: RunLoop
+
+    def run(self: Vcpu) -> str | KvmExit:
+        """KVM_RUN."""
+        return self.thread.run()
+
+    def wrmsr(self: Vcpu, msr: int, value: int) -> Result:
+        self.thread.force()
+        return self.thread.wrmsr(msr, value)
+
+    def rdmsr(self: Vcpu, msr: int) -> tuple[Result, int | None]:
+        self.thread.force()
+        return self.thread.rdmsr(msr)
+
+    def page_write(self: Vcpu, offset: int, value: int, length: int = 4) -> Result:
+        self.thread.force()
+        claimed = not self._nobody_there()
+        if claimed:
+            self.store(offset, value, length)
+        return self.thread.page(claimed=claimed)
+
+    def page_read(self: Vcpu, offset: int, length: int = 4) -> tuple[Result, int | None]:
+        self.thread.force()
+        claimed = not self._nobody_there()
+        value = self.load(offset, length) if claimed else None
+        return self.thread.page(claimed=claimed), value
+
+    def _nobody_there(self: Vcpu) -> bool:
+        return bool(self.m.disable_quirks & r.QUIRK_LAPIC_MMIO_HOLE) and (not self.hw_enabled or self.x2apic)
+
+    def hlt(self: Vcpu) -> Result:
+        self.thread.force()
+        return self.thread.hlt()
+
+    def host_interrupt(self: Vcpu) -> Result:
+        """The exit that the host's own interrupts make."""
+        self.thread.force()
+        return self.thread.other()
+
+    def hypercall(self: Vcpu, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> tuple[Result, int]:
+        self.thread.force()
+        return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)
+
+    def complete_msr(self: Vcpu, *, error: bool = False) -> None:
+        """User space has dealt with the MSR that KVM_RUN came back for."""
+        if error:
+            self.queue_exception(13)
+        else:
+            self.thread.skip(2)
+
+    # ------------------------------------------------------------- in the words of a guest that runs one instruction
+
+    def guest_wrmsr(self: Vcpu, msr: int, value: int) -> str:
+        """``"ok"``, ``"gp"``, or ``"user"`` where user space is asked."""
+        result = self.wrmsr(msr, value)
+        return "gp" if result.fault else "user" if result.user is KvmExit.X86_WRMSR else "ok"
+
+    def guest_rdmsr(self: Vcpu, msr: int) -> int | None:
+        return self.rdmsr(msr)[1]
+
+    def mmio_write(self: Vcpu, offset: int, value: int, length: int = 4) -> str | None:
+        return "user" if self.page_write(offset, value, length).user is KvmExit.MMIO else None
+
+    def mmio_read(self: Vcpu, offset: int, length: int = 4) -> int | str | None:
+        result, value = self.page_read(offset, length)
+        return "user" if result.user is KvmExit.MMIO else value
+
+    def run_through(self: Vcpu) -> None:
+        """KVM_RUN of a guest that does nothing but leave to user space: no iteration ends inside the kernel."""
+        self.thread.force()
+        self.in_guest = False
+
+    def next_interrupt(self: Vcpu) -> int | None:
+        """What a guest with interrupts on is interrupted by next: user space's PIC first."""
+        return self.take_extint() if self.has_extint() else self.pending()
+
+    def halt_and_take(self: Vcpu, *, interrupts: bool) -> int | str:
+        """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
+        self.injected = None
+        self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
+        self.thread.force()
+        asleep = self.injected is None and self.thread.hlt().blocked
+        self.in_guest = False
+        self.rflags = r.RFLAGS_FIXED
+        if asleep:
+            self.thread.leave()
+            return "asleep"
+        return "went on" if self.injected is None else self.injected

@@ -1,6 +1,6 @@
 """The library beside the oracle, driven in step, and the shortest story of a difference between them.
 
-Models: nothing; how a vCPU that runs is brought to rest on both sides is said at `Pair`.
+Models: nothing; what is compared when is said at `Pair`.
 """
 
 from __future__ import annotations
@@ -10,75 +10,107 @@ from typing import Any
 
 import oracle
 from fastexit import regs as r
+from fastexit.outcome import Fastpath, Outcome
+from fastexit.reasons import SvmExit, VmxExit
+from oracle_run import GUEST, Result
 from strategies import GUEST_OPS, Config, Op, apply, describe, differences, masked, story
+
+COMPLETIONS = {
+    Fastpath.NONE: "none",
+    Fastpath.REENTER_GUEST: "reenter",
+    Fastpath.EXIT_HANDLED: "handled",
+    Fastpath.SKIP_EMUL_INS: "skip",
+}
+EXITS = {
+    "hlt": {"vmx": VmxExit.HLT, "svm": SvmExit.HLT},
+    "host_interrupt": {"vmx": VmxExit.EXTERNAL_INTERRUPT, "svm": SvmExit.INTERRUPT},
+}
 
 
 class Pair:
     """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
 
-    A vCPU that executes an instruction runs through the dispatcher, which takes the vCPU into the guest and so carries
-    out what is pending: INIT and SIPI, NMIs, a fresh PPR. The oracle has no run loop, so both sides are brought to
-    rest before and after: INIT/SIPI accepted, runnable, PPR recomputed. NMIs of a vCPU that ran are not counted.
+    After each operation what it returned is compared: for exits the path, the fault, the number of accepting APICs, why
+    user space was asked, whether the vCPU sleeps. Looking at a vCPU takes it out of the guest. So a pair that is *close*
+    looks at all of them after each operation, and one that is not only when it settles: between, vCPUs stay in the
+    guest or asleep, where ticks and kicks find them.
     """
 
-    def __init__(self, config: Config, machine: Any) -> None:
+    def __init__(self, config: Config, machine: Any, *, close: bool = True) -> None:
         self.config = config
         self.model = config.build(oracle.Machine)
         self.machine = machine
+        self.close = close
         self.history: list[Op] = []
-        self.ran: set[int] = set()
 
     def step(self, op: Op) -> None:
-        """One operation on both, then everything is compared."""
+        """One operation on both, then everything that the pair looks at is compared."""
         self.history.append(op)
         if op[0] in GUEST_OPS:
-            want, got = self._guest(op)
+            want, got = self._exit(op)
+        elif op[0] == "run":
+            want, got = self.model.vcpus[op[1]].run() == GUEST, self.machine.vcpus[op[1]].run()
         else:
             want, got = apply(self.model, op), apply(self.machine, op)
-            if op[0] == "events" and op[1] in self.ran:
-                want, got = want[1], got[1]
-            elif op[0] == "set_msr":
+            if op[0] == "set_msr":
                 want, got = (want, self.model.vcpus[op[1]].last_accepted), (got, self.machine.last_accepted)
         self.same(got, want, describe(op))
+        if self.close:
+            self.look()
+
+    def look(self) -> None:
+        """What ioctls show without changing it, once PPR is fresh."""
         for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
-            page, other = masked(model.get_lapic()), masked(vcpu.get_lapic())
+            self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
+            page, other = model.get_lapic(), vcpu.get_lapic()
             if page != other:
                 raise AssertionError(f"vCPU {i} {differences(page, other)} after {self.story()}")
             self.same(vcpu.apic_base, model.apic_base, f"vCPU {i} APICBASE")
+            self.same(vcpu.rip, model.rip, f"vCPU {i} RIP")
 
     def at_rest(self) -> None:
-        """What only shows when somebody asks: pending vectors, mp_state and events."""
+        """Everything, and what is carried out when somebody asks: NMIs, INIT and SIPI."""
+        self.look()
         for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
-            self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
             events, expected = vcpu.events(), model.events()
-            if i not in self.ran:
-                self.same(events.nmi_pending, expected.nmi_pending, f"vCPU {i} NMIs")
+            for name in ("nmi_pending", "nmi_masked", "latched_init", "smi_pending", "exception"):
+                self.same(getattr(events, name), getattr(expected, name), f"vCPU {i} {name}")
             self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
             deadline = r.MSR_TSC_DEADLINE
             self.same(vcpu.get_msr(deadline), model.get_msr(deadline), f"vCPU {i} deadline")
+        self.same(self.machine.time, self.model.now, "the clock")
+        self.look()
 
-    def _guest(self, op: Op) -> tuple[Any, Any]:
+    def _exit(self, op: Op) -> tuple[Any, Any]:
+        """One instruction or interrupt of a guest: its result on both sides, in the same terms."""
         name, i, *arguments = op
         model, vcpu = self.model.vcpus[i], self.machine.vcpus[i]
-        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
-        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
-        model.set_mp_state(r.MP_RUNNABLE)
-        self.ran.add(i)
-        want = getattr(model, name)(*arguments)
-        rip = vcpu.rip
         if name == "guest_wrmsr":
-            out = vcpu.wrmsr(*arguments)
-            got = "ok" if out.fault is None else "gp", out.accepted
-            if not model.pending_init:
-                self.same(vcpu.rip - rip, r.INSN_LEN_WRMSR if want == "ok" else 0, f"vCPU {i} RIP")
-            want = want, model.last_accepted
+            want, got = (model.wrmsr(*arguments), None), (vcpu.wrmsr(*arguments), None)
+        elif name in ("guest_rdmsr", "mmio_read"):
+            want = (model.rdmsr if name == "guest_rdmsr" else model.page_read)(*arguments)
+            code = self._read(name, vcpu, arguments)
+            # what faults, or what KVM drops, leaves what was there
+            got = code, vcpu.read_data if want[1] is not None and not want[0].fault else want[1]
+        elif name == "mmio_write":
+            want, got = (model.page_write(*arguments), None), (vcpu.mmio_write(*arguments), None)
+        elif name == "hypercall":
+            want = model.hypercall(*arguments)
+            out = vcpu.hypercall(*arguments)
+            got = out, vcpu.read_data
         else:
-            got = getattr(vcpu, name)(*arguments)
-            if name == "mmio_write" or want is None:
-                got = want  # a write returns nothing to compare; a read that KVM drops leaves what was there
-        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
-        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
-        return want, got
+            want = getattr(model, name)(), None
+            got = vcpu.exit(EXITS[name][self.config.vendor]), None
+        if name != "guest_wrmsr":
+            # an IPI by other ways than the ICR is counted by nobody
+            want[0].accepted = got[0].accepted
+        return (spelt(want[0]), want[1]), (spelt(got[0]), got[1])
+
+    def _read(self, name: str, vcpu: Any, arguments: list[Any]) -> Outcome:
+        vendor = self.machine.dispatcher.vendor
+        if name == "guest_rdmsr":
+            return vcpu.exit(vendor.rdmsr_reason, msr=arguments[0])
+        return vcpu.exit(vendor.mmio_reason, offset=arguments[0], size=arguments[1])
 
     def same(self, got: Any, want: Any, what: str) -> None:
         if got != want:
@@ -88,29 +120,41 @@ class Pair:
         return story(self.config, self.history)
 
 
-def first_difference(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str | None:
+def spelt(result: Result | Outcome) -> str:
+    """A result in words, the same for both sides."""
+    if isinstance(result, Outcome):
+        completion, fault = COMPLETIONS[result.completion], result.fault is not None
+    else:
+        completion, fault = result.completion, result.fault
+    words = [completion, f"accepted {result.accepted}"]
+    words += ["#GP"] * fault + ["sleeps"] * result.blocked
+    return ", ".join(words + ([result.user.name] if result.user is not None else []))
+
+
+def first_difference(config: Config, factory: Callable[..., Any], ops: list[Op], *, close: bool = True) -> str | None:
     """Replays operations on a new pair; the text of the first difference."""
-    pair = Pair(config, config.build(factory))
+    pair = Pair(config, config.build(factory), close=close)
     try:
         for op in ops:
             pair.step(op)
         pair.at_rest()
     except AssertionError as difference:
         return str(difference)
-    except IndexError:
-        pass  # the vCPU that this operation names was created by one that was left out
+    except (IndexError, ValueError):
+        pass  # the vCPU that this operation names was created by one that was left out, or time would go back
     return None
 
 
-def minimised(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str:
+def minimised(config: Config, factory: Callable[..., Any], ops: list[Op], *, close: bool = True) -> str:
     """The difference that a failing sequence shows, after leaving out every operation that it does not need."""
     size = len(ops)
     while size := size // 2:
         at = 0
         while at < len(ops):
             shorter = ops[:at] + ops[at + size :]
-            if first_difference(config, factory, shorter) is None:
+            if first_difference(config, factory, shorter, close=close) is None:
                 at += size
             else:
                 ops = shorter
-    return first_difference(config, factory, ops) or "the difference does not show again on replay"
+    found = first_difference(config, factory, ops, close=close)
+    return found or "the difference does not show again on replay"

@@ -96,7 +96,8 @@ class Twins:
         self.config, self.real = config, real
         self.khz = real.tsc_khz()
         keywords = {name: value for name, value in vars(config).items() if name != "apic_ids"}
-        self.model = oracle.Machine(apic_ids=list(config.apic_ids), tsc_khz=self.khz, **(keywords | more))
+        keywords |= {"tsc_khz": self.khz} | more
+        self.model = oracle.Machine(apic_ids=list(config.apic_ids), **keywords)
         self.history: list[s.Op] = []
         self.finest = [1 << 30] * len(config.apic_ids)
         real.start_guests()
