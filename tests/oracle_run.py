@@ -183,9 +183,10 @@ class RunLoop:
         if not self._runnable():
             return None
         v.accept_events()
-        if v.mp_state == r.MP_HALTED:
+        if v.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD):
             v.set_mp(r.MP_RUNNABLE)
-        return None
+        # a vCPU that waits for SIPI has nothing to do with an NMI: the thread goes round and round
+        return None if v.mp_state == r.MP_RUNNABLE else BLOCKED
 
     def _awake(self) -> None:
         if self.sleeping:
