@@ -21,6 +21,14 @@ from fastexit import regs as r
 from oracle_apic import ENABLED_BITS, Irq, Vcpu
 
 KERNELS = ("seed-v3", "5.6", "5.7", "5.8", "6.1", "6.12", "6.18")
+INHIBITS_OF_5_6 = {r.Inhibit.DISABLED, r.Inhibit.HYPERV}
+INHIBITS_OF_5_6_SVM = {r.Inhibit.NESTED, r.Inhibit.IRQWIN, r.Inhibit.PIT_REINJ}
+INHIBITS_OF_6_1 = {
+    r.Inhibit.ABSENT,
+    r.Inhibit.BLOCKIRQ,
+    r.Inhibit.APIC_ID_MODIFIED,
+    r.Inhibit.APIC_BASE_MODIFIED,
+}
 
 
 @dataclass
@@ -95,7 +103,10 @@ class Machine:
         self.user_space_msr = 0
         self.msr_filter: tuple[bool, list[MsrRange]] | None = None
         self.apicv = apicv
-        self.posts_interrupts = apicv and vendor == "vmx"
+        self.inhibits: set[r.Inhibit] = set()
+        self.inhibits_by_guest = generation >= self.at("6.1")
+        self.inhibits_by_map = generation >= self.at("6.12")
+        self.inhibits_that_count = self._inhibits_that_count()
         self.split_irqchip = irqchip == "split"
         self.x2apic_api = x2apic_api
         self.x2apic = x2apic
@@ -126,6 +137,36 @@ class Machine:
     @staticmethod
     def at(kernel: str) -> int:
         return KERNELS.index(kernel)
+
+    # --------------------------------------------------------------------------------------------- APICv inhibits
+
+    def _inhibits_that_count(self) -> set[r.Inhibit]:
+        reasons = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm else set()
+        if self.generation >= self.at("5.6"):
+            reasons |= INHIBITS_OF_5_6 | (INHIBITS_OF_5_6_SVM if self.svm else set())
+        if self.inhibits_by_guest:
+            reasons |= INHIBITS_OF_6_1 | ({r.Inhibit.SEV} if self.svm else set())
+        if self.inhibits_by_map:
+            reasons |= {r.Inhibit.PHYSICAL_ID_ALIASED} | ({r.Inhibit.LOGICAL_ID_ALIASED} if self.svm else set())
+        return reasons
+
+    def inhibit(self, reason: r.Inhibit, on: bool) -> None:
+        """Sets or clears one reason against APICv; when the first comes or the last goes, every vCPU looks again."""
+        if not self.apicv or reason not in self.inhibits_that_count:
+            return
+        before = bool(self.inhibits)
+        (self.inhibits.add if on else self.inhibits.discard)(reason)
+        switches = before != bool(self.inhibits)
+        if self.inhibits_by_guest or switches:
+            names = "|".join(why.name for why in sorted(self.inhibits))
+            mask = sum(1 << why for why in self.inhibits)
+            self.log(
+                f"kvm_apicv_inhibit_changed: {'set' if on else 'cleared'} reason={int(reason)}, inhibits={mask:#x}"
+                + (f" {names}" if names else "")
+            )
+        if switches:
+            for vcpu in self.vcpus:
+                vcpu.request("APICV_UPDATE")
 
     # ----------------------------------------------------------------------------------------------------- time
 
@@ -216,13 +257,19 @@ class Machine:
             return
         self.map_dirty = False
         present = [v for v in self.vcpus if v.hw_enabled]
-        new = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
+        new: ApicMap | None = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
+        modified = False
         for vcpu in present:
+            modified |= vcpu.xapic_id_modified
             if not self._enter_physical(new, vcpu):
-                self.map = None
-                return
+                new = None
+                break
             self._enter_logical(new, vcpu)
         self.map = new
+        if self.inhibits_by_map:
+            self.inhibit(r.Inhibit.PHYSICAL_ID_ALIASED, new is None)
+            self.inhibit(r.Inhibit.LOGICAL_ID_ALIASED, new is None or new.logical_mode == r.LOGICAL_DISABLED)
+            self.inhibit(r.Inhibit.APIC_ID_MODIFIED, modified)
 
     def _enter_physical(self, new: ApicMap, vcpu: Vcpu) -> bool:
         if self.x2apic_api & r.X2API_32BIT_IDS:

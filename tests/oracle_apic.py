@@ -45,6 +45,7 @@ XAPIC_ID_MASK = 0xFF00_0000
 ENABLED_BITS = r.APICBASE_EN | r.APICBASE_EXTD
 DESTINATIONS = ("dst", "self", "all", "all-but-self")
 MAX_PENDING_NMIS = 2
+AVIC_MAX_ID = 254
 
 
 @dataclass
@@ -121,6 +122,13 @@ class Vcpu(Doors):
         self.pv_unhalted = False
         self.mp_state = r.MP_RUNNABLE if self.is_boot_cpu else r.MP_UNINITIALIZED
         self.last_accepted = 0
+        self.apicv = machine.apicv
+        if machine.apicv:
+            self.requests.add("APICV_UPDATE")
+        if machine.apicv and machine.svm and apic_id > AVIC_MAX_ID:
+            machine.inhibit(r.Inhibit.PHYSICAL_ID_TOO_BIG, True)
+            self.apicv = False
+        self.apic_base = r.APICBASE_EN
         self._reset(init=False)
 
     # ------------------------------------------------------------------------------------------------ small facts
@@ -207,8 +215,40 @@ class Vcpu(Doors):
         self.put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
 
     def _recount_isr(self) -> None:
-        self.isr_count = 1 if self.m.apicv else len(self.isr)
+        self.isr_count = 1 if self.apicv else len(self.isr)
         self.isr_cache = None
+
+    # ---------------------------------------------------------------------------------------------------- APICv
+
+    def update_apicv(self) -> None:
+        """APICv on or off, as all reasons together have it."""
+        self.requests.discard("APICV_UPDATE")
+        enabled = self.hw_enabled or self.x2apic or not self.m.inhibits_by_guest
+        active = self.m.apicv and not self.m.inhibits and enabled
+        if active != self.apicv:
+            self.apicv = active
+            self._recount_isr()
+            if not active:
+                self.request("EVENT")
+
+    def _mode_changed(self) -> None:
+        """APICBASE.EN or EXTD changed: 6.1 looks at once, later kernels at the next entry."""
+        if self.m.inhibits_by_map:
+            self.request("APICV_UPDATE")
+        elif self.m.inhibits_by_guest:
+            self.update_apicv()
+
+    def _inhibit_moved_page(self) -> None:
+        if self.hw_enabled and self.apic_base >> 12 << 12 != r.APIC_DEFAULT_PHYS_BASE:
+            self.m.inhibit(r.Inhibit.APIC_BASE_MODIFIED, True)
+
+    @property
+    def xapic_id_modified(self) -> bool:
+        return not self.x2apic and self.xapic_id != self.id & 0xFF
+
+    def _inhibit_modified_id(self) -> None:
+        if not self.m.inhibits_by_map and self.hw_enabled and self.xapic_id_modified:
+            self.m.inhibit(r.Inhibit.APIC_ID_MODIFIED, True)
 
     def _set_svr(self, value: int) -> None:
         if bool(value & r.SVR_ENABLE) != self.sw_enabled:
@@ -238,6 +278,9 @@ class Vcpu(Doors):
                 self.m.map_dirty = True
             elif value & r.APICBASE_EN:
                 self._set_xapic_id(self.id)
+        if changed & ENABLED_BITS:
+            self._mode_changed()
+        self._inhibit_moved_page()
 
     def _write_base(self, value: int, *, host: bool) -> bool:
         if value == self.apic_base:
@@ -353,6 +396,8 @@ class Vcpu(Doors):
                 return False
             self.put(offset, value | r.DFR_CLUSTER if offset == r.APIC_DFR else value & XAPIC_ID_MASK)
             self.m.map_dirty = True
+            if offset == r.APIC_ID:
+                self._inhibit_modified_id()
         elif offset == r.APIC_TASKPRI:
             self.put(offset, value & 0xFF)
             self._update_ppr()
@@ -453,8 +498,8 @@ class Vcpu(Doors):
                 self.tmr.add(irq.vector)
             else:
                 self.tmr.discard(irq.vector)
-            (self.pir if self.m.posts_interrupts else self.irr).add(irq.vector)
-            if self.m.apicv:
+            (self.pir if self.apicv and not self.m.svm else self.irr).add(irq.vector)
+            if self.apicv:
                 self.m.log(f"kvm_apicv_accept_irq: {what}")
             else:
                 self.request("EVENT")
@@ -553,7 +598,7 @@ class Vcpu(Doors):
         self.irr.discard(vector)
         if vector not in self.isr:
             self.isr.add(vector)
-            if not self.m.apicv:
+            if not self.apicv:
                 self.isr_count += 1
                 self.isr_cache = vector
         self._store_ppr()
@@ -567,7 +612,7 @@ class Vcpu(Doors):
             return None
         if vector in self.isr:
             self.isr.discard(vector)
-            if not self.m.apicv:
+            if not self.apicv:
                 self.isr_count -= 1
                 self.isr_cache = None
         self._update_ppr()
@@ -627,6 +672,7 @@ class Vcpu(Doors):
         self.thread.leave()
         page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
         self.pir.clear()
+        self._inhibit_moved_page()
         self._set_svr(page[r.APIC_SPIV])
         if self.x2apic:
             if self.m.x2apic_api & r.X2API_32BIT_IDS and page[r.APIC_ID] != self.id:
@@ -637,6 +683,7 @@ class Vcpu(Doors):
             page[self._icr_high_at()] = page[r.APIC_ICR2]
         for offset, value in page.items():
             self.put(offset, value)
+        self._inhibit_modified_id()
         self.m.map_dirty = True
         self.m.rebuild_map()
         self._set_version()

@@ -97,7 +97,8 @@ class RunLoop:
             if v.ioapic_eoi in v.ioapic_handled:
                 return KvmExit.IOAPIC_EOI
         v.requests.discard("SCAN_IOAPIC")
-        v.requests.discard("APICV_UPDATE")
+        if "APICV_UPDATE" in v.requests:
+            v.update_apicv()
         if "EVENT" in v.requests:
             v.requests.discard("EVENT")
             v.accept_events()
@@ -142,7 +143,7 @@ class RunLoop:
             v.nmi_masked = v.nmi_injected = True
             can = False
         if can and self._interrupts_on():
-            vector = v.take_extint() if v.has_extint() else None if self.m.apicv else v.ack()
+            vector = v.take_extint() if v.has_extint() else None if v.apicv else v.ack()
             if vector is not None:
                 v.injected = vector
                 v.interrupt_injected = True

@@ -69,7 +69,7 @@ class Timer:
 
     def _can_post(self) -> bool:
         polls = self.m.disable_exits & (r.EXITS_MWAIT | r.EXITS_HLT)
-        return self.m.pi_inject_timer and self.m.apicv and bool(polls)
+        return self.m.pi_inject_timer and self.v.apicv and bool(polls)
 
     # --------------------------------------------------------------------------------------------- register writes
 
@@ -249,7 +249,7 @@ class Timer:
     def _expire(self, *, by_host: bool) -> None:
         if self.pending:
             return
-        if (self.m.apicv and not by_host) or (self._can_post() and self.v.in_guest):
+        if (self.v.apicv and not by_host) or (self._can_post() and self.v.in_guest):
             self.deliver()
             return
         self.pending = True

@@ -398,6 +398,100 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
     return ("eoi", i)
 
 
+# ----------------------------------------------------------------------------------------------- time and the run loop
+
+LVTT_MSR = r.MSR_X2APIC_BASE + (r.APIC_LVTT >> 4)
+TIMER_MODES = (r.TIMER_ONE_SHOT, r.TIMER_PERIODIC, r.TIMER_DEADLINE, r.TIMER_DEADLINE, 0x60000)
+
+
+def write_op(rng: random.Random, machine: oracle.Machine, i: int, offset: int, value: int) -> Op:
+    """A guest's or user space's write of a register, in whichever way the APIC's mode has."""
+    if not machine.vcpus[i].x2apic:
+        return ("mmio_write", i, offset, value, 4)
+    name = "guest_wrmsr" if chance(rng, 0.6) else "set_msr"
+    return (name, i, r.MSR_X2APIC_BASE + (offset >> 4), value)
+
+
+def timer_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """Something that concerns the timer of a vCPU: counts and deadlines of any length, all modes, whole pages."""
+    i = rng.randrange(len(machine.vcpus))
+    kind = rng.random()
+    if kind < 0.25:
+        count = rng.choice((0, 1, 7, 1000, 150_000, 400_000, 3_000_000, 0xFFFF_FFFF, rng.getrandbits(32)))
+        return write_op(rng, machine, i, r.APIC_TMICT, count)
+    if kind < 0.5:
+        masked = r.LVT_MASKED if chance(rng, 0.25) else 0
+        return write_op(rng, machine, i, r.APIC_LVTT, rng.choice(TIMER_MODES) | masked | rng.randrange(16, 256))
+    if kind < 0.6:
+        return write_op(rng, machine, i, r.APIC_TDCR, rng.choice((0, 1, 2, 3, 8, 9, 10, 11)))
+    if kind < 0.85:
+        ahead = rng.choice((1, 500, 40_000, 1_000_000, 1 << 31, 1 << 40))
+        value = rng.choice((0, 1, machine.tsc(), *[machine.tsc() + ahead] * 4))
+        return ("guest_wrmsr" if chance(rng, 0.7) else "set_msr", i, r.MSR_TSC_DEADLINE, value)
+    if kind < 0.9:
+        return write_op(rng, machine, i, r.APIC_SPIV, rng.choice((0x1FF, 0x1FF, 0xFF)))
+    page = bytearray(machine.vcpus[i].get_lapic())
+    struct.pack_into("<I", page, r.APIC_LVTT, rng.choice(TIMER_MODES) | rng.randrange(16, 256))
+    for offset in (r.APIC_TMICT, r.APIC_TMCCT):
+        struct.pack_into("<I", page, offset, rng.choice((0, 5, 100_000, 1_000_000, 0xFFFF_FFFF)))
+    struct.pack_into("<I", page, r.APIC_TDCR, rng.choice((0, 3, 11)))
+    return ("set_lapic", i, bytes(page))
+
+
+def set_time_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """The clock goes on: a little, to where the next timer is due or just before, or far behind it."""
+    after = machine.next_timer()
+    steps = [machine.now + rng.choice((0, 1, 50, 1000, 90_000, 250_000, 5_000_000))] * 2
+    if after is not None and after < machine.now + 10_000_000_000:
+        steps += [max(machine.now, after + late) for late in (-1, 0, 0, 1, 1_000_000)]
+    return ("set_time", rng.choice(steps))
+
+
+def exit_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """An exit that concerns no register."""
+    return (rng.choice(("host_interrupt", "host_interrupt", "hlt")), rng.randrange(len(machine.vcpus)))
+
+
+def run_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("run", rng.randrange(len(machine.vcpus)))
+
+
+def hypercall_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """A paravirtual IPI or kick, or another hypercall."""
+    i = rng.randrange(len(machine.vcpus))
+    target = rng.choice(machine.vcpus).id
+    number = rng.choice((r.HC_SEND_IPI, r.HC_SEND_IPI, r.HC_SEND_IPI, r.HC_KICK_CPU, r.HC_VAPIC_POLL_IRQ, 77))
+    if number == r.HC_KICK_CPU:
+        return ("hypercall", i, number, 0, target, 0, 0, chance(rng, 0.8))
+    icr = icr_low(rng) & ~(r.ICR_SHORTHAND | r.ICR_LOGICAL) | rng.choice((0, 0, 0, r.ICR_LOGICAL, 1 << 18))
+    least = rng.choice((0, max(0, target - rng.randrange(128)), 0xFFFF_FFC0, 0xFFFF_FFE0, rng.getrandbits(64)))
+    bitmaps = [rng.getrandbits(64) & rng.getrandbits(64) | 1 << rng.randrange(64) for _ in range(2)]
+    return ("hypercall", i, number, *bitmaps, least, icr, chance(rng, 0.8))
+
+
+def extint_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("interrupt", rng.randrange(len(machine.vcpus)), rng.randrange(16, 256))
+
+
+LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]]] = {
+    "registers": (4, guest_op),
+    "timers": (4, timer_op),
+    "time": (2, set_time_op),
+    "exits": (1, exit_op),
+    "runs": (1, run_op),
+    "hypercalls": (1, hypercall_op),
+    "events": (0.5, set_events_op),
+    "sregs": (0.5, set_sregs_op),
+    "states": (0.3, set_mp_state_op),
+}
+"""What a machine's life is made of, with weights; a test names what it wants."""
+
+
+def lively_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(LIVELY_OPS)) -> Op:
+    weights = [LIVELY_OPS[name][0] for name in names]
+    return LIVELY_OPS[rng.choices(names, weights)[0]][1](rng, machine)
+
+
 def apply(machine: Any, op: Op) -> Any:
     """Carries out one operation on an oracle or a real VM; what it returns can be compared between them."""
     name, *args = op

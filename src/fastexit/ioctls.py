@@ -139,8 +139,7 @@ class VcpuIoctls(VcpuState):
         """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
         self._loop.leave_guest(self)
         mem, own = self._mem, self.own
-        if mem[own + L.K_NMI_QUEUED]:
-            _jit.load("process_nmi")(self._handle, self.index)
+        _jit.load("process_nmi")(self._handle, self.index)
         exception = mem[own + L.K_EXCEPTION]
         again = mem[own + L.K_REINJECT]
         external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
@@ -181,8 +180,7 @@ class VcpuIoctls(VcpuState):
         if (smm or smi_pending) and not mem[L.H_CONFIG] & L.CONFIG_SMM:
             raise ValueError("SMM: this kernel has no CONFIG_KVM_SMM (EINVAL)")
         self._loop.leave_guest(self)
-        if mem[own + L.K_NMI_QUEUED]:
-            _jit.load("process_nmi")(self._handle, self.index)
+        _jit.load("process_nmi")(self._handle, self.index)
         if shadow is not None:
             mem[own + L.K_SHADOW] = shadow
         if nmi_pending is not None:
