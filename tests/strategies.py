@@ -489,7 +489,11 @@ LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]
 
 def lively_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(LIVELY_OPS)) -> Op:
     weights = [LIVELY_OPS[name][0] for name in names]
-    return LIVELY_OPS[rng.choices(names, weights)[0]][1](rng, machine)
+    op = LIVELY_OPS[rng.choices(names, weights)[0]][1](rng, machine)
+    if op[0] in GUEST_OPS and machine.vcpus[op[1]].mp_state != r.MP_RUNNABLE:
+        # who waits or sleeps carries out nothing
+        return ("run", op[1]) if chance(rng, 0.5) else ("set_mp_state", op[1], r.MP_RUNNABLE)
+    return op
 
 
 def apply(machine: Any, op: Op) -> Any:
