@@ -99,3 +99,20 @@ def test_trap_61_on_with_an_empty_pir(kernel: str) -> None:
     assert (control(v) & ON, rvi(v)) == (0, 0 if kernel == "6.18" else 0x41)
     interrupted(v)
     assert (vectors(v), rvi(v)) == ({0x41}, 0x41), "without ON the next sync looks at IRR"
+
+
+def test_trap_59_devices_and_vcpu_load_do() -> None:
+    """A device that finds SN sets PIR and stays silent; the load that clears SN makes an ON of it."""
+    m = fx.Machine(vcpus=3, apicv=True, vtd_pi=True)
+    m.boot_x2apic()
+    v = m.vcpus[1]
+    m.pi_update_irte(40, 40, 0xFEE01000, 0x41)
+    interrupted(v)
+    v.put(preempted=True)
+    assert control(v) & (ON | SN) == SN
+    assert m.device_interrupt(40).effects == fx.Effect.NONE
+    assert (control(v) & (ON | SN), pir(v)) == (SN, {0x41})
+    v.load()
+    assert (control(v) & (ON | SN), pir(v)) == (ON, {0x41})
+    interrupted(v)
+    assert (rvi(v), m.device_interrupt(40).effects) == (0x41, fx.Effect.NOTIFY)
