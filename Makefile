@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/installed
 PYTEST := $(PY) -m pytest
-BOUNDS := $(addprefix tests/test_,$(addsuffix .py,atomics bad_input batch lapic_state posted property snapshot stateful))
+BOUNDS := $(addprefix tests/test_,$(addsuffix .py,atomics bad_input batch hostile lapic_state posted property snapshot stateful))
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help

@@ -163,9 +163,14 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_MSR_INDEX, _up_to(_U32), "an MSR's number"),
     (L.K_MSR_REASON, _up_to(7), "an MSR exit's reason"),
     (L.K_PV_EOI_FLAG, _up_to(1), "a PV EOI flag"),
+    (L.K_EXITS, _up_to(1 << 63), "a counter"),
+    (L.K_SRCU_LOCKS, _up_to(1 << 63), "a counter"),
+    (L.K_IRQ_WINDOWS, _up_to(1 << 63), "a counter"),
+    (L.K_NESTED_EXITS, _up_to(1 << 63), "a counter"),
+    (L.K_INDIRECT_CALLS, _up_to(1 << 63), "a counter"),
 )
-"""Words that kernels use as an index, a shift, a divisor, a loop's end or a lock, and those whose readers expect few
-values. The others may hold anything: numbers that are only stored, compared, counted or shown."""
+"""Words that kernels use as an index, a shift, a divisor, a loop's end or a lock, those whose readers expect few
+values, and counters, which Python adds to. The others may hold anything: they are only stored, compared or shown."""
 
 
 def _require(holds: bool, what: str) -> None:

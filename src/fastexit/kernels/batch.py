@@ -288,6 +288,8 @@ def run(m, exits, outcomes, first, n):
 
     Every vCPU index is checked again here: the array may belong to another thread that changes it.
     """
+    if first >= n:
+        return n  # and not range(first, n), which counts from a negative number where bit 63 is set
     for j in range(first, n):
         i = k.U(j)
         at = i * k.EXIT_WORDS

@@ -1,0 +1,489 @@
+"""Every door of machines called with anything at all, their memory between pages that nobody may touch.
+
+``python tests/hostile.py SEED CALLS`` plays one machine after the other, seeds SEED, SEED + 1 ..., until CALLS calls
+are made. It prints each machine's seed before it begins, so the last line names the one that crashed or hung; and
+``python tests/hostile.py THAT_SEED 1`` plays it alone. Doors are found, not listed: every @entry, every public method
+and property of Machine and Vcpu; whoever adds one adds it to this storm.
+
+A wall stands before and behind a machine's memory, and in every other machine behind the rows of its vCPUs as well, so
+that a row of a vCPU that does not exist cannot be read. In the others such rows must still be zero at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import mmap
+import random
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+import fastexit as fx
+from fastexit import layout as L
+from fastexit import machine as machine_module
+from fastexit import regs as r
+from fastexit.dispatcher import Exit
+from fastexit.kernels import _jit
+from fastexit.kernels import entries as entries
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+ROWS = 64
+"""vCPUs that a walled machine has room for: their rows end at a page's end in every region."""
+REGIONS = ((L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE))
+GROWING = {"add_vcpu", "create_vcpu"}
+"""Doors that a walled machine has no room for."""
+ARRAYS = {"exits": L.EXIT, "outcomes": L.OUTCOME}
+"""Parameters of entries that are addresses, and of what."""
+RECORDS = 48
+CALLS_OF_ONE = 1500
+ALLOWED = (ValueError, TypeError, fx.GeneralProtection)
+HEAD = struct.Struct("<8sIIII")
+NONE, U32 = L.NONE, 0xFFFF_FFFF
+NO_NUMBERS = (None, "x", 1.5, b"", bytes(1024), [], [(0, 1)], {}, object())
+
+HEADER = [value for name, value in vars(L).items() if name.startswith("H_") and value != L.H_STAGE]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def forbid(address: int, length: int) -> None:
+    """Whoever touches these pages dies."""
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def guarded(length: int) -> tuple[memoryview, int]:
+    """Memory whose end is a page's end, with a forbidden page on either side; and its address."""
+    pages = -(-length // PAGE) * PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    block = mmap.mmap(-1, pages + 2 * PAGE, flags=flags)
+    first = np.frombuffer(block, dtype=np.uint8).ctypes.data
+    forbid(first, PAGE)
+    forbid(first + PAGE + pages, PAGE)
+    begin = PAGE + pages - length
+    return memoryview(block)[begin : begin + length], first + begin
+
+
+def allocate(walled: bool) -> tuple[memoryview, np.ndarray]:
+    """What Machine takes for its memory."""
+    block, address = guarded(L.BYTES)
+    if walled:
+        for first, stride in REGIONS:
+            begin, end = first + ROWS * stride, first + L.MAX_VCPUS * stride
+            forbid(address + 8 * begin, 8 * (end - begin))
+    return block, np.frombuffer(block, dtype=np.uint64)
+
+
+# ----------------------------------------------------------------------------------------------------- hostile numbers
+
+EDGES = sorted(
+    {0, 1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 31, 32, 49, 52, 63, 64, 65, 127, 128, 255, 256, 257, 511, 512, 513, 1023, 1024}
+    | {0xFFF, 0x1000, 0x1001, 0xFFFF, 0x10000, 1 << 17, L.WORDS, L.BYTES, L.KVM, L.HOT, L.TRACE}
+    | {r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN, r.APIC_DEFAULT_PHYS_BASE, 0xFEE0_0300, 0xC000_0080}
+)
+MSRS = (r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN, r.MSR_X2APIC_ICR, r.MSR_X2APIC_SELF_IPI, 0x80B, 0x808)
+
+
+def wild(rng: random.Random) -> int:
+    """Any u64, mostly a strange one."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        return rng.getrandbits(64)
+    if kind == 1:
+        return rng.choice(EDGES)
+    if kind == 2:
+        return 1 << rng.randrange(64)
+    if kind == 3:
+        return (1 << rng.randrange(65)) - 1
+    if kind == 4:
+        return NONE - rng.randrange(600)
+    return rng.getrandbits(rng.randrange(1, 64))
+
+
+def icr(rng: random.Random) -> int:
+    """An ICR that mostly means something."""
+    return rng.choice((rng.randrange(80), rng.getrandbits(32), 0xFF, 0xFFFF_FFFF)) << 32 | rng.getrandbits(20)
+
+
+def likely(rng: random.Random, name: str, vcpus: int) -> int:
+    """What a caller means by a parameter of this name, now and then past its end."""
+    if name in ("v", "vcpu", "index"):
+        return rng.randrange(vcpus + 1) if rng.random() < 0.1 else rng.randrange(vcpus)
+    if name in ("cpu", "vcpu_id", "target", "dest", "first", "n"):
+        return rng.randrange(2 * vcpus + 1)
+    if "msr" in name or name in ("rcx", "ecx"):
+        return rng.choice(MSRS) if rng.random() < 0.5 else 0x800 + rng.randrange(0x100)
+    if "offset" in name:
+        return rng.randrange(0x40) * 16
+    if name in ("length", "size"):
+        return rng.choice((1, 2, 4))
+    if "reason" in name:
+        return int(rng.choice((*fx.VmxExit, *fx.SvmExit)))
+    if name in ("address", "gpa"):
+        return r.APIC_DEFAULT_PHYS_BASE | rng.getrandbits(20)
+    if "vector" in name:
+        return rng.randrange(256)
+    return icr(rng) if rng.random() < 0.5 else rng.randrange(64)
+
+
+def number(rng: random.Random, name: str, vcpus: int) -> int:
+    return likely(rng, name, vcpus) if rng.random() < 0.65 else wild(rng)
+
+
+def page(rng: random.Random, old: bytes) -> bytes:
+    """1 KiB for KVM_SET_LAPIC: noise, or the old page with noise in some registers."""
+    if rng.random() < 0.3:
+        return rng.randbytes(r.LAPIC_PAGE_BYTES)
+    new = bytearray(old)
+    for _ in range(rng.randrange(8)):
+        struct.pack_into("<I", new, 4 * rng.randrange(256), rng.getrandbits(32))
+    return bytes(new)
+
+
+def thing(rng: random.Random, name: str, vcpus: int) -> Any:
+    """A Python argument: mostly a number, else what somebody may pass by mistake."""
+    if rng.random() < 0.9:
+        return number(rng, name, vcpus)
+    return rng.choice(
+        (
+            -1,
+            -(1 << 63),
+            1 << 64,
+            None,
+            "x",
+            1.5,
+            True,
+            False,
+            b"",
+            bytes(1024),
+            [],
+            [(0, 1)],
+            {},
+            np.uint64(5),
+            object(),
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- doors
+
+
+def entry_parameters() -> dict[str, list[str]]:
+    """Names of the parameters of each entry of the library, the handle left out."""
+    found = {}
+    for name, declared in _jit.ENTRIES.items():
+        if declared.python.__module__.startswith("fastexit."):
+            handle, *others = inspect.signature(declared.python).parameters
+            assert handle == "handle", f"entry {name} does not begin with the machine's handle"
+            found[name] = others
+    return found
+
+
+def unknown_addresses() -> list[str]:
+    """Entries that open an address which this storm takes for a number."""
+    found = []
+    for name in entry_parameters():
+        opened = re.findall(r"open_words\((\w+),", inspect.getsource(_jit.ENTRIES[name].python))
+        found += [f"{name}({argument})" for argument in opened if argument not in ("handle", *ARRAYS)]
+    return found
+
+
+def methods(cls: type) -> dict[str, list[str]]:
+    """Public methods of a class and their parameters; ** stands for exit information."""
+    found = {}
+    for name in dir(cls):
+        attribute = inspect.getattr_static(cls, name)
+        if not name.startswith("_") and inspect.isfunction(attribute):
+            parameters = list(inspect.signature(attribute).parameters.values())[1:]
+            found[name] = ["**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]
+    return found
+
+
+def settable(cls: type) -> list[str]:
+    """Names of the properties that can be assigned."""
+    return [name for name in dir(cls) if getattr(inspect.getattr_static(cls, name), "fset", None)]
+
+
+def readable(cls: type) -> list[str]:
+    return [name for name in dir(cls) if isinstance(inspect.getattr_static(cls, name), property)]
+
+
+class Storm:
+    """One machine and its life; ``calls`` counts what was called, ``accepted`` how often without an exception."""
+
+    def __init__(self, seed: int, loud: bool = False) -> None:
+        self.loud = loud
+        self.rng = rng = random.Random(seed)
+        self.walled = rng.random() < 0.5
+        machine_module._allocate = lambda: allocate(self.walled)
+        self.entries = entry_parameters()
+        self.methods = {cls: methods(cls) for cls in (fx.Machine, fx.Vcpu)}
+        self.settable = {cls: settable(cls) for cls in (fx.Machine, fx.Vcpu)}
+        self.readable = {cls: readable(cls) for cls in (fx.Machine, fx.Vcpu)}
+        if self.walled:
+            for doors in (self.entries, self.methods[fx.Machine]):
+                for name in GROWING & doors.keys():
+                    del doors[name]
+        self.calls = self.accepted = 0
+        self.refusals: set[str] = set()
+        self.m = self.root = self._machine()
+        self.buffers = {name: guarded(RECORDS * dtype.itemsize) for name, dtype in ARRAYS.items()}
+
+    # ---------------------------------------------------------------------------------------------------- machines
+
+    def _machine(self) -> fx.Machine:
+        rng = self.rng
+        vendor = rng.choice(("vmx", "svm"))
+        svm = vendor == "svm"
+        count = ROWS if self.walled else rng.choice((1, 2, 3, 5, 8, 17))
+        ids = rng.sample(range(L.MAX_VCPU_ID + 1), count) if rng.random() < 0.5 else list(range(count))
+        options: dict[str, Any] = {
+            "kernel": rng.choice(fx.profiles()),
+            "apicv": rng.random() < 0.6,
+            "irqchip": rng.choice(("full", "split")),
+            "x2apic_api": rng.randrange(4),
+            "threads": rng.random() < 0.5,
+            "hv_timer": None if svm else rng.choice((None, True, False)),
+            "disable_exits": rng.randrange(16),
+            "disable_quirks": rng.randrange(8),
+            "boot_cpu_id": rng.choice((0, ids[-1])),
+            "tsc_khz": rng.choice((1, 1_000_000, 3_000_001, 10_000_000)),
+            "bus_cycle_ns": rng.choice((1, 40, 1_000_000)),
+            "min_timer_period_us": rng.choice((0, 200)),
+            "timer_advance_ns": rng.choice((0, 1000)),
+        }
+        for switch in "x2apic tsc_deadline vector_hashing cmci smm nrips pi_inject_timer retpoline".split():
+            options[switch] = rng.random() < 0.7
+        if options["apicv"]:
+            options |= {"ipiv": rng.random() < 0.5, ("x2avic" if svm else "vtd_pi"): rng.random() < 0.5}
+        m = fx.Machine(apic_ids=ids, vendor=vendor, **options)
+        if options["x2apic"] and rng.random() < 0.7:
+            m.boot_x2apic()
+        if rng.random() < 0.6:
+            m.trace.enable()
+            if rng.random() < 0.5:
+                m.mem[L.H_TRACE_HEAD] = L.TRACE_CAPACITY - rng.randrange(200)
+        return m
+
+    def restore(self) -> None:
+        """A snapshot with forged words under a good checksum; what the library takes, the storm goes on with."""
+        rng = self.rng
+        data = rng.choice((self.root, self.m)).snapshot()
+        magic, abi, n, _, length = HEAD.unpack_from(data)
+        words = np.frombuffer(data, dtype=np.uint64, offset=HEAD.size).copy()
+        for _ in range(rng.choice((1, 1, 1, 1, 2, 4))):
+            at = self.interesting_word(n, len(words))
+            words[at] = wild(rng) if rng.random() < 0.6 else int(words[at]) ^ 1 << rng.randrange(64)
+        body = words.tobytes()
+        self.m = fx.Machine.restore(HEAD.pack(magic, abi, n, zlib.crc32(body), length) + body)
+        self.probe()
+        if rng.random() < 0.5:
+            self.m.trace.enable()
+
+    def probe(self) -> None:
+        """What reads most of a machine's words, before something overwrites them."""
+        rng, m = self.rng, self.m
+        deliver = (
+            lambda v: v.eoi(),
+            lambda v: (v.pending(), v.ack(), v.eoi()),
+            lambda v: v.set_msr(r.MSR_X2APIC_ICR, icr(rng)),
+            lambda v: v.wrmsr(r.MSR_X2APIC_ICR, icr(rng)),
+            lambda v: v.mmio_write(r.APIC_ICR, rng.getrandbits(20)),
+            lambda v: m.signal_msi(likely(rng, "address", 1), rng.getrandbits(16)),
+            lambda v: v.run(),
+        )
+        for _ in range(6):
+            self.note("probe")
+            rng.choice(deliver)(rng.choice(m.vcpus))
+
+    def interesting_word(self, n: int, length: int) -> int:
+        """Index of a word in a snapshot of n vCPUs, mostly of one that matters."""
+        rng = self.rng
+        tables = L.MAP1 + L.MAP_WORDS
+        hot = tables + L.TABLES_END - L.FILTER
+        kvm = length - n * L.KVM_STRIDE
+        vcpu = rng.randrange(n)
+        base = rng.choice((L.MAP0, L.MAP1))
+        return rng.choice(
+            (
+                rng.choice(HEADER),
+                rng.choice(HEADER),
+                base + rng.choice((0, 1, 2, rng.randrange(L.MAP_WORDS))),
+                base + L.MAP_SLOTS + rng.randrange(64),
+                rng.randrange(tables, hot),
+                tables + rng.randrange(4) * L.FILTER_STRIDE + rng.randrange(4),
+                hot + vcpu * L.HOT_STRIDE + rng.randrange(L.HOT_STRIDE),
+                kvm + vcpu * L.KVM_STRIDE + rng.randrange(L.KVM_STRIDE),
+                kvm + vcpu * L.KVM_STRIDE + rng.randrange(L.KVM_STRIDE),
+                rng.randrange(length),
+            )
+        )
+
+    def check_empty_rows(self) -> None:
+        """Nobody wrote to a row of a vCPU that does not exist."""
+        if self.walled:
+            return
+        words, n = self.m.words, self.m.mem[L.H_NVCPUS]
+        for first, stride in REGIONS:
+            assert not words[first + n * stride : first + L.MAX_VCPUS * stride].any(), "a row of nobody was written to"
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    def records(self, name: str, n: int, hostile: bool = True) -> np.ndarray:
+        """An array of a batch that ends at a wall; exits are filled with records that are at home in it, and others."""
+        rng, (block, _) = self.rng, self.buffers[name]
+        dtype = ARRAYS[name]
+        array = np.frombuffer(block, dtype=dtype)[RECORDS - n :]
+        if name == "exits":
+            vendor, vcpus = self.m.dispatcher.vendor, len(self.m.vcpus)
+            usual = (vendor.wrmsr_reason, vendor.rdmsr_reason, vendor.mmio_reason)
+            for i in range(n):
+                reason = rng.choice(usual) if rng.random() < 0.6 else number(rng, "reason", vcpus)
+                info = rng.choice((0, 1, 2, 4)) | rng.choice((0, fx.MMIO_WRITE))
+                index = rng.randrange(vcpus)
+                at = rng.randrange(0x1000) if reason == vendor.mmio_reason else likely(rng, "msr", vcpus)
+                if hostile and rng.random() < 0.1:
+                    at, info = wild(rng), wild(rng)
+                if hostile and rng.random() < 0.05:
+                    index = rng.choice((vcpus, wild(rng)))
+                array[i] = (index & U32, reason & U32, at & U32, info & U32, icr(rng))
+        return array
+
+    def note(self, *what: object) -> None:
+        if self.loud:
+            print(*what, flush=True)
+
+    def entry(self) -> None:
+        """A compiled entry, with numbers as they come."""
+        rng, m = self.rng, self.m
+        name = rng.choice(list(self.entries))
+        parameters, vcpus = self.entries[name], m.mem[L.H_NVCPUS]
+        opened, arguments = [], []
+        n = rng.randrange(RECORDS + 1)
+        for parameter in parameters:
+            if parameter in ARRAYS:
+                array = self.records(parameter, n)
+                opened.append(array.ctypes.data)
+                if not _jit.JIT:
+                    _jit.register(opened[-1], array.view(np.uint64))
+                arguments.append(opened[-1])
+            elif opened and parameter == "n":
+                arguments.append(n)
+            else:
+                arguments.append(number(rng, parameter, vcpus))
+        self.note(name, *arguments)
+        result = _jit.load(name)(m.handle, *arguments)
+        assert result is None or 0 <= result <= NONE
+        for address in opened:
+            if not _jit.JIT:
+                _jit.unregister(address)
+        if vcpus != m.mem[L.H_NVCPUS]:  # the Python side learns of vCPUs that an entry made
+            for index in range(vcpus, m.mem[L.H_NVCPUS]):
+                vcpu_id = m.mem[L.KVM + index * L.KVM_STRIDE + L.K_VCPU_ID]
+                m._ids.setdefault(vcpu_id, index)
+                m.vcpus.append(fx.Vcpu(m, index, vcpu_id))
+
+    def method(self) -> None:
+        """A public method, or an assignment, or all that can be read."""
+        rng, m = self.rng, self.m
+        target = m if rng.random() < 0.2 else rng.choice(m.vcpus)
+        cls, vcpus = type(target), len(m.vcpus)
+        if rng.random() < 0.1:
+            for name in self.readable[cls]:
+                getattr(target, name)
+            return
+        if rng.random() < 0.1 and self.settable[cls]:
+            setattr(target, rng.choice(self.settable[cls]), thing(rng, "value", vcpus))
+            return
+        name, parameters = rng.choice(list(self.methods[cls].items()))
+        if name == "run" and target is m:
+            self.note("a batch")
+            m.run(self.records("exits", rng.randrange(RECORDS + 1), hostile=rng.random() < 0.1))
+            return
+        arguments: dict[str, Any] = {}
+        for parameter in parameters:
+            if parameter == "**":
+                fields = [*Exit.__dataclass_fields__, "rax", "rcx", "rdx"]
+                chosen = rng.sample(fields[1:], rng.randrange(4))
+                arguments |= {field: thing(rng, field, vcpus) for field in chosen}
+            elif name == "set_lapic" and rng.random() < 0.8:
+                arguments[parameter] = page(rng, target.get_lapic())
+            else:
+                arguments[parameter] = thing(rng, parameter, vcpus)
+        self.note(target, name, arguments)
+        getattr(target, name)(**arguments)
+
+    def descriptor(self) -> None:
+        """What a device or a simulator may write at any time."""
+        pid = self.rng.choice(self.m.vcpus).pid
+        pid[self.rng.randrange(5)] = wild(self.rng)
+
+    def trace(self) -> None:
+        """The trace's doors."""
+        trace = self.m.trace
+        if len(trace) < 3000:
+            assert len(trace.lines()) <= len(trace)
+            trace.text()
+        if self.rng.random() < 0.3:
+            self.rng.choice((trace.clear, trace.enable, trace.disable))()
+
+    def play(self, calls: int = CALLS_OF_ONE) -> None:
+        """Calls doors; whatever they refuse is refused in one line, by an exception that says so."""
+        doors: list[tuple[float, Callable[[], None]]] = [
+            (0.62, self.entry),
+            (0.93, self.method),
+            (0.96, self.descriptor),
+            (0.99, self.restore),
+            (1.0, self.trace),
+        ]
+        for _ in range(calls):
+            dice = self.rng.random()
+            door = next(door for limit, door in doors if dice < limit)
+            self.calls += 1
+            try:
+                door()
+            except ALLOWED as refusal:
+                self.refusals.add(str(refusal))
+            else:
+                self.accepted += 1
+        assert not [text for text in self.refusals if "\n" in text]
+        self.check_empty_rows()
+
+
+def storms(seed: int, calls: int, loud: bool = False) -> Iterator[Storm]:
+    """Machines that have lived, until there were so many calls."""
+    while calls > 0:
+        print(f"seed {seed}", flush=True)
+        storm = Storm(seed, loud)
+        storm.play()
+        yield storm
+        calls -= storm.calls
+        seed += 1
+
+
+def main() -> int:
+    """What a subprocess does, so that a crash is its alone."""
+    import faulthandler
+    import warnings
+
+    faulthandler.enable()
+    if not _jit.JIT:
+        warnings.filterwarnings("ignore", "overflow encountered in scalar", RuntimeWarning)
+    seed, calls = int(sys.argv[1]), int(sys.argv[2])
+    total = accepted = 0
+    for storm in storms(seed, calls, loud="loud" in sys.argv):
+        total += storm.calls
+        accepted += storm.accepted
+    print(f"{total} calls, {accepted} accepted")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
