@@ -377,7 +377,9 @@ def vcpu_put(handle, v, blocking):
 @kernel("u8(u8, u8, u8, u8)", nogil=False)
 def local_deliver(handle, v, offset, me):
     m = open_words(handle, k.WORDS)
-    return timer.local_deliver(m, v, offset, me) if v < m[k.H_NVCPUS] else NO_VCPU
+    if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
+        return NO_VCPU
+    return timer.local_deliver(m, v, offset, me)
 
 
 @entry
@@ -405,7 +407,8 @@ def exit_requested(handle, v):
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def emit(handle, event, v, a, b, c):
     """Append a trace record; the caller has looked whether tracing is on."""
-    return shared.emit(open_words(handle, k.WORDS), event, v, a, b, c)
+    m = open_words(handle, k.WORDS)
+    return shared.emit(m, event & k.U(0xFF), v, a, b, c) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
