@@ -320,12 +320,10 @@ def test_deleted_handler_leaves_to_user_space() -> None:
     [
         ("vmx", fx.VmxExit.TRIPLE_FAULT, fx.KvmExit.SHUTDOWN),
         ("vmx", fx.VmxExit.IO_INSTRUCTION, fx.KvmExit.IO),
-        ("vmx", fx.VmxExit.TRIPLE_FAULT, fx.KvmExit.SHUTDOWN),
         ("vmx", fx.VmxExit.EPT_VIOLATION, fx.KvmExit.MMIO),
         ("vmx", 0xFFFF, fx.KvmExit.INTERNAL_ERROR),
         ("svm", fx.SvmExit.SHUTDOWN, fx.KvmExit.SHUTDOWN),
         ("svm", fx.SvmExit.IO, fx.KvmExit.IO),
-        ("svm", fx.SvmExit.SHUTDOWN, fx.KvmExit.SHUTDOWN),
         ("svm", 0x555, fx.KvmExit.INTERNAL_ERROR),
     ],
 )

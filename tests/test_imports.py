@@ -20,8 +20,8 @@ LAYERS = (
     {"reasons", "regs"},
     {"layout", "outcome", "profile"},
     {"kernels"},
-    {"checks", "config", "dispatcher", "handlers", "ioctls", "machine", "snapshot", "svm", "vcpu", "vcpustate", "vmx"}
-    | {"tracenames", "tracepoints", "tracetext"},
+    {"checks", "config", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "snapshot", "svm", "vcpu"}
+    | {"vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
     {"walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},

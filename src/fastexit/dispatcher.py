@@ -100,6 +100,9 @@ class Vendor(Protocol):
     handlers: Handlers
     user_exits: dict[int, KvmExit]
     trace_exit_late: bool
+    hardware: str
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
 
     def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 

@@ -1,6 +1,7 @@
 """Machine: the memory of one VM, what user space asks of it, the batch door.
 
-Models: KVM_CREATE_VM with an in-kernel irqchip as far as APICs go, KVM_CREATE_VCPU, KVM_SIGNAL_MSI, KVM_CAP_X2APIC_API.
+Models: KVM_CREATE_VM with an in-kernel irqchip as far as APICs go, KVM_CREATE_VCPU, KVM_SIGNAL_MSI, KVM_CAP_X2APIC_API;
+the host's own interrupts and those of assigned devices.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fastexit.checks import integer
 from fastexit.config import Config
 from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
+from fastexit.hardware import Hardware
+from fastexit.irte import Irte, RemappingTable
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Outcome
@@ -137,6 +140,8 @@ class Machine:
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
         common.loop = self.dispatcher
+        self.hardware = Hardware(self.dispatcher)
+        self.irtes = RemappingTable(self)
         self.trace = Trace(self)
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
@@ -296,6 +301,40 @@ class Machine:
         """When the next timer is due, ns, or None. A preemption timer counts only while its vCPU is in guest mode."""
         ns = _jit.load("next_timer")(self.handle)
         return None if ns == L.NONE else ns
+
+    # ----------------------------------------------------------------------------------------- host and its devices
+
+    def host_interrupt(self, cpu: int, vector: int) -> list[int]:
+        """The host takes a posted-interrupt vector on a pCPU, outside any guest: indices of the vCPUs that it wakes.
+
+        0xF1 wakes those that block on the pCPU's wake-up list with ON set; 0xF2 comes too late and does nothing.
+        """
+        cpu, vector = integer(cpu, "pCPU", 0xFFFF_FFFF), integer(vector, "host vector", 0xFF)
+        woken: list[int] = []
+        if vector != R.POSTED_INTR_WAKEUP_VECTOR:
+            return woken
+        wake_next = _jit.load("pi_wake_next")
+        index = wake_next(self.handle, cpu, 0)
+        while index != L.NONE:
+            woken.append(index)
+            index = wake_next(self.handle, cpu, index + 1)
+        return woken
+
+    def pi_update_irte(self, host_irq: int, gsi: int, address: int, data: int) -> Irte:
+        """The MSI of an assigned device, as routed now: posted to one vCPU if it can be (vtd_pi), else remapped.
+
+        ValueError where KVM refuses the route (EINVAL).
+        """
+        host_irq, gsi = integer(host_irq, "host interrupt", 0xFFFF_FFFF), integer(gsi, "GSI", 0xFFFF_FFFF)
+        address = integer(address, "MSI address", L.NONE)
+        return self.irtes.update(host_irq, gsi, address, integer(data, "MSI data", 0xFFFF_FFFF))
+
+    def device_interrupt(self, host_irq: int) -> Outcome:
+        """An assigned device raises its interrupt: Path.HARDWARE when it is posted, else KVM delivers the message.
+
+        Effect.NOTIFY: the IOMMU sends ``notification`` of the vCPU that pi_update_irte named.
+        """
+        return OUTCOMES[self.irtes.interrupt(integer(host_irq, "host interrupt", 0xFFFF_FFFF))]
 
     # ----------------------------------------------------------------------------------------------- batch door
 

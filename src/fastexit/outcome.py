@@ -93,7 +93,7 @@ class Effect(IntFlag):
 
     NONE = 0
     NOTIFY = 1
-    """Send the posted-interrupt notification vector 0xF2 to the target's pCPU."""
+    """Send the notification of the target's descriptor: its NV (0xF2, or 0xF1 once it blocks) to its pCPU NDST."""
     WAKE = 2
     """Wake the target's thread, which blocks."""
     KICK = 4
@@ -121,6 +121,9 @@ CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
 CODE_BLOCKED = CODE.mask("BLOCKED")
 CODE_HARDWARE = Path.HARDWARE << CODE.shift("PATH")
 CODE_MSR_WHY = CODE.mask("MSR_WHY")
+CODE_EXIT = CODE.mask("_63")
+"""No outcome: the CPU could not do it. It exits with the reason in bits 47:32; bits 31:0 are the qualification."""
+CODE_EXIT_REASON_SHIFT = 32
 MSR_WHY_UNKNOWN = 1 << CODE.shift("MSR_WHY")
 MSR_WHY_FILTER = 2 << CODE.shift("MSR_WHY")
 CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")
@@ -132,7 +135,7 @@ class Outcome:
     """The result of one exit. Immutable; equal codes give the same object.
 
     Attributes:
-        path: Path.FAST when the fast handler emulated the exit, else Path.SLOW.
+        path: Path.FAST when the fast handler emulated the exit, Path.HARDWARE when there was none, else Path.SLOW.
         completion: Fastpath as the vCPU loop saw it last (a REENTER_GUEST that a pending request turned into
             EXIT_HANDLED shows as EXIT_HANDLED).
         fault: Fault.GP when the guest gets #GP(0) and its RIP did not move, else None.

@@ -55,6 +55,7 @@ class Svm:
             SvmExit.VMGEXIT,
         )
     )
+    hardware = ""
     user_exits = {
         SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
         SvmExit.IO: KvmExit.IO,
@@ -127,6 +128,10 @@ class Svm:
     def cut_short(self, exit: Exit) -> int:
         """EXITINTINFO: the event during whose delivery the exit happened."""
         return exit.intr_info
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
+        """The exit that the CPU makes of an access; without AVIC the plain one."""
+        return plain
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The exit code, and whether it is the one for an invalid VMCB."""

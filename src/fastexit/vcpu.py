@@ -5,7 +5,7 @@ ioctls.py has what user space does with it, vcpustate.py its state.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastexit import layout as L
 from fastexit import regs as R
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 
 HYPERCALL_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi")
+
+
+class Notification(NamedTuple):
+    """Where a posted-interrupt descriptor sends its notifications: host vector and pCPU."""
+
+    vector: int
+    cpu: int
 
 
 class Vcpu(VcpuIoctls):
@@ -126,6 +133,51 @@ class Vcpu(VcpuIoctls):
         length = access_size(length)
         self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
         return self.read_data
+
+    # ---------------------------------------------------------------------- what the guest's CPU does, exit or not
+
+    def hw_wrmsr(self, msr: int, value: int) -> Outcome:
+        """WRMSR as the CPU executes it: Path.HARDWARE when it needs no exit, else the exit that it causes.
+
+        A #GP of the CPU's own goes to the guest without KVM: Outcome.fault says so and RIP stays.
+        """
+        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
+        return OUTCOMES[self.machine.hardware.wrmsr(self, msr, value)]
+
+    def hw_rdmsr(self, msr: int) -> int:
+        """RDMSR as the CPU executes it: its value; GeneralProtection when the guest gets #GP(0)."""
+        msr = integer(msr, "MSR", 0xFFFF_FFFF)
+        if self.machine.hardware.rdmsr(self, msr) & CODE_GP:
+            raise GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
+        return self.read_data
+
+    def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
+        """A write to the xAPIC page as the CPU executes it. RIP does not move: the instruction's length is unknown."""
+        offset = integer(offset, "xAPIC page offset", 0xFFF)
+        length = access_size(length)
+        value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
+        return OUTCOMES[self.machine.hardware.mmio_write(self, offset, value, length)]
+
+    def hw_mmio_read(self, offset: int, length: int = 4) -> int:
+        """A read of the xAPIC page as the CPU executes it."""
+        offset = integer(offset, "xAPIC page offset", 0xFFF)
+        self.machine.hardware.mmio_read(self, offset, access_size(length))
+        return self.read_data
+
+    def hw_deliver(self) -> int | None:
+        """Virtual-interrupt delivery by the CPU (VMX with APICv), if the guest runs and takes any: the vector."""
+        vector = _jit.load("deliver_pending")(self._handle, self.index)
+        return None if vector == L.NONE else vector
+
+    def hw_notify(self) -> bool:
+        """0xF2 reaches the pCPU on which the vCPU is loaded: True when the guest runs and its CPU took PIR to IRR."""
+        return bool(_jit.load("process_notification")(self._handle, self.index))
+
+    @property
+    def notification(self) -> Notification:
+        """What Effect.NOTIFY asks the host to send for this vCPU: vector 0xF2, or 0xF1 once it blocks, and the pCPU."""
+        control = R.PID_CONTROL.decode(self._mem[self.hot + L.PID_CONTROL_WORD])
+        return Notification(control["NV"], control["NDST"])
 
     # ------------------------------------------------------------------------------- what the guest's CPU would do
 

@@ -1,15 +1,21 @@
 """VMX: exit reasons, handler tables, the order of checks in vmx_handle_exit.
 
 Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns and its retpoline
-shortcuts (the same handlers, reached without an indirect call). Not modelled: PML, virtual NMIs, bus locks.
+shortcuts (the same handlers, reached without an indirect call), and the exits of a virtualised APIC:
+handle_apic_access, handle_apic_write, handle_apic_eoi_induced, handle_tpr_below_threshold, handle_ept_violation on the
+APIC's page. Not modelled: PML, virtual NMIs, bus locks.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.handlers import CommonHandlers, Handlers, user_code
+from fastexit.kernels import _jit
+from fastexit.outcome import CODE_EXIT_REASON_SHIFT
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
@@ -29,6 +35,10 @@ _WHILE_VECTORING = frozenset(
         VmxExit.NOTIFY,
     }
 )
+
+
+_PAGE = 0xFFF
+_QUALIFICATION = 0xFFFF_FFFF
 
 
 class Vmx:
@@ -74,6 +84,7 @@ class Vmx:
             VmxExit.EPT_MISCONFIG,
         )
     )
+    hardware = "apicv"
     user_exits = {
         VmxExit.TRIPLE_FAULT: KvmExit.SHUTDOWN,
         VmxExit.IO_INSTRUCTION: KvmExit.IO,
@@ -97,6 +108,11 @@ class Vmx:
                 VmxExit.MSR_WRITE: common.wrmsr,
                 VmxExit.MSR_READ: common.rdmsr,
                 VmxExit.EPT_MISCONFIG: common.apic_page,
+                VmxExit.EPT_VIOLATION: self._ept_violation,
+                VmxExit.APIC_ACCESS: self._apic_access,
+                VmxExit.APIC_WRITE: self._apic_write,
+                VmxExit.EOI_INDUCED: self._eoi_induced,
+                VmxExit.TPR_BELOW_THRESHOLD: self._tpr_below_threshold,
                 VmxExit.EXTERNAL_INTERRUPT: common.nothing,
                 VmxExit.INTERRUPT_WINDOW: common.interrupt_window,
                 VmxExit.NMI_WINDOW: common.nmi_window,
@@ -125,6 +141,47 @@ class Vmx:
     def cut_short(self, exit: Exit) -> int:
         """IDT-vectoring information: the event during whose delivery the exit happened."""
         return exit.info2
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
+        """The exit that the CPU makes of an access: the plain one, or one with a qualification. See kernels/apicv.py.
+
+        APIC_WRITE and EOI_INDUCED come after the instruction: there is nothing left to skip.
+        """
+        reason = code >> CODE_EXIT_REASON_SHIFT & 0xFFFF
+        if reason == plain.reason:
+            return plain
+        length = plain.length if reason == VmxExit.APIC_ACCESS else 0
+        return replace(plain, reason=reason, info1=code & _QUALIFICATION, length=length)
+
+    def _apic_access(self, v: Vcpu, exit: Exit) -> int | KvmExit:
+        """handle_apic_access: a write to EOI needs no decoding; everything else goes through the emulator."""
+        kind = exit.info1 >> R.APIC_ACCESS_TYPE_SHIFT & 0xF
+        offset = exit.info1 & _PAGE
+        if kind == R.APIC_ACCESS_WRITE and offset == R.APIC_EOI:
+            return _jit.load("apic_access_eoi")(self.common.handle, v.index, exit.length)
+        if kind == R.APIC_ACCESS_FETCH:
+            return KvmExit.INTERNAL_ERROR
+        write = exit.write if kind > R.APIC_ACCESS_FETCH else kind == R.APIC_ACCESS_WRITE
+        return self.common.apic_page(v, replace(exit, offset=offset, write=write))
+
+    def _apic_write(self, v: Vcpu, exit: Exit) -> int:
+        """handle_apic_write: the instruction is done, the value in the page."""
+        return _jit.load("write_nodecode")(self.common.handle, v.index, exit.info1 & _PAGE)
+
+    def _eoi_induced(self, v: Vcpu, exit: Exit) -> None:
+        """handle_apic_eoi_induced."""
+        _jit.load("set_eoi_accelerated")(self.common.handle, v.index, exit.info1 & 0xFF)
+
+    def _tpr_below_threshold(self, v: Vcpu, exit: Exit) -> None:
+        """handle_tpr_below_threshold."""
+        _jit.load("tpr_below_threshold")(self.common.handle, v.index)
+
+    def _ept_violation(self, v: Vcpu, exit: Exit) -> int | KvmExit:
+        """handle_ept_violation: nothing but the APIC's page is emulated here, other devices are user space's."""
+        base = self.common.memory[v.own + L.K_APIC_BASE] & R.APICBASE.mask("BASE")
+        if exit.gpa & ~_PAGE != base:
+            return KvmExit.MMIO
+        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE))
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""

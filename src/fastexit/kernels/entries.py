@@ -6,16 +6,20 @@ up.
 """
 
 from . import (
+    accelerated,
+    apicv,
     batch,
     events,
     fastpath,
     halt,
     hypercall,
     irq,
+    irte,
     lapic,
     lapicstate,
     msi,
     msr,
+    pi,
     runloop,
     sched,
     shared,
@@ -461,3 +465,124 @@ def run(handle, exits, outcomes, first, n):
         first,
         n,
     )
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def apicv_wrmsr(handle, v, msr_index, value):
+    m = open_words(handle, k.WORDS)
+    return apicv.wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def apicv_rdmsr(handle, v, msr_index):
+    m = open_words(handle, k.WORDS)
+    return apicv.rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def apicv_mmio_write(handle, v, offset, length, value):
+    m = open_words(handle, k.WORDS)
+    return apicv.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def apicv_mmio_read(handle, v, offset, length):
+    m = open_words(handle, k.WORDS)
+    return apicv.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def deliver_pending(handle, v):
+    m = open_words(handle, k.WORDS)
+    return apicv.deliver_pending(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def process_notification(handle, v):
+    m = open_words(handle, k.WORDS)
+    return pi.process_notification(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def hardware_post(handle, v, vector):
+    m = open_words(handle, k.WORDS)
+    return pi.hardware_post(m, v, vector & k.ICR_VECTOR) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def pi_load(handle, v, cpu):
+    m = open_words(handle, k.WORDS)
+    return pi.load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def pi_put(handle, v, blocking):
+    m = open_words(handle, k.WORDS)
+    return pi.put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def pi_has_pending(handle, v):
+    m = open_words(handle, k.WORDS)
+    return pi.has_pending(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def pi_wake_next(handle, cpu, first):
+    return pi.wake_next(open_words(handle, k.WORDS), cpu, first)
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def external_interrupt(handle, v, intr_info):
+    m = open_words(handle, k.WORDS)
+    return pi.external_interrupt(m, v, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def write_nodecode(handle, v, offset):
+    m = open_words(handle, k.WORDS)
+    return accelerated.write_nodecode(m, v, offset) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def set_eoi_accelerated(handle, v, vector):
+    m = open_words(handle, k.WORDS)
+    return accelerated.set_eoi(m, v, vector) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def apic_access_eoi(handle, v, length):
+    m = open_words(handle, k.WORDS)
+    return accelerated.access_eoi(m, v, length) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def tpr_below_threshold(handle, v):
+    m = open_words(handle, k.WORDS)
+    return accelerated.tpr_below_threshold(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
+def update_irte(handle, host_irq, gsi, address, data, was_posted):
+    """The vCPU's index for posted mode, NONE for remapped mode, CODE_GP where the route itself is refused."""
+    m = open_words(handle, k.WORDS)
+    if msi.route_invalid(m, address):
+        return k.CODE_GP
+    return irte.update(m, host_irq, gsi, address, data, was_posted)

@@ -155,7 +155,7 @@ def nth_bit(bits, n):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def _lowest_by_prio(m, base, first, bits):
+def lowest_by_prio(m, base, first, bits):
     """Vector hashing off: vCPU index + 1 of the smallest arb_prio among the filled slots, the first wins a tie."""
     best = k.ZERO
     for i in range(16):
@@ -198,7 +198,7 @@ def _logical_fast(m, base, icr, dest, hint, me):
             if not target:
                 m[k.H_LOST_LOWEST] = k.ONE
         else:
-            target = _lowest_by_prio(m, base, first, bits)
+            target = lowest_by_prio(m, base, first, bits)
         if not target:
             return k.ZERO
         return accept(m, target - k.ONE, icr, me)

@@ -4,6 +4,7 @@ from . import typed as k
 from ._jit import kernel
 from .atomics import store_release
 from .lapicstate import reset
+from .pi import publish
 from .shared import hot, own
 
 
@@ -30,6 +31,7 @@ def create(m, vcpu_id):
     m[row + k.K_CS] = k.U(0xF000)
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
     m[row + k.K_DIVIDE] = k.U(2)
+    publish(m, v)
     reset(m, v, k.ZERO)
     store_release(m, k.H_NVCPUS, v + k.ONE)
     return v

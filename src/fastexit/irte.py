@@ -1,0 +1,58 @@
+"""Interrupt remapping: entries that post a device's interrupt to one vCPU, or leave it to KVM.
+
+Models: an irqfd with its bypass producer as far as kvm_pi_update_irte goes, and the IOMMU that acts on the entry. Like
+an IOMMU's, the entries are not part of the machine's memory: a restored machine has none, its user space makes them
+anew. An entry keeps its vCPU until it is updated, as KVM updates it when routing changes, not when ids do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastexit.kernels import _jit
+from fastexit.layout import NONE
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, CODE_HARDWARE, Effect
+
+if TYPE_CHECKING:
+    from fastexit.machine import Machine
+
+_POSTED = CODE_HARDWARE | 1 << CODE_ACCEPTED_SHIFT
+_NOTIFIED = _POSTED | Effect.NOTIFY << CODE_EFFECTS_SHIFT
+
+
+class Irte(NamedTuple):
+    """A remapping entry: the guest's message, and in posted mode the vCPU and vector (else None, and the message's)."""
+
+    gsi: int
+    address: int
+    data: int
+    vcpu: int | None
+    vector: int
+
+
+class RemappingTable:
+    """One machine's entries by host interrupt number."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._handle = machine.handle
+        self._entries: dict[int, Irte] = {}
+
+    def update(self, host_irq: int, gsi: int, address: int, data: int) -> Irte:
+        """Posted mode if the message names exactly one vCPU by Fixed or LowestPrio, else remapped mode."""
+        old = self._entries.get(host_irq)
+        was_posted = int(old is not None and old.vcpu is not None)
+        index = _jit.load("update_irte")(self._handle, host_irq, gsi, address, data, was_posted)
+        if index == CODE_GP:
+            raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
+        entry = Irte(gsi, address, data, None if index == NONE else index, data & 0xFF)
+        self._entries[host_irq] = entry
+        return entry
+
+    def interrupt(self, host_irq: int) -> int:
+        """The device raises it: the outcome code of posting it, or of KVM's delivery of the message."""
+        entry = self._entries.get(host_irq)
+        if entry is None:
+            raise ValueError(f"host interrupt {host_irq} has no remapping entry: pi_update_irte makes one")
+        if entry.vcpu is None:
+            return _jit.load("signal_msi")(self._handle, entry.address, entry.data)
+        return _NOTIFIED if _jit.load("hardware_post")(self._handle, entry.vcpu, entry.vector) else _POSTED

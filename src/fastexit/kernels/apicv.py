@@ -1,0 +1,292 @@
+"""What an Intel CPU does with a guest's APIC access before KVM sees it, if KVM sees it at all.
+
+Models: virtualised reads and writes of the APIC-access page and of x2APIC MSRs, TPR, PPR, EOI, self-IPI and IPI
+virtualisation, delivery of virtual interrupts; with the controls that KVM sets while APICv is active (use TPR shadow,
+APIC-register virtualisation, virtual-interrupt delivery, process posted interrupts), its MSR bitmap (reads of every
+register that KVM has but TMCCT, writes of TPR, EOI and SELF_IPI, of ICR with IPI virtualisation) and its EOI-exit
+bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is accelerated.py's.
+Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
+
+Without APICv every access exits, the page by EPT_MISCONFIG: a host without flexpriority. Not modelled: TPR shadow on
+its own, the single-step trap of an instruction that does not exit, accesses of L2 (all exit), the APIC-access page that
+shows through as memory in x2APIC mode, reads of invalid MSRs that kernels before 6.3 let through.
+
+An access returns ``CODE_HARDWARE``, with CODE_GP or effects, when the CPU has done it; else ``CODE_EXIT``, the exit
+reason in bits 47:32 and the exit qualification in bits 31:0. APIC_WRITE and EOI_INDUCED are trap-like: the instruction
+is complete, RIP has moved. The others are fault-like and nothing has happened. What was read is in K_MSR_DATA.
+"""
+
+from . import typed as k
+from ._jit import kernel
+from .ipi import ACCEPT
+from .lapic import readable
+from .lapicreg import reg, set_reg, vector_slot, word
+from .pi import hardware_post
+from .pid import highest
+from .shared import clear_word_bits, hot, or_word, own, vec
+
+FAULT = k.CODE_HARDWARE | k.CODE_GP
+INSTRUCTION_READ, INSTRUCTION_WRITE = k.ZERO, k.ONE << k.APIC_ACCESS_TYPE_SHIFT
+LOWEST_VECTOR = k.U(16)
+NOT_SIMPLE = k.ICR_RESERVED | k.ICR_BUSY | k.ICR_TRIGGER | k.ICR_DM | k.ICR_SHORTHAND
+SELF = k.SH_SELF << k.ICR_SHORTHAND_SHIFT
+
+
+@kernel("u8(u8, u8)")
+def exit_code(reason, qualification):
+    """Code of an access that exits."""
+    return k.CODE_EXIT | (reason << k.CODE_EXIT_REASON_SHIFT) | qualification
+
+
+@kernel("u8(words, u8, u8)")
+def virtualized(m, v, x2apic):
+    """Whether the CPU virtualises the vCPU's accesses, to MSRs (x2apic = FLAG_X2APIC) or to the page (0)."""
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        return k.ZERO
+    wanted = k.FLAG_HW | k.FLAG_APICV | x2apic
+    flags = m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_HW | k.FLAG_APICV | k.FLAG_X2APIC | k.FLAG_L2)
+    return k.ONE if flags == wanted else k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def retire(m, v, length):
+    """The instruction is complete without KVM's help."""
+    row = own(m, v)
+    m[row + k.K_RIP] = m[row + k.K_RIP] + length
+    m[row + k.K_SHADOW] = k.ZERO
+    return k.CODE_HARDWARE
+
+
+# ---------------------------------------------------------------------------------------------- registers by themselves
+
+
+@kernel("u8(words, u8)")
+def ppr_virtualization(m, v):
+    """VPPR from VTPR and SVI. VM entry does this too: for the guest VPPR always is what these two say."""
+    tpr = reg(m, v, k.APIC_TASKPRI)
+    svi = m[own(m, v) + k.K_SVI]
+    ppr = tpr & k.U(0xFF) if tpr & k.U(0xF0) >= svi & k.U(0xF0) else svi & k.U(0xF0)
+    set_reg(m, v, k.APIC_PROCPRI, ppr)
+    return ppr
+
+
+@kernel("u8(words, u8, u8)")
+def tpr_virtualization(m, v, tpr):
+    """A write to the TPR: VTPR, then VPPR."""
+    set_reg(m, v, k.APIC_TASKPRI, tpr & k.U(0xFF))
+    return ppr_virtualization(m, v)
+
+
+@kernel("u8(words, u8)")
+def eoi_virtualization(m, v):
+    """A write to EOI: SVI leaves service; the exit's code if the EOI-exit bitmap has its vector, else CODE_HARDWARE."""
+    row = own(m, v)
+    isr = vec(m, v) + k.VEC_ISR
+    vector = m[row + k.K_SVI] & k.ICR_VECTOR
+    set_reg(m, v, k.APIC_EOI, k.ZERO)
+    bit = k.ONE << (vector & k.U(63))
+    m[isr + (vector >> k.U(6))] = m[isr + (vector >> k.U(6))] & ~bit
+    top = highest(m, isr)
+    m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
+    ppr_virtualization(m, v)
+    if m[row + k.K_IOAPIC_HANDLED + (vector >> k.U(6))] & bit:
+        return exit_code(k.VMX_EOI_INDUCED, vector)
+    return k.CODE_HARDWARE
+
+
+@kernel("u8(words, u8, u8)")
+def self_ipi_virtualization(m, v, vector):
+    """The vector goes to VIRR at once; neither TMR nor the descriptor knows of it."""
+    or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
+    rvi = own(m, v) + k.K_RVI
+    m[rvi] = max(m[rvi], vector)
+    return k.CODE_HARDWARE | ACCEPT
+
+
+@kernel("u8(words, u8, u8)")
+def ipi_virtualization(m, vector, target):
+    """Post to the descriptor that the PID-pointer table has for this APIC id: the code, or 0 where the CPU exits.
+
+    The table's entries are addresses, so each is checked to name a descriptor of this machine.
+    """
+    if vector < LOWEST_VECTOR or target > k.MAX_VCPU_ID:
+        return k.ZERO
+    entry = m[k.PID_TABLE + target]
+    if entry & k.U(63) != k.PID_POINTER_VALID:
+        return k.ZERO
+    at = (entry >> k.U(3)) - k.HOT
+    if at >= k.MAX_VCPUS * k.HOT_STRIDE or at % k.HOT_STRIDE:
+        return k.ZERO
+    notify = hardware_post(m, at // k.HOT_STRIDE, vector)
+    return k.CODE_HARDWARE | ACCEPT | (k.EFFECT_NOTIFY_CODE if notify else k.ZERO)
+
+
+@kernel("u8(words, u8)")
+def deliver_pending(m, v):
+    """Virtual-interrupt delivery: RVI goes into service if the guest can take it now; the vector, or NONE.
+
+    The CPU's counterpart of kvm_apic_ack_interrupt, between two instructions of the guest.
+    """
+    row = own(m, v)
+    flags = m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_APICV | k.FLAG_L2)
+    if m[k.H_CONFIG] & k.CONFIG_SVM or flags != k.FLAG_APICV:
+        return k.NONE
+    if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE or m[row + k.K_IRQ_WINDOW]:
+        return k.NONE
+    if not m[row + k.K_RFLAGS] & k.RFLAGS_IF or m[row + k.K_SHADOW]:
+        return k.NONE
+    vector = m[row + k.K_RVI] & k.ICR_VECTOR
+    if vector >> k.U(4) <= ppr_virtualization(m, v) >> k.U(4):
+        return k.NONE
+    w = vector >> k.U(6)
+    bit = k.ONE << (vector & k.U(63))
+    base = vec(m, v)
+    m[base + k.VEC_ISR + w] = m[base + k.VEC_ISR + w] | bit
+    m[row + k.K_SVI] = vector
+    set_reg(m, v, k.APIC_PROCPRI, vector & k.U(0xF0))
+    clear_word_bits(m, base + k.VEC_IRR + w, bit)
+    top = highest(m, base + k.VEC_IRR)
+    m[row + k.K_RVI] = k.ZERO if top == k.NONE else top
+    return vector
+
+
+# ---------------------------------------------------------------------------------------------------------- x2APIC MSRs
+
+
+@kernel("u8(words, u8, u8)")
+def page_word(m, v, offset):
+    """Eight bytes of the virtual-APIC page at an aligned offset: of the ICR both halves, wherever KVM keeps them."""
+    if offset >= k.APIC_ISR and offset < k.APIC_ESR:
+        return vector_slot(m, v, offset)
+    if offset == k.APIC_PROCPRI:
+        return ppr_virtualization(m, v)
+    return m[word(m, v, offset)]
+
+
+@kernel("u8(words, u8, u8)")
+def _write_icr(m, v, icr):
+    """WRMSR 0x830 under IPI virtualisation: the CPU checks reserved bits and stores; self-IPIs are not its business."""
+    if icr & k.ICR_RESERVED:
+        return FAULT
+    m[word(m, v, k.APIC_ICR)] = icr
+    retire(m, v, k.INSN_LEN_WRMSR)
+    code = k.ZERO
+    if not icr & (NOT_SIMPLE | k.ICR_LOGICAL):
+        code = ipi_virtualization(m, icr & k.ICR_VECTOR, icr >> k.ICR_DEST_SHIFT)
+    return code if code else exit_code(k.VMX_APIC_WRITE, k.APIC_ICR)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def wrmsr(m, v, msr, value):
+    """WRMSR as the guest executes it."""
+    if virtualized(m, v, k.FLAG_X2APIC):
+        if msr == k.MSR_X2APIC_TPR:
+            if value >> k.U(8):
+                return FAULT
+            tpr_virtualization(m, v, value)
+            return retire(m, v, k.INSN_LEN_WRMSR)
+        if msr == k.MSR_X2APIC_EOI:
+            if value:
+                return FAULT
+            retire(m, v, k.INSN_LEN_WRMSR)
+            return eoi_virtualization(m, v)
+        if msr == k.MSR_X2APIC_SELF_IPI:
+            if value >> k.U(8):
+                return FAULT
+            set_reg(m, v, k.APIC_SELF_IPI, value)
+            retire(m, v, k.INSN_LEN_WRMSR)
+            if value < LOWEST_VECTOR:
+                return exit_code(k.VMX_APIC_WRITE, k.APIC_SELF_IPI)
+            return self_ipi_virtualization(m, v, value)
+        if msr == k.MSR_X2APIC_ICR and m[k.H_CONFIG] & k.CONFIG_IPIV:
+            return _write_icr(m, v, value)
+    return exit_code(k.VMX_MSR_WRITE, k.ZERO)
+
+
+@kernel("u8(words, u8, u8)")
+def rdmsr(m, v, msr):
+    """RDMSR as the guest executes it."""
+    if virtualized(m, v, k.FLAG_X2APIC) and msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
+        offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
+        if offset != k.APIC_TMCCT and readable(m, v, offset):
+            m[own(m, v) + k.K_MSR_DATA] = page_word(m, v, offset)
+            return retire(m, v, k.INSN_LEN_WRMSR)
+    return exit_code(k.VMX_MSR_READ, k.ZERO)
+
+
+# ----------------------------------------------------------------------------------------------------------- xAPIC page
+
+
+@kernel("u8(u8)")
+def page_writable(offset):
+    """Whether the CPU virtualises writes to the register at this aligned offset."""
+    if offset >= k.APIC_LVTT and offset <= k.APIC_TMICT:
+        return k.ONE
+    if offset == k.APIC_ID or offset == k.APIC_TASKPRI or offset == k.APIC_EOI or offset == k.APIC_LDR:
+        return k.ONE
+    if offset == k.APIC_DFR or offset == k.APIC_SPIV or offset == k.APIC_ESR or offset == k.APIC_TDCR:
+        return k.ONE
+    return k.ONE if offset == k.APIC_ICR or offset == k.APIC_ICR2 else k.ZERO
+
+
+@kernel("u8(u8)")
+def page_readable(offset):
+    """The same of reads: EOI among them, PPR, APR, TMCCT and CMCI not."""
+    if offset >= k.APIC_ISR and offset < k.APIC_ESR or offset == k.APIC_LVR:
+        return k.ONE
+    return page_writable(offset)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def mmio_read(m, v, offset, length):
+    """A read of the page as the guest executes it."""
+    if not virtualized(m, v, k.ZERO):
+        return exit_code(k.VMX_EPT_MISCONFIG, k.ZERO)
+    aligned = offset & k.U(0xFF0)
+    if (offset & k.U(0xF)) + length > k.U(4) or not page_readable(aligned):
+        return exit_code(k.VMX_APIC_ACCESS, offset | INSTRUCTION_READ)
+    mask = (k.ONE << (length << k.U(3))) - k.ONE
+    m[own(m, v) + k.K_MSR_DATA] = (page_word(m, v, aligned) >> ((offset & k.U(3)) << k.U(3))) & mask
+    return retire(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8)")
+def _send_from_page(m, v):
+    """APIC-write emulation of ICR low: self-IPI or IPI virtualisation if the value is plain enough, else the exit."""
+    icr = reg(m, v, k.APIC_ICR)
+    vector = icr & k.ICR_VECTOR
+    code = k.ZERO
+    if icr & NOT_SIMPLE == SELF and vector >= LOWEST_VECTOR:
+        code = self_ipi_virtualization(m, v, vector)
+    elif m[k.H_CONFIG] & k.CONFIG_IPIV and not icr & (NOT_SIMPLE | k.ICR_LOGICAL):
+        code = ipi_virtualization(m, vector, reg(m, v, k.APIC_ICR2) >> k.XAPIC_DEST_SHIFT)
+    return code if code else exit_code(k.VMX_APIC_WRITE, k.APIC_ICR)
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def mmio_write(m, v, offset, length, value):
+    """A write to the page as the guest executes it: the page takes the bytes as they are, whatever KVM will make of it.
+
+    What follows goes by the exact offset; a write into the middle of a register only ever exits, except in ICR high.
+    """
+    if not virtualized(m, v, k.ZERO):
+        return exit_code(k.VMX_EPT_MISCONFIG, k.ZERO)
+    aligned = offset & k.U(0xFF0)
+    if (offset & k.U(0xF)) + length > k.U(4) or not page_writable(aligned):
+        return exit_code(k.VMX_APIC_ACCESS, offset | INSTRUCTION_WRITE)
+    retire(m, v, k.ZERO)
+    shift = (offset & k.U(3)) << k.U(3)
+    mask = ((k.ONE << (length << k.U(3))) - k.ONE) << shift
+    new = (reg(m, v, aligned) & ~mask) | ((value << shift) & mask)
+    set_reg(m, v, aligned, new)
+    if aligned == k.APIC_ICR2:
+        set_reg(m, v, aligned, new & k.U(0xFF00_0000))
+        return k.CODE_HARDWARE
+    if offset == k.APIC_TASKPRI:
+        tpr_virtualization(m, v, new)
+        return k.CODE_HARDWARE
+    if offset == k.APIC_EOI:
+        return eoi_virtualization(m, v)
+    if offset == k.APIC_ICR:
+        return _send_from_page(m, v)
+    return exit_code(k.VMX_APIC_WRITE, offset)

@@ -1,0 +1,92 @@
+"""Where a device's interrupt may go without KVM: one vCPU, or nowhere.
+
+Models: kvm_pi_update_irte, kvm_intr_is_single_vcpu with its map-based half, kvm_irq_is_postable, as of 6.18. Older
+kernels traced posted mode only, every time. Spec: VT-d "Interrupt Posting".
+"""
+
+from . import typed as k
+from ._jit import ctz, kernel, popcount
+from .apicmap import phys, slot
+from .ipi import delivery_mode, lowest_by_prio, lowest_priority, nth_bit
+from .match import is_broadcast, matches
+from .msi import as_icr, destination, redirection_hint
+from .shared import emit, hot, own
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def _one_of(m, base, icr, hint, first, bits):
+    """vCPU index + 1 in the single slot of these, or 0. Of several, lowest priority has its own way to leave one."""
+    if not bits:
+        return k.ZERO
+    if not lowest_priority(icr, hint):
+        return slot(m, base, first + ctz(bits)) if popcount(bits) == k.ONE else k.ZERO
+    if not m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
+        return lowest_by_prio(m, base, first, bits)
+    chosen = slot(m, base, first + nth_bit(bits, (icr & k.ICR_VECTOR) % popcount(bits)))
+    if not chosen:
+        m[k.H_LOST_LOWEST] = k.ONE
+    return chosen
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _single_fast(m, icr, dest, hint):
+    """kvm_intr_is_single_vcpu_fast: vCPU index + 1, or 0 when the map cannot tell."""
+    base = m[k.H_MAP]
+    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, k.NONE, dest):
+        return k.ZERO
+    if not icr & k.ICR_LOGICAL:
+        return phys(m, base, dest)
+    mode = m[base + k.MAP_LOGICAL]
+    if mode == k.LOGICAL_X2APIC:
+        cluster = (dest >> k.U(16)) << k.U(4)
+        if cluster > m[base + k.MAP_MAX_ID]:
+            return k.ZERO
+        size = min(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
+        return _one_of(m, base, icr, hint, k.MAP_PHYS_SLOT + cluster, dest & ((k.ONE << size) - k.ONE))
+    if mode == k.LOGICAL_FLAT:
+        return _one_of(m, base, icr, hint, k.MAP_FLAT_SLOT, dest & k.U(0xFF))
+    if mode == k.LOGICAL_CLUSTER:
+        first = k.MAP_CLUSTER_SLOT + (((dest >> k.U(4)) & k.U(0xF)) << k.U(2))
+        return _one_of(m, base, icr, hint, first, dest & k.U(0xF))
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def target(m, address, data):
+    """The one vCPU to which this message can be posted: its index, or NONE."""
+    icr = as_icr(address, data)
+    if delivery_mode(icr) > k.DM_LOWEST:
+        return k.NONE
+    dest = destination(m, address)
+    found = _single_fast(m, icr, dest, redirection_hint(address))
+    if found:
+        return found - k.ONE
+    one = k.NONE
+    n = m[k.H_NVCPUS]
+    for i in range(n):
+        v = k.U(i)
+        if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and matches(m, v, k.NONE, icr, dest):
+            if one != k.NONE:
+                return k.NONE
+            one = v
+    return one
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def update(m, host_irq, gsi, address, data, was_posted):
+    """kvm_pi_update_irte of an MSI route: the vCPU index for posted mode, NONE for remapped mode.
+
+    What was remapped and stays so is not touched, and not traced.
+    """
+    v = k.NONE
+    if m[k.H_CONFIG] & k.CONFIG_VTD_PI:
+        v = target(m, address, data)
+    if v == k.NONE and not was_posted:
+        return v
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        posted = v != k.NONE
+        vcpu_id = m[own(m, v) + k.K_VCPU_ID] if posted else k.LOW32
+        on = k.ONE if posted else k.ZERO
+        vector = data & k.ICR_VECTOR
+        emit(m, k.TP_PI_IRTE_UPDATE, k.NONE, host_irq | (on << k.U(32)), gsi | (vcpu_id << k.U(32)), vector)
+    return v
