@@ -2,11 +2,13 @@
 PY := .venv/bin/python
 STAMP := .venv/installed
 PYTEST := $(PY) -m pytest
+TWO := -n 2 --dist worksteal
+WARM := $(PY) -c "from fastexit.kernels._jit import warmup; warmup()"
 BOUNDS := $(addprefix tests/test_,$(addsuffix .py,atomics bad_input batch hostile lapic_state posted property snapshot stateful))
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-jit test-nojit test-bounds test-long bench lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -16,21 +18,29 @@ demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
 	@$(PY) -m fastexit demo --output build/demo
 
 test: $(STAMP) ## the whole suite: compiled, interpreted, and with checked bounds
+	@$(MAKE) --no-print-directory -j2 compile compile-bounds
 	@$(MAKE) --no-print-directory test-jit
 	@$(MAKE) --no-print-directory test-nojit
 	@$(MAKE) --no-print-directory test-bounds
 
-test-jit: $(STAMP) ## the suite on compiled kernels
-	@echo "== compiled kernels (the first run compiles them)"
-	@$(PYTEST) -m "not long"
+compile: $(STAMP)
+	@echo "== compiling kernels, if that was not done yet"
+	@$(WARM)
+
+compile-bounds: $(STAMP)
+	@NUMBA_BOUNDSCHECK=1 $(WARM)
+
+test-jit: compile ## the suite on compiled kernels
+	@echo "== compiled kernels"
+	@$(PYTEST) $(TWO) -m "not long"
 
 test-nojit: $(STAMP) ## the suite on interpreted kernels
 	@echo "== interpreted kernels (NUMBA_DISABLE_JIT=1)"
-	@NUMBA_DISABLE_JIT=1 $(PYTEST) -m "not long"
+	@NUMBA_DISABLE_JIT=1 $(PYTEST) $(TWO) -m "not long"
 
-test-bounds: $(STAMP) ## a part of the suite with every array access checked
+test-bounds: compile-bounds ## a part of the suite with every array access checked
 	@echo "== compiled kernels with checked bounds (NUMBA_BOUNDSCHECK=1)"
-	@NUMBA_BOUNDSCHECK=1 $(PYTEST) -m "not long" $(BOUNDS)
+	@NUMBA_BOUNDSCHECK=1 $(PYTEST) $(TWO) -m "not long" $(BOUNDS)
 
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long

@@ -47,6 +47,15 @@ XAPIC_ID_MASK = 0xFF00_0000
 ENABLED_BITS = r.APICBASE_EN | r.APICBASE_EXTD
 DESTINATIONS = ("dst", "self", "all", "all-but-self")
 MAX_PENDING_NMIS = 2
+AVIC_MAX_ID = 254
+INHIBITS_OF_5_6 = {r.Inhibit.DISABLED, r.Inhibit.HYPERV}
+INHIBITS_OF_5_6_SVM = {r.Inhibit.NESTED, r.Inhibit.IRQWIN, r.Inhibit.PIT_REINJ}
+INHIBITS_OF_6_1 = {
+    r.Inhibit.ABSENT,
+    r.Inhibit.BLOCKIRQ,
+    r.Inhibit.APIC_ID_MODIFIED,
+    r.Inhibit.APIC_BASE_MODIFIED,
+}
 
 
 @dataclass
@@ -111,6 +120,12 @@ class Vcpu:
         self.pv_unhalted = False
         self.mp_state = r.MP_RUNNABLE if self.is_boot_cpu else r.MP_UNINITIALIZED
         self.last_accepted = 0
+        self.apicv = machine.apicv
+        self.apicv_update = machine.apicv
+        if machine.apicv and machine.svm and apic_id > AVIC_MAX_ID:
+            machine.inhibit(r.Inhibit.PHYSICAL_ID_TOO_BIG, True)
+            self.apicv = False
+        self.apic_base = r.APICBASE_EN
         self._reset(init=False)
 
     # ------------------------------------------------------------------------------------------------ small facts
@@ -194,8 +209,42 @@ class Vcpu:
         self._put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
 
     def _recount_isr(self) -> None:
-        self.isr_count = 1 if self.m.apicv else len(self.isr)
+        self.isr_count = 1 if self.apicv else len(self.isr)
         self.isr_cache = None
+
+    # ---------------------------------------------------------------------------------------------------- APICv
+
+    def enter(self) -> None:
+        """What a VM entry does about APICv: on or off, if somebody asked to look again."""
+        if self.apicv_update:
+            self.apicv_update = False
+            self._update_apicv()
+
+    def _update_apicv(self) -> None:
+        enabled = self.hw_enabled or self.x2apic or not self.m.inhibits_by_guest
+        active = self.m.apicv and not self.m.inhibits and enabled
+        if active != self.apicv:
+            self.apicv = active
+            self._recount_isr()
+
+    def _mode_changed(self) -> None:
+        """APICBASE.EN or EXTD changed: 6.1 looks at once, later kernels at the next entry."""
+        if self.m.inhibits_by_map:
+            self.apicv_update = True
+        elif self.m.inhibits_by_guest:
+            self._update_apicv()
+
+    def _inhibit_moved_page(self) -> None:
+        if self.hw_enabled and self.apic_base >> 12 << 12 != r.APIC_DEFAULT_PHYS_BASE:
+            self.m.inhibit(r.Inhibit.APIC_BASE_MODIFIED, True)
+
+    @property
+    def xapic_id_modified(self) -> bool:
+        return not self.x2apic and self.xapic_id != self.id & 0xFF
+
+    def _inhibit_modified_id(self) -> None:
+        if not self.m.inhibits_by_map and self.hw_enabled and self.xapic_id_modified:
+            self.m.inhibit(r.Inhibit.APIC_ID_MODIFIED, True)
 
     def _set_svr(self, value: int) -> None:
         if bool(value & r.SVR_ENABLE) != self.sw_enabled:
@@ -225,6 +274,9 @@ class Vcpu:
                 self.m.map_dirty = True
             elif value & r.APICBASE_EN:
                 self._set_xapic_id(self.id)
+        if changed & ENABLED_BITS:
+            self._mode_changed()
+        self._inhibit_moved_page()
 
     def _write_base(self, value: int, *, host: bool) -> bool:
         if value == self.apic_base:
@@ -252,7 +304,10 @@ class Vcpu:
 
     def guest_wrmsr(self, msr: int, value: int) -> str:
         """A guest WRMSR: ``"ok"`` or ``"gp"``."""
-        return "ok" if self._write_msr(msr, value, host=False) else "gp"
+        self.enter()
+        done = self._write_msr(msr, value, host=False)
+        self.enter()
+        return "ok" if done else "gp"
 
     def _write_msr(self, msr: int, value: int, *, host: bool) -> bool:
         self.last_accepted = 0
@@ -294,11 +349,14 @@ class Vcpu:
     def mmio_write(self, offset: int, value: int, length: int = 4) -> None:
         """A guest store to the APIC page."""
         self.last_accepted = 0
+        self.enter()
         if self.hw_enabled and not self.x2apic and length == 4 and offset % 16 == 0:
             self._write_reg(offset, value & 0xFFFF_FFFF)
+        self.enter()
 
     def mmio_read(self, offset: int, length: int = 4) -> int | None:
         """A guest load from the APIC page; None where KVM leaves the destination as it was."""
+        self.enter()
         if not self.hw_enabled or self.x2apic:
             return (1 << 8 * length) - 1
         byte = offset % 16
@@ -336,6 +394,8 @@ class Vcpu:
                 return False
             self._put(offset, value | r.DFR_CLUSTER if offset == r.APIC_DFR else value & XAPIC_ID_MASK)
             self.m.map_dirty = True
+            if offset == r.APIC_ID:
+                self._inhibit_modified_id()
         elif offset == r.APIC_TASKPRI:
             self._put(offset, value & 0xFF)
             self._update_ppr()
@@ -440,8 +500,8 @@ class Vcpu:
                 self.tmr.add(irq.vector)
             else:
                 self.tmr.discard(irq.vector)
-            (self.pir if self.m.posts_interrupts else self.irr).add(irq.vector)
-            if self.m.apicv:
+            (self.pir if self.apicv and not self.m.svm else self.irr).add(irq.vector)
+            if self.apicv:
                 self.m.log(f"kvm_apicv_accept_irq: {what}")
             return 1
         if irq.mode == r.DM_REMRD:
@@ -505,7 +565,7 @@ class Vcpu:
         self.irr.discard(vector)
         if vector not in self.isr:
             self.isr.add(vector)
-            if not self.m.apicv:
+            if not self.apicv:
                 self.isr_count += 1
                 self.isr_cache = vector
         self._store_ppr()
@@ -519,7 +579,7 @@ class Vcpu:
             return None
         if vector in self.isr:
             self.isr.discard(vector)
-            if not self.m.apicv:
+            if not self.apicv:
                 self.isr_count -= 1
                 self.isr_cache = None
         self._update_ppr()
@@ -548,6 +608,7 @@ class Vcpu:
             raise ValueError(f"a register page has {r.LAPIC_PAGE_BYTES} bytes, got {len(data)}")
         page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
         self.pir.clear()
+        self._inhibit_moved_page()
         self._set_svr(page[r.APIC_SPIV])
         if self.x2apic:
             if self.m.x2apic_api & r.X2API_32BIT_IDS and page[r.APIC_ID] != self.id:
@@ -558,6 +619,7 @@ class Vcpu:
             page[self._icr_high_at()] = page[r.APIC_ICR2]
         for offset, value in page.items():
             self._put(offset, value)
+        self._inhibit_modified_id()
         self.m.map_dirty = True
         self.m.rebuild_map()
         self._set_version()
@@ -626,7 +688,11 @@ class Machine:
         self.icr_reserved_faults = generation >= KERNELS.index("6.12")
         self.lowest_broadcast_rewritten_early = kernel == "seed-v3"
         self.apicv = apicv
-        self.posts_interrupts = apicv and vendor == "vmx"
+        self.svm = vendor == "svm"
+        self.inhibits: set[int] = set()
+        self.inhibits_by_guest = generation >= KERNELS.index("6.1")
+        self.inhibits_by_map = generation >= KERNELS.index("6.12")
+        self.inhibits_that_count = self._inhibits_that_count(generation)
         self.split_irqchip = irqchip == "split"
         self.x2apic_api = x2apic_api
         self.x2apic = x2apic
@@ -654,6 +720,36 @@ class Machine:
     def log(self, line: str) -> None:
         self.trace.append(line)
 
+    # --------------------------------------------------------------------------------------------- APICv inhibits
+
+    def _inhibits_that_count(self, generation: int) -> set[int]:
+        reasons: set[int] = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm else set()
+        if generation >= KERNELS.index("5.6"):
+            reasons |= INHIBITS_OF_5_6 | (INHIBITS_OF_5_6_SVM if self.svm else set())
+        if self.inhibits_by_guest:
+            reasons |= INHIBITS_OF_6_1 | ({r.Inhibit.SEV} if self.svm else set())
+        if self.inhibits_by_map:
+            reasons |= {r.Inhibit.PHYSICAL_ID_ALIASED} | ({r.Inhibit.LOGICAL_ID_ALIASED} if self.svm else set())
+        return reasons
+
+    def inhibit(self, reason: r.Inhibit, on: bool) -> None:
+        """Sets or clears one reason against APICv; when the first comes or the last goes, every vCPU looks again."""
+        if not self.apicv or reason not in self.inhibits_that_count:
+            return
+        before = bool(self.inhibits)
+        (self.inhibits.add if on else self.inhibits.discard)(reason)
+        switches = before != bool(self.inhibits)
+        if self.inhibits_by_guest or switches:
+            names = "|".join(why.name for why in sorted(self.inhibits))
+            mask = sum(1 << why for why in self.inhibits)
+            self.log(
+                f"kvm_apicv_inhibit_changed: {'set' if on else 'cleared'} reason={int(reason)}, inhibits={mask:#x}"
+                + (f" {names}" if names else "")
+            )
+        if switches:
+            for vcpu in self.vcpus:
+                vcpu.apicv_update = True
+
     # ------------------------------------------------------------------------------------------------- APIC map
 
     def rebuild_map(self) -> None:
@@ -662,13 +758,19 @@ class Machine:
             return
         self.map_dirty = False
         present = [v for v in self.vcpus if v.hw_enabled]
-        new = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
+        new: ApicMap | None = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
+        modified = False
         for vcpu in present:
+            modified |= vcpu.xapic_id_modified
             if not self._enter_physical(new, vcpu):
-                self.map = None
-                return
+                new = None
+                break
             self._enter_logical(new, vcpu)
         self.map = new
+        if self.inhibits_by_map:
+            self.inhibit(r.Inhibit.PHYSICAL_ID_ALIASED, new is None)
+            self.inhibit(r.Inhibit.LOGICAL_ID_ALIASED, new is None or new.logical_mode == r.LOGICAL_DISABLED)
+            self.inhibit(r.Inhibit.APIC_ID_MODIFIED, modified)
 
     def _enter_physical(self, new: ApicMap, vcpu: Vcpu) -> bool:
         if self.x2apic_api & r.X2API_32BIT_IDS:

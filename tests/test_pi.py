@@ -389,6 +389,21 @@ def test_notification_without_a_guest_that_takes_it(options: dict) -> None:
     assert pir(v) == {0x41}
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["L2", "inhibited"])
+def test_notification_while_apicv_is_off(nested: bool) -> None:
+    """L2, or a vCPU whose APICv is off, runs without this descriptor: 0xF2 is an interrupt for the host."""
+    m = booted()
+    v = m.vcpus[1]
+    run(v)
+    load(v, 5)
+    post(v, 0x41)
+    v.nested = nested
+    if not nested:
+        m.mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_APICV
+    assert not v.hw_notify()
+    assert pir(v) == {0x41}
+
+
 # --------------------------------------------------------------------------------------------------- self-IPIs, 7.7
 
 
@@ -506,6 +521,14 @@ def test_what_can_be_posted(address: int, data: int, vcpu: int | None) -> None:
     """One vCPU, Fixed or lowest priority; several only if vector hashing makes them one."""
     m = booted()
     assert m.pi_update_irte(33, 24, address, data).vcpu == vcpu
+
+
+def test_broadcast_is_no_id() -> None:
+    """0xFF means all, even where a vCPU has the id 255; told apart by the broadcast quirk, it is that vCPU's."""
+    for api, vcpu in ((0, None), (fx.X2ApicApi.DISABLE_BROADCAST_QUIRK, 1)):
+        m = fx.Machine(apic_ids=[0, 255], vtd_pi=True, x2apic_api=int(api))
+        m.boot_x2apic()
+        assert m.pi_update_irte(33, 24, msi(0xFF), 0x51).vcpu == vcpu
 
 
 def test_hash_that_hits_an_empty_slot() -> None:

@@ -91,6 +91,7 @@ class Vendor(Protocol):
     rdmsr_reason: int
     mmio_reason: int
     forced_reason: int
+    interrupt_reason: int
     hypercall_reason: int
     lengths: dict[int, int]
     l0_wants: frozenset[int]
@@ -230,7 +231,9 @@ class Dispatcher:
         """Step 14: the vendor's handler with IRQs still off; the seed, 5.6 and 5.7 handle WRMSR here."""
         if self.hook_irqoff:
             fast = self.vendor.fast_irqoff.get(exit.reason)
-            return fast(v, exit) if fast is not None else _NO_FAST_HANDLER
+            code = fast(v, exit) if fast is not None else _NO_FAST_HANDLER
+        if exit.intr_info and exit.reason == self.vendor.interrupt_reason:
+            code |= _jit.load("external_interrupt")(self.handle, v.index, exit.intr_info)
         return code
 
     def irq_window(self, v: Vcpu) -> None:
@@ -301,6 +304,7 @@ class Dispatcher:
             return False
         mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
         mem[v.own + L.K_NESTED_EXITS] += 1
+        _jit.load("nested_changed")(self.handle, v.index)
         return True
 
     def skip(self, v: Vcpu, length: int) -> int:

@@ -42,12 +42,13 @@ H_TSC_KHZ = 17  # owner; guest TSC ticks a millisecond, counted from clock 0
 H_BUS_NS = 18  # owner; APIC bus cycle, ns (KVM_CAP_X86_APIC_BUS_CYCLES_NS)
 H_MIN_PERIOD_NS = 19  # owner; shortest periodic timer
 H_TIMER_ADVANCE_NS = 20  # owner; timer_advance_ns of a new vCPU, 0: lapic_timer_advance off
-H_INHIBITS = 21  # map writer; APICv inhibit reasons, regs.INHIBIT_*
+H_INHIBITS = 21  # remote; APICv inhibit reasons, 1 << regs.Inhibit
 H_DISABLED_EXITS = 22  # owner; KVM_CAP_X86_DISABLE_EXITS
 H_USER_MSR = 23  # owner; KVM_CAP_X86_USER_SPACE_MSR
 H_FILTER_RANGES = 24  # owner; number of MSR filter ranges
 H_FILTER_DENY = 25  # owner; 1: the filter denies what no range names
 H_BSP_ID = 26  # owner; KVM_SET_BOOT_CPU_ID
+H_NO_ACCESS_PAGE = 40  # remote store; 1: the xAPIC access page is deleted for good (AVIC, a vCPU in x2APIC mode)
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
 HEADER_WORDS = 512
 
@@ -223,6 +224,8 @@ K_CR8 = 78  # owner; what the guest's CR8 last said
 K_PREEMPTED = 79  # owner; sched_out found it runnable
 K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN, 0: it runs
 K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last
+K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
+K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE

@@ -24,7 +24,7 @@ from fastexit.hardware import Hardware
 from fastexit.irte import Irte, RemappingTable
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Outcome
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
@@ -193,6 +193,21 @@ class Machine:
         return self.dispatcher.vendor.handlers  # type: ignore[return-value]
 
     @property
+    def inhibits(self) -> set[R.Inhibit]:
+        """Reasons for which APICv is off; DISABLED alone on a machine that was made without it."""
+        return {reason for reason in R.Inhibit if self.mem[L.H_INHIBITS] >> reason & 1}
+
+    @property
+    def avic_physical(self) -> np.ndarray:
+        """AVIC's physical APIC id table: a word a vCPU id (regs.AVIC_PHYSICAL_ENTRY), shared with the machine."""
+        return self.words[L.AVIC_PHYSICAL : L.AVIC_PHYSICAL + L.AVIC_PHYSICAL_ENTRIES]
+
+    @property
+    def avic_logical(self) -> np.ndarray:
+        """AVIC's logical APIC id table: 32-bit entries (regs.AVIC_LOGICAL_ENTRY), shared with the machine."""
+        return self.words[L.AVIC_LOGICAL : L.TABLES_END].view(np.uint32)
+
+    @property
     def last_accepted(self) -> int:
         """APICs that accepted the IPI of the last set_msr; -1 when the slow scan matched nobody."""
         return (self.last_host_code >> CODE_ACCEPTED_SHIFT & 0xFFFF ^ 0x8000) - 0x8000
@@ -219,6 +234,15 @@ class Machine:
             if not v.set_msr(R.MSR_APICBASE, v.apic_base | R.APICBASE_EN | R.APICBASE_EXTD):
                 raise ValueError("x2APIC cannot be enabled: the guest's CPUID does not offer it (x2apic=False)")
             v.set_msr(R.MSR_X2APIC_BASE + (R.APIC_SPIV >> 4), 0x1FF)
+
+    def set_inhibit(self, reason: R.Inhibit | int, on: bool = True) -> Effect:
+        """kvm_set_apicv_inhibit or kvm_clear_apicv_inhibit: whom the host has to kick, so that APICv goes off or on.
+
+        Nothing happens on a machine without APICv, nor for a reason that does not count for its vendor and kernel.
+        vCPUs follow at their next entry (Vcpu.apicv). ValueError for a number that is no regs.Inhibit.
+        """
+        reason = R.Inhibit(integer(reason, "inhibit reason", max(R.Inhibit)))
+        return OUTCOMES[_jit.load("set_inhibit")(self.handle, int(reason), int(bool(on)))].effects
 
     def signal_msi(self, address: int, data: int) -> int:
         """KVM_SIGNAL_MSI: number of APICs that accepted, 0, or -1 (EPERM: nobody matched in the slow scan).

@@ -73,6 +73,16 @@ class Trait(IntFlag):
     PI_EMPTY_LOSES_RVI = auto()
     """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
 
+    # -- APICv inhibits
+    INHIBITS = auto()
+    """APICv can be inhibited for a whole machine, by user space's reasons and by SVM's interrupt windows."""
+    INHIBIT_ID_BASE = auto()
+    """A modified xAPIC id or a moved APIC page inhibits APICv; every change of an inhibit is traced, not only the ones
+    that switch APICv."""
+    INHIBIT_MAP = auto()
+    """The APIC map inhibits APICv, for as long as it is dropped or useless; a change of the APIC's mode requests an
+    update instead of making it at once."""
+
     # -- order of tracepoints
     TRACE_ICR2_FIRST = auto()
     """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
@@ -83,6 +93,8 @@ class Trait(IntFlag):
     TRACE_EXIT_LATE_SVM = auto()
     TRACE_REENTRY = auto()
     """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
+    TRACE_DOORBELL = auto()
+    """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
 
 
 _T = Trait
@@ -117,13 +129,13 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "5.6",
             "5.6.4",
-            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _T.ICR_NO_SHORTHAND | _T.TRACE_WRITE_FIRST,
+            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _T.ICR_NO_SHORTHAND | _T.TRACE_WRITE_FIRST | _T.INHIBITS,
             "Fixed + physical, no shorthand; broadcast too",
         ),
         Profile(
             "5.7",
             "5.7.6",
-            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _UNICAST,
+            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _UNICAST | _T.INHIBITS,
             "Fixed + physical unicast",
         ),
         Profile(
@@ -134,6 +146,7 @@ PROFILES: dict[str, Profile] = {
             | _UNICAST
             | _T.TSCDL_HV_TIMER
             | _T.PREEMPTION_TIMER_FAST
+            | _T.INHIBITS
             | _T.TRACE_EXIT_LATE_SVM,
             "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
         ),
@@ -147,6 +160,9 @@ PROFILES: dict[str, Profile] = {
             | _T.PREEMPTION_TIMER_FAST
             | _T.SVM_NEXT_RIP
             | _T.MSR_UPPER_GP
+            | _T.INHIBITS
+            | _T.INHIBIT_ID_BASE
+            | _T.TRACE_DOORBELL
             | _T.TRACE_EXIT_LATE_SVM,
             "as 5.8; SVM only with a next RIP",
         ),
@@ -166,7 +182,11 @@ PROFILES: dict[str, Profile] = {
             | _T.HLT_FAST
             | _T.ICR_RESERVED_GP
             | _T.MSR_UPPER_GP
-            | _T.ICR_SPLIT_SVM,
+            | _T.ICR_SPLIT_SVM
+            | _T.INHIBITS
+            | _T.INHIBIT_ID_BASE
+            | _T.INHIBIT_MAP
+            | _T.TRACE_DOORBELL,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
         ),
         Profile(
@@ -190,7 +210,11 @@ PROFILES: dict[str, Profile] = {
             | _T.ICR_RESERVED_GP
             | _T.MSR_UPPER_GP
             | _T.ICR_SPLIT_SVM
-            | _T.PI_EMPTY_LOSES_RVI,
+            | _T.PI_EMPTY_LOSES_RVI
+            | _T.INHIBITS
+            | _T.INHIBIT_ID_BASE
+            | _T.INHIBIT_MAP
+            | _T.TRACE_DOORBELL,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
         ),
     )

@@ -229,6 +229,7 @@ APICBASE = Layout(64, _0=8, BSP=1, _9=1, EXTD=1, EN=1, BASE=52)
 APICBASE_BSP = APICBASE.mask("BSP")
 APICBASE_EXTD = APICBASE.mask("EXTD")
 APICBASE_EN = APICBASE.mask("EN")
+APICBASE_PAGE = APICBASE.mask("BASE")
 APICBASE_RESERVED = APICBASE.reserved
 APIC_DEFAULT_PHYS_BASE = 0xFEE0_0000
 
@@ -266,6 +267,45 @@ PID_NV = PID_CONTROL.mask("NV")
 PID_NDST = PID_CONTROL.mask("NDST")
 PID_NDST_SHIFT = PID_CONTROL.shift("NDST")
 PID_POINTER_VALID = 1 << 0
+
+# --------------------------------------------------------------------------------------- AVIC tables (APM vol. 2 15.29)
+
+AVIC_PHYSICAL_ENTRY = Layout(64, HOST_ID=12, BACKING_PAGE=40, _52=9, GA_LOG=1, RUNNING=1, VALID=1)
+"""Physical APIC id table. GA_LOG is KVM's own flag in its copy of the entry, reserved in the table."""
+AVIC_HOST_ID = AVIC_PHYSICAL_ENTRY.mask("HOST_ID")
+AVIC_BACKING_SHIFT = AVIC_PHYSICAL_ENTRY.shift("BACKING_PAGE")
+AVIC_GA_LOG = AVIC_PHYSICAL_ENTRY.mask("GA_LOG")
+AVIC_RUNNING = AVIC_PHYSICAL_ENTRY.mask("RUNNING")
+AVIC_VALID = AVIC_PHYSICAL_ENTRY.mask("VALID")
+AVIC_FIRST_PAGE_FRAME = 0x1_0000
+"""Made up: the frame of vCPU 0's backing page; that of vCPU i is i frames above."""
+
+AVIC_LOGICAL_ENTRY = Layout(32, GUEST_ID=8, _8=23, VALID=1)
+AVIC_GUEST_ID = AVIC_LOGICAL_ENTRY.mask("GUEST_ID")
+AVIC_LOGICAL_VALID = AVIC_LOGICAL_ENTRY.mask("VALID")
+
+AVIC_MAX_ID = 0xFE
+X2AVIC_MAX_ID = 0x1FF
+
+
+class AvicIpi(IntEnum):
+    """Why AVIC hardware did not finish an IPI: EXITINFO2 bits 63:32 of exit 0x401."""
+
+    INVALID_INT_TYPE = 0
+    TARGET_NOT_RUNNING = 1
+    INVALID_TARGET = 2
+    INVALID_BACKING_PAGE = 3
+    INVALID_VECTOR = 4
+
+
+AVIC_INVALID_INT_TYPE, AVIC_TARGET_NOT_RUNNING, AVIC_INVALID_TARGET, AVIC_INVALID_BACKING_PAGE, AVIC_INVALID_VECTOR = (
+    int(why) for why in AvicIpi
+)
+AVIC_INDEX = 0x1FF
+AVIC_INDEX_SHIFT = 16
+AVIC_OFFSET = 0xFF0
+AVIC_WRITE_SHIFT = 24
+AVIC_INFO1_WRITE = 1 << 32
 
 # ---------------------------------------------------------------------------------------------------- KVM's own numbers
 

@@ -2,6 +2,8 @@
 
 Models: svm_exit_handlers_fastpath, svm_handle_exit_irqoff, svm_handle_exit. RDMSR and WRMSR share exit code 0x7C;
 EXITINFO1 tells them apart. The seed compared the code with VMX's 32 instead, which is a DR0 read here.
+AVIC's exits: an incomplete IPI has the ICR in EXITINFO1, its AvicIpi number and index in the halves of EXITINFO2; an
+unaccelerated access has the register (bits 11:4) and bit 32 for a write in EXITINFO1, the vector in EXITINFO2.
 Not modelled: SEV, virtual interrupt bookkeeping, next-RIP decoding without NRIPS.
 """
 
@@ -11,13 +13,15 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.dispatcher import Exit
 from fastexit.handlers import CommonHandlers, Handlers, user_code
-from fastexit.outcome import CODE_REFUSAL_SHIFT, Refusal
+from fastexit.kernels import _jit
+from fastexit.outcome import CODE_EXIT, CODE_EXIT_REASON_SHIFT, CODE_REFUSAL_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
 
 if TYPE_CHECKING:
-    from fastexit.dispatcher import Dispatcher, Exit, Handler
+    from fastexit.dispatcher import Dispatcher, Handler
     from fastexit.vcpu import Vcpu
 
 
@@ -28,6 +32,7 @@ class Svm:
     wrmsr_info1 = 1
     rdmsr_reason = int(SvmExit.MSR)
     mmio_reason = int(SvmExit.NPF)
+    interrupt_reason = int(SvmExit.INTERRUPT)
     forced_reason = int(SvmExit.INTERRUPT)
     hypercall_reason = int(SvmExit.VMMCALL)
     lengths = {
@@ -55,7 +60,7 @@ class Svm:
             SvmExit.VMGEXIT,
         )
     )
-    hardware = ""
+    hardware = "avic"
     user_exits = {
         SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
         SvmExit.IO: KvmExit.IO,
@@ -79,7 +84,9 @@ class Svm:
                 SvmExit.NPF: common.apic_page,
                 SvmExit.READ_DR0: self._read_dr0,
                 SvmExit.INTERRUPT: common.nothing,
-                SvmExit.VINTR: common.interrupt_window,
+                SvmExit.AVIC_INCOMPLETE_IPI: self._incomplete_ipi,
+                SvmExit.AVIC_UNACCELERATED_ACCESS: self._unaccelerated_access,
+                SvmExit.VINTR: self._interrupt_window,
                 SvmExit.IRET: common.iret,
                 SvmExit.HLT: common.hlt,
                 SvmExit.IDLE_HLT: common.hlt,
@@ -129,9 +136,57 @@ class Svm:
         """EXITINTINFO: the event during whose delivery the exit happened."""
         return exit.intr_info
 
+    def _interrupt_window(self, v: Vcpu, exit: Exit) -> int:
+        """interrupt_window_interception: the window that AVIC was inhibited for is open."""
+        self.common.interrupt_window(v, exit)
+        return _jit.load("irq_window")(self.common.handle, v.index, 0)
+
+    def _incomplete_ipi(self, v: Vcpu, exit: Exit) -> int:
+        """avic_incomplete_ipi_interception."""
+        return _jit.load("avic_incomplete_ipi")(self.common.handle, v.index, exit.info1, exit.info2)
+
+    def _unaccelerated_access(self, v: Vcpu, exit: Exit) -> int:
+        """avic_unaccelerated_access_interception: a trap's value is in the page already, the rest is emulated."""
+        offset = exit.info1 & R.AVIC_OFFSET
+        code = _jit.load("avic_unaccelerated")(self.common.handle, v.index, offset)
+        if not code & CODE_EXIT:
+            return code
+        write = bool(exit.info1 & R.AVIC_INFO1_WRITE)
+        if self.common.memory[v.hot + L.HOT_FLAGS] & L.FLAG_X2APIC:
+            access = Exit(self.wrmsr_reason, R.MSR_X2APIC_BASE + (offset >> 4), exit.value, int(write))
+            return self._msr(v, access)
+        within = exit.offset & ~R.AVIC_OFFSET
+        access = Exit(
+            self.mmio_reason,
+            value=exit.value,
+            offset=offset | within,
+            size=exit.size,
+            write=write,
+            length=exit.length,
+        )
+        return self.common.apic_page(v, access)
+
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
-        """The exit that the CPU makes of an access; without AVIC the plain one."""
-        return plain
+        """The exit that the CPU makes of an access; what AVIC has no part in is the plain one."""
+        reason = code >> CODE_EXIT_REASON_SHIFT & 0xFFFF
+        if reason not in (SvmExit.AVIC_INCOMPLETE_IPI, SvmExit.AVIC_UNACCELERATED_ACCESS):
+            return plain
+        low, high = code & 0xFF, code >> R.AVIC_INDEX_SHIFT & R.AVIC_INDEX
+        if reason == SvmExit.AVIC_INCOMPLETE_IPI:
+            mem, page = self.common.memory, L.PAGE + v.index * L.PAGE_STRIDE
+            icr, icr2 = (mem[page + (offset >> 3)] & 0xFFFF_FFFF for offset in (R.APIC_ICR, R.APIC_ICR2))
+            return Exit(reason, info1=icr2 << 32 | icr, info2=low << 32 | high)
+        info1 = (high & 0xFF) << 4 | (R.AVIC_INFO1_WRITE if code >> R.AVIC_WRITE_SHIFT & 1 else 0)
+        return Exit(
+            reason,
+            value=plain.value,
+            info1=info1,
+            info2=low,
+            offset=plain.offset,
+            size=plain.size,
+            write=plain.write,
+            length=plain.length,
+        )
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The exit code, and whether it is the one for an invalid VMCB."""

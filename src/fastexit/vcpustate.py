@@ -122,6 +122,13 @@ class VcpuState:
     def nested(self, on: bool) -> None:
         flags = self._mem[self.hot + L.HOT_FLAGS]
         self._mem[self.hot + L.HOT_FLAGS] = flags | L.FLAG_L2 if on else flags & ~L.FLAG_L2
+        if bool(flags & L.FLAG_L2) is not bool(on):
+            _jit.load("nested_changed")(self._handle, self.index)
+
+    @property
+    def apicv(self) -> bool:
+        """Whether APICv is active on this vCPU; it follows Machine.inhibits, L2 (SVM) and APICBASE at an entry."""
+        return bool(self._mem[self.hot + L.HOT_FLAGS] & L.FLAG_APICV)
 
     @property
     def singlestep(self) -> bool:

@@ -48,6 +48,7 @@ class Vmx:
     wrmsr_info1 = 0
     rdmsr_reason = int(VmxExit.MSR_READ)
     mmio_reason = int(VmxExit.EPT_MISCONFIG)
+    interrupt_reason = int(VmxExit.EXTERNAL_INTERRUPT)
     forced_reason = int(VmxExit.PREEMPTION_TIMER)
     hypercall_reason = int(VmxExit.VMCALL)
     lengths = {
@@ -181,7 +182,7 @@ class Vmx:
         base = self.common.memory[v.own + L.K_APIC_BASE] & R.APICBASE.mask("BASE")
         if exit.gpa & ~_PAGE != base:
             return KvmExit.MMIO
-        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE))
+        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE, gpa=0))
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""

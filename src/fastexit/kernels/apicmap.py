@@ -1,14 +1,17 @@
 """The APIC map (kvm_apic_map): physical and logical ids to vCPUs, rebuilt whenever an id, mode or enable bit changes.
 
 Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Spec: SDM vol. 3A 10.6.2,
-10.12.10. Not modelled: RCU grace periods. A map is built in a scratch area, then copied word by word over the idle one
-of two copies, unchanged words left alone, and published with one store. A reader that two rebuilds overtake so finds
+10.12.10. What is wrong with a map also inhibits APICv (inhibit.py). Not modelled: RCU grace periods.
+
+A map is built in a scratch area, then copied word by word over the idle one of two copies, unchanged words left alone,
+and published with one store. A reader that two rebuilds overtake so finds
 in each word what the map said before or says now, never an emptied slot: vCPUs that nobody touched stay reachable.
 """
 
 from . import typed as k
 from ._jit import ctz, kernel, popcount
 from .atomics import compare_exchange, exchange, load_acquire, store_release
+from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
 from .shared import clear_words, hot, own, replace_if
 
@@ -102,7 +105,9 @@ def _enter_logical(m, base, v):
 
 @kernel("u8(words, u8)")
 def _build(m, base):
-    """A map of what the vCPUs are now, at base; MAP_PRESENT only if no rule drops it."""
+    """A map of what the vCPUs are now, at base; MAP_PRESENT only if no rule drops it. 1 when an xAPIC id was modified,
+    as far as it looked.
+    """
     clear_words(m, base, k.MAP_WORDS)
     n = m[k.H_NVCPUS]
     top = k.XAPIC_BROADCAST
@@ -112,20 +117,22 @@ def _build(m, base):
             top = max(top, m[own(m, v) + k.K_VCPU_ID])
     m[base + k.MAP_MAX_ID] = top
     m[base + k.MAP_LOGICAL] = k.LOGICAL_SW_DISABLED
+    modified = k.ZERO
     for i in range(n):
         v = k.U(i)
         if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
             continue
+        modified = modified | id_modified(m, v)
         if _enter_physical(m, base, v):
-            return k.ZERO
+            return modified
         _enter_logical(m, base, v)
     m[base + k.MAP_PRESENT] = k.ONE
-    return k.ONE
+    return modified
 
 
 @kernel("u8(words)")
 def recalculate(m):
-    """kvm_recalculate_apic_map: rebuild if something marked the map dirty."""
+    """kvm_recalculate_apic_map: rebuild if something marked the map dirty. Effect code of the inhibits that change."""
     if load_acquire(m, k.H_MAP_DIRTY) == CLEAN:
         return k.ZERO
     while replace_if(m, k.H_MAP_LOCK, k.ZERO, k.ONE):
@@ -137,7 +144,9 @@ def recalculate(m):
     # Not yet clean: whoever changes a vCPU now and looks must wait for the lock. Marks that come during the build say
     # DIRTY again, so the exchange at the end fails and their own callers build once more.
     exchange(m, k.H_MAP_DIRTY, IN_PROGRESS)
-    _build(m, k.MAP_SCRATCH)
+    modified = _build(m, k.MAP_SCRATCH)
+    present = m[k.MAP_SCRATCH + k.MAP_PRESENT]
+    effects = map_rebuilt(m, present, m[k.MAP_SCRATCH + k.MAP_LOGICAL], modified)
     idle = k.MAP1 if m[k.H_MAP] == k.MAP0 else k.MAP0
     for i in range(k.MAP_WORDS):
         word = k.U(i)
@@ -147,4 +156,4 @@ def recalculate(m):
     store_release(m, k.H_MAP, idle)
     compare_exchange(m, k.H_MAP_DIRTY, IN_PROGRESS, CLEAN)
     store_release(m, k.H_MAP_LOCK, k.ZERO)
-    return k.ONE
+    return effects

@@ -8,11 +8,13 @@ up.
 from . import (
     accelerated,
     apicv,
+    avic,
     batch,
     events,
     fastpath,
     halt,
     hypercall,
+    inhibit,
     irq,
     irte,
     lapic,
@@ -586,3 +588,81 @@ def update_irte(handle, host_irq, gsi, address, data, was_posted):
     if msi.route_invalid(m, address):
         return k.CODE_GP
     return irte.update(m, host_irq, gsi, address, data, was_posted)
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def set_inhibit(handle, reason, on):
+    """kvm_set_or_clear_apicv_inhibit of reason number 0..63; above there is none."""
+    m = open_words(handle, k.WORDS)
+    return inhibit.change(m, k.ONE << reason, on) if reason < k.U(64) else k.ZERO
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def irq_window(handle, v, on):
+    m = open_words(handle, k.WORDS)
+    return inhibit.irq_window(m, v, on) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def nested_changed(handle, v):
+    m = open_words(handle, k.WORDS)
+    return inhibit.nested_changed(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def avic_load(handle, v, cpu):
+    m = open_words(handle, k.WORDS)
+    return avic.load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def avic_put(handle, v, blocking):
+    m = open_words(handle, k.WORDS)
+    return avic.put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def avic_incomplete_ipi(handle, v, info1, info2):
+    m = open_words(handle, k.WORDS)
+    return avic.incomplete_ipi(m, v, info1, info2) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def avic_unaccelerated(handle, v, offset):
+    m = open_words(handle, k.WORDS)
+    return avic.unaccelerated(m, v, offset & k.AVIC_OFFSET) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def avic_wrmsr(handle, v, msr_index, value):
+    m = open_words(handle, k.WORDS)
+    return avic.wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def avic_rdmsr(handle, v, msr_index):
+    m = open_words(handle, k.WORDS)
+    return avic.rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def avic_mmio_write(handle, v, offset, length, value):
+    m = open_words(handle, k.WORDS)
+    return avic.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def avic_mmio_read(handle, v, offset, length):
+    m = open_words(handle, k.WORDS)
+    return avic.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU

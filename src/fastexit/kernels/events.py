@@ -9,6 +9,7 @@ of L2, double faults.
 from . import typed as k
 from ._jit import kernel
 from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
+from .inhibit import irq_window, nested_changed
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi
 from .lapicstate import reset
 from .shared import clear_word_bits, emit, hot, make_request, own, take
@@ -102,7 +103,7 @@ def _leave_l2(m, v):
     m[row + k.K_NESTED_EXITS] = m[row + k.K_NESTED_EXITS] + k.ONE
     if m[k.H_CONFIG] & k.CONFIG_SVM:
         m[row + k.K_HFLAGS] = m[row + k.K_HFLAGS] | k.HF_GIF_CLEAR
-    return k.ZERO
+    return nested_changed(m, v)
 
 
 @kernel("u8(words, u8)")
@@ -203,6 +204,14 @@ def _trace_injection(m, v, info, reinjected):
     return k.ZERO
 
 
+@kernel("u8(words, u8)")
+def _ask_for_window(m, v):
+    """enable_irq_window: an exit when the guest takes interrupts again. SVM's needs AVIC out of the way."""
+    m[own(m, v) + k.K_IRQ_WINDOW] = k.ONE
+    irq_window(m, v, k.ONE)
+    return k.ONE
+
+
 @kernel("u8(words, u8, u8)")
 def _inject_interrupt(m, v, can_inject):
     """External interrupts: now, when the guest opens its window, or (0 returned) behind the event that goes first."""
@@ -222,8 +231,7 @@ def _inject_interrupt(m, v, can_inject):
         _trace_injection(m, v, m[row + k.K_ENTRY_INFO], k.ZERO)
         if not _injectable(m, v):
             return k.ONE
-    m[row + k.K_IRQ_WINDOW] = k.ONE
-    return k.ONE
+    return _ask_for_window(m, v)
 
 
 @kernel("u8(words, u8, u8)")
@@ -305,7 +313,7 @@ def inject_events(m, v):
                 force = k.ONE
     m[row + k.K_FORCE_EXIT] = force
     if m[row + k.K_USER_WINDOW] and not ready_for_user(m, v):
-        m[row + k.K_IRQ_WINDOW] = k.ONE
+        _ask_for_window(m, v)
     enabled = k.FLAG_HW | k.FLAG_SW
     if m[hot(m, v) + k.HOT_FLAGS] & enabled == enabled:
         offer_pv_eoi(m, v)

@@ -257,7 +257,7 @@ def reenter(m, v, code):
         return code
     row = hot(m, v)
     if m[row + k.PID_CONTROL_WORD] & k.PID_ON:
-        enabled = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
+        enabled = k.FLAG_HW | k.FLAG_SW
         if m[row + k.HOT_FLAGS] & enabled == enabled:
             sync_pir_to_irr(m, v)
     if exit_requested(m, v):

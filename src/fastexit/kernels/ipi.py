@@ -10,6 +10,7 @@ Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec
 from . import typed as k
 from ._jit import kernel, popcount
 from .apicmap import phys, slot
+from .atomics import load_acquire
 from .irq import set_irr
 from .match import is_broadcast, matches
 from .pid import post
@@ -50,16 +51,36 @@ def _deliver_vmx(m, v, vector, me):
     return kick(m, v, me)
 
 
+@kernel("u8(words, u8, u8)")
+def ring_doorbell(m, v, me):
+    """avic_ring_doorbell: not to the pCPU that this is. ``me`` is the vCPU that runs here, or NONE."""
+    cpu = m[own(m, v) + k.K_CPU]
+    if v == me or (me != k.NONE and m[own(m, me) + k.K_CPU] == cpu):
+        return k.ZERO
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & k.T_TRACE_DOORBELL:
+        emit(m, k.TP_AVIC_DOORBELL, me, m[own(m, v) + k.K_VCPU_ID], cpu, k.ZERO)
+    return k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT
+
+
 @kernel("u8(words, u8, u8, u8)")
-def _deliver_svm(m, v, vector, me):
-    """IRR first, then mode: VMRUN re-evaluates the vIRR, so a target that is just entering sees the bit."""
-    set_irr(m, v, vector)
+def complete_delivery(m, v, icr, me):
+    """svm_complete_interrupt_delivery: IRR has the vector. Mode is read before the APICv flag."""
+    in_guest = load_acquire(m, hot(m, v) + k.HOT_MODE) == k.IN_GUEST_MODE
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         make_request(m, v, k.REQ_EVENT)
         return kick(m, v, me)
-    if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
-        return k.ZERO if v == me else k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+    if in_guest:
+        return ring_doorbell(m, v, me)
     return wake(m, v)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _deliver_svm(m, v, icr, me):
+    """IRR first, then mode: VMRUN re-evaluates the vIRR, so a target that is just entering sees the bit."""
+    set_irr(m, v, icr & k.ICR_VECTOR)
+    return complete_delivery(m, v, icr, me)
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -80,9 +101,8 @@ def _accept_fixed(m, v, icr, me):
     elif is_level and not trigger:
         clear_word_bits(m, tmr, bit)
     if m[k.H_CONFIG] & k.CONFIG_SVM:
-        effects = _deliver_svm(m, v, vector, me)
-    else:
-        effects = _deliver_vmx(m, v, vector, me)
+        return _deliver_svm(m, v, icr, me) | ACCEPT
+    effects = _deliver_vmx(m, v, vector, me)
     if m[k.H_CONFIG] & k.CONFIG_TRACE and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     return effects | ACCEPT

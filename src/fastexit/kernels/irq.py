@@ -10,7 +10,7 @@ Spec: SDM vol. 3A 10.8.3-10.8.5.
 from . import typed as k
 from ._jit import kernel
 from .lapicreg import reg, set_reg
-from .pid import highest, highest_irr, sync_pir_to_irr
+from .pid import highest, sync_pir_to_irr
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take, vec
 
 
@@ -50,10 +50,7 @@ def compute_ppr(m, v):
 @kernel("u8(words, u8)")
 def deliverable(m, v):
     """apic_has_interrupt_for_ppr with the stored PPR: vector or NONE."""
-    if apicv_active(m, v):
-        irr = sync_pir_to_irr(m, v)
-    else:
-        irr = highest_irr(m, v)
+    irr = sync_pir_to_irr(m, v)
     if irr == k.NONE or irr & k.U(0xF0) <= reg(m, v, k.APIC_PROCPRI):
         return k.NONE
     return irr

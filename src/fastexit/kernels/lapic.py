@@ -11,6 +11,7 @@ latter, since MMIO has no way to fault.
 from . import typed as k
 from ._jit import kernel
 from .apicmap import mark_dirty, recalculate
+from .inhibit import id_written
 from .ipi import send
 from .irq import eoi, update_ppr
 from .lapicreg import (
@@ -140,7 +141,7 @@ def _write_xapic_only(m, v, offset, value):
         set_reg(m, v, offset, value & top_byte)
     if offset != k.APIC_ICR2:
         mark_dirty(m)
-    return k.ZERO
+    return id_written(m, v) if offset == k.APIC_ID else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -196,8 +197,7 @@ def reg_write(m, v, offset, value):
             code = k.CODE_GP
     else:
         code = _write_lvt_or_fail(m, v, offset, value)
-    recalculate(m)
-    return code
+    return code | recalculate(m)
 
 
 @kernel("u8(words, u8, u8)")

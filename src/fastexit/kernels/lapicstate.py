@@ -7,6 +7,8 @@ Spec: SDM vol. 3A 10.4, 10.12.
 from . import typed as k
 from ._jit import kernel
 from .apicmap import mark_dirty, recalculate
+from .avictable import restore
+from .inhibit import base_written, id_written
 from .irq import compute_ppr, recount, update_ppr
 from .lapic import (
     in_x2apic_mode,
@@ -31,7 +33,7 @@ def _set_xapic_id(m, v):
 
 @kernel("u8(words, u8, u8)")
 def _store_base(m, v, value):
-    """__kvm_apic_set_base: what the change of EN and EXTD does to ID and LDR."""
+    """__kvm_apic_set_base: what the change of EN and EXTD does to ID, LDR and APICv. Effect code."""
     row = own(m, v)
     old = m[row + k.K_APIC_BASE]
     m[row + k.K_APIC_BASE] = value
@@ -49,7 +51,10 @@ def _store_base(m, v, value):
             mark_dirty(m)
         elif value & k.APICBASE_EN:
             _set_xapic_id(m, v)
-    return k.ZERO
+    effects = base_written(m, v, changed)
+    if changed & (k.APICBASE_EN | k.APICBASE_EXTD):
+        restore(m, v)
+    return effects
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -71,16 +76,15 @@ def set_base(m, v, value, host):
             return k.CODE_GP
         if old & mode == k.ZERO and value & mode == mode:
             return k.CODE_GP
-    _store_base(m, v, value)
-    recalculate(m)
-    return k.ZERO
+    effects = _store_base(m, v, value)
+    return effects | recalculate(m)
 
 
 @kernel("u8(words, u8, u8)")
 def reset(m, v, init):
     """kvm_lapic_reset: RESET (vCPU creation) or, with init, the INIT flavour that keeps mode, ID and x2APIC LDR."""
     row = own(m, v)
-    if not m[k.H_CONFIG] & k.CONFIG_SVM and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+    if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV:
         clear_pid(m, v)
     # The hrtimer only: a preemption timer that counts goes on, and its tick waits for LVTT to be unmasked.
     m[row + k.K_HRTIMER] = k.NONE
@@ -125,15 +129,14 @@ def reset(m, v, init):
     m[row + k.K_ATTENTION] = k.ZERO
     mark_dirty(m)
     update_ppr(m, v)
-    recalculate(m)
-    return k.ZERO
+    restore(m, v)
+    return recalculate(m)
 
 
 @kernel("u8(words, u8)")
 def get_state(m, v):
     """kvm_apic_get_state: the page into H_STAGE. PIR is synced first; PPR is not recomputed."""
-    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
-        sync_pir_to_irr(m, v)
+    sync_pir_to_irr(m, v)
     page = k.PAGE + v * k.PAGE_STRIDE
     copy_words(m, k.H_STAGE, page, k.PAGE_STRIDE)
     offset = k.APIC_ISR
@@ -186,19 +189,20 @@ def set_state(m, v):
 
     Nothing is masked. PPR is recomputed before the ISR bits are counted, so it may still show the old ISR.
     """
-    if not m[k.H_CONFIG] & k.CONFIG_SVM and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+    if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV:
         clear_pid(m, v)
+    effects = base_written(m, v, k.ZERO)
     set_spiv(m, v, m[k.H_STAGE + (k.APIC_SPIV >> k.U(3))] & k.LOW32)
     if in_x2apic_mode(m, v) and _fix_up_stage(m, v):
-        recalculate(m)
-        return k.CODE_GP
+        return k.CODE_GP | effects | recalculate(m)
     page = k.PAGE + v * k.PAGE_STRIDE
     copy_words(m, page, k.H_STAGE, k.PAGE_STRIDE)
     _store_vectors(m, v, k.APIC_ISR, vec(m, v) + k.VEC_ISR)
     _store_vectors(m, v, k.APIC_TMR, hot(m, v) + k.HOT_TMR)
     _store_vectors(m, v, k.APIC_IRR, vec(m, v) + k.VEC_IRR)
+    effects = effects | id_written(m, v)
     mark_dirty(m)
-    recalculate(m)
+    effects = effects | recalculate(m)
     set_reg(m, v, k.APIC_LVR, version(m, v))
     compute_ppr(m, v)
     row = own(m, v)
@@ -210,6 +214,7 @@ def set_state(m, v):
     start(m, v, k.APIC_TMCCT)
     set_reg(m, v, k.APIC_TMCCT, k.ZERO)
     recount(m, v)
+    restore(m, v)
     m[row + k.K_ARB_PRIO] = k.ZERO
     make_request(m, v, k.REQ_EVENT)
-    return k.ZERO
+    return effects

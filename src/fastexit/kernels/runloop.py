@@ -10,6 +10,7 @@ from .atomics import exchange, fence
 from .events import accept_events, cancel_injection, process_nmi, process_smi, ready_for_user
 from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
+from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
@@ -52,6 +53,8 @@ def service_requests(m, v):
     if clear_word_bits(m, requests, k.REQ_IOAPIC_EOI_EXIT) & k.REQ_IOAPIC_EOI_EXIT:
         if ioapic_handles(m, v, m[own(m, v) + k.K_IOAPIC_EOI]):
             return k.USER_IOAPIC_EOI
+    if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
+        update_vcpu(m, v)
     # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used.
     clear_word_bits(m, requests, ~(k.REQ_EVENT | k.REQ_UNBLOCK | k.REQ_SIGNAL))
     return k.ZERO
@@ -95,6 +98,17 @@ def _leave_halt(m, v):
 
 
 @kernel("u8(words, u8)")
+def _posted_meanwhile(m, v):
+    """The sleeper is scheduled out: 1 when a device posted before the descriptor said whom to wake.
+
+    vcpu_put then sends 0xF1 to the very pCPU, whose handler wakes the thread at once.
+    """
+    if not vcpu_put(m, v, k.ONE) & k.EFFECT_NOTIFY_CODE:
+        return k.ZERO
+    return vcpu_load(m, v, m[own(m, v) + k.K_CPU]) | k.ONE
+
+
+@kernel("u8(words, u8)")
 def wake_up(m, v):
     """A sleeper's thread goes on: the preemption timer counts again if it did before."""
     host = own(m, v)
@@ -119,9 +133,8 @@ def block(m, v):
                 start_sw(m, v)
                 settle(m, v)
         exchange(m, hot(m, v) + k.HOT_BLOCKED, k.ONE)
-        if not _awake(m, v):
+        if not _awake(m, v) and not _posted_meanwhile(m, v):
             m[host + k.K_SRCU] = k.ZERO
-            vcpu_put(m, v, k.ONE)
             return BLOCKED
         take(m, hot(m, v) + k.HOT_BLOCKED)
         wake_up(m, v)
@@ -168,8 +181,9 @@ def enter(m, v):
     m[row + k.HOT_MODE] = k.IN_GUEST_MODE
     m[host + k.K_SRCU] = k.ZERO
     fence()
-    enabled = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
-    if m[row + k.HOT_FLAGS] & enabled == enabled:
+    # Whether or not APICv is active on this vCPU: it may have been when a vector was posted.
+    enabled = k.FLAG_HW | k.FLAG_SW
+    if m[k.H_CONFIG] & k.CONFIG_APICV and m[row + k.HOT_FLAGS] & enabled == enabled:
         sync_pir_to_irr(m, v)
     if exit_requested(m, v):
         m[row + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE

@@ -293,7 +293,8 @@ def start_sw(m, v):
         deadline = m[row + k.K_TSC_DEADLINE]
         tsc = guest_tsc(m)
         if deadline:
-            ns = nanoseconds(m, deadline - tsc)
+            # KVM's product has 64 bits: a deadline centuries away may wrap, and then fires early or at once.
+            ns = (deadline - tsc) * MILLION // m[k.H_TSC_KHZ]
             if deadline > tsc and ns > m[row + k.K_TIMER_ADVANCE]:
                 m[row + k.K_HRTIMER] = now + ns - m[row + k.K_TIMER_ADVANCE]
             else:

@@ -1,8 +1,11 @@
 """A vCPU's first moments: kvm_arch_vcpu_create as far as APIC state goes."""
 
+from . import avictable
 from . import typed as k
 from ._jit import kernel
 from .atomics import store_release
+from .avictable import addressable
+from .inhibit import begin
 from .lapicstate import reset
 from .pi import publish
 from .shared import hot, own
@@ -20,11 +23,9 @@ def create(m, vcpu_id):
     pid = hot(m, v)
     m[row + k.K_VCPU_ID] = vcpu_id
     m[pid + k.PID_CONTROL_WORD] = k.PID_SN | (k.POSTED_INTR_VECTOR << k.PID_NV_SHIFT)
-    m[pid + k.HOT_FLAGS] = k.FLAG_APICV if m[k.H_CONFIG] & k.CONFIG_APICV else k.ZERO
     m[row + k.K_HRTIMER] = k.NONE
     m[row + k.K_HV_DEADLINE] = k.NONE
     m[row + k.K_TIMER_ADVANCE] = m[k.H_TIMER_ADVANCE_NS]
-    m[row + k.K_CPU] = v
     m[row + k.K_MP_STATE] = k.MP_RUNNABLE if vcpu_id == m[k.H_BSP_ID] else k.MP_UNINITIALIZED
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_RIP] = k.U(0xFFF0)
@@ -32,6 +33,12 @@ def create(m, vcpu_id):
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
     m[row + k.K_DIVIDE] = k.U(2)
     publish(m, v)
+    m[row + k.K_CPU] = v
+    # Enabled from the start, as kvm_create_lapic stuffs it: the RESET below then changes no mode.
+    m[row + k.K_APIC_BASE] = k.APICBASE_EN
+    begin(m, v)
+    if addressable(m, v):
+        avictable.create(m, v)
     reset(m, v, k.ZERO)
     store_release(m, k.H_NVCPUS, v + k.ONE)
     return v

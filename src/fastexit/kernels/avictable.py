@@ -1,0 +1,204 @@
+"""AVIC's two tables: who is who, who runs where.
+
+Models: avic_init_backing_page, avic_vcpu_load, avic_vcpu_put, avic_refresh_virtual_apic_mode, avic_handle_ldr_update,
+avic_handle_dfr_update. The physical table has a word a vCPU id: the pCPU, a valid bit, IsRunning, and the backing page,
+whose frame is made up (AVIC_FIRST_PAGE_FRAME + vCPU index), since a register page here has no physical address. The
+logical table maps xAPIC logical ids to physical ones; x2AVIC derives those and does not look. Not modelled: the IOMMU,
+AVIC of kernels before 6.1, which moved an entry when the guest changed its xAPIC id. Spec: APM vol. 2 15.29.
+
+Who writes: the vCPU's own thread, one plain store for the physical entry; two logical entries share a word, so those
+are changed atomically.
+"""
+
+from . import typed as k
+from ._jit import ctz, kernel, popcount
+from .lapicreg import reg
+from .shared import clear_word_bits, hot, or_word, own
+
+
+@kernel("u8(words)")
+def in_use(m):
+    """Whether the machine has AVIC at all (enable_apicv on SVM)."""
+    wanted = k.CONFIG_SVM | k.CONFIG_APICV
+    return k.ONE if m[k.H_CONFIG] & wanted == wanted else k.ZERO
+
+
+@kernel("u8(words)")
+def max_id(m):
+    """Highest vCPU id that the physical table can hold."""
+    return k.X2AVIC_MAX_ID if m[k.H_CONFIG] & k.CONFIG_X2AVIC else k.AVIC_MAX_ID
+
+
+@kernel("u8(words, u8)")
+def addressable(m, v):
+    """Whether a vCPU has an entry in the physical table: a machine with AVIC, an id that fits."""
+    return k.ONE if in_use(m) and m[own(m, v) + k.K_VCPU_ID] <= max_id(m) else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def x2avic_active(m, v):
+    """Hardware virtualises the vCPU's x2APIC MSRs; with AVIC but without this, x2APIC mode has doorbells only."""
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    both = k.FLAG_APICV | k.FLAG_X2APIC
+    return k.ONE if m[k.H_CONFIG] & k.CONFIG_X2AVIC and flags & both == both else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def max_index(m, v):
+    """The highest index of the physical table that the vCPU's VMCB lets hardware use."""
+    return k.X2AVIC_MAX_ID if x2avic_active(m, v) else k.AVIC_MAX_ID
+
+
+# ------------------------------------------------------------------------------------------------------- physical table
+
+
+@kernel("u8(words, u8, u8)")
+def _publish(m, v, entry):
+    """The table's copy. It never has KVM's own flag, and IsRunning only where IPIs are virtualised."""
+    entry = entry & ~k.AVIC_GA_LOG
+    if not m[k.H_CONFIG] & k.CONFIG_IPIV:
+        entry = entry & ~k.AVIC_RUNNING
+    m[k.AVIC_PHYSICAL + m[own(m, v) + k.K_VCPU_ID]] = entry
+    return entry
+
+
+@kernel("u8(words, u8)")
+def create(m, v):
+    """avic_init_backing_page: a valid entry, not running. Valid from here on, so that broadcasts find the vCPU."""
+    row = own(m, v)
+    m[row + k.K_AVIC_DFR] = k.DFR_FLAT
+    entry = k.AVIC_VALID | ((k.AVIC_FIRST_PAGE_FRAME + v) << k.AVIC_BACKING_SHIFT)
+    m[row + k.K_AVIC_ENTRY] = entry
+    return _publish(m, v, entry)
+
+
+@kernel("u8(words, u8, u8)")
+def start_running(m, v, cpu):
+    """__avic_vcpu_load: the vCPU runs on this pCPU."""
+    row = own(m, v)
+    if not addressable(m, v) or cpu & ~k.AVIC_HOST_ID:
+        return k.ZERO
+    entry = m[row + k.K_AVIC_ENTRY] & ~(k.AVIC_HOST_ID | k.AVIC_GA_LOG)
+    entry = entry | cpu | k.AVIC_RUNNING
+    m[row + k.K_AVIC_ENTRY] = entry
+    return _publish(m, v, entry)
+
+
+@kernel("u8(words, u8, u8)")
+def stop_running(m, v, blocking):
+    """__avic_vcpu_put: IsRunning goes, the pCPU stays, so that a doorbell on its way disturbs nobody else's pCPU.
+
+    Before the vCPU looks at its IRR for the last time: an IPI that then finds IsRunning clear exits at its sender, one
+    that found it set is in that IRR.
+    """
+    row = own(m, v)
+    if not addressable(m, v):
+        return k.ZERO
+    entry = m[row + k.K_AVIC_ENTRY] & ~k.AVIC_RUNNING
+    # Without IPI virtualisation the table says "not running" already and is left alone.
+    if m[k.H_CONFIG] & k.CONFIG_IPIV:
+        _publish(m, v, entry)
+    if blocking:
+        entry = entry | k.AVIC_GA_LOG
+    m[row + k.K_AVIC_ENTRY] = entry
+    return entry
+
+
+@kernel("u8(words, u8, u8)")
+def load(m, v, cpu):
+    """avic_vcpu_load, by svm_vcpu_load or when the vCPU stops blocking; while it blocks, its pCPU does not matter."""
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV or m[hot(m, v) + k.HOT_BLOCKED]:
+        return k.ZERO
+    return start_running(m, v, cpu)
+
+
+@kernel("u8(words, u8, u8)")
+def put(m, v, blocking):
+    """avic_vcpu_put, by svm_vcpu_put or before the vCPU blocks; nothing to do when it was not running already."""
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV or not m[own(m, v) + k.K_AVIC_ENTRY] & k.AVIC_RUNNING:
+        return k.ZERO
+    return stop_running(m, v, blocking)
+
+
+# -------------------------------------------------------------------------------------------------------- logical table
+
+
+@kernel("u8(u8, u8)")
+def logical_index(ldr, flat):
+    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, with several, and in cluster 15."""
+    bits = (ldr >> k.U(24)) & k.U(0xFF)
+    cluster = k.ZERO
+    if not flat:
+        cluster = bits >> k.U(4)
+        if cluster == k.U(0xF):
+            return k.NONE
+        bits = bits & k.U(0xF)
+    if popcount(bits) != k.ONE:
+        return k.NONE
+    return (cluster << k.U(2)) + ctz(bits)
+
+
+@kernel("u8(words, u8)")
+def logical_entry(m, index):
+    """The 32-bit entry at an index."""
+    return (m[k.AVIC_LOGICAL + (index >> k.ONE)] >> ((index & k.ONE) << k.U(5))) & k.LOW32
+
+
+@kernel("u8(words, u8)")
+def _invalidate_logical(m, v):
+    """avic_invalidate_logical_id_entry: the entry that this vCPU has, by the LDR and DFR it had when it was made."""
+    row = own(m, v)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        return k.ZERO
+    index = logical_index(m[row + k.K_AVIC_LDR], k.ONE if m[row + k.K_AVIC_DFR] == k.DFR_FLAT else k.ZERO)
+    if index == k.NONE:
+        return k.ZERO
+    return clear_word_bits(m, k.AVIC_LOGICAL + (index >> k.ONE), k.AVIC_LOGICAL_VALID << ((index & k.ONE) << k.U(5)))
+
+
+@kernel("u8(words, u8)")
+def update_ldr(m, v):
+    """avic_handle_ldr_update: nothing in x2APIC mode, nor when the LDR is the one that the table knows."""
+    row = own(m, v)
+    ldr = reg(m, v, k.APIC_LDR)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC or ldr == m[row + k.K_AVIC_LDR]:
+        return k.ZERO
+    _invalidate_logical(m, v)
+    m[row + k.K_AVIC_LDR] = ldr
+    index = logical_index(ldr, k.ONE if reg(m, v, k.APIC_DFR) == k.DFR_FLAT else k.ZERO)
+    if index == k.NONE:
+        return k.ZERO
+    at = k.AVIC_LOGICAL + (index >> k.ONE)
+    shift = (index & k.ONE) << k.U(5)
+    clear_word_bits(m, at, k.AVIC_GUEST_ID << shift)
+    return or_word(m, at, ((reg(m, v, k.APIC_ID) >> k.U(24)) | k.AVIC_LOGICAL_VALID) << shift)
+
+
+@kernel("u8(words, u8)")
+def update_dfr(m, v):
+    """avic_handle_dfr_update: the entry goes, and comes back only with the next LDR that differs."""
+    row = own(m, v)
+    dfr = reg(m, v, k.APIC_DFR)
+    if m[row + k.K_AVIC_DFR] == dfr:
+        return k.ZERO
+    _invalidate_logical(m, v)
+    m[row + k.K_AVIC_DFR] = dfr
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def restore(m, v):
+    """avic_apicv_post_state_restore: what changed in DFR and LDR without a trap, if AVIC is active."""
+    if addressable(m, v) and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        update_dfr(m, v)
+        update_ldr(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def refresh(m, v):
+    """avic_refresh_apicv_exec_ctrl: AVIC was just switched on or off for this vCPU, which is loaded and runs."""
+    restore(m, v)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        return start_running(m, v, m[own(m, v) + k.K_CPU])
+    return stop_running(m, v, k.ZERO)

@@ -1,0 +1,206 @@
+"""APICv inhibits: reasons for which a machine that has APICv does not use it for the time being.
+
+Models: kvm_set_or_clear_apicv_inhibit, kvm_vcpu_update_apicv, required_apicv_inhibits of both vendors,
+kvm_lapic_xapic_id_updated (6.1), the inhibits of the APIC map, svm_enable_irq_window. Not modelled: Hyper-V, the PIT
+and SEV, whose reasons user space may set; apicv_update_lock, because a request that comes during an update stays.
+
+A reason is one bit of a word of the machine. Only when the word becomes zero or stops being zero does anything happen:
+every vCPU is asked to look again, at its next entry. What a reason does not do is empty PIR: what was posted before
+APICv went off is synced by the next entry, as ever.
+
+Differs by vendor: which reasons count; in L2 AVIC is off without any reason. By generation: 5.6-5.8 know no reason that
+a guest's APIC can give, trace only what switches APICv and update the running vCPU at once; 6.1 keeps a modified id
+inhibited for good; the seed's kernel has no inhibits. An id beyond AVIC's reach inhibits in every generation here,
+where kernels before 6.15 refused the vCPU.
+"""
+
+from . import typed as k
+from ._jit import ctz, kernel
+from .avictable import addressable, refresh
+from .irq import recount
+from .lapicreg import reg
+from .shared import clear_word_bits, emit, hot, make_request, or_word, own, replace_if
+
+EARLY = k.INHIBIT_DISABLED | k.INHIBIT_HYPERV
+EARLY_SVM = k.INHIBIT_NESTED | k.INHIBIT_IRQWIN | k.INHIBIT_PIT_REINJ
+LATER = k.INHIBIT_ABSENT | k.INHIBIT_BLOCKIRQ | k.INHIBIT_APIC_ID_MODIFIED | k.INHIBIT_APIC_BASE_MODIFIED
+
+
+@kernel("u8(words)")
+def required(m):
+    """required_apicv_inhibits: the reasons that count for this vendor in this generation."""
+    traits = m[k.H_TRAITS]
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    reasons = k.INHIBIT_PHYSICAL_ID_TOO_BIG if svm else k.ZERO
+    if not traits & k.T_INHIBITS:
+        return reasons
+    reasons = reasons | EARLY | (EARLY_SVM if svm else k.ZERO)
+    if traits & k.T_INHIBIT_ID_BASE:
+        reasons = reasons | LATER | (k.INHIBIT_SEV if svm else k.ZERO)
+    if traits & k.T_INHIBIT_MAP:
+        reasons = reasons | k.INHIBIT_PHYSICAL_ID_ALIASED | (k.INHIBIT_LOGICAL_ID_ALIASED if svm else k.ZERO)
+    return reasons
+
+
+@kernel("u8(words)")
+def _ask_all(m):
+    """kvm_make_all_cpus_request(APICV_UPDATE): Effect code KICK if a vCPU was in the guest. Nobody is woken for it.
+
+    The vCPU that runs here is never in guest mode when its APIC changes, so it is not told apart.
+    """
+    effects = k.ZERO
+    for i in range(m[k.H_NVCPUS]):
+        v = k.U(i)
+        make_request(m, v, k.REQ_APICV_UPDATE)
+        mode = hot(m, v) + k.HOT_MODE
+        if replace_if(m, mode, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) == k.IN_GUEST_MODE:
+            effects = k.EF_KICK << k.CODE_EFFECTS_SHIFT
+    return effects
+
+
+@kernel("u8(words, u8, u8)")
+def change(m, reason, on):
+    """kvm_set_or_clear_apicv_inhibit of a reason's bit: Effect code. Traced even when nothing changes, since 6.1."""
+    if not m[k.H_CONFIG] & k.CONFIG_APICV or not required(m) & reason:
+        return k.ZERO
+    if on:
+        old = or_word(m, k.H_INHIBITS, reason)
+        new = old | reason
+    else:
+        old = clear_word_bits(m, k.H_INHIBITS, reason)
+        new = old & ~reason
+    switches = (old != k.ZERO) != (new != k.ZERO)
+    traced = k.T_INHIBITS if switches else k.T_INHIBIT_ID_BASE
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & traced:
+        emit(m, k.TP_APICV_INHIBIT_CHANGED, k.NONE, ctz(reason), k.ONE if on else k.ZERO, new)
+    return _ask_all(m) if switches else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def activated(m, v):
+    """kvm_vcpu_apicv_activated, and an APIC that is not disabled, which 6.1 began to ask for."""
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    if m[k.H_INHIBITS]:
+        return k.ZERO
+    if m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
+        if m[k.H_CONFIG] & k.CONFIG_SVM and flags & k.FLAG_L2:
+            return k.ZERO
+        if not flags & (k.FLAG_HW | k.FLAG_X2APIC):
+            return k.ZERO
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def update_vcpu(m, v):
+    """kvm_vcpu_update_apicv, for REQ_APICV_UPDATE: APICv on or off as the reasons now say.
+
+    Off, what is in IRR has to be injected, and while APICv was on nobody asked for an EVENT.
+    """
+    row = hot(m, v)
+    if not m[k.H_CONFIG] & k.CONFIG_APICV:
+        return k.ZERO
+    flags = m[row + k.HOT_FLAGS]
+    avic_without_x2 = m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_X2AVIC) == k.CONFIG_SVM
+    if avic_without_x2 and flags & k.FLAG_X2APIC and m[k.H_TRAITS] & k.T_INHIBIT_MAP:
+        # All vCPUs share the page tables: the access page would let this one reach its backing page by MMIO.
+        m[k.H_NO_ACCESS_PAGE] = k.ONE
+    active = activated(m, v)
+    if (active != k.ZERO) == (flags & k.FLAG_APICV != k.ZERO):
+        return k.ZERO
+    m[row + k.HOT_FLAGS] = flags | k.FLAG_APICV if active else flags & ~k.FLAG_APICV
+    recount(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        refresh(m, v)
+    if not active:
+        make_request(m, v, k.REQ_EVENT)
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def begin(m, v):
+    """A new vCPU: APICv counts as active, whatever the reasons, and its first entry looks; a vCPU that AVIC cannot
+    address has none from the start, nor has any other vCPU from now on.
+    """
+    if not m[k.H_CONFIG] & k.CONFIG_APICV:
+        return k.ZERO
+    flags = hot(m, v) + k.HOT_FLAGS
+    make_request(m, v, k.REQ_APICV_UPDATE)
+    if m[k.H_CONFIG] & k.CONFIG_SVM and not addressable(m, v):
+        return change(m, k.INHIBIT_PHYSICAL_ID_TOO_BIG, k.ONE)
+    m[flags] = m[flags] | k.FLAG_APICV
+    return k.ZERO
+
+
+# ------------------------------------------------------------------------------------------------- what the APIC does
+
+
+@kernel("u8(words, u8, u8, u8)")
+def map_rebuilt(m, present, logical, modified):
+    """What a new map means: dropped, its logical half useless, an xAPIC id that is not the vCPU's. Effect code."""
+    if not m[k.H_TRAITS] & k.T_INHIBIT_MAP:
+        return k.ZERO
+    effects = change(m, k.INHIBIT_PHYSICAL_ID_ALIASED, k.ZERO if present else k.ONE)
+    aliased = not present or logical == k.LOGICAL_DISABLED
+    effects = effects | change(m, k.INHIBIT_LOGICAL_ID_ALIASED, k.ONE if aliased else k.ZERO)
+    return effects | change(m, k.INHIBIT_APIC_ID_MODIFIED, modified)
+
+
+@kernel("u8(words, u8)")
+def id_modified(m, v):
+    """1 when an xAPIC id is not the vCPU's; ids above 255 are compared by their low byte."""
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        return k.ZERO
+    return k.ONE if reg(m, v, k.APIC_ID) >> k.U(24) != m[own(m, v) + k.K_VCPU_ID] & k.U(0xFF) else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def id_written(m, v):
+    """kvm_lapic_xapic_id_updated of 6.1: inhibited for good; later the map tells."""
+    traits = m[k.H_TRAITS]
+    if traits & k.T_INHIBIT_MAP or not traits & k.T_INHIBIT_ID_BASE:
+        return k.ZERO
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or not id_modified(m, v):
+        return k.ZERO
+    return change(m, k.INHIBIT_APIC_ID_MODIFIED, k.ONE)
+
+
+@kernel("u8(words, u8, u8)")
+def base_written(m, v, changed):
+    """The end of __kvm_apic_set_base: a new mode asks for an update, a moved page inhibits for good. Effect code."""
+    traits = m[k.H_TRAITS]
+    if changed & (k.APICBASE_EN | k.APICBASE_EXTD) and traits & k.T_INHIBIT_ID_BASE:
+        if traits & k.T_INHIBIT_MAP:
+            make_request(m, v, k.REQ_APICV_UPDATE)
+        else:
+            update_vcpu(m, v)
+    base = m[own(m, v) + k.K_APIC_BASE]
+    if base & k.APICBASE_EN and base & k.APICBASE_PAGE != k.APIC_DEFAULT_PHYS_BASE:
+        return change(m, k.INHIBIT_APIC_BASE_MODIFIED, k.ONE)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def irq_window(m, v, on):
+    """The APICv side of svm_enable_irq_window, and of the VINTR exit that closes the window: Effect code.
+
+    A window needs a virtual interrupt, which AVIC ignores. In L2 AVIC is off anyway, so no window inhibits it there,
+    but a window that was asked for in L1 may close in L2.
+    """
+    if not m[k.H_CONFIG] & k.CONFIG_SVM or (on and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2):
+        return k.ZERO
+    effects = change(m, k.INHIBIT_IRQWIN, on)
+    if not m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
+        if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
+            update_vcpu(m, v)
+    return effects
+
+
+@kernel("u8(words, u8)")
+def nested_changed(m, v):
+    """AVIC stays out of L2: a VMRUN asks for an update, a nested exit makes it at once where no reason stands."""
+    if not m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
+        return k.ZERO
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    if flags & k.FLAG_L2:
+        return make_request(m, v, k.REQ_APICV_UPDATE) if flags & k.FLAG_APICV else k.ZERO
+    return k.ZERO if m[k.H_INHIBITS] else update_vcpu(m, v)
