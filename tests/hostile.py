@@ -12,12 +12,14 @@ that a row of a vCPU that does not exist cannot be read. In the others such rows
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import inspect
 import mmap
 import random
 import re
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +45,8 @@ ARRAYS = {"exits": L.EXIT, "outcomes": L.OUTCOME}
 """Parameters of entries that are addresses, and of what."""
 RECORDS = 48
 CALLS_OF_ONE = 1500
+SECONDS_OF_ONE = 100
+"""After that a machine hangs: its process says where, and ends."""
 ALLOWED = (ValueError, TypeError, fx.GeneralProtection)
 HEAD = struct.Struct("<8sIIII")
 NONE, U32 = L.NONE, 0xFFFF_FFFF
@@ -461,6 +465,7 @@ def storms(seed: int, calls: int, loud: bool = False) -> Iterator[Storm]:
     """Machines that have lived, until there were so many calls."""
     while calls > 0:
         print(f"seed {seed}", flush=True)
+        faulthandler.dump_traceback_later(SECONDS_OF_ONE, exit=True)
         storm = Storm(seed, loud)
         storm.play()
         yield storm
@@ -470,10 +475,9 @@ def storms(seed: int, calls: int, loud: bool = False) -> Iterator[Storm]:
 
 def main() -> int:
     """What a subprocess does, so that a crash is its alone."""
-    import faulthandler
-    import warnings
-
     faulthandler.enable()
+    # Compiling comes first, so that a machine's time is its own.
+    _jit.warmup()
     if not _jit.JIT:
         warnings.filterwarnings("ignore", "overflow encountered in scalar", RuntimeWarning)
     seed, calls = int(sys.argv[1]), int(sys.argv[2])
