@@ -146,7 +146,7 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
         self.lock = threading.Lock()
-        self.fast_mmio: set[int] = set()
+        self.fast_mmio: set[int] = set()  # addresses of zero-length ioeventfds
         self.last_host_code = 0
 
     def __repr__(self) -> str:
@@ -425,7 +425,11 @@ class Machine:
 
     @classmethod
     def restore(cls, data: bytes) -> Machine:
-        """A machine from its snapshot; ValueError says what is wrong with the bytes. Handlers are the built-in ones."""
+        """A machine from its snapshot; ValueError says what is wrong with the bytes.
+
+        Handlers are the built-in ones; ioeventfds (``fast_mmio``) and the remapping entries of assigned devices are user
+        space's, which makes them anew.
+        """
         m = cls.__new__(cls)
         m._map_memory()
         unpack(data, m.words)

@@ -6,11 +6,11 @@ apicv.py's. Kernels up to 5.10 read the register through the path of a guest's r
 
 from . import typed as k
 from ._jit import kernel
-from .irq import update_ppr
+from .irq import send_ioapic_eoi, update_ppr
 from .lapic import in_x2apic_mode, readable, reg_read, reg_write, x2apic_icr_write
 from .lapicreg import reg, vector_slot, x2apic_icr
 from .msr import skip
-from .shared import emit, hot, make_request, own
+from .shared import emit, make_request
 
 
 @kernel("u8(words, u8, u8)")
@@ -35,27 +35,6 @@ def write_nodecode(m, v, offset):
     if offset == k.APIC_ICR and in_x2apic_mode(m, v):
         return x2apic_icr_write(m, v, x2apic_icr(m, v)) & k.CODE_DELIVERY
     return reg_write(m, v, offset, _in_page(m, v, offset)) & k.CODE_DELIVERY
-
-
-@kernel("u8(words, u8, u8)")
-def send_ioapic_eoi(m, v, vector):
-    """kvm_ioapic_send_eoi: to KVM's IOAPIC with the TMR's trigger mode, or to user space's by an exit.
-
-    Suppress-EOI-broadcast counts only where user space asked for it.
-    """
-    row = own(m, v)
-    w = vector >> k.U(6)
-    bit = vector & k.U(63)
-    if not (m[row + k.K_IOAPIC_HANDLED + w] >> bit) & k.ONE:
-        return k.ZERO
-    if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
-        if reg(m, v, k.APIC_SPIV) & k.SVR_SUPPRESS_EOI and m[k.H_API] & k.X2API_SUPPRESS_EOI:
-            return k.ZERO
-        m[row + k.K_IOAPIC_EOI] = vector
-        return make_request(m, v, k.REQ_IOAPIC_EOI_EXIT)
-    m[row + k.K_IOAPIC_EOI] = vector | (((m[hot(m, v) + k.HOT_TMR + w] >> bit) & k.ONE) << k.U(8))
-    m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
-    return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")

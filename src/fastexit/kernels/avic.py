@@ -15,13 +15,14 @@ What was read is in K_MSR_DATA.
 
 from . import typed as k
 from ._jit import kernel
+from .accelerated import write_nodecode
 from .avictable import load as load
 from .avictable import logical_entry, max_index, update_dfr, update_ldr, x2avic_active
 from .avictable import put as put
 from .ipi import ACCEPT, combine, complete_delivery, delivery_mode, destination, send
 from .irq import clear_isr, compute_ppr, highest_isr
-from .lapic import in_x2apic_mode, reg_write, x2apic_icr_write
-from .lapicreg import reg, set_reg, vector_slot, x2apic_icr
+from .lapic import in_x2apic_mode
+from .lapicreg import reg, set_reg, vector_slot
 from .match import matches
 from .shared import emit, hot, or_word, own, vec
 
@@ -106,14 +107,6 @@ def kick_targets(m, v, icr, index):
     return code
 
 
-@kernel("u8(words, u8, u8)")
-def _write_again(m, v, offset):
-    """kvm_apic_write_nodecode: the register write whose value stands in the backing page already."""
-    if offset == k.APIC_ICR and in_x2apic_mode(m, v):
-        return x2apic_icr_write(m, v, x2apic_icr(m, v))
-    return reg_write(m, v, offset, reg(m, v, offset))
-
-
 @kernel("u8(words, u8, u8, u8)")
 def incomplete_ipi(m, v, info1, info2):
     """avic_incomplete_ipi_interception: delivery code. The write of ICR is done, only the IPI is not.
@@ -130,7 +123,7 @@ def incomplete_ipi(m, v, info1, info2):
     if why != k.AVIC_INVALID_INT_TYPE and why != k.AVIC_INVALID_TARGET:
         return k.ZERO  # a backing page that is invalid only warns; a vector below 16 goes nowhere
     if info1 & k.ICR_BUSY:
-        return _write_again(m, v, k.APIC_ICR) & k.CODE_DELIVERY
+        return write_nodecode(m, v, k.APIC_ICR)
     return send(m, v, info1)
 
 
@@ -163,7 +156,7 @@ def unaccelerated(m, v, offset):
         update_ldr(m, v)
     elif offset == k.APIC_DFR:
         update_dfr(m, v)
-    return _write_again(m, v, offset) & k.CODE_DELIVERY
+    return write_nodecode(m, v, offset)
 
 
 # ---------------------------------------------------------------------------------------------------- hardware: the IPI
