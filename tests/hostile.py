@@ -180,12 +180,18 @@ def thing(rng: random.Random, name: str, vcpus: int) -> Any:
 
 
 def entry_parameters() -> dict[str, list[str]]:
-    """Names of the parameters of each entry of the library, the handle left out."""
+    """Names of the parameters of each entry of the library, the handle left out.
+
+    An entry that only checks a vCPU's index around a kernel has that kernel's names.
+    """
     found = {}
     for name, declared in _jit.ENTRIES.items():
         if declared.python.__module__.startswith("fastexit."):
             handle, *others = inspect.signature(declared.python).parameters
             assert handle == "handle", f"entry {name} does not begin with the machine's handle"
+            inner = inspect.getclosurevars(declared.python).nonlocals.get("inner")
+            if inner is not None:
+                others = list(inspect.signature(getattr(inner, "py_func", inner)).parameters)[1:]
             found[name] = others
     return found
 

@@ -1,53 +1,26 @@
 """A slow, obvious model of KVM's local APIC, written to be read and to be right, not to be quick.
 
-Models: the in-kernel local APIC of KVM x86 on the generic path (register reads and writes, IPIs, MSIs, the APIC map,
-APICBASE, get/set of the register page, INIT/SIPI/NMI), default behaviour of 6.18, with the older behaviours of seven
-kernel generations. Sets stand for bitmaps, a dict for the register page, a dict for the APIC map.
+Models: a VM with an in-kernel irqchip as far as its APICs go (the APIC map and delivery, MSIs, paravirtual IPIs, MSR
+filters, time), default behaviour of 6.18, with the older behaviours of seven kernel generations. Sets stand for
+bitmaps, a dict for the register page, a dict for the APIC map. A vCPU is in oracle_apic.py, its timer in
+oracle_timer.py, its thread in oracle_run.py.
 
-It shares nothing but numbers (`fastexit.regs`) with the library, so an error has to be made twice to go unnoticed.
-`test_oracle_kvm.py` holds it against a real `/dev/kvm`; `test_property.py` holds the library against it.
+It shares nothing but numbers (`fastexit.regs`, `fastexit.reasons`) with the library, so an error has to be made twice
+to go unnoticed. `test_oracle_kvm.py`, `test_timers_kvm.py` and `test_run_kvm.py` hold it against a real `/dev/kvm`;
+`test_property.py` holds the library against it.
 
-Not modelled: time (TMICT is stored, TMCCT reads 0, nothing expires), CMCI, Hyper-V and Xen, the IOAPIC side of an EOI.
+Not modelled: CMCI, Hyper-V and Xen, nested guests.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastexit import regs as r
+from oracle_apic import ENABLED_BITS, Irq, Vcpu
 
 KERNELS = ("seed-v3", "5.6", "5.7", "5.8", "6.1", "6.12", "6.18")
-
-PLAIN_LVTS = {
-    r.APIC_LVTTHMR: r.LVT_WRITABLE_LOCAL,
-    r.APIC_LVTPC: r.LVT_WRITABLE_LOCAL,
-    r.APIC_LVT0: r.LVT_WRITABLE_LINT,
-    r.APIC_LVT1: r.LVT_WRITABLE_LINT,
-    r.APIC_LVTERR: r.LVT_WRITABLE_ERROR,
-}
-LVTS = (r.APIC_LVTT, *PLAIN_LVTS)
-BITMAP_OFFSETS = {base + 0x10 * word for base in (r.APIC_ISR, r.APIC_TMR, r.APIC_IRR) for word in range(8)}
-READABLE = BITMAP_OFFSETS | {
-    r.APIC_ID,
-    r.APIC_LVR,
-    r.APIC_TASKPRI,
-    r.APIC_PROCPRI,
-    r.APIC_LDR,
-    r.APIC_SPIV,
-    r.APIC_ESR,
-    r.APIC_ICR,
-    *LVTS,
-    r.APIC_TMICT,
-    r.APIC_TMCCT,
-    r.APIC_TDCR,
-}
-READABLE_IN_XAPIC = READABLE | {r.APIC_ARBPRI, r.APIC_DFR, r.APIC_ICR2}
-XAPIC_ID_MASK = 0xFF00_0000
-ENABLED_BITS = r.APICBASE_EN | r.APICBASE_EXTD
-DESTINATIONS = ("dst", "self", "all", "all-but-self")
-MAX_PENDING_NMIS = 2
-AVIC_MAX_ID = 254
 INHIBITS_OF_5_6 = {r.Inhibit.DISABLED, r.Inhibit.HYPERV}
 INHIBITS_OF_5_6_SVM = {r.Inhibit.NESTED, r.Inhibit.IRQWIN, r.Inhibit.PIT_REINJ}
 INHIBITS_OF_6_1 = {
@@ -59,21 +32,13 @@ INHIBITS_OF_6_1 = {
 
 
 @dataclass
-class Irq:
-    """One interrupt message on its way to the APICs."""
+class MsrRange:
+    """One range of KVM_X86_SET_MSR_FILTER; bits of ``bitmap`` allow."""
 
-    vector: int
-    mode: int
-    logical: bool
-    level: bool
-    trigger_level: bool
-    shorthand: int
-    dest: int
-    redirection_hint: bool = False
-
-    @property
-    def wants_lowest(self) -> bool:
-        return self.mode == r.DM_LOWEST or self.redirection_hint
+    flags: int
+    base: int
+    count: int
+    bitmap: int
 
 
 @dataclass
@@ -85,584 +50,6 @@ class ApicMap:
     logical_mode: int = r.LOGICAL_SW_DISABLED
     flat: dict[int, Vcpu] = field(default_factory=dict)
     cluster: dict[tuple[int, int], Vcpu] = field(default_factory=dict)
-
-
-@dataclass
-class Events:
-    """The part of KVM_GET_VCPU_EVENTS that an APIC can change."""
-
-    nmi_pending: int
-    latched_init: int
-
-
-class Vcpu:
-    """One vCPU: its APIC registers and the few words KVM keeps beside them."""
-
-    def __init__(self, machine: Machine, apic_id: int, index: int) -> None:
-        self.m = machine
-        self.id = apic_id
-        self.index = index
-        self.is_boot_cpu = apic_id == 0
-        self.apic_base = 0
-        self.words: dict[int, int] = {}  # every dword of the page that is not part of a bitmap
-        self.irr: set[int] = set()
-        self.isr: set[int] = set()
-        self.tmr: set[int] = set()
-        self.pir: set[int] = set()
-        self.isr_count = 0
-        self.isr_cache: int | None = None
-        self.lvtt_mode = 0
-        self.tsc_deadline = 0
-        self.nmi_queued = 0
-        self.pending_init = False
-        self.pending_sipi = False
-        self.sipi_vector = 0
-        self.pv_unhalted = False
-        self.mp_state = r.MP_RUNNABLE if self.is_boot_cpu else r.MP_UNINITIALIZED
-        self.last_accepted = 0
-        self.apicv = machine.apicv
-        self.apicv_update = machine.apicv
-        if machine.apicv and machine.svm and apic_id > AVIC_MAX_ID:
-            machine.inhibit(r.Inhibit.PHYSICAL_ID_TOO_BIG, True)
-            self.apicv = False
-        self.apic_base = r.APICBASE_EN
-        self._reset(init=False)
-
-    # ------------------------------------------------------------------------------------------------ small facts
-
-    @property
-    def hw_enabled(self) -> bool:
-        return bool(self.apic_base & r.APICBASE_EN)
-
-    @property
-    def x2apic(self) -> bool:
-        return bool(self.apic_base & r.APICBASE_EXTD)
-
-    @property
-    def sw_enabled(self) -> bool:
-        return bool(self.reg(r.APIC_SPIV) & r.SVR_ENABLE)
-
-    @property
-    def xapic_id(self) -> int:
-        return self.reg(r.APIC_ID) >> r.XAPIC_DEST_SHIFT
-
-    @property
-    def deadline_mode(self) -> bool:
-        return self.lvtt_mode == r.TIMER_DEADLINE
-
-    def _bitmap(self, offset: int) -> tuple[set[int], int]:
-        base = next(b for b in (r.APIC_IRR, r.APIC_TMR, r.APIC_ISR) if offset >= b)
-        return {r.APIC_IRR: self.irr, r.APIC_TMR: self.tmr, r.APIC_ISR: self.isr}[base], (offset - base) // 0x10 * 32
-
-    def reg(self, offset: int) -> int:
-        """The dword at ``offset`` as it stands in the page."""
-        if offset in BITMAP_OFFSETS:
-            vectors, first = self._bitmap(offset)
-            return sum(1 << (v - first) for v in vectors if first <= v < first + 32)
-        return self.words.get(offset, 0)
-
-    def _put(self, offset: int, value: int) -> None:
-        if offset in BITMAP_OFFSETS:
-            vectors, first = self._bitmap(offset)
-            vectors.difference_update(range(first, first + 32))
-            vectors.update(first + bit for bit in range(32) if value >> bit & 1)
-        else:
-            self.words[offset] = value
-
-    # -------------------------------------------------------------------------------------------- reset and INIT
-
-    def _reset(self, *, init: bool) -> None:
-        self.pir.clear()
-        if not init:
-            self._set_base(r.APIC_DEFAULT_PHYS_BASE | r.APICBASE_EN | (r.APICBASE_BSP if self.is_boot_cpu else 0))
-            self._set_xapic_id(self.id)
-        self._set_version()
-        for lvt in LVTS:
-            self._put(lvt, r.LVT_MASKED)
-        self._update_timer_mode()
-        if self.is_boot_cpu:
-            self._put(r.APIC_LVT0, r.LVT0_BOOT)
-        self._put(r.APIC_DFR, r.DFR_FLAT)
-        self._set_svr(0xFF)
-        self.m.map_dirty = True
-        self._put(r.APIC_TASKPRI, 0)
-        if not self.x2apic:
-            self._put(r.APIC_LDR, 0)
-        self._put(r.APIC_ESR, 0)
-        self._put(r.APIC_ICR, 0)
-        if not self.x2apic or self.m.icr_always_split:
-            self._put(r.APIC_ICR2, 0)
-        else:
-            # a 64-bit store, also on the vendor that keeps the high half elsewhere
-            self._put(r.APIC_ICR + 4, 0)
-        self._put(r.APIC_TDCR, 0)
-        self._put(r.APIC_TMICT, 0)
-        self.irr.clear()
-        self.isr.clear()
-        self.tmr.clear()
-        self._recount_isr()
-        self._update_ppr()
-        self.m.rebuild_map()
-
-    def _set_version(self) -> None:
-        advertised = self.m.x2apic and self.m.split_irqchip and not self.m.x2apic_api & r.X2API_NO_SUPPRESS_EOI
-        self._put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
-
-    def _recount_isr(self) -> None:
-        self.isr_count = 1 if self.apicv else len(self.isr)
-        self.isr_cache = None
-
-    # ---------------------------------------------------------------------------------------------------- APICv
-
-    def enter(self) -> None:
-        """What a VM entry does about APICv: on or off, if somebody asked to look again."""
-        if self.apicv_update:
-            self.apicv_update = False
-            self._update_apicv()
-
-    def _update_apicv(self) -> None:
-        enabled = self.hw_enabled or self.x2apic or not self.m.inhibits_by_guest
-        active = self.m.apicv and not self.m.inhibits and enabled
-        if active != self.apicv:
-            self.apicv = active
-            self._recount_isr()
-
-    def _mode_changed(self) -> None:
-        """APICBASE.EN or EXTD changed: 6.1 looks at once, later kernels at the next entry."""
-        if self.m.inhibits_by_map:
-            self.apicv_update = True
-        elif self.m.inhibits_by_guest:
-            self._update_apicv()
-
-    def _inhibit_moved_page(self) -> None:
-        if self.hw_enabled and self.apic_base >> 12 << 12 != r.APIC_DEFAULT_PHYS_BASE:
-            self.m.inhibit(r.Inhibit.APIC_BASE_MODIFIED, True)
-
-    @property
-    def xapic_id_modified(self) -> bool:
-        return not self.x2apic and self.xapic_id != self.id & 0xFF
-
-    def _inhibit_modified_id(self) -> None:
-        if not self.m.inhibits_by_map and self.hw_enabled and self.xapic_id_modified:
-            self.m.inhibit(r.Inhibit.APIC_ID_MODIFIED, True)
-
-    def _set_svr(self, value: int) -> None:
-        if bool(value & r.SVR_ENABLE) != self.sw_enabled:
-            self.m.map_dirty = True
-        self._put(r.APIC_SPIV, value)
-
-    def _set_xapic_id(self, apic_id: int) -> None:
-        self._put(r.APIC_ID, (apic_id & 0xFF) << r.XAPIC_DEST_SHIFT)
-        self.m.map_dirty = True
-
-    def _x2apic_ldr(self) -> int:
-        return (self.id >> 4) << 16 | 1 << (self.id & 15)
-
-    # ------------------------------------------------------------------------------------------------- APICBASE
-
-    def _set_base(self, value: int) -> None:
-        changed = self.apic_base ^ value
-        self.apic_base = value
-        if changed & r.APICBASE_EN:
-            self.m.map_dirty = True
-            if value & r.APICBASE_EN:
-                self._set_xapic_id(self.id)
-        if changed & r.APICBASE_EXTD:
-            if value & r.APICBASE_EXTD:
-                self._put(r.APIC_ID, self.id)
-                self._put(r.APIC_LDR, self._x2apic_ldr())
-                self.m.map_dirty = True
-            elif value & r.APICBASE_EN:
-                self._set_xapic_id(self.id)
-        if changed & ENABLED_BITS:
-            self._mode_changed()
-        self._inhibit_moved_page()
-
-    def _write_base(self, value: int, *, host: bool) -> bool:
-        if value == self.apic_base:
-            return True
-        reserved = r.APICBASE_RESERVED | ~((1 << self.m.maxphyaddr) - 1)
-        if not self.m.x2apic:
-            reserved |= r.APICBASE_EXTD
-        old_mode, new_mode = self.apic_base & ENABLED_BITS, value & ENABLED_BITS
-        if value & reserved or new_mode == r.APICBASE_EXTD:
-            return False
-        if not host:
-            if old_mode == ENABLED_BITS and new_mode == r.APICBASE_EN:
-                return False
-            if old_mode == 0 and new_mode == ENABLED_BITS:
-                return False
-        self._set_base(value)
-        self.m.rebuild_map()
-        return True
-
-    # ------------------------------------------------------------------------------------------- MSR and MMIO doors
-
-    def set_msr(self, msr: int, value: int) -> bool:
-        """KVM_SET_MSRS of one entry; False where the ioctl stops."""
-        return self._write_msr(msr, value, host=True)
-
-    def guest_wrmsr(self, msr: int, value: int) -> str:
-        """A guest WRMSR: ``"ok"`` or ``"gp"``."""
-        self.enter()
-        done = self._write_msr(msr, value, host=False)
-        self.enter()
-        return "ok" if done else "gp"
-
-    def _write_msr(self, msr: int, value: int, *, host: bool) -> bool:
-        self.last_accepted = 0
-        if msr == r.MSR_APICBASE:
-            return self._write_base(value, host=host)
-        if msr == r.MSR_TSC_DEADLINE:
-            if self.hw_enabled and self.deadline_mode:
-                self.tsc_deadline = value
-            return True
-        if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
-            return False
-        offset = (msr - r.MSR_X2APIC_BASE) << 4
-        if self.m.icr_always_split:
-            # these kernels write the destination as a register of its own first and look at no upper half elsewhere
-            if offset == r.APIC_ICR2:
-                return False
-            if offset == r.APIC_ICR:
-                self._write_reg(r.APIC_ICR2, value >> 32)
-            return self._write_reg(offset, value & 0xFFFF_FFFF)
-        if offset == r.APIC_ICR:
-            return self._write_x2apic_icr(value)
-        if value >> 32:
-            return False
-        return self._write_reg(offset, value)
-
-    def get_msr(self, msr: int) -> int | None:
-        """KVM_GET_MSRS of one entry, and equally a guest RDMSR; None where it faults."""
-        if msr == r.MSR_APICBASE:
-            return self.apic_base
-        if msr == r.MSR_TSC_DEADLINE:
-            return self.tsc_deadline if self.hw_enabled and self.deadline_mode else 0
-        if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
-            return None
-        offset = (msr - r.MSR_X2APIC_BASE) << 4
-        if offset == r.APIC_ICR:
-            return self.reg(r.APIC_ICR) | self.reg(self._icr_high_at()) << 32
-        return self._read_reg(offset)
-
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> None:
-        """A guest store to the APIC page."""
-        self.last_accepted = 0
-        self.enter()
-        if self.hw_enabled and not self.x2apic and length == 4 and offset % 16 == 0:
-            self._write_reg(offset, value & 0xFFFF_FFFF)
-        self.enter()
-
-    def mmio_read(self, offset: int, length: int = 4) -> int | None:
-        """A guest load from the APIC page; None where KVM leaves the destination as it was."""
-        self.enter()
-        if not self.hw_enabled or self.x2apic:
-            return (1 << 8 * length) - 1
-        byte = offset % 16
-        if byte + length > 4 or offset > r.APIC_SELF_IPI:
-            return None
-        value = self._read_reg(offset - byte, traced_as=offset)
-        if value is None or length not in (1, 2, 4):
-            return None
-        return value >> 8 * byte & (1 << 8 * length) - 1
-
-    def _icr_high_at(self) -> int:
-        return r.APIC_ICR2 if self.m.icr_split else r.APIC_ICR + 4
-
-    def _read_reg(self, offset: int, traced_as: int | None = None) -> int | None:
-        if offset not in (READABLE if self.x2apic else READABLE_IN_XAPIC):
-            return None
-        if offset == r.APIC_PROCPRI:
-            self._update_ppr()
-        value = 0 if offset in (r.APIC_ARBPRI, r.APIC_TMCCT) else self.reg(offset)
-        self.m.log(f"kvm_apic: apic_read {register_name(offset if traced_as is None else traced_as)} = {value:#x}")
-        return value
-
-    # ---------------------------------------------------------------------------------------------- register writes
-
-    def _write_reg(self, offset: int, value: int) -> bool:
-        """One 32-bit register write, x2APIC (False means #GP) or xAPIC (the result is ignored)."""
-        self.m.log(f"kvm_apic: apic_write {register_name(offset)} = {value:#x}")
-        done = self._apply_write(offset, value)
-        self.m.rebuild_map()
-        return done
-
-    def _apply_write(self, offset: int, value: int) -> bool:
-        if offset in (r.APIC_ID, r.APIC_LDR, r.APIC_DFR):
-            if self.x2apic:
-                return False
-            self._put(offset, value | r.DFR_CLUSTER if offset == r.APIC_DFR else value & XAPIC_ID_MASK)
-            self.m.map_dirty = True
-            if offset == r.APIC_ID:
-                self._inhibit_modified_id()
-        elif offset == r.APIC_TASKPRI:
-            self._put(offset, value & 0xFF)
-            self._update_ppr()
-        elif offset == r.APIC_EOI:
-            self.eoi()
-        elif offset == r.APIC_SPIV:
-            writable = r.SVR_WRITABLE
-            if self.reg(r.APIC_LVR) & r.LVR_DIRECTED_EOI:
-                writable |= r.SVR_SUPPRESS_EOI
-            self._set_svr(value & writable)
-            if not self.sw_enabled:
-                for lvt in LVTS:
-                    self._put(lvt, self.reg(lvt) | r.LVT_MASKED)
-                self._update_timer_mode()
-        elif offset == r.APIC_ICR:
-            self._send_ipi(value & ~r.ICR_BUSY, self.reg(r.APIC_ICR2))
-            self._put(r.APIC_ICR, value & ~r.ICR_BUSY)
-        elif offset == r.APIC_ICR2:
-            if self.x2apic and not self.m.icr_always_split:
-                return False
-            self._put(offset, value if self.x2apic else value & XAPIC_ID_MASK)
-        elif offset in PLAIN_LVTS:
-            self._put(offset, (value | self._forced_mask()) & PLAIN_LVTS[offset])
-        elif offset == r.APIC_LVTT:
-            self._put(offset, (value | self._forced_mask()) & (r.LVT_WRITABLE_TIMER | self._timer_mode_mask()))
-            self._update_timer_mode()
-        elif offset == r.APIC_TMICT:
-            if not self.deadline_mode:
-                self._put(offset, value)
-        elif offset == r.APIC_TDCR:
-            self._put(offset, value & r.TDCR_WRITABLE)
-        elif offset == r.APIC_ESR:
-            return not (self.x2apic and value)
-        elif offset == r.APIC_SELF_IPI:
-            if not self.x2apic:
-                return False
-            if self.m.icr_always_split:
-                self._write_reg(r.APIC_ICR, r.SH_SELF << r.ICR_SHORTHAND_SHIFT | value & 0xFF)
-            elif value > 0xFF:
-                return False
-            else:
-                self._send_ipi(r.SH_SELF << r.ICR_SHORTHAND_SHIFT | value, 0)
-        else:
-            return False
-        return True
-
-    def _forced_mask(self) -> int:
-        return 0 if self.sw_enabled else r.LVT_MASKED
-
-    def _timer_mode_mask(self) -> int:
-        return r.LVT_TIMER_PERIODIC | (r.LVT_TIMER_DEADLINE if self.m.tsc_deadline else 0)
-
-    def _update_timer_mode(self) -> None:
-        mode = self.reg(r.APIC_LVTT) & self._timer_mode_mask()
-        if (mode == r.TIMER_DEADLINE) != self.deadline_mode:
-            self._put(r.APIC_TMICT, 0)
-            self.tsc_deadline = 0
-        self.lvtt_mode = mode
-
-    # --------------------------------------------------------------------------------------------------- sending
-
-    def _write_x2apic_icr(self, value: int) -> bool:
-        if self.m.icr_reserved_faults and value & r.ICR_RESERVED:
-            return False
-        value &= ~r.ICR_BUSY
-        self._send_ipi(value & 0xFFFF_FFFF, value >> 32)
-        self._put(r.APIC_ICR, value & 0xFFFF_FFFF)
-        self._put(self._icr_high_at(), value >> 32)
-        self.m.log(f"kvm_apic: apic_write APIC_ICR = {value:#x}")
-        return True
-
-    def _send_ipi(self, low: int, high: int) -> None:
-        irq = Irq(
-            vector=low & r.ICR_VECTOR,
-            mode=(low & r.ICR_DM) >> r.ICR_DM_SHIFT,
-            logical=bool(low & r.ICR_LOGICAL),
-            level=bool(low & r.ICR_LEVEL),
-            trigger_level=bool(low & r.ICR_TRIGGER),
-            shorthand=(low & r.ICR_SHORTHAND) >> r.ICR_SHORTHAND_SHIFT,
-            dest=high if self.x2apic else high >> r.XAPIC_DEST_SHIFT,
-        )
-        self.m.log(
-            f"kvm_apic_ipi: dst {irq.dest:x} vec {irq.vector} ({r.DeliveryMode(irq.mode).name}|"
-            f"{'logical' if irq.logical else 'physical'}|{'assert' if irq.level else 'de-assert'}|"
-            f"{'level' if irq.trigger_level else 'edge'}|{DESTINATIONS[irq.shorthand]})"
-        )
-        self.last_accepted = self.m.deliver(self, irq)
-
-    # -------------------------------------------------------------------------------------------------- receiving
-
-    def accept(self, irq: Irq) -> int:
-        """Takes one interrupt message; 1 when it was accepted."""
-        trigger = "level" if irq.trigger_level else "edge"
-        what = f"apicid {self.id:x} vec {irq.vector} ({r.DeliveryMode(irq.mode).name}|{trigger})"
-        self.m.log(f"kvm_apic_accept_irq: {what}")
-        if irq.mode in (r.DM_FIXED, r.DM_LOWEST):
-            if irq.trigger_level and not irq.level:
-                return 0
-            if not (self.hw_enabled and self.sw_enabled):
-                return 0
-            if irq.trigger_level:
-                self.tmr.add(irq.vector)
-            else:
-                self.tmr.discard(irq.vector)
-            (self.pir if self.apicv and not self.m.svm else self.irr).add(irq.vector)
-            if self.apicv:
-                self.m.log(f"kvm_apicv_accept_irq: {what}")
-            return 1
-        if irq.mode == r.DM_REMRD:
-            self.pv_unhalted = True
-            return 1
-        if irq.mode == r.DM_NMI:
-            self.nmi_queued += 1
-            return 1
-        if irq.mode == r.DM_INIT:
-            if irq.trigger_level and not irq.level:
-                return 0
-            self.pending_init = True
-            self.pending_sipi = False
-            return 1
-        if irq.mode == r.DM_STARTUP:
-            self.sipi_vector = irq.vector
-            self.pending_sipi = True
-            return 1
-        return 0  # ExtINT, and SMI on a kernel without system management mode
-
-    def sync_pir(self) -> None:
-        """Moves posted interrupts into the IRR."""
-        self.irr |= self.pir
-        self.pir.clear()
-
-    # ---------------------------------------------------------------------------------------- priorities and EOI
-
-    def _highest_isr(self) -> int | None:
-        if self.isr_count == 0:
-            return None
-        if self.isr_cache is not None:
-            return self.isr_cache
-        return max(self.isr, default=None)
-
-    def _store_ppr(self) -> bool:
-        """Recomputes the processor priority; True when it fell."""
-        tpr, in_service = self.reg(r.APIC_TASKPRI), self._highest_isr() or 0
-        ppr = tpr & 0xFF if tpr & 0xF0 >= in_service & 0xF0 else in_service & 0xF0
-        fell = ppr < self.reg(r.APIC_PROCPRI)
-        self._put(r.APIC_PROCPRI, ppr)
-        return fell
-
-    def _update_ppr(self) -> None:
-        if self._store_ppr():
-            self.sync_pir()  # looking for something that became deliverable looks at posted interrupts too
-
-    def pending(self) -> int | None:
-        """The vector that could be injected now."""
-        if not self.hw_enabled:
-            return None
-        self._store_ppr()
-        self.sync_pir()
-        vector = max(self.irr, default=0)
-        return vector if vector & 0xF0 > self.reg(r.APIC_PROCPRI) else None
-
-    def ack(self) -> int | None:
-        """Injects the pending vector: IRR to ISR."""
-        vector = self.pending()
-        if vector is None:
-            return None
-        self.irr.discard(vector)
-        if vector not in self.isr:
-            self.isr.add(vector)
-            if not self.apicv:
-                self.isr_count += 1
-                self.isr_cache = vector
-        self._store_ppr()
-        return vector
-
-    def eoi(self) -> int | None:
-        """End of interrupt for the highest vector in service: that vector."""
-        vector = self._highest_isr()
-        self.m.log(f"kvm_eoi: apicid {self.id:x} vector {-1 if vector is None else vector}")
-        if vector is None:
-            return None
-        if vector in self.isr:
-            self.isr.discard(vector)
-            if not self.apicv:
-                self.isr_count -= 1
-                self.isr_cache = None
-        self._update_ppr()
-        return vector
-
-    # ---------------------------------------------------------------------------------------------- state in and out
-
-    def get_lapic(self) -> bytes:
-        """KVM_GET_LAPIC."""
-        self.sync_pir()
-        page = dict.fromkeys(range(0, r.LAPIC_PAGE_BYTES, 4), 0) | self.words
-        for base, vectors in ((r.APIC_ISR, self.isr), (r.APIC_TMR, self.tmr), (r.APIC_IRR, self.irr)):
-            bitmap = sum(1 << v for v in vectors)
-            for word in range(8):
-                page[base + 0x10 * word] = bitmap >> 32 * word & 0xFFFF_FFFF
-        page[r.APIC_TMCCT] = 0
-        if self.x2apic:
-            if not self.m.x2apic_api & r.X2API_32BIT_IDS:
-                page[r.APIC_ID] = self.id << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
-            page[r.APIC_ICR2] = page[self._icr_high_at()]
-        return struct.pack("<256I", *page.values())
-
-    def set_lapic(self, data: bytes) -> None:
-        """KVM_SET_LAPIC; ValueError where the ioctl says EINVAL."""
-        if len(data) != r.LAPIC_PAGE_BYTES:
-            raise ValueError(f"a register page has {r.LAPIC_PAGE_BYTES} bytes, got {len(data)}")
-        page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
-        self.pir.clear()
-        self._inhibit_moved_page()
-        self._set_svr(page[r.APIC_SPIV])
-        if self.x2apic:
-            if self.m.x2apic_api & r.X2API_32BIT_IDS and page[r.APIC_ID] != self.id:
-                self.m.rebuild_map()
-                raise ValueError(f"APIC ID {page[r.APIC_ID]:#x} is not {self.id:#x}")
-            page[r.APIC_ID] = self.id
-            page[r.APIC_LDR] = self._x2apic_ldr()
-            page[self._icr_high_at()] = page[r.APIC_ICR2]
-        for offset, value in page.items():
-            self._put(offset, value)
-        self._inhibit_modified_id()
-        self.m.map_dirty = True
-        self.m.rebuild_map()
-        self._set_version()
-        self._update_ppr()
-        self._update_timer_mode()
-        self._put(r.APIC_TMCCT, 0)
-        self._recount_isr()
-
-    def get_mp_state(self) -> int:
-        """KVM_GET_MP_STATE, which first carries out a pending INIT or SIPI."""
-        self._accept_init_and_sipi()
-        if self.mp_state == r.MP_HALTED and self.pv_unhalted:
-            return r.MP_RUNNABLE
-        return self.mp_state
-
-    def set_mp_state(self, state: int) -> None:
-        """KVM_SET_MP_STATE."""
-        if state == r.MP_SIPI_RECEIVED:
-            self._set_mp(r.MP_INIT_RECEIVED)
-            self.pending_sipi = True
-        else:
-            self._set_mp(state)
-
-    def _set_mp(self, state: int) -> None:
-        self.mp_state = state
-        if state == r.MP_RUNNABLE:
-            self.pv_unhalted = False
-
-    def _accept_init_and_sipi(self) -> None:
-        if self.pending_init:
-            self.pending_init = False
-            self.nmi_queued = 0
-            self._reset(init=True)
-            self._set_mp(r.MP_RUNNABLE if self.apic_base & r.APICBASE_BSP else r.MP_INIT_RECEIVED)
-        if self.pending_sipi:
-            self.pending_sipi = False
-            if self.mp_state == r.MP_INIT_RECEIVED:
-                self._set_mp(r.MP_RUNNABLE)
-
-    def events(self) -> Events:
-        """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
-        self.nmi_queued = min(self.nmi_queued, MAX_PENDING_NMIS)
-        return Events(self.nmi_queued, int(self.pending_init))
 
 
 class Machine:
@@ -681,18 +68,45 @@ class Machine:
         x2apic: bool = True,
         tsc_deadline: bool = True,
         maxphyaddr: int = 48,
+        vector_hashing: bool = True,
+        smm: bool = False,
+        hv_timer: bool | None = None,
+        pi_inject_timer: bool = False,
+        tsc_khz: int = 1_000_000,
+        bus_cycle_ns: int = 1,
+        min_timer_period_us: int = 200,
+        disable_exits: int = 0,
+        disable_quirks: int = 0,
+        boot_cpu_id: int = 0,
+        fastpath: bool = True,
     ) -> None:
-        generation = KERNELS.index(kernel)
-        self.icr_always_split = generation <= KERNELS.index("5.8")
-        self.icr_split = self.icr_always_split or (generation >= KERNELS.index("6.12") and vendor == "svm")
-        self.icr_reserved_faults = generation >= KERNELS.index("6.12")
+        self.kernel = kernel
+        self.generation = generation = self.at(kernel)
+        self.icr_always_split = generation <= self.at("5.8")
+        self.icr_split = self.icr_always_split or (generation >= self.at("6.12") and vendor == "svm")
+        self.icr_reserved_faults = generation >= self.at("6.12")
         self.lowest_broadcast_rewritten_early = kernel == "seed-v3"
-        self.apicv = apicv
+        self.periodic_skips = generation >= self.at("6.18")
+        self.fastpath = fastpath
         self.svm = vendor == "svm"
-        self.inhibits: set[int] = set()
-        self.inhibits_by_guest = generation >= KERNELS.index("6.1")
-        self.inhibits_by_map = generation >= KERNELS.index("6.12")
-        self.inhibits_that_count = self._inhibits_that_count(generation)
+        self.vector_hashing = vector_hashing
+        self.smm = smm
+        self.hv_timer = vendor == "vmx" if hv_timer is None else hv_timer
+        self.pi_inject_timer = pi_inject_timer
+        self.now = 0
+        self.tsc_khz = tsc_khz
+        self.bus_cycle_ns = bus_cycle_ns
+        self.min_timer_period_us = min_timer_period_us
+        self.disable_exits = disable_exits
+        self.disable_quirks = disable_quirks
+        self.boot_cpu_id = boot_cpu_id
+        self.user_space_msr = 0
+        self.msr_filter: tuple[bool, list[MsrRange]] | None = None
+        self.apicv = apicv
+        self.inhibits: set[r.Inhibit] = set()
+        self.inhibits_by_guest = generation >= self.at("6.1")
+        self.inhibits_by_map = generation >= self.at("6.12")
+        self.inhibits_that_count = self._inhibits_that_count()
         self.split_irqchip = irqchip == "split"
         self.x2apic_api = x2apic_api
         self.x2apic = x2apic
@@ -720,11 +134,15 @@ class Machine:
     def log(self, line: str) -> None:
         self.trace.append(line)
 
+    @staticmethod
+    def at(kernel: str) -> int:
+        return KERNELS.index(kernel)
+
     # --------------------------------------------------------------------------------------------- APICv inhibits
 
-    def _inhibits_that_count(self, generation: int) -> set[int]:
-        reasons: set[int] = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm else set()
-        if generation >= KERNELS.index("5.6"):
+    def _inhibits_that_count(self) -> set[r.Inhibit]:
+        reasons = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm else set()
+        if self.generation >= self.at("5.6"):
             reasons |= INHIBITS_OF_5_6 | (INHIBITS_OF_5_6_SVM if self.svm else set())
         if self.inhibits_by_guest:
             reasons |= INHIBITS_OF_6_1 | ({r.Inhibit.SEV} if self.svm else set())
@@ -748,7 +166,88 @@ class Machine:
             )
         if switches:
             for vcpu in self.vcpus:
-                vcpu.apicv_update = True
+                vcpu.request("APICV_UPDATE")
+
+    # ----------------------------------------------------------------------------------------------------- time
+
+    def cycles(self, ns: int) -> int:
+        return ns * self.tsc_khz // 1_000_000
+
+    def tsc(self) -> int:
+        """The guest's TSC."""
+        return self.cycles(self.now)
+
+    def next_timer(self) -> int | None:
+        """When the next timer of the host runs out."""
+        return min((v.timer.hrtimer for v in self.vcpus if v.timer.hrtimer is not None), default=None)
+
+    def set_time(self, ns: int) -> list[int]:
+        """Time passes; whose preemption timer took him out of the guest, in order."""
+        if ns < self.now:
+            raise ValueError("time does not go back")
+        self.now = ns
+        left = []
+        while True:
+            due = [v for v in self.vcpus if v.timer.hrtimer is not None and v.timer.hrtimer <= ns]
+            if due:
+                min(due, key=lambda v: (v.timer.hrtimer, v.index)).timer.fire()
+                continue
+            due = [v for v in self.vcpus if v.in_guest and v.timer.hv_at is not None and v.timer.hv_at <= self.tsc()]
+            if not due:
+                return left
+            left.append(due[0].index)
+            due[0].thread.preemption_timer()
+
+    # ---------------------------------------------------------------------------------------------- MSRs and hypercalls
+
+    def filtered(self, msr: int, *, write: bool) -> bool:
+        """Whether the MSR filter denies this access to the guest."""
+        if self.msr_filter is None or r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END:
+            return False
+        deny, ranges = self.msr_filter
+        for one in ranges:
+            if one.base <= msr < one.base + one.count and one.flags & (2 if write else 1):
+                return not one.bitmap >> msr - one.base & 1
+        return deny
+
+    def pv_ipi(self, low: int, high: int, least: int, icr: int, width: int) -> int:
+        """KVM_HC_SEND_IPI: how many accepted, or an error."""
+        if icr & (r.ICR_LOGICAL | r.ICR_SHORTHAND):
+            return -r.HC_EINVAL
+        if self.map is None:
+            return -r.HC_EOPNOTSUPP
+        irq = Irq(
+            vector=icr & r.ICR_VECTOR,
+            mode=(icr & r.ICR_DM) >> r.ICR_DM_SHIFT,
+            logical=False,
+            level=bool(icr & r.ICR_LEVEL),
+            trigger_level=bool(icr & r.ICR_TRIGGER),
+            shorthand=r.SH_NONE,
+            dest=0,
+        )
+        accepted = 0
+        for bitmap in (low, high):
+            for bit in bits_of(bitmap):
+                target = self.map.phys.get(least + bit) if least + bit <= self.map.max_apic_id else None
+                if target is not None:
+                    accepted += target.accept(irq)
+            least = least + width & 0xFFFF_FFFF
+        return accepted
+
+    def pv_kick(self, apic_id: int) -> None:
+        """KVM_HC_KICK_CPU."""
+        self.deliver(
+            None,
+            Irq(
+                vector=0,
+                mode=r.DM_REMRD,
+                logical=False,
+                level=False,
+                trigger_level=False,
+                shorthand=r.SH_NONE,
+                dest=apic_id,
+            ),
+        )
 
     # ------------------------------------------------------------------------------------------------- APIC map
 
@@ -822,24 +321,30 @@ class Machine:
             return source.accept(irq)
         if self.lowest_broadcast_rewritten_early:
             self._rewrite_lowest_broadcast(irq)
-        targets = self._resolve(source, irq)
+        targets = self.resolve(source, irq)
         if targets is not None:
             return sum(target.accept(irq) for target in targets)
         self._rewrite_lowest_broadcast(irq)
         matching = [v for v in self.vcpus if v.hw_enabled and self._matches(source, irq, v)]
         if irq.wants_lowest:
-            candidates = [v for v in matching if v.sw_enabled]
-            matching = [candidates[irq.vector % len(candidates)]] if candidates else []
+            matching = self._lowest(irq, [v for v in matching if v.sw_enabled])
         if not matching:
             return -1
         return sum(target.accept(irq) for target in matching)
+
+    def _lowest(self, irq: Irq, candidates: list[Any]) -> list[Any]:
+        if not candidates:
+            return []
+        if self.vector_hashing:
+            return [candidates[irq.vector % len(candidates)]]
+        return [min(candidates, key=lambda v: v.arb_prio)]
 
     @staticmethod
     def _rewrite_lowest_broadcast(irq: Irq) -> None:
         if not irq.logical and irq.dest == r.XAPIC_BROADCAST and irq.wants_lowest:
             irq.mode = r.DM_FIXED
 
-    def _resolve(self, source: Vcpu | None, irq: Irq) -> list[Vcpu] | None:
+    def resolve(self, source: Vcpu | None, irq: Irq) -> list[Vcpu] | None:
         """The targets by the map; None where the map cannot tell."""
         if irq.shorthand or self.map is None or self._is_broadcast(source, irq, self.map):
             return None
@@ -849,8 +354,8 @@ class Machine:
         if slots is None:
             return None
         if irq.wants_lowest and slots:
-            # empty slots take part in the choice
-            slots = [slots[irq.vector % len(slots)]]
+            # empty slots take part in the choice by vector, but not in the one by priority
+            slots = self._lowest(irq, slots if self.vector_hashing else [v for v in slots if v is not None])
         return [target for target in slots if target is not None]
 
     def _is_broadcast(self, source: Vcpu | None, irq: Irq, apic_map: ApicMap) -> bool:
@@ -928,8 +433,3 @@ class Machine:
 def bits_of(mask: int) -> list[int]:
     """Positions of the set bits, lowest first."""
     return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
-
-
-def register_name(offset: int) -> str:
-    """A register as the tracepoints print it."""
-    return r.REGISTER_NAMES.get(offset, f"{offset:#x}")

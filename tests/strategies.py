@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 import oracle
+import oracle_apic
 from fastexit import regs as r
 
 ID_POOL = (0, 1, 2, 3, 7, 8, 15, 16, 17, 18, 31, 127, 254, 255, 256, 257, 271, 272, 300, 511, 1023, 4080, 4094, 4095)
@@ -26,15 +27,22 @@ WRITABLE_OFFSETS = (
     r.APIC_EOI,
     r.APIC_SPIV,
     r.APIC_ESR,
-    *oracle.LVTS,
+    *oracle_apic.LVTS,
     r.APIC_TMICT,
     r.APIC_TDCR,
     r.APIC_SELF_IPI,
 )
 XAPIC_OFFSETS = (r.APIC_ID, r.APIC_LDR, r.APIC_DFR, r.APIC_ICR2, *WRITABLE_OFFSETS)
 
+JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+"""Without the JIT a kernel costs some hundred times more, so tests take fewer examples."""
+
 LONG_COUNTS = (0, 0xFFFF_FFFF)
-FAR_DEADLINE = 1 << 62
+FAR_DEADLINE = 1 << 52
+"""So far away that nobody gets there, and not so far that the kernel's 64 bits overflow into something near."""
+
+GUEST_OPS = ("guest_wrmsr", "guest_rdmsr", "mmio_write", "mmio_read", "hlt", "host_interrupt", "hypercall")
+"""Operations that a vCPU carries out itself."""
 
 Op = tuple[Any, ...]
 
@@ -51,6 +59,16 @@ class Config:
     x2apic_api: int = 0
     x2apic: bool = True
     tsc_deadline: bool = True
+    boot_cpu_id: int = 0
+    disable_quirks: int = 0
+    vector_hashing: bool = True
+    smm: bool = False
+    hv_timer: bool = False
+    pi_inject_timer: bool = False
+    disable_exits: int = 0
+    tsc_khz: int = 1_000_000
+    bus_cycle_ns: int = 1
+    min_timer_period_us: int = 200
 
     def build(self, factory: Callable[..., Any]) -> Any:
         return factory(**(asdict(self) | {"apic_ids": list(self.apic_ids)}))
@@ -75,7 +93,10 @@ def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed:
         "x2apic_api": rng.randrange(4) | (r.X2API_NO_SUPPRESS_EOI if rng.random() < 0.1 else 0),
         "x2apic": rng.random() < 0.9,
         "tsc_deadline": rng.random() < 0.7,
+        "disable_quirks": rng.choice((0, 0, 0, r.QUIRK_LINT0_REENABLED)),
     }
+    if chance(rng, 0.1):
+        drawn["boot_cpu_id"] = rng.choice((fixed | drawn)["apic_ids"])
     return Config(**(drawn | fixed))
 
 
@@ -166,7 +187,7 @@ def icr(rng: random.Random, machine: oracle.Machine) -> int:
     return destination(rng, machine) << r.ICR_DEST_SHIFT | icr_low(rng)
 
 
-def apic_base(rng: random.Random, vcpu: oracle.Vcpu) -> int:
+def apic_base(rng: random.Random, vcpu: oracle_apic.Vcpu) -> int:
     value = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
     value |= rng.choices((0, r.APICBASE_EN, r.APICBASE_EN | r.APICBASE_EXTD, r.APICBASE_EXTD), (1, 4, 6, 0.3))[0]
     if chance(rng, 0.1):
@@ -213,14 +234,14 @@ def msi_address(rng: random.Random, machine: oracle.Machine) -> int:
     return address
 
 
-def lapic_page(rng: random.Random, vcpu: oracle.Vcpu, *, timer: bool = True) -> bytes:
+def lapic_page(rng: random.Random, vcpu: oracle_apic.Vcpu, *, timer: bool = True) -> bytes:
     """A page to set: the current one with registers changed, believable or not; without ``timer`` none gets armed."""
     page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", vcpu.get_lapic())))
     if chance(rng, 0.03):
         page = {offset: rng.getrandbits(32) for offset in page}
     for _ in range(rng.randrange(1, 6)):
         if chance(rng, 0.25):
-            offset = rng.choice(sorted(oracle.BITMAP_OFFSETS))
+            offset = rng.choice(sorted(oracle_apic.BITMAP_OFFSETS))
             page[offset] = rng.choice((0, 1 << rng.randrange(32), rng.getrandbits(32) & rng.getrandbits(32)))
         elif chance(rng, 0.08):
             page[rng.randrange(256) * 4] = word32(rng)
@@ -305,6 +326,47 @@ def host_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) 
     return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
 
 
+def set_events_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
+    return (
+        "set_events",
+        rng.randrange(len(machine.vcpus)),
+        rng.choice((None, 0, 1, 2, 3)),
+        chance(rng, 0.3),
+        rng.choice((None, rng.randrange(256))),
+        rng.choice((None, None, False, True)),
+    )
+
+
+def set_sregs_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """KVM_SET_SREGS, the two words of it that concern the APIC."""
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    base = vcpu.apic_base if chance(rng, 0.5) else apic_base(rng, vcpu)
+    return ("set_sregs", i, base, rng.randrange(16) if chance(rng, 0.9) else rng.randrange(256))
+
+
+def set_mp_state_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("set_mp_state", rng.randrange(len(machine.vcpus)), rng.randrange(5))
+
+
+def look_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return (rng.choice(("cr8", "cs", "events", "get_mp_state")), rng.randrange(len(machine.vcpus)))
+
+
+USER_OPS: dict[str, Callable[[random.Random, oracle.Machine], Op]] = {
+    "set_events": set_events_op,
+    "set_sregs": set_sregs_op,
+    "set_mp_state": set_mp_state_op,
+    "look": look_op,
+}
+"""What user space does to a vCPU beside its APIC."""
+
+
+def user_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(USER_OPS)) -> Op:
+    return USER_OPS[rng.choice(names)](rng, machine)
+
+
 def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
     """One operation, host or guest."""
     i = rng.randrange(len(machine.vcpus))
@@ -327,7 +389,7 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
             return ("mmio_write", i, rng.randrange(0x1000), value & (1 << 8 * length) - 1, length)
         return ("mmio_write", i, offset, value, 4)
     if kind < 0.80:
-        offset = rng.choice(sorted(oracle.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
+        offset = rng.choice(sorted(oracle_apic.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
         return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000), rng.choice((4, 4, 1, 2)))
     if kind < 0.87:
         return ("pending", i)
@@ -336,9 +398,106 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
     return ("eoi", i)
 
 
+# ----------------------------------------------------------------------------------------------- time and the run loop
+
+LVTT_MSR = r.MSR_X2APIC_BASE + (r.APIC_LVTT >> 4)
+TIMER_MODES = (r.TIMER_ONE_SHOT, r.TIMER_PERIODIC, r.TIMER_DEADLINE, r.TIMER_DEADLINE, 0x60000)
+
+
+def write_op(rng: random.Random, machine: oracle.Machine, i: int, offset: int, value: int) -> Op:
+    """A guest's or user space's write of a register, in whichever way the APIC's mode has."""
+    if not machine.vcpus[i].x2apic:
+        return ("mmio_write", i, offset, value, 4)
+    name = "guest_wrmsr" if chance(rng, 0.6) else "set_msr"
+    return (name, i, r.MSR_X2APIC_BASE + (offset >> 4), value)
+
+
+def timer_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """Something that concerns the timer of a vCPU: counts and deadlines of any length, all modes, whole pages."""
+    i = rng.randrange(len(machine.vcpus))
+    kind = rng.random()
+    if kind < 0.25:
+        count = rng.choice((0, 1, 7, 1000, 150_000, 400_000, 3_000_000, 0xFFFF_FFFF, rng.getrandbits(32)))
+        return write_op(rng, machine, i, r.APIC_TMICT, count)
+    if kind < 0.5:
+        masked = r.LVT_MASKED if chance(rng, 0.25) else 0
+        return write_op(rng, machine, i, r.APIC_LVTT, rng.choice(TIMER_MODES) | masked | rng.randrange(16, 256))
+    if kind < 0.6:
+        return write_op(rng, machine, i, r.APIC_TDCR, rng.choice((0, 1, 2, 3, 8, 9, 10, 11)))
+    if kind < 0.85:
+        ahead = rng.choice((1, 500, 40_000, 1_000_000, 1 << 31, 1 << 40))
+        value = rng.choice((0, 1, machine.tsc(), *[machine.tsc() + ahead] * 4))
+        return ("guest_wrmsr" if chance(rng, 0.7) else "set_msr", i, r.MSR_TSC_DEADLINE, value)
+    if kind < 0.9:
+        return write_op(rng, machine, i, r.APIC_SPIV, rng.choice((0x1FF, 0x1FF, 0xFF)))
+    page = bytearray(machine.vcpus[i].get_lapic())
+    struct.pack_into("<I", page, r.APIC_LVTT, rng.choice(TIMER_MODES) | rng.randrange(16, 256))
+    for offset in (r.APIC_TMICT, r.APIC_TMCCT):
+        struct.pack_into("<I", page, offset, rng.choice((0, 5, 100_000, 1_000_000, 0xFFFF_FFFF)))
+    struct.pack_into("<I", page, r.APIC_TDCR, rng.choice((0, 3, 11)))
+    return ("set_lapic", i, bytes(page))
+
+
+def set_time_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """The clock goes on: a little, to where the next timer is due or just before, or far behind it."""
+    after = machine.next_timer()
+    steps = [machine.now + rng.choice((0, 1, 50, 1000, 90_000, 250_000, 5_000_000))] * 2
+    if after is not None and after < machine.now + 10_000_000_000:
+        steps += [max(machine.now, after + late) for late in (-1, 0, 0, 1, 1_000_000)]
+    return ("set_time", rng.choice(steps))
+
+
+def exit_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """An exit that concerns no register."""
+    return (rng.choice(("host_interrupt", "host_interrupt", "hlt")), rng.randrange(len(machine.vcpus)))
+
+
+def run_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("run", rng.randrange(len(machine.vcpus)))
+
+
+def hypercall_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """A paravirtual IPI or kick, or another hypercall."""
+    i = rng.randrange(len(machine.vcpus))
+    target = rng.choice(machine.vcpus).id
+    number = rng.choice((r.HC_SEND_IPI, r.HC_SEND_IPI, r.HC_SEND_IPI, r.HC_KICK_CPU, r.HC_VAPIC_POLL_IRQ, 77))
+    if number == r.HC_KICK_CPU:
+        return ("hypercall", i, number, 0, target, 0, 0, chance(rng, 0.8))
+    icr = icr_low(rng) & ~(r.ICR_SHORTHAND | r.ICR_LOGICAL) | rng.choice((0, 0, 0, r.ICR_LOGICAL, 1 << 18))
+    least = rng.choice((0, max(0, target - rng.randrange(128)), 0xFFFF_FFC0, 0xFFFF_FFE0, rng.getrandbits(64)))
+    bitmaps = [rng.getrandbits(64) & rng.getrandbits(64) | 1 << rng.randrange(64) for _ in range(2)]
+    return ("hypercall", i, number, *bitmaps, least, icr, chance(rng, 0.8))
+
+
+def extint_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    return ("interrupt", rng.randrange(len(machine.vcpus)), rng.randrange(16, 256))
+
+
+LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]]] = {
+    "registers": (4, guest_op),
+    "timers": (4, timer_op),
+    "time": (2, set_time_op),
+    "exits": (1, exit_op),
+    "runs": (1, run_op),
+    "hypercalls": (1, hypercall_op),
+    "events": (0.5, set_events_op),
+    "sregs": (0.5, set_sregs_op),
+    "states": (0.3, set_mp_state_op),
+}
+"""What a machine's life is made of, with weights; a test names what it wants."""
+
+
+def lively_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(LIVELY_OPS)) -> Op:
+    weights = [LIVELY_OPS[name][0] for name in names]
+    return LIVELY_OPS[rng.choices(names, weights)[0]][1](rng, machine)
+
+
 def apply(machine: Any, op: Op) -> Any:
     """Carries out one operation on an oracle or a real VM; what it returns can be compared between them."""
     name, *args = op
+    if name == "set_time":
+        machine.set_time(args[0])
+        return None
     if name in ("signal_msi", "add_vcpu"):
         try:
             result = getattr(machine, name)(*args)
@@ -352,7 +511,18 @@ def apply(machine: Any, op: Op) -> Any:
         except ValueError:
             return "einval"
         return None
-    result = getattr(vcpu, name)(*args[1:])
+    if name in ("cr8", "cs"):
+        return getattr(vcpu, name)
+    if name == "set_events":
+        nmi_pending, nmi_masked, sipi_vector, latched_init = args[1:]
+        more = {} if latched_init is None else {"smm": False, "latched_init": latched_init}
+        return vcpu.set_events(nmi_pending=nmi_pending, nmi_masked=nmi_masked, sipi_vector=sipi_vector, **more)
+    try:
+        if name == "set_sregs":
+            return vcpu.set_sregs(apic_base=args[1], cr8=args[2])
+        result = getattr(vcpu, name)(*args[1:])
+    except ValueError:
+        return "einval"
     if name == "events":
         return result.nmi_pending, result.latched_init
     return result
@@ -366,7 +536,7 @@ def masked(page: bytes) -> bytes:
 def differences(expected: bytes, got: bytes) -> str:
     """The dwords in which two pages differ, in words."""
     dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", expected), struct.unpack("<256I", got))
-    return ", ".join(f"{oracle.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
+    return ", ".join(f"{oracle_apic.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
 
 
 def story(config: Config, history: list[Op]) -> str:
@@ -382,118 +552,5 @@ def describe(op: Op) -> str:
             dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument))
             shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
         else:
-            shown.append(f"{argument:#x}" if argument > 9 else str(argument))
+            shown.append(f"{argument:#x}" if isinstance(argument, int) and argument > 9 else str(argument))
     return f"{op[0]} " + " ".join(shown)
-
-
-# ------------------------------------------------------------------------------- the library beside the oracle
-
-
-JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
-"""Without the JIT a kernel costs some hundred times more, so tests take fewer examples."""
-
-
-class Pair:
-    """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
-
-    A vCPU that executes an instruction runs through the dispatcher, which takes the vCPU into the guest and so carries
-    out what is pending: INIT and SIPI, NMIs, a fresh PPR. The oracle has no run loop, so both sides are brought to
-    rest before and after: INIT/SIPI accepted, runnable, PPR recomputed. NMIs of a vCPU that ran are not counted.
-    """
-
-    def __init__(self, config: Config, machine: Any) -> None:
-        self.config = config
-        self.model = config.build(oracle.Machine)
-        self.machine = machine
-        self.history: list[Op] = []
-        self.ran: set[int] = set()
-
-    def step(self, op: Op) -> None:
-        """One operation on both, then everything is compared."""
-        self.history.append(op)
-        if op[0] in GUEST_OPS:
-            want, got = self._guest(op)
-        else:
-            want, got = apply(self.model, op), apply(self.machine, op)
-            if op[0] == "events" and op[1] in self.ran:
-                want, got = want[1], got[1]
-            elif op[0] == "set_msr":
-                want, got = (want, self.model.vcpus[op[1]].last_accepted), (got, self.machine.last_accepted)
-        self.same(got, want, describe(op))
-        for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
-            page, other = masked(model.get_lapic()), masked(vcpu.get_lapic())
-            if page != other:
-                raise AssertionError(f"vCPU {i} {differences(page, other)} after {self.story()}")
-            self.same(vcpu.apic_base, model.apic_base, f"vCPU {i} APICBASE")
-
-    def at_rest(self) -> None:
-        """What only shows when somebody asks: pending vectors, mp_state and events."""
-        for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus)):
-            self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
-            events, expected = vcpu.events(), model.events()
-            if i not in self.ran:
-                self.same(events.nmi_pending, expected.nmi_pending, f"vCPU {i} NMIs")
-            self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
-            deadline = r.MSR_TSC_DEADLINE
-            self.same(vcpu.get_msr(deadline), model.get_msr(deadline), f"vCPU {i} deadline")
-
-    def _guest(self, op: Op) -> tuple[Any, Any]:
-        name, i, *arguments = op
-        model, vcpu = self.model.vcpus[i], self.machine.vcpus[i]
-        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
-        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
-        model.set_mp_state(r.MP_RUNNABLE)
-        self.ran.add(i)
-        want = getattr(model, name)(*arguments)
-        rip = vcpu.rip
-        if name == "guest_wrmsr":
-            out = vcpu.wrmsr(*arguments)
-            got = "ok" if out.fault is None else "gp", out.accepted
-            if not model.pending_init:
-                self.same(vcpu.rip - rip, r.INSN_LEN_WRMSR if want == "ok" else 0, f"vCPU {i} RIP")
-            want = want, model.last_accepted
-        else:
-            got = getattr(vcpu, name)(*arguments)
-            if name == "mmio_write" or want is None:
-                got = want  # a write returns nothing to compare; a read that KVM drops leaves what was there
-        self.same(vcpu.get_mp_state(), model.get_mp_state(), f"vCPU {i} mp_state")
-        self.same(vcpu.pending(), model.pending(), f"vCPU {i} pending")
-        return want, got
-
-    def same(self, got: Any, want: Any, what: str) -> None:
-        if got != want:
-            raise AssertionError(f"{what}: expected {want!r}, got {got!r} after {self.story()}")
-
-    def story(self) -> str:
-        return story(self.config, self.history)
-
-
-GUEST_OPS = ("guest_wrmsr", "mmio_write", "mmio_read")
-
-
-def first_difference(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str | None:
-    """Replays operations on a new pair; the text of the first difference."""
-    pair = Pair(config, config.build(factory))
-    try:
-        for op in ops:
-            pair.step(op)
-        pair.at_rest()
-    except AssertionError as difference:
-        return str(difference)
-    except IndexError:
-        pass  # the vCPU that this operation names was created by one that was left out
-    return None
-
-
-def minimised(config: Config, factory: Callable[..., Any], ops: list[Op]) -> str:
-    """The difference that a failing sequence shows, after leaving out every operation that it does not need."""
-    size = len(ops)
-    while size := size // 2:
-        at = 0
-        while at < len(ops):
-            shorter = ops[:at] + ops[at + size :]
-            if first_difference(config, factory, shorter) is None:
-                at += size
-            else:
-                ops = shorter
-    return first_difference(config, factory, ops) or "the difference does not show again on replay"

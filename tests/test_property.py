@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 import fastexit as fx
 import oracle
 import strategies as s
+from pair import Pair, minimised
 
 EXAMPLES = 12 if s.JIT else 4
 OPS = 120 if s.JIT else 50
@@ -30,7 +31,7 @@ profile = settings(
 def play(config: s.Config, rng: random.Random, operations: int) -> None:
     """Drives a pair through a random life; a difference is reported with the shortest sequence that shows it."""
     factory = partial(fx.Machine, threads=rng.random() < 0.5)
-    pair = s.Pair(config, config.build(factory))
+    pair = Pair(config, config.build(factory))
     late = [i for i in s.ID_POOL if i not in config.apic_ids]
     try:
         for op in s.setup_ops(rng, pair.model):
@@ -41,7 +42,7 @@ def play(config: s.Config, rng: random.Random, operations: int) -> None:
             pair.step(s.guest_op(rng, pair.model, timer=False))
         pair.at_rest()
     except AssertionError:
-        raise AssertionError(s.minimised(config, factory, pair.history)) from None
+        raise AssertionError(minimised(config, factory, pair.history)) from None
 
 
 def test_profiles_are_those_of_the_oracle() -> None:
@@ -88,7 +89,7 @@ def test_tracepoints_of_host_calls(vendor: str, apicv: bool, seed: int) -> None:
 
 def test_boot_x2apic() -> None:
     config = s.Config(apic_ids=(0, 1, 18, 300))
-    pair = s.Pair(config, config.build(fx.Machine))
+    pair = Pair(config, config.build(fx.Machine))
     pair.model.boot_x2apic()
     pair.machine.boot_x2apic()
     for vcpu in range(4):

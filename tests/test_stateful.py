@@ -14,6 +14,7 @@ import fastexit as fx
 import oracle
 import strategies as s
 from fastexit import regs as r
+from pair import Pair
 
 VECTORS = st.integers(0, 255)
 IDS = st.sampled_from((0, 1, 2, 15, 16, 17, 31, 255, 256, 300, 4095))
@@ -41,7 +42,7 @@ class ApicLife(RuleBasedStateMachine):
         self, ids: list[int], kernel: str, vendor: str, apicv: bool, irqchip: str, api: int, booted: bool
     ) -> None:
         config = s.Config(tuple(ids), kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api)
-        self.pair = s.Pair(config, config.build(fx.Machine))
+        self.pair = Pair(config, config.build(fx.Machine))
         if booted:
             for i, vcpu in enumerate(self.pair.model.vcpus):
                 self.step("set_msr", i, r.MSR_APICBASE, vcpu.apic_base | r.APICBASE_EXTD)

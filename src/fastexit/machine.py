@@ -427,7 +427,7 @@ class Machine:
     def restore(cls, data: bytes) -> Machine:
         """A machine from its snapshot; ValueError says what is wrong with the bytes.
 
-        Handlers are the built-in ones; ioeventfds (``fast_mmio``) and the remapping entries of assigned devices are user
+        Handlers are the built-in ones; ioeventfds (``fast_mmio``) and remapping entries of assigned devices are user
         space's, which makes them anew.
         """
         m = cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""What Python may call: every function here takes the machine's address and integers, and returns one integer.
+"""What Python may call: every entry takes the machine's address and integers, and returns one integer.
 
 An index that names no vCPU gives NO_VCPU and touches nothing. The address is opened here and nowhere else; kernels
 below work on the words. One exit keeps the GIL, because giving it up would cost more than the exit; a batch gives it
@@ -32,6 +32,116 @@ from . import typed as k
 from ._jit import entry, kernel, open_words
 
 NO_VCPU = k.NONE
+
+
+def _on_vcpu(name, inner, more):
+    """Let Python call a kernel of one vCPU and ``more`` integers, behind a check of the vCPU's index."""
+    if more == 0:
+
+        def call(handle, v):
+            m = open_words(handle, k.WORDS)
+            return inner(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
+
+    elif more == 1:
+
+        def call(handle, v, a):
+            m = open_words(handle, k.WORDS)
+            return inner(m, v, a) if v < m[k.H_NVCPUS] else NO_VCPU
+
+    elif more == 2:
+
+        def call(handle, v, a, b):
+            m = open_words(handle, k.WORDS)
+            return inner(m, v, a, b) if v < m[k.H_NVCPUS] else NO_VCPU
+
+    else:
+
+        def call(handle, v, a, b, c):
+            m = open_words(handle, k.WORDS)
+            return inner(m, v, a, b, c) if v < m[k.H_NVCPUS] else NO_VCPU
+
+    call.__name__ = call.__qualname__ = name
+    entry(kernel(f"u8(u8, u8{', u8' * more})", nogil=False)(call))
+
+
+_ON_ONE_VCPU = {
+    0: {
+        "tpr_below_threshold": accelerated.tpr_below_threshold,
+        "deliver_pending": apicv.deliver_pending,
+        "accept_events": events.accept_events,
+        "inject_events": events.inject_events,
+        "leave_smm": events.leave_smm,
+        "process_nmi": events.process_nmi,
+        "exit_requested": fastpath.exit_requested,
+        "handle_preemption_timer": fastpath.handle_preemption_timer,
+        "emulate_halt": halt.emulate_halt,
+        "init_blocked": halt.init_blocked,
+        "nested_changed": inhibit.nested_changed,
+        "ack": irq.ack,
+        "eoi": irq.eoi,
+        "pending": irq.has_interrupt,
+        "take_pv_eoi": irq.take_pv_eoi,
+        "get_state": lapicstate.get_state,
+        "set_state": lapicstate.set_state,
+        "pi_has_pending": pi.has_pending,
+        "process_notification": pi.process_notification,
+        "begin_run": runloop.begin_run,
+        "block": runloop.block,
+        "enter": runloop.enter,
+        "exits_at_once": runloop.exits_at_once,
+        "loop_tail": runloop.loop_tail,
+        "service_requests": runloop.service_requests,
+        "trace_entry": runloop.trace_entry,
+        "trace_reentry": runloop.trace_reentry,
+        "wake_up": runloop.wake_up,
+        "fire_timer": timer.fire,
+    },
+    1: {
+        "apic_access_eoi": accelerated.access_eoi,
+        "set_eoi_accelerated": accelerated.set_eoi,
+        "write_nodecode": accelerated.write_nodecode,
+        "apicv_rdmsr": apicv.rdmsr,
+        "avic_load": avic.load,
+        "avic_put": avic.put,
+        "avic_rdmsr": avic.rdmsr,
+        "requeue": events.requeue,
+        "set_mp_state": halt.set_mp_state,
+        "irq_window": inhibit.irq_window,
+        "complete_msr": msr.complete,
+        "get_msr": msr.get_msr,
+        "set_cr8": msr.set_cr8,
+        "skip": msr.skip,
+        "external_interrupt": pi.external_interrupt,
+        "pi_load": pi.load,
+        "pi_put": pi.put,
+        "vcpu_load": sched.vcpu_load,
+        "vcpu_put": sched.vcpu_put,
+        "kick": shared.kick,
+        "make_request": shared.make_request,
+    },
+    2: {
+        "apicv_mmio_read": apicv.mmio_read,
+        "apicv_wrmsr": apicv.wrmsr,
+        "avic_incomplete_ipi": avic.incomplete_ipi,
+        "avic_mmio_read": avic.mmio_read,
+        "avic_wrmsr": avic.wrmsr,
+        "mmio_read": lapic.mmio_read,
+        "emulate_cr8": msr.emulate_cr8,
+        "emulate_rdmsr": msr.emulate_rdmsr,
+        "return_to_user": runloop.return_to_user,
+    },
+    3: {
+        "apicv_mmio_write": apicv.mmio_write,
+        "avic_mmio_write": avic.mmio_write,
+        "mmio_write": lapic.mmio_write,
+        "emulate_wrmsr": msr.emulate_wrmsr,
+    },
+}
+"""Name -> kernel, by how many integers it takes besides the vCPU's index."""
+
+for _more, _named in _ON_ONE_VCPU.items():
+    for _name, _inner in _named.items():
+        _on_vcpu(_name, _inner, _more)
 
 
 @kernel("u8(words, u8, u8)")
@@ -90,13 +200,6 @@ def fast_preemption_timer(handle, v):
 
 
 @entry
-@kernel("u8(u8, u8)", nogil=False)
-def handle_preemption_timer(handle, v):
-    m = open_words(handle, k.WORDS)
-    return fastpath.handle_preemption_timer(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
 @kernel("u8(u8, u8, u8, u8)", nogil=False)
 def fast_irqoff(handle, v, msr_index, value):
     """The fast handler alone, as handle_exit_irqoff of the first generations called it."""
@@ -105,59 +208,10 @@ def fast_irqoff(handle, v, msr_index, value):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def emulate_wrmsr(handle, v, msr_index, value, length):
-    m = open_words(handle, k.WORDS)
-    return msr.emulate_wrmsr(m, v, msr_index, value, length) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def emulate_rdmsr(handle, v, msr_index, length):
-    m = open_words(handle, k.WORDS)
-    return msr.emulate_rdmsr(m, v, msr_index, length) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def emulate_cr8(handle, v, value, write):
-    m = open_words(handle, k.WORDS)
-    return msr.emulate_cr8(m, v, value, write) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def set_cr8(handle, v, value):
-    m = open_words(handle, k.WORDS)
-    return msr.set_cr8(m, v, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def complete_msr(handle, v, error):
-    m = open_words(handle, k.WORDS)
-    return msr.complete(m, v, error) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def emulate_halt(handle, v):
-    m = open_words(handle, k.WORDS)
-    return halt.emulate_halt(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
 @kernel("u8(u8, u8, u8, u8, u8, u8, u8, u8)", nogil=False)
 def emulate_hypercall(handle, v, number, a0, a1, a2, a3, bits64):
     m = open_words(handle, k.WORDS)
     return hypercall.emulate(m, v, number, a0, a1, a2, a3, bits64) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def skip(handle, v, length):
-    m = open_words(handle, k.WORDS)
-    return msr.skip(m, v, length) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -169,244 +223,10 @@ def set_msr(handle, v, msr_index, value):
 
 
 @entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def get_msr(handle, v, msr_index):
-    """KVM_GET_MSRS of one MSR."""
-    m = open_words(handle, k.WORDS)
-    return msr.get_msr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def mmio_write(handle, v, offset, length, value):
-    m = open_words(handle, k.WORDS)
-    return lapic.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def mmio_read(handle, v, offset, length):
-    m = open_words(handle, k.WORDS)
-    return lapic.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def make_request(handle, v, request):
-    m = open_words(handle, k.WORDS)
-    return shared.make_request(m, v, request) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def get_state(handle, v):
-    m = open_words(handle, k.WORDS)
-    return lapicstate.get_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def set_state(handle, v):
-    m = open_words(handle, k.WORDS)
-    return lapicstate.set_state(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def pending(handle, v):
-    m = open_words(handle, k.WORDS)
-    return irq.has_interrupt(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def ack(handle, v):
-    m = open_words(handle, k.WORDS)
-    return irq.ack(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def eoi(handle, v):
-    m = open_words(handle, k.WORDS)
-    return irq.eoi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def accept_events(handle, v):
-    m = open_words(handle, k.WORDS)
-    return events.accept_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def process_nmi(handle, v):
-    m = open_words(handle, k.WORDS)
-    return events.process_nmi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def service_requests(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.service_requests(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def inject_events(handle, v):
-    m = open_words(handle, k.WORDS)
-    return events.inject_events(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def block(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.block(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def enter(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.enter(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def trace_entry(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.trace_entry(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def trace_exit(handle, v, reason, info1, info2, intr_info):
     m = open_words(handle, k.WORDS)
     return runloop.trace_exit(m, v, reason, info1, info2, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def loop_tail(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.loop_tail(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def begin_run(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.begin_run(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def wake_up(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.wake_up(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def return_to_user(handle, v, reason, errno):
-    m = open_words(handle, k.WORDS)
-    return runloop.return_to_user(m, v, reason, errno) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def exits_at_once(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.exits_at_once(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def trace_reentry(handle, v):
-    m = open_words(handle, k.WORDS)
-    return runloop.trace_reentry(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def requeue(handle, v, info):
-    m = open_words(handle, k.WORDS)
-    return events.requeue(m, v, info) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def leave_smm(handle, v):
-    m = open_words(handle, k.WORDS)
-    return events.leave_smm(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def set_mp_state(handle, v, state):
-    m = open_words(handle, k.WORDS)
-    return halt.set_mp_state(m, v, state) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def init_blocked(handle, v):
-    m = open_words(handle, k.WORDS)
-    return halt.init_blocked(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def take_pv_eoi(handle, v):
-    m = open_words(handle, k.WORDS)
-    return irq.take_pv_eoi(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def vcpu_load(handle, v, cpu):
-    m = open_words(handle, k.WORDS)
-    return sched.vcpu_load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def vcpu_put(handle, v, blocking):
-    m = open_words(handle, k.WORDS)
-    return sched.vcpu_put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def local_deliver(handle, v, offset, me):
-    m = open_words(handle, k.WORDS)
-    if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
-        return NO_VCPU
-    return timer.local_deliver(m, v, offset, me)
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def fire_timer(handle, v):
-    m = open_words(handle, k.WORDS)
-    return timer.fire(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def kick(handle, v, me):
-    m = open_words(handle, k.WORDS)
-    return shared.kick(m, v, me) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def exit_requested(handle, v):
-    m = open_words(handle, k.WORDS)
-    return fastpath.exit_requested(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -415,6 +235,16 @@ def emit(handle, event, v, a, b, c):
     """Append a trace record; the caller has looked whether tracing is on."""
     m = open_words(handle, k.WORDS)
     return shared.emit(m, event & k.U(0xFF), v, a, b, c) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def local_deliver(handle, v, offset, me):
+    """kvm_apic_local_deliver of the LVT entry at an offset; ``me`` is the vCPU that runs here, NONE for the host."""
+    m = open_words(handle, k.WORDS)
+    if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
+        return NO_VCPU
+    return timer.local_deliver(m, v, offset, me)
 
 
 @entry
@@ -470,48 +300,6 @@ def run(handle, exits, outcomes, first, n):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def apicv_wrmsr(handle, v, msr_index, value):
-    m = open_words(handle, k.WORDS)
-    return apicv.wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def apicv_rdmsr(handle, v, msr_index):
-    m = open_words(handle, k.WORDS)
-    return apicv.rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def apicv_mmio_write(handle, v, offset, length, value):
-    m = open_words(handle, k.WORDS)
-    return apicv.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def apicv_mmio_read(handle, v, offset, length):
-    m = open_words(handle, k.WORDS)
-    return apicv.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def deliver_pending(handle, v):
-    m = open_words(handle, k.WORDS)
-    return apicv.deliver_pending(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def process_notification(handle, v):
-    m = open_words(handle, k.WORDS)
-    return pi.process_notification(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
 @kernel("u8(u8, u8, u8)", nogil=False)
 def hardware_post(handle, v, vector):
     m = open_words(handle, k.WORDS)
@@ -520,64 +308,8 @@ def hardware_post(handle, v, vector):
 
 @entry
 @kernel("u8(u8, u8, u8)", nogil=False)
-def pi_load(handle, v, cpu):
-    m = open_words(handle, k.WORDS)
-    return pi.load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def pi_put(handle, v, blocking):
-    m = open_words(handle, k.WORDS)
-    return pi.put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def pi_has_pending(handle, v):
-    m = open_words(handle, k.WORDS)
-    return pi.has_pending(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
 def pi_wake_next(handle, cpu, first):
     return pi.wake_next(open_words(handle, k.WORDS), cpu, first)
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def external_interrupt(handle, v, intr_info):
-    m = open_words(handle, k.WORDS)
-    return pi.external_interrupt(m, v, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def write_nodecode(handle, v, offset):
-    m = open_words(handle, k.WORDS)
-    return accelerated.write_nodecode(m, v, offset) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def set_eoi_accelerated(handle, v, vector):
-    m = open_words(handle, k.WORDS)
-    return accelerated.set_eoi(m, v, vector) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def apic_access_eoi(handle, v, length):
-    m = open_words(handle, k.WORDS)
-    return accelerated.access_eoi(m, v, length) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def tpr_below_threshold(handle, v):
-    m = open_words(handle, k.WORDS)
-    return accelerated.tpr_below_threshold(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -600,69 +332,6 @@ def set_inhibit(handle, reason, on):
 
 @entry
 @kernel("u8(u8, u8, u8)", nogil=False)
-def irq_window(handle, v, on):
-    m = open_words(handle, k.WORDS)
-    return inhibit.irq_window(m, v, on) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8)", nogil=False)
-def nested_changed(handle, v):
-    m = open_words(handle, k.WORDS)
-    return inhibit.nested_changed(m, v) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def avic_load(handle, v, cpu):
-    m = open_words(handle, k.WORDS)
-    return avic.load(m, v, cpu) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def avic_put(handle, v, blocking):
-    m = open_words(handle, k.WORDS)
-    return avic.put(m, v, blocking) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def avic_incomplete_ipi(handle, v, info1, info2):
-    m = open_words(handle, k.WORDS)
-    return avic.incomplete_ipi(m, v, info1, info2) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
 def avic_unaccelerated(handle, v, offset):
     m = open_words(handle, k.WORDS)
     return avic.unaccelerated(m, v, offset & k.AVIC_OFFSET) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def avic_wrmsr(handle, v, msr_index, value):
-    m = open_words(handle, k.WORDS)
-    return avic.wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def avic_rdmsr(handle, v, msr_index):
-    m = open_words(handle, k.WORDS)
-    return avic.rdmsr(m, v, msr_index) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def avic_mmio_write(handle, v, offset, length, value):
-    m = open_words(handle, k.WORDS)
-    return avic.mmio_write(m, v, offset, length, value) if v < m[k.H_NVCPUS] else NO_VCPU
-
-
-@entry
-@kernel("u8(u8, u8, u8, u8)", nogil=False)
-def avic_mmio_read(handle, v, offset, length):
-    m = open_words(handle, k.WORDS)
-    return avic.mmio_read(m, v, offset, length) if v < m[k.H_NVCPUS] else NO_VCPU

@@ -1,0 +1,445 @@
+"""What a vCPU's thread does, for the oracle: KVM_RUN's loop, entries, exits, sleep, and what they make of requests.
+
+Models: the outer loop (the tick goes to the LVT after an iteration that stayed in the kernel), one entry (requests
+in order, INIT/SIPI, NMI and interrupt injection, what makes an entry turn back), the fast handlers of every generation
+as far as they decide which of the two comes next, HLT and its wake-ups, hypercalls, MSR filters and MSR exits.
+
+Not modelled: nested guests, single-stepping, interrupt windows that user space asks for, failed entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastexit import regs as r
+from fastexit.reasons import KvmExit
+
+if TYPE_CHECKING:
+    from oracle import Vcpu
+
+GUEST, BLOCKED = "guest", "blocked"
+INSN_LEN = {"wrmsr": 2, "hlt": 1, "invd": 2, "pause": 2, "vmcall": 3}
+
+
+@dataclass
+class Result:
+    """What an exit came to: how the fast path fared, whether the guest faulted, why user space got it."""
+
+    completion: str = "none"
+    fault: bool = False
+    accepted: int = 0
+    user: KvmExit | None = None
+    blocked: bool = False
+
+
+class RunLoop:
+    """The thread of one vCPU."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.v = vcpu
+        self.m = vcpu.m
+        self.sleeps_on_hv = False  # sleeping, with the host counting for the preemption timer
+        self.sleeping = False
+        self.msr_asked = 0  # why user space was asked about the last MSR, MSR_EXIT_*
+        self.user: KvmExit | None = None
+
+    # ---------------------------------------------------------------------------------------------- the outer loop
+
+    def run(self) -> str | KvmExit:
+        """KVM_RUN: until the vCPU is in the guest, sleeps, or user space has to do something."""
+        if self.v.in_guest:
+            return GUEST
+        if self.v.mp_state == r.MP_UNINITIALIZED:
+            if not self._runnable():
+                return BLOCKED
+            self.v.accept_events()
+        while True:
+            state = self._enter() if self.v.mp_state == r.MP_RUNNABLE else self._block()
+            if state:
+                return state
+            self._after_iteration()
+
+    def _after_iteration(self) -> None:
+        v = self.v
+        v.requests.discard("UNBLOCK")
+        if self._pending_timer():
+            v.timer.deliver()
+            v.timer.pending = False
+
+    def _pending_timer(self) -> bool:
+        v = self.v
+        return v.timer.pending and v.hw_enabled and v.sw_enabled and not v.reg(r.APIC_LVTT) & r.LVT_MASKED
+
+    def force(self) -> None:
+        """KVM_RUN up to the entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says.
+
+        User space, where it is asked for something before, calls KVM_RUN again.
+        """
+        if self.v.in_guest:
+            return
+        self._awake()
+        while (state := self._enter(forced=True)) != GUEST:
+            if state is None:
+                self._after_iteration()
+
+    def _enter(self, *, forced: bool = False) -> str | KvmExit | None:
+        """One attempt to enter: "guest", a reason for user space, or None to go round again."""
+        v = self.v
+        if "SMI" in v.requests:
+            v.requests.discard("SMI")
+            v.smi_pending = True
+            v.requests.add("EVENT")
+        if "NMI" in v.requests:
+            v.process_nmi()
+        if "IOAPIC_EOI" in v.requests:
+            v.requests.discard("IOAPIC_EOI")
+            if v.ioapic_eoi in v.ioapic_handled:
+                return KvmExit.IOAPIC_EOI
+        v.requests.discard("SCAN_IOAPIC")
+        if "APICV_UPDATE" in v.requests:
+            v.update_apicv()
+        if "EVENT" in v.requests:
+            v.requests.discard("EVENT")
+            v.accept_events()
+            if v.mp_state == r.MP_INIT_RECEIVED and not forced:
+                return None
+            self._inject()
+        if v.hw_enabled and v.sw_enabled:
+            v.sync_pir()
+        if v.requests:
+            if self._under_way():
+                v.request("EVENT")  # what was to be delivered by this entry comes first in the next one
+            return None
+        if forced:
+            v.mp_state = r.MP_RUNNABLE
+        v.in_guest = True
+        v.exception = None
+        v.nmi_injected = False
+        v.interrupt_injected = False
+        return self._exits_at_once()
+
+    def _exits_at_once(self) -> str | None:
+        """A preemption timer that has run out already lets the guest in and out again."""
+        v = self.v
+        while v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
+            v.timer.hv_exit()
+            v.sync_pir()
+            if self.m.generation < self.m.at("5.8") or v.requests:
+                v.in_guest = False
+                return None
+        return GUEST
+
+    def _inject(self) -> None:
+        """The most urgent event that the guest can take."""
+        v = self.v
+        can = not self._under_way()
+        if v.smi_pending and can and not v.smm:
+            v.smi_pending = False
+            v.enter_smm()
+            can = False
+        if v.nmi_pending and can and not v.nmi_masked and v.gif:
+            v.nmi_pending -= 1
+            v.nmi_masked = v.nmi_injected = True
+            can = False
+        if can and self._interrupts_on():
+            vector = v.take_extint() if v.has_extint() else None if v.apicv else v.ack()
+            if vector is not None:
+                v.injected = vector
+                v.interrupt_injected = True
+
+    def _under_way(self) -> bool:
+        return self.v.exception is not None or self.v.nmi_injected or self.v.interrupt_injected
+
+    def _interrupts_on(self) -> bool:
+        return bool(self.v.rflags & r.RFLAGS_IF) and self.v.gif and not self.v.shadow
+
+    def _runnable(self) -> bool:
+        v = self.v
+        return v.mp_state == r.MP_RUNNABLE or v.pv_unhalted or self._has_events()
+
+    def _has_events(self) -> bool:
+        v = self.v
+        return (
+            ((v.pending_init or v.pending_sipi) and v.init_allowed())
+            or v.exception is not None
+            or "NMI" in v.requests
+            or (v.nmi_pending > 0 and not v.nmi_masked and v.gif)
+            or "SMI" in v.requests
+            or (v.smi_pending and not v.smm)
+            or (self._interrupts_on() and (v.has_extint() or v.pending() is not None))
+        )
+
+    def _block(self) -> str | None:
+        """Sleeps unless there is something to do; None to go round again."""
+        v = self.v
+        if not self._runnable():
+            if not self.sleeping:
+                self.sleeping = True
+                self.sleeps_on_hv = v.timer.block()
+            if not (self._runnable() or self._pending_timer()):
+                v.requests.discard("UNBLOCK")
+                return BLOCKED
+        self._awake()
+        if not self._runnable():
+            return None
+        v.accept_events()
+        if v.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD):
+            v.set_mp(r.MP_RUNNABLE)
+        # a vCPU that waits for SIPI has nothing to do with an NMI: the thread goes round and round
+        return None if v.mp_state == r.MP_RUNNABLE else BLOCKED
+
+    def _awake(self) -> None:
+        if self.sleeping:
+            self.sleeping = False
+            self.v.timer.unblock(self.sleeps_on_hv)
+
+    def leave(self) -> None:
+        """A signal takes the thread out of KVM_RUN, as every ioctl on the vCPU needs it."""
+        if self.v.in_guest:
+            self.v.in_guest = False
+            self._after_iteration()
+        elif self.sleeping:
+            self._awake()
+            self._after_iteration()
+
+    # -------------------------------------------------------------------------------------------------------- exits
+
+    def _finish(self, result: Result) -> Result:
+        """A slow exit is over: back into the guest, unless user space is asked."""
+        v = self.v
+        v.in_guest = False
+        if result.user is None:
+            self._after_iteration()
+            state = self.run()
+            if isinstance(state, KvmExit):
+                result.user = state
+            result.blocked = state == BLOCKED
+        return result
+
+    def _finish_fast(self, result: Result) -> Result:
+        """A fast exit is over; what asks for the thread meanwhile takes the vCPU out of the short loop."""
+        v = self.v
+        if result.completion == "reenter":
+            if v.hw_enabled and v.sw_enabled:
+                v.sync_pir()
+            if not v.requests:
+                return result
+            result.completion = "handled"
+        return self._finish(result)
+
+    def skip(self, length: int) -> None:
+        self.v.rip += length
+        self.v.shadow = 0
+
+    def wrmsr(self, msr: int, value: int) -> Result:
+        v = self.v
+        result = Result(completion=self.fast_wrmsr(msr, value))
+        v.last_accepted = 0
+        if result.completion != "none":
+            assert v.write_msr(msr, value, host=False), "the fast path took a write that faults"
+            result.accepted = v.last_accepted
+            self.skip(INSN_LEN["wrmsr"])
+            return self._finish_fast(result)
+        v.in_guest = False
+        why = self._refused(msr, value, write=True)
+        result.accepted = v.last_accepted
+        return self._finish(self._msr_outcome(result, why, KvmExit.X86_WRMSR))
+
+    def rdmsr(self, msr: int) -> tuple[Result, int | None]:
+        v = self.v
+        v.in_guest = False
+        why = r.MSR_EXIT_FILTER if self.m.filtered(msr, write=False) else 0
+        value = None if why else v.read_msr(msr)
+        if value is None and not why:
+            why = self._unknown_or_bad(msr)
+        return self._finish(self._msr_outcome(Result(), why, KvmExit.X86_RDMSR)), value
+
+    def _refused(self, msr: int, value: int, *, write: bool) -> int:
+        """Why the generic path does not carry out a write, MSR_EXIT_*; 0 when it did."""
+        if self.m.filtered(msr, write=write):
+            return r.MSR_EXIT_FILTER
+        return 0 if self.v.write_msr(msr, value, host=False) else self._unknown_or_bad(msr)
+
+    @staticmethod
+    def _unknown_or_bad(msr: int) -> int:
+        known = msr in (r.MSR_APICBASE, r.MSR_TSC_DEADLINE) or r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END
+        return r.MSR_EXIT_INVAL if known else r.MSR_EXIT_UNKNOWN
+
+    def _msr_outcome(self, result: Result, why: int, exit_reason: KvmExit) -> Result:
+        self.msr_asked = why if self.m.user_space_msr & why else 0
+        if not why:
+            self.skip(INSN_LEN["wrmsr"])
+        elif self.msr_asked:
+            result.user = exit_reason
+        else:
+            result.fault = True
+            self.v.queue_exception(13)
+        return result
+
+    def page(self, *, claimed: bool) -> Result:
+        """Behind an access to the page; nobody in the kernel claims it where the APIC is off and the quirk too."""
+        self.v.in_guest = False
+        return self._finish(Result(user=None if claimed else KvmExit.MMIO))
+
+    def other(self) -> Result:
+        """An exit that KVM has nothing to do for, such as a host interrupt."""
+        self.v.in_guest = False
+        return self._finish(Result())
+
+    def hlt(self) -> Result:
+        v = self.v
+        self.skip(INSN_LEN["hlt"])
+        v.set_mp(r.MP_RUNNABLE if v.pv_unhalted or self._has_events() else r.MP_HALTED)
+        if self.m.generation >= self.m.at("6.12"):
+            return self._finish_fast(Result("reenter" if v.mp_state == r.MP_RUNNABLE else "handled"))
+        return self._finish(Result())
+
+    def preemption_timer(self) -> Result:
+        """VMX: the timer that the CPU counted for the guest ran out."""
+        self.v.timer.hv_exit()
+        if self.m.generation >= self.m.at("5.8"):
+            return self._finish_fast(Result("reenter"))
+        return self._finish(Result())
+
+    def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, *, bits64: bool = True) -> tuple[Result, int]:
+        if not bits64:
+            nr, a0, a1, a2, a3 = (value & 0xFFFF_FFFF for value in (nr, a0, a1, a2, a3))
+        value = self._hypercall(nr, a0, a1, a2, a3, 64 if bits64 else 32)
+        self.skip(INSN_LEN["vmcall"])
+        self.v.in_guest = False
+        return self._finish(Result()), value & ((1 << 64) - 1 if bits64 else 0xFFFF_FFFF)
+
+    def _hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, width: int) -> int:
+        if nr == r.HC_SEND_IPI:
+            return self.m.pv_ipi(a0, a1, a2 & 0xFFFF_FFFF, a3, width)
+        if nr == r.HC_KICK_CPU:
+            self.m.pv_kick(a1 & 0xFFFF_FFFF)
+            return 0
+        return 0 if nr in (r.HC_VAPIC_POLL_IRQ, r.HC_SCHED_YIELD) else -r.HC_ENOSYS
+
+    # ------------------------------------------------------------------------------------------------ the fast path
+
+    def fast_wrmsr(self, msr: int, value: int) -> str:
+        """Whether this generation handles the write early, and how that ends if nothing interferes."""
+        m = self.m
+        if not m.fastpath or (m.svm and m.kernel == "seed-v3"):
+            return "none"
+        if msr == r.MSR_TSC_DEADLINE:
+            if m.generation >= m.at("6.18") or (m.generation >= m.at("5.8") and self.v.timer.can_use_hv()):
+                return "reenter"
+            return "none"
+        if msr != r.MSR_X2APIC_ICR or not self.v.x2apic or not self._fast_icr(value):
+            return "none"
+        if m.generation <= m.at("5.7"):
+            return "skip"
+        return "handled" if m.generation <= m.at("6.1") else "reenter"
+
+    def _fast_icr(self, value: int) -> bool:
+        m = self.m
+        generation = m.generation
+        shorthand = (value & r.ICR_SHORTHAND) >> r.ICR_SHORTHAND_SHIFT
+        mode = (value & r.ICR_DM) >> r.ICR_DM_SHIFT
+        if generation >= m.at("6.12") and value & r.ICR_RESERVED:
+            return False
+        if generation >= m.at("6.18"):
+            irq = self.v.irq_of(value & 0xFFFF_FFFF, value >> r.ICR_DEST_SHIFT)
+            return shorthand == r.SH_SELF or m.resolve(self.v, irq) is not None
+        if mode != r.DM_FIXED or value & r.ICR_LOGICAL:
+            return False
+        if generation >= m.at("5.6") and shorthand:
+            return False
+        return generation < m.at("5.7") or value >> r.ICR_DEST_SHIFT != r.X2APIC_BROADCAST
+
+
+class Doors:
+    """What a guest does, as methods of the oracle's vCPU."""
+
+    thread: RunLoop
+
+    def run(self: Vcpu) -> str | KvmExit:
+        """KVM_RUN."""
+        return self.thread.run()
+
+    def wrmsr(self: Vcpu, msr: int, value: int) -> Result:
+        self.thread.force()
+        return self.thread.wrmsr(msr, value)
+
+    def rdmsr(self: Vcpu, msr: int) -> tuple[Result, int | None]:
+        self.thread.force()
+        return self.thread.rdmsr(msr)
+
+    def page_write(self: Vcpu, offset: int, value: int, length: int = 4) -> Result:
+        self.thread.force()
+        claimed = not self._nobody_there()
+        if claimed:
+            self.store(offset, value, length)
+        return self.thread.page(claimed=claimed)
+
+    def page_read(self: Vcpu, offset: int, length: int = 4) -> tuple[Result, int | None]:
+        self.thread.force()
+        claimed = not self._nobody_there()
+        value = self.load(offset, length) if claimed else None
+        return self.thread.page(claimed=claimed), value
+
+    def _nobody_there(self: Vcpu) -> bool:
+        return bool(self.m.disable_quirks & r.QUIRK_LAPIC_MMIO_HOLE) and (not self.hw_enabled or self.x2apic)
+
+    def hlt(self: Vcpu) -> Result:
+        self.thread.force()
+        return self.thread.hlt()
+
+    def host_interrupt(self: Vcpu) -> Result:
+        """The exit that the host's own interrupts make."""
+        self.thread.force()
+        return self.thread.other()
+
+    def hypercall(self: Vcpu, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> tuple[Result, int]:
+        self.thread.force()
+        return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)
+
+    def complete_msr(self: Vcpu, *, error: bool = False) -> None:
+        """User space has dealt with the MSR that KVM_RUN came back for."""
+        if error:
+            self.queue_exception(13)
+        else:
+            self.thread.skip(2)
+
+    # ------------------------------------------------------------- in the words of a guest that runs one instruction
+
+    def guest_wrmsr(self: Vcpu, msr: int, value: int) -> str:
+        """``"ok"``, ``"gp"``, or ``"user"`` where user space is asked."""
+        result = self.wrmsr(msr, value)
+        return "gp" if result.fault else "user" if result.user is KvmExit.X86_WRMSR else "ok"
+
+    def guest_rdmsr(self: Vcpu, msr: int) -> int | None:
+        return self.rdmsr(msr)[1]
+
+    def mmio_write(self: Vcpu, offset: int, value: int, length: int = 4) -> str | None:
+        return "user" if self.page_write(offset, value, length).user is KvmExit.MMIO else None
+
+    def mmio_read(self: Vcpu, offset: int, length: int = 4) -> int | str | None:
+        result, value = self.page_read(offset, length)
+        return "user" if result.user is KvmExit.MMIO else value
+
+    def run_through(self: Vcpu) -> None:
+        """KVM_RUN of a guest that does nothing but leave to user space: no iteration ends inside the kernel."""
+        self.thread.force()
+        self.in_guest = False
+
+    def next_interrupt(self: Vcpu) -> int | None:
+        """What a guest with interrupts on is interrupted by next: user space's PIC first."""
+        return self.take_extint() if self.has_extint() else self.pending()
+
+    def halt_and_take(self: Vcpu, *, interrupts: bool) -> int | str:
+        """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
+        self.injected = None
+        self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
+        self.thread.force()
+        asleep = self.injected is None and self.thread.hlt().blocked
+        self.in_guest = False
+        self.rflags = r.RFLAGS_FIXED
+        if asleep:
+            self.thread.leave()
+            return "asleep"
+        return "went on" if self.injected is None else self.injected
