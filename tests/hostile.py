@@ -12,12 +12,14 @@ that a row of a vCPU that does not exist cannot be read. In the others such rows
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import inspect
 import mmap
 import random
 import re
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +45,8 @@ ARRAYS = {"exits": L.EXIT, "outcomes": L.OUTCOME}
 """Parameters of entries that are addresses, and of what."""
 RECORDS = 48
 CALLS_OF_ONE = 1500
+SECONDS_OF_ONE = 100
+"""After that a machine hangs: its process says where, and ends."""
 ALLOWED = (ValueError, TypeError, fx.GeneralProtection)
 HEAD = struct.Struct("<8sIIII")
 NONE, U32 = L.NONE, 0xFFFF_FFFF
@@ -176,12 +180,18 @@ def thing(rng: random.Random, name: str, vcpus: int) -> Any:
 
 
 def entry_parameters() -> dict[str, list[str]]:
-    """Names of the parameters of each entry of the library, the handle left out."""
+    """Names of the parameters of each entry of the library, the handle left out.
+
+    An entry that only checks a vCPU's index around a kernel has that kernel's names.
+    """
     found = {}
     for name, declared in _jit.ENTRIES.items():
         if declared.python.__module__.startswith("fastexit."):
             handle, *others = inspect.signature(declared.python).parameters
             assert handle == "handle", f"entry {name} does not begin with the machine's handle"
+            inner = inspect.getclosurevars(declared.python).nonlocals.get("inner")
+            if inner is not None:
+                others = list(inspect.signature(getattr(inner, "py_func", inner)).parameters)[1:]
             found[name] = others
     return found
 
@@ -461,6 +471,7 @@ def storms(seed: int, calls: int, loud: bool = False) -> Iterator[Storm]:
     """Machines that have lived, until there were so many calls."""
     while calls > 0:
         print(f"seed {seed}", flush=True)
+        faulthandler.dump_traceback_later(SECONDS_OF_ONE, exit=True)
         storm = Storm(seed, loud)
         storm.play()
         yield storm
@@ -470,10 +481,9 @@ def storms(seed: int, calls: int, loud: bool = False) -> Iterator[Storm]:
 
 def main() -> int:
     """What a subprocess does, so that a crash is its alone."""
-    import faulthandler
-    import warnings
-
     faulthandler.enable()
+    # Compiling comes first, so that a machine's time is its own.
+    _jit.warmup()
     if not _jit.JIT:
         warnings.filterwarnings("ignore", "overflow encountered in scalar", RuntimeWarning)
     seed, calls = int(sys.argv[1]), int(sys.argv[2])

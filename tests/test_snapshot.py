@@ -326,6 +326,13 @@ def test_forged_words(word: int, value: int) -> None:
     refuses(forged(DATA, put(word, value)), "snapshot is damaged")
 
 
+@pytest.mark.parametrize("options", [{"vendor": "svm"}, {"hv_timer": False}], ids=["svm", "switched off"])
+def test_preemption_timer_of_nobody(options: dict[str, Any]) -> None:
+    """A preemption timer counts only where there is one: elsewhere nothing would stop it, entry after entry."""
+    data = fx.Machine(vcpus=2, **options).snapshot()
+    refuses(forged(data, put(kvm_word(2, L.K_HV_DEADLINE), 0)), "snapshot is damaged: a preemption timer")
+
+
 @pytest.mark.parametrize("v", range(4))
 @pytest.mark.parametrize(
     ("word", "value"),

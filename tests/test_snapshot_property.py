@@ -21,6 +21,9 @@ from fastexit import regs as r
 EXAMPLES = 15 if s.JIT else 2
 OPS = 80 if s.JIT else 40
 
+OURS = ("batch", "run", "rflags", "read", "time", "timer")
+"""Operations that the oracle does not live through."""
+
 profile = settings(
     derandomize=True,
     deadline=None,
@@ -55,7 +58,7 @@ def life(rng: random.Random, config: s.Config, operations: int) -> list[s.Op]:
 
     def add(op: s.Op) -> None:
         ops.append(op)
-        if op[0] not in ("batch", "run", "rflags", "read"):
+        if op[0] not in OURS:
             s.apply(model, op)
 
     for op in s.setup_ops(rng, model):
@@ -64,7 +67,7 @@ def life(rng: random.Random, config: s.Config, operations: int) -> list[s.Op]:
         kind = rng.random()
         vcpu = rng.randrange(len(model.vcpus))
         if kind < 0.08:
-            several = [s.guest_op(rng, model, timer=False) for _ in range(rng.randint(1, 12))]
+            several = [s.guest_op(rng, model) for _ in range(rng.randint(1, 12))]
             add(("batch", exits(rng, config, several)))
         elif kind < 0.12:
             add(("rflags", vcpu, rng.choice((2, 0x202))))
@@ -72,8 +75,12 @@ def life(rng: random.Random, config: s.Config, operations: int) -> list[s.Op]:
             add(("run", vcpu))
         elif kind < 0.20:
             add(("read", vcpu, rng.choice(s.X2APIC_MSRS)))
+        elif kind < 0.26:
+            add(("time", rng.choice((1, 1000, 200_000, rng.getrandbits(20), 1 << 40))))
+        elif kind < 0.30:
+            add(("timer", vcpu, rng.choice((0, 0x20000, 0x40000)) | s.vector(rng), rng.choice((1000, 1_000_000))))
         else:
-            add(s.guest_op(rng, model, timer=False))
+            add(s.guest_op(rng, model))
     return ops
 
 
@@ -81,7 +88,9 @@ def act(m: fx.Machine, op: s.Op) -> Any:
     """Carries out one operation; what can be seen of it."""
     if op[0] == "batch":
         return m.run(op[1]).tolist()
-    if op[0] in ("run", "rflags", "read", "guest_wrmsr"):
+    if op[0] == "time":
+        return m.set_time(m.time + op[1]), m.next_timer()
+    if op[0] in OURS or op[0] == "guest_wrmsr":
         v = m.vcpus[op[1]]
         if op[0] == "run":
             return v.run()
@@ -92,6 +101,9 @@ def act(m: fx.Machine, op: s.Op) -> Any:
                 return v.rdmsr(op[2])
             except fx.GeneralProtection:
                 return "gp"
+        if op[0] == "timer":
+            lvtt, tmict = (r.MSR_X2APIC_BASE + (offset >> 4) for offset in (r.APIC_LVTT, r.APIC_TMICT))
+            return v.set_msr(lvtt, op[2]), v.wrmsr(tmict, op[3]), v.set_msr(r.MSR_TSC_DEADLINE, m.time + op[3])
         v.rflags = op[2]
         return None
     return s.apply(m, op)

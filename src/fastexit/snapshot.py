@@ -63,7 +63,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     fixed, tables, hot, _, _, kvm = parts
     _check_header(fixed, n)
     _check_tables(tables, n)
-    _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE))
+    _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
     words[L.H_TRACE_HEAD] = 0
@@ -207,8 +207,10 @@ def _check_tables(words: np.ndarray, n: int) -> None:
     _require(bool((logical & ~known == 0).all()), "an AVIC logical id")
 
 
-def _check_vcpus(rows: np.ndarray, hot: np.ndarray) -> None:
+def _check_vcpus(rows: np.ndarray, hot: np.ndarray, config: int) -> None:
     _check(_KVM, rows)
     _check(_HOT, hot)
+    if config & L.CONFIG_SVM or not config & L.CONFIG_HV_TIMER:  # its exit would have no handler, again and again
+        _require(bool((rows[:, L.K_HV_DEADLINE] == L.NONE).all()), "a preemption timer")
     ids = rows[:, L.K_VCPU_ID].tolist()
     _require(len(set(ids)) == len(ids), "a vCPU's id")

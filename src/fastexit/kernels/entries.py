@@ -129,7 +129,6 @@ _ON_ONE_VCPU = {
         "emulate_cr8": msr.emulate_cr8,
         "emulate_rdmsr": msr.emulate_rdmsr,
         "return_to_user": runloop.return_to_user,
-        "local_deliver": timer.local_deliver,
     },
     3: {
         "apicv_mmio_write": apicv.mmio_write,
@@ -234,7 +233,18 @@ def trace_exit(handle, v, reason, info1, info2, intr_info):
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def emit(handle, event, v, a, b, c):
     """Append a trace record; the caller has looked whether tracing is on."""
-    return shared.emit(open_words(handle, k.WORDS), event, v, a, b, c)
+    m = open_words(handle, k.WORDS)
+    return shared.emit(m, event & k.U(0xFF), v, a, b, c) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def local_deliver(handle, v, offset, me):
+    """kvm_apic_local_deliver of the LVT entry at an offset; ``me`` is the vCPU that runs here, NONE for the host."""
+    m = open_words(handle, k.WORDS)
+    if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
+        return NO_VCPU
+    return timer.local_deliver(m, v, offset, me)
 
 
 @entry

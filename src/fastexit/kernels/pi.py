@@ -135,7 +135,10 @@ def wake_next(m, cpu, first):
     The list is searched from index ``first`` on; the order in which KVM walks it cannot be told afterwards.
     """
     linked = (cpu & k.LOW32) + k.ONE
-    for i in range(first, m[k.H_NVCPUS]):
+    n = m[k.H_NVCPUS]
+    if first >= n:
+        return k.NONE  # range(first, n) would count from a negative number where bit 63 is set
+    for i in range(first, n):
         v = k.U(i)
         if load_acquire(m, own(m, v) + k.K_WAKEUP_CPU) != linked:
             continue
