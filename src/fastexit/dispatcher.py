@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from fastexit.handlers import Handlers
     from fastexit.vcpu import Vcpu
 
+BLOCKED, AGAIN = 1, 2
+"""What vcpu_block came to, as kernels/runloop.py has it."""
 IN_GUEST, AROUND = 0, L.NONE
 """What a try to enter came to, besides the USER codes."""
 _FROM_HANDLERS = CODE_DELIVERY | CODE_FAULT | CODE_USER
@@ -147,9 +149,11 @@ class Dispatcher:
         if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
             self.start_run(v)
         code = self.vendor_run(v, exit)
-        if code & CODE_COMPLETION == COMPLETION_REENTER:
-            return code
-        return self.after_run(v, exit, code)
+        if code & CODE_COMPLETION != COMPLETION_REENTER:
+            return self.after_run(v, exit, code)
+        # The timer's next period may have run out as well.
+        again = self.exit_at_once(v) if exit.reason == self.vendor.forced_reason else IN_GUEST
+        return code if again == IN_GUEST else code | self.go_on(v, again)
 
     def kvm_run(self, v: Vcpu) -> bool:
         """KVM_RUN as user space calls it, or a sleeper that goes on: True when the vCPU is in the guest then.
@@ -174,10 +178,19 @@ class Dispatcher:
             code = self.vcpu_run(v, forced=True)
 
     def leave_guest(self, v: Vcpu) -> None:
-        """A signal takes the vCPU out of the guest and out of KVM_RUN, as any vCPU ioctl needs. Not traced."""
+        """A signal takes the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as any vCPU ioctl needs.
+
+        The way out is an iteration that stays in the kernel, so ticks are seen on it. It is not traced. A sleeper's
+        HOT_BLOCKED stays: whoever has something for it says WAKE, and user space calls KVM_RUN again.
+        """
         if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             self.out_of_guest(v)
-            _jit.load("return_to_user")(self.handle, v.index, L.NONE, 0)
+            self.loop_tail(v)
+        elif self.mem[v.own + L.K_IN_RUN]:
+            _jit.load("wake_up")(self.handle, v.index)
+        else:
+            return
+        _jit.load("return_to_user")(self.handle, v.index, L.NONE, 0)
 
     def out_of_guest(self, v: Vcpu) -> None:
         """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
@@ -204,11 +217,16 @@ class Dispatcher:
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""
         code = self.leave_and_handle(v, exit, code)
-        user = code & CODE_USER or self.loop_tail(v)
+        return code | self.go_on(v, code & CODE_USER or AROUND)
+
+    def go_on(self, v: Vcpu, user: int) -> int:
+        """Behind an iteration: out for its USER code, or AROUND the loop again."""
+        if user == AROUND:
+            user = self.loop_tail(v)
         if user:
             self.return_to_user(v, user)
-            return code | user
-        return code | self.vcpu_run(v)
+            return user
+        return self.vcpu_run(v)
 
     def leave_and_handle(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Steps 13-20: out of the guest, and what the exit asked for."""
@@ -330,9 +348,12 @@ class Dispatcher:
                 if code == IN_GUEST:
                     return 0
             else:
-                if self.block(v):
+                code = self.block(v)
+                if code == BLOCKED:
                     return CODE_BLOCKED
-                code = AROUND
+                if code == AGAIN:
+                    continue
+                code = code or AROUND
             if code == AROUND:
                 code = self.loop_tail(v)
             if code:
@@ -368,13 +389,12 @@ class Dispatcher:
         mem = self.mem
         if not mem[v.own + L.K_IMMEDIATE] and mem[v.own + L.K_HV_DEADLINE] == L.NONE:
             return IN_GUEST
-        if not _jit.load("exits_at_once")(self.handle, v.index):
-            return IN_GUEST
         exit = Exit(self.vendor.forced_reason)
-        code = self.vendor_run(v, exit)
-        if code & CODE_COMPLETION == COMPLETION_REENTER:
-            return IN_GUEST
-        return self.leave_and_handle(v, exit, code) & CODE_USER or AROUND
+        while _jit.load("exits_at_once")(self.handle, v.index):
+            code = self.vendor_run(v, exit)
+            if code & CODE_COMPLETION != COMPLETION_REENTER:
+                return self.leave_and_handle(v, exit, code) & CODE_USER or AROUND
+        return IN_GUEST
 
     def service_requests(self, v: Vcpu) -> int:
         """Step 2: pending requests in KVM's order; a USER code when one of them is user space's."""
@@ -384,9 +404,9 @@ class Dispatcher:
         """Step 3: INIT/SIPI, then one event; True when the vCPU waits for SIPI instead."""
         return bool(_jit.load("inject_events")(self.handle, v.index))
 
-    def block(self, v: Vcpu) -> bool:
-        """The loop goes to vcpu_block: True when the thread sleeps, False when the loop goes round."""
-        return bool(_jit.load("block")(self.handle, v.index))
+    def block(self, v: Vcpu) -> int:
+        """The loop goes to vcpu_block: BLOCKED when the thread sleeps, AGAIN, a USER code, or 0 to go round."""
+        return _jit.load("block")(self.handle, v.index)
 
     def preempt_disable(self, v: Vcpu) -> None:
         """Step 4: preemption off, the vendor prepares the switch."""

@@ -210,6 +210,10 @@ class VcpuIoctls(VcpuState):
         if _jit.load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base) & CODE_GP:
             raise ValueError(f"APICBASE {base:#x}: reserved bits or an impossible mode (EINVAL)")
         _jit.load("set_cr8")(self._handle, self.index, cr8)
+        at_reset_vector = self.rip == R.RESET_RIP and self._mem[self.own + L.K_CS] == R.RESET_CS
+        if base & R.APICBASE_BSP and at_reset_vector:
+            # For user space that does not know mp_state: a boot CPU that is put back to its reset vector runs.
+            _jit.load("set_mp_state")(self._handle, self.index, R.MP_RUNNABLE)
 
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: an external interrupt of user space's PIC; it comes in where LINT0 is unmasked ExtINT.

@@ -318,7 +318,7 @@ class Machine:
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)
             happened.append((index, OUTCOMES[self.dispatcher.run_exit(self.vcpus[index], exit)]))
-            index = _jit.load("hv_timer_exit")(self.handle, index + 1)
+            index = _jit.load("hv_timer_exit")(self.handle, index)
         return happened
 
     def next_timer(self) -> int | None:

@@ -15,6 +15,7 @@ from .irq import take_pv_eoi
 from .lapic import mmio_claimed, mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .runloop import (
+    AGAIN,
     BLOCKED,
     ENTERED,
     begin_run,
@@ -163,18 +164,17 @@ def _leave_and_handle(m, v, op, reason, msr, value, info, code):
 
 @kernel("u8(words, u8)")
 def _exit_at_once(m, v):
-    """The exit of a guest that leaves before its first instruction, if it does: IN_GUEST, AROUND or a USER code."""
-    if not exits_at_once(m, v):
-        return IN_GUEST
+    """Exits of a guest that leaves before its first instruction: IN_GUEST, AROUND or a USER code."""
     # KVM forces an exit by the preemption timer, or by a host interrupt where there is none.
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
     op = OP_NOTHING if svm else OP_TIMER
     reason = k.SVM_INTERRUPT if svm else k.VMX_PREEMPTION_TIMER
-    code = _vendor_run(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO)
-    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        return IN_GUEST
-    code = _leave_and_handle(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO, code)
-    return code & k.CODE_USER if code & k.CODE_USER else AROUND
+    while exits_at_once(m, v):
+        code = _vendor_run(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO)
+        if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
+            code = _leave_and_handle(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO, code)
+            return code & k.CODE_USER if code & k.CODE_USER else AROUND
+    return IN_GUEST
 
 
 @kernel("u8(words, u8, u8)")
@@ -218,9 +218,13 @@ def vcpu_run(m, v, forced):
             if user == IN_GUEST:
                 return k.ZERO
         else:
-            user = AROUND
-            if block(m, v) == BLOCKED:
+            user = block(m, v)
+            if user == BLOCKED:
                 return k.CODE_BLOCKED
+            if user == AGAIN:
+                continue
+            if user == k.ZERO:
+                user = AROUND
         if user == AROUND:
             user = loop_tail(m, v)
         if user:
@@ -261,7 +265,9 @@ def one_exit(m, v, op, reason, msr, value, info):
     mmio = op == OP_MMIO_WRITE or op == OP_MMIO_READ
     code = _vendor_run(m, v, op, reason, msr, value, k.ZERO if mmio else info)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        return code
+        # Its next period may have run out as well.
+        again = _exit_at_once(m, v) if op == OP_TIMER else IN_GUEST
+        return code if again == IN_GUEST else code | _go_on(m, v, again)
     code = _leave_and_handle(m, v, op, reason, msr, value, info, code)
     return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 

@@ -86,7 +86,6 @@ def reset_vcpu_init(m, v):
     m[row + k.K_IRQ_WINDOW] = k.ZERO
     m[row + k.K_NMI_WINDOW] = k.ZERO
     m[row + k.K_REINJECT] = k.ZERO
-    m[row + k.K_EXTINT] = k.ZERO
     m[row + k.K_HFLAGS] = k.ZERO
     m[row + k.K_SHADOW] = k.ZERO
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED

@@ -61,11 +61,14 @@ def emulate(m, v, number, a0, a1, a2, a3, bits64):
     if not bits64:
         number, a0, a1, a2, a3 = number & k.LOW32, a0 & k.LOW32, a1 & k.LOW32, a2 & k.LOW32, a3 & k.LOW32
     m[result] = k.ZERO
+    code = k.ZERO
     if number == k.HC_SEND_IPI:
-        return send_ipi(m, v, a0, a1, a2, a3, bits64)
-    if number == k.HC_KICK_CPU:
+        code = send_ipi(m, v, a0, a1, a2, a3, bits64)
+    elif number == k.HC_KICK_CPU:
         icr = k.DM_REMRD << k.ICR_DM_SHIFT
-        return deliver(m, k.NONE, icr, a1 & k.LOW32, k.ZERO, v) & k.CODE_DELIVERY & ~k.CODE_ACCEPTED_NONE
-    if number != k.HC_VAPIC_POLL_IRQ and number != k.HC_SCHED_YIELD:
+        code = deliver(m, k.NONE, icr, a1 & k.LOW32, k.ZERO, v) & k.CODE_DELIVERY & ~k.CODE_ACCEPTED_NONE
+    elif number != k.HC_VAPIC_POLL_IRQ and number != k.HC_SCHED_YIELD:
         m[result] = _minus(k.HC_ENOSYS)
-    return k.ZERO
+    if not bits64:
+        m[result] = m[result] & k.LOW32
+    return code

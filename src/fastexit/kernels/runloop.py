@@ -27,7 +27,7 @@ from .timer import (
     wait_expired,
 )
 
-BLOCKED = k.ONE
+BLOCKED, AGAIN = k.ONE, k.U(2)
 ENTERED = k.ONE
 IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
 """K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and had the preemption timer in use."""
@@ -82,7 +82,12 @@ def loop_tail(m, v):
 @kernel("u8(words, u8)")
 def _awake(m, v):
     """kvm_vcpu_check_block: a reason not to sleep."""
-    if m[hot(m, v) + k.HOT_REQUESTS] & (k.REQ_UNBLOCK | k.REQ_SIGNAL):
+    requests = hot(m, v) + k.HOT_REQUESTS
+    if m[own(m, v) + k.K_MP_STATE] == k.MP_UNINITIALIZED:
+        # A tick ends KVM_RUN with EAGAIN over and over; here it is left where it is.
+        clear_word_bits(m, requests, k.REQ_UNBLOCK)
+        return runnable(m, v) if not m[requests] & k.REQ_SIGNAL else k.ONE
+    if m[requests] & (k.REQ_UNBLOCK | k.REQ_SIGNAL):
         return k.ONE
     return runnable(m, v) | has_pending(m, v)
 
@@ -121,6 +126,9 @@ def wake_up(m, v):
 def block(m, v):
     """vcpu_block of a vCPU that does not run: BLOCKED when its thread sleeps now, else 0: the loop goes round.
 
+    One that was never initialised waits in KVM_RUN itself, which then returns EAGAIN for user space to call it AGAIN,
+    or EINTR (a USER code).
+
     HOT_BLOCKED is published before events and requests are read, with a full barrier; a sender sets its event before
     it looks whether the thread sleeps. So either it sees the sleeper and wakes it, or the sleeper sees the event. The
     preemption timer counts in the guest only, so a sleeper uses the hrtimer.
@@ -128,8 +136,9 @@ def block(m, v):
     host = own(m, v)
     if not runnable(m, v):
         if m[host + k.K_IN_RUN] < ASLEEP:
-            m[host + k.K_IN_RUN] = ASLEEP_HV_TIMER if hv_in_use(m, v) else ASLEEP
-            if hv_in_use(m, v):
+            switches = hv_in_use(m, v) and m[host + k.K_MP_STATE] != k.MP_UNINITIALIZED
+            m[host + k.K_IN_RUN] = ASLEEP_HV_TIMER if switches else ASLEEP
+            if switches:
                 start_sw(m, v)
                 settle(m, v)
         exchange(m, hot(m, v) + k.HOT_BLOCKED, k.ONE)
@@ -138,9 +147,14 @@ def block(m, v):
             return BLOCKED
         take(m, hot(m, v) + k.HOT_BLOCKED)
         wake_up(m, v)
-        if not runnable(m, v):
+        if m[host + k.K_MP_STATE] != k.MP_UNINITIALIZED and not runnable(m, v):
             return k.ZERO
     wake_up(m, v)
+    if m[host + k.K_MP_STATE] == k.MP_UNINITIALIZED:
+        accept_events(m, v)
+        if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_SIGNAL) & k.REQ_SIGNAL:
+            return k.USER_INTR
+        return AGAIN
     return _leave_halt(m, v)
 
 
@@ -148,8 +162,8 @@ def block(m, v):
 def begin_run(m, v):
     """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken."""
     host = own(m, v)
-    if m[host + k.K_IN_RUN] < ASLEEP:
-        m[host + k.K_IN_RUN] = IN_RUN
+    if m[host + k.K_IN_RUN] < ASLEEP or m[host + k.K_MP_STATE] == k.MP_RUNNABLE:
+        wake_up(m, v)
     m[host + k.K_USER_EXIT] = k.ZERO
     m[hot(m, v) + k.HOT_BLOCKED] = k.ZERO
     vcpu_load(m, v, m[host + k.K_CPU])

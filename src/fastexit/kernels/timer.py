@@ -300,7 +300,7 @@ def start_sw(m, v):
             else:
                 expired(m, v, k.ZERO)
     elif (mode == k.TIMER_ONE_SHOT or mode == k.TIMER_PERIODIC) and m[row + k.K_PERIOD]:
-        late = now > m[row + k.K_TARGET]
+        late = now >= m[row + k.K_TARGET]  # KVM looks again, and its clock has moved on by then
         if late:
             expired(m, v, k.ZERO)
             if mode == k.TIMER_PERIODIC:
@@ -464,8 +464,9 @@ def hv_due(m, v):
     deadline = m[row + k.K_HV_DEADLINE]
     if deadline == k.NONE or deadline > guest_tsc(m):
         return k.ZERO
-    # A period below the clock's resolution would exit for ever while the clock stands still.
-    return k.ZERO if m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE else k.ONE
+    # A period of no TSC ticks would exit for ever while the clock stands still.
+    endless = cycles(m, m[row + k.K_PERIOD]) <= cycles(m, m[row + k.K_TIMER_ADVANCE])
+    return k.ZERO if endless and m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE else k.ONE
 
 
 @kernel("u8(words, u8)")
