@@ -45,3 +45,18 @@ def test_descriptor(ffi: cffi.FFI) -> None:
     assert ffi.offsetof("struct fx_pid", "control") == 8 * layout.PID_CONTROL_WORD
     assert layout.HOT * 8 % 64 == 0
     assert layout.HOT_STRIDE * 8 % 64 == 0
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"), [("H_", layout.HEADER_WORDS), ("K_", layout.KVM_STRIDE), ("HOT_", layout.HOT_STRIDE)]
+)
+def test_words_have_places_of_their_own(prefix: str, words: int) -> None:
+    """No two names share a word of a row, and all lie inside it; a set of vectors takes four."""
+    sets = {"HOT_TMR", "K_IOAPIC_HANDLED"}
+    taken: dict[int, str] = {}
+    for name, first in vars(layout).items():
+        if name.startswith(prefix) and not name.endswith("STRIDE"):
+            for word in range(first, first + (4 if name in sets else 1)):
+                assert word < words, name
+                assert word not in taken, f"{name} and {taken.get(word)}"
+                taken[word] = name

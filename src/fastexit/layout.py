@@ -171,7 +171,6 @@ K_CS = 26  # owner; selector after SIPI
 K_MSR_DATA = 27  # owner; result of the last read
 K_IRQ_WINDOW = 28  # owner; interrupt window requested
 K_LINT0_NMI = 29  # owner; LINT0 counted as NMI watchdog
-K_TARGET = 29  # owner; the timer's target_expiration, ns
 K_PERIOD = 30  # owner; the timer's period, ns
 K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
 K_NESTED_EXITS = 32  # owner; exits reflected to L1
@@ -226,6 +225,7 @@ K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN,
 K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last
 K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
 K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
+K_TARGET = 84  # owner; the timer's target_expiration, ns
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE
