@@ -14,7 +14,7 @@ from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
-from .shared import clear_word_bits, emit, hot, own, take
+from .shared import clear_word_bits, emit, hot, make_request, own, take
 from .timer import (
     has_pending,
     hv_due,
@@ -213,11 +213,17 @@ def enter(m, v):
 
 @kernel("u8(words, u8)")
 def trace_entry(m, v):
-    """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early."""
+    """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
+
+    An entry that is forced to exit at once leaves an EVENT request behind: the event for which it was forced is to be
+    looked for again.
+    """
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
+    if m[row + k.K_FORCE_EXIT]:
+        make_request(m, v, k.REQ_EVENT)
     m[row + k.K_FORCE_EXIT] = k.ZERO
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_ENTRY, v, m[row + k.K_RIP], info, m[row + k.K_IMMEDIATE] << k.U(32))

@@ -153,15 +153,10 @@ def _adapt_advance(m, v, error, early):
 
 
 @kernel("u8(words, u8)")
-def wait_expired(m, v):
-    """kvm_wait_lapic_expire: a timer that fired ahead of its deadline makes the entry wait for it.
-
-    The clock is the caller's, so the wait is only counted, in K_WAITED.
-    """
+def _wait(m, v):
+    """__kvm_wait_lapic_expire. The clock is the caller's, so the wait is only counted, in K_WAITED."""
     row = own(m, v)
     deadline = m[row + k.K_EXPIRED_DEADLINE]
-    if not deadline or not m[row + k.K_TIMER_ADVANCE] or not interrupt_injected(m, v):
-        return k.ZERO
     m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
     tsc = guest_tsc(m)
     early = k.ONE if tsc < deadline else k.ZERO
@@ -171,6 +166,15 @@ def wait_expired(m, v):
     if early:
         m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, error)
     return _adapt_advance(m, v, error, early)
+
+
+@kernel("u8(words, u8)")
+def wait_expired(m, v):
+    """kvm_wait_lapic_expire: a timer that fired ahead of its deadline makes the entry wait, if it is what comes in."""
+    row = own(m, v)
+    if m[row + k.K_EXPIRED_DEADLINE] and m[row + k.K_TIMER_ADVANCE] and interrupt_injected(m, v):
+        return _wait(m, v)
+    return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
@@ -184,7 +188,9 @@ def expired(m, v, from_hrtimer):
     if not from_hrtimer and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         return inject_pending(m, v, v) & ~k.CODE_ACCEPTED_NONE
     if can_post(m, v) and m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
-        wait_expired(m, v)
+        # The guest runs: the wait has to come before the interrupt, whose bit is therefore not asked for.
+        if m[row + k.K_EXPIRED_DEADLINE] and m[row + k.K_TIMER_ADVANCE]:
+            _wait(m, v)
         return inject_pending(m, v, k.NONE if from_hrtimer else v) & ~k.CODE_ACCEPTED_NONE
     m[row + k.K_TIMER_PENDING] = k.ONE
     make_request(m, v, k.REQ_UNBLOCK)
