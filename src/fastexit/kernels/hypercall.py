@@ -55,11 +55,9 @@ def send_ipi(m, v, low, high, first, icr, bits64):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
-def emulate(m, v, number, a0, a1, a2, a3, bits64):
-    """kvm_emulate_hypercall: delivery code; RAX in K_MSR_DATA."""
+def _dispatch(m, v, number, a0, a1, a2, a3, bits64):
+    """What the call does, and its result as a 64-bit kernel holds it."""
     result = own(m, v) + k.K_MSR_DATA
-    if not bits64:
-        number, a0, a1, a2, a3 = number & k.LOW32, a0 & k.LOW32, a1 & k.LOW32, a2 & k.LOW32, a3 & k.LOW32
     m[result] = k.ZERO
     if number == k.HC_SEND_IPI:
         return send_ipi(m, v, a0, a1, a2, a3, bits64)
@@ -69,3 +67,14 @@ def emulate(m, v, number, a0, a1, a2, a3, bits64):
     if number != k.HC_VAPIC_POLL_IRQ and number != k.HC_SCHED_YIELD:
         m[result] = _minus(k.HC_ENOSYS)
     return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def emulate(m, v, number, a0, a1, a2, a3, bits64):
+    """kvm_emulate_hypercall: delivery code; RAX in K_MSR_DATA. Outside long mode registers have 32 bits, RAX too."""
+    if bits64:
+        return _dispatch(m, v, number, a0, a1, a2, a3, bits64)
+    low = k.LOW32
+    code = _dispatch(m, v, number & low, a0 & low, a1 & low, a2 & low, a3 & low, bits64)
+    m[own(m, v) + k.K_MSR_DATA] = m[own(m, v) + k.K_MSR_DATA] & low
+    return code

@@ -14,7 +14,7 @@ from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
-from .shared import clear_word_bits, emit, hot, own, take
+from .shared import clear_word_bits, emit, hot, make_request, own, take
 from .timer import (
     has_pending,
     hv_due,
@@ -204,7 +204,9 @@ def trace_entry(m, v):
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
-    m[row + k.K_FORCE_EXIT] = k.ZERO
+    if m[row + k.K_FORCE_EXIT]:
+        m[row + k.K_FORCE_EXIT] = k.ZERO
+        make_request(m, v, k.REQ_EVENT)  # the exit is forced for the sake of what waits behind this entry's event
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_ENTRY, v, m[row + k.K_RIP], info, m[row + k.K_IMMEDIATE] << k.U(32))
     if m[row + k.K_EXPIRED_DEADLINE]:
