@@ -99,16 +99,17 @@ class RunLoop:
         v.requests.discard("SCAN_IOAPIC")
         if "APICV_UPDATE" in v.requests:
             v.update_apicv()
+        behind = False
         if "EVENT" in v.requests:
             v.requests.discard("EVENT")
             v.accept_events()
             if v.mp_state == r.MP_INIT_RECEIVED and not forced:
                 return None
-            self._inject()
+            behind = self._inject()
         if v.hw_enabled and v.sw_enabled:
             v.sync_pir()
         if v.requests:
-            if self._under_way():
+            if self._under_way() or behind:
                 v.request("EVENT")  # what was to be delivered by this entry comes first in the next one
             return None
         if forced:
@@ -117,6 +118,10 @@ class RunLoop:
         v.exception = None
         v.nmi_injected = False
         v.interrupt_injected = False
+        if behind:
+            v.request("EVENT")
+            v.in_guest = False
+            return None
         return self._exits_at_once()
 
     def _exits_at_once(self) -> str | None:
@@ -130,23 +135,31 @@ class RunLoop:
                 return None
         return GUEST
 
-    def _inject(self) -> None:
-        """The most urgent event that the guest can take."""
+    def _inject(self) -> bool:
+        """The most urgent event that the guest can take; whether the next one wants an entry of its own at once."""
         v = self.v
         can = not self._under_way()
-        if v.smi_pending and can and not v.smm:
-            v.smi_pending = False
-            v.enter_smm()
-            can = False
-        if v.nmi_pending and can and not v.nmi_masked and v.gif:
-            v.nmi_pending -= 1
-            v.nmi_masked = v.nmi_injected = True
-            can = False
-        if can and self._interrupts_on():
-            vector = v.take_extint() if v.has_extint() else None if v.apicv else v.ack()
-            if vector is not None:
-                v.injected = vector
+        if v.smi_pending:
+            if not can:
+                return True
+            if not v.smm and v.gif:
+                v.smi_pending = False
+                v.enter_smm()
+                can = False
+        if v.nmi_pending:
+            if not can:
+                return True
+            if not v.nmi_masked and v.gif and not v.shadow:
+                v.nmi_pending -= 1
+                v.nmi_masked = v.nmi_injected = True
+                can = False
+        if v.has_extint() or (not v.apicv and v.pending() is not None):
+            if not can:
+                return True
+            if self._interrupts_on():
+                v.injected = v.take_extint() if v.has_extint() else v.ack()
                 v.interrupt_injected = True
+        return False
 
     def _under_way(self) -> bool:
         return self.v.exception is not None or self.v.nmi_injected or self.v.interrupt_injected

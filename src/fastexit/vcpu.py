@@ -109,9 +109,9 @@ class Vcpu(VcpuIoctls):
     def hypercall(
         self, number: int, a0: int = 0, a1: int = 0, a2: int = 0, a3: int = 0, bits64: bool = True
     ) -> Outcome:
-        """A guest's VMCALL or VMMCALL (regs.HC_SEND_IPI, ...); its RAX is ``read_data`` afterwards, 64 bits.
+        """A guest's VMCALL or VMMCALL (regs.HC_SEND_IPI, ...); its RAX is ``read_data`` afterwards.
 
-        ``bits64``: the guest is in long mode; otherwise registers have 32 bits.
+        ``bits64``: the guest is in long mode; otherwise registers have 32 bits, RAX among them.
         """
         values = (number, a0, a1, a2, a3)
         args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=True))
