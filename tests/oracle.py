@@ -192,13 +192,25 @@ class Machine:
             if due:
                 min(due, key=lambda v: (v.timer.hrtimer, v.index)).timer.fire()
                 continue
-            due = [v for v in self.vcpus if v.in_guest and v.timer.hv_at is not None and v.timer.hv_at <= self.tsc()]
+            # who has been kicked leaves the guest for that, before his timer runs out
+            inside = [v for v in self.vcpus if v.in_guest and not v.requests]
+            due = [v for v in inside if v.timer.hv_at is not None and v.timer.hv_at <= self.tsc()]
             if not due:
                 return left
             left.append(due[0].index)
             due[0].thread.preemption_timer()
 
     # ---------------------------------------------------------------------------------------------- MSRs and hypercalls
+
+    def set_msr_filter(self, default_deny: bool, ranges: list[tuple[int, int, list[int]]]) -> None:
+        """KVM_X86_SET_MSR_FILTER: flags, first MSR, and for each MSR whether it is allowed."""
+        self.msr_filter = (
+            default_deny,
+            [
+                MsrRange(flags, first, len(bits), sum(bool(bit) << n for n, bit in enumerate(bits)))
+                for flags, first, bits in ranges
+            ],
+        )
 
     def filtered(self, msr: int, *, write: bool) -> bool:
         """Whether the MSR filter denies this access to the guest."""

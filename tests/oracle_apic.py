@@ -111,6 +111,7 @@ class Vcpu(Doors):
         self.nmi_injected = False
         self.smi_pending = False
         self.smm = False
+        self.before_smm = (0, 0, False)
         self.vmxon = False
         self.gif = True
         self.arb_prio = 0
@@ -480,6 +481,13 @@ class Vcpu(Doors):
         )
         self.last_accepted = self.m.deliver(self, irq)
 
+    def local_interrupt(self, lvt: int) -> int:
+        """A local source signals its LVT entry; KVM masks that of the performance counters when it does."""
+        accepted = self.deliver_local(lvt)
+        if accepted and lvt == r.APIC_LVTPC and not self.m.svm:
+            self.put(lvt, self.reg(lvt) | r.LVT_MASKED)
+        return accepted
+
     # -------------------------------------------------------------------------------------------------- receiving
 
     def accept(self, irq: Irq) -> int:
@@ -739,7 +747,6 @@ class Vcpu(Doors):
                 self.set_mp(r.MP_RUNNABLE)
 
     def process_nmi(self) -> None:
-        self.requests.discard("NMI")
         most = 1 if self.nmi_masked or self.nmi_injected else MAX_PENDING_NMIS
         self.nmi_pending = min(self.nmi_pending + self.nmi_queued, most)
         self.nmi_queued = 0
@@ -747,8 +754,17 @@ class Vcpu(Doors):
             self.request("EVENT")
 
     def enter_smm(self) -> None:
-        self.smm = True
+        self.before_smm = self.rip, self.rflags, self.nmi_masked
+        self.smm = self.nmi_masked = True
         self.rip, self.rflags, self.shadow = 0x8000, r.RFLAGS_FIXED, 0
+
+    def rsm(self) -> None:
+        """The guest leaves system management mode; ValueError where it is not in it."""
+        if not self.smm:
+            raise ValueError("#UD")
+        self.rip, self.rflags, self.nmi_masked = self.before_smm
+        self.smm = False
+        self.request("EVENT")
 
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
@@ -771,7 +787,10 @@ class Vcpu(Doors):
         smm: bool | None = None,
         latched_init: bool = False,
     ) -> None:
-        """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count, ``smm`` that of the pending INIT."""
+        """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count, ``smm`` that of the pending INIT.
+
+        Events that are on their way into the guest stay what they are: user space sets what it got.
+        """
         self.thread.leave()
         self.process_nmi()
         if nmi_pending is not None:
@@ -779,13 +798,11 @@ class Vcpu(Doors):
             if nmi_pending:
                 self.request("NMI")
         self.nmi_masked = nmi_masked
-        self.nmi_injected = False
-        self.interrupt_injected = False
-        self.exception = None
         if sipi_vector is not None:
             self.sipi_vector = sipi_vector
         if smm is not None:
             self.smm = smm
+            self.smi_pending = False
             self.pending_init = latched_init
         self.request("EVENT")
 

@@ -21,6 +21,9 @@ COMPLETIONS = {
     Fastpath.EXIT_HANDLED: "handled",
     Fastpath.SKIP_EMUL_INS: "skip",
 }
+SETTLE: Op = ("settle",)
+"""Everybody out of the guest, and a look at all of them."""
+
 EXITS = {
     "hlt": {"vmx": VmxExit.HLT, "svm": SvmExit.HLT},
     "host_interrupt": {"vmx": VmxExit.EXTERNAL_INTERRUPT, "svm": SvmExit.INTERRUPT},
@@ -46,6 +49,9 @@ class Pair:
     def step(self, op: Op) -> None:
         """One operation on both, then everything that the pair looks at is compared."""
         self.history.append(op)
+        if op == SETTLE:
+            self.look()
+            return
         if op[0] in GUEST_OPS:
             want, got = self._exit(op)
         elif op[0] == "run":
@@ -85,6 +91,9 @@ class Pair:
         """One instruction or interrupt of a guest: its result on both sides, in the same terms."""
         name, i, *arguments = op
         model, vcpu = self.model.vcpus[i], self.machine.vcpus[i]
+        if not model.in_guest and model.mp_state not in (r.MP_RUNNABLE, r.MP_UNINITIALIZED):
+            model.set_mp_state(r.MP_RUNNABLE)
+            vcpu.set_mp_state(r.MP_RUNNABLE)
         if name == "guest_wrmsr":
             want, got = (model.wrmsr(*arguments), None), (vcpu.wrmsr(*arguments), None)
         elif name in ("guest_rdmsr", "mmio_read"):

@@ -473,6 +473,48 @@ def extint_op(rng: random.Random, machine: oracle.Machine) -> Op:
     return ("interrupt", rng.randrange(len(machine.vcpus)), rng.randrange(16, 256))
 
 
+def switch_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """What the guest's CPU is in or not: VMX operation, GIF, NMIs masked, interrupts on, system management mode."""
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    if vcpu.smm and chance(rng, 0.7):
+        return ("rsm", i)
+    switches = ["nmi_masked", "gif" if machine.svm else "vmxon"] + ["interrupts"] * (not machine.apicv)
+    return (rng.choice(switches), i, chance(rng, 0.5))
+
+
+def local_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """A local source signals its LVT entry."""
+    return ("local_interrupt", rng.randrange(len(machine.vcpus)), rng.choice(oracle_apic.LVTS[1:]))
+
+
+def ioapic_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    vcpu = rng.choice(machine.vcpus)
+    vectors = {*rng.sample(range(256), 20), *vcpu.irr, *vcpu.isr} if chance(rng, 0.8) else set()
+    return ("ioapic_handled", vcpu.index, tuple(sorted(vectors)))
+
+
+def filter_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR together."""
+    ranges = [
+        (rng.randrange(1, 4), first, 8, rng.getrandbits(8))
+        for first in rng.sample((0x18, 0x1B, 0x6DC, 0x6E0, 0x800, 0x830), rng.randrange(4))
+    ]
+    return ("msr_filter", chance(rng, 0.3), tuple(ranges), rng.randrange(8))
+
+
+def odd_msr_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """An access that a filter or user space may have an interest in; or the answer to one that waits."""
+    waiting = [v.index for v in machine.vcpus if v.thread.msr_asked]
+    if waiting and chance(rng, 0.7):
+        return ("complete_msr", rng.choice(waiting), chance(rng, 0.4))
+    i = rng.randrange(len(machine.vcpus))
+    msr = rng.choice((r.MSR_TSC_DEADLINE, r.MSR_APICBASE, r.MSR_X2APIC_ICR, 0x808, 0x805, 0x8FF))
+    if chance(rng, 0.3):
+        return ("guest_rdmsr", i, msr)
+    return ("guest_wrmsr", i, msr, apic_base(rng, machine.vcpus[i]) if msr == r.MSR_APICBASE else word32(rng))
+
+
 LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]]] = {
     "registers": (4, guest_op),
     "timers": (4, timer_op),
@@ -483,6 +525,12 @@ LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]
     "events": (0.5, set_events_op),
     "sregs": (0.5, set_sregs_op),
     "states": (0.3, set_mp_state_op),
+    "switches": (0.7, switch_op),
+    "locals": (0.5, local_op),
+    "extints": (0.3, extint_op),
+    "ioapic": (0.3, ioapic_op),
+    "filters": (0.2, filter_op),
+    "odd MSRs": (1, odd_msr_op),
 }
 """What a machine's life is made of, with weights; a test names what it wants."""
 
@@ -490,6 +538,8 @@ LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]
 def lively_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(LIVELY_OPS)) -> Op:
     weights = [LIVELY_OPS[name][0] for name in names]
     op = LIVELY_OPS[rng.choices(names, weights)[0]][1](rng, machine)
+    if op[0] in GUEST_OPS and machine.vcpus[op[1]].thread.msr_asked:
+        return ("complete_msr", op[1], chance(rng, 0.4))  # the access comes first
     if op[0] in GUEST_OPS and machine.vcpus[op[1]].mp_state != r.MP_RUNNABLE:
         # who waits or sleeps carries out nothing
         return ("run", op[1]) if chance(rng, 0.5) else ("set_mp_state", op[1], r.MP_RUNNABLE)
@@ -508,7 +558,18 @@ def apply(machine: Any, op: Op) -> Any:
         except ValueError:
             return "einval"
         return result if name == "signal_msi" else None
+    if name == "msr_filter":
+        default_deny, ranges, machine.user_space_msr = args
+        machine.set_msr_filter(
+            default_deny,
+            [(flags, first, [bits >> n & 1 for n in range(count)]) for flags, first, count, bits in ranges],
+        )
+        return None
     vcpu = machine.vcpus[args[0]]
+    if name in SWITCHES:
+        return switch(vcpu, name, args[1])
+    if name == "complete_msr":
+        return vcpu.complete_msr(error=args[1])
     if name == "set_lapic":
         try:
             vcpu.set_lapic(args[1])
@@ -530,6 +591,19 @@ def apply(machine: Any, op: Op) -> Any:
     if name == "events":
         return result.nmi_pending, result.latched_init
     return result
+
+
+SWITCHES = ("nmi_masked", "gif", "vmxon", "interrupts", "ioapic_handled")
+
+
+def switch(vcpu: Any, name: str, value: Any) -> None:
+    """Sets an attribute while the vCPU is out of the guest, as if user space had; the next entry looks at events."""
+    vcpu.get_msr(r.MSR_APICBASE)
+    if name == "interrupts":
+        vcpu.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * value
+    else:
+        setattr(vcpu, name, set(value) if name == "ioapic_handled" else value)
+    vcpu.set_events(nmi_masked=vcpu.nmi_masked)
 
 
 def masked(page: bytes) -> bytes:

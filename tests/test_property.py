@@ -5,8 +5,11 @@ A failing sequence is reduced to the operations it needs before it is shown; rep
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 import fastexit as fx
 import oracle
 import strategies as s
-from pair import Pair, minimised
+from fastexit import regs as r
+from pair import SETTLE, Pair, minimised
 
 EXAMPLES = 12 if s.JIT else 4
 OPS = 120 if s.JIT else 50
+VENDORS = ("vmx", "svm")
 
 profile = settings(
     derandomize=True,
@@ -43,6 +48,77 @@ def play(config: s.Config, rng: random.Random, operations: int) -> None:
         pair.at_rest()
     except AssertionError:
         raise AssertionError(minimised(config, factory, pair.history)) from None
+
+
+def live(config: s.Config, rng: random.Random, operations: int, names: Sequence[str], *, close: bool) -> None:
+    """As play, with all that LIVELY_OPS has; pairs that are not close settle now and then."""
+    factory = partial(fx.Machine, threads=rng.random() < 0.5)
+    pair = Pair(config, config.build(factory), close=close)
+    try:
+        for op in s.setup_ops(rng, pair.model):
+            pair.step(op)
+        for _ in range(operations):
+            pair.step(s.lively_op(rng, pair.model, names))
+            if not close and rng.random() < 0.1:
+                pair.step(SETTLE)
+        pair.at_rest()
+    except AssertionError:
+        raise AssertionError(minimised(config, factory, pair.history, close=close)) from None
+
+
+def lively_config(rng: random.Random, *, hv_timer: bool, **fixed: Any) -> s.Config:
+    """A machine with clocks, parameters and capabilities of all sorts."""
+    return s.random_config(
+        rng,
+        least=1,
+        most=4,
+        hv_timer=hv_timer,
+        smm=rng.random() < 0.3,
+        vector_hashing=rng.random() < 0.7,
+        pi_inject_timer=rng.random() < 0.3,
+        disable_exits=rng.choice((0, 0, r.EXITS_MWAIT, r.EXITS_HLT, r.EXITS_MWAIT | r.EXITS_HLT)),
+        tsc_khz=rng.choice((1_000_000, 2_500_000, 1_234_567)),
+        bus_cycle_ns=rng.choice((1, 10)),
+        min_timer_period_us=rng.choice((200, 1)),
+        **fixed,
+    )
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["looked at", "left alone"])
+@pytest.mark.parametrize("timer", ["hrtimer", "preemption timer"])
+@pytest.mark.parametrize("kernel", oracle.KERNELS)
+@profile
+@given(seed=s.seeds)
+def test_timers(kernel: str, timer: str, close: bool, seed: int) -> None:
+    """Counts, deadlines and pages of any length while time passes, vCPUs in the guest, asleep or out of KVM_RUN."""
+    rng = random.Random(seed)
+    hv_timer = timer == "preemption timer"
+    config = lively_config(rng, hv_timer=hv_timer, kernel=kernel, vendor="vmx" if hv_timer else rng.choice(VENDORS))
+    live(config, rng, OPS // 2, ("registers", "timers", "time", "exits", "runs"), close=close)
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["looked at", "left alone"])
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+@pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
+@profile
+@given(seed=s.seeds)
+def test_whole_lives(apicv: bool, vendor: str, close: bool, seed: int) -> None:
+    """All at once: what guests execute, what user space sets, time, sleep, filters, system management mode."""
+    rng = random.Random(seed)
+    config = lively_config(rng, hv_timer=vendor == "vmx" and rng.random() < 0.5, vendor=vendor, apicv=apicv)
+    live(config, rng, OPS, tuple(s.LIVELY_OPS), close=close)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("close", [True, False], ids=["looked at", "left alone"])
+def test_whole_lives_at_length(close: bool) -> None:
+    """FASTEXIT_LIVES lives of 200 operations, FASTEXIT_SEED the first of their seeds."""
+    first = int(os.environ.get("FASTEXIT_SEED", "1000000"))
+    for seed in range(first, first + int(os.environ.get("FASTEXIT_LIVES", "1500"))):
+        rng = random.Random(seed)
+        vendor = rng.choice(VENDORS)
+        config = lively_config(rng, hv_timer=vendor == "vmx" and rng.random() < 0.5, vendor=vendor)
+        live(config, rng, 200, tuple(s.LIVELY_OPS), close=close)
 
 
 def test_profiles_are_those_of_the_oracle() -> None:

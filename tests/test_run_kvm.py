@@ -82,6 +82,7 @@ def test_filtered_msrs() -> None:
                 assert [a if a[0] == KvmExit.X86_WRMSR else (*a[:3], 0) for a in real.vcpus[0].asked] == asked, story
                 seen.add((want if isinstance(want, str) else "read", bool(asked)))
                 if asked:
+                    assert model.vcpus[0].thread.msr_asked
                     model.vcpus[0].complete_msr(error=error)
                 for vcpu in (model.vcpus[0], real.vcpus[0]):
                     assert vcpu.get_msr(r.MSR_APICBASE) is not None

@@ -108,6 +108,9 @@ class ApicLife(RuleBasedStateMachine):
             self.step("mmio_write", who, r.APIC_ICR, icr, 4)
 
     @rule(who=st.integers(0, 7), offset=REGISTERS, value=VALUES)
+    def registers(self, who: int, offset: int, value: int) -> None:
+        self.write_register(who, offset, value)
+
     def write_register(self, who: int, offset: int, value: int) -> None:
         who = self.vcpu(who)
         if self.pair.model.vcpus[who].x2apic:
@@ -149,6 +152,33 @@ class ApicLife(RuleBasedStateMachine):
     def hot_plug(self, vcpu_id: int) -> None:
         if vcpu_id not in [vcpu.vcpu_id for vcpu in self.pair.machine.vcpus]:
             self.step("add_vcpu", vcpu_id)
+
+    @rule(
+        who=st.integers(0, 7),
+        mode=st.sampled_from((r.TIMER_ONE_SHOT, r.TIMER_PERIODIC, r.TIMER_DEADLINE)),
+        vector=st.integers(16, 255),
+        masked=st.booleans(),
+        count=st.sampled_from((0, 1, 1000, 300_000, 0xFFFF_FFFF)),
+    )
+    def start_timer(self, who: int, mode: int, vector: int, masked: bool, count: int) -> None:
+        """As an operating system sets up its tick: LVTT first, then how long."""
+        who = self.vcpu(who)
+        self.write_register(who, r.APIC_LVTT, mode | vector | r.LVT_MASKED * masked)
+        if mode == r.TIMER_DEADLINE:
+            self.step("guest_wrmsr", who, r.MSR_TSC_DEADLINE, self.pair.model.tsc() + count)
+        else:
+            self.write_register(who, r.APIC_TMICT, count)
+
+    @rule(ns=st.one_of(st.sampled_from((0, 1, 999, 1000, 200_000, 600_000, 3_000_000)), st.integers(0, 10**7)))
+    def time_passes(self, ns: int) -> None:
+        self.step("set_time", self.pair.model.now + ns)
+
+    @rule(who=st.integers(0, 7), sleeps=st.booleans())
+    def idle(self, who: int, sleeps: bool) -> None:
+        """HLT where the guest runs; a sleeper's thread looks around."""
+        who = self.vcpu(who)
+        runs = self.pair.model.vcpus[who].mp_state == r.MP_RUNNABLE
+        self.step("hlt" if sleeps and runs else "run", who)
 
     @rule(who=st.integers(0, 7))
     def look(self, who: int) -> None:
