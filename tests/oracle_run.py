@@ -51,9 +51,11 @@ class RunLoop:
         if self.v.in_guest:
             return GUEST
         if self.v.mp_state == r.MP_UNINITIALIZED:
-            if not self._runnable():
+            # not the loop's business; user space calls again after EAGAIN
+            if self._runnable():
+                self.v.accept_events()
+            if self.v.mp_state == r.MP_UNINITIALIZED:
                 return BLOCKED
-            self.v.accept_events()
         while True:
             state = self._enter() if self.v.mp_state == r.MP_RUNNABLE else self._block()
             if state:
@@ -91,6 +93,7 @@ class RunLoop:
             v.smi_pending = True
             v.requests.add("EVENT")
         if "NMI" in v.requests:
+            v.requests.discard("NMI")
             v.process_nmi()
         if "IOAPIC_EOI" in v.requests:
             v.requests.discard("IOAPIC_EOI")
@@ -179,7 +182,7 @@ class RunLoop:
             or "NMI" in v.requests
             or (v.nmi_pending > 0 and not v.nmi_masked and v.gif)
             or "SMI" in v.requests
-            or (v.smi_pending and not v.smm)
+            or (v.smi_pending and not v.smm and v.gif)
             or (self._interrupts_on() and (v.has_extint() or v.pending() is not None))
         )
 
@@ -199,8 +202,11 @@ class RunLoop:
         v.accept_events()
         if v.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD):
             v.set_mp(r.MP_RUNNABLE)
+        if v.mp_state == r.MP_RUNNABLE:
+            return None
         # a vCPU that waits for SIPI has nothing to do with an NMI: the thread goes round and round
-        return None if v.mp_state == r.MP_RUNNABLE else BLOCKED
+        self._after_iteration()
+        return BLOCKED
 
     def _awake(self) -> None:
         if self.sleeping:
@@ -413,6 +419,7 @@ class Doors:
 
     def complete_msr(self: Vcpu, *, error: bool = False) -> None:
         """User space has dealt with the MSR that KVM_RUN came back for."""
+        self.thread.msr_asked = 0
         if error:
             self.queue_exception(13)
         else:
