@@ -103,6 +103,7 @@ class Vcpu(Doors):
         self.shadow = 0
         self.exception: int | None = None
         self.injected: int | None = None  # what was injected last
+        self.taken: list[int | None] = []  # and all of that
         self.interrupt_injected = False  # and the guest has not been entered with it
         self.extint: int | None = None
         self.nmi_queued = 0

@@ -54,6 +54,8 @@ class RunLoop:
             # not the loop's business; user space calls again after EAGAIN
             if self._runnable():
                 self.v.accept_events()
+            elif not self._pending_timer():
+                self.v.requests.discard("UNBLOCK")
             if self.v.mp_state == r.MP_UNINITIALIZED:
                 return BLOCKED
         while True:
@@ -162,6 +164,7 @@ class RunLoop:
             if self._interrupts_on():
                 v.injected = v.take_extint() if v.has_extint() else v.ack()
                 v.interrupt_injected = True
+                v.taken.append(v.injected)
         return False
 
     def _under_way(self) -> bool:
@@ -453,13 +456,13 @@ class Doors:
 
     def halt_and_take(self: Vcpu, *, interrupts: bool) -> int | str:
         """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
-        self.injected = None
+        self.taken.clear()
         self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
         self.thread.force()
-        asleep = self.injected is None and self.thread.hlt().blocked
+        asleep = not self.taken and self.thread.hlt().blocked
         self.in_guest = False
         self.rflags = r.RFLAGS_FIXED
         if asleep:
             self.thread.leave()
             return "asleep"
-        return "went on" if self.injected is None else self.injected
+        return self.taken[0] if self.taken else "went on"  # whose handler then runs with interrupts off
