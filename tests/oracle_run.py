@@ -91,6 +91,7 @@ class RunLoop:
             v.smi_pending = True
             v.requests.add("EVENT")
         if "NMI" in v.requests:
+            v.requests.discard("NMI")
             v.process_nmi()
         if "IOAPIC_EOI" in v.requests:
             v.requests.discard("IOAPIC_EOI")
