@@ -188,6 +188,8 @@ class Dispatcher:
             self.loop_tail(v)
         elif self.mem[v.own + L.K_IN_RUN]:
             _jit.load("wake_up")(self.handle, v.index)
+            if self.mem[v.own + L.K_MP_STATE] != R.MP_UNINITIALIZED:
+                self.loop_tail(v)
         else:
             return
         _jit.load("return_to_user")(self.handle, v.index, L.NONE, 0)
