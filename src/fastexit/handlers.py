@@ -15,7 +15,7 @@ from fastexit.reasons import KvmExit, VmxExit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastexit.dispatcher import Dispatcher, Exit, Handler
+    from fastexit.dispatcher import Exit, Handler
     from fastexit.vcpu import Vcpu
 
 

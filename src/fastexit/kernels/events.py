@@ -115,21 +115,28 @@ def leave_l2(m, v):
 
 
 @kernel("u8(words, u8)")
+def _nested_busy(m, v):
+    """Events of L2 that would be L1's have to wait for the instruction that was cut short: -EBUSY."""
+    row = own(m, v)
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2 or not m[row + k.K_REINJECT] & INTR_INFO_VALID:
+        return k.ZERO
+    counts = k.PENDING_INIT if m[k.H_CONFIG] & k.CONFIG_SVM else k.PENDING_INIT | k.PENDING_SIPI
+    return k.ONE if m[row + k.K_PENDING_EVENTS] & counts else k.ZERO
+
+
+@kernel("u8(words, u8)")
 def _check_nested_init(m, v):
     """check_nested_events for INIT and SIPI in L2: VMX hands INIT to L1 and forgets it, on SVM it stays pending.
 
     BLOCKED when neither may be looked at, because the instruction that was cut short by an exit has to finish first.
     """
     row = own(m, v)
-    again = m[row + k.K_REINJECT] & INTR_INFO_VALID
+    if _nested_busy(m, v):
+        return BLOCKED
     if m[k.H_CONFIG] & k.CONFIG_SVM:
-        if again and m[row + k.K_PENDING_EVENTS] & k.PENDING_INIT:
-            return BLOCKED
         if m[row + k.K_PENDING_EVENTS] & k.PENDING_INIT and m[row + k.K_L1_WANTS_EXIT]:
             leave_l2(m, v)
         return k.ZERO
-    if again:
-        return BLOCKED
     if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT) & k.PENDING_INIT:
         if m[row + k.K_MP_STATE] != k.MP_INIT_RECEIVED:
             leave_l2(m, v)
@@ -336,9 +343,9 @@ def inject_events(m, v):
     accept_events(m, v)
     if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
         return BLOCKED
+    force = _nested_busy(m, v)
     can_inject = k.ZERO if _inject_first(m, v) or m[row + k.K_REINJECT] & INTR_INFO_VALID else k.ONE
-    force = k.ZERO
-    if m[row + k.K_SMI_PENDING]:
+    if m[row + k.K_SMI_PENDING] and not force:
         if not can_inject:
             force = k.ONE
         elif smi_allowed(m, v):
