@@ -224,7 +224,7 @@ def test_boot_lint0_is_a_quirk() -> None:
 
 
 def test_set_mp_state() -> None:
-    """SIPI_RECEIVED is INIT_RECEIVED and a pending SIPI; both are refused where INIT is blocked or an SMI goes first."""
+    """SIPI_RECEIVED is INIT_RECEIVED and a pending SIPI; both are refused behind a blocked INIT or a pending SMI."""
     m = booted()
     v = m.vcpus[1]
     v.set_events(sipi_vector=0x77)
