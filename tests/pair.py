@@ -13,7 +13,7 @@ from fastexit import regs as r
 from fastexit.outcome import Fastpath, Outcome
 from fastexit.reasons import SvmExit, VmxExit
 from oracle_run import GUEST, Result
-from strategies import GUEST_OPS, Config, Op, apply, describe, differences, masked, story
+from strategies import GUEST_OPS, Config, Op, apply, describe, differences, story
 
 COMPLETIONS = {
     Fastpath.NONE: "none",
@@ -31,7 +31,7 @@ class Pair:
     """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
 
     After each operation what it returned is compared: for exits the path, the fault, the number of accepting APICs, why
-    user space was asked, whether the vCPU sleeps. Looking at a vCPU takes it out of the guest. So a pair that is *close*
+    user space was asked, whether the vCPU sleeps. Looking at a vCPU takes it out of the guest. A pair that is *close*
     looks at all of them after each operation, and one that is not only when it settles: between, vCPUs stay in the
     guest or asleep, where ticks and kicks find them.
     """

@@ -1,4 +1,4 @@
-"""Exits one by one: what each handler does, which generation has it, whose it is in L2, what an event cut short means."""
+"""Exits one by one: what a handler does, which generation has it, whose it is in L2, what an event cut short means."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_nmi_cut_short(vendor: str) -> None:
 
 
 def test_msr_write_during_delivery() -> None:
-    """No instruction can exit while an event is delivered: KVM_EXIT_INTERNAL_ERROR, too late for the fast path's IPI."""
+    """No instruction can exit while an event is delivered: KVM_EXIT_INTERNAL_ERROR, too late for a fast IPI."""
     m = booted()
     v = m.vcpus[0]
     out = v.exit(fx.VmxExit.MSR_WRITE, rcx=0x808, info2=0x8000_0041)
