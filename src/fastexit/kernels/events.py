@@ -2,8 +2,8 @@
 
 Models: kvm_check_and_inject_events, kvm_apic_accept_events with the nested checks before it, process_nmi, process_smi,
 enter_smm, vmx_complete_interrupts and cancel_injection. Interruption information has the VMX and SVM format: vector in
-bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area (RIP and RFLAGS are kept), exceptions
-of L2, double faults.
+bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area (RIP and RFLAGS are kept, an interrupt
+shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, NMIs and SMIs of L2, which go into L2.
 """
 
 from . import typed as k
