@@ -12,6 +12,7 @@ from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
+from .msr import complete
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
@@ -160,7 +161,11 @@ def block(m, v):
 
 @kernel("u8(words, u8)")
 def begin_run(m, v):
-    """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken."""
+    """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken.
+
+    An MSR access that user space left without an answer counts as done: run->msr.error was 0. The USER code if the
+    instruction's end is user space's business again.
+    """
     host = own(m, v)
     if m[host + k.K_IN_RUN] < ASLEEP or m[host + k.K_MP_STATE] == k.MP_RUNNABLE:
         wake_up(m, v)
@@ -169,7 +174,7 @@ def begin_run(m, v):
     vcpu_load(m, v, m[host + k.K_CPU])
     m[host + k.K_SRCU] = k.ONE
     m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
-    return k.ZERO
+    return complete(m, v, k.ZERO) if m[host + k.K_MSR_REASON] else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")
