@@ -16,6 +16,9 @@ from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
 from .timer import (
+    ASLEEP,
+    ASLEEP_HV_TIMER,
+    IN_RUN,
     has_pending,
     hv_due,
     hv_in_use,
@@ -29,8 +32,6 @@ from .timer import (
 
 BLOCKED = k.ONE
 ENTERED = k.ONE
-IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
-"""K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and had the preemption timer in use."""
 
 
 @kernel("u8(words, u8)")
