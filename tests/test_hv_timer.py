@@ -61,7 +61,7 @@ def test_armed_instead_of_the_hrtimer(kernel: str, mode: int) -> None:
     assert v.hv_timer
     assert m.mem[v.own + L.K_HRTIMER] == L.NONE
     assert m.next_timer() == 300_000
-    assert lines(m, "kvm_hv_timer_state")[-1].endswith("vcpu_id 1 hv_timer 1" if "vcpu_id 1" in "".join(lines(m, "kvm_hv_timer_state")) else "hv_timer 1")
+    assert lines(m, "kvm_hv_timer_state")[-1].endswith("vcpu_id 1 hv_timer 1")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_sleep_and_back(kernel: str, apicv: bool) -> None:
     assert m.next_timer() == 300_000
     assert v.rdmsr(0x839) == 200_000
     assert len(m.set_time(300_000)) == 1
-    assert in_irr(v)
+    assert in_irr(v) if apicv else v.injected == TICK
 
 
 def test_run_out_before_the_sleep() -> None:
@@ -238,9 +238,9 @@ def test_never_twice() -> None:
     assert v.run()
     assert v.injected == TICK
     assert not v.hv_timer
-    v.eoi()
+    assert v.eoi() == TICK
     run(v)
-    assert v.injected is None
+    assert v.eoi() is None
 
 
 def test_another_cpu() -> None:
