@@ -42,7 +42,7 @@ STEPS = (
     "vm_entry",
     "exit_at_once",
 )
-KERNELS = ("5.6", "5.8", "6.12", "6.18")
+KERNELS = ("5.6", "5.8", "6.18")
 Act = Callable[[fx.Machine], Any]
 
 
@@ -53,7 +53,6 @@ def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **opt
     for v in m.vcpus:
         v.wrmsr(TPR, 0)
     m.vcpus[1].rflags |= r.RFLAGS_IF
-    m.trace.enable()
     return m
 
 
@@ -132,13 +131,14 @@ def test_interrupt_between_steps(
 ) -> None:
     """An IPI, posted or not, at every point of an iteration: the guest takes its vector once."""
     happened = 0
+    m = booted(kernel, vendor, apicv)
+    v = m.vcpus[1]
     for step in STEPS:
-        m = booted(kernel, vendor, apicv)
-        v = m.vcpus[1]
         with monkeypatch.context() as patch:
             seen = between(patch, m, step, lambda m: send(m, vector=LATE).effects)
             exits(v)[kind]()
         if not seen:
+            external(v)  # asleep before it came to this step: it runs again for the next one
             continue
         happened += 1
         host_reacts(m, v)
@@ -169,9 +169,9 @@ def test_nmi_between_steps(kernel: str, vendor: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kick_between_steps(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare request at every point of an iteration: serviced, and the vCPU is in the guest in the end."""
+    m = booted(kernel)
+    v = m.vcpus[1]
     for step in STEPS:
-        m = booted(kernel)
-        v = m.vcpus[1]
 
         def act(m: fx.Machine) -> None:
             _jit.load("make_request")(m.handle, 1, r.REQ_SCAN_IOAPIC)
@@ -190,9 +190,9 @@ def test_kick_between_steps(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_signal_between_steps(kernel: str, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal at every point ends KVM_RUN exactly once, and takes no interrupt with it."""
+    m = booted(kernel, vendor)
+    v = m.vcpus[1]
     for step in STEPS:
-        m = booted(kernel, vendor)
-        v = m.vcpus[1]
         send(m, vector=LATE)
         ends = []
         with monkeypatch.context() as patch:
@@ -212,26 +212,26 @@ def test_signal_between_steps(kernel: str, vendor: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_tick_between_steps(kernel: str, apicv: bool, hv_timer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock passes the timer's end at every point of an iteration: one tick, on either timer."""
+    m = booted(kernel, apicv=apicv, hv_timer=hv_timer)
+    v = m.vcpus[1]
+    v.wrmsr(TDCR, 0xB)
+    v.wrmsr(LVTT, TICK)
     for step in STEPS:
         for kind in ("asked", "hlt"):
-            m = booted(kernel, apicv=apicv, hv_timer=hv_timer)
-            v = m.vcpus[1]
-            v.wrmsr(TDCR, 0xB)
-            v.wrmsr(LVTT, TICK)
             v.wrmsr(TMICT, 1000)
+            end = m.time + 1000
 
-            def pass_time(m: fx.Machine) -> None:
+            def pass_time(m: fx.Machine, end: int = end) -> None:
                 # In the middle of the step the vCPU's thread has the pCPU: only hrtimers can interrupt it.
-                m.mem[L.H_NOW] = 1000
+                m.mem[L.H_NOW] = end
                 while (index := _jit.load("due_timer")(m.handle)) != L.NONE:
                     _jit.load("fire_timer")(m.handle, index)
 
             with monkeypatch.context() as patch:
                 seen = between(patch, m, step, pass_time)
                 exits(v)[kind]()
-            if not seen:
-                continue
-            m.set_time(1000)
+            assert seen or kind == "hlt", step
+            m.set_time(end)
             host_reacts(m, v)
             assert v.mode == r.IN_GUEST_MODE, (step, kind)
             assert taken(m, v) == [TICK], (step, kind)
@@ -247,7 +247,7 @@ def test_cancelled_injection(kernel: str, vendor: str, monkeypatch: pytest.Monke
         m = booted(kernel, vendor)
         v = m.vcpus[1]
         send(m, vector=FIRST)
-        m.trace.clear()
+        m.trace.enable()
         with monkeypatch.context() as patch:
             between(patch, m, step, lambda m: send(m, vector=LATE).effects)
             external(v)
@@ -255,7 +255,7 @@ def test_cancelled_injection(kernel: str, vendor: str, monkeypatch: pytest.Monke
         assert len(injections) == 3, (step, injections)
         for line, vector in zip(injections, (FIRST, FIRST, LATE), strict=True):
             assert f"{vector:#x}" in line or str(vector) in line, "what was begun comes first, though less urgent"
-        if kernel in ("6.12", "6.18"):
+        if kernel == "6.18":
             assert [line.endswith("[reinjected]") for line in injections] == [False, True, False]
         assert v.injected == LATE, "behind it, at once: that entry was forced to exit"
         assert taken(m, v) == [LATE, FIRST], step
