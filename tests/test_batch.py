@@ -176,12 +176,14 @@ def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int
             (0x832, mode | rng.choice((0xEC, 0xEC, 0x41, r.LVT_MASKED | 0xEC))),
             (0x838, rng.choice((0, 1, 500, 100_000, 0xFFFF_FFFF))),
             (0x838, rng.choice((500, 100_000))),
+            (0x838, rng.choice((500, 100_000))),
+            (0x838, rng.choice((500, 100_000))),
             (0x83E, rng.choice((0, 3, 0xB))),
             (0x6E0, rng.choice((0, 1, now + 700, now + 200_000, now + (1 << 38), 1 << 62))),
             (0x6E0, now + rng.choice((700, 200_000))),
             (0x808, rng.choice((0, 0, 0xF0))),
             (0x80B, 0),
-            (0x80F, rng.choice((0x1FF, 0x1FF, 0x1FF, 0xFF))),
+            (0x80F, rng.choice((0x1FF,) * 9 + (0xFF,))),
         )
     )
     return vcpu, on.wrmsr, msr, write, value

@@ -6,6 +6,7 @@ then the vCPU goes on, and in the end what came has reached the guest exactly on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.kernels import _jit, runloop
 
 ICR, TPR, LVTT, TMICT, TDCR, EOI = 0x830, 0x808, 0x832, 0x838, 0x83E, 0x80B
 FIRST, LATE, TICK = 0x41, 0x51, 0x61
@@ -44,6 +45,7 @@ STEPS = (
 )
 KERNELS = ("5.6", "5.8", "6.18")
 Act = Callable[[fx.Machine], Any]
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 
 def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = False, **options: Any) -> fx.Machine:
@@ -288,3 +290,22 @@ def test_reenter_becomes_handled(vendor: str) -> None:
     m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0x71))
     out = v.wrmsr(ICR, fx.icr(dest=0, vector=LATE))
     assert out.completion is fx.Fastpath.EXIT_HANDLED, "a kick that came while the guest ran"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel cannot be interrupted in the middle")
+def test_nmi_while_requests_are_serviced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NMI comes behind the check for NMIs, before the last request is done: its request cancels the entry."""
+    m = booted(apicv=True)
+    v = m.vcpus[1]
+    update_vcpu = runloop.update_vcpu
+
+    def late(words: Any, index: Any) -> Any:
+        send(m, delivery=fx.DeliveryMode.NMI)
+        return update_vcpu(words, index)
+
+    monkeypatch.setattr(runloop, "update_vcpu", late)
+    _jit.load("make_request")(m.handle, 1, r.REQ_APICV_UPDATE)
+    external(v)
+    assert v.nmi_masked
+    assert m.mem[v.own + L.K_NMI_PENDING] == 0
+    assert m.mem[v.own + L.K_NMI_QUEUED] == 0

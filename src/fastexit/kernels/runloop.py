@@ -32,6 +32,19 @@ from .timer import (
 
 BLOCKED = k.ONE
 ENTERED = k.ONE
+SERVICED = (
+    k.REQ_REPORT_TPR_ACCESS
+    | k.REQ_TRIPLE_FAULT
+    | k.REQ_PMI
+    | k.REQ_SMI
+    | k.REQ_NMI
+    | k.REQ_IOAPIC_EOI_EXIT
+    | k.REQ_APICV_UPDATE
+    | k.REQ_EVENT
+    | k.REQ_UNBLOCK
+    | k.REQ_SIGNAL
+)
+"""Requests that something is done for: each is cleared where that is done, and nowhere else."""
 
 
 @kernel("u8(words, u8)")
@@ -56,8 +69,9 @@ def service_requests(m, v):
             return k.USER_IOAPIC_EOI
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
-    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used.
-    clear_word_bits(m, requests, ~(k.REQ_EVENT | k.REQ_UNBLOCK | k.REQ_SIGNAL))
+    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used. One
+    # of the above may have come again by now, behind its check: it stays, and cancels the entry.
+    clear_word_bits(m, requests, ~SERVICED)
     return k.ZERO
 
 
