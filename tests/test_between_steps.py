@@ -154,9 +154,9 @@ def test_interrupt_between_steps(
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nmi_between_steps(kernel: str, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An NMI at every point of an iteration is delivered once."""
+    m = booted(kernel, vendor)
+    v = m.vcpus[1]
     for step in STEPS:
-        m = booted(kernel, vendor)
-        v = m.vcpus[1]
         with monkeypatch.context() as patch:
             seen = between(patch, m, step, lambda m: send(m, delivery=fx.DeliveryMode.NMI).effects)
             exits(v)["asked"]()
@@ -166,6 +166,7 @@ def test_nmi_between_steps(kernel: str, vendor: str, monkeypatch: pytest.MonkeyP
         assert v.nmi_masked, step
         assert v.events().nmi_pending == 0, step
         assert m.mem[v.own + L.K_REINJECT] == 0, step
+        v.nmi_masked = False
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
