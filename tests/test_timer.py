@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from typing import Any
 
@@ -548,3 +549,29 @@ def test_tick_of_a_vcpu_in_user_space() -> None:
     assert v.run()
     run(v)
     assert in_irr(v)
+
+
+@pytest.mark.parametrize("mode", [0, PERIODIC, DEADLINE_MODE])
+@pytest.mark.parametrize("kernel", ["5.6", "6.18"])
+def test_hostile_words_end(kernel: str, mode: int) -> None:
+    """Timer words of a forged snapshot, at the edges of 64 bits: the clock moves, few ticks come, nothing hangs."""
+    edges = (0, 1, 1000, (1 << 63) - 1, 1 << 63, L.NONE - 1, L.NONE)
+    words = (L.K_TARGET, L.K_HRTIMER, L.K_HV_DEADLINE, L.K_TSC_DEADLINE, L.K_EXPIRED_DEADLINE)
+    rng = random.Random(f"{kernel} {mode}")
+    m = booted(kernel, hv_timer=True, timer_advance_ns=1000)
+    (v,) = m.vcpus
+    start(v, 1000, mode)
+    for period in (0, 1, 1000, 1 << 63):
+        for now in (0, 1000, 1 << 62, (1 << 63) - 1):
+            for word in words:
+                m.mem[v.own + word] = rng.choice(edges)
+            m.mem[v.own + L.K_PERIOD] = period
+            m.mem[L.H_NOW] = rng.choice((0, 1000))
+            v.run()
+            assert len(m.set_time(max(now, m.time))) <= 3
+            v.rdmsr(TMCCT)
+            v.wrmsr(TDCR, rng.choice((0, BY_ONE)))
+            run(v)
+            assert len(m.set_time(m.time)) <= 2
+            v.exit(fx.VmxExit.HLT)
+            m.next_timer()
