@@ -108,7 +108,7 @@ def taken(m: fx.Machine, v: fx.Vcpu) -> list[int]:
 
 
 def exits(v: fx.Vcpu) -> dict[str, Callable[[], fx.Outcome]]:
-    """An exit that is slow in every generation, the same with a request, a fast one that it ends, one that may sleep."""
+    """A slow exit in every generation, the same with a request, a fast one that it ends, one that may sleep."""
     hlt = fx.SvmExit.HLT if v.machine.vendor == "svm" else fx.VmxExit.HLT
 
     def request() -> None:

@@ -1,4 +1,4 @@
-"""The VMX preemption timer as APIC timer: where it counts, its exit by generation, forced exits, advance, posted ticks."""
+"""The VMX preemption timer as APIC timer: where it counts, its exit, forced exits, advance, posted ticks."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_another_cpu() -> None:
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_forced_exit(kernel: str, vendor: str) -> None:
-    """Two events, one entry: the NMI goes in, the entry is made to exit at once, and the next delivers the interrupt."""
+    """Two events, one entry: the NMI goes in, the entry exits at once, and the next delivers the interrupt."""
     m = booted(kernel, vendor=vendor)
     v = m.vcpus[1]
     v.rflags |= r.RFLAGS_IF

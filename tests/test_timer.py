@@ -331,7 +331,7 @@ def test_ticks_coalesce() -> None:
 
 
 def test_one_shot_and_periodic() -> None:
-    """Between these two nothing restarts; the mode at the expiry counts. Becoming periodic stretches the next period."""
+    """Between these two nothing restarts; the mode at expiry counts. Becoming periodic stretches the next period."""
     m = booted()
     (v,) = m.vcpus
     start(v, 1000)
@@ -433,7 +433,7 @@ def page_of(v: fx.Vcpu, **registers: int) -> bytes:
     ],
 )
 def test_restored_timer_goes_on(mode: int, left: int, first: int) -> None:
-    """KVM_SET_LAPIC resumes with TMCCT of the page: 0 is a full period, and more than a period is one; the slot is 0."""
+    """KVM_SET_LAPIC resumes with the TMCCT of the page; 0, or more than a period, is a full period."""
     m = booted()
     (v,) = m.vcpus
     m.set_time(1000)
