@@ -475,7 +475,7 @@ def test_snapshot_keeps_the_timer() -> None:
     assert ticked(again.vcpus[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- the clock
+# ------------------------------------------------------------------------------------------------------------ the clock
 
 
 def test_set_time_goes_forwards() -> None:
@@ -504,7 +504,7 @@ def test_order_over_vcpus() -> None:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_late_by_many_periods(kernel: str) -> None:
-    """6.18 ticks once more at once and counts from now; before, the timer stayed on its old beat. One tick either way."""
+    """6.18 ticks once more at once and counts from now; before, the timer stayed on its old beat. One tick each."""
     m = booted(kernel)
     (v,) = m.vcpus
     start(v, 300_000, PERIODIC)
