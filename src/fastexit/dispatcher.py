@@ -436,7 +436,8 @@ class Dispatcher:
     def vm_entry(self, v: Vcpu) -> None:
         """Step 11 up to VMENTER: kvm_entry, injected event and all; the wait for a deadline that fired early."""
         mem, own = self.mem, v.own
-        if mem[L.H_CONFIG] & L.CONFIG_TRACE or mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE]:
+        rare = mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE] or mem[own + L.K_IMMEDIATE]
+        if rare or mem[L.H_CONFIG] & L.CONFIG_TRACE:
             _jit.load("trace_entry")(self.handle, v.index)
         else:
             mem[own + L.K_ENTRY_INFO] = 0
