@@ -203,15 +203,15 @@ def test_timer_with_interrupts_off() -> None:
 
 
 def test_ioctl_starts_the_timer_of_a_sleeper() -> None:
-    """User space sets the count while the vCPU sleeps: it is the hrtimer that counts, and it wakes."""
+    """User space sets the count of a sleeper, whose KVM_RUN that ends; in the next one the hrtimer counts, and wakes."""
     m = booted()
     v = m.vcpus[1]
     v.wrmsr(LVTT, TICK)
     assert hlt(v).blocked
     assert v.set_msr(TMICT, 500_000)
-    assert not v.hv_timer
-    assert m.next_timer() == 1_000_000
+    assert (v.hv_timer, m.next_timer()) == (True, None)
     assert not v.run()
+    assert (v.hv_timer, m.next_timer()) == (False, 1_000_000)
     ((index, out),) = m.set_time(1_000_000)
     assert (index, out.effects) == (1, fx.Effect.WAKE)
     assert v.run()
