@@ -500,7 +500,7 @@ def filter_op(rng: random.Random, machine: oracle.Machine) -> Op:
         (rng.randrange(1, 4), first, 8, rng.getrandbits(8))
         for first in rng.sample((0x18, 0x1B, 0x6DC, 0x6E0, 0x800, 0x830), rng.randrange(4))
     ]
-    return ("msr_filter", chance(rng, 0.3), tuple(ranges), rng.randrange(8))
+    return ("msr_filter", bool(ranges) and chance(rng, 0.3), tuple(ranges), rng.randrange(8))
 
 
 def odd_msr_op(rng: random.Random, machine: oracle.Machine) -> Op:

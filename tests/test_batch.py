@@ -153,6 +153,77 @@ def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
         assert_same(build(kernel, vendor, apicv, seed), build(kernel, vendor, apicv, seed), exits)
 
 
+def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int, int, int]:
+    """One exit record around halts and timers: they are armed, changed, run out, and the guest waits for them."""
+    vcpu = rng.randrange(len(IDS))
+    write = 1 if on.svm else 0
+    kind = rng.random()
+    if kind < 0.22:
+        return vcpu, int(fx.SvmExit.HLT if on.svm else fx.VmxExit.HLT), 0, 0, 0
+    if kind < 0.30:
+        return vcpu, int(fx.SvmExit.PAUSE if on.svm else fx.VmxExit.PAUSE_INSTRUCTION), 0, 0, 0
+    if kind < 0.40 and not on.svm:
+        return vcpu, int(fx.VmxExit.PREEMPTION_TIMER), 0, 0, 0
+    if kind < 0.50:
+        return vcpu, on.wrmsr, 0x830, write, icr(rng)
+    if kind < 0.60:
+        return vcpu, on.interrupt, 0, 0, 0
+    if kind < 0.65:
+        return vcpu, on.rdmsr, rng.choice((0x839, 0x838, 0x6E0)), 0, 0
+    mode = rng.choice((0, 0, r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE, r.LVT_TIMER_DEADLINE, 0x60000))
+    msr, value = rng.choice(
+        (
+            (0x832, mode | rng.choice((0xEC, 0xEC, 0x41, r.LVT_MASKED | 0xEC))),
+            (0x838, rng.choice((0, 1, 500, 100_000, 0xFFFF_FFFF))),
+            (0x838, rng.choice((500, 100_000))),
+            (0x838, rng.choice((500, 100_000))),
+            (0x838, rng.choice((500, 100_000))),
+            (0x83E, rng.choice((0, 3, 0xB))),
+            (0x6E0, rng.choice((0, 1, now + 700, now + 200_000, now + (1 << 38), 1 << 62))),
+            (0x6E0, now + rng.choice((700, 200_000))),
+            (0x808, rng.choice((0, 0, 0xF0))),
+            (0x80B, 0),
+            (0x80F, rng.choice((0x1FF,) * 9 + (0xFF,))),
+        )
+    )
+    return vcpu, on.wrmsr, msr, write, value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"apicv": True},
+        {"apicv": False},
+        {"apicv": False, "timer_advance_ns": 300, "tsc_khz": 2_300_000},
+        {"apicv": True, "pi_inject_timer": True, "disable_exits": r.EXITS_HLT, "timer_advance_ns": 300},
+        {"apicv": True, "irqchip": "split", "threads": False, "min_timer_period_us": 0},
+    ],
+    ids=["apicv", "plain", "early", "posted", "split"],
+)
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_batch_with_timers(kernel: str, vendor: str, options: dict[str, Any]) -> None:
+    """Halts, preemption timers and PAUSE with timers armed, and time that passes in between: the same either way."""
+    rng = random.Random(f"{kernel} {vendor} {options}")
+    on = Numbers(vendor)
+    together, single = (build(kernel, vendor, seed=8, **options) for _ in range(2))
+    for _ in range(3 if INTERPRETED else 30):
+        exits = np.array([timer_exit(rng, on, together.time) for _ in range(12)], dtype=fx.EXIT)
+        assert_same(together, single, exits)
+        assert together.next_timer() == single.next_timer()
+        later = together.next_timer() or 0
+        now = max(together.time, min(later, together.time + 2_000_000)) + rng.choice((0, 0, 1, 400_000))
+        happened = together.set_time(now)
+        assert happened == single.set_time(now)
+        for index, out in happened:
+            if out.effects & fx.Effect.WAKE:
+                assert together.vcpus[index].run() is single.vcpus[index].run()
+        assert together.trace.lines() == single.trace.lines()
+        together.trace.clear()
+        single.trace.clear()
+    assert together.snapshot() == single.snapshot()
+
+
 @pytest.mark.parametrize("vendor", VENDORS)
 def test_batch_of_another_configuration(vendor: str) -> None:
     """One owner, split irqchip, 32-bit ids, no hashing, no fast path: still the same."""

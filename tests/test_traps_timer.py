@@ -76,7 +76,7 @@ def test_trap_53_the_fast_path_asks_no_msr_filter(kernel: str, vendor: str, fast
 def test_trap_53_x2apic_registers_cannot_be_filtered() -> None:
     """0x800-0x8FF are allowed on both paths, whatever the filter says."""
     m, v = timer(ONE_SHOT)
-    m.set_msr_filter(default_deny=True)
+    m.set_msr_filter(True, [(r.MSR_FILTER_READ | r.MSR_FILTER_WRITE, 0x800, [False] * 0x100)])
     for fastpath in (True, False):
         m.fastpath = fastpath
         assert v.wrmsr(0x830, fx.icr(dest=1, vector=0x41)).fault is None

@@ -37,7 +37,7 @@ from fastexit.outcome import (
     Refusal,
 )
 from fastexit.profile import Profile, Trait
-from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit
+from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.handlers import Handlers
@@ -162,7 +162,10 @@ class Dispatcher:
         """
         if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             return True
-        _jit.load("begin_run")(self.handle, v.index)
+        user = _jit.load("begin_run")(self.handle, v.index)
+        if user:
+            self.return_to_user(v, user)
+            return False
         return not self.vcpu_run(v)
 
     def start_run(self, v: Vcpu) -> None:
@@ -173,9 +176,12 @@ class Dispatcher:
         """
         code = CODE_USER
         while code:
-            _jit.load("begin_run")(self.handle, v.index)
+            code = _jit.load("begin_run")(self.handle, v.index)
             _jit.load("wake_up")(self.handle, v.index)
-            code = self.vcpu_run(v, forced=True)
+            if code:
+                self.return_to_user(v, code)
+            else:
+                code = self.vcpu_run(v, forced=True)
 
     def leave_guest(self, v: Vcpu) -> None:
         """A signal takes the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as any vCPU ioctl needs.
@@ -188,6 +194,8 @@ class Dispatcher:
             self.loop_tail(v)
         elif self.mem[v.own + L.K_IN_RUN]:
             _jit.load("wake_up")(self.handle, v.index)
+            if self.mem[v.own + L.K_MP_STATE] != R.MP_UNINITIALIZED:
+                self.loop_tail(v)
         else:
             return
         _jit.load("return_to_user")(self.handle, v.index, L.NONE, 0)
@@ -204,14 +212,14 @@ class Dispatcher:
 
     def vendor_run(self, v: Vcpu, exit: Exit) -> int:
         """Step 11 behind VMEXIT: kvm_exit, an event cut short queued again, then the fast handler if there is one."""
+        if not self.vendor.trace_exit_late:
+            self.trace_exit(v, exit)
         cut_short = self.vendor.cut_short(exit)
-        if cut_short & R.VECTORING_INFO_VALID:
+        if cut_short & R.VECTORING_INFO_VALID and not exit.failed_entry:
             _jit.load("requeue")(self.handle, v.index, cut_short)
         fast = None if self.hook_irqoff else self.vendor.fast_run.get(exit.reason)
         if fast is not None and not exit.failed_entry:
             return fast(v, exit)
-        if not self.vendor.trace_exit_late:
-            self.trace_exit(v, exit)
         return _NO_FAST_HANDLER if fast is None else _FAILED_ENTRY
 
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:
@@ -250,7 +258,7 @@ class Dispatcher:
         if self.hook_irqoff:
             fast = self.vendor.fast_irqoff.get(exit.reason)
             code = fast(v, exit) if fast is not None else _NO_FAST_HANDLER
-        if exit.intr_info and exit.reason == self.vendor.interrupt_reason:
+        if exit.intr_info and exit.reason == VmxExit.EXTERNAL_INTERRUPT and not self.mem[L.H_CONFIG] & L.CONFIG_SVM:
             code |= _jit.load("external_interrupt")(self.handle, v.index, exit.intr_info)
         return code
 
@@ -314,15 +322,16 @@ class Dispatcher:
         return code | result
 
     def reflect_to_l1(self, v: Vcpu, reason: int) -> bool:
-        """An exit of L2 that L1 wants: it is L1's now, and nothing is skipped. nested_vmx_reflect_vmexit."""
+        """An exit of L2 that L1 wants: it is L1's now, and nothing is skipped. nested_vmx_reflect_vmexit.
+
+        On SVM, L1 then runs with GIF clear until its STGI.
+        """
         mem = self.mem
         if not mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 or not mem[v.own + L.K_L1_WANTS_EXIT]:
             return False
         if reason in self.vendor.l0_wants:
             return False
-        mem[v.hot + L.HOT_FLAGS] &= ~L.FLAG_L2
-        mem[v.own + L.K_NESTED_EXITS] += 1
-        _jit.load("nested_changed")(self.handle, v.index)
+        _jit.load("leave_l2")(self.handle, v.index)
         return True
 
     def skip(self, v: Vcpu, length: int) -> int:
@@ -427,7 +436,8 @@ class Dispatcher:
     def vm_entry(self, v: Vcpu) -> None:
         """Step 11 up to VMENTER: kvm_entry, injected event and all; the wait for a deadline that fired early."""
         mem, own = self.mem, v.own
-        if mem[L.H_CONFIG] & L.CONFIG_TRACE or mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE]:
+        rare = mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE] or mem[own + L.K_IMMEDIATE]
+        if rare or mem[L.H_CONFIG] & L.CONFIG_TRACE:
             _jit.load("trace_entry")(self.handle, v.index)
         else:
             mem[own + L.K_ENTRY_INFO] = 0

@@ -9,12 +9,13 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.kernels import _jit
 from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER_SHIFT, Refusal
-from fastexit.reasons import KvmExit
+from fastexit.profile import Trait
+from fastexit.reasons import KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastexit.dispatcher import Dispatcher, Exit, Handler
+    from fastexit.dispatcher import Exit, Handler
     from fastexit.vcpu import Vcpu
 
 
@@ -61,26 +62,21 @@ class CommonHandlers:
     def __init__(self, memory: memoryview, handle: int) -> None:
         self.memory = memory
         self.handle = handle
-        self.loop: Dispatcher | None = None
 
     def fast_wrmsr(self, v: Vcpu, exit: Exit) -> int:
         """Fast WRMSR handler and re-entry in the vendor's run function."""
-        self._trace_exit(v, exit)
         return _jit.load("fast_wrmsr")(self.handle, v.index, exit.msr, exit.value, exit.length)
 
     def fast_hlt(self, v: Vcpu, exit: Exit) -> int:
         """handle_fastpath_hlt."""
-        self._trace_exit(v, exit)
         return _jit.load("fast_hlt")(self.handle, v.index)
 
     def fast_invd(self, v: Vcpu, exit: Exit) -> int:
         """handle_fastpath_invd."""
-        self._trace_exit(v, exit)
         return _jit.load("fast_invd")(self.handle, v.index, exit.length)
 
     def fast_preemption_timer(self, v: Vcpu, exit: Exit) -> int:
         """handle_fastpath_preemption_timer."""
-        self._trace_exit(v, exit)
         return _jit.load("fast_preemption_timer")(self.handle, v.index)
 
     def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
@@ -89,13 +85,7 @@ class CommonHandlers:
 
     def declined(self, v: Vcpu, exit: Exit) -> int:
         """An exit that shares its number with a fast one."""
-        if self.loop is not None and not self.loop.hook_irqoff:
-            self._trace_exit(v, exit)
         return Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
-
-    def _trace_exit(self, v: Vcpu, exit: Exit) -> None:
-        if self.loop is not None and not self.loop.vendor.trace_exit_late:
-            self.loop.trace_exit(v, exit)
 
     def wrmsr(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_wrmsr."""
@@ -110,6 +100,8 @@ class CommonHandlers:
 
         An address at which user space listens (a fast-MMIO ioeventfd) needs no emulator: the write happened, RIP moves.
         """
+        if self.cannot_emulate(v, exit):
+            return user_code(KvmExit.INTERNAL_ERROR)
         if exit.gpa:
             if exit.gpa not in v.machine.fast_mmio:
                 return user_code(KvmExit.MMIO)
@@ -125,6 +117,17 @@ class CommonHandlers:
             _jit.load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
             code = 0
         return code | self.skip_instruction(v, exit)
+
+    def cannot_emulate(self, v: Vcpu, exit: Exit) -> bool:
+        """kvm_can_emulate_event_vectoring, since 6.14: an event cannot be delivered to a stack or IDT that is a device.
+
+        APIC_ACCESS is no page fault, and its instruction is emulated all the same.
+        """
+        machine = v.machine
+        vendor = machine.dispatcher.vendor
+        if not machine.profile.traits & Trait.MMIO_NOT_VECTORING or exit.reason == VmxExit.APIC_ACCESS:
+            return False
+        return bool(vendor.cut_short(exit) & R.VECTORING_INFO_VALID)
 
     def _emit(self, event: int, v: Vcpu, a: int) -> None:
         if self.memory[L.H_CONFIG] & L.CONFIG_TRACE:
@@ -151,10 +154,13 @@ class CommonHandlers:
     def exception(self, v: Vcpu, exit: Exit) -> int | KvmExit | None:
         """An exception the guest does not get by itself, or a host NMI: back to the guest, or to its debugger."""
         kind, vector = exit.intr_info >> 8 & 7, exit.intr_info & 0xFF
-        if kind == R.INTR_TYPE_NMI:
-            return None  # the host's NMI handler ran with interrupts still off
-        if vector in (R.VECTOR_DB, R.VECTOR_BP) and self.memory[v.own + L.K_GUEST_DEBUG]:
+        if kind == R.INTR_TYPE_NMI or vector == R.VECTOR_MC:
+            return None  # the host's handler ran with interrupts still off
+        debugged = self.memory[v.own + L.K_GUEST_DEBUG]
+        if vector == R.VECTOR_BP or (vector == R.VECTOR_DB and debugged):
             return KvmExit.DEBUG
+        if vector not in R.REFLECTED_VECTORS:
+            return KvmExit.EXCEPTION
         self.memory[v.own + L.K_EXCEPTION] = vector + 1
         return self.event(v, exit)
 

@@ -13,7 +13,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, member
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_GP, OUTCOMES, Effect
+from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, Effect
 from fastexit.reasons import KvmExit
 from fastexit.vcpustate import VcpuState
 
@@ -127,10 +127,11 @@ class VcpuIoctls(VcpuState):
         state = member(state, "mp_state", list(R.MpState))
         self._loop.leave_guest(self)
         waits = state in (R.MP_INIT_RECEIVED, R.MP_SIPI_RECEIVED)
-        if waits and _jit.load("init_blocked")(self._handle, self.index):
-            raise ValueError(f"mp_state {R.MpState(state).name}: INIT is blocked (EINVAL)")
+        blocked = _jit.load("init_blocked")(self._handle, self.index) or self._mem[self.own + L.K_SMI_PENDING]
+        if waits and blocked:
+            raise ValueError(f"mp_state {R.MpState(state).name}: INIT is blocked, or an SMI goes first (EINVAL)")
         if state == R.MP_SIPI_RECEIVED:
-            self._mem[self.own + L.K_PENDING_EVENTS] |= R.PENDING_SIPI
+            _jit.load("latch")(self._handle, self.index, R.PENDING_SIPI, 1)
             state = R.MP_INIT_RECEIVED
         _jit.load("set_mp_state")(self._handle, self.index, state)
         _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
@@ -140,13 +141,16 @@ class VcpuIoctls(VcpuState):
         self._loop.leave_guest(self)
         mem, own = self._mem, self.own
         _jit.load("process_nmi")(self._handle, self.index)
+        if mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI:
+            _jit.load("clear_request")(self._handle, self.index, R.REQ_SMI)
+            _jit.load("process_smi")(self._handle, self.index)
         exception = mem[own + L.K_EXCEPTION]
         again = mem[own + L.K_REINJECT]
         external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
         return Events(
             nmi_pending=mem[own + L.K_NMI_PENDING],
             nmi_masked=bool(mem[own + L.K_NMI_MASKED]),
-            smi_pending=bool(mem[own + L.K_SMI_PENDING] or mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI),
+            smi_pending=bool(mem[own + L.K_SMI_PENDING]),
             latched_init=bool(mem[own + L.K_PENDING_EVENTS] & R.PENDING_INIT),
             exception=exception - 1 if exception else None,
             smm=bool(mem[own + L.K_HFLAGS] & L.HF_SMM),
@@ -164,9 +168,12 @@ class VcpuIoctls(VcpuState):
         smi_pending: bool = False,
         smm_inside_nmi: bool = False,
         latched_init: bool = False,
+        exception: int | None = None,
+        interrupt: int | None = None,
     ) -> None:
         """KVM_SET_VCPU_EVENTS. None leaves out what a flag of the structure would make valid.
 
+        ``exception`` and ``interrupt`` have no such flag: None is that there is none, whatever was queued before.
         ``smm`` makes the four SMM fields valid, ``latched_init`` among them: it sets or clears a pending INIT. The SIPI
         vector alone is no SIPI. ValueError where KVM says EINVAL.
         """
@@ -177,10 +184,19 @@ class VcpuIoctls(VcpuState):
             sipi_vector = integer(sipi_vector, "SIPI vector", 0xFF)
         if shadow is not None:
             shadow = integer(shadow, "interrupt shadow", R.SHADOW_STI | R.SHADOW_MOV_SS)
+        if exception is not None and integer(exception, "exception", 31) == R.VECTOR_NMI:
+            raise ValueError("exception 2 is the NMI, which is no exception (EINVAL)")
+        if interrupt is not None:
+            interrupt = integer(interrupt, "vector", 0xFF)
         if (smm or smi_pending) and not mem[L.H_CONFIG] & L.CONFIG_SMM:
             raise ValueError("SMM: this kernel has no CONFIG_KVM_SMM (EINVAL)")
+        if smm is not None and (smm or smi_pending) and mem[own + L.K_MP_STATE] == R.MP_INIT_RECEIVED:
+            raise ValueError("SMM: the vCPU waits for SIPI, where SMIs are latched (EINVAL)")
         self._loop.leave_guest(self)
         _jit.load("process_nmi")(self._handle, self.index)
+        mem[own + L.K_EXCEPTION] = 0 if exception is None else exception + 1
+        mem[own + L.K_PENDING_DB] = 0
+        mem[own + L.K_REINJECT] = 0 if interrupt is None else R.VECTORING_INFO_VALID | interrupt
         if shadow is not None:
             mem[own + L.K_SHADOW] = shadow
         if nmi_pending is not None:
@@ -195,8 +211,7 @@ class VcpuIoctls(VcpuState):
             flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI)
             mem[own + L.K_HFLAGS] = flags | (L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0) if smm else 0)
             mem[own + L.K_SMI_PENDING] = int(bool(smi_pending))
-            pending = mem[own + L.K_PENDING_EVENTS] & ~R.PENDING_INIT
-            mem[own + L.K_PENDING_EVENTS] = pending | (R.PENDING_INIT if latched_init else 0)
+            _jit.load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))
         _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     def set_sregs(self, *, apic_base: int | None = None, cr8: int | None = None) -> None:
@@ -207,12 +222,14 @@ class VcpuIoctls(VcpuState):
         base = self.apic_base if apic_base is None else integer(apic_base, "APICBASE", L.NONE)
         cr8 = self.cr8 if cr8 is None else integer(cr8, "CR8", L.NONE)
         self._loop.leave_guest(self)
-        if _jit.load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base) & CODE_GP:
+        code = _jit.load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base)
+        self.machine.last_host_code = code
+        if code & CODE_GP:
             raise ValueError(f"APICBASE {base:#x}: reserved bits or an impossible mode (EINVAL)")
         _jit.load("set_cr8")(self._handle, self.index, cr8)
-        at_reset_vector = self.rip == R.RESET_RIP and self._mem[self.own + L.K_CS] == R.RESET_CS
-        if base & R.APICBASE_BSP and at_reset_vector:
-            # For user space that does not know mp_state: a boot CPU that is put back to its reset vector runs.
+        mem, own = self._mem, self.own
+        if base & R.APICBASE_BSP and (mem[own + L.K_RIP], mem[own + L.K_CS]) == (0xFFF0, 0xF000):
+            # For old user space: a boot CPU at the reset vector runs, whatever it waited for.
             _jit.load("set_mp_state")(self._handle, self.index, R.MP_RUNNABLE)
 
     def interrupt(self, vector: int) -> None:
@@ -232,13 +249,16 @@ class VcpuIoctls(VcpuState):
     def complete_msr(self, *, error: bool = False, data: int | None = None) -> None:
         """User space's answer to KVM_EXIT_X86_RDMSR or X86_WRMSR: run->msr.error, and the data of a read.
 
-        ValueError when no MSR access waits for an answer.
+        KVM_RUN gives it to the vCPU, and to one that was given none it gives ``error=False``. It returns at once, with
+        exit_reason DEBUG, where the finished instruction ends a single step. ValueError when no MSR access waits.
         """
         if not self._mem[self.own + L.K_MSR_REASON]:
             raise ValueError("no MSR access waits for user space")
         if data is not None and not error:
             self._mem[self.own + L.K_MSR_DATA] = integer(data, "MSR value", L.NONE)
-        _jit.load("complete_msr")(self._handle, self.index, int(bool(error)))
+        code = _jit.load("complete_msr")(self._handle, self.index, int(bool(error)))
+        if code & CODE_USER:
+            self._loop.return_to_user(self, code)
 
     @property
     def user_msr(self) -> UserMsr | None:

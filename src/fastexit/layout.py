@@ -224,6 +224,7 @@ K_PREEMPTED = 79  # owner; sched_out found it runnable
 K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN, 0: it runs
 K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last
 K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
+K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
 K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
 K_TARGET = 84  # owner; the timer's target_expiration, ns
 

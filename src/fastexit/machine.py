@@ -139,7 +139,6 @@ class Machine:
         common = CommonHandlers(self.mem, self.handle)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
-        common.loop = self.dispatcher
         self.hardware = Hardware(self.dispatcher)
         self.irtes = RemappingTable(self)
         self.trace = Trace(self)
@@ -261,18 +260,25 @@ class Machine:
         """KVM_X86_SET_MSR_FILTER. ``ranges`` are (flags, first MSR, one bool an MSR: allowed).
 
         ``flags`` are regs.MSR_FILTER_READ and _WRITE; the first range that has the MSR decides, ``default_deny`` says
-        what becomes of all others; without either there is no filter. At most 16 ranges of 12288 MSRs. x2APIC registers
-        are never filtered, and fast paths do not ask.
+        what becomes of all others; without either there is no filter. At most 16 ranges of 12288 MSRs; one of no MSRs
+        is skipped, and one that reaches MSR 0xFFFFFFFF matches nothing, for its end has 32 bits. x2APIC registers are
+        never filtered, and fast paths do not ask. ValueError where KVM says EINVAL: denying all by default without a
+        range, too.
         """
         rows = []
         for flags, first, bits in ranges:
             flags = integer(flags, "flags of a filter range", R.MSR_FILTER_READ | R.MSR_FILTER_WRITE)
             allowed = [bool(bit) for bit in bits]
-            if not flags or not allowed or len(allowed) > L.FILTER_BITMAP_BYTES * 8:
+            first = integer(first, "first MSR", 0xFFFF_FFFF)
+            if not allowed:
+                continue
+            if not flags or len(allowed) > L.FILTER_BITMAP_BYTES * 8:
                 raise ValueError(f"filter range at {first:#x}: flags {flags}, {len(allowed)} MSRs (EINVAL)")
-            rows.append((flags, integer(first, "first MSR", 0xFFFF_FFFF), allowed))
+            rows.append((flags, first, allowed))
         if len(rows) > L.FILTER_RANGES:
             raise ValueError(f"{len(rows)} filter ranges: at most {L.FILTER_RANGES} (EINVAL)")
+        if default_deny and not rows:
+            raise ValueError("a filter that denies by default needs a range (EINVAL)")
         for i, (flags, first, allowed) in enumerate(rows):
             at = L.FILTER + i * L.FILTER_STRIDE
             self.mem[at + L.FILTER_FLAGS] = flags

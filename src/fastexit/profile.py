@@ -96,6 +96,9 @@ class Trait(IntFlag):
     TRACE_DOORBELL = auto()
     """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
 
+    MMIO_NOT_VECTORING = auto()
+    """An access to a device during the delivery of an event is an error on both vendors, whichever exit it takes."""
+
 
 _T = Trait
 
@@ -214,7 +217,8 @@ PROFILES: dict[str, Profile] = {
             | _T.INHIBITS
             | _T.INHIBIT_ID_BASE
             | _T.INHIBIT_MAP
-            | _T.TRACE_DOORBELL,
+            | _T.TRACE_DOORBELL
+            | _T.MMIO_NOT_VECTORING,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
         ),
     )

@@ -161,6 +161,7 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_HFLAGS, _bits(_HFLAGS), "a vCPU's hflags"),
     (L.K_IOAPIC_EOI, _up_to(511), "an EOI's vector"),
     (L.K_MSR_INDEX, _up_to(_U32), "an MSR's number"),
+    (L.K_MSR_LENGTH, _up_to(15), "an instruction's length"),
     (L.K_MSR_REASON, _up_to(7), "an MSR exit's reason"),
     (L.K_PV_EOI_FLAG, _up_to(1), "a PV EOI flag"),
     (L.K_EXITS, _up_to(1 << 63), "a counter"),

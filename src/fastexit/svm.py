@@ -4,7 +4,7 @@ Models: svm_exit_handlers_fastpath, svm_handle_exit_irqoff, svm_handle_exit. RDM
 EXITINFO1 tells them apart. The seed compared the code with VMX's 32 instead, which is a DR0 read here.
 AVIC's exits: an incomplete IPI has the ICR in EXITINFO1, its AvicIpi number and index in the halves of EXITINFO2; an
 unaccelerated access has the register (bits 11:4) and bit 32 for a write in EXITINFO1, the vector in EXITINFO2.
-Not modelled: SEV, virtual interrupt bookkeeping, next-RIP decoding without NRIPS.
+Not modelled: SEV, intercepted exceptions, virtual interrupt bookkeeping, next-RIP decoding without NRIPS.
 """
 
 from __future__ import annotations

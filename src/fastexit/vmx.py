@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastexit.dispatcher import Dispatcher, Exit, Handler
     from fastexit.vcpu import Vcpu
 
-# Exits that may happen while an event is being delivered; any other with valid vectoring information is an error.
+# Exits that may happen while an event is being delivered; any other with valid vectoring information is an error. So is
+# an access to a device: up to 6.12 by its exit, in 6.18 by the emulator, which covers EPT violations as well.
 _WHILE_VECTORING = frozenset(
     {
         VmxExit.EXCEPTION_NMI,
@@ -31,11 +32,11 @@ _WHILE_VECTORING = frozenset(
         VmxExit.PML_FULL,
         VmxExit.APIC_ACCESS,
         VmxExit.TASK_SWITCH,
-        VmxExit.EPT_MISCONFIG,
         VmxExit.NOTIFY,
     }
 )
 
+_BEFORE_SIMULTANEOUS = frozenset({R.VECTOR_UD, R.VECTOR_NM, R.VECTOR_GP, R.VECTOR_PF, R.VECTOR_MC})
 
 _PAGE = 0xFFF
 _QUALIFICATION = 0xFFFF_FFFF
@@ -71,6 +72,11 @@ class Vmx:
             VmxExit.PREEMPTION_TIMER,
             VmxExit.EPT_VIOLATION,
             VmxExit.EPT_MISCONFIG,
+            VmxExit.MCE_DURING_VMENTRY,
+            VmxExit.VMFUNC,
+            VmxExit.PML_FULL,
+            VmxExit.BUS_LOCK,
+            VmxExit.NOTIFY,
         )
     )
     shortcuts = frozenset(
@@ -117,7 +123,7 @@ class Vmx:
                 VmxExit.EXTERNAL_INTERRUPT: common.nothing,
                 VmxExit.INTERRUPT_WINDOW: common.interrupt_window,
                 VmxExit.NMI_WINDOW: common.nmi_window,
-                VmxExit.EXCEPTION_NMI: common.exception,
+                VmxExit.EXCEPTION_NMI: self._exception,
                 VmxExit.PREEMPTION_TIMER: common.preemption_timer,
                 VmxExit.HLT: common.hlt,
                 VmxExit.VMCALL: common.hypercall,
@@ -137,7 +143,8 @@ class Vmx:
         """handle_cr for CR8 (qualification bits 3:0 number, 5:4 type: 0 to, 1 from); other registers are the MMU's."""
         if exit.info1 & 0xF != 8 or exit.info1 >> 4 & 3 > 1:
             return user_code(KvmExit.INTERNAL_ERROR)
-        return self.common.cr8(v, exit, write=exit.info1 >> 4 & 3 == 0)
+        # KVM takes 8 bits of the register here, so that bits above them do not fault as they do on SVM.
+        return self.common.cr8(v, replace(exit, value=exit.value & 0xFF), write=exit.info1 >> 4 & 3 == 0)
 
     def cut_short(self, exit: Exit) -> int:
         """IDT-vectoring information: the event during whose delivery the exit happened."""
@@ -181,8 +188,24 @@ class Vmx:
         """handle_ept_violation: nothing but the APIC's page is emulated here, other devices are user space's."""
         base = self.common.memory[v.own + L.K_APIC_BASE] & R.APICBASE.mask("BASE")
         if exit.gpa & ~_PAGE != base:
-            return KvmExit.MMIO
+            return KvmExit.INTERNAL_ERROR if self.common.cannot_emulate(v, exit) else KvmExit.MMIO
         return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE, gpa=0))
+
+    def _exception(self, v: Vcpu, exit: Exit) -> int | KvmExit | None:
+        """handle_exception_nmi: an exception during the delivery of an event is an error, except where KVM is done."""
+        kind, vector = exit.intr_info >> 8 & 7, exit.intr_info & 0xFF
+        simultaneous = exit.info2 & R.VECTORING_INFO_VALID and vector not in _BEFORE_SIMULTANEOUS
+        if kind != R.INTR_TYPE_NMI and simultaneous:
+            return KvmExit.INTERNAL_ERROR
+        return self.common.exception(v, exit)
+
+    def _l0_wants(self, v: Vcpu, exit: Exit) -> bool:
+        """nested_vmx_l0_wants_exit of exceptions: the host's NMIs, and #DB while user space debugs the guest."""
+        if exit.reason != VmxExit.EXCEPTION_NMI:
+            return False
+        kind, vector = exit.intr_info >> 8 & 7, exit.intr_info & 0xFF
+        debugged = self.common.memory[v.own + L.K_GUEST_DEBUG]
+        return kind == R.INTR_TYPE_NMI or bool(vector == R.VECTOR_DB and debugged)
 
     def failed_entry(self, reason: int) -> tuple[int, bool]:
         """The basic reason, and whether its bit 31 says that the entry failed."""
@@ -190,7 +213,11 @@ class Vmx:
 
     def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
         """vmx_handle_exit: each early return happens whether or not the fast path has acted already."""
-        if loop.reflect_to_l1(v, exit.reason):
+        nested = self.common.memory[v.hot + L.HOT_FLAGS] & L.FLAG_L2
+        if nested and exit.invalid_state:
+            _jit.load("leave_l2")(self.common.handle, v.index)  # a triple fault of L2, whatever L1 intercepts
+            return code
+        if not self._l0_wants(v, exit) and loop.reflect_to_l1(v, exit.reason):
             return code
         if exit.invalid_state:
             return code | user_code(KvmExit.INTERNAL_ERROR)

@@ -240,9 +240,11 @@ def start_run(m, v):
     calls KVM_RUN again.
     """
     while True:
-        begin_run(m, v)
+        user = begin_run(m, v)
         wake_up(m, v)
-        if not vcpu_run(m, v, k.ONE):
+        if user:
+            _to_user(m, v, user)
+        elif not vcpu_run(m, v, k.ONE):
             return k.ZERO
 
 

@@ -2,8 +2,8 @@
 
 Models: kvm_check_and_inject_events, kvm_apic_accept_events with the nested checks before it, process_nmi, process_smi,
 enter_smm, vmx_complete_interrupts and cancel_injection. Interruption information has the VMX and SVM format: vector in
-bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area (RIP and RFLAGS are kept), exceptions
-of L2, double faults.
+bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area (RIP and RFLAGS are kept, an interrupt
+shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, NMIs and SMIs of L2, which go into L2.
 """
 
 from . import typed as k
@@ -12,11 +12,12 @@ from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, n
 from .inhibit import irq_window, nested_changed
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi
 from .lapicstate import reset
-from .shared import clear_word_bits, emit, hot, make_request, own, take
+from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take
 
 BLOCKED = k.ONE
 INTR_INFO_VALID = k.U(1 << 31)
 INTR_TYPE_EXTERNAL, INTR_TYPE_NMI, INTR_TYPE_EXCEPTION, INTR_TYPE_SOFT = (k.U(t << 8) for t in (0, 2, 3, 4))
+INTR_TYPE_SOFT_EXCEPTION = k.U(6 << 8)
 INTR_TYPE = k.U(7 << 8)
 INTR_DELIVER_ERROR_CODE = k.U(1 << 11)
 VECTOR_DB, VECTOR_NMI = k.U(1), k.U(2)
@@ -74,9 +75,16 @@ def leave_smm(m, v):
 
 @kernel("u8(words, u8)")
 def reset_vcpu_init(m, v):
-    """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, all queued events gone, RIP at the reset vector."""
+    """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, queued events gone, RIP at the reset vector.
+
+    An L2 that INIT could interrupt without L1 (SVM) is forgotten. KVM_INTERRUPT's vector stays: it is the PIC's.
+    """
     row = own(m, v)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_L2
+        nested_changed(m, v)
     reset(m, v, k.ONE)
+    make_request(m, v, k.REQ_EVENT)
     m[row + k.K_NMI_PENDING] = k.ZERO
     m[row + k.K_NMI_MASKED] = k.ZERO
     m[row + k.K_SMI_PENDING] = k.ZERO
@@ -86,6 +94,7 @@ def reset_vcpu_init(m, v):
     m[row + k.K_IRQ_WINDOW] = k.ZERO
     m[row + k.K_NMI_WINDOW] = k.ZERO
     m[row + k.K_REINJECT] = k.ZERO
+    m[row + k.K_SMI_COUNT] = k.ZERO
     m[row + k.K_HFLAGS] = k.ZERO
     m[row + k.K_SHADOW] = k.ZERO
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
@@ -95,7 +104,7 @@ def reset_vcpu_init(m, v):
 
 
 @kernel("u8(words, u8)")
-def _leave_l2(m, v):
+def leave_l2(m, v):
     """nested_vmx_vmexit, nested_svm_vmexit: the event is L1's. SVM clears GIF on the way."""
     row = own(m, v)
     m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_L2
@@ -106,21 +115,44 @@ def _leave_l2(m, v):
 
 
 @kernel("u8(words, u8)")
-def _check_nested_init(m, v):
-    """check_nested_events for INIT and SIPI in L2: VMX hands INIT to L1 and forgets it, on SVM it stays pending."""
+def _nested_busy(m, v):
+    """Events of L2 that would be L1's have to wait for the instruction that was cut short: -EBUSY."""
     row = own(m, v)
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2 or not m[row + k.K_REINJECT] & INTR_INFO_VALID:
+        return k.ZERO
+    counts = k.PENDING_INIT if m[k.H_CONFIG] & k.CONFIG_SVM else k.PENDING_INIT | k.PENDING_SIPI
+    return k.ONE if m[row + k.K_PENDING_EVENTS] & counts else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _check_nested_init(m, v):
+    """check_nested_events for INIT and SIPI in L2: VMX hands INIT to L1 and forgets it, on SVM it stays pending.
+
+    BLOCKED when neither may be looked at, because the instruction that was cut short by an exit has to finish first.
+    """
+    row = own(m, v)
+    if _nested_busy(m, v):
+        return BLOCKED
     if m[k.H_CONFIG] & k.CONFIG_SVM:
         if m[row + k.K_PENDING_EVENTS] & k.PENDING_INIT and m[row + k.K_L1_WANTS_EXIT]:
-            _leave_l2(m, v)
+            leave_l2(m, v)
         return k.ZERO
     if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT) & k.PENDING_INIT:
         if m[row + k.K_MP_STATE] != k.MP_INIT_RECEIVED:
-            _leave_l2(m, v)
+            leave_l2(m, v)
         return k.ZERO
     if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI) & k.PENDING_SIPI:
         if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
-            _leave_l2(m, v)
+            leave_l2(m, v)
     return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def latch(m, v, event, on):
+    """User space sets or clears a pending INIT or SIPI; other vCPUs may send one at the same time."""
+    if on:
+        return or_word(m, own(m, v) + k.K_PENDING_EVENTS, event)
+    return clear_word_bits(m, own(m, v) + k.K_PENDING_EVENTS, event)
 
 
 @kernel("u8(words, u8)")
@@ -134,8 +166,8 @@ def accept_events(m, v):
     events = m[row + k.K_PENDING_EVENTS]
     if not events:
         return k.ZERO
-    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
-        _check_nested_init(m, v)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2 and _check_nested_init(m, v) == BLOCKED:
+        return events
     if init_blocked(m, v):
         clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI)
         return events
@@ -153,12 +185,25 @@ def accept_events(m, v):
 
 @kernel("u8(words, u8, u8)")
 def requeue(m, v, info):
-    """vmx_complete_interrupts: an event whose delivery did not finish is injected again by the next entry."""
+    """vmx_complete_interrupts: an event whose delivery did not finish is injected again by the next entry.
+
+    Of its information only what the next entry needs is kept; types that KVM does not know are dropped. VMX blocks NMIs
+    anew when it injects one, SVM's mask is KVM's own and stays.
+    """
     if not info & INTR_INFO_VALID:
         return k.ZERO
-    m[own(m, v) + k.K_REINJECT] = info
-    if info & INTR_TYPE == INTR_TYPE_NMI:
-        m[own(m, v) + k.K_NMI_MASKED] = k.ZERO
+    row = own(m, v)
+    kind = info & INTR_TYPE
+    again = info & (INTR_INFO_VALID | INTR_TYPE | k.ICR_VECTOR)
+    if kind == INTR_TYPE_NMI:
+        again = INTR_INFO_VALID | INTR_TYPE_NMI | VECTOR_NMI
+        if not m[k.H_CONFIG] & k.CONFIG_SVM:
+            m[row + k.K_NMI_MASKED] = k.ZERO
+    elif kind == INTR_TYPE_EXCEPTION or kind == INTR_TYPE_SOFT_EXCEPTION:
+        again = again | (info & INTR_DELIVER_ERROR_CODE)
+    elif kind != INTR_TYPE_EXTERNAL and kind != INTR_TYPE_SOFT:
+        again = k.ZERO
+    m[row + k.K_REINJECT] = again
     return make_request(m, v, k.REQ_EVENT)
 
 
@@ -252,8 +297,13 @@ def _inject_nmi(m, v, can_inject):
 
 @kernel("u8(words, u8)")
 def _inject_first(m, v):
-    """A pending exception, or else the event whose delivery was cut short; 1 when the entry has its event."""
+    """A pending exception, or else the event whose delivery was cut short; 1 when the entry has its event.
+
+    An event cut short that meets a new exception is lost, as in KVM, whose next exit empties the queues.
+    """
     row = own(m, v)
+    if m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB]:
+        m[row + k.K_REINJECT] = k.ZERO
     if m[row + k.K_EXCEPTION]:
         vector = m[row + k.K_EXCEPTION] - k.ONE
         info = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | vector
@@ -293,9 +343,9 @@ def inject_events(m, v):
     accept_events(m, v)
     if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
         return BLOCKED
+    force = _nested_busy(m, v)
     can_inject = k.ZERO if _inject_first(m, v) or m[row + k.K_REINJECT] & INTR_INFO_VALID else k.ONE
-    force = k.ZERO
-    if m[row + k.K_SMI_PENDING]:
+    if m[row + k.K_SMI_PENDING] and not force:
         if not can_inject:
             force = k.ONE
         elif smi_allowed(m, v):

@@ -188,6 +188,8 @@ def hlt(m, v):
     refusal = guards(m, v)
     if refusal:
         return refuse(refusal)
+    if m[k.H_TRAITS] & k.T_SRCU_IN_FASTPATH:
+        m[own(m, v) + k.K_SRCU_LOCKS] = m[own(m, v) + k.K_SRCU_LOCKS] + k.ONE
     user = emulate_halt(m, v)
     if user:
         return k.CODE_FAST | user | k.COMPLETION_USERSPACE

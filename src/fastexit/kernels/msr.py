@@ -20,7 +20,8 @@ from .timer import deadline_usable, set_deadline
 def allowed(m, msr, access):
     """kvm_msr_allowed: user space's filter lets this access (MSR_FILTER_READ or _WRITE) be emulated.
 
-    x2APIC registers cannot be filtered. The first range that has the MSR decides, then the default.
+    x2APIC registers cannot be filtered. The first range that has the MSR decides, then the default. A range's end has
+    32 bits, so one that reaches the last MSR has none.
     """
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
         return k.ONE
@@ -28,7 +29,7 @@ def allowed(m, msr, access):
         at = k.FILTER + k.U(i) * k.FILTER_STRIDE
         first = m[at + k.FILTER_BASE]
         count = min(m[at + k.FILTER_COUNT], k.FILTER_BITMAP_BYTES << k.U(3))
-        if m[at + k.FILTER_FLAGS] & access and msr >= first and msr - first < count:
+        if m[at + k.FILTER_FLAGS] & access and msr >= first and msr < (first + count) & k.LOW32:
             bit = msr - first
             return (m[at + k.FILTER_BITMAP + (bit >> k.U(6))] >> (bit & k.U(63))) & k.ONE
     return k.ZERO if m[k.H_FILTER_DENY] else k.ONE
@@ -105,8 +106,8 @@ def inject_gp(m, v):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8, u8)")
-def _ask_user(m, v, msr, code):
+@kernel("u8(words, u8, u8, u8, u8)")
+def _ask_user(m, v, msr, code, length):
     """kvm_msr_user_space: 1 when user space wants MSR accesses that fail for this reason."""
     why = code & k.CODE_MSR_WHY
     reason = k.MSR_EXIT_INVAL
@@ -118,6 +119,7 @@ def _ask_user(m, v, msr, code):
         return k.ZERO
     m[own(m, v) + k.K_MSR_INDEX] = msr
     m[own(m, v) + k.K_MSR_REASON] = reason
+    m[own(m, v) + k.K_MSR_LENGTH] = length
     return k.ONE
 
 
@@ -128,7 +130,7 @@ def emulate_wrmsr(m, v, msr, value, length):
         code = set_msr(m, v, msr, value, k.ZERO)
     else:
         code = k.CODE_GP | k.MSR_WHY_FILTER
-    if code & k.CODE_GP and _ask_user(m, v, msr, code):
+    if code & k.CODE_GP and _ask_user(m, v, msr, code, length):
         m[own(m, v) + k.K_MSR_DATA] = value
         return (code & ~(k.CODE_GP | k.CODE_MSR_WHY)) | k.USER_X86_WRMSR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
@@ -147,7 +149,7 @@ def emulate_rdmsr(m, v, msr, length):
     else:
         m[own(m, v) + k.K_MSR_DATA] = k.ZERO
         code = k.CODE_GP | k.MSR_WHY_FILTER
-    if code & k.CODE_GP and _ask_user(m, v, msr, code):
+    if code & k.CODE_GP and _ask_user(m, v, msr, code, length):
         return (code & ~(k.CODE_GP | k.CODE_MSR_WHY)) | k.USER_X86_RDMSR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         faults = k.ONE if code & k.CODE_GP else k.ZERO
@@ -160,12 +162,12 @@ def emulate_rdmsr(m, v, msr, length):
 
 @kernel("u8(words, u8, u8)")
 def complete(m, v, error):
-    """User space's answer to KVM_EXIT_X86_RDMSR/WRMSR: #GP, or the instruction is done. complete_emulated_wrmsr."""
+    """User space's answer to KVM_EXIT_X86_RDMSR/WRMSR: #GP, or the instruction is done. complete_fast_msr_access."""
     m[own(m, v) + k.K_MSR_REASON] = k.ZERO
     if error:
         inject_gp(m, v)
         return k.CODE_GP
-    return skip(m, v, k.INSN_LEN_WRMSR)
+    return skip(m, v, m[own(m, v) + k.K_MSR_LENGTH])
 
 
 @kernel("u8(words, u8, u8)")

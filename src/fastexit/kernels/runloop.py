@@ -12,10 +12,14 @@ from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
+from .msr import complete
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
 from .timer import (
+    ASLEEP,
+    ASLEEP_HV_TIMER,
+    IN_RUN,
     has_pending,
     hv_due,
     hv_in_use,
@@ -29,8 +33,19 @@ from .timer import (
 
 BLOCKED, AGAIN = k.ONE, k.U(2)
 ENTERED = k.ONE
-IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
-"""K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and had the preemption timer in use."""
+SERVICED = (
+    k.REQ_REPORT_TPR_ACCESS
+    | k.REQ_TRIPLE_FAULT
+    | k.REQ_PMI
+    | k.REQ_SMI
+    | k.REQ_NMI
+    | k.REQ_IOAPIC_EOI_EXIT
+    | k.REQ_APICV_UPDATE
+    | k.REQ_EVENT
+    | k.REQ_UNBLOCK
+    | k.REQ_SIGNAL
+)
+"""Requests that something is done for: each is cleared where that is done, and nowhere else."""
 
 
 @kernel("u8(words, u8)")
@@ -55,8 +70,9 @@ def service_requests(m, v):
             return k.USER_IOAPIC_EOI
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
-    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used.
-    clear_word_bits(m, requests, ~(k.REQ_EVENT | k.REQ_UNBLOCK | k.REQ_SIGNAL))
+    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used. One
+    # of the above may have come again by now, behind its check: it stays, and cancels the entry.
+    clear_word_bits(m, requests, ~SERVICED)
     return k.ZERO
 
 
@@ -160,7 +176,11 @@ def block(m, v):
 
 @kernel("u8(words, u8)")
 def begin_run(m, v):
-    """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken."""
+    """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken.
+
+    An MSR access that user space left without an answer counts as done: run->msr.error was 0. The USER code if the
+    instruction's end is user space's business again.
+    """
     host = own(m, v)
     if m[host + k.K_IN_RUN] < ASLEEP or m[host + k.K_MP_STATE] == k.MP_RUNNABLE:
         wake_up(m, v)
@@ -169,7 +189,7 @@ def begin_run(m, v):
     vcpu_load(m, v, m[host + k.K_CPU])
     m[host + k.K_SRCU] = k.ONE
     m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
-    return k.ZERO
+    return complete(m, v, k.ZERO) if m[host + k.K_MSR_REASON] else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")

@@ -110,6 +110,12 @@ def make_request(m, v, request):
     return or_word(m, hot(m, v) + k.HOT_REQUESTS, request)
 
 
+@kernel("u8(words, u8, u8)")
+def clear_request(m, v, request):
+    """kvm_clear_request; the requests as they were."""
+    return clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, request)
+
+
 @kernel("u8(words, u8)")
 def wake(m, v):
     """kvm_vcpu_wake_up: Effect code WAKE if the vCPU's thread slept, else 0."""

@@ -24,6 +24,8 @@ PREEMPTION_TIMER_SHIFT = k.U(5)
 MILLION = k.U(1_000_000)
 ADJUST_MIN, ADJUST_MAX, ADJUST_STEP = k.U(100), k.U(10_000), k.U(8)
 ADVANCE_INIT_NS, ADVANCE_MAX_NS = k.U(1000), k.U(5000)
+IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
+"""K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and will have the preemption timer in use when it wakes."""
 
 
 @kernel("u8(words, u8)")
@@ -339,11 +341,18 @@ def settle(m, v):
 
 @kernel("u8(words, u8)")
 def restart(m, v):
-    """restart_apic_timer."""
+    """restart_apic_timer.
+
+    An ioctl may start the timer of a vCPU that sleeps in KVM_RUN; KVM_RUN would have returned for it and then blocked
+    again, on the hrtimer.
+    """
     row = own(m, v)
     if m[row + k.K_TIMER_MODE] != k.TIMER_PERIODIC and m[row + k.K_TIMER_PENDING]:
         return k.ZERO
-    if _arm_hv(m, v):
+    if m[row + k.K_IN_RUN] >= ASLEEP:
+        if can_use_hv(m, v) and m[row + k.K_TSC_DEADLINE]:
+            m[row + k.K_IN_RUN] = ASLEEP_HV_TIMER
+    elif _arm_hv(m, v):
         return _trace_state(m, v, hv_in_use(m, v))
     start_sw(m, v)
     return settle(m, v)
@@ -529,5 +538,8 @@ def next_event(m):
             tsc = guest_tsc(m)
             ahead = deadline - tsc if deadline > tsc else k.ZERO
             # Rounded up: at that ns the deadline has been reached.
-            best = min(best, m[k.H_NOW] + (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ])
+            wait = (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ]
+            if m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE:
+                wait = max(wait, k.ONE)  # it exited at this time already, and does so once
+            best = min(best, m[k.H_NOW] + wait)
     return best

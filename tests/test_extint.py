@@ -1,0 +1,180 @@
+"""KVM_INTERRUPT: the vector of user space's PIC on its way through LINT0, and windows that it has to wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastexit as fx
+from fastexit import regs as r
+
+VENDORS = ("vmx", "svm")
+LINT0, IF = 0x835, 1 << 9
+OPEN = fx.KvmExit.IRQ_WINDOW_OPEN
+
+
+def booted(vendor: str = "vmx", **options: Any) -> fx.Machine:
+    """A split irqchip; vCPU 0, whose LINT0 is ExtINT, runs with interrupts on."""
+    m = fx.Machine(vcpus=2, vendor=vendor, irqchip="split", **{"apicv": False} | options)
+    m.boot_x2apic()
+    m.vcpus[0].set_msr(LINT0, 0x700)
+    m.vcpus[0].rflags |= IF
+    m.vcpus[0].run()
+    return m
+
+
+def run(v: fx.Vcpu) -> fx.Outcome:
+    return v.exit(fx.SvmExit.INTERRUPT if v.machine.vendor == "svm" else fx.VmxExit.EXTERNAL_INTERRUPT)
+
+
+def window(v: fx.Vcpu) -> fx.Outcome:
+    return v.exit(fx.SvmExit.VINTR if v.machine.vendor == "svm" else fx.VmxExit.INTERRUPT_WINDOW)
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("apicv", [True, False])
+def test_vector_comes_in(vendor: str, apicv: bool) -> None:
+    """The next entry injects it, with APICv too; neither IRR nor ISR has seen it, and it is used up."""
+    m = booted(vendor, apicv=apicv)
+    v = m.vcpus[0]
+    v.interrupt(0x31)
+    m.trace.enable()
+    assert v.run()
+    assert (v.injected, v.pending(), v.eoi()) == (0x31, None, None)
+    assert "kvm_inj_virq: IRQ 0x31" in m.trace.lines()
+    v.interrupt(0x32)
+    assert v.run()
+    assert v.injected == 0x32
+
+
+def test_goes_before_the_local_apic() -> None:
+    """ExtINT is first whatever its vector; the APIC's interrupt behind it gets a window."""
+    m = booted()
+    v = m.vcpus[0]
+    m.vcpus[1].wrmsr(0x830, fx.icr(dest=0, vector=0xFD))
+    v.interrupt(0x31)
+    v.run()
+    assert (v.injected, v.irq_window) == (0x31, True)
+    window(v)
+    assert (v.injected, v.irq_window) == (0xFD, False)
+
+
+@pytest.mark.parametrize("lint0", [0x10700, 0x10000, 0x000, 0x400])
+def test_lint0_in_the_way(lint0: int) -> None:
+    """Masked or no ExtINT: the vector waits until LINT0 lets it through."""
+    v = booted().vcpus[0]
+    v.set_msr(LINT0, lint0)
+    v.interrupt(0x31)
+    v.run()
+    assert v.injected is None
+    with pytest.raises(ValueError, match="vector 49 still waits"):
+        v.interrupt(0x32)
+    v.set_msr(LINT0, 0x700)
+    v.nmi_masked = False  # asks for an EVENT, as an IRET would
+    v.run()
+    assert v.injected == 0x31
+
+
+def test_disabled_apic_is_not_in_the_way() -> None:
+    """With APICBASE.EN clear LINT0 does not count."""
+    v = booted().vcpus[0]
+    v.set_msr(LINT0, 0x10000)
+    v.set_msr(0x1B, v.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD))
+    v.interrupt(0x31)
+    v.run()
+    assert v.injected == 0x31
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_interrupts_off(vendor: str) -> None:
+    """With IF clear KVM asks for a window, whose exit injects."""
+    v = booted(vendor).vcpus[0]
+    v.rflags &= ~IF
+    v.interrupt(0x31)
+    v.run()
+    assert (v.injected, v.irq_window) == (None, True)
+    v.rflags |= IF
+    window(v)
+    assert (v.injected, v.irq_window) == (0x31, False)
+
+
+def test_avic_is_off_while_the_window_is_awaited() -> None:
+    """AVIC cannot inject ExtINT: IRQWIN inhibits it on all vCPUs until the window has opened."""
+    m = booted("svm", apicv=True)
+    v = m.vcpus[0]
+    v.rflags &= ~IF
+    v.interrupt(0x31)
+    v.run()
+    assert m.inhibits == {r.Inhibit.IRQWIN}
+    assert not v.apicv
+    v.rflags |= IF
+    window(v)
+    assert m.inhibits == set()
+    assert v.injected == 0x31
+    run(v)
+    assert v.apicv
+
+
+def test_refusals() -> None:
+    """A second vector while the first one waits, a PIC that is KVM's, no vector at all."""
+    v = booted().vcpus[0]
+    v.interrupt(0x31)
+    with pytest.raises(ValueError, match="EEXIST"):
+        v.interrupt(0x31)
+    with pytest.raises(ValueError, match="ENXIO"):
+        fx.Machine(vcpus=1).vcpus[0].interrupt(0x31)
+    with pytest.raises(ValueError, match="vector"):
+        v.interrupt(256)
+
+
+def test_ends_a_halt() -> None:
+    """A halted vCPU with interrupts on goes on for it; with interrupts off it sleeps on."""
+    for flags, wakes in ((IF, True), (0, False)):
+        v = booted().vcpus[0]
+        v.rflags = 2 | flags
+        assert v.exit(fx.VmxExit.HLT).blocked
+        v.interrupt(0x31)
+        assert v.run() is wakes
+        assert v.injected == (0x31 if wakes else None)
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_user_space_waits_for_a_window(vendor: str) -> None:
+    """KVM_EXIT_IRQ_WINDOW_OPEN as soon as the guest would take an interrupt and none of user space's waits."""
+    m = booted(vendor)
+    v = m.vcpus[0]
+    v.rflags &= ~IF
+    v.request_interrupt_window = True
+    assert run(v).user is None
+    assert v.irq_window
+    v.rflags |= IF
+    m.trace.enable()
+    assert window(v).user is OPEN
+    assert v.exit_reason is OPEN
+    assert m.trace.lines()[-1] == "kvm_userspace_exit: reason KVM_EXIT_IRQ_WINDOW_OPEN (7)"
+    v.interrupt(0x31)
+    assert v.run()
+    assert v.injected == 0x31
+    assert run(v).user is OPEN, "the next one may come"
+    v.request_interrupt_window = False
+    assert run(v).user is None
+
+
+def test_no_window_while_user_space_could_not_inject() -> None:
+    """LINT0 masked: there is nothing that user space could send through it."""
+    v = booted().vcpus[0]
+    v.set_msr(LINT0, 0x10700)
+    v.request_interrupt_window = True
+    assert run(v).user is None
+
+
+def test_no_window_with_an_event_under_way() -> None:
+    """An exception or an event cut short is delivered first; then the window counts."""
+    m = booted()
+    v = m.vcpus[0]
+    v.request_interrupt_window = True
+    assert v.wrmsr(0x802, 0).fault is fx.Fault.GP
+    out = v.exit(fx.VmxExit.EXCEPTION_NMI, intr_info=0x8000_0202, info2=0x8000_0041)
+    assert out.user is None
+    assert run(v).user is OPEN
