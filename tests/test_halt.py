@@ -203,7 +203,7 @@ def test_timer_with_interrupts_off() -> None:
 
 
 def test_ioctl_starts_the_timer_of_a_sleeper() -> None:
-    """User space sets the count of a sleeper, whose KVM_RUN that ends; in the next one the hrtimer counts, and wakes."""
+    """User space sets the count of a sleeper, which ends its KVM_RUN; in the next one the hrtimer counts, and wakes."""
     m = booted()
     v = m.vcpus[1]
     v.wrmsr(LVTT, TICK)

@@ -100,8 +100,9 @@ def _awake(m, v):
     """kvm_vcpu_check_block: a reason not to sleep."""
     requests = hot(m, v) + k.HOT_REQUESTS
     if m[own(m, v) + k.K_MP_STATE] == k.MP_UNINITIALIZED:
-        # A tick ends KVM_RUN with EAGAIN over and over; here it is left where it is.
-        clear_word_bits(m, requests, k.REQ_UNBLOCK)
+        # A tick ends KVM_RUN with EAGAIN over and over; here it is left where it is, and UNBLOCK with it.
+        if not has_pending(m, v):
+            clear_word_bits(m, requests, k.REQ_UNBLOCK)
         return runnable(m, v) if not m[requests] & k.REQ_SIGNAL else k.ONE
     if m[requests] & (k.REQ_UNBLOCK | k.REQ_SIGNAL):
         return k.ONE
