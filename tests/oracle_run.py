@@ -50,6 +50,7 @@ class RunLoop:
         """KVM_RUN: until the vCPU is in the guest, sleeps, or user space has to do something."""
         if self.v.in_guest:
             return GUEST
+        self._answer()
         if self.v.mp_state == r.MP_UNINITIALIZED:
             # not the loop's business; user space calls again after EAGAIN
             if self._runnable():
@@ -63,6 +64,11 @@ class RunLoop:
             if state:
                 return state
             self._after_iteration()
+
+    def _answer(self) -> None:
+        """KVM_RUN by user space that was asked about an MSR and has not said that it failed."""
+        if self.msr_asked:
+            self.v.complete_msr()
 
     def _after_iteration(self) -> None:
         v = self.v
@@ -82,6 +88,7 @@ class RunLoop:
         """
         if self.v.in_guest:
             return
+        self._answer()
         self._awake()
         while (state := self._enter(forced=True)) != GUEST:
             if state is None:
