@@ -763,7 +763,9 @@ class Vcpu(Doors):
         """The guest leaves system management mode; ValueError where it is not in it."""
         if not self.smm:
             raise ValueError("#UD")
-        self.rip, self.rflags, self.nmi_masked = self.before_smm
+        self.rip, self.rflags, inside_nmi = self.before_smm
+        if not inside_nmi:
+            self.nmi_masked = False
         self.smm = False
         self.request("EVENT")
 
@@ -790,7 +792,7 @@ class Vcpu(Doors):
     ) -> None:
         """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count, ``smm`` that of the pending INIT.
 
-        Events that are on their way into the guest stay what they are: user space sets what it got.
+        No exception, interrupt or NMI is on its way into the guest then, whatever was before.
         """
         self.thread.leave()
         self.process_nmi()
@@ -799,6 +801,8 @@ class Vcpu(Doors):
             if nmi_pending:
                 self.request("NMI")
         self.nmi_masked = nmi_masked
+        self.nmi_injected = self.interrupt_injected = False
+        self.exception = None
         if sipi_vector is not None:
             self.sipi_vector = sipi_vector
         if smm is not None:
