@@ -243,7 +243,7 @@ class Timer:
                 self.target = self.m.now
             else:
                 # one by one; what is between makes no further tick, because one is pending
-                self.target += -((self.target - self.m.now) // self.period) * self.period
+                self.target += ((self.m.now - self.target) // self.period + 1) * self.period
         self.deadline = self.m.tsc() + self.m.cycles(self.target - self.m.now) & U64
 
     def _expire(self, *, by_host: bool) -> None:
