@@ -615,6 +615,10 @@ def test_device_races_with_the_scheduler() -> None:
     """
     m = booted()
     v = m.vcpus[1]
+    v.set_mp_state(fx.MpState.RUNNABLE)
+    assert v.run()
+    v.get_msr(0x1B)  # what booting asked for is served: nothing keeps the vCPU from entering
+    assert v.requests == 0
     v.rflags |= IF
     c_load, c_put, c_post = native("pi_load", 3), native("pi_put", 3), native("hardware_post", 3)
     c_enter, c_notify, c_deliver = native("enter", 2), native("process_notification", 2), native("deliver_pending", 2)

@@ -150,6 +150,7 @@ def _check_nested_init(m, v):
 @kernel("u8(words, u8, u8, u8)")
 def latch(m, v, event, on):
     """User space sets or clears a pending INIT or SIPI; other vCPUs may send one at the same time."""
+    event = event & (k.PENDING_INIT | k.PENDING_SIPI)
     if on:
         return or_word(m, own(m, v) + k.K_PENDING_EVENTS, event)
     return clear_word_bits(m, own(m, v) + k.K_PENDING_EVENTS, event)
