@@ -165,20 +165,27 @@ class RunLoop:
                 v.nmi_pending -= 1
                 v.nmi_masked = v.nmi_injected = True
                 can = False
-        if self._interrupt_waits():
+        if self._waits():
             if not can:
                 return True
             if self._interrupts_on():
                 v.injected = v.take_extint() if v.has_extint() else v.ack()
                 v.interrupt_injected = True
                 v.taken.append(v.injected)
-            if self.m.svm and self._interrupt_waits():
-                self.m.inhibit(r.Inhibit.IRQWIN, True)  # the window that it waits for is one of the VM without AVIC
+            if self._waits():
+                self._window()
         return False
 
-    def _interrupt_waits(self) -> bool:
-        """For KVM to inject it: what APICv delivers is not among that."""
+    def _waits(self) -> bool:
+        """An interrupt that KVM has to bring in."""
         return self.v.has_extint() or (not self.v.apicv and self.v.pending() is not None)
+
+    def _window(self) -> None:
+        """An exit is asked for when the guest takes interrupts again; SVM's way to ask does not work beside AVIC."""
+        if self.m.svm:
+            self.m.inhibit(r.Inhibit.IRQWIN, True)
+            if not self.m.inhibits_by_guest and "APICV_UPDATE" in self.v.requests:
+                self.v.update_apicv()
 
     def _under_way(self) -> bool:
         return self.v.exception is not None or self.v.nmi_injected or self.v.interrupt_injected
