@@ -716,7 +716,8 @@ class Vcpu(Doors):
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE."""
         self.thread.leave()
-        if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and not self.init_allowed():
+        blocked = self.smi_pending or not self.init_allowed()  # an SMI goes before an INIT
+        if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and blocked:
             raise ValueError("EINVAL")
         if state == r.MP_SIPI_RECEIVED:
             self.set_mp(r.MP_INIT_RECEIVED)
