@@ -193,7 +193,7 @@ class Machine:
                 min(due, key=lambda v: (v.timer.hrtimer, v.index)).timer.fire()
                 continue
             # who has been kicked leaves the guest for that, before his timer runs out
-            inside = [v for v in self.vcpus if v.in_guest and not v.requests]
+            inside = [v for v in self.vcpus if v.in_guest and not v.kicked]
             due = [v for v in inside if v.timer.hv_at is not None and v.timer.hv_at <= self.tsc()]
             if not due:
                 return left

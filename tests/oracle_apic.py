@@ -96,6 +96,7 @@ class Vcpu(Doors):
         self.timer = Timer(self)
         self.thread = RunLoop(self)
         self.in_guest = False
+        self.kicked = False
         self.requests: set[str] = set()
         self.rip = 0xFFF0
         self.cs = 0xF000
@@ -541,8 +542,9 @@ class Vcpu(Doors):
         return 0  # ExtINT
 
     def request(self, name: str) -> None:
-        """A KVM_REQ_*: the next entry deals with it, and a vCPU that is in the guest comes out for it."""
+        """A KVM_REQ_* and a kick: the next entry deals with it, and a vCPU that is in the guest comes out for it."""
         self.requests.add(name)
+        self.kicked = self.in_guest
 
     def deliver_local(self, lvt: int) -> int:
         """An interrupt of the APIC itself, through its LVT entry."""
@@ -588,7 +590,7 @@ class Vcpu(Doors):
         if self._store_ppr():
             self.sync_pir()  # looking for something that became deliverable looks at posted interrupts too
             if max(self.irr, default=0) & 0xF0 > self.reg(r.APIC_PROCPRI):
-                self.request("EVENT")
+                self.requests.add("EVENT")
 
     def pending(self) -> int | None:
         """The vector that could be injected now."""
@@ -627,8 +629,8 @@ class Vcpu(Doors):
         self._update_ppr()
         if vector in self.ioapic_handled and self.m.split_irqchip and not self._suppresses_eoi():
             self.ioapic_eoi = vector
-            self.request("IOAPIC_EOI")
-        self.request("EVENT")
+            self.requests.add("IOAPIC_EOI")
+        self.requests.add("EVENT")
         return vector
 
     def _suppresses_eoi(self) -> bool:
@@ -714,7 +716,8 @@ class Vcpu(Doors):
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE."""
         self.thread.leave()
-        if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and not self.init_allowed():
+        blocked = self.smi_pending or not self.init_allowed()  # an SMI goes before an INIT
+        if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and blocked:
             raise ValueError("EINVAL")
         if state == r.MP_SIPI_RECEIVED:
             self.set_mp(r.MP_INIT_RECEIVED)

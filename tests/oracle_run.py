@@ -53,7 +53,7 @@ class RunLoop:
         self._answer()
         if self.v.mp_state == r.MP_UNINITIALIZED:
             # not the loop's business; user space calls again after EAGAIN
-            if self._runnable():
+            if self.runnable():
                 self.v.accept_events()
             elif not self._pending_timer():
                 self.v.requests.discard("UNBLOCK")
@@ -126,7 +126,7 @@ class RunLoop:
             return None
         if forced:
             v.mp_state = r.MP_RUNNABLE
-        v.in_guest = True
+        v.in_guest, v.kicked = True, False
         v.exception = None
         v.nmi_injected = False
         v.interrupt_injected = False
@@ -193,7 +193,7 @@ class RunLoop:
     def _interrupts_on(self) -> bool:
         return bool(self.v.rflags & r.RFLAGS_IF) and self.v.gif and not self.v.shadow
 
-    def _runnable(self) -> bool:
+    def runnable(self) -> bool:
         v = self.v
         return v.mp_state == r.MP_RUNNABLE or v.pv_unhalted or self._has_events()
 
@@ -212,15 +212,15 @@ class RunLoop:
     def _block(self) -> str | None:
         """Sleeps unless there is something to do; None to go round again."""
         v = self.v
-        if not self._runnable():
+        if not self.runnable():
             if not self.sleeping:
                 self.sleeping = True
                 self.sleeps_on_hv = v.timer.block()
-            if not (self._runnable() or self._pending_timer()):
+            if not (self.runnable() or self._pending_timer()):
                 v.requests.discard("UNBLOCK")
                 return BLOCKED
         self._awake()
-        if not self._runnable():
+        if not self.runnable():
             return None
         v.accept_events()
         if v.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD):
@@ -229,6 +229,7 @@ class RunLoop:
             return None
         # a vCPU that waits for SIPI has nothing to do with an NMI: the thread goes round and round
         self._after_iteration()
+        self.sleeping, self.sleeps_on_hv = True, False
         return BLOCKED
 
     def _awake(self) -> None:

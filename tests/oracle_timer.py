@@ -249,7 +249,7 @@ class Timer:
     def _expire(self, *, by_host: bool) -> None:
         if self.pending:
             return
-        if (self.v.apicv and not by_host) or (self._can_post() and self.v.in_guest and not self.v.requests):
+        if (self.v.apicv and not by_host) or (self._can_post() and self.v.in_guest and not self.v.kicked):
             self.deliver()
             return
         self.pending = True

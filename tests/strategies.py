@@ -453,7 +453,15 @@ def exit_op(rng: random.Random, machine: oracle.Machine) -> Op:
 
 
 def run_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    return ("run", rng.randrange(len(machine.vcpus)))
+    return run_of(machine, rng.randrange(len(machine.vcpus)))
+
+
+def run_of(machine: oracle.Machine, i: int) -> Op:
+    """KVM_RUN; not of a vCPU that waits for SIPI with an NMI in hand, whose thread would go round and round."""
+    vcpu = machine.vcpus[i]
+    if vcpu.mp_state in (r.MP_INIT_RECEIVED, r.MP_UNINITIALIZED) and vcpu.thread.runnable():
+        return ("set_mp_state", i, r.MP_RUNNABLE)
+    return ("run", i)
 
 
 def hypercall_op(rng: random.Random, machine: oracle.Machine) -> Op:
@@ -470,9 +478,9 @@ def hypercall_op(rng: random.Random, machine: oracle.Machine) -> Op:
 
 
 def extint_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    """KVM_INTERRUPT; not where AVIC would give way to the window that such an interrupt waits for."""
+    """KVM_INTERRUPT, where it is not refused."""
     i = rng.randrange(len(machine.vcpus))
-    if not machine.split_irqchip or machine.vcpus[i].extint is not None or (machine.svm and machine.apicv):
+    if not machine.split_irqchip or machine.vcpus[i].extint is not None:
         return ("pending", i)
     return ("interrupt", i, rng.randrange(16, 256))
 
@@ -546,7 +554,7 @@ def lively_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] 
         return ("complete_msr", op[1], chance(rng, 0.4))  # the access comes first
     if op[0] in GUEST_OPS and machine.vcpus[op[1]].mp_state != r.MP_RUNNABLE:
         # who waits or sleeps carries out nothing
-        return ("run", op[1]) if chance(rng, 0.5) else ("set_mp_state", op[1], r.MP_RUNNABLE)
+        return run_of(machine, op[1]) if chance(rng, 0.5) else ("set_mp_state", op[1], r.MP_RUNNABLE)
     return op
 
 
