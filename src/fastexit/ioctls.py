@@ -238,11 +238,11 @@ class VcpuIoctls(VcpuState):
         ValueError where KVM refuses: an in-kernel PIC (ENXIO), or a vector that still waits (EEXIST).
         """
         vector = integer(vector, "vector", 0xFF)
+        self._loop.leave_guest(self)
         if not self._mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP:
             raise ValueError("KVM_INTERRUPT: the PIC is KVM's with a full irqchip (ENXIO)")
         if self._mem[self.own + L.K_EXTINT]:
             raise ValueError(f"KVM_INTERRUPT: vector {self._mem[self.own + L.K_EXTINT] - 1} still waits (EEXIST)")
-        self._loop.leave_guest(self)
         self._mem[self.own + L.K_EXTINT] = vector + 1
         _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
