@@ -94,3 +94,33 @@ def test_nmis_after_iret() -> None:
     v.wrmsr(0x80B, 0)
     assert v.nmi_masked
     assert v.events().nmi_pending == 0
+
+
+def test_signal_behind_an_interrupt_window() -> None:
+    """KVM_RUN returns for the window; the signal is taken on the way out, and the next KVM_RUN enters."""
+    m = fx.Machine(vcpus=1, irqchip="split")
+    v = m.vcpus[0]
+    v.rflags |= R.RFLAGS_IF
+    v.local_interrupt(R.APIC_LVT0)
+    v.mmio_write(R.APIC_LVT0, R.LVT0_BOOT)
+    v.get_mp_state()
+    v.request_interrupt_window = True
+    v.signal()
+    assert not v.run()
+    assert v.exit_reason in (fx.KvmExit.IRQ_WINDOW_OPEN, fx.KvmExit.INTR)
+    v.request_interrupt_window = True
+    v.signal()
+    assert v.wrmsr(0x1B, v.apic_base).fault is None
+
+
+def test_posted_vector_of_a_vcpu_that_waits_for_init() -> None:
+    """A device's vector cannot start it: the wake-up vector is for nothing, and it sleeps on."""
+    m = fx.Machine(vcpus=2, vtd_pi=True)
+    m.boot_x2apic()
+    v = m.vcpus[1]
+    v.rflags |= R.RFLAGS_IF
+    v.load()
+    m.pi_update_irte(7, 24, 0xFEE0_1000, 0x41)
+    m.device_interrupt(7)
+    assert not v.run()
+    assert v.get_mp_state() == fx.MpState.UNINITIALIZED

@@ -127,6 +127,8 @@ def _posted_meanwhile(m, v):
     """
     if not vcpu_put(m, v, k.ONE) & k.EFFECT_NOTIFY_CODE:
         return k.ZERO
+    if not runnable(m, v):
+        return k.ZERO  # woken for a vector that it cannot take: it sleeps on
     return vcpu_load(m, v, m[own(m, v) + k.K_CPU]) | k.ONE
 
 
@@ -195,8 +197,9 @@ def begin_run(m, v):
 
 @kernel("u8(words, u8, u8, u8)")
 def return_to_user(m, v, reason, errno):
-    """KVM_RUN returns: SRCU dropped, kvm_userspace_exit (not for NONE), vcpu_put."""
+    """KVM_RUN returns: SRCU dropped, kvm_userspace_exit (not for NONE), vcpu_put. A signal is taken on the way."""
     host = own(m, v)
+    clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_SIGNAL)
     m[host + k.K_SRCU] = k.ZERO
     m[host + k.K_IN_RUN] = k.ZERO
     m[host + k.K_USER_EXIT] = reason + k.ONE
