@@ -45,12 +45,14 @@ _NAMES = {
     "profiles": "profile",
 }
 
-__all__ = [*_NAMES, "warmup"]
+__all__ = [*_NAMES, "kvm", "warmup"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         value = getattr(import_module(f"fastexit.{_NAMES[name]}"), name)
+    elif name == "kvm":
+        value = import_module("fastexit.kvm")
     elif name == "warmup":
         import_module("fastexit.machine")
         value = import_module("fastexit.kernels._jit").warmup
@@ -61,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES, "warmup"])
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,202 @@
+"""A guest in real mode that carries out one instruction for each call.
+
+Models: nothing; this is real code on the real KVM. Segments reach over 4 GiB, so that 32-bit addresses get to the xAPIC
+page. Each program ends with an OUT, which brings KVM_RUN back; handlers tell faults and interrupts by other ports.
+"""
+
+from __future__ import annotations
+
+import mmap
+import signal
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastexit import regs as R
+from fastexit.kvm import ioctl as K
+from fastexit.reasons import KvmExit
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+MEMORY_BYTES = 0x10000
+FAULT_HANDLER_AT = 0x800
+CODE_AT = 0x1000
+VECTOR_HANDLERS_AT = 0x2000
+STACK_AT = 0x7000
+PORT_DONE, PORT_FAULT, PORT_INTERRUPT = 0x10, 0x11, 0x12
+VECTOR_GP = 13
+
+OUT = 0xE6
+MOV_AL = 0xB0
+WRMSR, RDMSR, HLT, NOTHING = b"\x0f\x30", b"\x0f\x32", b"\xf4", b""
+STORES = {4: b"\x67\x66\x89\x07", 2: b"\x67\x89\x07", 1: b"\x67\x88\x07"}
+LOADS = {4: b"\x67\x66\x8b\x07", 2: b"\x67\x8b\x07", 1: b"\x67\x8a\x07"}
+"""[EDI] from and to EAX, AX, AL, by length, for 16-bit code."""
+
+RUN_SECONDS = 5.0
+"""After so long a KVM_RUN that does not come back is interrupted, in the main thread."""
+
+
+class Stopped(NamedTuple):
+    """Why a guest stopped: a port that it wrote to, with EAX and EDX, or an exit that is user space's."""
+
+    port: int
+    eax: int
+    edx: int
+    user: KvmExit | None
+
+    @property
+    def interrupt(self) -> int | None:
+        """The vector whose handler ran, or None."""
+        return self.eax & 0xFF if self.port == PORT_INTERRUPT else None
+
+
+class Memory:
+    """A VM's memory from 0: code, a stack, and an interrupt vector table whose handlers report themselves."""
+
+    def __init__(self, vm: int) -> None:
+        self._bytes = mmap.mmap(-1, MEMORY_BYTES)
+        self.code = memoryview(self._bytes)[CODE_AT:VECTOR_HANDLERS_AT]
+        for vector in range(16, 256):
+            at = VECTOR_HANDLERS_AT + 4 * vector
+            self._handler(vector, at, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
+        self._handler(VECTOR_GP, FAULT_HANDLER_AT, bytes((OUT, PORT_FAULT)))
+        address = int(K.ffi.cast("uintptr_t", K.ffi.from_buffer(self._bytes)))
+        region = K.ffi.new(
+            "struct kvm_userspace_memory_region *", {"memory_size": MEMORY_BYTES, "userspace_addr": address}
+        )
+        K.call(vm, K.SET_USER_MEMORY_REGION, region)
+
+    def _handler(self, vector: int, at: int, code: bytes) -> None:
+        struct.pack_into("<HH", self._bytes, 4 * vector, at, 0)
+        self._bytes[at : at + len(code)] = code
+
+    def close(self) -> None:
+        """Gives the memory back; only once the VM is gone."""
+        self.code.release()
+        self._bytes.close()
+
+
+class Guest:
+    """One vCPU that runs programs."""
+
+    def __init__(self, fd: int, memory: Memory, run_bytes: int) -> None:
+        self._fd = fd
+        self._memory = memory
+        self._mapping = mmap.mmap(fd, run_bytes)
+        self._run = K.ffi.cast("struct kvm_run *", K.ffi.from_buffer(self._mapping))
+        self._regs = K.ffi.new("struct kvm_regs *")
+        self.ioapic_eois: list[int] = []
+        """Vectors of KVM_EXIT_IOAPIC_EOI since somebody emptied the list."""
+
+    def close(self) -> None:
+        """Unmaps the run area."""
+        self._run = None
+        self._mapping.close()
+
+    def flatten(self) -> None:
+        """Segments from 0 to 4 GiB by KVM_SET_SREGS, which also writes APICBASE and CR8 as they are."""
+        sregs = K.ffi.new("struct kvm_sregs *")
+        K.call(self._fd, K.GET_SREGS, sregs)
+        for number, segment in enumerate(sregs.segments):
+            segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 0
+            segment.type, segment.present, segment.s, segment.g = 0xB if number == 0 else 0x3, 1, 1, 1
+            segment.dpl = segment.db = segment.l = segment.avl = segment.unusable = 0
+        K.call(self._fd, K.SET_SREGS, sregs)
+
+    def is_flat(self) -> bool:
+        """Whether segments are as flatten left them: an INIT changes them."""
+        sregs = K.ffi.new("struct kvm_sregs *")
+        K.call(self._fd, K.GET_SREGS, sregs)
+        return sregs.segments[0].base == 0 and sregs.segments[0].limit == 0xFFFF_FFFF
+
+    def execute(
+        self, code: bytes, *, rax: int = 0, rcx: int = 0, rdx: int = 0, rdi: int = 0, interrupts: bool = False
+    ) -> Stopped:
+        """Runs one instruction; an MSR access that is user space's stops here and waits for `go_on`."""
+        program = code + bytes((OUT, PORT_DONE))
+        self._memory.code[: len(program)] = program
+        regs = self._regs
+        regs.rax, regs.rcx, regs.rdx, regs.rdi = rax, rcx, rdx, rdi
+        regs.rsp, regs.rip = STACK_AT, CODE_AT
+        regs.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
+        K.call(self._fd, K.SET_REGS, regs)
+        return self.go_on()
+
+    def go_on(self) -> Stopped:
+        """KVM_RUN until the program ends or an MSR access is left to user space.
+
+        A store or load outside the APIC is answered here: with zeros. TimeoutError when the guest does not come back,
+        as one that waits for INIT, SIPI or the end of a halt does not.
+        """
+        user = None
+        with alarm(RUN_SECONDS):
+            while True:
+                try:
+                    K.call(self._fd, K.RUN)
+                except InterruptedError:
+                    raise TimeoutError(f"the guest did not come back in {RUN_SECONDS} s") from None
+                reason = self._run.exit_reason
+                if reason == KvmExit.IO:
+                    break
+                if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+                    return Stopped(0, 0, 0, KvmExit(reason))
+                if reason == KvmExit.MMIO:
+                    user = KvmExit.MMIO
+                    K.ffi.buffer(self._run.mmio.data)[:] = bytes(8)
+                elif reason == KvmExit.IOAPIC_EOI:
+                    self.ioapic_eois.append(self._run.eoi.vector)
+                else:
+                    raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
+        port = self._run.io.port
+        K.call(self._fd, K.GET_REGS, self._regs)
+        return Stopped(port, self._regs.rax & 0xFFFF_FFFF, self._regs.rdx & 0xFFFF_FFFF, user)
+
+    def halt(self, seconds: float, *, interrupts: bool) -> Stopped | None:
+        """HLT: what the guest did then, or None when it still sleeps after ``seconds``."""
+        try:
+            with alarm(seconds):
+                return self.execute(HLT, interrupts=interrupts)
+        except TimeoutError:
+            return None
+
+    @property
+    def msr_access(self) -> tuple[int, int, int]:
+        """run->msr of the access that waits: index, data, reason."""
+        msr = self._run.msr
+        return msr.index, msr.data, msr.reason
+
+    def answer_msr(self, error: bool, data: int) -> None:
+        """What user space says to the access that waits."""
+        self._run.msr.error, self._run.msr.data = error, data
+
+
+_armed = False
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Interrupts a system call of the main thread after ``seconds``; an alarm inside another's does nothing.
+
+    In other threads nothing is set, for Python hands signals to the main thread alone.
+    """
+    global _armed
+    if _armed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _ignored)
+    _armed = True
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _armed = False
+        signal.signal(signal.SIGALRM, before)
+
+
+def _ignored(_number: int, _frame: FrameType | None) -> None:
+    """That it came is all: KVM_RUN returns with EINTR."""

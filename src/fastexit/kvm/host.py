@@ -1,0 +1,191 @@
+"""What the running kernel's KVM is: read from it, so that a model can be configured like it.
+
+Models: nothing. Capabilities come from KVM_CHECK_EXTENSION, module parameters from sysfs; what neither tells is found
+out by an experiment on a VM that lives for its length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastexit import regs as R
+from fastexit.kvm import ioctl as K
+from fastexit.profile import PROFILES
+
+DEVICE = "/dev/kvm"
+MODULES = Path("/sys/module")
+VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
+NOWHERE = 0x7FFF_FFF0
+"""A destination that no vCPU has."""
+
+
+class KvmUnavailable(OSError):
+    """/dev/kvm is not there, not ours to open, or too old; one line says which."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One kernel's KVM, as far as it shows in a local APIC.
+
+    Attributes:
+        release: the kernel's release. kernel: the generation of `fastexit.profiles()` that it belongs to.
+        module: the module that runs guests, "" when none of the known ones is loaded.
+        api, api_split: the KVM_CAP_X2APIC_API flags taken with a full and with a split irqchip.
+        icr_split: the x2APIC ICR is kept in two registers, as AVIC wants it.
+        vector_hashing, min_timer_period_us, pi_inject_timer: module parameters.
+        smm, cmci: what VMs may have. quirks: those that can be disabled. bus_cycles: the bus clock can be set.
+        max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and how large their ids may be.
+    """
+
+    release: str
+    kernel: str
+    module: str
+    api: R.X2ApicApi
+    api_split: R.X2ApicApi
+    icr_split: bool
+    vector_hashing: bool
+    min_timer_period_us: int
+    pi_inject_timer: bool
+    apicv: bool
+    smm: bool
+    cmci: bool
+    quirks: int
+    bus_cycles: bool
+    max_vcpus: int
+    max_vcpu_id: int
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `fastexit.Machine` that make the model like this host."""
+        return {
+            "kernel": self.kernel,
+            "vendor": "svm" if self.icr_split else "vmx",
+            "apicv": self.apicv,
+            "hv_timer": False,
+            "vector_hashing": self.vector_hashing,
+            "min_timer_period_us": self.min_timer_period_us,
+            "pi_inject_timer": self.pi_inject_timer,
+            "smm": self.smm,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All attributes with plain values, for JSON."""
+        return asdict(self) | {"api": int(self.api), "api_split": int(self.api_split)}
+
+
+def parameter(name: str, module: str = "kvm", default: str = "") -> str:
+    """A module parameter's text; ``default`` where the kernel has none of that name."""
+    try:
+        return (MODULES / module / "parameters" / name).read_text().strip()
+    except OSError:
+        return default
+
+
+def generation(release: str) -> str:
+    """The newest generation that is not newer than a kernel release; the oldest one for older kernels."""
+
+    def number(text: str) -> tuple[int, ...]:
+        parts = text.split("-")[0].split(".")[:2]
+        return tuple(int(part) for part in parts if part.isdigit())
+
+    named = [name for name in PROFILES if name[0].isdigit()]
+    return max((name for name in named if number(name) <= number(release)), key=number, default=named[0])
+
+
+@contextmanager
+def scratch(split: bool = False) -> Iterator[tuple[int, int]]:
+    """A VM with an in-kernel irqchip and one vCPU: file descriptors of both, closed at the end."""
+    with opened() as system:
+        fds: list[int] = []
+        try:
+            fds.append(K.call(system, K.CREATE_VM))
+            if split:
+                K.enable_cap(fds[0], K.CAP_SPLIT_IRQCHIP, 24)
+            else:
+                K.call(fds[0], K.CREATE_IRQCHIP)
+            fds.append(K.call(fds[0], K.CREATE_VCPU, 0))
+            yield fds[0], fds[1]
+        finally:
+            while fds:
+                os.close(fds.pop())
+
+
+@contextmanager
+def opened() -> Iterator[int]:
+    """/dev/kvm, open for as long as it is needed; KvmUnavailable where it cannot be."""
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        hint = {
+            "FileNotFoundError": "this machine has no KVM, or its module is not loaded",
+            "PermissionError": "join the group that owns it, or run as root",
+        }.get(type(error).__name__, "KVM cannot be used here")
+        raise KvmUnavailable(error.errno, f"no usable {DEVICE}: {error.strerror}; {hint}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _icr_is_split(vcpu: int, cpuid: Any) -> bool:
+    """Sends an x2APIC IPI to nobody: kept as one u64, its destination lies in the four bytes behind the low half."""
+    K.call(vcpu, K.SET_CPUID2, cpuid)
+    for msr, value in (
+        (R.MSR_APICBASE, R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP | R.APICBASE_EN | R.APICBASE_EXTD),
+        (R.MSR_X2APIC_ICR, R.icr(NOWHERE, 0xFD)),
+    ):
+        one = K.ffi.new("struct one_msr *", {"nmsrs": 1, "index": msr, "data": value})
+        if K.call(vcpu, K.SET_MSRS, one) != 1:
+            raise KvmUnavailable(0, f"this KVM refuses MSR {msr:#x}: it has no x2APIC")
+    page = K.ffi.new("struct kvm_lapic_state *")
+    K.call(vcpu, K.GET_LAPIC, page)
+    return not any(page.regs[R.APIC_ICR + 4 : R.APIC_ICR + 8])
+
+
+def supported_cpuid(system: int) -> Any:
+    """KVM_GET_SUPPORTED_CPUID: a struct cpuid_table."""
+    table = K.ffi.new("struct cpuid_table *", {"nent": 256})
+    K.call(system, K.GET_SUPPORTED_CPUID, table)
+    return table
+
+
+@cache
+def running() -> Host:
+    """The KVM of the running kernel; KvmUnavailable, an OSError, says in one line why there is none."""
+    with opened() as system, scratch() as (vm, vcpu), scratch(split=True) as (split, _):
+
+        def has(cap: int, fd: int = vm) -> int:
+            return K.call(fd, K.CHECK_EXTENSION, cap)
+
+        mce = K.ffi.new("uint64_t *")
+        K.call(system, K.X86_GET_MCE_CAP_SUPPORTED, mce)
+        api, api_split = (R.X2ApicApi(has(K.CAP_X2APIC_API, fd) & 15) for fd in (vm, split))
+        enable = R.X2ApicApi.ENABLE_SUPPRESS_EOI_BROADCAST
+        needed = R.X2ApicApi.USE_32BIT_IDS | R.X2ApicApi.DISABLE_BROADCAST_QUIRK
+        if needed not in api:
+            raise KvmUnavailable(0, "this kernel's KVM lacks KVM_CAP_X2APIC_API")
+        release = os.uname().release
+        module = next((name for name in VENDOR_MODULES if (MODULES / name).exists()), "")
+        return Host(
+            release=release,
+            kernel=generation(release),
+            module=module,
+            api=api & ~enable,
+            api_split=api_split,
+            icr_split=_icr_is_split(vcpu, supported_cpuid(system)),
+            vector_hashing=parameter("vector_hashing", default="Y") == "Y",
+            min_timer_period_us=int(parameter("min_timer_period_us", default="200")),
+            pi_inject_timer=parameter("pi_inject_timer", default="N") in ("Y", "1"),
+            apicv="Y" in (parameter("enable_apicv", "kvm_intel"), parameter("avic", "kvm_amd")),
+            smm=bool(has(K.CAP_X86_SMM)),
+            cmci=bool(mce[0] & K.MCG_CMCI_P),
+            quirks=has(K.CAP_DISABLE_QUIRKS2),
+            bus_cycles=bool(has(K.CAP_X86_APIC_BUS_CYCLES_NS)),
+            max_vcpus=has(K.CAP_MAX_VCPUS),
+            max_vcpu_id=has(K.CAP_MAX_VCPU_ID),
+        )
