@@ -53,7 +53,7 @@ class Config:
         profile(self.kernel)
         one_of(self.vendor, "vendor", ("vmx", "svm"))
         one_of(self.irqchip, "irqchip", ("full", "split"))
-        _check_api(self.x2apic_api, self.irqchip)
+        check_api(self.x2apic_api, self.irqchip)
         svm = self.vendor == "svm"
         for name, on, wants_svm, why in (
             ("hv_timer", self.hv_timer, False, "SVM has no preemption timer"),
@@ -122,7 +122,7 @@ class Config:
         }
 
 
-def _check_api(flags: int, irqchip: str) -> None:
+def check_api(flags: int, irqchip: str) -> None:
     """What KVM_ENABLE_CAP of KVM_CAP_X2APIC_API would refuse."""
     flags = R.X2ApicApi(integer(flags, "x2apic_api", 15))
     enable, disable = R.X2ApicApi.ENABLE_SUPPRESS_EOI_BROADCAST, R.X2ApicApi.DISABLE_SUPPRESS_EOI_BROADCAST

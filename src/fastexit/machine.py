@@ -17,7 +17,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
-from fastexit.config import Config
+from fastexit.config import Config, check_api
 from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.hardware import Hardware
@@ -233,6 +233,16 @@ class Machine:
             if not v.set_msr(R.MSR_APICBASE, v.apic_base | R.APICBASE_EN | R.APICBASE_EXTD):
                 raise ValueError("x2APIC cannot be enabled: the guest's CPUID does not offer it (x2apic=False)")
             v.set_msr(R.MSR_X2APIC_BASE + (R.APIC_SPIV >> 4), 0x1FF)
+
+    def enable_x2apic_api(self, flags: R.X2ApicApi | int) -> None:
+        """KVM_ENABLE_CAP of KVM_CAP_X2APIC_API, late: flags are added, and nothing is recomputed because of them.
+
+        ENABLE_ and DISABLE_SUPPRESS_EOI_BROADCAST replace each other. ValueError where KVM says EINVAL.
+        """
+        check_api(flags, "split" if self._config(L.CONFIG_SPLIT_IRQCHIP) else "full")
+        kept = self.mem[L.H_API]
+        either = R.X2API_SUPPRESS_EOI | R.X2API_NO_SUPPRESS_EOI
+        self.mem[L.H_API] = (kept & ~either if flags & either else kept) | int(flags)
 
     def set_inhibit(self, reason: R.Inhibit | int, on: bool = True) -> Effect:
         """kvm_set_apicv_inhibit or kvm_clear_apicv_inhibit: whom the host has to kick, so that APICv goes off or on.

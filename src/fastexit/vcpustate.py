@@ -41,6 +41,11 @@ class VcpuState:
         self._mem[self.own + L.K_RIP] = integer(value, "RIP", L.NONE)
 
     @property
+    def cs(self) -> int:
+        """Selector of the code segment: 0xF000 after RESET and INIT, the vector times 0x100 after SIPI."""
+        return self._mem[self.own + L.K_CS]
+
+    @property
     def rflags(self) -> int:
         """Guest RFLAGS. IF is 0 after reset: the embedder then delivers by ack(); with IF set, an entry injects."""
         return self._mem[self.own + L.K_RFLAGS]

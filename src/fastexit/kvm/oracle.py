@@ -163,6 +163,13 @@ class Oracle:
                 raise ValueError("x2APIC cannot be enabled: the guest's CPUID does not offer it (x2apic=False)")
             v.set_msr(R.MSR_X2APIC_BASE + (R.APIC_SPIV >> 4), 0x1FF)
 
+    def enable_x2apic_api(self, flags: int) -> None:
+        """KVM_ENABLE_CAP of KVM_CAP_X2APIC_API, at any time; ValueError where KVM says EINVAL."""
+        try:
+            K.enable_cap(self.fd, K.CAP_X2APIC_API, flags)
+        except OSError as error:
+            raise ValueError(f"x2apic_api {flags:#x}: {error.strerror}") from error
+
     def signal_msi(self, address: int, data: int) -> int:
         """KVM_SIGNAL_MSI: number of APICs that accepted, 0, or -1 (EPERM); ValueError where KVM says EINVAL."""
         message = K.ffi.new(

@@ -180,19 +180,23 @@ class OracleVcpu:
 
     # --------------------------------------------------------------------------------------- as the guest, by real code
 
-    def ready(self) -> G.Guest:
+    def ready(self, *, again: bool = False) -> G.Guest:
         """Makes the vCPU able to run programs: RUNNABLE, with flat segments.
 
-        KVM_GET_MP_STATE carries out INIT and SIPI. Segments that have to be set again cost TPR[3:0], for KVM_SET_SREGS
-        writes CR8.
+        KVM_GET_MP_STATE carries out INIT and SIPI. Segments that have to be set (with ``again`` they are in any case)
+        cost TPR[3:0], for KVM_SET_SREGS writes CR8.
         """
         if self._guest is None:
             self._guest = self.vm.new_guest(self.fd)
         if self.get_mp_state() != R.MP_RUNNABLE:
             self.set_mp_state(R.MP_RUNNABLE)
-        if not self._guest.is_flat():
+        if again or not self._guest.is_flat():
             self._guest.flatten()
         return self._guest
+
+    def is_flat(self) -> bool:
+        """Whether the vCPU has the segments that programs need: `ready` gives it them, an INIT takes them away."""
+        return self._guest is not None and self._guest.is_flat()
 
     def wrmsr(self, msr: int, value: int) -> Outcome:
         """A guest WRMSR. Who accepted an IPI and what the host did for it are KVM's own business: 0 and NONE here."""

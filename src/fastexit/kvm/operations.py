@@ -1,0 +1,281 @@
+"""Operations on a machine: drawn at random, carried out on anything with Machine's face, told in words.
+
+An operation is a plain tuple of a method's name, the vCPU's index where it has one, and arguments, so that a sequence
+can be kept, shortened, replayed and printed.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastexit import regs as r
+from fastexit.kvm.values import (
+    FAR_DEADLINE,
+    ID_POOL,
+    LONG_COUNTS,
+    READABLE_IN_XAPIC,
+    WRITABLE,
+    WRITABLE_IN_XAPIC,
+    X2APIC_MSRS,
+    Seen,
+    apic_base,
+    chance,
+    delivery_mode,
+    icr,
+    icr_low,
+    lapic_page,
+    msi_address,
+    register_value,
+    vector,
+    word32,
+)
+from fastexit.outcome import GeneralProtection, Outcome
+
+Op = tuple[Any, ...]
+
+GUEST_OPS = ("wrmsr", "rdmsr", "mmio_write", "mmio_read")
+"""Operations that a vCPU carries out itself: one instruction."""
+NOT_FOR_GUESTS = (r.DM_NMI, r.DM_INIT)
+"""Delivery modes that would take the vCPU away from the instruction under test."""
+
+
+def setup_ops(rng: random.Random, machine: Seen) -> list[Op]:
+    """Brings each vCPU into one of the modes: x2APIC, xAPIC, software-disabled, hardware-disabled."""
+    ops: list[Op] = []
+    whole_x2apic = chance(rng, 0.4) and machine.x2apic
+    for i, vcpu in enumerate(machine.vcpus):
+        mode = rng.choices(("x2apic", "xapic", "off"), (5, 4, 1))[0]
+        if whole_x2apic or (mode == "x2apic" and machine.x2apic):
+            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base | r.APICBASE_EN | r.APICBASE_EXTD))
+            if whole_x2apic or chance(rng, 0.85):
+                ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF))
+        elif mode == "off":
+            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base & ~r.APICBASE_EN))
+        else:
+            page = bytearray(vcpu.get_lapic())
+            spiv = 0x1FF if chance(rng, 0.9) else 0xFF
+            struct.pack_into("<I", page, r.APIC_SPIV, spiv)
+            struct.pack_into("<I", page, r.APIC_LDR, (1 << i % 8) << 24)
+            if chance(rng, 0.2):
+                struct.pack_into("<I", page, r.APIC_DFR, r.DFR_CLUSTER)
+            ops.append(("set_lapic", i, bytes(page)))
+    return ops
+
+
+def host_op(rng: random.Random, machine: Seen, *, timer: bool = True) -> Op:
+    """One operation that ioctls can carry out.
+
+    With ``timer`` clocks may run out: right where nobody enters the guest, which is where a tick becomes an interrupt.
+    """
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    kind = rng.random()
+    if kind < 0.40:
+        return ("set_msr", i, r.MSR_X2APIC_ICR, icr(rng, machine))
+    if kind < 0.55:
+        offset = rng.choice(WRITABLE)
+        high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
+        if offset == r.APIC_TMICT and not timer:
+            return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), rng.choice(LONG_COUNTS))
+        return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), register_value(rng, offset) | high)
+    if kind < 0.60:
+        msr = rng.choice(X2APIC_MSRS) if chance(rng, 0.95) else rng.randrange(r.MSR_X2APIC_BASE, r.MSR_X2APIC_END + 1)
+        value = word32(rng)
+        if msr == r.MSR_X2APIC_BASE + (r.APIC_TMICT >> 4) and not timer:
+            value = rng.choice(LONG_COUNTS)
+        return ("set_msr", i, msr, value)
+    if kind < 0.70:
+        return ("get_msr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
+    if kind < 0.76:
+        return ("set_msr", i, r.MSR_APICBASE, apic_base(rng, vcpu))
+    if kind < 0.88:
+        return (
+            "signal_msi",
+            msi_address(rng, machine),
+            vector(rng) | delivery_mode(rng) << 8 | rng.choice((0, 0, 0x8000)),
+        )
+    if kind < 0.94:
+        return ("set_lapic", i, lapic_page(rng, vcpu, timer=timer))
+    if kind < 0.97:
+        return ("get_mp_state", i)
+    if kind < 0.985:
+        return ("events", i)
+    # A deadline that has passed or is far away: what lies between would depend on when it is looked at
+    return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
+
+
+def set_events_op(rng: random.Random, machine: Seen) -> Op:
+    """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
+    return (
+        "set_events",
+        rng.randrange(len(machine.vcpus)),
+        rng.choice((None, 0, 1, 2, 3)),
+        chance(rng, 0.3),
+        rng.choice((None, rng.randrange(256))),
+        rng.choice((None, None, False, True)),
+    )
+
+
+def set_sregs_op(rng: random.Random, machine: Seen) -> Op:
+    """KVM_SET_SREGS, the two words of it that concern the APIC."""
+    i = rng.randrange(len(machine.vcpus))
+    vcpu = machine.vcpus[i]
+    base = vcpu.apic_base if chance(rng, 0.5) else apic_base(rng, vcpu)
+    return ("set_sregs", i, base, rng.randrange(16) if chance(rng, 0.9) else rng.randrange(256))
+
+
+def set_mp_state_op(rng: random.Random, machine: Seen) -> Op:
+    """KVM_SET_MP_STATE, allowed or not."""
+    return ("set_mp_state", rng.randrange(len(machine.vcpus)), rng.randrange(5))
+
+
+def look_op(rng: random.Random, machine: Seen) -> Op:
+    """Something that user space reads beside the page."""
+    return (rng.choice(("cr8", "cs", "events", "get_mp_state")), rng.randrange(len(machine.vcpus)))
+
+
+USER_OPS: dict[str, Callable[[random.Random, Seen], Op]] = {
+    "set_events": set_events_op,
+    "set_sregs": set_sregs_op,
+    "set_mp_state": set_mp_state_op,
+    "look": look_op,
+}
+"""What user space does to a vCPU beside its APIC."""
+
+
+def user_op(rng: random.Random, machine: Seen, names: Sequence[str] = tuple(USER_OPS)) -> Op:
+    """One of USER_OPS."""
+    return USER_OPS[rng.choice(names)](rng, machine)
+
+
+def rare_op(rng: random.Random, machine: Seen) -> Op:
+    """What changes the VM itself: one more vCPU, flags of KVM_CAP_X2APIC_API that come late."""
+    if chance(rng, 0.6):
+        taken = {vcpu.id for vcpu in machine.vcpus}
+        return ("add_vcpu", rng.choice([i for i in ID_POOL if i not in taken]))
+    return ("enable_x2apic_api", rng.choice((1, 2, 3)))
+
+
+def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:
+    """One instruction of a vCPU, mostly at its APIC in whichever mode it is; none that would take the vCPU away."""
+    vcpu = machine.vcpus[i]
+    kind = rng.random()
+    if vcpu.x2apic or kind < 0.04:
+        return _guest_msr_op(rng, machine, i)
+    if kind < 0.07:
+        return ("wrmsr", i, r.MSR_APICBASE, _same_page(apic_base(rng, vcpu)))
+    if kind < 0.35:
+        return ("mmio_write", i, r.APIC_ICR, _tame(rng, icr_low(rng)), 4)
+    if kind < 0.70:
+        offset = rng.choice(WRITABLE_IN_XAPIC)
+        return ("mmio_write", i, offset, _guest_value(rng, offset), 4)
+    if kind < 0.80:
+        length = rng.choice((1, 2, 4, 4))
+        offset = rng.randrange(0x1000 - length + 1) if chance(rng, 0.5) else rng.choice(WRITABLE_IN_XAPIC)
+        offset = min(offset + rng.randrange(16), 0x1000 - length)
+        if offset >> 4 in (r.APIC_TMICT >> 4, r.APIC_ICR >> 4):
+            return ("mmio_write", i, offset | 4, rng.getrandbits(8 * length), length)
+        return ("mmio_write", i, offset, rng.getrandbits(8 * length), length)
+    length = rng.choice((4, 4, 1, 2))
+    offset = rng.choice(READABLE_IN_XAPIC) + rng.choice((0, 0, 0, 1, 2, 3))
+    return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000 - length + 1), length)
+
+
+def _guest_msr_op(rng: random.Random, machine: Seen, i: int) -> Op:
+    kind = rng.random()
+    if kind < 0.35:
+        return ("wrmsr", i, r.MSR_X2APIC_ICR, _tame(rng, icr(rng, machine)))
+    if kind < 0.6:
+        offset = rng.choice(WRITABLE)
+        high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
+        return ("wrmsr", i, r.MSR_X2APIC_BASE + (offset >> 4), _guest_value(rng, offset) | high)
+    if kind < 0.7:
+        return ("wrmsr", i, r.MSR_APICBASE, _same_page(apic_base(rng, machine.vcpus[i])))
+    if kind < 0.78:
+        offset = rng.choice(WRITABLE_IN_XAPIC)
+        return ("mmio_write", i, offset, _guest_value(rng, offset), 4)
+    if kind < 0.82:
+        msr = rng.randrange(r.MSR_X2APIC_BASE, r.MSR_X2APIC_END + 1)
+        if msr not in (r.MSR_X2APIC_ICR, r.MSR_X2APIC_BASE + (r.APIC_TMICT >> 4)):
+            return ("wrmsr", i, msr, word32(rng))
+    if kind < 0.86:
+        return ("wrmsr", i, r.MSR_TSC_DEADLINE, rng.choice((0, FAR_DEADLINE)))
+    return ("rdmsr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
+
+
+def _guest_value(rng: random.Random, offset: int) -> int:
+    """A register's value with which no timer runs out: the kernel would look at the clock."""
+    return rng.choice(LONG_COUNTS) if offset == r.APIC_TMICT else register_value(rng, offset)
+
+
+def _tame(rng: random.Random, value: int) -> int:
+    """An ICR value that leaves its sender alone: NMI and INIT go to all but self."""
+    if value >> r.ICR_DM_SHIFT & 7 in NOT_FOR_GUESTS:
+        return value & ~r.ICR_SHORTHAND | r.SH_ALLBUT << r.ICR_SHORTHAND_SHIFT
+    return value
+
+
+def _same_page(value: int) -> int:
+    """An APICBASE whose page stays where the guest's stores go; reserved bits below may still fault."""
+    return value & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE | value & ~((1 << 52) - 1)
+
+
+def apply(machine: Any, op: Op) -> Any:
+    """Carries out one operation on a Machine or an Oracle; the result can be compared between them."""
+    name, *arguments = op
+    try:
+        if name in ("signal_msi", "enable_x2apic_api", "boot_x2apic"):
+            return getattr(machine, name)(*arguments)
+        if name == "add_vcpu":
+            machine.add_vcpu(arguments[0])
+            return None
+        vcpu = machine.vcpus[arguments[0]]
+        if name in ("cr8", "cs"):
+            return getattr(vcpu, name)
+        if name == "set_events":
+            return _set_events(vcpu, *arguments[1:])
+        if name == "set_sregs":
+            return vcpu.set_sregs(apic_base=arguments[1], cr8=arguments[2])
+        if name == "ready":
+            return ready(vcpu)
+        result = getattr(vcpu, name)(*arguments[1:])
+    except GeneralProtection:
+        return "#GP"
+    except ValueError:
+        return "EINVAL"
+    if isinstance(result, Outcome):
+        return "#GP" if result.fault else result.user
+    return result
+
+
+def _set_events(vcpu: Any, nmi_pending: Any, nmi_masked: bool, sipi_vector: Any, latched_init: Any) -> None:
+    more = {} if latched_init is None else {"smm": False, "latched_init": latched_init}
+    vcpu.set_events(nmi_pending=nmi_pending, nmi_masked=nmi_masked, sipi_vector=sipi_vector, **more)
+
+
+def ready(vcpu: Any) -> None:
+    """Makes a vCPU able to run instructions: no NMI, nothing latched, RUNNABLE, and KVM_SET_SREGS of what it has."""
+    vcpu.set_events(nmi_pending=0)
+    vcpu.get_mp_state()
+    vcpu.set_mp_state(r.MP_RUNNABLE)
+    if hasattr(vcpu, "ready"):
+        vcpu.ready(again=True)
+    else:
+        vcpu.set_sregs()
+
+
+def describe(op: Op) -> str:
+    """One operation, readable; of a page its dwords that are not 0."""
+    shown = []
+    for argument in op[1:]:
+        if isinstance(argument, bytes):
+            dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument), strict=True)
+            shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
+        elif isinstance(argument, int) and not isinstance(argument, bool):
+            shown.append(f"{int(argument):#x}" if argument > 9 else str(int(argument)))
+        else:
+            shown.append(str(argument))
+    return " ".join((op[0], *shown))
