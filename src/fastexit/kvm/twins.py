@@ -18,6 +18,7 @@ from fastexit.kvm import operations as ops
 from fastexit.kvm.host import Host
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.oracle import Oracle
+from fastexit.kvm.script import script
 from fastexit.kvm.values import ID_POOL, READABLE_IN_XAPIC, chance, differences, masked
 from fastexit.machine import Machine
 
@@ -49,12 +50,19 @@ class Setup:
 class Divergence(AssertionError):
     """The model is not like the kernel: what differs, and the operations that show it, on twins of some kind."""
 
-    def __init__(self, text: str, kind: str, setup: Setup, history: list[Op]) -> None:
+    def __init__(self, text: str, kind: str, setup: Setup, history: list[Op], host: Host, traced: bool) -> None:
         super().__init__(text)
         self.text = text
         self.kind = kind
         self.setup = setup
         self.history = history
+        self.host = host
+        self.traced = traced
+
+    def script(self) -> str:
+        """A Python script that shows the difference, on both sides."""
+        where = self.host.release, self.host.module or "KVM"
+        return script(self.text, self.kind, self.setup.keywords(), self.history, *where, traced=self.traced)
 
 
 @dataclass
@@ -87,17 +95,26 @@ class View:
 class Twins:
     """Host calls: MSRs, messages, whole pages, states and events, late vCPUs and flags.
 
-    A context manager. ``pages`` counts the register pages that were compared.
+    A context manager. ``pages`` and ``trace_lines`` count what was compared.
     """
 
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
+    last_questions: ClassVar[tuple[Op, ...]] = (
+        ("get_mp_state",),
+        ("get_msr", r.MSR_APICBASE),
+        ("get_msr", r.MSR_TSC_DEADLINE),
+        ("cr8",),
+        ("cs",),
+    )
     about: ClassVar[str] = "KVM_SET_MSRS, KVM_GET_MSRS, KVM_SIGNAL_MSI, KVM_SET_LAPIC, KVM_SET_SREGS, states, events"
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, traced: bool = False) -> None:
         self.setup = setup
+        self.traced = traced
         self.history: list[Op] = []
         self.pages = 0
+        self.trace_lines = 0
         self.x2apic = setup.x2apic
         self.real = Oracle(**setup.keywords())
         self.model = Machine(**self.model_keywords())
@@ -158,11 +175,14 @@ class Twins:
     def step(self, op: Op) -> None:
         """One operation on both sides, then a look; Divergence where they are not the same."""
         self.history.append(op)
-        expected, got = apply(self.model, op), apply(self.real, op)
-        self.same_result(op, expected, got)
+        self.carry_out(op)
         if op[0] == "add_vcpu" and len(self.vcpus) < len(self.model.vcpus):
             self.vcpus.append(View(op[1]))
         self.look()
+
+    def carry_out(self, op: Op) -> None:
+        """One operation on both sides; what it returned is compared."""
+        self.same_result(op, apply(self.model, op), apply(self.real, op))
 
     def same_result(self, op: Op, expected: Any, got: Any) -> None:
         """Compares what an operation returned, as far as it does not depend on the time of day."""
@@ -190,9 +210,11 @@ class Twins:
     def settle(self) -> None:
         """What asking changes: INIT and SIPI are carried out, the rest of what ioctls show is compared."""
         for i in range(len(self.vcpus)):
-            for op in (("get_mp_state", i), ("get_msr", i, r.MSR_APICBASE), ("get_msr", i, r.MSR_TSC_DEADLINE)):
-                self.step(op)
-            self.step(("cr8", i))
+            for name, *arguments in self.last_questions:
+                op = (name, i, *arguments)
+                self.history.append(op)
+                self.carry_out(op)
+        self.look()
 
     def same(self, what: str, expected: Any, got: Any) -> None:
         """Divergence when two results differ."""
@@ -201,7 +223,7 @@ class Twins:
 
     def divergence(self, text: str) -> Divergence:
         """The error that carries the whole story."""
-        return Divergence(text, self.kind, self.setup, list(self.history))
+        return Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.traced)
 
 
 class GuestTwins(Twins):
@@ -211,6 +233,7 @@ class GuestTwins(Twins):
     """
 
     kind = "guest"
+    last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
     about = "MOV to and from the xAPIC page in all sizes, WRMSR and RDMSR, carried out by guests in real mode"
 
     @classmethod
@@ -248,6 +271,8 @@ class GuestTwins(Twins):
             super().step(op)
             return
         i = op[1]
+        if not self.able(i):
+            return  # in a replay that left out what made it able
         self.refresh_ppr(i)
         super().step(op)
         self.refresh_ppr(i)
@@ -271,8 +296,7 @@ class GuestTwins(Twins):
             op = ("mmio_read", i, r.APIC_PROCPRI, 4)
         else:
             return
-        self.history.append(op)
-        self.same_result(op, apply(self.model, op), apply(self.real, op))
+        self.carry_out(op)
 
     def look_beside_the_page(self, i: int, model: Any, real: Any) -> None:
         super().look_beside_the_page(i, model, real)

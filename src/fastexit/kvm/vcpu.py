@@ -38,6 +38,7 @@ class OracleVcpu:
         self._page = K.ffi.new("struct kvm_lapic_state *")
         self._page_bytes = K.ffi.buffer(self._page)
         self._state = K.ffi.new("struct kvm_mp_state *")
+        self._events = K.ffi.new("struct kvm_vcpu_events *")
         self._guest: G.Guest | None = None
         self._waiting = False
 
@@ -80,7 +81,8 @@ class OracleVcpu:
 
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
-        events = self._events()
+        events = self._events
+        K.call(self.fd, K.GET_VCPU_EVENTS, events)
         exception, interrupt = events.exception, events.interrupt
         return Events(
             nmi_pending=events.nmi.pending,
@@ -158,11 +160,6 @@ class OracleVcpu:
     def tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         return K.call(self.fd, K.GET_TSC_KHZ)
-
-    def _events(self) -> K.ffi.CData:
-        events = K.ffi.new("struct kvm_vcpu_events *")
-        K.call(self.fd, K.GET_VCPU_EVENTS, events)
-        return events
 
     def _sregs(self) -> K.ffi.CData:
         sregs = K.ffi.new("struct kvm_sregs *")

@@ -1,0 +1,165 @@
+"""A difference as a Python script that shows it: the same calls on the model and on /dev/kvm, side by side.
+
+Models: nothing.
+"""
+
+from __future__ import annotations
+
+import pprint
+import struct
+from typing import Any
+
+from fastexit import regs as r
+from fastexit.kvm.operations import GUEST_OPS, Op
+
+_HEAD = '''"""{text}
+
+Found on kernel {release} ({module}). Run it as a user who may open /dev/kvm; the exit code is 1 while it shows.
+"""
+
+import struct
+import sys
+
+import fastexit as fx
+from fastexit.kvm import Oracle
+
+KEYWORDS = {keywords}
+
+
+def page(registers):
+    """A LAPIC page that is 0 but for these dwords."""
+    data = bytearray(1024)
+    for offset, value in registers.items():
+        struct.pack_into("<I", data, offset, value)
+    return bytes(data)
+
+
+def ready(v):
+    """Able to run instructions: nothing pending, RUNNABLE, KVM_SET_SREGS with what it has."""
+    v.set_events(nmi_pending=0)
+    v.get_mp_state()
+    v.set_mp_state(0)
+    v.ready(again=True) if isinstance(v, fx.kvm.OracleVcpu) else v.set_sregs()
+
+
+def refresh(v):
+    """Reads PPR, which stores it: whether a run does so depends on what else happens in it."""
+    if v.apic_base & 0xC00 == 0xC00:
+        v.get_msr(0x80A)
+    elif v.apic_base & 0x800:
+        v.mmio_read(0xA0)
+
+
+def attempt(call, *arguments, **more):
+    """What a call returns; of an exit, its fault and why user space was asked."""
+    try:
+        result = call(*arguments, **more)
+    except (ValueError, fx.GeneralProtection) as error:
+        return type(error).__name__
+    return (result.fault, result.user) if isinstance(result, fx.Outcome) else result
+
+
+def story(m):
+    """The operations; after each one what they returned and what is visible."""
+    v = m.vcpus
+{calls}
+
+def look(m):
+    """Every register but TMCCT, which depends on the time of day, and what waits."""
+    for v in m.vcpus:
+        for offset, value in zip(range(0, 1024, 4), struct.unpack("<256I", v.get_lapic())):
+            if offset != 0x390:
+                yield f"  vCPU {{v.index}} page {{offset:#x}}", hex(value)
+        yield f"  vCPU {{v.index}} events", v.events()
+
+
+with Oracle(**KEYWORDS) as real:
+    model = fx.Machine(**real.keywords | KEYWORDS)
+    different = 0
+    for (what, expected), (_, got) in zip(story(model), story(real)):
+        if expected != got:
+            different += 1
+            print(f"! {{what}}: model {{expected}}, KVM {{got}}")
+        elif not what.startswith("  "):
+            print(f"  {{what}}: {{got}}")
+sys.exit(different > 0)
+'''
+
+_REPLAY = '''"""{text}
+
+Found on kernel {release} ({module}). Run it as a user who may open /dev/kvm; the exit code is 1 while it shows.
+"""
+
+import sys
+
+from fastexit.kvm.verify import replay
+
+KEYWORDS = {keywords}
+OPERATIONS = {ops}
+
+found = replay({kind!r}, KEYWORDS, OPERATIONS, traced={traced})
+print(found or "no difference")
+sys.exit(found is not None)
+'''
+
+
+def script(
+    text: str, kind: str, keywords: dict[str, Any], ops: list[Op], release: str, module: str, traced: bool = False
+) -> str:
+    """The script's text: plain calls where there are such, a replay for kinds with operations of their own."""
+    shown = {
+        name: int(value) if isinstance(value, int) and type(value) is not bool else value
+        for name, value in keywords.items()
+    }
+    text = text.replace("\\", "\\\\").replace('"""', "'''")
+    if traced or kind not in ("msr", "guest", "many"):
+        return _REPLAY.format(
+            text=text,
+            release=release,
+            module=module,
+            keywords=shown,
+            ops=pprint.pformat(ops, width=110),
+            kind=kind,
+            traced=traced,
+        )
+    calls = "".join(f"{_lines(op)}    yield from look(m)\n" for op in ops)
+    return _HEAD.format(text=text, release=release, module=module, keywords=shown, calls=calls)
+
+
+def _lines(op: Op) -> str:
+    """One operation as lines of the story."""
+    if op[0] not in GUEST_OPS:
+        return f"    yield {_call(op)}\n"
+    return f"    refresh(v[{op[1]}])\n    yield {_call(op)}\n    refresh(v[{op[1]}])\n"
+
+
+def _call(op: Op) -> str:
+    """``what, result`` of one operation, as Python."""
+    name, *arguments = op
+    if name in ("signal_msi", "enable_x2apic_api", "boot_x2apic", "add_vcpu"):
+        shown = ", ".join(_literal(a) for a in arguments)
+        call = f"attempt(m.{name}{', ' if shown else ''}{shown})"
+        return f'"{name}", {call if name != "add_vcpu" else f"{call} and None"}'
+    i, *rest = arguments
+    what = f'"vCPU {i} {name}", '
+    if name in ("cr8", "cs"):
+        return f"{what}v[{i}].{name}"
+    if name == "ready":
+        return f"{what}ready(v[{i}])"
+    if name == "set_events":
+        nmi_pending, nmi_masked, sipi_vector, latched_init = rest
+        more = "" if latched_init is None else f", smm=False, latched_init={latched_init}"
+        return (
+            f"{what}attempt(v[{i}].set_events, nmi_pending={nmi_pending}, nmi_masked={nmi_masked}, "
+            f"sipi_vector={sipi_vector}{more})"
+        )
+    if name == "set_sregs":
+        return f"{what}attempt(v[{i}].set_sregs, apic_base={rest[0]:#x}, cr8={rest[1]:#x})"
+    return f"{what}attempt({', '.join([f'v[{i}].{name}', *map(_literal, rest)])})"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bytes):
+        dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", value), strict=True)
+        return "page({" + ", ".join(f"{o:#x}: {v:#x}" for o, v in dwords if v) + "})"
+    return f"{int(value):#x}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)

@@ -1,0 +1,107 @@
+"""A shorter story of the same difference: operations, vCPUs and settings that it does not need are left out.
+
+Models: nothing. Candidates are replayed on new twins; one that still shows a difference, whichever, is kept.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from dataclasses import asdict, replace
+
+from fastexit import regs as r
+from fastexit.kvm.operations import Op
+from fastexit.kvm.twins import Divergence, Setup, Twins
+
+SECONDS = 60.0
+"""No candidate is tried after so long."""
+WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic")
+
+
+class _Search:
+    def __init__(self, cls: type[Twins], found: Divergence) -> None:
+        self.cls = cls
+        self.best = found
+        self.until = time.monotonic() + SECONDS
+
+    def keeps(self, setup: Setup, ops: list[Op]) -> bool:
+        """Whether a candidate differs; then it is the best one known."""
+        if time.monotonic() > self.until:
+            return False
+        done = 0
+        try:
+            with self.cls(setup, traced=self.best.traced) as twins:
+                twins.look()
+                for op in ops:
+                    done += 1
+                    twins.step(op)
+        except Divergence as found:
+            # What the step itself added to the history is added again when it is replayed.
+            found.history = ops[:done]
+            self.best = found
+            return True
+        except (IndexError, ValueError, TimeoutError, RuntimeError):
+            pass  # something that an operation needs was left out, such as the vCPU's creation
+        return False
+
+    def operations(self) -> None:
+        """Leaves out runs of operations, long ones first."""
+        size = len(self.best.history)
+        while size := size // 2:
+            at = 0
+            while at < len(self.best.history):
+                ops = self.best.history
+                if not self.keeps(self.best.setup, ops[:at] + ops[at + size :]):
+                    at += size
+
+    def settings(self) -> None:
+        """Puts settings back to the usual."""
+        usual = Setup(self.best.setup.apic_ids)
+        for name, value in asdict(usual).items():
+            if getattr(self.best.setup, name) != value:
+                self.keeps(replace(self.best.setup, **{name: value}), list(self.best.history))
+
+    def vcpus(self) -> None:
+        """Leaves out vCPUs that no operation names, last one first."""
+        for i in reversed(range(len(self.best.setup.apic_ids))):
+            ids, ops = self.best.setup.apic_ids, self.best.history
+            named = {op[1] for op in ops if op[0] not in WITHOUT_VCPU}
+            if len(ids) > 1 and i not in named:
+                self.keeps(replace(self.best.setup, apic_ids=ids[:i] + ids[i + 1 :]), [_renamed(op, i) for op in ops])
+
+    def pages(self) -> None:
+        """Zeroes dwords of the pages that are set."""
+        for at, op in enumerate(self.best.history):
+            for n, argument in enumerate(op):
+                if isinstance(argument, bytes) and len(argument) == r.LAPIC_PAGE_BYTES:
+                    self._page(at, n)
+
+    def _page(self, at: int, n: int) -> None:
+        for offset in range(0, r.LAPIC_PAGE_BYTES, 4):
+            if at >= len(self.best.history):
+                return  # the difference shows earlier now
+            ops = list(self.best.history)
+            page = bytearray(ops[at][n])
+            if struct.unpack_from("<I", page, offset)[0]:
+                struct.pack_into("<I", page, offset, 0)
+                ops[at] = (*ops[at][:n], bytes(page), *ops[at][n + 1 :])
+                self.keeps(self.best.setup, ops)
+
+
+def shortened(cls: type[Twins], found: Divergence) -> Divergence:
+    """The shortest story found within `SECONDS`; the one given, if it does not show again."""
+    search = _Search(cls, found)
+    if search.keeps(found.setup, list(found.history)):
+        search.operations()
+        search.vcpus()
+        search.settings()
+        search.pages()
+        search.operations()
+    return search.best
+
+
+def _renamed(op: Op, gone: int) -> Op:
+    """An operation when the vCPU of index ``gone`` was never made."""
+    if op[0] in WITHOUT_VCPU:
+        return op
+    return (op[0], op[1] - (op[1] > gone), *op[2:])

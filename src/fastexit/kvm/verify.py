@@ -1,0 +1,175 @@
+"""``fastexit verify``: random machines and operations on the model and on /dev/kvm until one of them is different.
+
+Models: nothing. Each kind of twins gets its share of the operations, in sessions of some hundred on one machine; what a
+session does depends on the seed, its kind and its number alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastexit import __version__
+from fastexit.kvm import host as H
+from fastexit.kvm.operations import Op
+from fastexit.kvm.shrink import shortened
+from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
+
+KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, ManyTwins)}
+SHARES = {"msr": 0.81, "guest": 0.16, "many": 0.0003}
+"""How many of the operations are of which kind, unless one is asked for."""
+MANY_FROM = 300_000
+"""A thousand vCPUs take seconds to make: runs with fewer operations leave them out."""
+DEFAULT_OPERATIONS = 100_000
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Count:
+    """What was done of one kind."""
+
+    operations: int = 0
+    machines: int = 0
+    vcpus: int = 0
+    pages: int = 0
+    trace_lines: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """What a run compared, on which kernel, and what it found."""
+
+    host: H.Host
+    seed: int
+    wanted: int
+    traced: bool
+    began: str
+    kinds: dict[str, Count] = field(default_factory=dict)
+    seconds: float = 0.0
+    divergence: Divergence | None = None
+
+    @property
+    def operations(self) -> int:
+        """Operations compared."""
+        return sum(count.operations for count in self.kinds.values())
+
+    @property
+    def agreed(self) -> bool:
+        """Whether nothing was found."""
+        return self.divergence is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything with plain values, for JSON."""
+        found = self.divergence
+        return {
+            "fastexit": __version__,
+            "host": self.host.as_dict(),
+            "began": self.began,
+            "seed": self.seed,
+            "traced": self.traced,
+            "operations": self.operations,
+            "seconds": round(self.seconds, 1),
+            "kinds": {
+                kind: vars(count) | {"seconds": round(count.seconds, 1), "about": KINDS[kind].about}
+                for kind, count in self.kinds.items()
+            },
+            "divergences": 0 if found is None else 1,
+            "divergence": None if found is None else {"kind": found.kind, "text": found.text, "script": found.script()},
+        }
+
+
+def verify(
+    operations: int = DEFAULT_OPERATIONS,
+    *,
+    seconds: float | None = None,
+    seed: int = 1,
+    ids: tuple[int, ...] | None = None,
+    only: str | None = None,
+    traced: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compares the model with the kernel until so many operations or seconds are used up, or they differ.
+
+    Args:
+        operations: how many operations.
+        seconds: stop after so long, between two operations.
+        seed: picks machines and operations; the same seed does the same again.
+        ids: APIC ids of every machine instead of random ones.
+        only: one kind (KINDS) alone.
+        traced: the kernel's tracepoints are compared, too (needs root).
+        progress: called with operations done and wanted.
+
+    KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs.
+    """
+    host = H.running()
+    began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    report = Report(host, seed, operations, traced, began)
+    shares = {only: 1.0} if only else {k: s for k, s in SHARES.items() if k != "many" or operations >= MANY_FROM}
+    report.kinds = {kind: Count() for kind in shares}
+    numbers = dict.fromkeys(shares, 0)
+    start = time.monotonic()
+    deadline = None if seconds is None else start + seconds
+    try:
+        while report.operations < operations and (deadline is None or time.monotonic() < deadline):
+            kind = min(shares, key=lambda kind: report.kinds[kind].operations / shares[kind])
+            number = numbers[kind]
+            numbers[kind] += 1
+            rng = random.Random(f"{seed}/{kind}/{number}")
+            left = operations - report.operations
+            _session(KINDS[kind], rng, report, ids, min(left, KINDS[kind].operations_each), deadline, progress)
+    except Divergence as found:
+        report.divergence = shortened(KINDS[found.kind], found)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _session(
+    cls: type[Twins],
+    rng: random.Random,
+    report: Report,
+    ids: tuple[int, ...] | None,
+    operations: int,
+    deadline: float | None,
+    progress: Progress | None,
+) -> None:
+    """One machine's life."""
+    count = report.kinds[cls.kind]
+    began = time.monotonic()
+    with cls(cls.draw(rng, report.host, ids), traced=report.traced) as twins:
+        try:
+            for op in twins.beginning(rng):
+                twins.step(op)
+            for number in range(operations):
+                twins.step(twins.draw_op(rng))
+                count.operations += 1
+                if number % 32 == 0:
+                    if progress is not None:
+                        progress(report.operations, report.wanted)
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
+            twins.settle()
+        finally:
+            count.machines += 1
+            count.vcpus = max(count.vcpus, len(twins.vcpus))
+            count.pages += twins.pages
+            count.trace_lines += twins.trace_lines
+            count.seconds += time.monotonic() - began
+
+
+def replay(kind: str, keywords: dict[str, Any], ops: list[Op], *, traced: bool = False) -> Divergence | None:
+    """Carries out operations on new twins: where they differ, or None."""
+    setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
+    with KINDS[kind](setup, traced=traced) as twins:
+        try:
+            twins.look()
+            for op in ops:
+                twins.step(op)
+        except Divergence as found:
+            return found
+    return None
