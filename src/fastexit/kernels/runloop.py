@@ -24,7 +24,6 @@ from .timer import (
     hv_due,
     hv_in_use,
     inject_if_pending,
-    local_deliver,
     restart,
     settle,
     start_sw,
@@ -35,8 +34,6 @@ BLOCKED, AGAIN = k.ONE, k.U(2)
 ENTERED = k.ONE
 SERVICED = (
     k.REQ_REPORT_TPR_ACCESS
-    | k.REQ_TRIPLE_FAULT
-    | k.REQ_PMI
     | k.REQ_SMI
     | k.REQ_NMI
     | k.REQ_IOAPIC_EOI_EXIT
@@ -57,10 +54,6 @@ def service_requests(m, v):
     requests = hot(m, v) + k.HOT_REQUESTS
     if clear_word_bits(m, requests, k.REQ_REPORT_TPR_ACCESS) & k.REQ_REPORT_TPR_ACCESS:
         return k.USER_TPR_ACCESS
-    if clear_word_bits(m, requests, k.REQ_TRIPLE_FAULT) & k.REQ_TRIPLE_FAULT:
-        return k.USER_SHUTDOWN
-    if clear_word_bits(m, requests, k.REQ_PMI) & k.REQ_PMI:
-        local_deliver(m, v, k.APIC_LVTPC, v)
     if clear_word_bits(m, requests, k.REQ_SMI) & k.REQ_SMI:
         process_smi(m, v)
     if clear_word_bits(m, requests, k.REQ_NMI) & k.REQ_NMI:
