@@ -82,10 +82,7 @@ def loop_tail(m, v):
     inject_if_pending(m, v)
     if m[own(m, v) + k.K_USER_WINDOW] and ready_for_user(m, v):
         return k.USER_IRQ_WINDOW_OPEN
-    if m[requests] & k.REQ_SIGNAL:
-        clear_word_bits(m, requests, k.REQ_SIGNAL)
-        return k.USER_INTR
-    return k.ZERO
+    return k.USER_INTR if m[requests] & k.REQ_SIGNAL else k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -164,9 +161,7 @@ def block(m, v):
     wake_up(m, v)
     if m[host + k.K_MP_STATE] == k.MP_UNINITIALIZED:
         accept_events(m, v)
-        if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_SIGNAL) & k.REQ_SIGNAL:
-            return k.USER_INTR
-        return AGAIN
+        return k.USER_INTR if m[hot(m, v) + k.HOT_REQUESTS] & k.REQ_SIGNAL else AGAIN
     return _leave_halt(m, v)
 
 
