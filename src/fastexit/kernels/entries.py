@@ -13,6 +13,7 @@ from . import (
     events,
     fastpath,
     halt,
+    hvtimer,
     hypercall,
     inhibit,
     irq,
@@ -25,6 +26,7 @@ from . import (
     runloop,
     sched,
     shared,
+    tick,
     timer,
     vcpu,
 )
@@ -246,7 +248,7 @@ def local_deliver(handle, v, offset, me):
     m = open_words(handle, k.WORDS)
     if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
         return NO_VCPU
-    return timer.local_deliver(m, v, offset, me)
+    return tick.local_deliver(m, v, offset, me)
 
 
 @entry
@@ -258,7 +260,7 @@ def due_timer(handle):
 @entry
 @kernel("u8(u8, u8)", nogil=False)
 def hv_timer_exit(handle, first):
-    return timer.hv_exit(open_words(handle, k.WORDS), first)
+    return hvtimer.hv_exit(open_words(handle, k.WORDS), first)
 
 
 @entry

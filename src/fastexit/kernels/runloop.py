@@ -7,28 +7,19 @@ these steps one by one; batch.py strings the same steps together. events.py has 
 from . import typed as k
 from ._jit import kernel
 from .atomics import exchange, fence
+from .clock import hv_in_use
 from .events import accept_events, cancel_injection, process_nmi, process_smi, ready_for_user
 from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
+from .hvtimer import hv_due
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
 from .msr import complete
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
-from .timer import (
-    ASLEEP,
-    ASLEEP_HV_TIMER,
-    IN_RUN,
-    has_pending,
-    hv_due,
-    hv_in_use,
-    inject_if_pending,
-    restart,
-    settle,
-    start_sw,
-    wait_expired,
-)
+from .tick import has_pending, inject_if_pending, wait_expired
+from .timer import ASLEEP, ASLEEP_HV_TIMER, IN_RUN, restart, settle, start_sw
 
 BLOCKED, AGAIN = k.ONE, k.U(2)
 ENTERED = k.ONE
