@@ -174,6 +174,10 @@ class Timer:
         self.hv_at = None
         if self.pending and not self.periodic:
             return
+        self._arm_hrtimer()
+        self._tell(hv=False)
+
+    def _arm_hrtimer(self) -> None:
         if self.counts:
             if not self.period:
                 return
@@ -205,7 +209,11 @@ class Timer:
             elif not left:
                 self._expire(by_host=False)
                 self.hv_at = None
+        self._tell(hv=self.hv_at is not None)
         return True
+
+    def _tell(self, *, hv: bool) -> None:
+        self.m.log(f"kvm_hv_timer_state: vcpu_id {self.v.id:x} hv_timer {hv:x}")
 
     def block(self) -> bool:
         """The vCPU stops running: the host counts instead of the CPU. Whether that was a change."""

@@ -16,33 +16,10 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.kernels import _jit, runloop
+from steps import STEPS
 
 ICR, TPR, LVTT, TMICT, TDCR, EOI = 0x830, 0x808, 0x832, 0x838, 0x83E, 0x80B
 FIRST, LATE, TICK = 0x41, 0x51, 0x61
-STEPS = (
-    "vendor_run",
-    "after_run",
-    "leave_and_handle",
-    "guest_mode_outside",
-    "handle_exit_irqoff",
-    "irq_window",
-    "guest_time_stop",
-    "srcu_lock",
-    "sync_from_vapic",
-    "handle_exit",
-    "generic",
-    "loop_tail",
-    "vcpu_run",
-    "vcpu_enter_guest",
-    "service_requests",
-    "inject_events",
-    "preempt_disable",
-    "irqs_off",
-    "enter",
-    "guest_time_start",
-    "vm_entry",
-    "exit_at_once",
-)
 KERNELS = ("5.6", "5.8", "6.18")
 Act = Callable[[fx.Machine], Any]
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")

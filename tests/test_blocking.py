@@ -97,20 +97,34 @@ def test_nmis_after_iret() -> None:
 
 
 def test_signal_behind_an_interrupt_window() -> None:
-    """KVM_RUN returns for the window; the signal is taken on the way out, and the next KVM_RUN enters."""
+    """The signal cancels the entry, KVM_RUN returns for the window, takes the signal along, and enters next time."""
     m = fx.Machine(vcpus=1, irqchip="split")
     v = m.vcpus[0]
     v.rflags |= R.RFLAGS_IF
-    v.local_interrupt(R.APIC_LVT0)
-    v.mmio_write(R.APIC_LVT0, R.LVT0_BOOT)
-    v.get_mp_state()
     v.request_interrupt_window = True
     v.signal()
     assert not v.run()
-    assert v.exit_reason in (fx.KvmExit.IRQ_WINDOW_OPEN, fx.KvmExit.INTR)
+    assert v.exit_reason is fx.KvmExit.IRQ_WINDOW_OPEN
+    assert v.mode == R.OUTSIDE_GUEST_MODE
+    v.request_interrupt_window = False
+    assert v.run(), "no signal is left"
+    assert v.exit_reason is None
+    assert v.mode == R.IN_GUEST_MODE
+
+
+def test_exit_behind_a_window_and_a_signal() -> None:
+    """The same before an exit: KVM_RUN is called until the vCPU is in the guest, then the exit happens."""
+    m = fx.Machine(vcpus=1, irqchip="split")
+    v = m.vcpus[0]
+    v.rflags |= R.RFLAGS_IF
     v.request_interrupt_window = True
     v.signal()
-    assert v.wrmsr(0x1B, v.apic_base).fault is None
+    m.trace.enable()
+    out = v.exit(fx.VmxExit.CPUID)
+    kinds = [line.partition(":")[0] for line in m.trace.lines()]
+    assert kinds[:3] == ["kvm_userspace_exit", "kvm_entry", "kvm_exit"]
+    assert out.user is fx.KvmExit.IRQ_WINDOW_OPEN, "the window is open behind the exit, too"
+    assert v.mode == R.OUTSIDE_GUEST_MODE
 
 
 def test_posted_vector_of_a_vcpu_that_waits_for_init() -> None:

@@ -10,29 +10,13 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from steps import STEPS
 from traced import injected
 
 ICR, TPR, EOI = 0x830, 0x808, 0x80B
 OUTSIDE, IN_GUEST, EXITING = 0, 1, 2
 IF, TF, RF = 1 << 9, 1 << 8, 1 << 16
 IN_THE_GUEST = {"mode": IN_GUEST, "irqs_off": 1, "srcu": 0, "preempt_off": 1, "guest_time": 1}
-STEPS = (
-    "vendor_run",
-    "guest_mode_outside",
-    "handle_exit_irqoff",
-    "irq_window",
-    "guest_time_stop",
-    "srcu_lock",
-    "handle_exit",
-    "vcpu_enter_guest",
-    "service_requests",
-    "inject_events",
-    "preempt_disable",
-    "irqs_off",
-    "enter",
-    "guest_time_start",
-    "vm_entry",
-)
 
 
 def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = True, **options: Any) -> fx.Machine:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER_SHIFT, Refusal
+from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER, CODE_USER_SHIFT, Refusal
 from fastexit.profile import Trait
 from fastexit.reasons import KvmExit, VmxExit
 
@@ -107,16 +107,11 @@ class CommonHandlers:
                 return user_code(KvmExit.MMIO)
             self._emit(L.TP_FAST_MMIO, v, exit.gpa)
             return self.skip_instruction(v, exit)
-        config = self.memory[L.H_CONFIG]
-        claimed = self.memory[v.hot + L.HOT_FLAGS] & (L.FLAG_HW | L.FLAG_X2APIC) == L.FLAG_HW
-        if not claimed and not config & L.CONFIG_MMIO_HOLE:
-            return user_code(KvmExit.MMIO)
         if exit.write:
             code = _jit.load("mmio_write")(self.handle, v.index, exit.offset, exit.size, exit.value)
         else:
-            _jit.load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
-            code = 0
-        return code | self.skip_instruction(v, exit)
+            code = _jit.load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
+        return code if code & CODE_USER else code | self.skip_instruction(v, exit)
 
     def cannot_emulate(self, v: Vcpu, exit: Exit) -> bool:
         """kvm_can_emulate_event_vectoring, since 6.14: an event cannot be delivered to a stack or IDT that is a device.

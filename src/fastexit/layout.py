@@ -216,17 +216,14 @@ K_TPR_REPORT = 71  # owner; tpr_access_reporting
 K_SMI_COUNT = 72  # owner
 K_SMM_RIP = 73  # owner; saved by the SMI
 K_SMM_RFLAGS = 74  # owner
-K_PMI = 75  # owner; 1: a performance interrupt waits for its LVT
-K_VIRTUALIZED = 76  # owner; how APIC accesses are virtualised now, VIRT_*
 K_AVIC_LDR = 77  # owner; LDR that the AVIC logical table holds for it
-K_CR8 = 78  # owner; what the guest's CR8 last said
 K_PREEMPTED = 79  # owner; sched_out found it runnable
 K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN, 0: it runs
 K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last
 K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
-K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
 K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
 K_TARGET = 84  # owner; the timer's target_expiration, ns
+K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE

@@ -12,7 +12,7 @@ from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, r
 from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .irq import take_pv_eoi
-from .lapic import mmio_claimed, mmio_read, mmio_write
+from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .runloop import (
     AGAIN,
@@ -91,16 +91,11 @@ def _handle_exit(m, v, op, msr, value, info):
         return emulate_halt(m, v)
     if op == OP_TIMER:
         return handle_preemption_timer(m, v)
+    if op == OP_NOTHING:
+        return k.ZERO
     length = info & ~k.MMIO_WRITE
-    if op == OP_MMIO_WRITE or op == OP_MMIO_READ:
-        if not mmio_claimed(m, v) and not m[k.H_CONFIG] & k.CONFIG_MMIO_HOLE:
-            return k.USER_MMIO
-    if op == OP_MMIO_WRITE:
-        return mmio_write(m, v, msr, length, value) | skip(m, v, k.ZERO)
-    if op == OP_MMIO_READ:
-        mmio_read(m, v, msr, length)
-        return skip(m, v, k.ZERO)
-    return k.ZERO
+    code = mmio_write(m, v, msr, length, value) if op == OP_MMIO_WRITE else mmio_read(m, v, msr, length)
+    return code if code & k.CODE_USER else code | skip(m, v, k.ZERO)
 
 
 @kernel("u8(words, u8)")

@@ -13,6 +13,7 @@ from . import (
     events,
     fastpath,
     halt,
+    hvtimer,
     hypercall,
     inhibit,
     irq,
@@ -25,6 +26,7 @@ from . import (
     runloop,
     sched,
     shared,
+    tick,
     timer,
     vcpu,
 )
@@ -74,7 +76,6 @@ _ON_ONE_VCPU = {
         "leave_smm": events.leave_smm,
         "process_nmi": events.process_nmi,
         "process_smi": events.process_smi,
-        "exit_requested": fastpath.exit_requested,
         "handle_preemption_timer": fastpath.handle_preemption_timer,
         "emulate_halt": halt.emulate_halt,
         "init_blocked": halt.init_blocked,
@@ -94,7 +95,6 @@ _ON_ONE_VCPU = {
         "loop_tail": runloop.loop_tail,
         "service_requests": runloop.service_requests,
         "trace_entry": runloop.trace_entry,
-        "trace_reentry": runloop.trace_reentry,
         "wake_up": runloop.wake_up,
         "fire_timer": timer.fire,
     },
@@ -248,7 +248,7 @@ def local_deliver(handle, v, offset, me):
     m = open_words(handle, k.WORDS)
     if v >= m[k.H_NVCPUS] or offset > k.APIC_LVTERR or (me >= m[k.H_NVCPUS] and me != k.NONE):
         return NO_VCPU
-    return timer.local_deliver(m, v, offset, me)
+    return tick.local_deliver(m, v, offset, me)
 
 
 @entry
@@ -260,7 +260,7 @@ def due_timer(handle):
 @entry
 @kernel("u8(u8, u8)", nogil=False)
 def hv_timer_exit(handle, first):
-    return timer.hv_exit(open_words(handle, k.WORDS), first)
+    return hvtimer.hv_exit(open_words(handle, k.WORDS), first)
 
 
 @entry

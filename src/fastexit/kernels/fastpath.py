@@ -9,13 +9,14 @@ The handler declines with a Refusal, having touched nothing, or does exactly wha
 from . import typed as k
 from ._jit import kernel
 from .apicmap import recalculate
+from .clock import can_use_hv, hv_in_use
 from .halt import emulate_halt
 from .ipi import UNRESOLVED, deliver_fast, destination, send
 from .lapicreg import reg, set_reg, set_x2apic_icr
 from .msr import skip
 from .pid import sync_pir_to_irr
 from .shared import emit, hot, own
-from .timer import can_use_hv, expire_hv, hv_in_use, set_deadline
+from .timer import expire_hv, set_deadline
 
 
 @kernel("u8(u8)")

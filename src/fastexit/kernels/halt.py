@@ -71,7 +71,7 @@ def has_events(m, v):
         return k.ONE
     if m[row + k.K_PV_UNHALTED] or m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB]:
         return k.ONE
-    if requests & (k.REQ_NMI | k.REQ_SMI | k.REQ_PMI):
+    if requests & (k.REQ_NMI | k.REQ_SMI):
         return k.ONE
     if m[row + k.K_NMI_PENDING] and nmi_allowed(m, v):
         return k.ONE

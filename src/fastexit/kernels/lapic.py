@@ -301,31 +301,44 @@ def x2apic_msr_read(m, v, msr):
 
 
 @kernel("u8(words, u8)")
-def mmio_claimed(m, v):
+def _claimed(m, v):
     """apic_mmio_in_range's second half: hardware-enabled and in xAPIC mode."""
     return k.ONE if m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_HW | k.FLAG_X2APIC) == k.FLAG_HW else k.ZERO
 
 
+@kernel("u8(words)")
+def _unclaimed(m):
+    """An access that no APIC claims: into KVM_X86_QUIRK_LAPIC_MMIO_HOLE, or out to user space without it."""
+    return k.ZERO if m[k.H_CONFIG] & k.CONFIG_MMIO_HOLE else k.USER_MMIO
+
+
 @kernel("u8(words, u8, u8, u8, u8)")
 def mmio_write(m, v, offset, length, value):
-    """apic_mmio_write: only aligned dwords count, the rest vanishes without a fault."""
-    if not mmio_claimed(m, v) or length != k.U(4) or offset & k.U(0xF):
+    """apic_mmio_write: only aligned dwords count, the rest vanishes without a fault. USER_MMIO: user space's business.
+
+    RIP is the caller's.
+    """
+    if not _claimed(m, v):
+        return _unclaimed(m)
+    if length != k.U(4) or offset & k.U(0xF):
         return k.ZERO
     return reg_write(m, v, offset & k.U(0xFF0), value & k.LOW32) & k.CODE_DELIVERY
 
 
 @kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, offset, length):
-    """apic_mmio_read: value in K_MSR_DATA; CODE_GP where KVM leaves the destination as it was."""
+    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination as it was; or USER_MMIO."""
     out = own(m, v) + k.K_MSR_DATA
     mask = (k.ONE << (length << k.U(3))) - k.ONE
-    if not mmio_claimed(m, v):
-        m[out] = mask
-        return k.ZERO
+    if not _claimed(m, v):
+        user = _unclaimed(m)
+        if not user:
+            m[out] = mask
+        return user
     m[out] = k.ZERO
     aligned = offset & k.U(0xFF0)
     if (offset & k.U(0xF)) + length > k.U(4) or not readable(m, v, aligned):
-        return k.CODE_GP
+        return k.ZERO
     value = reg_read(m, v, aligned, offset)
     m[out] = (value >> ((offset & k.U(0xF)) << k.U(3))) & mask
     return k.ZERO

@@ -7,36 +7,24 @@ these steps one by one; batch.py strings the same steps together. events.py has 
 from . import typed as k
 from ._jit import kernel
 from .atomics import exchange, fence
+from .clock import hv_in_use
 from .events import accept_events, cancel_injection, process_nmi, process_smi, ready_for_user
 from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
+from .hvtimer import hv_due
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
 from .msr import complete
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
-from .timer import (
-    ASLEEP,
-    ASLEEP_HV_TIMER,
-    IN_RUN,
-    has_pending,
-    hv_due,
-    hv_in_use,
-    inject_if_pending,
-    local_deliver,
-    restart,
-    settle,
-    start_sw,
-    wait_expired,
-)
+from .tick import has_pending, inject_if_pending, wait_expired
+from .timer import ASLEEP, ASLEEP_HV_TIMER, IN_RUN, restart, settle, start_sw
 
 BLOCKED, AGAIN = k.ONE, k.U(2)
 ENTERED = k.ONE
 SERVICED = (
     k.REQ_REPORT_TPR_ACCESS
-    | k.REQ_TRIPLE_FAULT
-    | k.REQ_PMI
     | k.REQ_SMI
     | k.REQ_NMI
     | k.REQ_IOAPIC_EOI_EXIT
@@ -57,10 +45,6 @@ def service_requests(m, v):
     requests = hot(m, v) + k.HOT_REQUESTS
     if clear_word_bits(m, requests, k.REQ_REPORT_TPR_ACCESS) & k.REQ_REPORT_TPR_ACCESS:
         return k.USER_TPR_ACCESS
-    if clear_word_bits(m, requests, k.REQ_TRIPLE_FAULT) & k.REQ_TRIPLE_FAULT:
-        return k.USER_SHUTDOWN
-    if clear_word_bits(m, requests, k.REQ_PMI) & k.REQ_PMI:
-        local_deliver(m, v, k.APIC_LVTPC, v)
     if clear_word_bits(m, requests, k.REQ_SMI) & k.REQ_SMI:
         process_smi(m, v)
     if clear_word_bits(m, requests, k.REQ_NMI) & k.REQ_NMI:
@@ -89,10 +73,7 @@ def loop_tail(m, v):
     inject_if_pending(m, v)
     if m[own(m, v) + k.K_USER_WINDOW] and ready_for_user(m, v):
         return k.USER_IRQ_WINDOW_OPEN
-    if m[requests] & k.REQ_SIGNAL:
-        clear_word_bits(m, requests, k.REQ_SIGNAL)
-        return k.USER_INTR
-    return k.ZERO
+    return k.USER_INTR if m[requests] & k.REQ_SIGNAL else k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -171,9 +152,7 @@ def block(m, v):
     wake_up(m, v)
     if m[host + k.K_MP_STATE] == k.MP_UNINITIALIZED:
         accept_events(m, v)
-        if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_SIGNAL) & k.REQ_SIGNAL:
-            return k.USER_INTR
-        return AGAIN
+        return k.USER_INTR if m[hot(m, v) + k.HOT_REQUESTS] & k.REQ_SIGNAL else AGAIN
     return _leave_halt(m, v)
 
 

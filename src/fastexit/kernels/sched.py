@@ -8,8 +8,9 @@ ioctls than KVM_RUN.
 from . import avictable, pi
 from . import typed as k
 from ._jit import kernel
+from .clock import hv_in_use
 from .shared import make_request, own
-from .timer import hv_in_use, restart
+from .timer import restart
 
 
 @kernel("u8(words, u8, u8)")

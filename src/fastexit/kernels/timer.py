@@ -1,203 +1,26 @@
 """The local APIC timer: one-shot, periodic and TSC-deadline, on the host's hrtimer or on VMX's preemption timer.
 
-Models: start_apic_timer and everything below it (set_target_expiration, restart_apic_timer, start_hv_timer,
-start_sw_timer, update_target_expiration, advance_periodic_target_expiration), apic_timer_fn, apic_timer_expired,
-kvm_apic_inject_pending_timer_irqs, apic_get_tmcct, apic_update_lvtt, kvm_set_lapic_tscdeadline_msr,
-kvm_lapic_expired_hv_timer, kvm_wait_lapic_expire. Spec: SDM vol. 3A 10.5.4.
+Models: start_apic_timer and everything below it (set_target_expiration, restart_apic_timer, start_sw_timer,
+update_target_expiration, advance_periodic_target_expiration), apic_timer_fn, apic_get_tmcct, apic_update_lvtt,
+kvm_set_lapic_tscdeadline_msr, kvm_lapic_expired_hv_timer; clock.py has the time, hvtimer.py the preemption timer,
+tick.py what a timer that ran out does. Spec: SDM vol. 3A 10.5.4.
 
-The clock is H_NOW, which only the caller moves; an hrtimer that became due in between fires late, at the new time, as
-on a host that was busy. Guest TSC is the clock times tsc_khz, computed exactly, where KVM multiplies by a rounded
-fraction. Not modelled: TSC offsets and scaling; the repeated trace lines of an older kernel that catches up tick by
-tick (its state is the same).
+An hrtimer that became due between two settings of the clock fires late, at the new time, as on a host that was busy.
+Not modelled: the repeated trace lines of an older kernel that catches up tick by tick (its state is the same).
 
 K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the guest TSC of the target in the others.
 """
 
 from . import typed as k
 from ._jit import kernel
-from .ipi import accept
+from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use
+from .hvtimer import arm_hv
 from .lapicreg import reg, set_reg
-from .shared import emit, hot, kick, make_request, own, vec
+from .shared import emit, hot, own
+from .tick import expired
 
-PREEMPTION_TIMER_SHIFT = k.U(5)
-"""VMX_MISC[4:0]: the preemption timer counts at the TSC's rate shifted right by this. Every Intel core has 5."""
-MILLION = k.U(1_000_000)
-ADJUST_MIN, ADJUST_MAX, ADJUST_STEP = k.U(100), k.U(10_000), k.U(8)
-ADVANCE_INIT_NS, ADVANCE_MAX_NS = k.U(1000), k.U(5000)
 IN_RUN, ASLEEP, ASLEEP_HV_TIMER = k.ONE, k.U(2), k.U(3)
 """K_IN_RUN: KVM_RUN runs; its thread sleeps; it sleeps and will have the preemption timer in use when it wakes."""
-
-
-@kernel("u8(words, u8)")
-def cycles(m, ns):
-    """nsec_to_cycles."""
-    khz = m[k.H_TSC_KHZ]
-    return ns // MILLION * khz + ns % MILLION * khz // MILLION
-
-
-@kernel("u8(words)")
-def guest_tsc(m):
-    """The guest's TSC at the machine's clock. kvm_read_l1_tsc."""
-    return cycles(m, m[k.H_NOW])
-
-
-@kernel("u8(words, u8)")
-def nanoseconds(m, tsc):
-    """Guest TSC ticks as ns."""
-    khz = m[k.H_TSC_KHZ]
-    return tsc // khz * MILLION + tsc % khz * MILLION // khz
-
-
-@kernel("u8(words)")
-def timer_mode_mask(m):
-    """LVTT's writable mode bits: TSC deadline only if the guest's CPUID has it."""
-    mask = k.LVT_TIMER_PERIODIC
-    if m[k.H_CONFIG] & k.CONFIG_DEADLINE_CPUID:
-        mask = mask | k.LVT_TIMER_DEADLINE
-    return mask
-
-
-@kernel("u8(words, u8)")
-def hv_in_use(m, v):
-    """hv_timer_in_use: the preemption timer, not an hrtimer, counts for this vCPU."""
-    return k.ONE if m[own(m, v) + k.K_HV_DEADLINE] != k.NONE else k.ZERO
-
-
-@kernel("u8(words, u8)")
-def can_post(m, v):
-    """kvm_can_post_timer_interrupt: a guest that is never interrupted gets its ticks posted by another CPU."""
-    if not m[k.H_CONFIG] & k.CONFIG_PI_INJECT_TIMER or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
-        return k.ZERO
-    return k.ONE if m[k.H_DISABLED_EXITS] & (k.EXITS_MWAIT | k.EXITS_HLT) else k.ZERO
-
-
-@kernel("u8(words, u8)")
-def can_use_hv(m, v):
-    """kvm_can_use_hv_timer."""
-    if not m[k.H_CONFIG] & k.CONFIG_HV_TIMER or m[k.H_DISABLED_EXITS] & k.EXITS_MWAIT:
-        return k.ZERO
-    return k.ZERO if can_post(m, v) else k.ONE
-
-
-# ------------------------------------------------------------------------------------------------------------- delivery
-
-
-@kernel("u8(words, u8, u8, u8)")
-def local_deliver(m, v, offset, me):
-    """kvm_apic_local_deliver: the interrupt of an LVT entry; delivery code, 0 from a masked entry."""
-    lvt = reg(m, v, offset)
-    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or lvt & k.LVT_MASKED:
-        return k.ZERO
-    code = accept(m, v, (lvt & (k.ICR_VECTOR | k.ICR_DM | k.ICR_TRIGGER)) | k.ICR_LEVEL, me)
-    if offset == k.APIC_LVTPC and code & k.CODE_ACCEPTED_NONE and not m[k.H_CONFIG] & k.CONFIG_SVM:
-        # Only Intel's APIC masks the entry when it delivers; the guest's CPU model is taken to be the vendor's.
-        set_reg(m, v, offset, lvt | k.LVT_MASKED)
-    return code
-
-
-@kernel("u8(words, u8, u8)")
-def inject_pending(m, v, me):
-    """kvm_apic_inject_pending_timer_irqs: the tick becomes an interrupt, if LVTT lets it; it is used up either way."""
-    row = own(m, v)
-    code = local_deliver(m, v, k.APIC_LVTT, me)
-    mode = m[row + k.K_TIMER_MODE]
-    if mode == k.TIMER_DEADLINE:
-        m[row + k.K_TSC_DEADLINE] = k.ZERO
-    elif mode == k.TIMER_ONE_SHOT:
-        m[row + k.K_TSC_DEADLINE] = k.ZERO
-        m[row + k.K_TARGET] = k.ZERO
-    return code
-
-
-@kernel("u8(words, u8)")
-def has_pending(m, v):
-    """apic_has_pending_timer: a tick that LVTT would let through now; a masked one waits."""
-    if not m[own(m, v) + k.K_TIMER_PENDING]:
-        return k.ZERO
-    enabled = k.FLAG_HW | k.FLAG_SW
-    if m[hot(m, v) + k.HOT_FLAGS] & enabled != enabled or reg(m, v, k.APIC_LVTT) & k.LVT_MASKED:
-        return k.ZERO
-    return k.ONE
-
-
-@kernel("u8(words, u8)")
-def inject_if_pending(m, v):
-    """kvm_inject_pending_timer_irqs in vcpu_run: the only place where a tick of an hrtimer reaches IRR."""
-    if has_pending(m, v):
-        inject_pending(m, v, v)
-        m[own(m, v) + k.K_TIMER_PENDING] = k.ZERO
-    return k.ZERO
-
-
-@kernel("u8(words, u8)")
-def interrupt_injected(m, v):
-    """lapic_timer_int_injected: the timer's vector is on its way into the guest."""
-    vector = reg(m, v, k.APIC_LVTT) & k.ICR_VECTOR
-    flags = m[hot(m, v) + k.HOT_FLAGS]
-    if not flags & k.FLAG_HW:
-        return k.ZERO
-    base = vec(m, v) + (k.VEC_IRR if flags & k.FLAG_APICV else k.VEC_ISR)
-    return (m[base + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
-
-
-@kernel("u8(words, u8, u8, u8)")
-def _adapt_advance(m, v, error, early):
-    """adjust_lapic_timer_advance: a step of an eighth against the error, tiny and wild ones ignored."""
-    if error > ADJUST_MAX or error < ADJUST_MIN:
-        return k.ZERO
-    row = own(m, v)
-    step = error * MILLION // m[k.H_TSC_KHZ] // ADJUST_STEP
-    # 32 bits in KVM too: a step below zero wraps and is then reset as too large.
-    advance = m[row + k.K_TIMER_ADVANCE]
-    advance = (advance - step if early else advance + step) & k.LOW32
-    m[row + k.K_TIMER_ADVANCE] = ADVANCE_INIT_NS if advance > ADVANCE_MAX_NS else advance
-    return k.ZERO
-
-
-@kernel("u8(words, u8)")
-def _wait(m, v):
-    """__kvm_wait_lapic_expire. The clock is the caller's, so the wait is only counted, in K_WAITED."""
-    row = own(m, v)
-    deadline = m[row + k.K_EXPIRED_DEADLINE]
-    m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
-    tsc = guest_tsc(m)
-    early = k.ONE if tsc < deadline else k.ZERO
-    error = deadline - tsc if early else tsc - deadline
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_WAIT_LAPIC_EXPIRE, v, tsc - deadline, k.ZERO, k.ZERO)
-    if early:
-        m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, error)
-    return _adapt_advance(m, v, error, early)
-
-
-@kernel("u8(words, u8)")
-def wait_expired(m, v):
-    """kvm_wait_lapic_expire: a timer that fired ahead of its deadline makes the entry wait, if it is what comes in."""
-    row = own(m, v)
-    if m[row + k.K_EXPIRED_DEADLINE] and m[row + k.K_TIMER_ADVANCE] and interrupt_injected(m, v):
-        return _wait(m, v)
-    return k.ZERO
-
-
-@kernel("u8(words, u8, u8)")
-def expired(m, v, from_hrtimer):
-    """apic_timer_expired: Effect code. A tick that finds one pending is dropped: ticks coalesce to one."""
-    row = own(m, v)
-    if m[row + k.K_TIMER_PENDING]:
-        return k.ZERO
-    if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or hv_in_use(m, v):
-        m[row + k.K_EXPIRED_DEADLINE] = m[row + k.K_TSC_DEADLINE]
-    if not from_hrtimer and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
-        return inject_pending(m, v, v) & ~k.CODE_ACCEPTED_NONE
-    if can_post(m, v) and m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
-        # The guest runs: the wait has to come before the interrupt, whose bit is therefore not asked for.
-        if m[row + k.K_EXPIRED_DEADLINE] and m[row + k.K_TIMER_ADVANCE]:
-            _wait(m, v)
-        return inject_pending(m, v, k.NONE if from_hrtimer else v) & ~k.CODE_ACCEPTED_NONE
-    m[row + k.K_TIMER_PENDING] = k.ONE
-    make_request(m, v, k.REQ_UNBLOCK)
-    return kick(m, v, k.NONE) if from_hrtimer else k.ZERO
-
 
 # ------------------------------------------------------------------------------------------------------- start and stop
 
@@ -264,31 +87,6 @@ def advance_period(m, v):
 
 
 @kernel("u8(words, u8)")
-def _arm_hv(m, v):
-    """start_hv_timer without its trace line: 1 when the preemption timer serves the deadline."""
-    row = own(m, v)
-    deadline = m[row + k.K_TSC_DEADLINE]
-    if not can_use_hv(m, v) or not deadline:
-        return k.ZERO
-    tsc = guest_tsc(m)
-    delta = max(deadline, tsc) - tsc
-    ahead = cycles(m, m[row + k.K_TIMER_ADVANCE])
-    delta = delta - ahead if delta > ahead else k.ZERO
-    if delta >> (PREEMPTION_TIMER_SHIFT + k.U(32)):
-        return k.ZERO
-    m[row + k.K_HV_DEADLINE] = tsc + delta
-    m[row + k.K_HRTIMER] = k.NONE
-    if m[row + k.K_TIMER_MODE] != k.TIMER_PERIODIC:
-        # A periodic timer keeps counting even if it has run out: its exit computes the next target.
-        if m[row + k.K_TIMER_PENDING]:
-            m[row + k.K_HV_DEADLINE] = k.NONE
-        elif not delta:
-            expired(m, v, k.ZERO)
-            m[row + k.K_HV_DEADLINE] = k.NONE
-    return k.ONE
-
-
-@kernel("u8(words, u8)")
 def start_sw(m, v):
     """start_sw_timer: the hrtimer takes over. An hrtimer that is due already is left to settle()."""
     row = own(m, v)
@@ -352,7 +150,7 @@ def restart(m, v):
     if m[row + k.K_IN_RUN] >= ASLEEP:
         if can_use_hv(m, v) and m[row + k.K_TSC_DEADLINE]:
             m[row + k.K_IN_RUN] = ASLEEP_HV_TIMER
-    elif _arm_hv(m, v):
+    elif arm_hv(m, v):
         return _trace_state(m, v, hv_in_use(m, v))
     start_sw(m, v)
     return settle(m, v)
@@ -384,7 +182,31 @@ def start(m, v, offset):
     return restart(m, v)
 
 
+@kernel("u8(words, u8)")
+def expire_hv(m, v):
+    """kvm_lapic_expired_hv_timer."""
+    row = own(m, v)
+    if not hv_in_use(m, v):
+        return k.ZERO
+    m[row + k.K_HV_EXITED] = m[k.H_NOW] + k.ONE
+    expired(m, v, k.ZERO)
+    m[row + k.K_HV_DEADLINE] = k.NONE
+    if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
+        advance_period(m, v)
+        restart(m, v)
+    return k.ZERO
+
+
 # ------------------------------------------------------------------------------------------------------------ registers
+
+
+@kernel("u8(words)")
+def timer_mode_mask(m):
+    """LVTT's writable mode bits: TSC deadline only if the guest's CPUID has it."""
+    mask = k.LVT_TIMER_PERIODIC
+    if m[k.H_CONFIG] & k.CONFIG_DEADLINE_CPUID:
+        mask = mask | k.LVT_TIMER_DEADLINE
+    return mask
 
 
 @kernel("u8(words, u8, u8)")
@@ -469,34 +291,7 @@ def set_deadline(m, v, value):
     return start(m, v, k.APIC_TMICT)
 
 
-# ------------------------------------------------------------------------------------------------- VMX preemption timer
-
-
-@kernel("u8(words, u8)")
-def hv_due(m, v):
-    """1 when the preemption timer of this vCPU, if it runs, has counted down."""
-    row = own(m, v)
-    deadline = m[row + k.K_HV_DEADLINE]
-    if deadline == k.NONE or deadline > guest_tsc(m):
-        return k.ZERO
-    # A period of no TSC ticks would exit for ever while the clock stands still.
-    endless = cycles(m, m[row + k.K_PERIOD]) <= cycles(m, m[row + k.K_TIMER_ADVANCE])
-    return k.ZERO if endless and m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE else k.ONE
-
-
-@kernel("u8(words, u8)")
-def expire_hv(m, v):
-    """kvm_lapic_expired_hv_timer."""
-    row = own(m, v)
-    if not hv_in_use(m, v):
-        return k.ZERO
-    m[row + k.K_HV_EXITED] = m[k.H_NOW] + k.ONE
-    expired(m, v, k.ZERO)
-    m[row + k.K_HV_DEADLINE] = k.NONE
-    if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
-        advance_period(m, v)
-        restart(m, v)
-    return k.ZERO
+# ---------------------------------------------------------------------------------------------- all timers of a machine
 
 
 @kernel("u8(words)")
@@ -510,19 +305,6 @@ def due(m):
         if when <= m[k.H_NOW] and (best == k.NONE or when < m[own(m, best) + k.K_HRTIMER]):
             best = v
     return best
-
-
-@kernel("u8(words, u8)")
-def hv_exit(m, first):
-    """The vCPU, from index first on, that is in guest mode with a preemption timer that has counted down, or NONE."""
-    n = m[k.H_NVCPUS]
-    if first >= n:
-        return k.NONE  # range(first, n) would count from a negative number where bit 63 is set
-    for i in range(first, n):
-        v = k.U(i)
-        if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE and hv_due(m, v):
-            return v
-    return k.NONE
 
 
 @kernel("u8(words)")
