@@ -14,15 +14,15 @@ from fastexit.kvm.operations import Op
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 SECONDS = 60.0
-"""No candidate is tried after so long."""
+"""No candidate is tried after so long, unless something else is said."""
 WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic")
 
 
 class _Search:
-    def __init__(self, cls: type[Twins], found: Divergence) -> None:
+    def __init__(self, cls: type[Twins], found: Divergence, seconds: float) -> None:
         self.cls = cls
         self.best = found
-        self.until = time.monotonic() + SECONDS
+        self.until = time.monotonic() + seconds
 
     def keeps(self, setup: Setup, ops: list[Op]) -> bool:
         """Whether a candidate differs; then it is the best one known."""
@@ -88,9 +88,9 @@ class _Search:
                 self.keeps(self.best.setup, ops)
 
 
-def shortened(cls: type[Twins], found: Divergence) -> Divergence:
-    """The shortest story found within `SECONDS`; the one given, if it does not show again."""
-    search = _Search(cls, found)
+def shortened(cls: type[Twins], found: Divergence, seconds: float = SECONDS) -> Divergence:
+    """The shortest story found within ``seconds``; the one given, if it does not show again."""
+    search = _Search(cls, found, seconds)
     if search.keeps(found.setup, list(found.history)):
         search.operations()
         search.vcpus()

@@ -16,7 +16,7 @@ from typing import Any
 from fastexit import __version__
 from fastexit.kvm import host as H
 from fastexit.kvm.operations import Op
-from fastexit.kvm.shrink import shortened
+from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, ManyTwins)}
@@ -93,6 +93,7 @@ def verify(
     only: str | None = None,
     traced: bool = False,
     progress: Progress | None = None,
+    shorten: float = SECONDS,
 ) -> Report:
     """Compares the model with the kernel until so many operations or seconds are used up, or they differ.
 
@@ -104,6 +105,7 @@ def verify(
         only: one kind (KINDS) alone.
         traced: the kernel's tracepoints are compared, too (needs root).
         progress: called with operations done and wanted.
+        shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
 
     KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs.
     """
@@ -124,7 +126,7 @@ def verify(
             left = operations - report.operations
             _session(KINDS[kind], rng, report, ids, min(left, KINDS[kind].operations_each), deadline, progress)
     except Divergence as found:
-        report.divergence = shortened(KINDS[found.kind], found)
+        report.divergence = shortened(KINDS[found.kind], found, shorten)
     report.seconds = time.monotonic() - start
     return report
 
