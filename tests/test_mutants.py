@@ -1,4 +1,4 @@
-"""Proof that `fastexit.kvm.verify` can fail: each single fault of mutants.py, planted into a copy of the model, is found.
+"""Proof that `fastexit.kvm.verify` can fail: each fault of mutants.diff, planted into a copy of the model, is found.
 
 `make verify-mutants` runs the long test, which needs /dev/kvm, prints a table and writes build/verify/mutants.json. A
 fault that survives means that verify's operations are blind there.
@@ -23,7 +23,7 @@ import pytest
 import fastexit
 from conftest import ROOT
 from kvm_vm import UNUSABLE
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, TABLE, Mutant, parsed
 
 PACKAGE = Path(fastexit.__file__).parent
 OPERATIONS = 20_000
@@ -131,9 +131,20 @@ def test_every_fault_can_be_planted() -> None:
 
 
 def test_a_fault_without_a_place_is_refused() -> None:
-    for text in ("nothing", "two, two"):
+    for text in ("three\n", "two\ntwo\n", "two, three\n"):
         with pytest.raises(ValueError, match="places"):
-            Mutant(1, "x", "regs.py", "two", "three").applied(text)
+            Mutant(1, "x", "regs.py", "two\n", "three\n").applied(text)
+
+
+def test_table_is_read_as_a_diff() -> None:
+    table = "Words.\n@@ 1 regs.py: wrong\n one\n-two\n+three\n@@ 2 regs.py: too\n+four\n five"
+    first, second = parsed(table)
+    assert first == (1, "wrong", "regs.py", "one\ntwo\n", "one\nthree\n")
+    assert second == (2, "too", "regs.py", "five\n", "four\nfive\n")
+    assert first.applied("zero\none\ntwo\n") == "zero\none\nthree\n"
+    assert len(MUTANTS) == TABLE.read_text().count("\n@@")
+    with pytest.raises(ValueError, match="no lines of a diff below 'wrong'"):
+        list(parsed("@@ 1 regs.py: wrong\n\none\ntwo"))
 
 
 def test_faults_are_many_and_different() -> None:
