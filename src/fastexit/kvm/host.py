@@ -26,7 +26,10 @@ NOWHERE = 0x7FFF_FFF0
 
 
 class KvmUnavailable(OSError):
-    """/dev/kvm is not there, not ours to open, or too old; one line says which."""
+    """/dev/kvm is not there, not ours to open, or too old; its text is one line that says which."""
+
+    def __str__(self) -> str:
+        return self.strerror or "no usable KVM"
 
 
 @dataclass(frozen=True)
