@@ -1,0 +1,306 @@
+"""The running kernel's own KVM tracepoints, for the calling thread: what a model's trace lines are held against.
+
+Models: nothing. Events go to a tracefs instance of our own, so that nobody else's tracing changes; the root instance
+and its buffers stay as they are. Spec: Documentation/trace/ftrace.rst and events.rst, fsopen(2), fsmount(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cffi import FFI
+
+EVENTS = ("kvm_apic", "kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_eoi", "kvm_msi_set_irq")
+"""What every local APIC emits, whoever runs the guest."""
+
+MARK = "tracing_mark_write"
+"""The event that a mark shows as."""
+
+MOUNTS = Path("/proc/self/mounts")
+
+_ffi = FFI()
+_ffi.cdef("long syscall(long number, ...);")
+_libc = _ffi.dlopen(None)
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_FSCONFIG_CMD_CREATE = 6
+_CLOEXEC = 1
+
+_READ_BYTES = 1 << 16
+_NAME = re.compile(r"fastexit-(\d+)-(\d+)")
+_THREAD = re.compile(r".*-(\d+) +\[\d+\]", re.DOTALL)
+_LOST = re.compile(r"CPU:\d+ \[LOST (?:(\d+) )?EVENTS\]")
+OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-fork")
+"""Names of commands would go into a table that all instances share."""
+
+_COUNTERS = ("overrun", "commit overrun", "dropped events")
+
+_live: set[str] = set()
+"""Instances that this process has."""
+
+
+class TraceUnavailable(OSError):
+    """The kernel's tracepoints cannot be read here; one line says why."""
+
+
+class TraceLost(RuntimeError):
+    """Events were lost: what was read is not all that happened."""
+
+
+def lines_of_interest(lines: Iterable[str], events: Iterable[str] = EVENTS) -> list[str]:
+    """Those of ``event: payload`` lines that belong to ``events``, in order."""
+    wanted = frozenset(events)
+    return [line for line in lines if line.partition(":")[0] in wanted]
+
+
+class KernelTrace:
+    """KVM's tracepoints while this is open; a context manager, and closed by itself when nobody holds it any more.
+
+    Args:
+        events: names of KVM's events; TraceUnavailable for one that the kernel lacks. None: those of EVENTS that it
+            has, see the attribute ``events``.
+        buffer_kib: ring buffer a CPU. What does not fit between two reads is lost, and `read` says so.
+
+    `TraceUnavailable` (an OSError) where tracefs cannot be used, which takes root. Only threads that opened a trace or
+    called `follow` are seen.
+
+    Lines come in the order in which they happened, even from a thread that changes CPUs: each CPU has a buffer in which
+    records lie in order, trace_pipe always gives the record with the smallest stamp of all buffers, and stamps come
+    from one atomic counter (trace_clock "counter"), not from clocks that CPUs disagree about. A record that a thread
+    has written is there for its next read.
+
+    Closing removes the instance. When the process is killed, the kernel closes its files, which switches this instance
+    off and frees its buffers (free_buffer, disable_on_free); the empty directory goes when somebody opens the next
+    trace. Nothing is mounted anywhere: where no tracefs is, an unattached mount lives as long as its file descriptor.
+    """
+
+    def __init__(self, events: Iterable[str] | None = None, *, buffer_kib: int = 1024) -> None:
+        self._held = _Held()
+        self._finalizer = weakref.finalize(self, self._held.release)
+        try:
+            root = self._held.keep(_tracefs())
+            self.events = _known(root, events)
+            remove_stale(root)
+            self._instance = self._held.make(root)
+            # before anything else that is kept open: what is left behind by a killed process shall cost nothing
+            for option in OPTIONS:
+                self._write("trace_options", option)
+            self._held.keep(os.open("free_buffer", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._instance))
+            self._write("trace_clock", "counter")
+            self._write("buffer_size_kb", buffer_kib)
+            self._marker = self._open("trace_marker", os.O_WRONLY)
+            self._pipe = self._open("trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+            self.follow()
+            for event in self.events:
+                self._write(f"events/kvm/{event}/enable", 1)
+        except OSError as error:
+            self._finalizer()
+            if isinstance(error, TraceUnavailable):
+                raise
+            raise TraceUnavailable(error.errno, f"no usable tracefs: {error.strerror}") from error
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<KernelTrace {' '.join(self.events)}>"
+
+    def close(self) -> None:
+        """Removes the instance and gives back every file; twice does no harm."""
+        self._finalizer()
+
+    def follow(self) -> None:
+        """The calling thread's events count from here.
+
+        What was not read yet is forgotten, so nobody may be reading. The kernel wants to know a thread by its number in
+        the first pid namespace, which need not be ours: a mark tells.
+        """
+        self._drain()
+        self._write("trace_options", "context-info")
+        try:
+            self.mark("who")
+            line = self._drain()
+        finally:
+            self._write("trace_options", "nocontext-info")
+        found = _THREAD.match(line)
+        if found is None:
+            raise TraceUnavailable(0, f"no usable tracefs: a mark shows as {line!r}, without its thread")
+        self._write("set_event_pid", found[1])
+
+    def mark(self, text: str) -> None:
+        """A line ``tracing_mark_write: text`` among the events. ValueError for text of more than one line."""
+        if "\n" in text or not text:
+            raise ValueError(f"a mark is one line, not {text!r}")
+        os.write(self._marker, text.encode())
+
+    def read(self) -> list[str]:
+        """``event: payload`` of what happened since the last read; TraceLost when the buffer did not hold all of it."""
+        lines = self._drain().splitlines()
+        if any(line.startswith("CPU:") for line in lines):
+            lost = [found for found in map(_LOST.fullmatch, lines) if found]
+            if lost:
+                raise TraceLost(f"lost {sum(int(found[1] or 1) for found in lost)} events: read more often")
+        return lines
+
+    def clear(self) -> None:
+        """Forgets what was not read yet, losses too."""
+        self._drain()
+
+    def lost(self) -> int:
+        """Events that never got into a buffer or were overwritten, since the trace is open."""
+        total = 0
+        for cpu in _names("per_cpu", self._instance):
+            for line in self._text(f"per_cpu/{cpu}/stats").splitlines():
+                name, _, number = line.partition(": ")
+                if name in _COUNTERS:
+                    total += int(number)
+        return total
+
+    def _drain(self) -> str:
+        parts = []
+        while True:
+            try:
+                part = os.read(self._pipe, _READ_BYTES)
+            except BlockingIOError:
+                break
+            parts.append(part)
+        return b"".join(parts).decode()
+
+    def _open(self, name: str, flags: int) -> int:
+        return self._held.keep(os.open(name, flags | os.O_CLOEXEC, dir_fd=self._instance))
+
+    def _write(self, name: str, value: str | int) -> None:
+        """Never truncates: that would empty a list of threads."""
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._instance)
+        try:
+            os.write(fd, str(value).encode())
+        finally:
+            os.close(fd)
+
+    def _text(self, name: str) -> str:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._instance)) as file:
+            return file.read()
+
+
+class _Held:
+    """What one trace holds and how to let go of it: files first, for a directory in use cannot go.
+
+    It knows no KernelTrace, so that one that nobody holds any more can be collected. A forked child closes its files
+    only.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[int] = []
+        self._process = os.getpid()
+        self._root = -1
+        self._name = ""
+
+    def keep(self, fd: int) -> int:
+        self._files.append(fd)
+        return fd
+
+    def make(self, root: int) -> int:
+        """A new instance: a file descriptor of its directory."""
+        self._root = root
+        number = next(n for n in count() if f"fastexit-{self._process}-{n}" not in _live)
+        self._name = f"fastexit-{self._process}-{number}"
+        _live.add(self._name)
+        os.mkdir(f"instances/{self._name}", dir_fd=root)
+        return self.keep(_directory(f"instances/{self._name}", root))
+
+    def release(self) -> None:
+        """An instance that a child still has open stays behind, empty, until the next trace is opened."""
+        while len(self._files) > 1:
+            os.close(self._files.pop())
+        if self._name and os.getpid() == self._process:
+            with suppress(OSError):
+                os.rmdir(f"instances/{self._name}", dir_fd=self._root)
+            _live.discard(self._name)
+        self._name = ""
+        while self._files:
+            os.close(self._files.pop())
+
+
+def remove_stale(root: int) -> None:
+    """Removes instances that a killed process left behind; one that is in use refuses, whoever has it."""
+    for name in _names("instances", root):
+        found = _NAME.fullmatch(name)
+        if found and name not in _live and not _lives(int(found[1])):
+            with suppress(OSError):
+                os.rmdir(f"instances/{name}", dir_fd=root)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process other than this one has the number; what this one has is known better."""
+    return process != os.getpid() and Path(f"/proc/{process}").exists()
+
+
+def _known(root: int, events: Iterable[str] | None) -> tuple[str, ...]:
+    """The events to enable, all of which exist."""
+    try:
+        there = frozenset(_names("events/kvm", root))
+    except FileNotFoundError:
+        raise TraceUnavailable(errno.ENOENT, "this kernel has no KVM tracepoints, or KVM is not loaded") from None
+    wanted = tuple(event for event in EVENTS if event in there) if events is None else tuple(events)
+    missing = [event for event in wanted if event not in there]
+    if missing or not wanted:
+        raise TraceUnavailable(errno.ENOENT, f"this kernel has no tracepoint {' '.join(missing or EVENTS)}")
+    return wanted
+
+
+def _tracefs() -> int:
+    """A file descriptor of tracefs: of one that is mounted, else of a mount that is attached nowhere.
+
+    A second mount can reset the owner and the mode of the first one's files on older kernels.
+    """
+    try:
+        for mount in MOUNTS.read_text().splitlines():
+            _, place, kind, *_ = mount.split(" ")
+            if kind == "tracefs":
+                return _directory(place.encode().decode("unicode_escape"))
+        context = _call(_FSOPEN, _ffi.from_buffer(b"tracefs\0"), _CLOEXEC)
+        try:
+            _call(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, _ffi.NULL, _ffi.NULL, 0)
+            return _call(_FSMOUNT, context, _CLOEXEC, 0)
+        finally:
+            os.close(context)
+    except OSError as error:
+        hint = {errno.EPERM: "; it takes root", errno.EACCES: "; it takes root", errno.ENODEV: "; none in this kernel"}
+        text = f"no usable tracefs: {os.strerror(error.errno)}{hint.get(error.errno, '')}"
+        raise TraceUnavailable(error.errno, text) from None
+
+
+def _call(number: int, *arguments: Any) -> int:
+    """One system call: what it returns; OSError with the kernel's errno."""
+    result = _libc.syscall(number, *(_ffi.cast("long", a) if isinstance(a, int) else a for a in arguments))
+    if result < 0:
+        raise OSError(_ffi.errno, os.strerror(_ffi.errno))
+    return result
+
+
+def _directory(path: str, root: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+
+
+def _names(path: str, root: int) -> list[str]:
+    fd = _directory(path, root)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
