@@ -11,7 +11,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -144,10 +144,13 @@ class KernelTrace:
         self._write("set_event_pid", found[1])
 
     def mark(self, text: str) -> None:
-        """A line ``tracing_mark_write: text`` among the events. ValueError for text of more than one line."""
-        if "\n" in text or not text:
-            raise ValueError(f"a mark is one line, not {text!r}")
-        os.write(self._marker, text.encode())
+        """A line ``tracing_mark_write: text`` among the events, of which lines of interest have none.
+
+        ValueError for text of more than one line, or longer than the kernel takes (4096 bytes).
+        """
+        data = text.encode()
+        if "\n" in text or not text or os.write(self._marker, data) != len(data):
+            raise ValueError(f"a mark is one line that the kernel takes whole, not {text[:40]!r}")
 
     def read(self) -> list[str]:
         """``event: payload`` of what happened since the last read; TraceLost when the buffer did not hold all of it."""
@@ -201,40 +204,32 @@ class KernelTrace:
 class _Held:
     """What one trace holds and how to let go of it: files first, for a directory in use cannot go.
 
-    It knows no KernelTrace, so that one that nobody holds any more can be collected. A forked child closes its files
-    only.
+    It knows no KernelTrace, so that one that nobody holds any more can be collected.
     """
 
     def __init__(self) -> None:
-        self._files: list[int] = []
-        self._process = os.getpid()
-        self._root = -1
-        self._name = ""
+        self._stack = ExitStack()
+        self.release = self._stack.close
 
     def keep(self, fd: int) -> int:
-        self._files.append(fd)
+        self._stack.callback(os.close, fd)
         return fd
 
     def make(self, root: int) -> int:
         """A new instance: a file descriptor of its directory."""
-        self._root = root
-        number = next(n for n in count() if f"fastexit-{self._process}-{n}" not in _live)
-        self._name = f"fastexit-{self._process}-{number}"
-        _live.add(self._name)
-        os.mkdir(f"instances/{self._name}", dir_fd=root)
-        return self.keep(_directory(f"instances/{self._name}", root))
+        name = next(name for n in count() if (name := f"fastexit-{os.getpid()}-{n}") not in _live)
+        _live.add(name)
+        self._stack.callback(_remove, root, name, os.getpid())
+        os.mkdir(f"instances/{name}", dir_fd=root)
+        return self.keep(_directory(f"instances/{name}", root))
 
-    def release(self) -> None:
-        """An instance that a child still has open stays behind, empty, until the next trace is opened."""
-        while len(self._files) > 1:
-            os.close(self._files.pop())
-        if self._name and os.getpid() == self._process:
-            with suppress(OSError):
-                os.rmdir(f"instances/{self._name}", dir_fd=self._root)
-            _live.discard(self._name)
-        self._name = ""
-        while self._files:
-            os.close(self._files.pop())
+
+def _remove(root: int, name: str, process: int) -> None:
+    """Not by a forked child. One that such a child still has open stays until somebody opens the next trace."""
+    if os.getpid() == process:
+        _live.discard(name)
+        with suppress(OSError):
+            os.rmdir(f"instances/{name}", dir_fd=root)
 
 
 def remove_stale(root: int) -> None:
