@@ -19,13 +19,15 @@ import oracle
 import strategies as s
 from fastexit import Machine
 from fastexit import regs as r
-from fastexit.kvm import KvmUnavailable, Oracle
+from fastexit.kvm import KvmUnavailable, Oracle, OracleVcpu
 from fastexit.kvm import host as H
 from fastexit.kvm.tracefs import KernelTrace, TraceUnavailable, lines_of_interest
 from test_oracle_kvm import tame
 
 SHORT_SECONDS = 2.5
 ENDLESS = 1 << 30
+BOOTED_NS = 1000
+"""So that a deadline at TSC 1 has passed."""
 OPS_PER_VM = 400
 LONG_OPS = int(os.environ.get("FASTEXIT_KVM_OPS", "100000"))
 COUNT_READ = "kvm_apic: apic_read APIC_TMCCT"
@@ -66,6 +68,8 @@ class Twins:
         )
         self.model = Machine(apic_ids=config.apic_ids, **self.real.keywords)
         self.model.fastpath = fastpath
+        for machine in (self.plain, self.model):
+            machine.set_time(BOOTED_NS)
         self.disordered = fastpath and self.real.host.module in EMULATING
         self.history: list[s.Op] = []
 
@@ -97,6 +101,18 @@ class Twins:
                     vcpu.set_mp_state(r.MP_RUNNABLE)
 
 
+def guest_op(rng: random.Random, machine: oracle.Machine) -> s.Op:
+    """What a guest does; its timers run out at once or never."""
+    if rng.random() < 0.95:
+        return s.guest_op(rng, machine, timer=False)
+    name, i = rng.choice(("set_msr", "guest_wrmsr")), rng.randrange(len(machine.vcpus))
+    return (name, i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, s.FAR_DEADLINE)))
+
+
+def sets_deadline(op: s.Op) -> bool:
+    return op[0] in ("set_msr", "guest_wrmsr") and op[2] == r.MSR_TSC_DEADLINE
+
+
 def starts_anew(op: s.Op) -> bool:
     """Whether an operation is an IPI or a message of INIT."""
     name, *arguments = op
@@ -122,6 +138,8 @@ def carry_out(machine: Any, op: s.Op) -> None:
         getattr(vcpu, name.removeprefix("guest_"))(*arguments)
     except ValueError:
         pass
+    if isinstance(vcpu, OracleVcpu):
+        vcpu.run_through()  # a tick of the instruction's own becomes an interrupt at the next entry
 
 
 @contextmanager
@@ -178,12 +196,11 @@ def run_guests(operations: int, seed: int, seconds: float | None = None, *, fast
             with twins(rng, kernel, fastpath) as pair:
                 pair.make_ready()
                 for _ in range(min(OPS_PER_VM, operations - done)):
-                    op = s.guest_op(rng, pair.plain, timer=False)
-                    wakes = starts_anew(op)
-                    if wakes or tame(op):
+                    op = guest_op(rng, pair.plain)
+                    if starts_anew(op) or sets_deadline(op) or tame(op):
                         pair.step(op)
                         done += 1
-                    if wakes:
+                    if starts_anew(op):
                         pair.make_ready()
             seed += 1
     return done

@@ -35,16 +35,13 @@ _FSCONFIG_CMD_CREATE = 6
 _CLOEXEC = 1
 
 _READ_BYTES = 1 << 16
-_NAME = re.compile(r"fastexit-(\d+)-(\d+)")
+_NAME = re.compile(r"fastexit-(\d+)-\d+")
 _THREAD = re.compile(r".*-(\d+) +\[\d+\]", re.DOTALL)
 _LOST = re.compile(r"CPU:\d+ \[LOST (?:(\d+) )?EVENTS\]")
 OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-fork")
 """Names of commands would go into a table that all instances share."""
 
 _COUNTERS = ("overrun", "commit overrun", "dropped events")
-
-_live: set[str] = set()
-"""Instances that this process has."""
 
 
 class TraceUnavailable(OSError):
@@ -217,33 +214,34 @@ class _Held:
 
     def make(self, root: int) -> int:
         """A new instance: a file descriptor of its directory."""
-        name = next(name for n in count() if (name := f"fastexit-{os.getpid()}-{n}") not in _live)
-        _live.add(name)
+        name = _make(root)
         self._stack.callback(_remove, root, name, os.getpid())
-        os.mkdir(f"instances/{name}", dir_fd=root)
         return self.keep(_directory(f"instances/{name}", root))
 
 
+def _make(root: int) -> str:
+    """The name of a new instance. Another pid namespace may have a process with our number."""
+    for n in count():
+        with suppress(FileExistsError):
+            os.mkdir(f"instances/fastexit-{os.getpid()}-{n}", dir_fd=root)
+            break
+    return f"fastexit-{os.getpid()}-{n}"
+
+
 def _remove(root: int, name: str, process: int) -> None:
-    """Not by a forked child. One that such a child still has open stays until somebody opens the next trace."""
+    """Not by a forked child. One that such a child still has open stays until this process is gone, too."""
     if os.getpid() == process:
-        _live.discard(name)
         with suppress(OSError):
             os.rmdir(f"instances/{name}", dir_fd=root)
 
 
 def remove_stale(root: int) -> None:
-    """Removes instances that a killed process left behind; one that is in use refuses, whoever has it."""
+    """Removes instances of processes that are gone; one that is in use refuses, whoever has it."""
     for name in _names("instances", root):
         found = _NAME.fullmatch(name)
-        if found and name not in _live and not _lives(int(found[1])):
+        if found and not Path(f"/proc/{found[1]}").exists():
             with suppress(OSError):
                 os.rmdir(f"instances/{name}", dir_fd=root)
-
-
-def _lives(process: int) -> bool:
-    """Whether a process other than this one has the number; what this one has is known better."""
-    return process != os.getpid() and Path(f"/proc/{process}").exists()
 
 
 def _known(root: int, events: Iterable[str] | None) -> tuple[str, ...]:
