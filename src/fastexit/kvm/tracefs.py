@@ -215,7 +215,7 @@ class _Held:
     def make(self, root: int) -> int:
         """A new instance: a file descriptor of its directory."""
         name = _make(root)
-        self._stack.callback(_remove, root, name, os.getpid())
+        self._stack.callback(_remove, root, name)
         return self.keep(_directory(f"instances/{name}", root))
 
 
@@ -228,11 +228,10 @@ def _make(root: int) -> str:
     return f"fastexit-{os.getpid()}-{n}"
 
 
-def _remove(root: int, name: str, process: int) -> None:
-    """Not by a forked child. One that such a child still has open stays until this process is gone, too."""
-    if os.getpid() == process:
-        with suppress(OSError):
-            os.rmdir(f"instances/{name}", dir_fd=root)
+def _remove(root: int, name: str) -> None:
+    """One that a forked child still has open refuses, and goes when that child closes it or is gone."""
+    with suppress(OSError):
+        os.rmdir(f"instances/{name}", dir_fd=root)
 
 
 def remove_stale(root: int) -> None:
