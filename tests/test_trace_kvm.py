@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,8 +110,12 @@ def guest_op(rng: random.Random, machine: oracle.Machine) -> s.Op:
     return (name, i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, s.FAR_DEADLINE)))
 
 
-def sets_deadline(op: s.Op) -> bool:
-    return op[0] in ("set_msr", "guest_wrmsr") and op[2] == r.MSR_TSC_DEADLINE
+def may_be_run(op: s.Op) -> bool:
+    """Whether guests can go on behind an operation, once they are ready again; a tick shall be no NMI and no INIT."""
+    if op[0] == "set_lapic" and struct.unpack_from("<I", op[2], r.APIC_LVTT)[0] & r.ICR_DM:
+        return False
+    sets_deadline = op[0] in ("set_msr", "guest_wrmsr") and op[2] == r.MSR_TSC_DEADLINE
+    return sets_deadline or starts_anew(op) or tame(op)
 
 
 def starts_anew(op: s.Op) -> bool:
@@ -197,7 +202,7 @@ def run_guests(operations: int, seed: int, seconds: float | None = None, *, fast
                 pair.make_ready()
                 for _ in range(min(OPS_PER_VM, operations - done)):
                     op = guest_op(rng, pair.plain)
-                    if starts_anew(op) or sets_deadline(op) or tame(op):
+                    if may_be_run(op):
                         pair.step(op)
                         done += 1
                     if starts_anew(op):
