@@ -119,13 +119,11 @@ def may_be_run(op: s.Op) -> bool:
 
 
 def starts_anew(op: s.Op) -> bool:
-    """Whether an operation is an IPI or a message of INIT."""
+    """Whether an operation is an INIT from outside: a guest that sends one may get it before it comes back."""
     name, *arguments = op
     if name == "signal_msi":
         return arguments[1] >> 8 & 7 == r.DM_INIT
-    if name in ("set_msr", "guest_wrmsr") and arguments[1] == r.MSR_X2APIC_ICR:
-        return arguments[2] >> 8 & 7 == r.DM_INIT
-    return name == "mmio_write" and arguments[1] == r.APIC_ICR and arguments[2] >> 8 & 7 == r.DM_INIT
+    return name == "set_msr" and arguments[1] == r.MSR_X2APIC_ICR and arguments[2] >> 8 & 7 == r.DM_INIT
 
 
 def carry_out(machine: Any, op: s.Op) -> None:

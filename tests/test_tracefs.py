@@ -155,6 +155,19 @@ def test_loss_is_an_error(vm: Oracle) -> None:
 
 
 @kvm
+def test_loss_that_no_read_sees_is_an_error_at_the_end(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = KernelTrace._text
+    monkeypatch.setattr(KernelTrace, "_text", lambda *of: real(*of).replace("commit overrun: 0", "commit overrun: 3"))
+    with pytest.raises(ZeroDivisionError), KernelTrace() as trace:
+        raise ZeroDivisionError
+    with pytest.raises(TraceLost, match=r"lost \d+ events"), KernelTrace() as trace:
+        assert trace.read() == []
+    with KernelTrace() as trace:
+        trace.close()
+    assert instances(root, os.getpid()) == []
+
+
+@kvm
 def test_follows_the_threads_that_ask(vm: Oracle) -> None:
     def other(follow: bool) -> None:
         if follow:

@@ -38,10 +38,8 @@ _READ_BYTES = 1 << 16
 _NAME = re.compile(r"fastexit-(\d+)-\d+")
 _THREAD = re.compile(r".*-(\d+) +\[\d+\]", re.DOTALL)
 _LOST = re.compile(r"CPU:\d+ \[LOST (?:(\d+) )?EVENTS\]")
-OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-fork")
-"""Names of commands would go into a table that all instances share."""
-
-_COUNTERS = ("overrun", "commit overrun", "dropped events")
+_OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-fork")
+"""norecord-cmd, for names of commands go into a table that all instances share."""
 
 
 class TraceUnavailable(OSError):
@@ -64,7 +62,8 @@ class KernelTrace:
     Args:
         events: names of KVM's events; TraceUnavailable for one that the kernel lacks. None: those of EVENTS that it
             has, see the attribute ``events``.
-        buffer_kib: ring buffer a CPU. What does not fit between two reads is lost, and `read` says so.
+        buffer_kib: ring buffer a CPU. What does not fit between two reads is lost, and `read` says so; what is lost for
+            rarer reasons, the end of the with statement.
 
     `TraceUnavailable` (an OSError) where tracefs cannot be used, which takes root. Only threads that opened a trace or
     called `follow` are seen.
@@ -88,7 +87,7 @@ class KernelTrace:
             remove_stale(root)
             self._instance = self._held.make(root)
             # before anything else that is kept open: what is left behind by a killed process shall cost nothing
-            for option in OPTIONS:
+            for option in _OPTIONS:
                 self._write("trace_options", option)
             self._held.keep(os.open("free_buffer", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._instance))
             self._write("trace_clock", "counter")
@@ -113,7 +112,12 @@ class KernelTrace:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            unseen = self._counted("commit overrun", "dropped events") if kind is None and self._finalizer.alive else 0
+        finally:
+            self.close()
+        if unseen:
+            raise TraceLost(f"lost {unseen} events that never got into the buffer")
 
     def __repr__(self) -> str:
         return f"<KernelTrace {' '.join(self.events)}>"
@@ -163,13 +167,16 @@ class KernelTrace:
         self._drain()
 
     def lost(self) -> int:
-        """Events that never got into a buffer or were overwritten, since the trace is open."""
+        """Events that were overwritten or never got into a buffer, since the trace is open, even if forgotten."""
+        return self._counted("overrun", "commit overrun", "dropped events")
+
+    def _counted(self, *names: str) -> int:
+        """What the counters of all CPUs add up to."""
         total = 0
         for cpu in _names("per_cpu", self._instance):
             for line in self._text(f"per_cpu/{cpu}/stats").splitlines():
                 name, _, number = line.partition(": ")
-                if name in _COUNTERS:
-                    total += int(number)
+                total += int(number) if name in names else 0
         return total
 
     def _drain(self) -> str:
