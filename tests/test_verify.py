@@ -18,7 +18,9 @@ from fastexit.kvm import host, script
 from fastexit.kvm import verify as v
 from fastexit.kvm.host import KvmUnavailable, generation
 from fastexit.kvm.operations import Op, describe
+from fastexit.kvm.tracefs import TraceUnavailable
 from fastexit.kvm.twins import Setup, Twins
+from fastexit.tracepoints import Trace
 
 
 def why_not() -> str | None:
@@ -120,6 +122,24 @@ def test_a_difference_is_shortened_and_shown(monkeypatch: pytest.MonkeyPatch, tm
     assert exit_code() == 1
     monkeypatch.setattr(VcpuIoctls, "get_msr", truth)
     assert exit_code() == 0
+
+
+@kvm
+def test_trace_lines_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line by line; and a line that the model lacks is found, with a script that replays it."""
+    try:
+        assert v.verify(600, seed=2, traced=True).agreed
+    except TraceUnavailable as error:
+        pytest.skip(str(error))
+    report = v.verify(300, seed=2, traced=True, only="guest")
+    assert report.agreed
+    assert report.kinds["guest"].trace_lines > 300
+    monkeypatch.setattr(Trace, "enable", lambda self: None)
+    found = v.verify(300, seed=2, traced=True, only="msr").divergence
+    assert found is not None
+    assert len(found.history) == 1
+    assert "expected nothing, KVM prints kvm_" in found.text
+    assert "traced=True" in found.script()
 
 
 @kvm
