@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 from fastexit import regs as r
 from fastexit.kvm import operations as ops
+from fastexit.kvm.guest import MEMORY_BYTES
 from fastexit.kvm.host import Host
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.oracle import Oracle
@@ -283,7 +284,8 @@ class GuestTwins(Twins):
             return ops.host_op(rng, self, timer=False)
         i = rng.randrange(len(self.vcpus))
         if not self.able(i):
-            return ("ready", i)
+            base = self.vcpus[i].apic_base & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE
+            return rng.choice((("ready", i), ("set_msr", i, r.MSR_APICBASE, base)))
         return ops.guest_op(rng, self, i)
 
     def able(self, i: int) -> bool:
@@ -293,7 +295,7 @@ class GuestTwins(Twins):
             model.get_mp_state() == r.MP_RUNNABLE
             and not model.events().nmi_pending
             and self.real.vcpus[i].is_flat()
-            and (not self.vcpus[i].hw_enabled or model.apic_base & r.APICBASE_PAGE == r.APIC_DEFAULT_PHYS_BASE)
+            and MEMORY_BYTES <= model.apic_base & r.APICBASE_PAGE < 1 << 32
         )
 
     def step(self, op: Op) -> None:
