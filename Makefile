@@ -8,7 +8,7 @@ BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input b
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long bench lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long verify bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,15 @@ test-bounds: compile-bounds ## a part of the suite with every array access check
 
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
+
+verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md
+	@mkdir -p build/verify
+	@for seed in 1 2 3; do \
+		$(PY) -m fastexit verify --ops 1000000 --seed $$seed --json > build/verify/seed-$$seed.json || exit 1; done
+	@$(PY) -m fastexit verify --ops 150000 --seed 4 --trace --json > build/verify/trace.json
+	@$(PY) -m fastexit verify --ops 400 --seed 5 --only many --json > build/verify/many.json
+	@$(PY) docs/verified.py build/verify/seed-*.json build/verify/trace.json build/verify/many.json
+	@$(PY) docs/generate.py
 
 bench: $(STAMP) ## all benchmarks, fast path beside generic path
 	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \

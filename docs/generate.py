@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import verified
+
 import fastexit as fx
 from fastexit.profile import PROFILES, Trait
 from fastexit.trace.replay import replay
@@ -63,6 +65,7 @@ def traits() -> str:
 SECTIONS = {
     ROOT / "README.md": {"generations": generations},
     ROOT / "docs" / "model.md": {"traits": traits},
+    ROOT / "docs" / "verified.md": {"runs": verified.runs, "mutants": verified.mutants},
 }
 
 

@@ -1,7 +1,7 @@
-"""The command line: ``fastexit walk | replay | demo | info``, each with --json.
+"""The command line: ``fastexit walk | replay | verify | demo | info``, each with --json.
 
-Exit code 0: done; 1: replay found damage, or lines that the model did not predict; 2: wrong arguments, unusable input
-or nowhere to write to, said in one line on stderr.
+Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference; 2: wrong
+arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ _EPILOG = """examples:
   fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside 6.18
   fastexit walk --shorthand all-but-self --kernels 5.7,6.18
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
+  fastexit verify --ops 20000                    is the model like the KVM of this very machine?
   fastexit demo --output out                     everything, on a real trace
 
 Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_ipi -e kvm:kvm_apic_accept_irq \\
                -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio, then trace-cmd report > guest.trace
 """
+
+
+MOST_VCPUS = 4096
+VERIFY_KINDS = ("msr", "guest", "many")
 
 
 def _number(text: str) -> int:
@@ -37,6 +42,32 @@ def _number(text: str) -> int:
         value = 1 << 64
     if value.bit_length() > 64:
         raise argparse.ArgumentTypeError(f"{quoted(text)} does not fit 64 bits")
+    return value
+
+
+def _vcpus(text: str) -> tuple[int, ...]:
+    """A number of vCPUs, or their APIC ids: 6, or 0,1,300,4095."""
+    numbers = tuple(_number(part) for part in text.split(","))
+    ids = tuple(range(numbers[0])) if len(numbers) == 1 and numbers[0] <= MOST_VCPUS else numbers
+    if not ids or max(ids) >= MOST_VCPUS or len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: a number from 1 to {MOST_VCPUS}, or different ids below it")
+    return ids
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = _number(text)
+    if not value:
+        raise argparse.ArgumentTypeError("0 operations compare nothing")
     return value
 
 
@@ -95,6 +126,18 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--kernel", choices=profiles(), default="6.18", help="the kernel that recorded (default: 6.18)")
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
+
+    verify = command("verify", commands.verify, "Random operations on the model and on /dev/kvm, compared after each.")
+    verify.add_argument("--ops", type=_count, metavar="N", help="operations (default: 100000, or as many as fit)")
+    verify.add_argument("--seconds", type=_seconds, metavar="S", help="stop after so long")
+    verify.add_argument("--seed", type=_number, default=1, metavar="K", help="which operations (default: 1)")
+    verify.add_argument(
+        "--vcpus", type=_vcpus, metavar="LIST", help="a number, or APIC ids: 0,1,300 (default: 4 to 9 random ones)"
+    )
+    verify.add_argument("--only", choices=VERIFY_KINDS, help="one kind of operations (default: all, by share)")
+    verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
+    verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
+    verify.add_argument("--quiet", action="store_true", help="no progress bar")
 
     demo = command("demo", commands.demo, "Replay the bundled trace, walk one exit, compare fast with generic, draw.")
     demo.add_argument("--trace", metavar="TRACE", help="another trace than the bundled one")

@@ -1,4 +1,4 @@
-"""The commands of ``fastexit``: walk, replay, demo, info. Each takes parsed arguments and returns the exit code."""
+"""The commands of ``fastexit``: each takes parsed arguments and returns the exit code."""
 
 from __future__ import annotations
 
@@ -239,6 +239,61 @@ def demo(args: argparse.Namespace) -> int:
     return 0 if report.exact else 1
 
 
+def _verified(args: argparse.Namespace) -> Any:
+    """A report, with a progress bar over operations or seconds."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fastexit.kvm.verify import verify
+    from fastexit.show import console
+
+    options = {"seconds": args.seconds, "seed": args.seed, "ids": args.vcpus, "only": args.only, "traced": args.trace}
+    operations = args.ops if args.ops is not None else 1 << 62 if args.seconds is not None else 100_000
+    out = console(to_stderr=True)
+    if args.quiet or not out.is_terminal:
+        return verify(operations, **options)
+    columns = TextColumn("comparing with /dev/kvm"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("", total=operations if operations < 1 << 62 else None)
+        return verify(operations, progress=lambda done, _: bar.update(task, completed=done), **options)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``fastexit verify``; 1 when the model and the kernel differ."""
+    from fastexit.kvm.host import running
+
+    running()
+    if args.script is not None:
+        _check_writable(Path(args.script).parent, "--script")
+    _compile()
+    report = _verified(args)
+    found = report.divergence
+    if found is not None and args.script is not None:
+        Path(args.script).write_text(found.script())
+    if args.json:
+        _print_json(report.as_dict())
+        return 0 if report.agreed else 1
+    from fastexit.kvm.render import render
+    from fastexit.show import console
+
+    render(report, console())
+    if found is not None and args.script is None:
+        print(f"\n{found.script()}")
+    elif found is not None:
+        print(f"script: {args.script}")
+    return 0 if report.agreed else 1
+
+
+def _kvm_fact() -> str:
+    """What /dev/kvm is, or why it is of no use."""
+    from fastexit.kvm.host import running
+
+    try:
+        host = running()
+    except OSError as error:
+        return " ".join(str(error).split())
+    return f"usable: {host.module or 'KVM'} of {host.release}, modelled as {host.kernel}"
+
+
 def _cache_fact(directory: Path | None) -> str:
     """Where compiled kernels are kept, and whether they really can be: a failure there is silent elsewhere."""
     if directory is None:
@@ -257,7 +312,6 @@ def info(args: argparse.Namespace) -> int:
     from fastexit import layout
     from fastexit.kernels import _jit
 
-    kvm = "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "present, not accessible"
     facts: dict[str, object] = {
         "fastexit": __version__,
         "Python": sys.version.split()[0],
@@ -269,7 +323,7 @@ def info(args: argparse.Namespace) -> int:
         "ABI version": layout.ABI_VERSION,
         "bytes per vCPU": layout.VCPU_BYTES,
         "vCPUs at most": layout.MAX_VCPUS,
-        "/dev/kvm": kvm if os.path.exists("/dev/kvm") else "absent",
+        "/dev/kvm": _kvm_fact(),
     }
     if args.json:
         rows = {p.name: {"tree": p.tree, "summary": p.summary} for p in PROFILES.values()}

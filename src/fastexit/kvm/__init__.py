@@ -2,7 +2,7 @@
 
 ioctl.py calls, host.py says what the running kernel is, guest.py runs real instructions, oracle.py and vcpu.py have the
 face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and applies them to either, verify.py
-compares.
+compares, tracefs.py reads what the kernel's tracepoints say meanwhile.
 
 >>> import fastexit as fx
 >>> with fx.kvm.Oracle(vcpus=4) as vm:  # doctest: +SKIP
@@ -16,7 +16,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_NAMES = {"Oracle": "oracle", "OracleVcpu": "vcpu", "Host": "host", "KvmUnavailable": "host"}
+_NAMES = {
+    "Oracle": "oracle",
+    "OracleVcpu": "vcpu",
+    "Host": "host",
+    "KvmUnavailable": "host",
+    "KernelTrace": "tracefs",
+    "TraceLost": "tracefs",
+    "TraceUnavailable": "tracefs",
+}
 __all__ = [*_NAMES]
 
 

@@ -21,12 +21,17 @@ from fastexit.profile import PROFILES
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")
 VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
+EMULATING = ("kvm_pvm",)
+"""Modules that carry out a guest in real mode by the emulator, which knows no fast path."""
 NOWHERE = 0x7FFF_FFF0
 """A destination that no vCPU has."""
 
 
 class KvmUnavailable(OSError):
-    """/dev/kvm is not there, not ours to open, or too old; one line says which."""
+    """/dev/kvm is not there, not ours to open, or too old; its text is one line that says which."""
+
+    def __str__(self) -> str:
+        return self.strerror or "no usable KVM"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Host:
     bus_cycles: bool
     max_vcpus: int
     max_vcpu_id: int
+
+    @property
+    def emulates(self) -> bool:
+        """Whether guests in real mode are emulated: none of their exits is fast."""
+        return self.module in EMULATING
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastexit import regs as r
+from fastexit.kvm.guest import MEMORY_BYTES
 from fastexit.kvm.values import (
     FAR_DEADLINE,
     ID_POOL,
@@ -36,6 +37,8 @@ from fastexit.outcome import GeneralProtection, Outcome
 
 Op = tuple[Any, ...]
 
+MAXPHYADDR = 48
+"""Physical address bits of guests, as `Oracle` makes them."""
 GUEST_OPS = ("wrmsr", "rdmsr", "mmio_write", "mmio_read")
 """Operations that a vCPU carries out itself: one instruction."""
 NOT_FOR_GUESTS = (r.DM_NMI, r.DM_INIT)
@@ -166,7 +169,7 @@ def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:
     if vcpu.x2apic or kind < 0.04:
         return _guest_msr_op(rng, machine, i)
     if kind < 0.07:
-        return ("wrmsr", i, r.MSR_APICBASE, _same_page(apic_base(rng, vcpu)))
+        return ("wrmsr", i, r.MSR_APICBASE, _reachable(apic_base(rng, vcpu)))
     if kind < 0.35:
         return ("mmio_write", i, r.APIC_ICR, _tame(rng, icr_low(rng)), 4)
     if kind < 0.70:
@@ -193,7 +196,7 @@ def _guest_msr_op(rng: random.Random, machine: Seen, i: int) -> Op:
         high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
         return ("wrmsr", i, r.MSR_X2APIC_BASE + (offset >> 4), _guest_value(rng, offset) | high)
     if kind < 0.7:
-        return ("wrmsr", i, r.MSR_APICBASE, _same_page(apic_base(rng, machine.vcpus[i])))
+        return ("wrmsr", i, r.MSR_APICBASE, _reachable(apic_base(rng, machine.vcpus[i])))
     if kind < 0.78:
         offset = rng.choice(WRITABLE_IN_XAPIC)
         return ("mmio_write", i, offset, _guest_value(rng, offset), 4)
@@ -218,9 +221,12 @@ def _tame(rng: random.Random, value: int) -> int:
     return value
 
 
-def _same_page(value: int) -> int:
-    """An APICBASE whose page stays where the guest's stores go; reserved bits below may still fault."""
-    return value & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE | value & ~((1 << 52) - 1)
+def _reachable(value: int) -> int:
+    """An APICBASE whose page 32-bit code reaches; one that faults may have it anywhere."""
+    page = value & r.APICBASE_PAGE
+    if MEMORY_BYTES <= page < 1 << 32 or page >> MAXPHYADDR:
+        return value
+    return value & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE
 
 
 def apply(machine: Any, op: Op) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 from fastexit import regs as r
 from fastexit.kvm.operations import Op
+from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 SECONDS = 60.0
@@ -19,8 +20,9 @@ WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic")
 
 
 class _Search:
-    def __init__(self, cls: type[Twins], found: Divergence, seconds: float) -> None:
+    def __init__(self, cls: type[Twins], found: Divergence, witness: KernelTrace | None, seconds: float) -> None:
         self.cls = cls
+        self.witness = witness
         self.best = found
         self.until = time.monotonic() + seconds
 
@@ -30,7 +32,7 @@ class _Search:
             return False
         done = 0
         try:
-            with self.cls(setup, traced=self.best.traced) as twins:
+            with self.cls(setup, self.witness) as twins:
                 twins.look()
                 for op in ops:
                     done += 1
@@ -88,9 +90,11 @@ class _Search:
                 self.keeps(self.best.setup, ops)
 
 
-def shortened(cls: type[Twins], found: Divergence, seconds: float = SECONDS) -> Divergence:
+def shortened(
+    cls: type[Twins], found: Divergence, witness: KernelTrace | None = None, seconds: float = SECONDS
+) -> Divergence:
     """The shortest story found within ``seconds``; the one given, if it does not show again."""
-    search = _Search(cls, found, seconds)
+    search = _Search(cls, found, witness, seconds)
     if search.keeps(found.setup, list(found.history)):
         search.operations()
         search.vcpus()

@@ -10,19 +10,25 @@ import random
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from fastexit import regs as r
 from fastexit.kvm import operations as ops
+from fastexit.kvm.guest import MEMORY_BYTES
 from fastexit.kvm.host import Host
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.script import script
+from fastexit.kvm.tracefs import KernelTrace, lines_of_interest
 from fastexit.kvm.values import ID_POOL, READABLE_IN_XAPIC, chance, differences, masked
 from fastexit.machine import Machine
 
 TMCCT_MSR = r.MSR_X2APIC_BASE + (r.APIC_TMCCT >> 4)
+COUNT_READ = "kvm_apic: apic_read APIC_TMCCT = "
+BOOTED_NS = 1000
+"""So that a deadline at TSC 1 has passed."""
 PPR_MSR = r.MSR_X2APIC_BASE + (r.APIC_PROCPRI >> 4)
 
 
@@ -95,11 +101,13 @@ class View:
 class Twins:
     """Host calls: MSRs, messages, whole pages, states and events, late vCPUs and flags.
 
-    A context manager. ``pages`` and ``trace_lines`` count what was compared.
+    With a ``witness`` the lines that the kernel's tracepoints print are compared, too. A context manager; ``pages`` and
+    ``trace_lines`` count what was compared.
     """
 
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
+    traceable: ClassVar[bool] = True
     last_questions: ClassVar[tuple[Op, ...]] = (
         ("get_mp_state",),
         ("get_msr", r.MSR_APICBASE),
@@ -109,15 +117,18 @@ class Twins:
     )
     about: ClassVar[str] = "KVM_SET_MSRS, KVM_GET_MSRS, KVM_SIGNAL_MSI, KVM_SET_LAPIC, KVM_SET_SREGS, states, events"
 
-    def __init__(self, setup: Setup, *, traced: bool = False) -> None:
+    def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
         self.setup = setup
-        self.traced = traced
+        self.witness = witness
         self.history: list[Op] = []
         self.pages = 0
         self.trace_lines = 0
         self.x2apic = setup.x2apic
         self.real = Oracle(**setup.keywords())
         self.model = Machine(**self.model_keywords())
+        self.model.set_time(BOOTED_NS)
+        if witness is not None and self.real.host.emulates:
+            self.model.fastpath = False  # whose lines come in another order
         self.vcpus = [View(vcpu.vcpu_id) for vcpu in self.model.vcpus]
 
     @classmethod
@@ -181,8 +192,28 @@ class Twins:
         self.look()
 
     def carry_out(self, op: Op) -> None:
-        """One operation on both sides; what it returned is compared."""
-        self.same_result(op, apply(self.model, op), apply(self.real, op))
+        """One operation on both sides; what it returned and what it printed is compared."""
+        if self.witness is None:
+            self.same_result(op, apply(self.model, op), apply(self.real, op))
+            return
+        trace = self.model.trace
+        trace.clear()
+        trace.enable()
+        expected = apply(self.model, op)
+        trace.disable()
+        self.witness.clear()
+        got = apply(self.real, op)
+        self.same_result(op, expected, got)
+        self.same_lines(op, lines_of_interest(trace.lines(), self.witness.events), self.witness.read())
+
+    def same_lines(self, op: Op, expected: list[str], got: list[str]) -> None:
+        """Compares trace lines one by one; the value of TMCCT depends on the time of day."""
+        self.trace_lines += len(got)
+        if expected == got:
+            return
+        for n, (line, other) in enumerate(zip_longest(expected, got, fillvalue="nothing")):
+            if line != other and not (line.startswith(COUNT_READ) and other.startswith(COUNT_READ)):
+                raise self.divergence(f"{describe(op)}, trace line {n}: expected {line}, KVM prints {other}")
 
     def same_result(self, op: Op, expected: Any, got: Any) -> None:
         """Compares what an operation returned, as far as it does not depend on the time of day."""
@@ -223,7 +254,7 @@ class Twins:
 
     def divergence(self, text: str) -> Divergence:
         """The error that carries the whole story."""
-        return Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.traced)
+        return Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.witness is not None)
 
 
 class GuestTwins(Twins):
@@ -253,7 +284,8 @@ class GuestTwins(Twins):
             return ops.host_op(rng, self, timer=False)
         i = rng.randrange(len(self.vcpus))
         if not self.able(i):
-            return ("ready", i)
+            base = self.vcpus[i].apic_base & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE
+            return rng.choice((("ready", i), ("set_msr", i, r.MSR_APICBASE, base)))
         return ops.guest_op(rng, self, i)
 
     def able(self, i: int) -> bool:
@@ -263,7 +295,7 @@ class GuestTwins(Twins):
             model.get_mp_state() == r.MP_RUNNABLE
             and not model.events().nmi_pending
             and self.real.vcpus[i].is_flat()
-            and (not self.vcpus[i].hw_enabled or model.apic_base & r.APICBASE_PAGE == r.APIC_DEFAULT_PHYS_BASE)
+            and MEMORY_BYTES <= model.apic_base & r.APICBASE_PAGE < 1 << 32
         )
 
     def step(self, op: Op) -> None:

@@ -208,17 +208,23 @@ class OracleVcpu:
         return stopped.edx << 32 | stopped.eax
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """A guest write to the xAPIC page at its default address, ``length`` 1, 2 or 4 bytes."""
+        """A guest write to the xAPIC page, ``length`` 1, 2 or 4 bytes. ValueError for a page beyond 4 GiB."""
         offset, length = integer(offset, "xAPIC page offset", 0xFFF), access_size(length)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
-        code = G.STORES[length]
-        return self._outcome(self.ready().execute(code, rax=value, rdi=R.APIC_DEFAULT_PHYS_BASE + offset))
+        return self._outcome(self.ready().execute(G.STORES[length], rax=value, rdi=self._page_at() + offset))
 
     def mmio_read(self, offset: int, length: int = 4) -> int:
         """A guest read of the xAPIC page; what KVM leaves alone is whatever the emulator had in its hands."""
         offset, length = integer(offset, "xAPIC page offset", 0xFFF), access_size(length)
-        stopped = self.ready().execute(G.LOADS[length], rdi=R.APIC_DEFAULT_PHYS_BASE + offset)
+        stopped = self.ready().execute(G.LOADS[length], rdi=self._page_at() + offset)
         return stopped.eax & (1 << 8 * length) - 1
+
+    def _page_at(self) -> int:
+        """Where APICBASE has the page: 32-bit code has to reach it, and the guest's memory has to be elsewhere."""
+        page = self.apic_base & R.APICBASE_PAGE
+        if not G.MEMORY_BYTES <= page < 1 << 32:
+            raise ValueError(f"the xAPIC page at {page:#x} is out of a real-mode guest's reach")
+        return page
 
     def run_through(self) -> list[int]:
         """KVM_RUN of a guest that does nothing, interrupts off; vectors of the IOAPIC EOIs that came before it."""

@@ -10,6 +10,7 @@ import datetime
 import random
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastexit import __version__
 from fastexit.kvm import host as H
 from fastexit.kvm.operations import Op
 from fastexit.kvm.shrink import SECONDS, shortened
+from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, ManyTwins)}
@@ -110,64 +112,75 @@ def verify(
     KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs.
     """
     host = H.running()
+    shares = _shares(operations, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = Report(host, seed, operations, traced, began)
-    shares = {only: 1.0} if only else {k: s for k, s in SHARES.items() if k != "many" or operations >= MANY_FROM}
-    report.kinds = {kind: Count() for kind in shares}
+    report = Report(host, seed, operations, traced, began, {kind: Count() for kind in shares})
     numbers = dict.fromkeys(shares, 0)
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
-    try:
-        while report.operations < operations and (deadline is None or time.monotonic() < deadline):
-            kind = min(shares, key=lambda kind: report.kinds[kind].operations / shares[kind])
-            number = numbers[kind]
-            numbers[kind] += 1
-            rng = random.Random(f"{seed}/{kind}/{number}")
-            left = operations - report.operations
-            _session(KINDS[kind], rng, report, ids, min(left, KINDS[kind].operations_each), deadline, progress)
-    except Divergence as found:
-        report.divergence = shortened(KINDS[found.kind], found, shorten)
+    with ExitStack() as stack:
+        witness = stack.enter_context(KernelTrace()) if traced else None
+        try:
+            while report.operations < operations and (deadline is None or time.monotonic() < deadline):
+                kind = min(shares, key=lambda kind: report.kinds[kind].operations / shares[kind])
+                rng = random.Random(f"{seed}/{kind}/{numbers[kind]}")
+                numbers[kind] += 1
+                cls = KINDS[kind]
+                with cls(cls.draw(rng, host, ids), witness) as twins:
+                    _session(twins, rng, report, deadline, progress)
+        except Divergence as found:
+            report.divergence = shortened(KINDS[found.kind], found, witness, shorten)
     report.seconds = time.monotonic() - start
     return report
 
 
+def _shares(operations: int, only: str | None, traced: bool) -> dict[str, float]:
+    """Which kinds run, and how much of all operations each gets."""
+    if only is not None:
+        if traced and not KINDS[only].traceable:
+            raise ValueError(
+                f"operations of kind {only} are not compared by trace lines: their order is the host's own"
+            )
+        return {only: 1.0}
+    return {
+        kind: share
+        for kind, share in SHARES.items()
+        if (kind != "many" or operations >= MANY_FROM) and (KINDS[kind].traceable or not traced)
+    }
+
+
 def _session(
-    cls: type[Twins],
-    rng: random.Random,
-    report: Report,
-    ids: tuple[int, ...] | None,
-    operations: int,
-    deadline: float | None,
-    progress: Progress | None,
+    twins: Twins, rng: random.Random, report: Report, deadline: float | None, progress: Progress | None
 ) -> None:
     """One machine's life."""
-    count = report.kinds[cls.kind]
+    count = report.kinds[twins.kind]
     began = time.monotonic()
-    with cls(cls.draw(rng, report.host, ids), traced=report.traced) as twins:
-        try:
-            for op in twins.beginning(rng):
-                twins.step(op)
-            for number in range(operations):
-                twins.step(twins.draw_op(rng))
-                count.operations += 1
-                if number % 32 == 0:
-                    if progress is not None:
-                        progress(report.operations, report.wanted)
-                    if deadline is not None and time.monotonic() > deadline:
-                        break
-            twins.settle()
-        finally:
-            count.machines += 1
-            count.vcpus = max(count.vcpus, len(twins.vcpus))
-            count.pages += twins.pages
-            count.trace_lines += twins.trace_lines
-            count.seconds += time.monotonic() - began
+    try:
+        for op in twins.beginning(rng):
+            twins.step(op)
+        for number in range(min(twins.operations_each, report.wanted - report.operations)):
+            twins.step(twins.draw_op(rng))
+            count.operations += 1
+            if number % 32 == 0:
+                if progress is not None:
+                    progress(report.operations, report.wanted)
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+        twins.settle()
+    finally:
+        count.machines += 1
+        count.vcpus = max(count.vcpus, len(twins.vcpus))
+        count.pages += twins.pages
+        count.trace_lines += twins.trace_lines
+        count.seconds += time.monotonic() - began
 
 
 def replay(kind: str, keywords: dict[str, Any], ops: list[Op], *, traced: bool = False) -> Divergence | None:
     """Carries out operations on new twins: where they differ, or None."""
     setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
-    with KINDS[kind](setup, traced=traced) as twins:
+    with ExitStack() as stack:
+        witness = stack.enter_context(KernelTrace()) if traced else None
+        twins = stack.enter_context(KINDS[kind](setup, witness))
         try:
             twins.look()
             for op in ops:

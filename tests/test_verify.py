@@ -1,0 +1,227 @@
+"""`fastexit verify`: the model is like the kernel; differences are found, shortened, shown; nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from fastexit import cli
+from fastexit import regs as r
+from fastexit.ioctls import VcpuIoctls
+from fastexit.kvm import host, script
+from fastexit.kvm import verify as v
+from fastexit.kvm.host import KvmUnavailable, generation
+from fastexit.kvm.operations import Op, describe
+from fastexit.kvm.tracefs import TraceUnavailable
+from fastexit.kvm.twins import Setup, Twins
+from fastexit.tracepoints import Trace
+
+
+def why_not() -> str | None:
+    try:
+        host.running()
+    except KvmUnavailable as error:
+        return str(error)
+    return None
+
+
+WHY_NOT = why_not()
+needs_kvm = [pytest.mark.kvm, pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")]
+
+
+def kvm(test):  # type: ignore[no-untyped-def]
+    for mark in needs_kvm:
+        test = mark(test)
+    return test
+
+
+def open_files() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def run_cli(*arguments: str) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(["verify", *arguments])
+    return code, out.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------- with a kernel
+
+
+@kvm
+def test_the_model_is_like_the_kernel() -> None:
+    """A slice of each seed's work; `make verify` compares millions of operations."""
+    code, text = run_cli("--seconds", "6", "--seed", str(random.randrange(1 << 32)), "--json")
+    report = json.loads(text)
+    assert report["divergence"] is None, report["divergence"]["script"]
+    assert code == 0
+    assert report["operations"] > 100
+    assert all(report["kinds"][kind]["operations"] for kind in report["kinds"])
+
+
+@kvm
+def test_ids_can_be_chosen() -> None:
+    code, text = run_cli("--ops", "40", "--vcpus", "5,300,4095", "--only", "msr", "--json")
+    assert code == 0
+    assert json.loads(text)["kinds"]["msr"]["operations"] == 40
+
+
+@kvm
+def test_a_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--ops", "20"]) == 0
+    assert "no difference in 20 operations" in " ".join(capsys.readouterr().out.split())
+
+
+@kvm
+def test_the_same_seed_does_the_same() -> None:
+    """What a session does may not depend on anything but its seed."""
+
+    def life() -> list[Op]:
+        rng = random.Random("5/msr/0")
+        with Twins(Twins.draw(rng, host.running(), None)) as twins:
+            for op in twins.beginning(rng):
+                twins.step(op)
+            for _ in range(60):
+                twins.step(twins.draw_op(rng))
+        return twins.history
+
+    assert life() == life()
+
+
+@kvm
+def test_a_difference_is_shortened_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault in the model: the story that remains needs no more than it has to, and its script shows the fault."""
+    truth = VcpuIoctls.get_msr
+
+    def faulty(self: VcpuIoctls, msr: int) -> int | None:
+        value = truth(self, msr)
+        return value ^ 1 if msr == 0x80F and value is not None and self.index == 2 else value
+
+    monkeypatch.setattr(VcpuIoctls, "get_msr", faulty)
+    story = tmp_path / "story.py"
+    code, text = run_cli("--ops", "20000", "--seed", "7", "--only", "msr", "--json", "--script", str(story))
+    found = json.loads(text)
+    assert code == 1
+    assert found["divergences"] == 1
+    assert "get_msr 2 0x80f" in found["divergence"]["text"]
+    source = story.read_text()
+    assert source == found["divergence"]["script"]
+    assert source.count('yield "vCPU') == 2  # into x2APIC mode, and the read
+
+    def exit_code() -> int:
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(source, str(story), "exec"), {})
+        return int(end.value.code)
+
+    assert exit_code() == 1
+    monkeypatch.setattr(VcpuIoctls, "get_msr", truth)
+    assert exit_code() == 0
+
+
+@kvm
+def test_trace_lines_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line by line; and a line that the model lacks is found, with a script that replays it."""
+    try:
+        assert v.verify(600, seed=2, traced=True).agreed
+    except TraceUnavailable as error:
+        pytest.skip(str(error))
+    report = v.verify(300, seed=2, traced=True, only="guest")
+    assert report.agreed
+    assert report.kinds["guest"].trace_lines > 300
+    monkeypatch.setattr(Trace, "enable", lambda self: None)
+    found = v.verify(300, seed=2, traced=True, only="msr").divergence
+    assert found is not None
+    assert len(found.history) == 1
+    assert "expected nothing, KVM prints kvm_" in found.text
+    assert "traced=True" in found.script()
+
+
+@kvm
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a run that ends well, nor by Ctrl-C in the middle."""
+    before = open_files()
+    v.verify(100, seed=1)
+    assert open_files() == before
+
+    def interrupted(self: Twins, op: Op) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Twins, "step", interrupted)
+    assert cli.main(["verify", "--ops", "100", "--only", "guest"]) == 130
+    assert open_files() == before
+
+
+@kvm
+def test_replay_of_a_story() -> None:
+    ops = [("set_msr", 0, r.MSR_APICBASE, 0xFEE00D00), ("set_msr", 0, r.MSR_X2APIC_ICR, 0x1_0000_04FD)]
+    assert v.replay("msr", {"apic_ids": [0, 1]}, ops) is None
+
+
+# -------------------------------------------------------------------------------------------------- with or without
+
+
+def test_no_kvm_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.running.cache_clear()
+    monkeypatch.setattr(host, "DEVICE", str(tmp_path / "kvm"))
+    try:
+        assert cli.main(["verify", "--ops", "10"]) == 2
+    finally:
+        host.running.cache_clear()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert "no usable" in line
+    assert "this machine has no KVM" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--ops", "0"), ("--seconds", "-1"), ("--seconds", "soon"), ("--vcpus", "0"), ("--vcpus", "1,1"), ("--only", "x")],
+)
+def test_bad_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", *arguments])
+    assert end.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_command_line_knows_every_kind() -> None:
+    assert set(cli.VERIFY_KINDS) == set(v.KINDS) == set(v.SHARES)
+    assert all(cls.about for cls in v.KINDS.values())
+
+
+def test_generations_of_releases() -> None:
+    assert generation("6.18.44-fc") == "6.18"
+    assert generation("6.17.1") == "6.12"
+    assert generation("7.2") == "6.18"
+    assert generation("4.19.0") == "5.6"
+
+
+def test_every_operation_can_be_told() -> None:
+    page = bytearray(1024)
+    page[0xF0:0xF2] = b"\xff\x01"
+    ops: list[Op] = [
+        ("set_msr", 1, 0x830, 0xFD),
+        ("set_lapic", 0, bytes(page)),
+        ("signal_msi", 0xFEE00000, 0x41),
+        ("add_vcpu", 300),
+        ("set_events", 0, None, True, 5, False),
+        ("set_sregs", 0, 0xFEE00900, 3),
+        ("wrmsr", 1, 0x80B, 0),
+        ("mmio_read", 1, 0x20, 4),
+        ("ready", 0),
+        ("cr8", 0),
+    ]
+    text = script.script("a 'difference'", "guest", Setup((0, 1)).keywords(), ops, "6.18", "kvm")
+    compile(text, "story", "exec")
+    assert "page({0xf0: 0x1ff})" in text
+    assert describe(ops[1]) == "set_lapic 0 {f0:1ff}"
+    compile(script.script('"""', "timers", Setup((0, 1)).keywords(), ops, "6.18", "kvm"), "story", "exec")
