@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 
 import fastexit
 from conftest import ROOT
+from fastexit.kvm.tracefs import KernelTrace, TraceUnavailable
 from kvm_vm import UNUSABLE
 from mutants import MUTANTS, TABLE, Mutant, parsed
 
@@ -35,12 +35,13 @@ TRAPS = range(1, 71)
 VERIFY = """
 import json, sys
 from fastexit.kvm.verify import verify
-operations, seed, seconds = sys.argv[1:]
-print(json.dumps(verify(int(operations), seed=int(seed), shorten=float(seconds)).as_dict()))
+operations, seed, seconds, traced = sys.argv[1:]
+report = verify(int(operations), seed=int(seed), shorten=float(seconds), traced=traced == "True")
+print(json.dumps(report.as_dict()))
 """
 
 
-def verified(directory: Path, mutant: Mutant | None) -> dict[str, Any]:
+def verified(directory: Path, mutant: Mutant | None, *, traced: bool = False) -> dict[str, Any]:
     """The report of verify on a copy of the package with one fault, or with none; kernels are interpreted."""
     copy = directory / "fastexit"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,12 +49,21 @@ def verified(directory: Path, mutant: Mutant | None) -> dict[str, Any]:
         path = copy / mutant.file
         path.write_text(mutant.applied(path.read_text()))
     env = os.environ | {"PYTHONPATH": str(directory), "NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", VERIFY, str(OPERATIONS), str(SEED), str(SHORTEN_SECONDS)]
+    command = [sys.executable, "-c", VERIFY, *map(str, (OPERATIONS, SEED, SHORTEN_SECONDS, traced))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)
     shutil.rmtree(copy)
     if done.returncode:
         raise RuntimeError(f"{mutant}: {done.stderr[-2000:]}")
     return json.loads(done.stdout)
+
+
+def traces() -> bool:
+    """Whether this kernel's tracepoints can be read."""
+    try:
+        KernelTrace().close()
+    except TraceUnavailable:
+        return False
+    return True
 
 
 def line(number: int, mutant: Mutant, report: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +77,7 @@ def line(number: int, mutant: Mutant, report: dict[str, Any]) -> dict[str, Any]:
         "operations": report["operations"] + 1 if found else None,
         "kind": found["kind"] if found else None,
         "shown": found["text"] if found else None,
+        "traced": mutant.traced,
         "seconds": report["seconds"],
     }
 
@@ -78,10 +89,10 @@ def shown(entry: dict[str, Any]) -> str:
     return f"trap {entry['trap']:2}  {entry['what']:<58} {entry['operations']:>6,} {entry['kind']:<7} {entry['shown']}"
 
 
-def selected(words: str) -> Iterable[tuple[int, Mutant]]:
-    """Faults whose number is among the words; all of them when there are none."""
-    wanted = [int(word) for word in words.split()]
-    return [(n, mutant) for n, mutant in enumerate(MUTANTS) if not wanted or n in wanted]
+def selected(words: str, traced: bool) -> list[tuple[int, Mutant]]:
+    """Faults whose number is among the words, or all of them; without trace lines not those that need them."""
+    wanted = [int(word) for word in words.split()] or range(len(MUTANTS))
+    return [(n, mutant) for n, mutant in enumerate(MUTANTS) if n in wanted and (traced or not mutant.traced)]
 
 
 @pytest.mark.long
@@ -89,26 +100,30 @@ def selected(words: str) -> Iterable[tuple[int, Mutant]]:
 @pytest.mark.skipif(UNUSABLE is not None, reason=UNUSABLE or "")
 def test_every_fault_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """FASTEXIT_MUTANTS="3 17" looks at some of them alone."""
-    chosen = list(selected(os.environ.get("FASTEXIT_MUTANTS", "")))
+    traced = traces()
+    chosen = selected(os.environ.get("FASTEXIT_MUTANTS", ""), traced)
     start = time.monotonic()
 
     def hunt(item: tuple[int, Mutant]) -> dict[str, Any]:
         number, mutant = item
-        entry = line(number, mutant, verified(tmp_path / str(number), mutant))
+        entry = line(number, mutant, verified(tmp_path / str(number), mutant, traced=mutant.traced))
         with capfd.disabled():
             print(f"{number:3} {shown(entry)}", flush=True)
         return entry
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        control = pool.submit(verified, tmp_path / "control", None)
+        controls = {
+            name: pool.submit(verified, tmp_path / name, None, traced=name == "traced")
+            for name in ("plain", *["traced"] * traced)
+        }
         entries = list(pool.map(hunt, chosen))
-        report = control.result()
+        reports = {name: control.result() for name, control in controls.items()}
     result = {
-        "host": report["host"],
-        "began": report["began"],
+        "host": reports["plain"]["host"],
+        "began": reports["plain"]["began"],
         "seed": SEED,
         "limit": OPERATIONS,
-        "unmutated": {"operations": report["operations"], "divergence": report["divergence"]},
+        "unmutated": {name: report["operations"] for name, report in reports.items()},
         "caught": sum(entry["operations"] is not None for entry in entries),
         "seconds": round(time.monotonic() - start, 1),
         "mutants": entries,
@@ -118,8 +133,9 @@ def test_every_fault_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     path.write_text(json.dumps(result, indent=1) + "\n")
     with capfd.disabled():
         print(f"{result['caught']} of {len(entries)} faults found in {result['seconds']} s; {path.relative_to(ROOT)}")
-    assert report["divergence"] is None
-    assert report["operations"] >= OPERATIONS
+    for report in reports.values():
+        assert report["divergence"] is None
+        assert report["operations"] >= OPERATIONS
     assert [entry["what"] for entry in entries if entry["operations"] is None] == []
 
 
@@ -137,10 +153,10 @@ def test_a_fault_without_a_place_is_refused() -> None:
 
 
 def test_table_is_read_as_a_diff() -> None:
-    table = "Words.\n@@ 1 regs.py: wrong\n one\n-two\n+three\n@@ 2 regs.py: too\n+four\n five"
+    table = "Words.\n@@ 1 regs.py: wrong\n one\n-two\n+three\n@@ 2 regs.py traced: too\n+four\n five"
     first, second = parsed(table)
-    assert first == (1, "wrong", "regs.py", "one\ntwo\n", "one\nthree\n")
-    assert second == (2, "too", "regs.py", "five\n", "four\nfive\n")
+    assert first == (1, "wrong", "regs.py", "one\ntwo\n", "one\nthree\n", False)
+    assert second == (2, "too", "regs.py", "five\n", "four\nfive\n", True)
     assert first.applied("zero\none\ntwo\n") == "zero\none\nthree\n"
     assert len(MUTANTS) == TABLE.read_text().count("\n@@")
     with pytest.raises(ValueError, match="no lines of a diff below 'wrong'"):
