@@ -11,7 +11,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long verify verify-mutants bench lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
 	@mkdir -p build/demo
