@@ -127,6 +127,8 @@ class RunLoop:
         if forced:
             v.mp_state = r.MP_RUNNABLE
         v.in_guest, v.kicked = True, False
+        if behind and v.interrupt_injected:
+            v.rflags &= ~r.RFLAGS_IF  # delivered before the guest leaves again
         v.exception = None
         v.nmi_injected = False
         v.interrupt_injected = False

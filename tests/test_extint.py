@@ -60,6 +60,20 @@ def test_goes_before_the_local_apic() -> None:
     assert (v.injected, v.irq_window) == (0xFD, False)
 
 
+def test_delivered_before_the_entry_leaves_again() -> None:
+    """An injection that a tick cut short goes first in the next entry, which is left at once; its gate cleared IF."""
+    m = booted()
+    v = m.vcpus[0]
+    m.vcpus[1].wrmsr(0x830, fx.icr(dest=0, vector=0xFD))
+    v.set_msr(0x832, 0x41)
+    v.set_msr(0x838, 1)
+    m.set_time(m.time + 1000)
+    v.interrupt(0x31)
+    assert v.run()
+    assert (v.injected, v.irq_window, v.rflags & IF) == (0x31, True, 0)
+    assert v.pending() == 0xFD
+
+
 @pytest.mark.parametrize("lint0", [0x10700, 0x10000, 0x000, 0x400])
 def test_lint0_in_the_way(lint0: int) -> None:
     """Masked or no ExtINT: the vector waits until LINT0 lets it through."""
