@@ -127,7 +127,7 @@ class RunLoop:
         if forced:
             v.mp_state = r.MP_RUNNABLE
         v.in_guest, v.kicked = True, False
-        if behind and v.interrupt_injected:
+        if v.interrupt_injected and (behind or v.timer.hv_due()):
             v.rflags &= ~r.RFLAGS_IF  # delivered before the guest leaves again
         v.exception = None
         v.nmi_injected = False
@@ -141,7 +141,7 @@ class RunLoop:
     def _exits_at_once(self) -> str | None:
         """A preemption timer that has run out already lets the guest in and out again."""
         v = self.v
-        while v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
+        while v.timer.hv_due():
             v.timer.hv_exit()
             v.sync_pir()
             if self.m.generation < self.m.at("5.8") or v.requests:

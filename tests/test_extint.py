@@ -60,9 +60,13 @@ def test_goes_before_the_local_apic() -> None:
     assert (v.injected, v.irq_window) == (0xFD, False)
 
 
-def test_delivered_before_the_entry_leaves_again() -> None:
-    """An injection that a tick cut short goes first in the next entry, which is left at once; its gate cleared IF."""
-    m = booted()
+@pytest.mark.parametrize("hv_timer", [True, False])
+def test_delivered_before_the_entry_leaves_again(hv_timer: bool) -> None:
+    """An entry may be left at once: the preemption timer has run out, or an injection that a tick cut short goes first.
+
+    The gate has cleared IF by then, so that what is next waits for a window.
+    """
+    m = booted(hv_timer=hv_timer)
     v = m.vcpus[0]
     m.vcpus[1].wrmsr(0x830, fx.icr(dest=0, vector=0xFD))
     v.set_msr(0x832, 0x41)

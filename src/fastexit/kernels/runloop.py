@@ -228,15 +228,16 @@ def trace_entry(m, v):
     """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
 
     An entry that is forced to exit at once leaves an EVENT request behind: the event for which it was forced is to be
-    looked for again. The interrupt that it brings in is delivered before that exit, and RFLAGS.IF is clear then.
+    looked for again. An interrupt is delivered even where the guest leaves again at once: RFLAGS.IF is clear then.
     """
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
+    external = info & INTR_INFO_VALID and info & INTR_TYPE == INTR_TYPE_EXTERNAL
+    if external and (m[row + k.K_FORCE_EXIT] or hv_due(m, v)):
+        m[row + k.K_RFLAGS] = m[row + k.K_RFLAGS] & ~k.RFLAGS_IF
     if m[row + k.K_FORCE_EXIT]:
-        if info & INTR_INFO_VALID and info & INTR_TYPE == INTR_TYPE_EXTERNAL:
-            m[row + k.K_RFLAGS] = m[row + k.K_RFLAGS] & ~k.RFLAGS_IF
         make_request(m, v, k.REQ_EVENT)
     m[row + k.K_FORCE_EXIT] = k.ZERO
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
