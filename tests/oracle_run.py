@@ -127,6 +127,8 @@ class RunLoop:
         if forced:
             v.mp_state = r.MP_RUNNABLE
         v.in_guest, v.kicked = True, False
+        if v.interrupt_injected and (behind or v.timer.hv_due()):
+            v.rflags &= ~r.RFLAGS_IF  # delivered before the guest leaves again
         v.exception = None
         v.nmi_injected = False
         v.interrupt_injected = False
@@ -139,7 +141,7 @@ class RunLoop:
     def _exits_at_once(self) -> str | None:
         """A preemption timer that has run out already lets the guest in and out again."""
         v = self.v
-        while v.timer.hv_at is not None and v.timer.hv_at <= self.m.tsc():
+        while v.timer.hv_due():
             v.timer.hv_exit()
             v.sync_pir()
             if self.m.generation < self.m.at("5.8") or v.requests:

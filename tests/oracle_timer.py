@@ -234,6 +234,9 @@ class Timer:
             self._next_period()
             self.hrtimer = self.target
 
+    def hv_due(self) -> bool:
+        return self.hv_at is not None and self.hv_at <= self.m.tsc()
+
     def hv_exit(self) -> None:
         """The preemption timer ran out in the guest."""
         if self.hv_at is None:

@@ -60,6 +60,24 @@ def test_goes_before_the_local_apic() -> None:
     assert (v.injected, v.irq_window) == (0xFD, False)
 
 
+@pytest.mark.parametrize("hv_timer", [True, False])
+def test_delivered_before_the_entry_leaves_again(hv_timer: bool) -> None:
+    """An entry may be left at once: the preemption timer has run out, or an injection that a tick cut short goes first.
+
+    The gate has cleared IF by then, so that what is next waits for a window.
+    """
+    m = booted(hv_timer=hv_timer)
+    v = m.vcpus[0]
+    m.vcpus[1].wrmsr(0x830, fx.icr(dest=0, vector=0xFD))
+    v.set_msr(0x832, 0x41)
+    v.set_msr(0x838, 1)
+    m.set_time(m.time + 1000)
+    v.interrupt(0x31)
+    assert v.run()
+    assert (v.injected, v.irq_window, v.rflags & IF) == (0x31, True, 0)
+    assert v.pending() == 0xFD
+
+
 @pytest.mark.parametrize("lint0", [0x10700, 0x10000, 0x000, 0x400])
 def test_lint0_in_the_way(lint0: int) -> None:
     """Masked or no ExtINT: the vector waits until LINT0 lets it through."""

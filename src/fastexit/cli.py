@@ -28,7 +28,7 @@ Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_i
 
 
 MOST_VCPUS = 4096
-VERIFY_KINDS = ("msr", "guest", "many")
+VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many")
 
 
 def _number(text: str) -> int:

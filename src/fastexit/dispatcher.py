@@ -437,6 +437,7 @@ class Dispatcher:
         """Step 11 up to VMENTER: kvm_entry, injected event and all; the wait for a deadline that fired early."""
         mem, own = self.mem, v.own
         rare = mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE] or mem[own + L.K_IMMEDIATE]
+        rare = rare or (mem[own + L.K_ENTRY_INFO] and mem[own + L.K_HV_DEADLINE] != L.NONE)
         if rare or mem[L.H_CONFIG] & L.CONFIG_TRACE:
             _jit.load("trace_entry")(self.handle, v.index)
         else:

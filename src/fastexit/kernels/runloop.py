@@ -8,7 +8,16 @@ from . import typed as k
 from ._jit import kernel
 from .atomics import exchange, fence
 from .clock import hv_in_use
-from .events import accept_events, cancel_injection, process_nmi, process_smi, ready_for_user
+from .events import (
+    INTR_INFO_VALID,
+    INTR_TYPE,
+    INTR_TYPE_EXTERNAL,
+    accept_events,
+    cancel_injection,
+    process_nmi,
+    process_smi,
+    ready_for_user,
+)
 from .fastpath import exit_requested
 from .halt import runnable, set_mp_state
 from .hvtimer import hv_due
@@ -219,12 +228,15 @@ def trace_entry(m, v):
     """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
 
     An entry that is forced to exit at once leaves an EVENT request behind: the event for which it was forced is to be
-    looked for again.
+    looked for again. An interrupt is delivered even where the guest leaves again at once: RFLAGS.IF is clear then.
     """
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
+    external = info & INTR_INFO_VALID and info & INTR_TYPE == INTR_TYPE_EXTERNAL
+    if external and (m[row + k.K_FORCE_EXIT] or hv_due(m, v)):
+        m[row + k.K_RFLAGS] = m[row + k.K_RFLAGS] & ~k.RFLAGS_IF
     if m[row + k.K_FORCE_EXIT]:
         make_request(m, v, k.REQ_EVENT)
     m[row + k.K_FORCE_EXIT] = k.ZERO

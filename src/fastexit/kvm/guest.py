@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastexit import regs as R
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 MEMORY_BYTES = 0x10000
 FAULT_HANDLER_AT = 0x800
-CODE_AT = 0x1000
 VECTOR_HANDLERS_AT = 0x2000
 STACK_AT = 0x7000
+CODE_AT = 0x8000
+CODE_BYTES = 8
+"""What each vCPU has for itself: the program of one that waits for user space is kept while others run."""
 PORT_DONE, PORT_FAULT, PORT_INTERRUPT = 0x10, 0x11, 0x12
 VECTOR_GP = 13
 
@@ -58,34 +61,33 @@ class Memory:
     """A VM's memory from 0: code, a stack, and an interrupt vector table whose handlers report themselves."""
 
     def __init__(self, vm: int) -> None:
-        self._bytes = mmap.mmap(-1, MEMORY_BYTES)
-        self.code = memoryview(self._bytes)[CODE_AT:VECTOR_HANDLERS_AT]
+        self.bytes = mmap.mmap(-1, MEMORY_BYTES)
         for vector in range(16, 256):
             at = VECTOR_HANDLERS_AT + 4 * vector
             self._handler(vector, at, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
         self._handler(VECTOR_GP, FAULT_HANDLER_AT, bytes((OUT, PORT_FAULT)))
-        address = int(K.ffi.cast("uintptr_t", K.ffi.from_buffer(self._bytes)))
+        address = int(K.ffi.cast("uintptr_t", K.ffi.from_buffer(self.bytes)))
         region = K.ffi.new(
             "struct kvm_userspace_memory_region *", {"memory_size": MEMORY_BYTES, "userspace_addr": address}
         )
         K.call(vm, K.SET_USER_MEMORY_REGION, region)
 
     def _handler(self, vector: int, at: int, code: bytes) -> None:
-        struct.pack_into("<HH", self._bytes, 4 * vector, at, 0)
-        self._bytes[at : at + len(code)] = code
+        struct.pack_into("<HH", self.bytes, 4 * vector, at, 0)
+        self.bytes[at : at + len(code)] = code
 
     def close(self) -> None:
-        """Gives the memory back; only once the VM is gone."""
-        self.code.release()
-        self._bytes.close()
+        """Gives the memory back."""
+        self.bytes.close()
 
 
 class Guest:
-    """One vCPU that runs programs."""
+    """One vCPU that runs programs; ``index`` tells it from others of its VM, up to 4095."""
 
-    def __init__(self, fd: int, memory: Memory, run_bytes: int) -> None:
+    def __init__(self, fd: int, memory: Memory, run_bytes: int, index: int = 0) -> None:
         self._fd = fd
         self._memory = memory
+        self._code_at = CODE_AT + index * CODE_BYTES
         self._mapping = mmap.mmap(fd, run_bytes)
         self._run = K.ffi.cast("struct kvm_run *", K.ffi.from_buffer(self._mapping))
         self._regs = K.ffi.new("struct kvm_regs *")
@@ -118,10 +120,10 @@ class Guest:
     ) -> Stopped:
         """Runs one instruction; an MSR access that is user space's stops here and waits for `go_on`."""
         program = code + bytes((OUT, PORT_DONE))
-        self._memory.code[: len(program)] = program
+        self._memory.bytes[self._code_at : self._code_at + len(program)] = program
         regs = self._regs
         regs.rax, regs.rcx, regs.rdx, regs.rdi = rax, rcx, rdx, rdi
-        regs.rsp, regs.rip = STACK_AT, CODE_AT
+        regs.rsp, regs.rip = STACK_AT, self._code_at
         regs.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
         K.call(self._fd, K.SET_REGS, regs)
         return self.go_on()
@@ -156,12 +158,28 @@ class Guest:
         return Stopped(port, self._regs.rax & 0xFFFF_FFFF, self._regs.rdx & 0xFFFF_FFFF, user)
 
     def halt(self, seconds: float, *, interrupts: bool) -> Stopped | None:
-        """HLT: what the guest did then, or None when it still sleeps after ``seconds``."""
-        try:
-            with alarm(seconds):
-                return self.execute(HLT, interrupts=interrupts)
-        except TimeoutError:
-            return None
+        """HLT: what the guest did then, or None when it sleeps.
+
+        Each try lasts ``seconds``. A guest counts as asleep when it was halted at the beginning of a try and nothing
+        woke it during that: one that a busy host kept from running gets another.
+        """
+        state = K.ffi.new("struct kvm_mp_state *")
+        halted = False
+        run = partial(self.execute, HLT, interrupts=interrupts)
+        while True:
+            try:
+                with alarm(seconds):
+                    return run()
+            except TimeoutError:
+                K.call(self._fd, K.GET_MP_STATE, state)
+                if halted and state.mp_state == R.MP_HALTED:
+                    return None
+                halted, run = state.mp_state == R.MP_HALTED, self.go_on
+
+    @property
+    def exit_reason(self) -> KvmExit:
+        """run->exit_reason of the last return of KVM_RUN."""
+        return KvmExit(self._run.exit_reason)
 
     @property
     def msr_access(self) -> tuple[int, int, int]:
@@ -179,9 +197,10 @@ _armed = False
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Interrupts a system call of the main thread after ``seconds``; an alarm inside another's does nothing.
+    """Interrupts system calls of the main thread every ``seconds``; an alarm inside another's does nothing.
 
-    In other threads nothing is set, for Python hands signals to the main thread alone.
+    Again and again, because the first signal may come before the call that is to be interrupted. In other threads
+    nothing is set, for Python hands signals to the main thread alone.
     """
     global _armed
     if _armed or threading.current_thread() is not threading.main_thread():
@@ -189,7 +208,7 @@ def alarm(seconds: float) -> Iterator[None]:
         return
     before = signal.signal(signal.SIGALRM, _ignored)
     _armed = True
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

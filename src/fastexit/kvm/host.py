@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastexit import regs as R
+from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
 from fastexit.profile import PROFILES
 
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")
 VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
-EMULATING = ("kvm_pvm",)
-"""Modules that carry out a guest in real mode by the emulator, which knows no fast path."""
 NOWHERE = 0x7FFF_FFF0
 """A destination that no vCPU has."""
+TRIED_VECTOR = 0x41
 
 
 class KvmUnavailable(OSError):
@@ -43,7 +43,10 @@ class Host:
         module: the module that runs guests, "" when none of the known ones is loaded.
         api, api_split: the KVM_CAP_X2APIC_API flags taken with a full and with a split irqchip.
         icr_split: the x2APIC ICR is kept in two registers, as AVIC wants it.
-        vector_hashing, min_timer_period_us, pi_inject_timer: module parameters.
+        fastpath: the exit of a guest's WRMSR goes by the fast path, which shows where that does not ask the MSR filter.
+        eoi_at_injection: an interrupt that KVM injects is ended at once (a module that has no use for its ISR bit does
+            so): the highest vector in service leaves it, whoever's it is, and its EOI goes to the IOAPIC.
+        vector_hashing, min_timer_period_us, pi_inject_timer, ignore_msrs: module parameters.
         smm, cmci: what VMs may have. quirks: those that can be disabled. bus_cycles: the bus clock can be set.
         max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and how large their ids may be.
     """
@@ -54,9 +57,12 @@ class Host:
     api: R.X2ApicApi
     api_split: R.X2ApicApi
     icr_split: bool
+    fastpath: bool
+    eoi_at_injection: bool
     vector_hashing: bool
     min_timer_period_us: int
     pi_inject_timer: bool
+    ignore_msrs: bool
     apicv: bool
     smm: bool
     cmci: bool
@@ -64,11 +70,6 @@ class Host:
     bus_cycles: bool
     max_vcpus: int
     max_vcpu_id: int
-
-    @property
-    def emulates(self) -> bool:
-        """Whether guests in real mode are emulated: none of their exits is fast."""
-        return self.module in EMULATING
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
@@ -157,6 +158,35 @@ def _icr_is_split(vcpu: int, cpuid: Any) -> bool:
     return not any(page.regs[R.APIC_ICR + 4 : R.APIC_ICR + 8])
 
 
+@contextmanager
+def _guest(vm: int, vcpu: int, run_bytes: int) -> Iterator[G.Guest]:
+    """A vCPU that can run programs."""
+    with closing(G.Memory(vm)) as memory, closing(G.Guest(vcpu, memory, run_bytes)) as guest:
+        guest.flatten()
+        yield guest
+
+
+def _writes_past_filters(vm: int, guest: G.Guest) -> bool:
+    """Whether a WRMSR of the TSC deadline happens although a filter denies it."""
+    bitmap = K.ffi.new("uint64_t *")
+    denied = {"flags": R.MSR_FILTER_WRITE, "nmsrs": 1, "base": R.MSR_TSC_DEADLINE, "bitmap": bitmap}
+    K.call(vm, K.X86_SET_MSR_FILTER, K.ffi.new("struct kvm_msr_filter *", {"ranges": [denied]}))
+    return guest.execute(G.WRMSR, rcx=R.MSR_TSC_DEADLINE).port == G.PORT_DONE
+
+
+def _ends_what_it_injects(vcpu: int, guest: G.Guest) -> bool:
+    """Lets a guest take an interrupt and looks whether it is in service then."""
+    page = K.ffi.new("struct kvm_lapic_state *")
+    K.call(vcpu, K.GET_LAPIC, page)
+    byte, bit = TRIED_VECTOR // 32 * 0x10 + TRIED_VECTOR % 32 // 8, 1 << TRIED_VECTOR % 8
+    page.regs[R.APIC_SPIV + 1] |= R.SVR_ENABLE >> 8
+    page.regs[R.APIC_IRR + byte] |= bit
+    K.call(vcpu, K.SET_LAPIC, page)
+    taken = guest.execute(G.NOTHING, interrupts=True).interrupt
+    K.call(vcpu, K.GET_LAPIC, page)
+    return taken == TRIED_VECTOR and not page.regs[R.APIC_ISR + byte] & bit
+
+
 def supported_cpuid(system: int) -> Any:
     """KVM_GET_SUPPORTED_CPUID: a struct cpuid_table."""
     table = K.ffi.new("struct cpuid_table *", {"nent": 256})
@@ -167,7 +197,12 @@ def supported_cpuid(system: int) -> Any:
 @cache
 def running() -> Host:
     """The KVM of the running kernel; KvmUnavailable, an OSError, says in one line why there is none."""
-    with opened() as system, scratch() as (vm, vcpu), scratch(split=True) as (split, _):
+    with opened() as system, scratch() as (vm, vcpu), scratch(split=True) as (split, runner):
+        run_bytes = K.call(system, K.GET_VCPU_MMAP_SIZE)
+        K.call(runner, K.SET_CPUID2, supported_cpuid(system))
+        with _guest(split, runner, run_bytes) as guest:
+            eoi_at_injection = _ends_what_it_injects(runner, guest)
+            fastpath = _writes_past_filters(split, guest)
 
         def has(cap: int, fd: int = vm) -> int:
             return K.call(fd, K.CHECK_EXTENSION, cap)
@@ -188,9 +223,12 @@ def running() -> Host:
             api=api & ~enable,
             api_split=api_split,
             icr_split=_icr_is_split(vcpu, supported_cpuid(system)),
+            fastpath=fastpath,
+            eoi_at_injection=eoi_at_injection,
             vector_hashing=parameter("vector_hashing", default="Y") == "Y",
             min_timer_period_us=int(parameter("min_timer_period_us", default="200")),
             pi_inject_timer=parameter("pi_inject_timer", default="N") in ("Y", "1"),
+            ignore_msrs=parameter("ignore_msrs", default="N") in ("Y", "1"),
             apicv="Y" in (parameter("enable_apicv", "kvm_intel"), parameter("avic", "kvm_amd")),
             smm=bool(has(K.CAP_X86_SMM)),
             cmci=bool(mce[0] & K.MCG_CMCI_P),

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastexit import regs as r
 from fastexit.kvm.guest import MEMORY_BYTES
+from fastexit.kvm.programs import Program
 from fastexit.kvm.values import (
     FAR_DEADLINE,
     ID_POOL,
@@ -36,6 +37,7 @@ from fastexit.kvm.values import (
     xapic_destination,
 )
 from fastexit.outcome import GeneralProtection, Outcome
+from fastexit.vcpu import Vcpu
 
 Op = tuple[Any, ...]
 
@@ -286,6 +288,8 @@ def apply(machine: Any, op: Op) -> Any:
             return vcpu.set_sregs(apic_base=arguments[1], cr8=arguments[2])
         if name == "ready":
             return ready(vcpu)
+        if name == "run_through" and isinstance(vcpu, Vcpu):
+            return Program(vcpu).run_through()
         result = getattr(vcpu, name)(*arguments[1:])
     except GeneralProtection:
         return "#GP"

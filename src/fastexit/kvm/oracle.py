@@ -140,7 +140,7 @@ class Oracle:
         held = self._held
         if held.memory is None:
             held.memory = G.Memory(self.fd)
-        held.guests.append(G.Guest(vcpu_fd, held.memory, self.run_bytes))
+        held.guests.append(G.Guest(vcpu_fd, held.memory, self.run_bytes, len(held.guests)))
         return held.guests[-1]
 
     def add_vcpu(self, vcpu_id: int) -> OracleVcpu:
@@ -188,15 +188,25 @@ class Oracle:
     def set_msr_filter(
         self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()
     ) -> None:
-        """KVM_X86_SET_MSR_FILTER; ``ranges`` are (flags, first MSR, one bool an MSR: allowed)."""
+        """KVM_X86_SET_MSR_FILTER; ``ranges`` are (flags, first MSR, one bool an MSR: allowed).
+
+        ValueError for more than 16 of them and where KVM says EINVAL.
+        """
         one = K.ffi.new("struct kvm_msr_filter *", {"flags": bool(default_deny)})
-        keep = []
-        for entry, (flags, first, bits) in zip(one.ranges, ranges, strict=False):
+        rows, keep = list(ranges), []
+        if len(rows) > len(one.ranges):
+            raise ValueError(f"{len(rows)} filter ranges: at most {len(one.ranges)}")
+        for entry, (flags, first, bits) in zip(one.ranges, rows, strict=False):
             allowed = [bool(bit) for bit in bits]
             packed = sum(bit << n for n, bit in enumerate(allowed))
             keep.append(K.ffi.from_buffer(packed.to_bytes((len(allowed) + 63) // 64 * 8, "little")))
             entry.flags, entry.base, entry.nmsrs, entry.bitmap = flags, first, len(allowed), keep[-1]
-        K.call(self.fd, K.X86_SET_MSR_FILTER, one)
+        try:
+            K.call(self.fd, K.X86_SET_MSR_FILTER, one)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError(f"KVM_X86_SET_MSR_FILTER of {len(rows)} ranges: EINVAL") from error
 
     @property
     def user_space_msr(self) -> int:
@@ -205,12 +215,17 @@ class Oracle:
 
     @user_space_msr.setter
     def user_space_msr(self, reasons: int) -> None:
-        K.enable_cap(self.fd, K.CAP_X86_USER_SPACE_MSR, reasons)
+        K.enable_cap(self.fd, K.CAP_X86_USER_SPACE_MSR, integer(reasons, "user_space_msr", 7))
         self._user_space_msr = reasons
 
     def route(self, vectors: Iterable[int]) -> None:
-        """KVM_SET_GSI_ROUTING: level-triggered messages to physical 0, one a pin of user space's IOAPIC."""
-        vectors = list(vectors)
+        """KVM_SET_GSI_ROUTING: level-triggered messages to physical 0, one a pin of user space's IOAPIC.
+
+        ValueError for more vectors than pins. vCPUs see it at their next KVM_RUN.
+        """
+        vectors = [integer(vector, "vector", 0xFF) for vector in vectors]
+        if len(vectors) > IOAPIC_PINS:
+            raise ValueError(f"{len(vectors)} routes: user space's IOAPIC has {IOAPIC_PINS} pins")
         table = K.ffi.new("struct routing_table *", {"nr": len(vectors)})
         for pin, (entry, vector) in enumerate(zip(table.entries, vectors, strict=False)):
             entry.gsi, entry.type, entry.address_lo, entry.data = pin, 2, 0xFEE0_0000, vector | 0x8000

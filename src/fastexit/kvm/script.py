@@ -5,7 +5,6 @@ Models: nothing.
 
 from __future__ import annotations
 
-import pprint
 import struct
 from typing import Any
 
@@ -90,12 +89,23 @@ _REPLAY = '''"""{text}
 Found on kernel {release} ({module}). Run it as a user who may open /dev/kvm; the exit code is 1 while it shows.
 """
 
+import struct
 import sys
 
 from fastexit.kvm.verify import replay
 
+
+def page(registers):
+    """A LAPIC page that is 0 but for these dwords."""
+    data = bytearray(1024)
+    for offset, value in registers.items():
+        struct.pack_into("<I", data, offset, value)
+    return bytes(data)
+
+
 KEYWORDS = {keywords}
-OPERATIONS = {ops}
+OPERATIONS = [
+{ops}]
 
 found = replay({kind!r}, KEYWORDS, OPERATIONS, traced={traced})
 print(found or "no difference")
@@ -118,7 +128,7 @@ def script(
             release=release,
             module=module,
             keywords=shown,
-            ops=pprint.pformat(ops, width=110),
+            ops="".join(f"    ({', '.join(map(_literal, op))}{',' * (len(op) == 1)}),\n" for op in ops),
             kind=kind,
             traced=traced,
         )
@@ -162,4 +172,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, bytes):
         dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", value), strict=True)
         return "page({" + ", ".join(f"{o:#x}: {v:#x}" for o, v in dwords if v) + "})"
-    return f"{int(value):#x}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{int(value):#x}" if value > 9 else str(int(value))
+    return repr(value)

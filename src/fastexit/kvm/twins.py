@@ -128,7 +128,7 @@ class Twins:
         self.real = Oracle(**setup.keywords())
         self.model = Machine(**self.model_keywords())
         self.model.set_time(BOOTED_NS)
-        if witness is not None and self.real.host.emulates:
+        if witness is not None and not self.real.host.fastpath:
             self.model.fastpath = False  # whose lines come in another order
         self.vcpus = [View(vcpu.vcpu_id) for vcpu in self.model.vcpus]
 

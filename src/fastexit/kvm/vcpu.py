@@ -14,12 +14,13 @@ from fastexit.ioctls import Events, UserMsr
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
 from fastexit.outcome import CODE_GP, CODE_USER_SHIFT, OUTCOMES, GeneralProtection, Outcome
+from fastexit.reasons import KvmExit
 
 if TYPE_CHECKING:
     from fastexit.kvm.oracle import Oracle
 
-HALT_SECONDS = 0.01
-"""How long a guest that halts may sleep before it counts as asleep."""
+HALT_SECONDS = 0.002
+"""How long a halted guest may sleep before it counts as asleep."""
 
 
 class OracleVcpu:
@@ -41,6 +42,7 @@ class OracleVcpu:
         self._events = K.ffi.new("struct kvm_vcpu_events *")
         self._guest: G.Guest | None = None
         self._waiting = False
+        self._read = 0
 
     def __repr__(self) -> str:
         return f"<OracleVcpu {self.index} id {self.vcpu_id}>"
@@ -244,12 +246,27 @@ class OracleVcpu:
             return "asleep"
         return "went on" if stopped.interrupt is None else stopped.interrupt
 
-    def complete_msr(self, *, error: bool = False, data: int | None = None) -> Outcome:
+    def complete_msr(self, error: bool = False, data: int | None = None) -> Outcome:
         """User space's answer to KVM_EXIT_X86_RDMSR or X86_WRMSR. ValueError when no MSR access waits."""
         if not self._waiting or self._guest is None:
             raise ValueError("no MSR access waits for user space")
         self._guest.answer_msr(error, self._guest.msr_access[1] if data is None else data)
         return self._outcome(self._guest.go_on())
+
+    @property
+    def read_data(self) -> int:
+        """EDX:EAX behind the last instruction: the data of an RDMSR."""
+        return self._read
+
+    @property
+    def ioapic_eois(self) -> list[int]:
+        """Vectors of KVM_EXIT_IOAPIC_EOI since somebody emptied the list."""
+        return [] if self._guest is None else self._guest.ioapic_eois
+
+    @property
+    def exit_reason(self) -> KvmExit | None:
+        """run->exit_reason of the last return of KVM_RUN; None before the first."""
+        return None if self._guest is None else self._guest.exit_reason
 
     @property
     def user_msr(self) -> UserMsr | None:
@@ -261,6 +278,7 @@ class OracleVcpu:
 
     def _outcome(self, stopped: G.Stopped) -> Outcome:
         self._waiting = stopped.user is not None and stopped.port == 0
+        self._read = stopped.edx << 32 | stopped.eax
         code = CODE_GP if stopped.port == G.PORT_FAULT else 0
         if stopped.user is not None:
             code |= (stopped.user + 1) << CODE_USER_SHIFT

@@ -17,12 +17,14 @@ from typing import Any
 from fastexit import __version__
 from fastexit.kvm import host as H
 from fastexit.kvm.operations import Op
+from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.shrink import SECONDS, shortened
+from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
 
-KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, ManyTwins)}
-SHARES = {"msr": 0.81, "guest": 0.16, "many": 0.0003}
+KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
+SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.0003}
 """How many of the operations are of which kind, unless one is asked for."""
 MANY_FROM = 300_000
 """A thousand vCPUs take seconds to make: runs with fewer operations leave them out."""
