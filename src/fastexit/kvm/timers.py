@@ -11,7 +11,7 @@ import random
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from fastexit import layout as L
 from fastexit import regs as r
@@ -58,13 +58,15 @@ class TimerTwins(Twins):
 
     kind = "timers"
     operations_each = 100
+    traceable: ClassVar[bool] = False
+    last_questions: ClassVar[tuple[Op, ...]] = (("get_mp_state",), ("get_msr", r.MSR_APICBASE), ("cr8",))
     about = (
         "TMICT, TMCCT, TDCR, LVTT, TSC deadlines, KVM_SET_LAPIC's restart, SVR, APICBASE, INIT, ticks at KVM_RUN; "
         f"TMCCT within {LATE_NS // 1_000_000} ms beside the time between the two sides' turns"
     )
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
+    def __init__(self, setup: Setup, *more: Any) -> None:
+        super().__init__(setup, *more)
         self.apart = 0
         self.finest = [1 << 30] * len(self.vcpus)
 
@@ -112,7 +114,7 @@ class TimerTwins(Twins):
             both = r.APICBASE_EN | r.APICBASE_EXTD
             return ("set_msr", i, r.MSR_APICBASE, base & ~both if base & r.APICBASE_EN else base | both)
         if kind < 0.83:
-            return ("set_msr", 1 - i % 2, r.MSR_X2APIC_ICR, self.vcpus[i].id << 32 | r.DM_INIT << r.ICR_DM_SHIFT)
+            return ("set_msr", i, r.MSR_X2APIC_ICR, self.vcpus[i].id << r.ICR_DEST_SHIFT | r.DM_INIT << r.ICR_DM_SHIFT)
         if kind < 0.86:
             return ("get_msr", i, rng.choice((msr(r.APIC_TMICT), r.MSR_TSC_DEADLINE, TMCCT_MSR)))
         return ("run_through", i)
