@@ -179,8 +179,8 @@ class Twins:
     def draw_op(self, rng: random.Random) -> Op:
         """The next operation."""
         kind = rng.random()
-        if kind < 0.004:
-            return ops.rare_op(rng, self)
+        if kind < 0.005:
+            return ops.rare_op(rng, self.real.host.api_split)
         if kind < 0.06:
             return ops.user_op(rng, self)
         return ops.host_op(rng, self)
