@@ -157,7 +157,7 @@ def user_op(rng: random.Random, machine: Seen, names: Sequence[str] = tuple(USER
 
 
 def rare_op(rng: random.Random, known: int) -> Op:
-    """What changes the VM itself: one more vCPU, unless its id is taken, flags of KVM_CAP_X2APIC_API that come late, allowed or not."""
+    """What changes the VM itself, allowed or not: one more vCPU, flags of KVM_CAP_X2APIC_API that come late."""
     if chance(rng, 0.6):
         return ("add_vcpu", rng.choice(ID_POOL) if chance(rng, 0.8) else rng.randrange(4096))
     flags = (1, 2, 3, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI, r.X2API_SUPPRESS_EOI | r.X2API_NO_SUPPRESS_EOI)
