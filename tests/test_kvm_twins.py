@@ -17,6 +17,7 @@ from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.timers import WRAPS_NS, WRAPS_TICKS, TimerTwins, msr
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
+from strategies import JIT
 
 
 def why_not() -> str | None:
@@ -31,8 +32,12 @@ def why_not() -> str | None:
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.kvm, pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")]
 
-OPERATIONS: dict[type[Twins], int] = {Twins: 600, GuestTwins: 400, ManyTwins: 20, TimerTwins: 400, RunTwins: 400}
-FEWER = tuple(range(0, 4096, 41))
+OPERATIONS: dict[type[Twins], int] = (
+    {Twins: 600, GuestTwins: 400, ManyTwins: 20, TimerTwins: 400, RunTwins: 400}
+    if JIT
+    else {Twins: 50, GuestTwins: 50, ManyTwins: 5, TimerTwins: 100, RunTwins: 100}
+)
+FEWER = tuple(range(0, 4096, 41 if JIT else 410))
 """For ManyTwins, whose thousand vCPUs take seconds to make."""
 
 
