@@ -6,8 +6,8 @@ bitmaps, a dict for the register page, a dict for the APIC map. A vCPU is in ora
 oracle_timer.py, its thread in oracle_run.py.
 
 It shares nothing but numbers (`fastexit.regs`, `fastexit.reasons`) with the library, so an error has to be made twice
-to go unnoticed. `test_oracle_kvm.py`, `test_timers_kvm.py` and `test_run_kvm.py` hold it against a real `/dev/kvm`;
-`test_property.py` holds the library against it.
+to go unnoticed. `test_property.py` holds the library against it, and `fastexit verify` the library against a real
+`/dev/kvm`.
 
 Not modelled: CMCI, Hyper-V and Xen, nested guests.
 """

@@ -18,33 +18,32 @@ from hypothesis import strategies as st
 import oracle
 import oracle_apic
 from fastexit import regs as r
-
-ID_POOL = (0, 1, 2, 3, 7, 8, 15, 16, 17, 18, 31, 127, 254, 255, 256, 257, 271, 272, 300, 511, 1023, 4080, 4094, 4095)
-VECTORS = (0, 1, 15, 16, 0x1F, 0x20, 0x2F, 0x31, 0x41, 0x80, 0x81, 0xEC, 0xF0, 0xFB, 0xFC, 0xFD, 0xFE, 0xFF)
-X2APIC_MSRS = tuple(range(r.MSR_X2APIC_BASE, r.MSR_X2APIC_BASE + 0x48))
-WRITABLE_OFFSETS = (
-    r.APIC_TASKPRI,
-    r.APIC_EOI,
-    r.APIC_SPIV,
-    r.APIC_ESR,
-    *oracle_apic.LVTS,
-    r.APIC_TMICT,
-    r.APIC_TDCR,
-    r.APIC_SELF_IPI,
+from fastexit.kvm import operations
+from fastexit.kvm.operations import Op, describe, host_op, set_events_op, set_mp_state_op, set_sregs_op
+from fastexit.kvm.operations import setup_ops as setup_ops
+from fastexit.kvm.twins import random_ids
+from fastexit.kvm.values import FAR_DEADLINE as FAR_DEADLINE
+from fastexit.kvm.values import (
+    ID_POOL,
+    LONG_COUNTS,
+    READABLE_IN_XAPIC,
+    WRITABLE_IN_XAPIC,
+    apic_base,
+    chance,
+    icr,
+    icr_low,
+    register_value,
+    word32,
 )
-XAPIC_OFFSETS = (r.APIC_ID, r.APIC_LDR, r.APIC_DFR, r.APIC_ICR2, *WRITABLE_OFFSETS)
+from fastexit.kvm.values import X2APIC_MSRS as X2APIC_MSRS
+from fastexit.kvm.values import differences as differences
+from fastexit.kvm.values import vector as vector
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 """Without the JIT a kernel costs some hundred times more, so tests take fewer examples."""
 
-LONG_COUNTS = (0, 0xFFFF_FFFF)
-FAR_DEADLINE = 1 << 52
-"""So far away that nobody gets there, and not so far that the kernel's 64 bits overflow into something near."""
-
 GUEST_OPS = ("guest_wrmsr", "guest_rdmsr", "mmio_write", "mmio_read", "hlt", "host_interrupt", "hypercall")
 """Operations that a vCPU carries out itself."""
-
-Op = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,6 @@ class Config:
 
     def build(self, factory: Callable[..., Any]) -> Any:
         return factory(**(asdict(self) | {"apic_ids": list(self.apic_ids)}))
-
-
-def random_ids(rng: random.Random, least: int, most: int) -> tuple[int, ...]:
-    """Distinct IDs in random creation order, mostly with the boot CPU among them."""
-    ids = rng.sample(ID_POOL, rng.randint(least, most))
-    if rng.random() < 0.9 and 0 not in ids:
-        ids[rng.randrange(len(ids))] = 0
-    return tuple(ids)
 
 
 def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed: Any) -> Config:
@@ -117,254 +108,7 @@ seeds: st.SearchStrategy[int] = st.integers(0, 2**32 - 1)
 """Seeds for the generators below: a seed per example costs hypothesis far less than a draw per operation."""
 
 
-# ------------------------------------------------------------------------------------------------------------- values
-
-
-def chance(rng: random.Random, probability: float) -> bool:
-    return rng.random() < probability
-
-
-def word32(rng: random.Random) -> int:
-    """A 32-bit value, often a small or a sparse one."""
-    kind = rng.randrange(5)
-    if kind == 0:
-        return rng.getrandbits(32)
-    if kind == 1:
-        return 1 << rng.randrange(32)
-    if kind == 2:
-        return rng.choice((0, 0xFFFF_FFFF, 0xFF, 0x1FF, 0x10000))
-    return rng.getrandbits(8) | rng.choice((0, 0x100, 0x700, 0x10000, 0x20000, 0x40000, 0x60000, 0x8000, 0x1000))
-
-
-def vector(rng: random.Random) -> int:
-    return rng.choice(VECTORS) if chance(rng, 0.7) else rng.randrange(256)
-
-
-def delivery_mode(rng: random.Random) -> int:
-    return rng.choices(range(8), (45, 20, 4, 5, 8, 6, 7, 3))[0]
-
-
-def destination(rng: random.Random, machine: oracle.Machine) -> int:
-    """A destination that means something to this machine, in whichever format."""
-    target = rng.choice(machine.vcpus)
-    kind = rng.randrange(10)
-    if kind < 3:
-        return target.id
-    if kind == 3:
-        return target.xapic_id
-    if kind == 4:
-        return target.reg(r.APIC_LDR) | rng.choice((0, 1, 3, 0xF, 0xFFFF))
-    if kind == 5:
-        return (target.id >> 4) << 16 | rng.getrandbits(16)
-    if kind == 6:
-        return target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT
-    if kind == 7:
-        return rng.choice((r.XAPIC_BROADCAST, r.X2APIC_BROADCAST))
-    if kind == 8:
-        return rng.getrandbits(8)
-    return rng.choice((rng.getrandbits(32), target.id + 1, target.id | 0x100, 256 * 16))
-
-
-def icr_low(rng: random.Random) -> int:
-    low = vector(rng) | delivery_mode(rng) << r.ICR_DM_SHIFT
-    if chance(rng, 0.45):
-        low |= r.ICR_LOGICAL
-    if chance(rng, 0.5):
-        low |= r.ICR_LEVEL
-    if chance(rng, 0.25):
-        low |= r.ICR_TRIGGER
-    if chance(rng, 0.3):
-        low |= rng.randrange(1, 4) << r.ICR_SHORTHAND_SHIFT
-    if chance(rng, 0.05):
-        low |= r.ICR_BUSY
-    if chance(rng, 0.06):
-        low |= rng.getrandbits(32) & r.ICR_RESERVED & 0xFFFF_FFFF
-    return low
-
-
-def icr(rng: random.Random, machine: oracle.Machine) -> int:
-    """An x2APIC ICR value of any class."""
-    return destination(rng, machine) << r.ICR_DEST_SHIFT | icr_low(rng)
-
-
-def apic_base(rng: random.Random, vcpu: oracle_apic.Vcpu) -> int:
-    value = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
-    value |= rng.choices((0, r.APICBASE_EN, r.APICBASE_EN | r.APICBASE_EXTD, r.APICBASE_EXTD), (1, 4, 6, 0.3))[0]
-    if chance(rng, 0.1):
-        value ^= r.APICBASE_BSP
-    if chance(rng, 0.05):
-        value |= 1 << rng.randrange(64)
-    return value
-
-
-def register_value(rng: random.Random, offset: int) -> int:
-    if offset == r.APIC_SPIV and chance(rng, 0.8):
-        return word32(rng) | r.SVR_ENABLE
-    if offset == r.APIC_ESR and chance(rng, 0.5):
-        return 0
-    if offset == r.APIC_SELF_IPI and chance(rng, 0.9):
-        return vector(rng)
-    if offset == r.APIC_TASKPRI:
-        return vector(rng) if chance(rng, 0.8) else 0
-    if offset == r.APIC_LDR:
-        return (
-            rng.choice((1 << rng.randrange(8), rng.randrange(16) << 4 | 1 << rng.randrange(4), rng.getrandbits(8)))
-            << 24
-        )
-    if offset == r.APIC_DFR:
-        return rng.choice((r.DFR_FLAT, r.DFR_FLAT, r.DFR_CLUSTER, word32(rng)))
-    if offset in (r.APIC_ID, r.APIC_ICR2):
-        return rng.choice((rng.randrange(4), rng.choice(ID_POOL) & 0xFF, 0xFF)) << 24 | rng.choice(
-            (0, rng.getrandbits(24))
-        )
-    return word32(rng)
-
-
-def msi_address(rng: random.Random, machine: oracle.Machine) -> int:
-    dest = destination(rng, machine)
-    address = 0xFEE0_0000 | (dest & 0xFF) << 12
-    if chance(rng, 0.6):
-        address |= (dest & 0xFFFF_FF00) << 32
-    if chance(rng, 0.4):
-        address |= 4
-    if chance(rng, 0.25):
-        address |= 8
-    if chance(rng, 0.03):
-        address |= rng.getrandbits(8) << 32
-    return address
-
-
-def lapic_page(rng: random.Random, vcpu: oracle_apic.Vcpu, *, timer: bool = True) -> bytes:
-    """A page to set: the current one with registers changed, believable or not; without ``timer`` none gets armed."""
-    page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", vcpu.get_lapic())))
-    if chance(rng, 0.03):
-        page = {offset: rng.getrandbits(32) for offset in page}
-    for _ in range(rng.randrange(1, 6)):
-        if chance(rng, 0.25):
-            offset = rng.choice(sorted(oracle_apic.BITMAP_OFFSETS))
-            page[offset] = rng.choice((0, 1 << rng.randrange(32), rng.getrandbits(32) & rng.getrandbits(32)))
-        elif chance(rng, 0.08):
-            page[rng.randrange(256) * 4] = word32(rng)
-        else:
-            offset = rng.choice((*XAPIC_OFFSETS, r.APIC_ICR, r.APIC_PROCPRI, r.APIC_SPIV, r.APIC_LDR))
-            page[offset] = register_value(rng, offset)
-    if chance(rng, 0.8):
-        page[r.APIC_SPIV] |= r.SVR_ENABLE
-    if vcpu.x2apic and chance(rng, 0.85):
-        page[r.APIC_ID] = vcpu.id
-    page[r.APIC_TMCCT] = 0
-    if not timer:
-        page[r.APIC_TMICT] = 0
-    return struct.pack("<256I", *page.values())
-
-
 # --------------------------------------------------------------------------------------------------------- operations
-
-
-def setup_ops(rng: random.Random, machine: oracle.Machine) -> list[Op]:
-    """Brings each vCPU into one of the modes: x2APIC, xAPIC, software-disabled, hardware-disabled."""
-    ops: list[Op] = []
-    whole_x2apic = chance(rng, 0.4) and machine.x2apic
-    for i, vcpu in enumerate(machine.vcpus):
-        mode = rng.choices(("x2apic", "xapic", "off"), (5, 4, 1))[0]
-        if whole_x2apic or (mode == "x2apic" and machine.x2apic):
-            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base | r.APICBASE_EN | r.APICBASE_EXTD))
-            if whole_x2apic or chance(rng, 0.85):
-                ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF))
-        elif mode == "off":
-            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base & ~r.APICBASE_EN))
-        else:
-            page = bytearray(vcpu.get_lapic())
-            spiv = 0x1FF if chance(rng, 0.9) else 0xFF
-            struct.pack_into("<I", page, r.APIC_SPIV, spiv)
-            struct.pack_into("<I", page, r.APIC_LDR, (1 << i % 8) << 24)
-            if chance(rng, 0.2):
-                struct.pack_into("<I", page, r.APIC_DFR, r.DFR_CLUSTER)
-            ops.append(("set_lapic", i, bytes(page)))
-    return ops
-
-
-def host_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
-    """One operation that ioctls can carry out.
-
-    With ``timer`` clocks may run out: right where nobody enters the guest, which is where a tick becomes an interrupt.
-    """
-    i = rng.randrange(len(machine.vcpus))
-    vcpu = machine.vcpus[i]
-    kind = rng.random()
-    if kind < 0.40:
-        return ("set_msr", i, r.MSR_X2APIC_ICR, icr(rng, machine))
-    if kind < 0.55:
-        offset = rng.choice(WRITABLE_OFFSETS)
-        high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
-        if offset == r.APIC_TMICT and not timer:
-            return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), rng.choice(LONG_COUNTS))
-        return ("set_msr", i, r.MSR_X2APIC_BASE + (offset >> 4), register_value(rng, offset) | high)
-    if kind < 0.60:
-        msr = rng.choice(X2APIC_MSRS) if chance(rng, 0.95) else rng.randrange(r.MSR_X2APIC_BASE, r.MSR_X2APIC_END + 1)
-        value = word32(rng)
-        if msr == r.MSR_X2APIC_BASE + (r.APIC_TMICT >> 4) and not timer:
-            value = rng.choice(LONG_COUNTS)
-        return ("set_msr", i, msr, value)
-    if kind < 0.70:
-        return ("get_msr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
-    if kind < 0.76:
-        return ("set_msr", i, r.MSR_APICBASE, apic_base(rng, vcpu))
-    if kind < 0.88:
-        return (
-            "signal_msi",
-            msi_address(rng, machine),
-            vector(rng) | delivery_mode(rng) << 8 | rng.choice((0, 0, 0x8000)),
-        )
-    if kind < 0.94:
-        return ("set_lapic", i, lapic_page(rng, vcpu, timer=timer))
-    if kind < 0.97:
-        return ("get_mp_state", i)
-    if kind < 0.985:
-        return ("events", i)
-    # a deadline that has passed or is far away: what lies between would depend on when it is looked at
-    return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
-
-
-def set_events_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
-    return (
-        "set_events",
-        rng.randrange(len(machine.vcpus)),
-        rng.choice((None, 0, 1, 2, 3)),
-        chance(rng, 0.3),
-        rng.choice((None, rng.randrange(256))),
-        rng.choice((None, None, False, True)),
-    )
-
-
-def set_sregs_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    """KVM_SET_SREGS, the two words of it that concern the APIC."""
-    i = rng.randrange(len(machine.vcpus))
-    vcpu = machine.vcpus[i]
-    base = vcpu.apic_base if chance(rng, 0.5) else apic_base(rng, vcpu)
-    return ("set_sregs", i, base, rng.randrange(16) if chance(rng, 0.9) else rng.randrange(256))
-
-
-def set_mp_state_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    return ("set_mp_state", rng.randrange(len(machine.vcpus)), rng.randrange(5))
-
-
-def look_op(rng: random.Random, machine: oracle.Machine) -> Op:
-    return (rng.choice(("cr8", "cs", "events", "get_mp_state")), rng.randrange(len(machine.vcpus)))
-
-
-USER_OPS: dict[str, Callable[[random.Random, oracle.Machine], Op]] = {
-    "set_events": set_events_op,
-    "set_sregs": set_sregs_op,
-    "set_mp_state": set_mp_state_op,
-    "look": look_op,
-}
-"""What user space does to a vCPU beside its APIC."""
-
-
-def user_op(rng: random.Random, machine: oracle.Machine, names: Sequence[str] = tuple(USER_OPS)) -> Op:
-    return USER_OPS[rng.choice(names)](rng, machine)
 
 
 def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True) -> Op:
@@ -380,7 +124,7 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
     if kind < 0.55:
         return ("guest_wrmsr", i, r.MSR_X2APIC_ICR, icr(rng, machine))
     if kind < 0.75:
-        offset = rng.choice(XAPIC_OFFSETS)
+        offset = rng.choice(WRITABLE_IN_XAPIC)
         value = register_value(rng, offset)
         if offset == r.APIC_TMICT and not timer:
             value = rng.choice(LONG_COUNTS)
@@ -389,7 +133,7 @@ def guest_op(rng: random.Random, machine: oracle.Machine, *, timer: bool = True)
             return ("mmio_write", i, rng.randrange(0x1000), value & (1 << 8 * length) - 1, length)
         return ("mmio_write", i, offset, value, 4)
     if kind < 0.80:
-        offset = rng.choice(sorted(oracle_apic.READABLE_IN_XAPIC)) + rng.choice((0, 0, 0, 1, 2, 3))
+        offset = rng.choice(READABLE_IN_XAPIC) + rng.choice((0, 0, 0, 1, 2, 3))
         return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000), rng.choice((4, 4, 1, 2)))
     if kind < 0.87:
         return ("pending", i)
@@ -564,12 +308,6 @@ def apply(machine: Any, op: Op) -> Any:
     if name == "set_time":
         machine.set_time(args[0])
         return None
-    if name in ("signal_msi", "add_vcpu"):
-        try:
-            result = getattr(machine, name)(*args)
-        except ValueError:
-            return "einval"
-        return result if name == "signal_msi" else None
     if name == "msr_filter":
         default_deny, ranges, machine.user_space_msr = args
         machine.set_msr_filter(
@@ -577,32 +315,12 @@ def apply(machine: Any, op: Op) -> Any:
             [(flags, first, [bits >> n & 1 for n in range(count)]) for flags, first, count, bits in ranges],
         )
         return None
-    vcpu = machine.vcpus[args[0]]
     if name in SWITCHES:
-        return switch(vcpu, name, args[1])
+        return switch(machine.vcpus[args[0]], name, args[1])
     if name == "complete_msr":
-        return vcpu.complete_msr(error=args[1])
-    if name == "set_lapic":
-        try:
-            vcpu.set_lapic(args[1])
-        except ValueError:
-            return "einval"
-        return None
-    if name in ("cr8", "cs"):
-        return getattr(vcpu, name)
-    if name == "set_events":
-        nmi_pending, nmi_masked, sipi_vector, latched_init = args[1:]
-        more = {} if latched_init is None else {"smm": False, "latched_init": latched_init}
-        return vcpu.set_events(nmi_pending=nmi_pending, nmi_masked=nmi_masked, sipi_vector=sipi_vector, **more)
-    try:
-        if name == "set_sregs":
-            return vcpu.set_sregs(apic_base=args[1], cr8=args[2])
-        result = getattr(vcpu, name)(*args[1:])
-    except ValueError:
-        return "einval"
-    if name == "events":
-        return result.nmi_pending, result.latched_init
-    return result
+        return machine.vcpus[args[0]].complete_msr(error=args[1])
+    result = operations.apply(machine, op)
+    return (result.nmi_pending, result.latched_init) if name == "events" else result
 
 
 SWITCHES = ("nmi_masked", "gif", "vmxon", "interrupts", "ioapic_handled")
@@ -618,29 +336,6 @@ def switch(vcpu: Any, name: str, value: Any) -> None:
     vcpu.set_events(nmi_masked=vcpu.nmi_masked)
 
 
-def masked(page: bytes) -> bytes:
-    """A register page without the one register that depends on the time of day."""
-    return page[: r.APIC_TMCCT] + bytes(4) + page[r.APIC_TMCCT + 4 :]
-
-
-def differences(expected: bytes, got: bytes) -> str:
-    """The dwords in which two pages differ, in words."""
-    dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", expected), struct.unpack("<256I", got))
-    return ", ".join(f"{oracle_apic.register_name(o)}: expected {e:#x}, got {g:#x}" for o, e, g in dwords if e != g)
-
-
 def story(config: Config, history: list[Op]) -> str:
     """How a machine came to be what it is: enough to replay it, pages reduced to their non-zero dwords."""
     return "\n".join((f"{config}", *(describe(op) for op in history)))
-
-
-def describe(op: Op) -> str:
-    """One operation, readable."""
-    shown = []
-    for argument in op[1:]:
-        if isinstance(argument, bytes):
-            dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument))
-            shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
-        else:
-            shown.append(f"{argument:#x}" if isinstance(argument, int) and argument > 9 else str(argument))
-    return f"{op[0]} " + " ".join(shown)

@@ -277,3 +277,34 @@ def test_trap_26_the_vcpu_before_it_is_in() -> None:
     assert (msi(m, 0, 0, NMI), msi(m, 1, 0, NMI)) == (1, 0)
     m.add_vcpu(2)
     assert (msi(m, 1, 0, NMI), msi(m, 2, 0, NMI)) == (1, 0)
+
+
+def test_trap_26_a_refused_vcpu_brings_in_the_one_before_it() -> None:
+    """KVM_CREATE_VCPU notices that an id is taken only when the new vCPU's reset has rebuilt the map."""
+    m = fx.Machine(vcpus=2, apicv=False)
+    assert msi(m, 1, 0, NMI) == 0
+    with pytest.raises(ValueError, match="taken"):
+        m.add_vcpu(0)
+    assert (len(m.vcpus), msi(m, 1, 0, NMI)) == (2, 1)
+
+
+def test_flags_that_come_late_change_no_map() -> None:
+    """KVM_CAP_X2APIC_API with vCPUs there: the map that aliases made impossible comes back with the next change."""
+    m = fx.Machine(apic_ids=[4080, 4094, 254, 9], apicv=False)
+    assert m.vcpus[0].set_msr(r.MSR_APICBASE, 0xFEE0_0C00)
+    alias(m, 2, 9)
+    assert msi(m, 0x55, 0x41) == -1
+    m.enable_x2apic_api(r.X2API_32BIT_IDS | r.X2API_NO_BROADCAST_QUIRK)
+    assert msi(m, 0x55, 0x41) == -1
+    m.vcpus[0].set_lapic(m.vcpus[0].get_lapic())
+    assert msi(m, 0x55, 0x41) == 0
+    with pytest.raises(ValueError, match="split irqchip"):
+        m.enable_x2apic_api(r.X2API_SUPPRESS_EOI)
+
+
+def test_flags_about_eois_replace_each_other() -> None:
+    m = fx.Machine(vcpus=1, irqchip="split", x2apic_api=r.X2API_SUPPRESS_EOI | r.X2API_32BIT_IDS)
+    m.enable_x2apic_api(r.X2API_NO_SUPPRESS_EOI)
+    v = m.vcpus[0]
+    v.set_lapic(v.get_lapic())
+    assert not int.from_bytes(v.get_lapic()[r.APIC_LVR : r.APIC_LVR + 4], "little") & r.LVR_DIRECTED_EOI

@@ -14,10 +14,11 @@ import pytest
 from fastexit import cli
 from fastexit import regs as r
 from fastexit.ioctls import VcpuIoctls
-from fastexit.kvm import host, script
+from fastexit.kvm import host, script, shrink
 from fastexit.kvm import verify as v
 from fastexit.kvm.host import KvmUnavailable, generation
 from fastexit.kvm.operations import Op, describe
+from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import TraceUnavailable
 from fastexit.kvm.twins import Setup, Twins
 from fastexit.tracepoints import Trace
@@ -104,6 +105,7 @@ def test_a_difference_is_shortened_and_shown(monkeypatch: pytest.MonkeyPatch, tm
         return value ^ 1 if msr == 0x80F and value is not None and self.index == 2 else value
 
     monkeypatch.setattr(VcpuIoctls, "get_msr", faulty)
+    monkeypatch.setattr(shrink, "SECONDS", 15.0)
     story = tmp_path / "story.py"
     code, text = run_cli("--ops", "20000", "--seed", "7", "--only", "msr", "--json", "--script", str(story))
     found = json.loads(text)
@@ -140,6 +142,25 @@ def test_trace_lines_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found.history) == 1
     assert "expected nothing, KVM prints kvm_" in found.text
     assert "traced=True" in found.script()
+
+
+@kvm
+def test_a_late_host_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What twins with clocks show once and never again is counted, not reported; what shows again is."""
+    truth = TimerTwins.same_count
+    calls = iter(range(1 << 30))
+
+    def once(self: TimerTwins, i: int, expected: int, got: int) -> None:
+        truth(self, i, expected, got if next(calls) != 50 else got + (1 << 31))
+
+    monkeypatch.setattr(TimerTwins, "same_count", once)
+    report = v.verify(60, seed=1, only="timers")
+    assert report.agreed
+    assert report.kinds["timers"].late
+    monkeypatch.setattr(
+        TimerTwins, "same_count", lambda self, i, expected, got: truth(self, i, expected, got + (1 << 31))
+    )
+    assert not v.verify(60, seed=1, only="timers").agreed
 
 
 @kvm

@@ -214,10 +214,14 @@ class Machine:
     # ----------------------------------------------------------------------------------------------- VM ioctls
 
     def add_vcpu(self, vcpu_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU: the new vCPU. It is missing from the APIC map until something makes the map dirty."""
+        """KVM_CREATE_VCPU: the new vCPU. It is missing from the APIC map until something makes the map dirty.
+
+        ValueError for an id that is taken, and the map has been rebuilt even so.
+        """
         vcpu_id = integer(vcpu_id, "APIC id", L.MAX_VCPU_ID)
         with self.lock:
             if vcpu_id in self._ids:
+                _jit.load("refuse_vcpu")(self.handle)
                 raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
             index = _jit.load("create_vcpu")(self.handle, vcpu_id)
             if index == L.NONE:

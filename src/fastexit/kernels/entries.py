@@ -280,6 +280,12 @@ def create_vcpu(handle, vcpu_id):
 
 
 @entry
+@kernel("u8(u8)", nogil=False)
+def refuse_vcpu(handle):
+    return vcpu.refuse(open_words(handle, k.WORDS))
+
+
+@entry
 @kernel("u8(u8, u8, u8)", nogil=False)
 def signal_msi(handle, address, data):
     return msi.signal_msi(open_words(handle, k.WORDS), address, data)

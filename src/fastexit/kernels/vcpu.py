@@ -3,6 +3,7 @@
 from . import avictable
 from . import typed as k
 from ._jit import kernel
+from .apicmap import mark_dirty, recalculate
 from .atomics import store_release
 from .avictable import addressable
 from .inhibit import begin
@@ -42,3 +43,10 @@ def create(m, vcpu_id):
     reset(m, v, k.ZERO)
     store_release(m, k.H_NVCPUS, v + k.ONE)
     return v
+
+
+@kernel("u8(words)")
+def refuse(m):
+    """KVM_CREATE_VCPU of an id that is taken: known only after the new vCPU's reset, which has rebuilt the map."""
+    mark_dirty(m)
+    return recalculate(m)

@@ -191,12 +191,12 @@ def user_op(rng: random.Random, machine: Seen, names: Sequence[str] = tuple(USER
     return USER_OPS[rng.choice(names)](rng, machine)
 
 
-def rare_op(rng: random.Random, machine: Seen) -> Op:
-    """What changes the VM itself: one more vCPU, flags of KVM_CAP_X2APIC_API that come late."""
+def rare_op(rng: random.Random, known: int) -> Op:
+    """What changes the VM itself, allowed or not: one more vCPU, flags of KVM_CAP_X2APIC_API that come late."""
     if chance(rng, 0.6):
-        taken = {vcpu.id for vcpu in machine.vcpus}
-        return ("add_vcpu", rng.choice([i for i in ID_POOL if i not in taken]))
-    return ("enable_x2apic_api", rng.choice((1, 2, 3)))
+        return ("add_vcpu", rng.choice(ID_POOL) if chance(rng, 0.8) else rng.randrange(4096))
+    flags = (1, 2, 3, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI, r.X2API_SUPPRESS_EOI | r.X2API_NO_SUPPRESS_EOI)
+    return ("enable_x2apic_api", rng.choice(flags) & known)
 
 
 def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:

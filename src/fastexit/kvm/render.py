@@ -29,6 +29,9 @@ def render(report: Report, out: Console) -> None:
         rate = f"{count.operations / count.seconds:,.0f}" if count.seconds else ""
         table.add_row(*row, rate, KINDS[kind].about)
     out.print(table)
+    late = sum(len(count.late) for count in report.kinds.values())
+    if late:
+        out.print(f"{late} machines given up: the host's clock was late, and nothing showed again", highlight=False)
     if report.divergence is None:
         text = f"no difference in {report.operations:,} operations, {report.seconds:.0f} s"
         out.print(text, style="green", highlight=False)

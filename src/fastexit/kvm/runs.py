@@ -45,6 +45,7 @@ class RunTwins(Twins):
 
     kind = "runs"
     traceable = False
+    timed = True
     last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 200
     about = "interrupts that guests take, KVM_INTERRUPT, HLT, MSR filters and MSRs of user space, KVM_EXIT_IOAPIC_EOI"
@@ -54,14 +55,19 @@ class RunTwins(Twins):
         self.ends: Counter[str] = Counter()
         self.planned: list[Op] = []
         self.split = setup.irqchip == "split"
+        self.routed = setup.apic_ids.index(0) if self.split else 0
         self.model.fastpath = self.real.host.fastpath
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
-        """Two vCPUs, any irqchip, on a split one any of the flags about EOIs."""
-        irqchip = rng.choice(("full", "split"))
+        """Two vCPUs (or these), any irqchip, on a split one any of the flags about EOIs.
+
+        Routes of user space's IOAPIC go to id 0: without it there is no split irqchip.
+        """
+        ids = ids or (0, 1)
+        irqchip = rng.choice(("full", "split")) if 0 in ids else "full"
         api = rng.choice((0, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI)) & host.api_split
-        return Setup(apic_ids=(0, 1), irqchip=irqchip, x2apic_api=api if irqchip == "split" else 0)
+        return Setup(apic_ids=ids, irqchip=irqchip, x2apic_api=api if irqchip == "split" else 0)
 
     def beginning(self, rng: random.Random) -> Iterator[Op]:
         for i in range(len(self.vcpus)):
@@ -72,8 +78,7 @@ class RunTwins(Twins):
 
     def draw_op(self, rng: random.Random) -> Op:
         if not self.planned:
-            # Routes of user space's IOAPIC go to the vCPU with id 0.
-            i = 0 if self.split else rng.randrange(len(self.vcpus))
+            i = self.routed if self.split else rng.randrange(len(self.vcpus))
             trials = [self._take, self._halt, self._halt, self._msrs, self._msrs]
             if self.split:
                 trials += [self._pic, self._pic, self._eoi, self._eoi, self._eoi]
@@ -159,8 +164,10 @@ class RunTwins(Twins):
 
     def step(self, op: Op) -> None:
         """One operation on both sides, then a look. A program that comes while an MSR access waits answers it first."""
-        self.history.append(op)
         name = op[0]
+        if name in PROGRAMS and not self.real.vcpus[op[1]].is_flat():
+            return  # in a replay that left out what made it able
+        self.history.append(op)
         self.model.set_time(self.model.time + 1000)
         if name in PROGRAMS:
             self._program(op)
@@ -213,10 +220,10 @@ class RunTwins(Twins):
 
     def _route(self, vectors: tuple[int, ...]) -> None:
         """New routes reach a vCPU at KVM_RUN, behind an EOI that waits for the old ones."""
-        self._program(("run_through", 0))
+        self._program(("run_through", self.routed))
         self.real.route(vectors)
-        self.model.vcpus[0].ioapic_handled = vectors
-        self._program(("run_through", 0))
+        self.model.vcpus[self.routed].ioapic_handled = vectors
+        self._program(("run_through", self.routed))
 
     def look_beside_the_page(self, i: int, model: Any, real: Any) -> None:
         super().look_beside_the_page(i, model, real)
