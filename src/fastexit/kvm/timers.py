@@ -94,9 +94,13 @@ class TimerTwins(Twins):
         yield ("boot_x2apic",)
 
     def draw_op(self, rng: random.Random) -> Op:
+        if self.planned:
+            return self.planned.pop(0)
         i = rng.randrange(len(self.vcpus))
         if not self.able(i):
             return ("ready", i)
+        if chance(rng, 0.03):
+            self.planned = self._disabled(rng, i)
         kind = rng.random()
         if kind < 0.2:
             return ("set_msr", i, msr(r.APIC_TMICT), count(rng))
@@ -120,6 +124,18 @@ class TimerTwins(Twins):
         if kind < 0.86:
             return ("get_msr", i, rng.choice((msr(r.APIC_TMICT), r.MSR_TSC_DEADLINE, TMCCT_MSR)))
         return ("run_through", i)
+
+    def _disabled(self, rng: random.Random, i: int) -> list[Op]:
+        """A short timer, its APIC disabled by software and enabled again: its tick is lost, its next one is not."""
+        lvtt = rng.choice((0, r.LVT_TIMER_PERIODIC)) | rng.randrange(16, 256)
+        return [
+            ("set_msr", i, msr(r.APIC_LVTT), lvtt),
+            ("set_msr", i, msr(r.APIC_TMICT), rng.choice((100, 200))),
+            ("set_msr", i, msr(r.APIC_SPIV), 0xFF),
+            ("set_msr", i, msr(r.APIC_SPIV), 0x1FF),
+            ("set_msr", i, msr(r.APIC_LVTT), lvtt),
+            ("run_through", i),
+        ]
 
     def able(self, i: int) -> bool:
         """Whether a vCPU can run a program as it is."""
