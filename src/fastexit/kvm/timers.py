@@ -100,7 +100,7 @@ class TimerTwins(Twins):
         if not self.able(i):
             return ("ready", i)
         if chance(rng, 0.03):
-            self.planned = self._disabled(rng, i)
+            self.planned = self._held_back(rng, i)
         kind = rng.random()
         if kind < 0.2:
             return ("set_msr", i, msr(r.APIC_TMICT), count(rng))
@@ -125,17 +125,19 @@ class TimerTwins(Twins):
             return ("get_msr", i, rng.choice((msr(r.APIC_TMICT), r.MSR_TSC_DEADLINE, TMCCT_MSR)))
         return ("run_through", i)
 
-    def _disabled(self, rng: random.Random, i: int) -> list[Op]:
-        """A short timer, its APIC disabled by software and enabled again: its tick is lost, its next one is not."""
+    def _held_back(self, rng: random.Random, i: int) -> list[Op]:
+        """A short timer whose APIC is disabled by software and enabled again, or whose tick finds LVTT masked.
+
+        Disabling loses the tick and not the timer; a tick that LVTT holds back comes later.
+        """
         lvtt = rng.choice((0, r.LVT_TIMER_PERIODIC)) | rng.randrange(16, 256)
-        return [
-            ("set_msr", i, msr(r.APIC_LVTT), lvtt),
-            ("set_msr", i, msr(r.APIC_TMICT), rng.choice((100, 200))),
-            ("set_msr", i, msr(r.APIC_SPIV), 0xFF),
-            ("set_msr", i, msr(r.APIC_SPIV), 0x1FF),
-            ("set_msr", i, msr(r.APIC_LVTT), lvtt),
-            ("run_through", i),
-        ]
+        short: Op = ("set_msr", i, msr(r.APIC_TMICT), rng.choice((100, 200)))
+        unmasked: Op = ("set_msr", i, msr(r.APIC_LVTT), lvtt)
+        run: Op = ("run_through", i)
+        if chance(rng, 0.5):
+            return [("set_msr", i, msr(r.APIC_LVTT), lvtt | r.LVT_MASKED), short, run, unmasked, run]
+        disabled, enabled = (("set_msr", i, msr(r.APIC_SPIV), value) for value in (0xFF, 0x1FF))
+        return [unmasked, short, disabled, enabled, unmasked, run]
 
     def able(self, i: int) -> bool:
         """Whether a vCPU can run a program as it is."""
