@@ -47,7 +47,7 @@ class RunTwins(Twins):
     traceable = False
     timed = True
     last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
-    operations_each = 200
+    operations_each = 100
     about = "interrupts that guests take, KVM_INTERRUPT, HLT, MSR filters and MSRs of user space, KVM_EXIT_IOAPIC_EOI"
 
     def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
@@ -65,8 +65,8 @@ class RunTwins(Twins):
         Routes of user space's IOAPIC go to id 0: without it there is no split irqchip.
         """
         ids = ids or (0, 1)
-        irqchip = rng.choice(("full", "split")) if 0 in ids else "full"
-        api = rng.choice((0, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI)) & host.api_split
+        irqchip = rng.choice(("full", "split", "split")) if 0 in ids else "full"
+        api = rng.choice((0, 0, *[r.X2API_SUPPRESS_EOI] * 3, r.X2API_NO_SUPPRESS_EOI)) & host.api_split
         return Setup(apic_ids=ids, irqchip=irqchip, x2apic_api=api if irqchip == "split" else 0)
 
     def beginning(self, rng: random.Random) -> Iterator[Op]:
