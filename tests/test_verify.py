@@ -41,7 +41,7 @@ def run_cli(*arguments: str) -> tuple[int, str]:
 @kvm
 def test_the_model_is_like_the_kernel() -> None:
     """A slice of each seed's work; `make verify` compares millions of operations."""
-    code, text = run_cli("--seconds", "6", "--seed", str(random.randrange(1 << 32)), "--json")
+    code, text = run_cli("--seconds", "6", "--seed", "20", "--json")
     report = json.loads(text)
     assert report["divergence"] is None, report["divergence"]["script"]
     assert code == 0
