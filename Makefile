@@ -8,10 +8,10 @@ BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input b
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long verify bench lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long verify verify-mutants bench lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
 	@mkdir -p build/demo
@@ -53,6 +53,9 @@ verify: compile ## the model against the KVM of this machine, half an hour; writ
 	@$(PY) -m fastexit verify --ops 400 --seed 5 --only many --json > build/verify/many.json
 	@$(PY) docs/verified.py build/verify/seed-*.json build/verify/trace.json build/verify/many.json
 	@$(PY) docs/generate.py
+
+verify-mutants: $(STAMP) ## faults planted into the model, each of which verify must find, half an hour
+	@$(PYTEST) -m long tests/test_mutants.py
 
 bench: $(STAMP) ## all benchmarks, fast path beside generic path
 	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \

@@ -23,6 +23,7 @@ from fastexit.kvm.values import (
     WRITABLE_IN_XAPIC,
     X2APIC_MSRS,
     Seen,
+    SeenVcpu,
     apic_base,
     chance,
     delivery_mode,
@@ -33,11 +34,16 @@ from fastexit.kvm.values import (
     register_value,
     vector,
     word32,
+    xapic_destination,
 )
 from fastexit.outcome import GeneralProtection, Outcome
 from fastexit.vcpu import Vcpu
 
 Op = tuple[Any, ...]
+
+OTHER_MSRS = (r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN, r.MSR_X2APIC_ICR)
+PV_EOIS = (0, 0, 2, 0x3000, 0x3002, 0x3004, 1 << 40)
+"""Values of MSR_KVM_PV_EOI_EN that do not enable it: KVM would want the guest's memory there."""
 
 MAXPHYADDR = 48
 """Physical address bits of guests, as `Oracle` makes them."""
@@ -48,26 +54,49 @@ NOT_FOR_GUESTS = (r.DM_NMI, r.DM_INIT)
 
 
 def setup_ops(rng: random.Random, machine: Seen) -> list[Op]:
-    """Brings each vCPU into one of the modes: x2APIC, xAPIC, software-disabled, hardware-disabled."""
+    """Brings the vCPUs into modes of a style: all x2APIC, all xAPIC with one form of logical ids, none enabled by
+    software, or any mixture.
+
+    Left to chance, vCPUs hardly ever agree on flat or cluster, and the APIC map then has no logical ids at all.
+    """
+    style = rng.choices(("x2apic", "flat", "cluster", "quiet", "mixed"), (8, 2, 4, 1, 8))[0]
+    if style == "x2apic" and not machine.x2apic:
+        style = "mixed"
     ops: list[Op] = []
-    whole_x2apic = chance(rng, 0.4) and machine.x2apic
     for i, vcpu in enumerate(machine.vcpus):
-        mode = rng.choices(("x2apic", "xapic", "off"), (5, 4, 1))[0]
-        if whole_x2apic or (mode == "x2apic" and machine.x2apic):
-            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base | r.APICBASE_EN | r.APICBASE_EXTD))
-            if whole_x2apic or chance(rng, 0.85):
+        mode = style
+        if style in ("mixed", "quiet"):
+            mode = rng.choices(("x2apic" if machine.x2apic else "flat", "flat", "cluster", "off"), (25, 16, 4, 5))[0]
+        base = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
+        if mode == "x2apic":
+            ops.append(("set_msr", i, r.MSR_APICBASE, base | r.APICBASE_EN | r.APICBASE_EXTD))
+            if style == "quiet":
+                ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0xFF))
+            elif style == "x2apic" or chance(rng, 0.85):
                 ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF))
         elif mode == "off":
-            ops.append(("set_msr", i, r.MSR_APICBASE, vcpu.apic_base & ~r.APICBASE_EN))
+            ops.append(("set_msr", i, r.MSR_APICBASE, base))
         else:
-            page = bytearray(vcpu.get_lapic())
-            spiv = 0x1FF if chance(rng, 0.9) else 0xFF
-            struct.pack_into("<I", page, r.APIC_SPIV, spiv)
-            struct.pack_into("<I", page, r.APIC_LDR, (1 << i % 8) << 24)
-            if chance(rng, 0.2):
-                struct.pack_into("<I", page, r.APIC_DFR, r.DFR_CLUSTER)
-            ops.append(("set_lapic", i, bytes(page)))
+            if base | r.APICBASE_EN != vcpu.apic_base:
+                ops.append(("set_msr", i, r.MSR_APICBASE, base | r.APICBASE_EN))
+            ops.append(("set_lapic", i, _xapic_page(rng, vcpu, i, mode == "cluster", style != "quiet")))
     return ops
+
+
+def _xapic_page(rng: random.Random, vcpu: SeenVcpu, i: int, cluster: bool, enabled: bool) -> bytes:
+    """The page of a vCPU that boots in xAPIC mode, with an id and a logical id of its own."""
+    page = bytearray(vcpu.get_lapic())
+    logical = (i // 4) << 4 | 1 << i % 4 if cluster else 1 << i % 8
+    for offset, value in (
+        (r.APIC_ID, (i if chance(rng, 0.5) else vcpu.id & 0xFF) << r.XAPIC_DEST_SHIFT),
+        (r.APIC_LDR, logical << r.XAPIC_DEST_SHIFT),
+        (r.APIC_DFR, r.DFR_CLUSTER if cluster else r.DFR_FLAT),
+        (r.APIC_SPIV, 0x1FF if enabled and chance(rng, 0.9) else 0xFF),
+        (r.APIC_TMICT, 0),
+        (r.APIC_TMCCT, 0),
+    ):
+        struct.pack_into("<I", page, offset, value)
+    return bytes(page)
 
 
 def host_op(rng: random.Random, machine: Seen, *, timer: bool = True) -> Op:
@@ -93,7 +122,7 @@ def host_op(rng: random.Random, machine: Seen, *, timer: bool = True) -> Op:
             value = rng.choice(LONG_COUNTS)
         return ("set_msr", i, msr, value)
     if kind < 0.70:
-        return ("get_msr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
+        return ("get_msr", i, rng.choice((*X2APIC_MSRS, *OTHER_MSRS)))
     if kind < 0.76:
         return ("set_msr", i, r.MSR_APICBASE, apic_base(rng, vcpu))
     if kind < 0.88:
@@ -106,8 +135,10 @@ def host_op(rng: random.Random, machine: Seen, *, timer: bool = True) -> Op:
         return ("set_lapic", i, lapic_page(rng, vcpu, timer=timer))
     if kind < 0.97:
         return ("get_mp_state", i)
-    if kind < 0.985:
+    if kind < 0.98:
         return ("events", i)
+    if kind < 0.99:
+        return ("set_msr", i, r.MSR_KVM_PV_EOI_EN, rng.choice(PV_EOIS))
     # A deadline that has passed or is far away: what lies between would depend on when it is looked at
     return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
 
@@ -134,7 +165,11 @@ def set_sregs_op(rng: random.Random, machine: Seen) -> Op:
 
 def set_mp_state_op(rng: random.Random, machine: Seen) -> Op:
     """KVM_SET_MP_STATE, allowed or not."""
-    return ("set_mp_state", rng.randrange(len(machine.vcpus)), rng.randrange(5))
+    return (
+        "set_mp_state",
+        rng.randrange(len(machine.vcpus)),
+        rng.choice((*range(5), r.MP_INIT_RECEIVED, r.MP_HALTED)),
+    )
 
 
 def look_op(rng: random.Random, machine: Seen) -> Op:
@@ -175,6 +210,8 @@ def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:
     if kind < 0.35:
         return ("mmio_write", i, r.APIC_ICR, _tame(rng, icr_low(rng)), 4)
     if kind < 0.70:
+        if kind < 0.45:
+            return ("mmio_write", i, r.APIC_ICR2, xapic_destination(rng, machine) << r.XAPIC_DEST_SHIFT, 4)
         offset = rng.choice(WRITABLE_IN_XAPIC)
         return ("mmio_write", i, offset, _guest_value(rng, offset), 4)
     if kind < 0.80:
@@ -208,7 +245,9 @@ def _guest_msr_op(rng: random.Random, machine: Seen, i: int) -> Op:
             return ("wrmsr", i, msr, word32(rng))
     if kind < 0.86:
         return ("wrmsr", i, r.MSR_TSC_DEADLINE, rng.choice((0, FAR_DEADLINE)))
-    return ("rdmsr", i, rng.choice((*X2APIC_MSRS, r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_X2APIC_ICR)))
+    if kind < 0.88:
+        return ("wrmsr", i, r.MSR_KVM_PV_EOI_EN, rng.choice(PV_EOIS))
+    return ("rdmsr", i, rng.choice((*X2APIC_MSRS, *OTHER_MSRS)))
 
 
 def _guest_value(rng: random.Random, offset: int) -> int:

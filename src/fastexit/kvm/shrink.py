@@ -5,6 +5,7 @@ Models: nothing. Candidates are replayed on new twins; one that still shows a di
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 SECONDS = 60.0
-"""No candidate is tried after so long."""
+"""No candidate is tried after so long, unless something else is said."""
 TIMED_TRIES = 2
 """A difference that may be the host's lateness has to show so often, of twins that are `timed`."""
 WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic")
@@ -26,7 +27,7 @@ class _Search:
         self.cls = cls
         self.witness = witness
         self.best = found
-        self.until = time.monotonic() + SECONDS
+        self.until = math.inf
 
     def keeps(self, setup: Setup, ops: list[Op]) -> bool:
         """Whether a candidate differs, each time it is tried; then it is the best one known."""
@@ -99,14 +100,17 @@ class _Search:
                 self.keeps(self.best.setup, ops)
 
 
-def shortened(cls: type[Twins], found: Divergence, witness: KernelTrace | None = None) -> Divergence | None:
-    """The shortest story found within `SECONDS`; the one given if it does not show again.
+def shortened(
+    cls: type[Twins], found: Divergence, witness: KernelTrace | None = None, seconds: float = SECONDS
+) -> Divergence | None:
+    """The shortest story found within ``seconds``; the one given if it does not show again.
 
     None if it does not show again and twins of its kind depend on a busy host's clock.
     """
     search = _Search(cls, found, witness)
     if not search.keeps(found.setup, list(found.history)):
         return None if cls.timed else found
+    search.until = time.monotonic() + seconds
     search.operations()
     search.vcpus()
     search.settings()

@@ -123,6 +123,7 @@ class Twins:
         self.setup = setup
         self.witness = witness
         self.history: list[Op] = []
+        self.planned: list[Op] = []
         self.pages = 0
         self.trace_lines = 0
         self.x2apic = setup.x2apic
@@ -179,11 +180,18 @@ class Twins:
     def draw_op(self, rng: random.Random) -> Op:
         """The next operation."""
         kind = rng.random()
+        if self.planned or kind > 0.985:
+            return self.regrouping(rng)
         if kind < 0.005:
             return ops.rare_op(rng, self.real.host.api_split)
-        if kind < 0.06:
+        if kind < 0.07:
             return ops.user_op(rng, self)
         return ops.host_op(rng, self)
+
+    def regrouping(self, rng: random.Random) -> Op:
+        """The next one of operations that give all vCPUs modes that go together: chance takes them apart soon."""
+        self.planned = self.planned or ops.setup_ops(rng, self)
+        return self.planned.pop(0)
 
     def step(self, op: Op) -> None:
         """One operation on both sides, then a look; Divergence where they are not the same."""
@@ -282,6 +290,8 @@ class GuestTwins(Twins):
         yield from super().beginning(rng)
 
     def draw_op(self, rng: random.Random) -> Op:
+        if self.planned or chance(rng, 0.01):
+            return self.regrouping(rng)
         if chance(rng, 0.15):
             return ops.host_op(rng, self, timer=False)
         i = rng.randrange(len(self.vcpus))

@@ -97,12 +97,24 @@ def destination(rng: random.Random, machine: Seen) -> int:
     if kind == 5:
         return (target.id >> 4) << 16 | rng.getrandbits(16)
     if kind == 6:
-        return target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT
+        return xapic_destination(rng, machine)
     if kind == 7:
         return rng.choice((r.XAPIC_BROADCAST, r.X2APIC_BROADCAST))
     if kind == 8:
         return rng.getrandbits(8)
     return rng.choice((rng.getrandbits(32), target.id + 1, target.id | 0x100, 256 * 16))
+
+
+def xapic_destination(rng: random.Random, machine: Seen) -> int:
+    """Eight bits that mean something to this machine: an id, logical ids, more of them, everybody."""
+    target = rng.choice(machine.vcpus)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return target.xapic_id
+    if kind == 1:
+        return rng.choice((r.XAPIC_BROADCAST, rng.getrandbits(8)))
+    more = 0 if kind < 4 else rng.getrandbits(4)
+    return target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT | more
 
 
 def icr_low(rng: random.Random) -> int:
@@ -148,7 +160,7 @@ def register_value(rng: random.Random, offset: int) -> int:
     if offset == r.APIC_SELF_IPI and chance(rng, 0.9):
         return vector(rng)
     if offset == r.APIC_TASKPRI:
-        return vector(rng) if chance(rng, 0.8) else 0
+        return word32(rng) if chance(rng, 0.1) else vector(rng) if chance(rng, 0.8) else 0
     if offset == r.APIC_LDR:
         return (
             rng.choice((1 << rng.randrange(8), rng.randrange(16) << 4 | 1 << rng.randrange(4), rng.getrandbits(8)))

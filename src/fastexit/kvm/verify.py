@@ -18,7 +18,7 @@ from fastexit import __version__
 from fastexit.kvm import host as H
 from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
-from fastexit.kvm.shrink import shortened
+from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
@@ -99,6 +99,7 @@ def verify(
     only: str | None = None,
     traced: bool = False,
     progress: Progress | None = None,
+    shorten: float = SECONDS,
 ) -> Report:
     """Compares the model with the kernel until so many operations or seconds are used up, or they differ.
 
@@ -110,6 +111,7 @@ def verify(
         only: one kind (KINDS) alone.
         traced: the kernel's tracepoints are compared, too (needs root).
         progress: called with operations done and wanted.
+        shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
 
     KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs.
     """
@@ -131,7 +133,7 @@ def verify(
                 with cls(cls.draw(rng, host, ids), witness) as twins:
                     _session(twins, rng, report, deadline, progress)
             except Divergence as found:
-                report.divergence = shortened(cls, found, witness)
+                report.divergence = shortened(cls, found, witness, shorten)
                 if report.divergence is not None:
                     break
                 report.kinds[kind].late.append(found.text)
