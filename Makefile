@@ -56,6 +56,8 @@ verify: compile ## the model against the KVM of this machine, half an hour; writ
 
 verify-mutants: $(STAMP) ## faults planted into the model, each of which verify must find, half an hour
 	@$(PYTEST) -m long tests/test_mutants.py
+	@$(PY) docs/verified.py build/verify/mutants.json
+	@$(PY) docs/generate.py
 
 bench: $(STAMP) ## all benchmarks, fast path beside generic path
 	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \

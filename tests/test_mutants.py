@@ -22,8 +22,8 @@ import pytest
 import fastexit
 from conftest import ROOT
 from fastexit.kvm.tracefs import KernelTrace, TraceUnavailable
-from kvm_vm import UNUSABLE
 from mutants import MUTANTS, TABLE, Mutant, parsed
+from real_kvm import kvm
 
 PACKAGE = Path(fastexit.__file__).parent
 OPERATIONS = 20_000
@@ -96,8 +96,7 @@ def selected(words: str, traced: bool) -> list[tuple[int, Mutant]]:
 
 
 @pytest.mark.long
-@pytest.mark.kvm
-@pytest.mark.skipif(UNUSABLE is not None, reason=UNUSABLE or "")
+@kvm
 def test_every_fault_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """FASTEXIT_MUTANTS="3 17" looks at some of them alone."""
     traced = traces()
