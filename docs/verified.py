@@ -68,12 +68,12 @@ def command(report: dict[str, Any]) -> str:
 def mutants() -> str:
     """One row a planted fault: which trap, what is wrong, how soon it was noticed and by what."""
     kept = json.loads(KEPT.read_text())["mutants"]
+    last = max(m["operations"] or 0 for m in kept["mutants"])
+    controls = " and ".join(f"{n:,} operations ({name})" for name, n in kept["unmutated"].items())
     rows = [
-        f"{len(kept['mutants'])} faults were planted into the model, one at a time, and {kept['caught']} were found, the "
-        f"last of them after {max(m['operations'] or 0 for m in kept['mutants']):,} of {kept['limit']:,} operations (seed "
-        f"{kept['seed']}, {kept['began'][:10]}). Without a fault, "
-        + " and ".join(f"{n:,} operations ({name})" for name, n in kept["unmutated"].items())
-        + " found nothing.",
+        f"{len(kept['mutants'])} faults were planted into the model, one at a time, and {kept['caught']} were found, "
+        f"the last of them after {last:,} of {kept['limit']:,} operations (seed {kept['seed']}, {kept['began'][:10]}). "
+        f"Without a fault, {controls} found nothing.",
         "",
         "| trap | fault | found by | after operations |",
         "|---|---|---|---|",
