@@ -54,44 +54,56 @@ NOT_FOR_GUESTS = (r.DM_NMI, r.DM_INIT)
 
 
 def setup_ops(rng: random.Random, machine: Seen) -> list[Op]:
-    """Brings the vCPUs into modes of a style: all x2APIC, all xAPIC with one form of logical ids, none enabled by
-    software, or any mixture.
+    """Brings the vCPUs into modes of a style.
 
-    Left to chance, vCPUs hardly ever agree on flat or cluster, and the APIC map then has no logical ids at all.
+    All x2APIC; all xAPIC with one form of logical ids; nobody with a vote on that form ("quiet"); x2APIC but for some
+    who have none ("booting"); any mixture. Left to chance, vCPUs hardly ever agree on a form, and the APIC map then has
+    no logical ids at all.
     """
-    style = rng.choices(("x2apic", "flat", "cluster", "quiet", "mixed"), (8, 2, 4, 1, 8))[0]
-    if style == "x2apic" and not machine.x2apic:
+    style = rng.choices(("x2apic", "flat", "cluster", "quiet", "booting", "mixed"), (8, 2, 4, 1, 3, 8))[0]
+    if style in ("x2apic", "booting") and not machine.x2apic:
         style = "mixed"
     ops: list[Op] = []
     for i, vcpu in enumerate(machine.vcpus):
         mode = style
-        if style in ("mixed", "quiet"):
+        if style == "booting":
+            mode = rng.choice(("x2apic", "x2apic", "flat"))
+        elif style in ("mixed", "quiet"):
             mode = rng.choices(("x2apic" if machine.x2apic else "flat", "flat", "cluster", "off"), (25, 16, 4, 5))[0]
         base = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
         if mode == "x2apic":
             ops.append(("set_msr", i, r.MSR_APICBASE, base | r.APICBASE_EN | r.APICBASE_EXTD))
             if style == "quiet":
                 ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0xFF))
-            elif style == "x2apic" or chance(rng, 0.85):
+            elif style != "mixed" or chance(rng, 0.85):
                 ops.append(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF))
         elif mode == "off":
             ops.append(("set_msr", i, r.MSR_APICBASE, base))
         else:
             if base | r.APICBASE_EN != vcpu.apic_base:
                 ops.append(("set_msr", i, r.MSR_APICBASE, base | r.APICBASE_EN))
-            ops.append(("set_lapic", i, _xapic_page(rng, vcpu, i, mode == "cluster", style != "quiet")))
+            votes = style not in ("quiet", "booting")
+            ops.append(("set_lapic", i, _xapic_page(rng, vcpu, i, mode == "cluster", votes)))
     return ops
 
 
-def _xapic_page(rng: random.Random, vcpu: SeenVcpu, i: int, cluster: bool, enabled: bool) -> bytes:
-    """The page of a vCPU that boots in xAPIC mode, with an id and a logical id of its own."""
+def _xapic_page(rng: random.Random, vcpu: SeenVcpu, i: int, cluster: bool, votes: bool) -> bytes:
+    """The page of a vCPU that boots in xAPIC mode, with an id and a logical id of its own.
+
+    A software-disabled one or one with LDR 0 has no vote on the form of logical ids.
+    """
     page = bytearray(vcpu.get_lapic())
     logical = (i // 4) << 4 | 1 << i % 4 if cluster else 1 << i % 8
+    if chance(rng, 0.03):
+        logical |= 1 << rng.randrange(8)
+    enabled = chance(rng, 0.9 if votes else 0.5)
+    if enabled and not votes:
+        logical = 0
     for offset, value in (
         (r.APIC_ID, (i if chance(rng, 0.5) else vcpu.id & 0xFF) << r.XAPIC_DEST_SHIFT),
         (r.APIC_LDR, logical << r.XAPIC_DEST_SHIFT),
         (r.APIC_DFR, r.DFR_CLUSTER if cluster else r.DFR_FLAT),
-        (r.APIC_SPIV, 0x1FF if enabled and chance(rng, 0.9) else 0xFF),
+        (r.APIC_SPIV, 0x1FF if enabled else 0xFF),
         (r.APIC_TMICT, 0),
         (r.APIC_TMCCT, 0),
     ):
@@ -197,6 +209,14 @@ def rare_op(rng: random.Random, known: int) -> Op:
         return ("add_vcpu", rng.choice(ID_POOL) if chance(rng, 0.8) else rng.randrange(4096))
     flags = (1, 2, 3, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI, r.X2API_SUPPRESS_EOI | r.X2API_NO_SUPPRESS_EOI)
     return ("enable_x2apic_api", rng.choice(flags) & known)
+
+
+def greeting(rng: random.Random, machine: Seen, apic_id: int) -> Op:
+    """What may or may not reach a vCPU that was just created: not its IRR, for nobody has enabled its APIC."""
+    icr = rng.randrange(16, 256) | rng.choice((r.DM_NMI, r.DM_INIT, r.DM_STARTUP, r.DM_REMRD)) << r.ICR_DM_SHIFT
+    if chance(rng, 0.5):
+        return ("signal_msi", 0xFEE0_0000 | (apic_id & 0xFF) << 12 | (apic_id & ~0xFF) << 32, icr)
+    return ("set_msr", rng.randrange(len(machine.vcpus)), r.MSR_X2APIC_ICR, apic_id << r.ICR_DEST_SHIFT | icr)
 
 
 def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:

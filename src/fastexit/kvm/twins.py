@@ -183,10 +183,17 @@ class Twins:
         if self.planned or kind > 0.985:
             return self.regrouping(rng)
         if kind < 0.005:
-            return ops.rare_op(rng, self.real.host.api_split)
+            return self.rarity(rng)
         if kind < 0.07:
             return ops.user_op(rng, self)
         return ops.host_op(rng, self)
+
+    def rarity(self, rng: random.Random) -> Op:
+        """What changes the VM itself; a new vCPU is greeted before anything puts it into the APIC map."""
+        op = ops.rare_op(rng, self.real.host.api_split)
+        if op[0] == "add_vcpu":
+            self.planned = [ops.greeting(rng, self, op[1])]
+        return op
 
     def regrouping(self, rng: random.Random) -> Op:
         """The next one of operations that give all vCPUs modes that go together: chance takes them apart soon."""
