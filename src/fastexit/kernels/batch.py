@@ -14,6 +14,7 @@ from .halt import emulate_halt
 from .irq import take_pv_eoi
 from .lapic import mmio_claimed, mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
+from .pi import process_notification
 from .runloop import (
     AGAIN,
     BLOCKED,
@@ -33,6 +34,7 @@ from .runloop import (
 from .shared import hot, own
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
+OP_NOTIFICATION = k.U(8)
 IN_GUEST, AROUND = k.ZERO, k.NONE
 """What a try to enter came to: in the guest, or once more around the loop; else a USER code."""
 
@@ -48,9 +50,13 @@ def operation(m, reason, info):
             return mmio
         if reason == k.SVM_HLT:
             return OP_HLT
+        if reason == k.NOTIFICATION:
+            return OP_NOTIFICATION
         return OP_NOTHING if reason == k.SVM_INTERRUPT else OP_NONE
     if reason == k.VMX_MSR_WRITE:
         return OP_WRMSR
+    if reason == k.NOTIFICATION:
+        return OP_NOTIFICATION
     if reason == k.VMX_MSR_READ:
         return OP_RDMSR
     if reason == k.VMX_EPT_MISCONFIG:
@@ -309,6 +315,10 @@ def run(m, exits, outcomes, first, n):
         if op == OP_NONE or m[k.H_HANDLERS] or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
             return i
         out = i * k.OUTCOME_WORDS
+        if op == OP_NOTIFICATION:
+            outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
+            outcomes[out + k.ONE] = k.ZERO
+            continue
         outcomes[out] = one_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)
         if op == OP_RDMSR or op == OP_MMIO_READ:
             outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
