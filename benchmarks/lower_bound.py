@@ -91,7 +91,7 @@ class LowerBound:
 
     def run(self, exits: np.ndarray) -> np.ndarray:
         """One outcome for each record; an error when a record is none that the program knows."""
-        outcomes = np.zeros(len(exits), dtype=L.OUTCOME)
+        outcomes = np.empty(len(exits), dtype=L.OUTCOME)
         done = self._run(
             self.bound,
             self._pointer("struct fx_exit *", exits),

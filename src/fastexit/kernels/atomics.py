@@ -153,6 +153,19 @@ def _store_release(context, builder, m, i, value):
     return context.get_dummy_value()
 
 
+def fence_after_atomic():
+    """Full barrier behind one of the atomics above that change a word; on x86-64 they are one already."""
+
+
+@lowers(fence_after_atomic, "void()")
+def _fence_after_atomic(context, builder):
+    if X86_64:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+    else:
+        builder.fence(ORDER)
+    return context.get_dummy_value()
+
+
 def fence():
     """Full barrier: every access before it is seen before every access behind it."""
 

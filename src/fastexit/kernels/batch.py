@@ -6,6 +6,7 @@ caller hands it to the Python dispatcher.
 """
 
 from . import typed as k
+from . import unicast
 from ._jit import kernel
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
@@ -280,6 +281,16 @@ def one_exit(m, v, op, reason, msr, value, info):
     return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 
 
+@kernel("u8(words, u8, u8, u8)")
+def _behind_unicast(m, v, code, value):
+    """The rest of an exit that unicast.send has done."""
+    code = reenter(m, v, code)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        return code
+    code = _leave_and_handle(m, v, OP_WRMSR, k.VMX_MSR_WRITE, k.MSR_X2APIC_ICR, value, k.ZERO, code)
+    return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
+
+
 @kernel("u8(words, words, u8)")
 def first_bad(m, exits, n):
     """Index of the first exit that names a vCPU or an access outside the machine, or n."""
@@ -304,12 +315,19 @@ def run(m, exits, outcomes, first, n):
     """
     if first >= n:
         return n  # and not range(first, n), which counts from a negative number where bit 63 is set
+    plain = unicast.possible(m) and not m[k.H_HANDLERS]
     for j in range(first, n):
         i = k.U(j)
         at = i * k.EXIT_WORDS
         v = exits[at] & k.LOW32
         reason = exits[at] >> k.U(32)
         msr = exits[at + k.ONE] & k.LOW32
+        if plain and reason == k.VMX_MSR_WRITE and msr == k.MSR_X2APIC_ICR and v < m[k.H_NVCPUS]:
+            code = unicast.send(m, v, exits[at + k.U(2)])
+            if code:
+                outcomes[i * k.OUTCOME_WORDS] = _behind_unicast(m, v, code, exits[at + k.U(2)])
+                outcomes[i * k.OUTCOME_WORDS + k.ONE] = k.ZERO
+                continue
         info = exits[at + k.ONE] >> k.U(32)
         op = operation(m, reason, info)
         if op == OP_NONE or m[k.H_HANDLERS] or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:

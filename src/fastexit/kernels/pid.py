@@ -12,8 +12,8 @@ ON set, stay silent and be lost.
 
 from . import typed as k
 from ._jit import kernel, msb
-from .atomics import fence, load_acquire
-from .shared import clear_word_bits, hot, kick, make_request, or_word, own, take, test_and_set, vec, wake
+from .atomics import load_acquire
+from .shared import clear_bits_first, clear_word_bits, hot, kick, make_request, or_word, own, take, test_and_set, vec, wake
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -51,6 +51,20 @@ def clear(m, v):
 
 
 @kernel("u8(words, u8)")
+def posted_words(m, v):
+    """Which words of PIR hold something, as bits 3:0.
+
+    A branch for each word would be mispredicted, and one vector load of all four would wait for the sender's store;
+    atomic loads are never joined.
+    """
+    pir = hot(m, v) + k.PID_PIR
+    words = k.U(load_acquire(m, pir) != k.ZERO)
+    for i in range(1, 4):
+        words = words | (k.U(load_acquire(m, pir + k.U(i)) != k.ZERO) << k.U(i))
+    return words
+
+
+@kernel("u8(words, u8)")
 def highest(m, base):
     """Highest vector of the 256-bit set at word index base, or NONE."""
     for i in range(4):
@@ -77,8 +91,7 @@ def sync_pir_to_irr(m, v):
     pid = hot(m, v)
     got = False
     if m[pid + k.PID_CONTROL_WORD] & k.PID_ON:
-        clear_word_bits(m, pid + k.PID_CONTROL_WORD, k.PID_ON)
-        fence()
+        clear_bits_first(m, pid + k.PID_CONTROL_WORD, k.PID_ON)
         irr = vec(m, v) + k.VEC_IRR
         newest = k.NONE
         found = False
