@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastexit import layout as L
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "native"
-FLAGS = ["-O3", "-march=native"]
+FLAGS = ["-O3", f"-march={os.environ.get('FASTEXIT_BOUND_ARCH', 'native')}"]
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 AVAILABLE = shutil.which(COMPILER) is not None
 SENDER_WORDS = 8

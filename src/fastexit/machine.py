@@ -24,7 +24,7 @@ from fastexit.hardware import Hardware
 from fastexit.irte import Irte, RemappingTable
 from fastexit.kernels import _jit
 from fastexit.kernels import entries as _entries
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, CODE_HARDWARE, OUTCOMES, Effect, Outcome
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
@@ -411,9 +411,6 @@ class Machine:
         if vcpu >= len(self.vcpus):
             raise ValueError(f"exit {at} is outside the machine: {_describe(record, len(self.vcpus))}")
         v, vendor = self.vcpus[vcpu], self.dispatcher.vendor
-        if reason == L.NOTIFICATION:
-            outcomes[at]["code"] = CODE_HARDWARE if v.hw_notify() else 0
-            return
         if reason == vendor.mmio_reason:
             size = info & ~L.MMIO_WRITE
             exit = Exit(reason, value=value, offset=msr, size=size, write=bool(info & L.MMIO_WRITE))

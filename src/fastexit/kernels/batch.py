@@ -35,7 +35,6 @@ from .runloop import (
 from .shared import hot, own
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
-OP_NOTIFICATION = k.U(8)
 IN_GUEST, AROUND = k.ZERO, k.NONE
 """What a try to enter came to: in the guest, or once more around the loop; else a USER code."""
 
@@ -51,13 +50,9 @@ def operation(m, reason, info):
             return mmio
         if reason == k.SVM_HLT:
             return OP_HLT
-        if reason == k.NOTIFICATION:
-            return OP_NOTIFICATION
         return OP_NOTHING if reason == k.SVM_INTERRUPT else OP_NONE
     if reason == k.VMX_MSR_WRITE:
         return OP_WRMSR
-    if reason == k.NOTIFICATION:
-        return OP_NOTIFICATION
     if reason == k.VMX_MSR_READ:
         return OP_RDMSR
     if reason == k.VMX_EPT_MISCONFIG:
@@ -322,22 +317,25 @@ def run(m, exits, outcomes, first, n):
         v = exits[at] & k.LOW32
         reason = exits[at] >> k.U(32)
         msr = exits[at + k.ONE] & k.LOW32
-        if plain and reason == k.VMX_MSR_WRITE and msr == k.MSR_X2APIC_ICR and v < m[k.H_NVCPUS]:
-            code = unicast.send(m, v, exits[at + k.U(2)])
-            if code:
-                outcomes[i * k.OUTCOME_WORDS] = _behind_unicast(m, v, code, exits[at + k.U(2)])
-                outcomes[i * k.OUTCOME_WORDS + k.ONE] = k.ZERO
-                continue
-        info = exits[at + k.ONE] >> k.U(32)
-        op = operation(m, reason, info)
-        if op == OP_NONE or m[k.H_HANDLERS] or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
-            return i
+        value = exits[at + k.U(2)]
         out = i * k.OUTCOME_WORDS
-        if op == OP_NOTIFICATION:
+        if v >= m[k.H_NVCPUS]:
+            return i
+        if plain and reason == k.VMX_MSR_WRITE and msr == k.MSR_X2APIC_ICR:
+            code = unicast.send(m, v, value)
+            if code:
+                outcomes[out] = _behind_unicast(m, v, code, value)
+                outcomes[out + k.ONE] = k.ZERO
+                continue
+        elif reason == k.NOTIFICATION:
             outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
             outcomes[out + k.ONE] = k.ZERO
             continue
-        outcomes[out] = one_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)
+        info = exits[at + k.ONE] >> k.U(32)
+        op = operation(m, reason, info)
+        if op == OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+            return i
+        outcomes[out] = one_exit(m, v, op, reason, msr, value, info)
         if op == OP_RDMSR or op == OP_MMIO_READ:
             outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
         else:

@@ -28,16 +28,17 @@ def post(m, target, vector, me):
         return k.ZERO
     if test_and_set(m, pid + k.PID_CONTROL_WORD, k.ZERO):
         return k.ZERO
-    in_guest = load_acquire(m, pid + k.HOT_MODE) == k.IN_GUEST_MODE
-    if in_guest:
-        # The sender itself is in guest mode only inside its own fast path, with IRQs off: it syncs PIR before it
-        # enters again, so a notification to itself would only cost another exit.
-        if target == me:
-            return k.ZERO
-        return k.EFFECT_NOTIFY_CODE
-    if m[k.H_TRAITS] & k.T_PI_KICK:
-        return kick(m, target, me)
-    return wake(m, target)
+    if load_acquire(m, pid + k.HOT_MODE) != k.IN_GUEST_MODE:
+        return rouse(m, target, me)
+    # The sender itself is in guest mode only inside its own fast path, with IRQs off: it syncs PIR before it enters
+    # again, so a notification to itself would only cost another exit.
+    return k.ZERO if target == me else k.EFFECT_NOTIFY_CODE
+
+
+@kernel("u8(words, u8, u8)")
+def rouse(m, target, me):
+    """The end of a post to a target that is not in guest mode."""
+    return kick(m, target, me) if m[k.H_TRAITS] & k.T_PI_KICK else wake(m, target)
 
 
 @kernel("u8(words, u8)")

@@ -9,10 +9,10 @@ the map, and touches two cache lines of the target.
 from . import typed as k
 from ._jit import kernel
 from .apicmap import phys
+from .atomics import load_acquire
 from .lapicreg import word
-from .match import is_broadcast
-from .pid import post
-from .shared import clear_word_bits, hot, own
+from .pid import rouse
+from .shared import clear_word_bits, hot, own, test_and_set
 
 CONFIG = k.CONFIG_SVM | k.CONFIG_FASTPATH | k.CONFIG_TRACE
 TRAITS = (
@@ -53,7 +53,7 @@ def send(m, v, icr):
         return k.ZERO
     base = m[k.H_MAP]
     dest = icr >> k.ICR_DEST_SHIFT
-    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, v, dest):
+    if not m[base + k.MAP_PRESENT] or dest == k.X2APIC_BROADCAST or dest == k.XAPIC_BROADCAST:
         return k.ZERO
     code = SENT
     slot = phys(m, base, dest)
@@ -67,7 +67,13 @@ def send(m, v, icr):
         bit = k.ONE << (vector & k.U(63))
         if m[tmr] & bit:
             clear_word_bits(m, tmr, bit)
-        code = post(m, target, vector, v) | ACCEPTED
+        code = ACCEPTED
+        if not test_and_set(m, at + k.PID_PIR + (vector >> k.U(6)), vector & k.U(63)):
+            if not test_and_set(m, at + k.PID_CONTROL_WORD, k.ZERO):
+                if load_acquire(m, at + k.HOT_MODE) != k.IN_GUEST_MODE:
+                    code = code | rouse(m, target, v)
+                elif target != v:
+                    code = code | k.EFFECT_NOTIFY_CODE
     m[word(m, v, k.APIC_ICR)] = icr & ~k.ICR_BUSY
     m[mine + k.K_RIP] = m[mine + k.K_RIP] + k.INSN_LEN_WRMSR
     m[mine + k.K_SHADOW] = k.ZERO
