@@ -1,4 +1,4 @@
-"""Instructions an IPI, by valgrind: two runs that differ in length only, the difference divided by the IPIs between.
+"""Instructions an IPI, by valgrind: two batches that differ in length only, the difference divided by the IPIs between.
 
 ``python instructions.py check`` fails when a number rose by more than 5 % over benchmarks/results/instructions.json,
 ``python instructions.py store`` writes that file. Time depends on the machine and its neighbours; this does not: code
@@ -15,11 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from counted import SIDES
+from counted import LENGTHS, SIDES
 
 ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "benchmarks" / "results" / "instructions.json"
-SHORT, LONG = 1_000, 5_000
 TOLERANCE = 1.05
 CPU = "x86-64-v3"
 
@@ -30,32 +29,26 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **fixed, "FASTEXIT_CACHE_DIR": str(cache)}
 
 
-def _count(side: str, n: int) -> int:
-    """Instructions of a whole process."""
+def measure() -> dict[str, float]:
+    """Instructions of one IPI, consumed, on every side. The cache is warmed outside valgrind, which would take hours."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "counted.py")]
+    subprocess.run(command, env=_environment(), check=True)
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "callgrind"
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable]
-        command += [str(ROOT / "benchmarks" / "counted.py"), side, str(n)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=900)
+        options = ["--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={directory}/dump"]
+        done = subprocess.run(["valgrind", *options, *command], env=_environment(), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"valgrind failed: {done.stderr[-500:]}")
-        for line in out.read_text().splitlines():
-            if line.startswith(("summary:", "totals:")):
-                return int(line.split()[1])
-    raise RuntimeError("callgrind wrote no summary")
+        counts = [_total(Path(f"{directory}/dump.{i + 1}")) for i in range(2 * len(SIDES))]
+    between = LENGTHS[1] - LENGTHS[0]
+    slopes = [(long - short) / between for short, long in zip(counts[::2], counts[1::2], strict=True)]
+    return {side: round(slope, 1) for side, slope in zip(SIDES, slopes, strict=True)}
 
 
-def per_ipi(side: str) -> float:
-    """Instructions of one IPI, consumed."""
-    return (_count(side, LONG) - _count(side, SHORT)) / (LONG - SHORT)
-
-
-def measure() -> dict[str, float]:
-    """All sides; the cache is warmed outside valgrind, which would take an hour to compile."""
-    for side in SIDES:
-        command = [sys.executable, str(ROOT / "benchmarks" / "counted.py"), side, "1"]
-        subprocess.run(command, env=_environment(), check=True)
-    return {side: round(per_ipi(side), 1) for side in SIDES}
+def _total(dump: Path) -> int:
+    for line in dump.read_text().splitlines():
+        if line.startswith(("summary:", "totals:")):
+            return int(line.split()[1])
+    raise RuntimeError(f"{dump.name}: callgrind wrote no total")
 
 
 def main(what: str) -> int:
