@@ -14,7 +14,7 @@ wakes nobody, and put makes up for it with a wake-up vector to its own pCPU.
 
 from . import typed as k
 from ._jit import ctz, kernel, msb
-from .atomics import fence, load_acquire, store_release
+from .atomics import fence, inlined, load_acquire, store_release
 from .pid import posted_words
 from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
 
@@ -193,6 +193,7 @@ def hardware_post(m, v, vector):
     return k.ZERO
 
 
+@inlined
 @kernel("u8(words, u8)")
 def process_notification(m, v):
     """0xF2 arrives while the guest runs: PIR to IRR without an exit. 1 if so, 0 when the host's idle handler got it.

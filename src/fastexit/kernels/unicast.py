@@ -8,8 +8,8 @@ the map, and touches two cache lines of the target.
 
 from . import typed as k
 from ._jit import kernel
-from .apicmap import phys
-from .atomics import load_acquire
+from .apicmap import phys, slot
+from .atomics import inlined, load_acquire, prefetch
 from .lapicreg import word
 from .pid import rouse
 from .shared import clear_word_bits, hot, own, test_and_set
@@ -40,6 +40,7 @@ def possible(m):
     return k.ONE
 
 
+@inlined
 @kernel("u8(words, u8, u8)")
 def send(m, v, icr):
     """The WRMSR up to the loop's tail: its outcome code, or 0 with nothing touched. Only where possible() says so."""
@@ -56,9 +57,9 @@ def send(m, v, icr):
     if not m[base + k.MAP_PRESENT] or dest == k.X2APIC_BROADCAST or dest == k.XAPIC_BROADCAST:
         return k.ZERO
     code = SENT
-    slot = phys(m, base, dest)
-    if slot:
-        target = slot - k.ONE
+    found = phys(m, base, dest)
+    if found:
+        target = found - k.ONE
         at = hot(m, target)
         if m[at + k.HOT_FLAGS] & TARGET != TARGET:
             return k.ZERO
@@ -78,3 +79,13 @@ def send(m, v, icr):
     m[mine + k.K_RIP] = m[mine + k.K_RIP] + k.INSN_LEN_WRMSR
     m[mine + k.K_SHADOW] = k.ZERO
     return code
+
+
+@inlined
+@kernel("u8(words, u8)")
+def look_ahead(m, dest):
+    """Ask for the lines of a physical destination's vCPU. A guess: the map may change, and the id need not be in it."""
+    at = hot(m, slot(m, m[k.H_MAP], k.MAP_PHYS_SLOT + (dest & k.U(k.MAX_VCPU_ID))) - k.ONE)
+    prefetch(m, at)
+    prefetch(m, at + k.HOT_TMR)
+    return k.ZERO
