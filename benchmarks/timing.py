@@ -1,0 +1,34 @@
+"""Interleaved rounds: every side is timed in turn, so that a noisy neighbour hits all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROUNDS = 15
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[int]]:
+    """Nanoseconds of each side in each round, behind one round that warms up."""
+    times: dict[str, list[int]] = {name: [] for name in sides}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds + 1):
+            for name, side in sides.items():
+                start = time.perf_counter_ns()
+                side()
+                spent = time.perf_counter_ns() - start
+                if i:
+                    times[name].append(spent)
+    finally:
+        gc.enable()
+    return times
+
+
+def ratio(times: dict[str, list[int]], over: str, under: str) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
