@@ -281,21 +281,9 @@ def one_exit(m, v, op, reason, msr, value, info):
     return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 
 
-@inlined
 @kernel("u8(words, u8, u8, u8)")
 def _behind_unicast(m, v, code, value):
-    """The rest of an exit that unicast.send has done."""
-    row = hot(m, v)
-    idle = m[row + k.HOT_MODE] == k.IN_GUEST_MODE and not m[row + k.HOT_REQUESTS]
-    if idle and not m[row + k.PID_CONTROL_WORD] & k.PID_ON:
-        m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
-        return code
-    return _leave_after_unicast(m, v, code, value)
-
-
-@kernel("u8(words, u8, u8, u8)")
-def _leave_after_unicast(m, v, code, value):
-    """The sender has work of its own: an interrupt posted to itself, a request, a kick."""
+    """The rest of such an exit whose sender has work of its own: an interrupt posted to itself, a request, a kick."""
     code = reenter(m, v, code)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
         return code
@@ -357,7 +345,8 @@ def _run_unicasts(m, exits, outcomes, first, n, far):
             code = unicast.send(m, v, value)
             if not code:
                 return i
-            code = _behind_unicast(m, v, code, value)
+            if not unicast.again(m, v):
+                code = _behind_unicast(m, v, code, value)
         else:
             return i
         outcomes[out] = code

@@ -83,6 +83,17 @@ def send(m, v, icr):
 
 @inlined
 @kernel("u8(words, u8)")
+def again(m, v):
+    """The loop's tail where nothing waits for the sender itself: 1, the exit counted; else 0 and nothing done."""
+    row = hot(m, v)
+    if m[row + k.HOT_MODE] != k.IN_GUEST_MODE or m[row + k.HOT_REQUESTS] or m[row + k.PID_CONTROL_WORD] & k.PID_ON:
+        return k.ZERO
+    m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
+    return k.ONE
+
+
+@inlined
+@kernel("u8(words, u8)")
 def look_ahead(m, dest):
     """Ask for the lines of a physical destination's vCPU. A guess: the map may change, and the id need not be in it."""
     at = hot(m, slot(m, m[k.H_MAP], k.MAP_PHYS_SLOT + (dest & k.U(k.MAX_VCPU_ID))) - k.ONE)
