@@ -8,10 +8,11 @@ BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input b
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long bench lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long lint clean
+.PHONY: bench bench-check bench-instructions
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
 	@mkdir -p build/demo
@@ -45,9 +46,16 @@ test-bounds: compile-bounds ## a part of the suite with every array access check
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
 
-bench: $(STAMP) ## all benchmarks, fast path beside generic path
+bench: $(STAMP) ## all benchmarks: against C, fast beside generic path; writes build/bench/
 	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+	@$(PY) benchmarks/report.py
+
+bench-check: $(STAMP) ## fails when the last make bench missed a bar
+	@$(PY) benchmarks/check.py
+
+bench-instructions: $(STAMP) ## fails when an IPI takes more instructions than it did; needs valgrind
+	@$(PY) benchmarks/instructions.py
 
 lint: $(STAMP) ## ruff
 	@$(PY) -m ruff check .

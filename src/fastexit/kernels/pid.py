@@ -13,7 +13,19 @@ ON set, stay silent and be lost.
 from . import typed as k
 from ._jit import kernel, msb
 from .atomics import load_acquire
-from .shared import clear_bits_first, clear_word_bits, hot, kick, make_request, or_word, own, take, test_and_set, vec, wake
+from .shared import (
+    clear_bits_first,
+    clear_word_bits,
+    hot,
+    kick,
+    make_request,
+    or_word,
+    own,
+    take,
+    test_and_set,
+    vec,
+    wake,
+)
 
 
 @kernel("u8(words, u8, u8, u8)")
