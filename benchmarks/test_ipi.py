@@ -48,7 +48,7 @@ def test_against_c(benchmark: Callable, record: Record, threads: bool) -> None:
         generic.fastpath = False
         sides[f"generic {n}"] = _several(generic.run, exits)
     benchmark.group = "batch door, one IPI, consumed"
-    times = benchmark.pedantic(lambda: interleaved(sides, ROUNDS), rounds=1)
+    times = benchmark.pedantic(lambda: interleaved(sides, ROUNDS, settle=True), rounds=1)
     for n in streams.SIZES:
         for side in ("ours", "C", "generic"):
             if f"{side} {n}" in times:

@@ -11,14 +11,22 @@ from typing import Any
 ROUNDS = 15
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[int]]:
-    """Nanoseconds of each side in each round, behind one round that warms up."""
+def interleaved(
+    sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS, *, settle: bool = False
+) -> dict[str, list[int]]:
+    """Nanoseconds of each side in each round, behind one round that warms up.
+
+    ``settle``: each side runs once untimed right before it is timed, so that none pays for what the others have thrown
+    out of the caches.
+    """
     times: dict[str, list[int]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds + 1):
             for name, side in sides.items():
+                if settle:
+                    side()
                 start = time.perf_counter_ns()
                 side()
                 spent = time.perf_counter_ns() - start
