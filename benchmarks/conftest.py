@@ -13,8 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fastexit
 from bars import Record
+
+import fastexit
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,7 @@ def _environment() -> dict[str, str]:
 
 
 def measure() -> dict[str, float]:
-    """Instructions of one IPI, consumed, on every side. The cache is warmed outside valgrind, which would take hours."""
+    """Instructions of one IPI, consumed, on every side. The cache is warmed outside valgrind."""
     command = [sys.executable, str(ROOT / "benchmarks" / "counted.py")]
     subprocess.run(command, env=_environment(), check=True)
     with tempfile.TemporaryDirectory() as directory:

@@ -33,15 +33,11 @@ print(time.perf_counter() - start)
 MEMORY = """
 import tracemalloc
 import fastexit as fx
+from fastexit import layout
 def block(m):
-    ours = False
-    for row in open("/proc/self/smaps"):
-        first = row.split()[0]
-        if "-" in first:
-            start, end = (int(part, 16) for part in first.split("-"))
-            ours = start <= m.handle < end
-        elif ours and first == "Rss:":
-            return int(row.split()[1]) * 1024
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(m.handle // 4096 * 8)
+        return 4096 * sum(byte >> 7 for byte in file.read(layout.BYTES // 4096 * 8)[7::8])
 def booted(n):
     m = fx.Machine(vcpus=n)
     m.boot_x2apic()

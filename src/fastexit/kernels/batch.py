@@ -36,8 +36,8 @@ from .runloop import (
 from .shared import hot, own, vec
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
-NEAR = k.U(128)
-"""So many vCPUs' hot rows fit a first-level cache of 32 KiB beside their other lines."""
+NEAR = k.U(1536)
+"""So many vCPUs leave enough of a second-level cache of 1 MiB; to ask for their lines ahead would not pay."""
 AHEAD = k.U(12)
 """Records between a prefetch and its use: a few IPIs, some 100 ns."""
 IN_GUEST, AROUND = k.ZERO, k.NONE
@@ -326,7 +326,7 @@ def first_bad(m, exits, n):
 def _run_unicasts(m, exits, outcomes, first, n, far):
     """As many of the exits first..n-1 as are plain IPIs or notifications; the index of the first other one, or n.
 
-    ``far``: the vCPUs do not fit the nearest cache, so what an exit will touch is asked for some exits before.
+    ``far``: the vCPUs' lines are far away, so what an exit will touch is asked for some exits before.
     """
     i = first
     while i < n:
