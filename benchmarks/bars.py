@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ class Record:
             "python": platform.python_version(),
             "numba": numba.__version__,
             "numpy": numpy.__version__,
+            "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs",
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine, "values": self.values, "curves": self.curves, "skipped": self.skipped}

@@ -25,7 +25,7 @@ Every value is a ratio of sides that were timed in turn, or what one process of 
 Vectors are uniform 32..255, targets uniform over the other vCPUs, kernel {kernel}, VMX, APICv on, tracing off. Each IPI
 is consumed before the next one is sent. Where the time goes is in [performance.md](performance.md).
 
-CPU {cpu}; Python {python}, numba {numba}, numpy {numpy}.
+CPU {cpu}; Python {python}, numba {numba}, numpy {numpy}. Load average at the end: {load}.
 
 | row | what | case | measured | bar | aim | |
 |---|---|---|---|---|---|---|
@@ -39,11 +39,13 @@ def _number(value: float, unit: str) -> str:
 
 def table(content: dict) -> str:
     """The page."""
-    text = HEAD.format(kernel="6.18", **content["machine"])
+    text = HEAD.format(kernel="6.18", **{"load": "unknown", **content["machine"]})
     for entry in sorted(content["values"], key=lambda entry: list(BARS).index(entry["row"])):
         bar = BARS[entry["row"]]
         sign = "≤" if bar.most else "≥"
-        cells = [entry["row"], bar.what, entry["case"], _number(entry["value"], bar.unit)]
+        beside = {"cpu": "x by CPU time", "python_objects": "bytes of Python objects beside it"}
+        notes = [f"; {_number(entry[name], text)}" for name, text in beside.items() if name in entry]
+        cells = [entry["row"], bar.what, entry["case"], _number(entry["value"], bar.unit) + "".join(notes)]
         cells += [f"{sign} {_number(bar.bar, bar.unit)}", _number(bar.aim, bar.unit)]
         text += "| " + " | ".join([*cells, "**missed**" if bar.misses(entry["value"]) else "holds"]) + " |\n"
     for line in content["skipped"]:
