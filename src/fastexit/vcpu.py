@@ -13,7 +13,7 @@ from fastexit.checks import access_size, integer
 from fastexit.dispatcher import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, GeneralProtection, Outcome
+from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, REENTRIES, GeneralProtection, Outcome
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -32,7 +32,7 @@ class Notification(NamedTuple):
 class Vcpu(VcpuIoctls):
     """One virtual CPU; ``m.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id."""
 
-    __slots__ = ("_loop",)
+    __slots__ = ("_loop", "where")
 
     def __init__(self, machine: Machine, index: int, vcpu_id: int) -> None:
         self.machine = machine
@@ -43,6 +43,7 @@ class Vcpu(VcpuIoctls):
         self._loop = machine.dispatcher
         self._mem = machine.mem
         self._handle = machine.handle
+        self.where = machine.handle + index
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} id {self.vcpu_id}>"
@@ -54,9 +55,18 @@ class Vcpu(VcpuIoctls):
 
         ``msr`` is ECX (32 bits), ``value`` EDX:EAX (64 bits); ValueError or TypeError for anything else.
         """
-        if type(msr) is not int or type(value) is not int or msr >> 32 or value >> 64:
-            msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
-        return self._loop.wrmsr(self, msr, value)
+        loop = self._loop
+        code = None
+        if type(msr) is int and type(value) is int and loop.wrmsr_fast:
+            try:
+                code = loop.fast_exit(self.where, msr, value)
+            except OverflowError:  # beyond 64 bits: refused below
+                pass
+            else:
+                outcome = REENTRIES.get(code)
+                if outcome is not None:
+                    return outcome
+        return loop.wrmsr(self, integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE), code)
 
     def rdmsr(self, msr: int) -> int:
         """A guest RDMSR: its value; GeneralProtection when the guest gets #GP(0)."""
