@@ -126,8 +126,10 @@ class Build:
             if declared in exported:
                 self._export(made, declared.nogil)
             else:
-                for name in made.fndesc.llvm_func_name, made.environment.env_name:
-                    module.get_global(name).linkage = "internal"
+                function = module.get_global(made.fndesc.llvm_func_name)
+                function.linkage = module.get_global(made.environment.env_name).linkage = "internal"
+                if declared.function.inline:
+                    function.attributes.add("alwaysinline")
         self._library.finalize()
         faces = {name: self.made[declared] for name, declared in entries.items()}
         return Code(self._library, {name: (r.fndesc, r.environment) for name, r in faces.items()})

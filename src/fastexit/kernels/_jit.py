@@ -58,6 +58,7 @@ class Callee:
     def __init__(self, python: Callable, name: str) -> None:
         update_wrapper(self, python)
         self._name = name
+        self.inline = False
 
     def __call__(self, *_values: Any) -> Any:
         raise TypeError(f"kernel {self._name} can be called by kernels only; an @entry, through load()")
@@ -84,6 +85,13 @@ def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable], Any]:
         return declared.function
 
     return declare
+
+
+def inlined(function: Any) -> Any:
+    """Make a kernel part of every kernel that calls it: ``@inlined`` above ``@kernel``. For the hottest only."""
+    if JIT:
+        function.inline = True
+    return function
 
 
 def entry(function: Any) -> Any:

@@ -12,20 +12,13 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from ._jit import JIT, WORDS, lowers
+from ._jit import WORDS, lowers
 
 X86_64 = llvmlite.binding.get_process_triple().startswith("x86_64")
 if X86_64:
     llvmlite.binding.initialize_native_asmparser()
 
 ORDER = "seq_cst"
-
-
-def inlined(kernel):
-    """Make a kernel part of every kernel that calls it; ``@inlined`` above ``@kernel``. For the hottest only."""
-    if JIT:
-        kernel.targetoptions["forceinline"] = True
-    return kernel
 
 
 def _pointer(context, builder, words, i):

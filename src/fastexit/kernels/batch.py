@@ -7,8 +7,8 @@ caller hands it to the Python dispatcher.
 
 from . import typed as k
 from . import unicast
-from ._jit import kernel
-from .atomics import inlined, prefetch
+from ._jit import inlined, kernel
+from .atomics import prefetch
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr

@@ -13,8 +13,8 @@ wakes nobody, and put makes up for it with a wake-up vector to its own pCPU.
 """
 
 from . import typed as k
-from ._jit import ctz, kernel, msb
-from .atomics import fence, inlined, load_acquire, store_release
+from ._jit import ctz, inlined, kernel, msb
+from .atomics import fence, load_acquire, store_release
 from .pid import posted_words
 from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
 

@@ -7,9 +7,9 @@ the map, and touches two cache lines of the target.
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import inlined, kernel
 from .apicmap import phys, slot
-from .atomics import inlined, load_acquire, prefetch
+from .atomics import load_acquire, prefetch
 from .lapicreg import word
 from .pid import rouse
 from .shared import clear_word_bits, hot, own, test_and_set
