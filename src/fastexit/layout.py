@@ -16,7 +16,7 @@ import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
 ABI_VERSION = 2
-MAX_VCPUS = 4096
+MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
 """No vector, no vCPU: ISR_CACHE unknown, sender absent."""

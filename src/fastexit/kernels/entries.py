@@ -160,14 +160,14 @@ def _reenter(m, v, code):
 
 @entry
 @kernel("u8(u8, u8, u8)", nogil=False)
-def fast_exit(where, msr_index, value):
+def fast_exit(handle, msr_index, value):
     """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST.
 
-    ``where`` is the machine's address, which ends a page, plus the vCPU's index: an argument less to take apart. An MSR
-    of more than 32 bits is refused with nothing touched.
+    ``handle`` has the vCPU's index in its low bits, which are 0 in a page's address: an argument less to take apart. An
+    MSR of more than 32 bits is refused with nothing touched.
     """
-    m = open_words(where & ~k.U(k.MAX_VCPUS - k.ONE), k.WORDS)
-    v = where & k.U(k.MAX_VCPUS - k.ONE)
+    m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
+    v = handle & (k.MAX_VCPUS - k.ONE)
     if v >= m[k.H_NVCPUS]:
         return NO_VCPU
     if msr_index == k.MSR_X2APIC_ICR and unicast.possible(m):
