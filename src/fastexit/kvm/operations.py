@@ -69,7 +69,7 @@ def setup_ops(rng: random.Random, machine: Seen) -> list[Op]:
         if style == "booting":
             mode = rng.choice(("x2apic", "x2apic", "flat"))
         elif style in ("mixed", "quiet"):
-            mode = rng.choices(("x2apic" if machine.x2apic else "flat", "flat", "cluster", "off"), (25, 16, 4, 5))[0]
+            mode = rng.choices(("x2apic" if machine.x2apic else "flat", "flat", "cluster", "off"), (25, 14, 8, 5))[0]
         base = vcpu.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD)
         if mode == "x2apic":
             ops.append(("set_msr", i, r.MSR_APICBASE, base | r.APICBASE_EN | r.APICBASE_EXTD))
@@ -94,15 +94,18 @@ def _xapic_page(rng: random.Random, vcpu: SeenVcpu, i: int, cluster: bool, votes
     """
     page = bytearray(vcpu.get_lapic())
     logical = (i // 4) << 4 | 1 << i % 4 if cluster else 1 << i % 8
-    if chance(rng, 0.03):
+    if chance(rng, 0.06):
         logical |= 1 << rng.randrange(8)
+    form = r.DFR_CLUSTER if cluster else r.DFR_FLAT
+    if cluster and chance(rng, 0.2):
+        form = rng.choice((form | rng.randrange(15) << 28, 0xF000_0000 | rng.getrandbits(28)))
     enabled = chance(rng, 0.9 if votes else 0.5)
     if enabled and not votes:
         logical = 0
     for offset, value in (
         (r.APIC_ID, (i if chance(rng, 0.5) else vcpu.id & 0xFF) << r.XAPIC_DEST_SHIFT),
         (r.APIC_LDR, logical << r.XAPIC_DEST_SHIFT),
-        (r.APIC_DFR, r.DFR_CLUSTER if cluster else r.DFR_FLAT),
+        (r.APIC_DFR, form),
         (r.APIC_SPIV, 0x1FF if enabled else 0xFF),
         (r.APIC_TMICT, 0),
         (r.APIC_TMCCT, 0),

@@ -106,15 +106,19 @@ def destination(rng: random.Random, machine: Seen) -> int:
 
 
 def xapic_destination(rng: random.Random, machine: Seen) -> int:
-    """Eight bits that mean something to this machine: an id, logical ids, more of them, everybody."""
+    """Eight bits that mean something to this machine: an id, logical ids, more or fewer of them, everybody."""
     target = rng.choice(machine.vcpus)
     kind = rng.randrange(6)
     if kind == 0:
         return target.xapic_id
     if kind == 1:
         return rng.choice((r.XAPIC_BROADCAST, rng.getrandbits(8)))
-    more = 0 if kind < 4 else rng.getrandbits(4)
-    return target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT | more
+    logical = target.reg(r.APIC_LDR) >> r.XAPIC_DEST_SHIFT
+    if kind == 2:
+        return logical | rng.getrandbits(4)
+    if kind == 3:
+        return logical & ~(1 << rng.randrange(4))
+    return logical
 
 
 def icr_low(rng: random.Random) -> int:
