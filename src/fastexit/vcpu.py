@@ -13,7 +13,7 @@ from fastexit.checks import access_size, integer
 from fastexit.dispatcher import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, REENTRIES, GeneralProtection, Outcome
+from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, GeneralProtection, Outcome
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -141,8 +141,8 @@ class Vcpu(VcpuIoctls):
         """A guest read of the xAPIC page; 0 where KVM leaves the destination as it was, or leaves it to user space."""
         offset = integer(offset, "xAPIC page offset", 0xFFF)
         length = access_size(length)
-        code = self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
-        return 0 if code & CODE_USER else self.read_data
+        self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
+        return self.read_data
 
     # ---------------------------------------------------------------------- what the guest's CPU does, exit or not
 
