@@ -1,8 +1,8 @@
 """The compilation itself: numba's stages that a kernel needs, each once, into one LLVM module, which is optimised once.
 
-numba compiles a function alone: thirty passes, most of them for arrays, closures, exceptions and objects, then a module
+numba compiles a function alone: 27 passes, most of them for arrays, closures, exceptions and objects, then a module
 of its own, optimised before it is linked and again afterwards. Kernels compute with unsigned integers, call each other
-by declared signatures and raise nothing, so five stages are enough. Where bounds are checked, kernels can raise; calls
+by declared signatures and raise nothing, so six stages are enough. Where bounds are checked, kernels can raise; calls
 then hand errors on as numba's do.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ._jit import Kernel
 
 SPEED = min(2, int(numba.config.OPT))
-"""LLVM's optimisation level. With 3 the code is no faster, and takes a third longer to make."""
+"""LLVM's optimisation level. With 3 LLVM takes a third longer, and the code is no faster."""
 
 
 class _Library(JITCodeLibrary):
