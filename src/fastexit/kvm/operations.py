@@ -60,7 +60,7 @@ def setup_ops(rng: random.Random, machine: Seen) -> list[Op]:
     who have none ("booting"); any mixture. Left to chance, vCPUs hardly ever agree on a form, and the APIC map then has
     no logical ids at all.
     """
-    style = rng.choices(("x2apic", "flat", "cluster", "quiet", "booting", "mixed"), (8, 2, 4, 1, 3, 8))[0]
+    style = rng.choices(("x2apic", "flat", "cluster", "quiet", "booting", "mixed"), (8, 4, 5, 1, 3, 8))[0]
     if style in ("x2apic", "booting") and not machine.x2apic:
         style = "mixed"
     ops: list[Op] = []
@@ -94,7 +94,7 @@ def _xapic_page(rng: random.Random, vcpu: SeenVcpu, i: int, cluster: bool, votes
     """
     page = bytearray(vcpu.get_lapic())
     logical = (i // 4) << 4 | 1 << i % 4 if cluster else 1 << i % 8
-    if chance(rng, 0.06):
+    if chance(rng, 0.12):
         logical |= 1 << rng.randrange(8)
     form = r.DFR_CLUSTER if cluster else r.DFR_FLAT
     if cluster and chance(rng, 0.2):

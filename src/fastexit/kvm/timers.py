@@ -94,9 +94,13 @@ class TimerTwins(Twins):
         yield ("boot_x2apic",)
 
     def draw_op(self, rng: random.Random) -> Op:
+        if self.planned:
+            return self.planned.pop(0)
         i = rng.randrange(len(self.vcpus))
         if not self.able(i):
             return ("ready", i)
+        if chance(rng, 0.03):
+            self.planned = self._held_back(rng, i)
         kind = rng.random()
         if kind < 0.2:
             return ("set_msr", i, msr(r.APIC_TMICT), count(rng))
@@ -120,6 +124,20 @@ class TimerTwins(Twins):
         if kind < 0.86:
             return ("get_msr", i, rng.choice((msr(r.APIC_TMICT), r.MSR_TSC_DEADLINE, TMCCT_MSR)))
         return ("run_through", i)
+
+    def _held_back(self, rng: random.Random, i: int) -> list[Op]:
+        """A short timer whose APIC is disabled by software and enabled again, or whose tick finds LVTT masked.
+
+        Disabling loses the tick and not the timer; a tick that LVTT holds back comes later.
+        """
+        lvtt = rng.choice((0, r.LVT_TIMER_PERIODIC)) | rng.randrange(16, 256)
+        short: Op = ("set_msr", i, msr(r.APIC_TMICT), rng.choice((100, 200)))
+        unmasked: Op = ("set_msr", i, msr(r.APIC_LVTT), lvtt)
+        run: Op = ("run_through", i)
+        if chance(rng, 0.5):
+            return [("set_msr", i, msr(r.APIC_LVTT), lvtt | r.LVT_MASKED), short, run, unmasked, run]
+        disabled, enabled = (("set_msr", i, msr(r.APIC_SPIV), value) for value in (0xFF, 0x1FF))
+        return [unmasked, short, disabled, enabled, unmasked, run]
 
     def able(self, i: int) -> bool:
         """Whether a vCPU can run a program as it is."""
