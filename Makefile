@@ -4,14 +4,15 @@ STAMP := .venv/installed
 PYTEST := $(PY) -m pytest
 TWO := -n 2 --dist worksteal
 WARM := $(PY) -c "from fastexit.kernels._jit import warmup; warmup()"
-BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer))
+BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer unicast))
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long verify verify-mutants bench lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long lint clean
+.PHONY: verify verify-mutants bench bench-check bench-instructions
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP) ## what the fast path does, in a minute; writes build/demo/
 	@mkdir -p build/demo
@@ -56,10 +57,19 @@ verify: compile ## the model against the KVM of this machine, half an hour; writ
 
 verify-mutants: $(STAMP) ## faults planted into the model, each of which verify must find, half an hour
 	@$(PYTEST) -m long tests/test_mutants.py
+	@$(PY) docs/verified.py build/verify/mutants.json
+	@$(PY) docs/generate.py
 
-bench: $(STAMP) ## all benchmarks, fast path beside generic path
+bench: $(STAMP) ## all benchmarks: against C, fast beside generic path; writes build/bench/
 	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+	@$(PY) benchmarks/report.py
+
+bench-check: $(STAMP) ## fails when the last make bench missed a bar
+	@$(PY) benchmarks/check.py
+
+bench-instructions: $(STAMP) ## fails when an IPI takes more instructions than it did; needs valgrind
+	@$(PY) benchmarks/instructions.py
 
 lint: $(STAMP) ## ruff
 	@$(PY) -m ruff check .

@@ -1,12 +1,19 @@
-"""Compile everything before anything is timed, and say what was measured on."""
+"""Compile everything before anything is timed, collect what is measured, and say what it was measured on."""
 
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numba
 import numpy
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from bars import Record
 
 import fastexit
 
@@ -14,6 +21,15 @@ import fastexit
 @pytest.fixture(scope="session", autouse=True)
 def _warm() -> None:
     fastexit.warmup()
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[Record]:
+    """Values of the whole run; written to build/bench/results.json at its end."""
+    values = Record()
+    yield values
+    if values.values:
+        values.write()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

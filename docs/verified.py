@@ -66,36 +66,39 @@ def command(report: dict[str, Any]) -> str:
 
 
 def mutants() -> str:
-    """One row a planted fault: which trap, what is wrong, how soon it was noticed."""
-    kept = json.loads(KEPT.read_text()).get("mutants", [])
-    caught = [m for m in kept if m["caught"]]
+    """One row a planted fault: which trap, what is wrong, how soon it was noticed and by what."""
+    kept = json.loads(KEPT.read_text())["mutants"]
+    last = max(m["operations"] or 0 for m in kept["mutants"])
+    controls = " and ".join(f"{n:,} operations ({name})" for name, n in kept["unmutated"].items())
     rows = [
-        f"{len(kept)} faults were planted in the model, one at a time; {len(caught)} were caught, the last of them "
-        f"after {max((m['operations'] for m in caught), default=0):,} operations.",
+        f"{len(kept['mutants'])} faults were planted into the model, one at a time, and {kept['caught']} were found, "
+        f"the last of them after {last:,} of {kept['limit']:,} operations (seed {kept['seed']}, {kept['began'][:10]}). "
+        f"Without a fault, {controls} found nothing.",
         "",
-        "| trap | fault | caught by | after operations |",
+        "| trap | fault | found by | after operations |",
         "|---|---|---|---|",
     ]
-    for m in kept:
-        rows.append(f"| {m['trap']} | {m['fault']} | {m['kind'] or 'nobody'} | {m['operations']:,} |")
+    for m in kept["mutants"]:
+        kind = f"{m['kind']}{', traced' if m['traced'] else ''}" if m["kind"] else "nobody"
+        rows.append(f"| {m['trap']} | {m['what']} | {kind} | {m['operations'] or kept['limit']:,} |")
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Keeps the reports that are named; those of the same kind that were kept before are replaced."""
+    """Keeps the reports that are named; those of the same sort that were kept before are replaced."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     if not read:
         sys.exit("name the reports to keep")
-    reports = [one for one in read if isinstance(one, dict)]
-    tables = [one for one in read if isinstance(one, list)]
+    reports = [one for one in read if "mutants" not in one]
     for one in reports:
         if one["divergence"] is not None:
             sys.exit(f"seed {one['seed']} found a difference: {one['divergence']['text']}")
     if reports:
         kept["runs"] = sorted(reports, key=lambda one: one["began"])
-    if tables:
-        kept["mutants"] = tables[-1]
+    for one in read:
+        if "mutants" in one:
+            kept["mutants"] = one
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 

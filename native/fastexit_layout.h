@@ -27,6 +27,9 @@ enum {
     FX_HOT_BLOCKED = 15   /* remote: 1 while the vCPU's thread sleeps */
 };
 
+/* A record's reason that is no exit: 0xF2 reaches the vCPU's pCPU. */
+enum { FX_NOTIFICATION = 0xF00000F2u };
+
 /* The descriptor: SDM vol. 3C, "Posted-Interrupt Processing". */
 struct fx_pid {
     uint64_t pir[4];

@@ -389,7 +389,13 @@ class Storm:
             else:
                 arguments.append(number(rng, parameter, vcpus))
         self.note(name, *arguments)
-        result = _jit.load(name)(m.handle, *arguments)
+        # One entry finds the vCPU's index in the handle itself.
+        packed = (
+            rng.choice((0, 1, max(vcpus, 1) - 1, min(vcpus, L.MAX_VCPUS - 1), L.MAX_VCPUS - 1))
+            if name == "fast_exit"
+            else 0
+        )
+        result = _jit.load(name)(m.handle + packed, *arguments)
         assert result is None or 0 <= result <= NONE
         for address in opened:
             if not _jit.JIT:

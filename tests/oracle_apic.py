@@ -175,6 +175,7 @@ class Vcpu(Doors):
 
     def _reset(self, *, init: bool) -> None:
         self.pir.clear()
+        self.pv_eoi_msr = 0  # nothing here enables it
         if init:
             self.nmi_queued = self.nmi_pending = 0
             self.nmi_masked = self.nmi_injected = self.smi_pending = self.interrupt_injected = False
@@ -322,6 +323,10 @@ class Vcpu(Doors):
         if msr == r.MSR_TSC_DEADLINE:
             self.timer.write_deadline(value)
             return True
+        if msr == r.MSR_KVM_PV_EOI_EN:
+            if not value & 2:
+                self.pv_eoi_msr = value
+            return not value & 2
         if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
             return False
         offset = (msr - r.MSR_X2APIC_BASE) << 4
@@ -344,6 +349,8 @@ class Vcpu(Doors):
             return self.apic_base
         if msr == r.MSR_TSC_DEADLINE:
             return self.timer.read_deadline()
+        if msr == r.MSR_KVM_PV_EOI_EN:
+            return self.pv_eoi_msr
         if not r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END or not self.x2apic:
             return None
         offset = (msr - r.MSR_X2APIC_BASE) << 4

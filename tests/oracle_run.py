@@ -308,7 +308,10 @@ class RunLoop:
 
     @staticmethod
     def _unknown_or_bad(msr: int) -> int:
-        known = msr in (r.MSR_APICBASE, r.MSR_TSC_DEADLINE) or r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END
+        known = (
+            msr in (r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN)
+            or r.MSR_X2APIC_BASE <= msr <= r.MSR_X2APIC_END
+        )
         return r.MSR_EXIT_INVAL if known else r.MSR_EXIT_UNKNOWN
 
     def _msr_outcome(self, result: Result, why: int, exit_reason: KvmExit) -> Result:

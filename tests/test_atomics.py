@@ -276,7 +276,7 @@ def test_only_entries_are_callable() -> None:
 def test_kernels_are_integers_only() -> None:
     kernel("u8(u8)")(lambda x: x * 0.5)
     with _jit.global_compiler_lock, pytest.raises(TypeError, match="computes with floats"):
-        _jit._Build({"half": _jit.KERNELS.pop()})
+        _jit._compile({"half": _jit.KERNELS.pop()})
 
 
 @pytest.mark.skipif(not JIT or not atomics.X86_64, reason="machine code of x86-64")
@@ -292,7 +292,7 @@ def test_kernels_are_integers_only() -> None:
 )
 def test_one_instruction(name: str, instruction: str) -> None:
     with _jit.global_compiler_lock:
-        code = _jit._Build({name: _jit.ENTRIES[name]}).code.library.get_asm_str()
+        code = _jit._compile({name: _jit.ENTRIES[name]}).library.get_asm_str()
     assert re.search(instruction, code)
     assert ("cmpxchg" in code) == ("cmpxchg" in instruction)
 

@@ -14,6 +14,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.outcome import CODE_HARDWARE
 
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 EXITS = 60 if INTERPRETED else 400
@@ -100,8 +101,10 @@ def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int]:
         return vcpu, on.page, offset, L.MMIO_WRITE | 4, value
     if kind < 0.88:
         return vcpu, on.page, rng.choice((0x20, 0x22, 0x30, 0xA0, 0x220, 0xB0, 0xFFC)), rng.choice((1, 2, 4)), 0
-    if kind < 0.94:
+    if kind < 0.92:
         return vcpu, on.interrupt, 0, 0, 0
+    if kind < 0.95:
+        return vcpu, L.NOTIFICATION, 0, 0, 0
     return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD
 
 
@@ -116,6 +119,8 @@ def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
     on = Numbers(m.vendor)
     vcpu, reason, msr, info, value = (int(record[name]) for name in ("vcpu", "reason", "msr", "info", "value"))
     v = m.vcpus[vcpu]
+    if reason == L.NOTIFICATION:
+        return CODE_HARDWARE if v.hw_notify() else 0, 0
     if reason == on.wrmsr and (info or not on.svm):
         return v.wrmsr(msr, value).code, 0
     if reason == on.rdmsr:
@@ -309,6 +314,39 @@ def test_outcome_fields_are_the_outcome() -> None:
         assert result["accepted"] == out.accepted
         assert result["user"] == (0 if out.user is None else out.user + 1)
         assert result["flags"] == out.effects | out.blocked << 6
+
+
+@pytest.mark.parametrize("handlers", [False, True], ids=["compiled", "python"])
+def test_notification_takes_what_was_posted(handlers: bool) -> None:
+    """Between two exits a running target takes its vectors; the next sender finds ON clear and notifies again."""
+    m = fx.Machine(vcpus=2)
+    m.boot_x2apic()
+    sender, target = m.vcpus
+    target.rdmsr(0x802)
+    m.mem[L.H_HANDLERS] = int(handlers)
+    write = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0x41))
+    other = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0xF0))
+    take = (1, L.NOTIFICATION, 0, 0, 0)
+    got = m.run(np.array([write, other, take, write, take], dtype=fx.EXIT))
+    assert got["path"].tolist() == [fx.Path.FAST, fx.Path.FAST, fx.Path.HARDWARE, fx.Path.FAST, fx.Path.HARDWARE]
+    assert got["flags"].tolist() == [fx.Effect.NOTIFY, 0, 0, fx.Effect.NOTIFY, 0]
+    assert not got["value"].any()
+    assert m.mem[target.hot + L.PID_CONTROL_WORD] & r.PID_ON == 0
+    assert [v for v in range(256) if m.mem[L.VEC + L.VEC_STRIDE + L.VEC_IRR + (v >> 6)] >> (v & 63) & 1] == [0x41, 0xF0]
+    assert m.mem[target.own + L.K_RVI] == 0xF0
+
+
+@pytest.mark.parametrize("handlers", [False, True], ids=["compiled", "python"])
+def test_notification_outside_the_guest_does_nothing(handlers: bool) -> None:
+    """The host's handler of 0xF2 is idle: PIR and ON stay for the entry."""
+    m = fx.Machine(vcpus=2)
+    m.boot_x2apic()
+    m.mem[L.H_HANDLERS] = int(handlers)
+    m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0x41))
+    before = m.snapshot()
+    (got,) = m.run(np.array([(1, L.NOTIFICATION, 0, 0, 0)], dtype=fx.EXIT))
+    assert (got["code"], got["value"]) == (0, 0)
+    assert m.snapshot() == before
 
 
 def test_empty_batch() -> None:

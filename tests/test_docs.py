@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import fastexit
 from fastexit.kernels import _jit
+from real_kvm import kvm
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,10 +46,20 @@ def test_figures_are_generated() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+MODEL, REAL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@kvm
+def test_readme_shows_the_real_thing() -> None:
+    scope: dict = {"fx": fastexit}
+    exec(REAL, scope)
+    model, real = scope["model"], scope["real"]
+    assert (len(model.vcpus), len(real.vcpus), model.vcpus[2].vcpu_id) == (3, 3, 300)
+
+
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """The Python block of README does what its comments say."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines, values = block.splitlines(), {}
+    """The first Python block of README does what its comments say."""
+    lines, values = MODEL.splitlines(), {}
     for number, line in enumerate(lines):
         code, _, comment = line.partition("  # ")
         if code.rstrip() and comment.lstrip()[:1] in ("F", "2"):  # an expression whose value the comment shows

@@ -138,6 +138,53 @@ def test_no_place_for_a_cache(warm: Copy, tmp_path: Path) -> None:
     assert warm.run(FASTEXIT_CACHE_DIR=str(read_only)) == f"41{COMPILED}"
 
 
+def test_read_only_home(warm: Copy, tmp_path: Path) -> None:
+    """Nothing can be made below a file, not even by root."""
+    home = tmp_path / "home"
+    home.write_text("")
+    assert warm.run(FASTEXIT_CACHE_DIR="", XDG_CACHE_HOME="", HOME=str(home)) == f"41{COMPILED}"
+
+
+def test_read_only_install(copy: Copy) -> None:
+    """The package runs where nothing can be written, and nothing is."""
+    parts = [copy.package, *copy.package.rglob("*")]
+    for path in parts:
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    try:
+        assert copy.run(PYTHONDONTWRITEBYTECODE="1") == f"41{COMPILED}"
+        assert copy.run(PYTHONDONTWRITEBYTECODE="1") == f"41{CACHED}"
+        assert {copy.package, *copy.package.rglob("*")} == set(parts)
+    finally:
+        for path in parts:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def test_who_waits_at_a_terminal_is_told(copy: Copy) -> None:
+    """A progress line on a terminal's stderr, gone at the end; not a byte for programs, and none from the cache."""
+    load = "from fastexit.kernels import _jit, probe; _jit.load('probe')"
+    env = os.environ | {"PYTHONPATH": str(copy.package.parent), "FASTEXIT_CACHE_DIR": str(copy.cache)}
+
+    def terminal() -> str:
+        ours, theirs = os.openpty()
+        subprocess.run([sys.executable, "-c", load], env=env, stderr=theirs, timeout=60, check=True)
+        os.write(theirs, b"!")
+        shown = ""
+        while not shown.endswith("!"):
+            shown += os.read(ours, 10_000).decode()
+        os.close(ours)
+        os.close(theirs)
+        return shown
+
+    silent = subprocess.run(
+        [sys.executable, "-c", load], env=env | {"FASTEXIT_CACHE": "0"}, stderr=subprocess.PIPE, timeout=60, check=True
+    )
+    assert silent.stderr == b""
+    first = terminal()
+    assert "compiling kernels, once: 0 of 2" in first
+    assert first.endswith("\r\x1b[K!")
+    assert terminal() == "!"
+
+
 def test_read_only_cache_is_read(warm: Copy) -> None:
     (file,) = warm.files()
     file.chmod(0o400)

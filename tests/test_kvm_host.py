@@ -16,11 +16,7 @@ import pytest
 from fastexit import regs as r
 from fastexit.kvm import Oracle, guest, host
 from fastexit.kvm import ioctl as K
-from test_kvm_twins import WHY_NOT
-
-
-def needs_kvm(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.kvm(pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")(test))
+from real_kvm import kvm
 
 
 @pytest.fixture
@@ -116,7 +112,7 @@ def test_alarm_leaves_other_threads_alone() -> None:
 # --------------------------------------------------------------------------------------- what this kernel does not have
 
 
-@needs_kvm
+@kvm
 @pytest.mark.parametrize(
     ("keywords", "text"),
     [
@@ -141,7 +137,7 @@ def test_what_cannot_be_made(keywords: dict[str, Any], text: str) -> None:
     assert held() == before
 
 
-@needs_kvm
+@kvm
 @pytest.mark.parametrize(
     ("name", "value", "keywords"),
     [
@@ -160,7 +156,7 @@ def test_lesser_hosts(monkeypatch: pytest.MonkeyPatch, name: str, value: Any, ke
     assert len(str(found.value).splitlines()) == 1
 
 
-@needs_kvm
+@kvm
 def test_refused_calls() -> None:
     with Oracle(2, irqchip="split") as vm:
         for call, arguments in (
@@ -202,7 +198,7 @@ def used(vcpus: int = 3) -> Oracle:
     return vm
 
 
-@needs_kvm
+@kvm
 def test_nothing_is_left() -> None:
     """Closed twice, by a with, or held by nobody any more."""
     host.running()
@@ -223,7 +219,7 @@ def test_nothing_is_left() -> None:
     assert held() == before
 
 
-@needs_kvm
+@kvm
 @pytest.mark.parametrize("name", ["SET_CPUID2", "CREATE_VCPU", "CREATE_IRQCHIP", "GET_VCPU_MMAP_SIZE"])
 def test_nothing_is_left_by_errors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """An ioctl fails half-way through; of those that come for each vCPU, the second."""
@@ -235,7 +231,7 @@ def test_nothing_is_left_by_errors(monkeypatch: pytest.MonkeyPatch, name: str) -
     assert held() == before
 
 
-@needs_kvm
+@kvm
 @pytest.mark.parametrize("name", ["SET_USER_MEMORY_REGION", "SET_SREGS", "RUN"])
 def test_errors_of_guests_leave_nothing_behind_close(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     host.running()
@@ -263,7 +259,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, name: str, nth: int) -> None:
     monkeypatch.setattr(K, "call", fail)
 
 
-@needs_kvm
+@kvm
 def test_scratch_machines_are_given_back(forgotten: None) -> None:
     before = held()
     host.running()

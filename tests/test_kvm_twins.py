@@ -5,8 +5,10 @@ What runs here is drawn from fixed seeds, but for the clock. Where /dev/kvm cann
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,19 +19,10 @@ from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.timers import WRAPS_NS, WRAPS_TICKS, TimerTwins, msr
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
+from fastexit.kvm.verify import KINDS
+from real_kvm import WHY_NOT
 from strategies import JIT
 
-
-def why_not() -> str | None:
-    """Why /dev/kvm cannot be used, or None."""
-    try:
-        host.running()
-    except host.KvmUnavailable as error:
-        return str(error)
-    return None
-
-
-WHY_NOT = why_not()
 pytestmark = [pytest.mark.kvm, pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")]
 
 OPERATIONS: dict[type[Twins], int] = (
@@ -65,7 +58,24 @@ def several(cls: type[Twins], operations: int, **model: Any) -> list[Twins]:
     return [session(cls, at, min(each, operations - at), **model) for at in range(0, operations, each)]
 
 
+def unless_late(test: Callable[..., None]) -> Callable[..., None]:
+    """A host that is late may make twins with clocks differ once; what shows three times is a difference."""
+
+    @functools.wraps(test)
+    def patient(*arguments: Any, **keywords: Any) -> None:
+        for _ in range(2):
+            try:
+                return test(*arguments, **keywords)
+            except Divergence as found:
+                if not KINDS[found.kind].timed:
+                    raise
+        return test(*arguments, **keywords)
+
+    return patient
+
+
 @pytest.mark.parametrize("cls", OPERATIONS, ids=lambda cls: cls.kind)
+@unless_late
 def test_model_and_kernel_agree(cls: type[Twins]) -> None:
     for twins in several(cls, OPERATIONS[cls]):
         assert twins.pages >= len(twins.history)
@@ -80,6 +90,7 @@ def test_model_and_kernel_agree(cls: type[Twins]) -> None:
         (RunTwins, {"x2apic_api": r.X2API_SUPPRESS_EOI, "irqchip": "split"}),
     ],
 )
+@unless_late
 def test_another_model_is_found_out(cls: type[Twins], model: dict[str, Any]) -> None:
     """A model with one setting wrong differs soon, and the story of that is replayed on new twins."""
     with pytest.raises(Divergence) as found:
@@ -92,6 +103,7 @@ def test_another_model_is_found_out(cls: type[Twins], model: dict[str, Any]) -> 
             right.step(op)
 
 
+@unless_late
 def test_runs_come_to_every_end() -> None:
     """Operations that never slept, never asked, were never refused would show nothing."""
     ends: Counter[str] = Counter()
@@ -198,6 +210,7 @@ STORIES: dict[str, tuple[list[Op], bool]] = {
 
 
 @pytest.mark.parametrize("story", STORIES)
+@unless_late
 def test_what_becomes_of_a_tick(story: str) -> None:
     """Each of these is compared with the kernel at every step; here only the end is said."""
     ops, in_irr = STORIES[story]

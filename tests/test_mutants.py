@@ -21,9 +21,9 @@ import pytest
 
 import fastexit
 from conftest import ROOT
-from fastexit.kvm.host import KvmUnavailable, opened
 from fastexit.kvm.tracefs import KernelTrace, TraceUnavailable
 from mutants import MUTANTS, TABLE, Mutant, parsed
+from real_kvm import kvm
 
 PACKAGE = Path(fastexit.__file__).parent
 OPERATIONS = 20_000
@@ -96,14 +96,10 @@ def selected(words: str, traced: bool) -> list[tuple[int, Mutant]]:
 
 
 @pytest.mark.long
-@pytest.mark.kvm
+@kvm
 def test_every_fault_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """FASTEXIT_MUTANTS="3 17" looks at some of them alone."""
-    try:
-        with opened():
-            traced = traces()
-    except KvmUnavailable as why:
-        pytest.skip(str(why))
+    traced = traces()
     chosen = selected(os.environ.get("FASTEXIT_MUTANTS", ""), traced)
     start = time.monotonic()
 

@@ -126,23 +126,27 @@ class Dispatcher:
         self.fast_exit = self._first_fast_exit
         self.wrmsr_fast = not self.hook_irqoff and vendor.wrmsr_reason in vendor.fast_run
 
-    def _first_fast_exit(self, *args: int) -> int:
+    def _first_fast_exit(self, where: int, msr: int, value: int) -> int:
         self.fast_exit = _jit.load("fast_exit")
-        return self.fast_exit(*args)
+        return self.fast_exit(where, msr, value)
 
     # ------------------------------------------------------------------------------------------------ doors
 
-    def wrmsr(self, v: Vcpu, msr: int, value: int) -> Outcome:
-        """A guest WRMSR. Steps 11, 12, 8 and 9 of a fast exit are one kernel call; a re-entry ends here."""
+    def wrmsr(self, v: Vcpu, msr: int, value: int, code: int | None = None) -> Outcome:
+        """A guest WRMSR. Steps 11, 12, 8 and 9 of a fast exit are one kernel call; a re-entry ends here.
+
+        ``code`` is what that call gave, if it has been made.
+        """
         if self.wrmsr_fast:
-            code = self.fast_exit(self.handle, v.index, self.vendor.wrmsr_reason, msr, value)
-            if code & CODE_COMPLETION == COMPLETION_REENTER:
-                return OUTCOMES[code]
+            if code is None:
+                code = self.fast_exit(v.where, msr, value)
             if code == CODE_NOT_IN_GUEST:
                 self.start_run(v)
-                return self.wrmsr(v, msr, value)
+                code = self.fast_exit(v.where, msr, value)
+            if code & CODE_COMPLETION == COMPLETION_REENTER:
+                return OUTCOMES[code]
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        return OUTCOMES[self.after_run(v, exit, code) if self.wrmsr_fast else self.run_exit(v, exit)]
+        return OUTCOMES[self.run_exit(v, exit) if code is None else self.after_run(v, exit, code)]
 
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Any exit, until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""

@@ -16,7 +16,7 @@ import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
 ABI_VERSION = 2
-MAX_VCPUS = 4096
+MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
 """No vector, no vCPU: ISR_CACHE unknown, sender absent."""
@@ -273,8 +273,11 @@ EXIT = np.dtype(
 ``reason`` is the vendor's exit number (VmxExit or SvmExit). ``msr`` is ECX of an MSR access, or the page offset of an
 access to the xAPIC page (VMX EPT_MISCONFIG, SVM NPF). ``value`` is EDX:EAX, or the data written to the page. ``info``
 is EXITINFO1 of an SVM MSR exit (1 write, 0 read); for the page it is the access length, plus MMIO_WRITE for a write.
+A reason of NOTIFICATION is no exit: vector 0xF2 reaches the pCPU of ``vcpu``, as Vcpu.hw_notify has it. Its outcome is
+Path.HARDWARE when the CPU took PIR to IRR, and nothing but Path.SLOW when the host's handler got the vector.
 """
 MMIO_WRITE = 1 << 31
+NOTIFICATION = 0xF000_00F2  # among the exit codes that the APM leaves to hosts; no VMX exit has such a number
 
 OUTCOME = np.dtype(
     {

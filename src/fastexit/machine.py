@@ -392,7 +392,7 @@ class Machine:
             raise ValueError(f"exits must be a one-dimensional array of dtype fastexit.EXIT, not {_kind(exits)}")
         exits = np.ascontiguousarray(exits)
         n = len(exits)
-        outcomes = np.zeros(n, dtype=L.OUTCOME)
+        outcomes = np.empty(n, dtype=L.OUTCOME)
         if n == 0:
             return outcomes
         source, target = self._open(exits), self._open(outcomes)

@@ -230,9 +230,13 @@ class _Outcomes(dict[int, Outcome]):
         outcome = Outcome(code)
         if len(self) < 1 << 16:
             self[code] = outcome
+            if outcome.reentered:
+                REENTRIES[code] = outcome
         return outcome
 
 
+REENTRIES: dict[int, Outcome] = {}
+"""Those of OUTCOMES that end an exit in the guest again, known so far: a look-up tells both."""
 OUTCOMES = _Outcomes()
 
 

@@ -13,7 +13,7 @@ from fastexit.checks import access_size, integer
 from fastexit.dispatcher import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, GeneralProtection, Outcome
+from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, GeneralProtection, Outcome
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -32,7 +32,7 @@ class Notification(NamedTuple):
 class Vcpu(VcpuIoctls):
     """One virtual CPU; ``m.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id."""
 
-    __slots__ = ("_loop",)
+    __slots__ = ("_loop", "where")
 
     def __init__(self, machine: Machine, index: int, vcpu_id: int) -> None:
         self.machine = machine
@@ -43,6 +43,7 @@ class Vcpu(VcpuIoctls):
         self._loop = machine.dispatcher
         self._mem = machine.mem
         self._handle = machine.handle
+        self.where = machine.handle + index
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} id {self.vcpu_id}>"
@@ -54,9 +55,18 @@ class Vcpu(VcpuIoctls):
 
         ``msr`` is ECX (32 bits), ``value`` EDX:EAX (64 bits); ValueError or TypeError for anything else.
         """
-        if type(msr) is not int or type(value) is not int or msr >> 32 or value >> 64:
-            msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
-        return self._loop.wrmsr(self, msr, value)
+        loop = self._loop
+        code = None
+        if type(msr) is int and type(value) is int and loop.wrmsr_fast:
+            try:
+                code = loop.fast_exit(self.where, msr, value)
+            except OverflowError:  # beyond 64 bits: refused below
+                pass
+            else:
+                outcome = REENTRIES.get(code)
+                if outcome is not None:
+                    return outcome
+        return loop.wrmsr(self, integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE), code)
 
     def rdmsr(self, msr: int) -> int:
         """A guest RDMSR: its value; GeneralProtection when the guest gets #GP(0)."""
@@ -131,8 +141,8 @@ class Vcpu(VcpuIoctls):
         """A guest read of the xAPIC page; 0 where KVM leaves the destination as it was, or leaves it to user space."""
         offset = integer(offset, "xAPIC page offset", 0xFFF)
         length = access_size(length)
-        code = self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
-        return 0 if code & CODE_USER else self.read_data
+        self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
+        return self.read_data
 
     # ---------------------------------------------------------------------- what the guest's CPU does, exit or not
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite
+import llvmlite.binding as ll
 import numba
 import numpy as np
 from numba.core.registry import cpu_target
@@ -75,7 +76,8 @@ def write(module: str, code: Code) -> None:
 
         for descriptor, _ in code.entries.values():
             descriptor.typemap = descriptor.calltypes = None
-        content = dumps((code.library.serialize_using_object_code(), code.entries))
+        name, kind, (machine_code, _) = code.library.serialize_using_object_code()
+        content = dumps(((name, kind, (machine_code, _symbols(code))), code.entries))
         path = cache_directory() / module
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -86,6 +88,14 @@ def write(module: str, code: Code) -> None:
             half.unlink(missing_ok=True)
     except Exception:  # as above
         return
+
+
+def _symbols(code: Code) -> bytes:
+    """Bitcode that defines what the machine code exports: all that numba looks for in the bitcode beside it."""
+    names: list[str] = []
+    for face, _ in code.entries.values():
+        names += face.llvm_func_name, face.llvm_cpython_wrapper_name, face.llvm_cfunc_wrapper_name
+    return ll.parse_assembly("".join(f'define void @"{name}"() {{ ret void }}\n' for name in names)).as_bitcode()
 
 
 def _digest(module: str, content: bytes) -> bytes:

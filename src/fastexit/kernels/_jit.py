@@ -1,8 +1,8 @@
-"""How kernels are declared, compiled and called: the one file, with ``_cache``, that leans on numba's internals.
+"""How kernels are declared and called; this file, ``_build`` and ``_cache`` are all that leans on numba's internals.
 
 A kernel is declared with its full signature. The first use of an entry compiles all entries of its module, with every
-kernel they reach, into one piece of machine code: each kernel is typed once, and LLVM sees the whole. ``_cache`` keeps
-the code on disk. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
+kernel they reach, into one piece of machine code: each kernel is typed once, and LLVM sees the whole. ``_build`` does
+that, ``_cache`` keeps the code on disk. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 import time
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, update_wrapper
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
 import numpy as np
-from numba.core import cgutils, compiler, sigutils
+from numba.core import cgutils, sigutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
-from numba.core.typing.templates import make_concrete_template
 from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import populate_array
 
 from ._cache import Code, read, write
 from ._cache import cache_directory as cache_directory
+
+if TYPE_CHECKING:
+    from ._build import Build
 
 JIT: bool = not numba.config.DISABLE_JIT
 
@@ -40,15 +43,29 @@ def parse(signature: str) -> tuple[tuple, Any]:
 
 
 class Kernel(NamedTuple):
-    """A declared kernel; ``function`` is what kernels call: its numba dispatcher, or ``python`` with the JIT off."""
+    """A declared kernel; ``function`` is what kernels call: a Callee, or ``python`` with the JIT off."""
 
     name: str
     signature: str
     python: Callable
     function: Any
+    nogil: bool
+
+
+class Callee:
+    """What a kernel is to other kernels. ``_build`` tells numba what to make of it, once there is one to compile."""
+
+    def __init__(self, python: Callable, name: str) -> None:
+        update_wrapper(self, python)
+        self._name = name
+        self.inline = False
+
+    def __call__(self, *_values: Any) -> Any:
+        raise TypeError(f"kernel {self._name} can be called by kernels only; an @entry, through load()")
 
 
 KERNELS: list[Kernel] = []
+CALLEES: dict[Callee, Kernel] = {}
 ENTRIES: dict[str, Kernel] = {}
 
 
@@ -61,14 +78,20 @@ def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable], Any]:
 
     def declare(function: Callable) -> Any:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
-        made = numba.njit(nogil=nogil, error_model="numpy")(function) if JIT else function
-        declared = Kernel(name, signature, function, made)
-        if JIT:
-            _teach_calls(declared)
+        declared = Kernel(name, signature, function, Callee(function, name) if JIT else function, nogil)
         KERNELS.append(declared)
-        return made
+        if JIT:
+            CALLEES[declared.function] = declared
+        return declared.function
 
     return declare
+
+
+def inlined(function: Any) -> Any:
+    """Make a kernel part of every kernel that calls it: ``@inlined`` above ``@kernel``. For the hottest only."""
+    if JIT:
+        function.inline = True
+    return function
 
 
 def entry(function: Any) -> Any:
@@ -118,6 +141,13 @@ def warmup(progress: Callable[[str, int, int], None] | None = None) -> dict[str,
 _progress: Callable[[str, int, int], None] | None = None
 
 
+def _on_terminal(_name: str, done: int, total: int) -> None:
+    """Who waits at a terminal is told why; other programs' output is left alone."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        text = f"fastexit: compiling kernels, once: {done} of {total}" if total else ""
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def _interpreted(declared: Kernel) -> Callable[..., Any]:
     """An entry without the JIT: arguments become the declared integers, which wrap in silence as compiled ones do."""
     args, _ = parse(declared.signature)
@@ -143,12 +173,10 @@ class _Callable(NamedTuple):
 def _machine_code(module: str) -> dict[str, _Callable]:
     """All entries that a Python module declares, from the cache or compiled; by name."""
     with global_compiler_lock:
-        cpu_target.typing_context.refresh()
-        cpu_target.target_context.refresh()
         entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
         code = read(module)
         if code is None or code.entries.keys() != entries.keys():
-            code = _Build(entries).code
+            code = _compile(entries)
             write(module, code)
         return {name: _callable(code.library, *face) for name, face in code.entries.items()}
 
@@ -158,74 +186,41 @@ def _callable(library: Any, descriptor: Any, environment: Any) -> _Callable:
     return _Callable(call, library.get_pointer_to_function(descriptor.llvm_cfunc_wrapper_name))
 
 
-class _Build:
-    """One compilation of some entries: every kernel they reach becomes a function of the same library."""
+_under_way: Build | None = None
 
-    current: _Build | None = None
 
-    def __init__(self, entries: dict[str, Kernel]) -> None:
-        self._exported = set(entries.values())
-        self._results: dict[Kernel, Any] = {}
-        self._library = cpu_target.target_context.codegen().create_library("fastexit")
-        self._library.enable_object_caching()
-        _Build.current = self
-        try:
+def _compile(entries: dict[str, Kernel]) -> Code:
+    """Machine code of some entries, with every kernel that they reach."""
+    global _under_way
+    from ._build import Build  # not before there is something to compile
+
+    _under_way = build = Build()
+    try:
+        with build:
             for declared in entries.values():
-                self.add(declared)
-        finally:
-            _Build.current = None
-            for declared in self._results:
-                cpu_target.target_context.remove_user_function(declared.function)
-        self._hide()
-        self._library.finalize()
-        faces = {name: self._results[declared] for name, declared in entries.items()}
-        self.code = Code(self._library, {name: (r.fndesc, r.environment) for name, r in faces.items()})
-
-    def add(self, declared: Kernel) -> None:
-        """Compile a kernel into the library, unless it is there."""
-        if declared in self._results:
-            return
-        if _progress:
-            _progress(declared.name, len(self._results), len(KERNELS))
-        flags = compiler.Flags()
-        cpu_target.options.parse_as_flags(flags, declared.function.targetoptions)
-        flags.no_compile = True
-        flags.no_cpython_wrapper = flags.no_cfunc_wrapper = declared not in self._exported
-        args, result = parse(declared.signature)
-        contexts = cpu_target.typing_context, cpu_target.target_context
-        made = compiler.compile_extra(*contexts, declared.python, args, result, flags, {}, library=self._library)
-        if any(isinstance(kind, numba.types.Float) for kind in made.type_annotation.typemap.values()):
-            raise TypeError(f"kernel {declared.name} computes with floats: uint64 and a signed integer were mixed")
-        cpu_target.target_context.insert_user_function(declared.function, made.fndesc)
-        self._results[declared] = made
-
-    def _hide(self) -> None:
-        """Make what is no entry private to the library, so that LLVM may inline it away."""
-        code = self._library._final_module
-        for declared, made in self._results.items():
-            if declared not in self._exported:
-                code.get_function(made.fndesc.llvm_func_name).linkage = "internal"
-                code.get_global_variable(made.environment.env_name).linkage = "internal"
+                if declared not in build.made:
+                    _add(declared)
+            return build.finish(entries)
+    finally:
+        _under_way = None
+        if _progress is None:
+            _on_terminal("", 0, 0)
 
 
-def _teach_calls(declared: Kernel) -> None:
-    """Tell numba what a call of this kernel in another one means: the declared signature, whatever the arguments."""
-    dispatcher = declared.function
-    args, result = parse(declared.signature)
-    template = make_concrete_template(declared.name, key=declared.name, signatures=[result(*args)])
+def _add(declared: Kernel) -> None:
+    """Compile a kernel into the library that is under way."""
+    (_progress or _on_terminal)(declared.name, len(_under_way.made), len(KERNELS))
+    _under_way.add(declared, *parse(declared.signature))
 
-    def compile_alone(_: Any) -> None:
-        raise TypeError(f"kernel {declared.name} can be called by kernels only; an @entry, through load()")
 
-    def get_call_template(given: Any, keywords: Any) -> tuple:
-        if _Build.current is None:
-            compile_alone(given)
-        _Build.current.add(declared)
-        return template, *dispatcher.fold_argument_types(given, keywords), {}
-
-    dispatcher.compile = compile_alone
-    dispatcher.get_call_template = get_call_template
-    dispatcher.get_overload = lambda _signature: dispatcher
+def called(callee: Callee) -> Any:
+    """The signature of a kernel that another one calls; it is compiled along with that one."""
+    if _under_way is None:
+        callee()
+    declared = CALLEES[callee]
+    if declared not in _under_way.made:
+        _add(declared)
+    return _under_way.made[declared].signature
 
 
 # ----------------------------------------------------------------------------- functions with machine code of their own

@@ -153,6 +153,34 @@ def _store_release(context, builder, m, i, value):
     return context.get_dummy_value()
 
 
+def prefetch(m, i):
+    """Ask for the cache line of word i, which need not lie in the array: nothing is read and nothing can fault."""
+
+
+@lowers(prefetch, "void(words, u8)")
+def _prefetch(context, builder, m, i):
+    if isinstance(WORDS, numba.types.CPointer):
+        i32 = ir.IntType(32)
+        line = builder.bitcast(builder.gep(m, [i]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [line.type, i32, i32, i32])
+        intrinsic = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(intrinsic, [line, i32(0), i32(3), i32(1)])
+    return context.get_dummy_value()
+
+
+def fence_after_atomic():
+    """Full barrier behind one of the atomics above that change a word; on x86-64 they are one already."""
+
+
+@lowers(fence_after_atomic, "void()")
+def _fence_after_atomic(context, builder):
+    if X86_64:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+    else:
+        builder.fence(ORDER)
+    return context.get_dummy_value()
+
+
 def fence():
     """Full barrier: every access before it is seen before every access behind it."""
 

@@ -6,7 +6,9 @@ caller hands it to the Python dispatcher.
 """
 
 from . import typed as k
-from ._jit import kernel
+from . import unicast
+from ._jit import inlined, kernel
+from .atomics import prefetch
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
@@ -14,6 +16,7 @@ from .halt import emulate_halt
 from .irq import take_pv_eoi
 from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
+from .pi import process_notification
 from .runloop import (
     AGAIN,
     BLOCKED,
@@ -30,9 +33,13 @@ from .runloop import (
     trace_reentry,
     wake_up,
 )
-from .shared import hot, own
+from .shared import hot, own, vec
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
+NEAR = k.U(1536)
+"""So many vCPUs leave enough of a second-level cache of 1 MiB; to ask for their lines ahead would not pay."""
+AHEAD = k.U(12)
+"""Records between a prefetch and its use: a few IPIs, some 100 ns."""
 IN_GUEST, AROUND = k.ZERO, k.NONE
 """What a try to enter came to: in the guest, or once more around the loop; else a USER code."""
 
@@ -269,9 +276,33 @@ def one_exit(m, v, op, reason, msr, value, info):
     return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 
 
+@kernel("u8(words, u8, u8, u8)")
+def _behind_unicast(m, v, code, value):
+    """The rest of such an exit whose sender has work of its own: an interrupt posted to itself, a request, a kick."""
+    code = reenter(m, v, code)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        return code
+    code = _leave_and_handle(m, v, OP_WRMSR, k.VMX_MSR_WRITE, k.MSR_X2APIC_ICR, value, k.ZERO, code)
+    return code | _go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
+
+
+@kernel("u8(words, words, u8)")
+def _looks_bad(m, exits, n):
+    """0 when no record names a vCPU outside the machine or the xAPIC page: what first_bad has to look at one by one."""
+    vcpus = m[k.H_NVCPUS]
+    page = k.SVM_NPF if m[k.H_CONFIG] & k.CONFIG_SVM else k.VMX_EPT_MISCONFIG
+    found = k.ZERO
+    for i in range(n):
+        word = exits[k.U(i) * k.EXIT_WORDS]
+        found = found | k.U(word & k.LOW32 >= vcpus) | k.U(word >> k.U(32) == page)
+    return found
+
+
 @kernel("u8(words, words, u8)")
 def first_bad(m, exits, n):
     """Index of the first exit that names a vCPU or an access outside the machine, or n."""
+    if not _looks_bad(m, exits, n):
+        return n
     for i in range(n):
         at = k.U(i) * k.EXIT_WORDS
         if exits[at] & k.LOW32 >= m[k.H_NVCPUS]:
@@ -285,6 +316,53 @@ def first_bad(m, exits, n):
     return n
 
 
+@inlined
+@kernel("u8(words, words, words, u8, u8, u8)")
+def _run_unicasts(m, exits, outcomes, first, n, far):
+    """As many of the exits first..n-1 as are plain IPIs or notifications; the index of the first other one, or n.
+
+    ``far``: the vCPUs' lines are far away, so what an exit will touch is asked for some exits before.
+    """
+    i = first
+    while i < n:
+        at = i * k.EXIT_WORDS
+        out = i * k.OUTCOME_WORDS
+        v = exits[at] & k.LOW32
+        reason = exits[at] >> k.U(32)
+        value = exits[at + k.U(2)]
+        if v >= m[k.H_NVCPUS]:
+            return i
+        if far and i + AHEAD < n:
+            _look_ahead(m, exits, (i + AHEAD) * k.EXIT_WORDS)
+        if reason == k.NOTIFICATION:
+            code = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
+        elif reason == k.VMX_MSR_WRITE and exits[at + k.ONE] & k.LOW32 == k.MSR_X2APIC_ICR:
+            code = unicast.send(m, v, value)
+            if not code:
+                return i
+            if not unicast.again(m, v):
+                code = _behind_unicast(m, v, code, value)
+        else:
+            return i
+        outcomes[out] = code
+        outcomes[out + k.ONE] = k.ZERO
+        i = i + k.ONE
+    return n
+
+
+@inlined
+@kernel("u8(words, words, u8)")
+def _look_ahead(m, exits, at):
+    """Prefetch for the exit whose record begins at a word."""
+    if exits[at] >> k.U(32) == k.NOTIFICATION:
+        v = exits[at] & k.LOW32
+        prefetch(m, vec(m, v))
+        prefetch(m, own(m, v) + k.K_RVI)
+    elif exits[at + k.ONE] & k.LOW32 == k.MSR_X2APIC_ICR:
+        unicast.look_ahead(m, exits[at + k.U(2)] >> k.ICR_DEST_SHIFT)
+    return k.ZERO
+
+
 @kernel("u8(words, words, words, u8, u8)")
 def run(m, exits, outcomes, first, n):
     """Exits first..n-1; the index of the first one that needs the Python dispatcher, or n.
@@ -292,21 +370,30 @@ def run(m, exits, outcomes, first, n):
     Every vCPU index is checked again here: the array may belong to another thread that changes it.
     """
     if first >= n:
-        return n  # and not range(first, n), which counts from a negative number where bit 63 is set
-    for j in range(first, n):
-        i = k.U(j)
+        return n
+    plain = unicast.possible(m) and not m[k.H_HANDLERS]
+    i = first
+    while True:
+        if plain:
+            i = _run_unicasts(m, exits, outcomes, i, n, m[k.H_NVCPUS] > NEAR)
+        if i >= n:
+            return n
         at = i * k.EXIT_WORDS
+        out = i * k.OUTCOME_WORDS
         v = exits[at] & k.LOW32
         reason = exits[at] >> k.U(32)
         msr = exits[at + k.ONE] & k.LOW32
         info = exits[at + k.ONE] >> k.U(32)
-        op = operation(m, reason, info)
-        if op == OP_NONE or m[k.H_HANDLERS] or v >= m[k.H_NVCPUS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        if v >= m[k.H_NVCPUS]:
             return i
-        out = i * k.OUTCOME_WORDS
-        outcomes[out] = one_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)
-        if op == OP_RDMSR or op == OP_MMIO_READ:
-            outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
+        outcomes[out + k.ONE] = k.ZERO
+        if reason == k.NOTIFICATION:
+            outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
         else:
-            outcomes[out + k.ONE] = k.ZERO
-    return n
+            op = operation(m, reason, info)
+            if op == OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+                return i
+            outcomes[out] = one_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)
+            if op == OP_RDMSR or op == OP_MMIO_READ:
+                outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
+        i = i + k.ONE

@@ -28,6 +28,7 @@ from . import (
     shared,
     tick,
     timer,
+    unicast,
     vcpu,
 )
 from . import typed as k
@@ -158,18 +159,30 @@ def _reenter(m, v, code):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def fast_exit(handle, v, reason, msr_index, value):
-    """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST."""
-    m = open_words(handle, k.WORDS)
+@kernel("u8(u8, u8, u8)", nogil=False)
+def fast_exit(handle, msr_index, value):
+    """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST.
+
+    ``handle`` has the vCPU's index in its low bits, which are 0 in a page's address: an argument less to take apart. An
+    MSR of more than 32 bits is refused with nothing touched.
+    """
+    m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
+    v = handle & (k.MAX_VCPUS - k.ONE)
     if v >= m[k.H_NVCPUS]:
         return NO_VCPU
+    if msr_index == k.MSR_X2APIC_ICR and unicast.possible(m):
+        code = unicast.send(m, v, value)
+        if code:
+            return code if unicast.again(m, v) else _reenter(m, v, code)
+    elif msr_index > k.LOW32:
+        return fastpath.refuse(k.RF_MSR)
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         return k.CODE_NOT_IN_GUEST
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
+            reason = k.SVM_MSR if svm else k.VMX_MSR_WRITE
             runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
     return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))
 

@@ -327,13 +327,12 @@ def mmio_write(m, v, offset, length, value):
 
 @kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, offset, length):
-    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination as it was; or USER_MMIO."""
+    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or USER_MMIO, and 0."""
     out = own(m, v) + k.K_MSR_DATA
     mask = (k.ONE << (length << k.U(3))) - k.ONE
     if not _claimed(m, v):
         user = _unclaimed(m)
-        if not user:
-            m[out] = mask
+        m[out] = k.ZERO if user else mask
         return user
     m[out] = k.ZERO
     aligned = offset & k.U(0xFF0)

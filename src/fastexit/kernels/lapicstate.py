@@ -117,10 +117,10 @@ def reset(m, v, init):
     set_reg(m, v, k.APIC_TDCR, k.ZERO)
     set_reg(m, v, k.APIC_TMICT, k.ZERO)
     update_divide(m, v)
-    for i in range(4):
-        m[vec(m, v) + k.VEC_IRR + k.U(i)] = k.ZERO
-        m[vec(m, v) + k.VEC_ISR + k.U(i)] = k.ZERO
-        m[hot(m, v) + k.HOT_TMR + k.U(i)] = k.ZERO
+    for j in range(4):
+        m[vec(m, v) + k.VEC_IRR + k.U(j)] = k.ZERO
+        m[vec(m, v) + k.VEC_ISR + k.U(j)] = k.ZERO
+        m[hot(m, v) + k.HOT_TMR + k.U(j)] = k.ZERO
     recount(m, v)
     m[row + k.K_TIMER_PENDING] = k.ZERO
     m[row + k.K_ARB_PRIO] = k.ZERO

@@ -13,9 +13,10 @@ wakes nobody, and put makes up for it with a wake-up vector to its own pCPU.
 """
 
 from . import typed as k
-from ._jit import kernel, msb
+from ._jit import ctz, inlined, kernel, msb
 from .atomics import fence, load_acquire, store_release
-from .shared import clear_word_bits, hot, or_word, own, replace_if, take, wake
+from .pid import posted_words
+from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
 
 INTR_INFO_VALID = k.U(1 << 31)
 
@@ -192,6 +193,7 @@ def hardware_post(m, v, vector):
     return k.ZERO
 
 
+@inlined
 @kernel("u8(words, u8)")
 def process_notification(m, v):
     """0xF2 arrives while the guest runs: PIR to IRR without an exit. 1 if so, 0 when the host's idle handler got it.
@@ -203,14 +205,14 @@ def process_notification(m, v):
         return k.ZERO
     if m[pid + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         return k.ZERO
-    clear_word_bits(m, control(m, v), k.PID_ON)
-    fence()
-    irr = k.VEC + v * k.VEC_STRIDE + k.VEC_IRR
+    clear_bits_first(m, control(m, v), k.PID_ON)
+    irr = vec(m, v) + k.VEC_IRR
     rvi = own(m, v) + k.K_RVI
-    for i in range(4):
-        w = k.U(i)
-        if m[pid + k.PID_PIR + w]:
-            bits = take(m, pid + k.PID_PIR + w)
-            or_word(m, irr + w, bits)
-            m[rvi] = max(m[rvi], (w << k.U(6)) | msb(bits))
+    words = posted_words(m, v)
+    while words:
+        w = ctz(words)
+        words = words & (words - k.ONE)
+        bits = take(m, pid + k.PID_PIR + w)
+        or_word(m, irr + w, bits)
+        m[rvi] = max(m[rvi], (w << k.U(6)) | msb(bits))
     return k.ONE

@@ -12,8 +12,20 @@ ON set, stay silent and be lost.
 
 from . import typed as k
 from ._jit import kernel, msb
-from .atomics import fence, load_acquire
-from .shared import clear_word_bits, hot, kick, make_request, or_word, own, take, test_and_set, vec, wake
+from .atomics import load_acquire
+from .shared import (
+    clear_bits_first,
+    clear_word_bits,
+    hot,
+    kick,
+    make_request,
+    or_word,
+    own,
+    take,
+    test_and_set,
+    vec,
+    wake,
+)
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -28,16 +40,17 @@ def post(m, target, vector, me):
         return k.ZERO
     if test_and_set(m, pid + k.PID_CONTROL_WORD, k.ZERO):
         return k.ZERO
-    in_guest = load_acquire(m, pid + k.HOT_MODE) == k.IN_GUEST_MODE
-    if in_guest:
-        # The sender itself is in guest mode only inside its own fast path, with IRQs off: it syncs PIR before it
-        # enters again, so a notification to itself would only cost another exit.
-        if target == me:
-            return k.ZERO
-        return k.EFFECT_NOTIFY_CODE
-    if m[k.H_TRAITS] & k.T_PI_KICK:
-        return kick(m, target, me)
-    return wake(m, target)
+    if load_acquire(m, pid + k.HOT_MODE) != k.IN_GUEST_MODE:
+        return rouse(m, target, me)
+    # The sender itself is in guest mode only inside its own fast path, with IRQs off: it syncs PIR before it enters
+    # again, so a notification to itself would only cost another exit.
+    return k.ZERO if target == me else k.EFFECT_NOTIFY_CODE
+
+
+@kernel("u8(words, u8, u8)")
+def rouse(m, target, me):
+    """The end of a post to a target that is not in guest mode."""
+    return kick(m, target, me) if m[k.H_TRAITS] & k.T_PI_KICK else wake(m, target)
 
 
 @kernel("u8(words, u8)")
@@ -48,6 +61,20 @@ def clear(m, v):
     for i in range(4):
         take(m, pid + k.PID_PIR + k.U(i))
     return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def posted_words(m, v):
+    """Which words of PIR hold something, as bits 3:0.
+
+    A branch for each word would be mispredicted, and one vector load of all four would wait for the sender's store;
+    atomic loads are never joined.
+    """
+    pir = hot(m, v) + k.PID_PIR
+    words = k.U(load_acquire(m, pir) != k.ZERO)
+    for i in range(1, 4):
+        words = words | (k.U(load_acquire(m, pir + k.U(i)) != k.ZERO) << k.U(i))
+    return words
 
 
 @kernel("u8(words, u8)")
@@ -77,8 +104,7 @@ def sync_pir_to_irr(m, v):
     pid = hot(m, v)
     got = False
     if m[pid + k.PID_CONTROL_WORD] & k.PID_ON:
-        clear_word_bits(m, pid + k.PID_CONTROL_WORD, k.PID_ON)
-        fence()
+        clear_bits_first(m, pid + k.PID_CONTROL_WORD, k.PID_ON)
         irr = vec(m, v) + k.VEC_IRR
         newest = k.NONE
         found = False

@@ -6,7 +6,15 @@ would cost more than all the rest of an IPI.
 
 from . import typed as k
 from ._jit import kernel
-from .atomics import compare_exchange, exchange, fetch_add, fetch_and, fetch_or, test_and_set_bit
+from .atomics import (
+    compare_exchange,
+    exchange,
+    fence_after_atomic,
+    fetch_add,
+    fetch_and,
+    fetch_or,
+    test_and_set_bit,
+)
 
 
 @kernel("u8(words, u8, u8)")
@@ -37,6 +45,17 @@ def clear_word_bits(m, i, value):
     old = m[i]
     m[i] = old & ~value
     return old
+
+
+@kernel("u8(words, u8, u8)")
+def clear_bits_first(m, i, value):
+    """Clear the bits of value in word i before anything that follows is read."""
+    if m[k.H_CONFIG] & k.CONFIG_THREADS:
+        fetch_and(m, i, ~value)
+        fence_after_atomic()
+    else:
+        m[i] = m[i] & ~value
+    return k.ZERO
 
 
 @kernel("u8(words, u8)")

@@ -1,0 +1,92 @@
+"""What the benchmarks are held to: one Bar a row, and the record of one run that is checked against them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "build" / "bench" / "results.json"
+
+
+class Bar(NamedTuple):
+    """``bar`` is what must hold, ``aim`` what is wanted; ``most``: values must not exceed it, else not fall short."""
+
+    what: str
+    unit: str
+    bar: float
+    aim: float
+    most: bool = True
+
+    def misses(self, value: float) -> bool:
+        """Whether a value does not reach the bar."""
+        return value > self.bar if self.most else value < self.bar
+
+
+BARS = {
+    "1": Bar("batch, atomics: one IPI, consumed, over the locked C lower bound", "x", 1.3, 1.0),
+    "2": Bar("batch, one owner: one IPI, consumed, over the plain C lower bound", "x", 1.8, 1.3),
+    "3": Bar("batch: N = 4096 over N = 4", "x", 1.35, 1.1),
+    "4": Bar("Python: wrmsr() with its Outcome, over a bare call with 3 arguments", "x", 10, 5),
+    "5 python": Bar("Python door: generic over fast", "x", 3, 3, most=False),
+    "5 batch": Bar("batch door: generic over fast", "x", 1.5, 1.5, most=False),
+    "6": Bar("two senders on disjoint targets over one", "x", 1.6, 1.9, most=False),
+    "7": Bar("two senders on the same targets, a third thread consumes: lost or invented", "vectors", 0, 0),
+    "8": Bar("import fastexit over import numpy", "x", 1.5, 1.2),
+    "8 numba": Bar("import fastexit: numba in sys.modules", "", 0, 0),
+    "9 warm": Bar("first wrmsr() of a process, warm cache", "s", 1.0, 0.5),
+    "9 cold": Bar("first wrmsr() of a process, cold cache", "s", 20, 8),
+    "9 progress": Bar("cold: says that it compiles", "", 1, 1, most=False),
+    "10": Bar("memory of one vCPU", "bytes", 2048, 2048),
+    "11": Bar("replay of ftrace text", "lines/s", 300_000, 1_000_000, most=False),
+    "11 memory": Bar("replay: peak memory at four times the length over once", "x", 1.1, 1.0),
+}
+
+
+class Record:
+    """Values of one run: (row, case) -> value, curves for the figure, and what could not be measured."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, Any]] = []
+        self.curves: dict[str, dict[int, float]] = {}
+        self.skipped: list[str] = []
+
+    def add(self, row: str, case: str, value: float, **more: Any) -> None:
+        """One value of a row."""
+        if row not in BARS:
+            raise KeyError(row)
+        self.values.append({"row": row, "case": case, "value": value, **more})
+
+    def point(self, curve: str, n: int, ns: float) -> None:
+        """Nanoseconds an IPI at n vCPUs."""
+        self.curves.setdefault(curve, {})[n] = ns
+
+    def skip(self, rows: str, why: str) -> None:
+        """Rows that this machine cannot measure."""
+        self.skipped.append(f"row {rows}: {why}")
+
+    def write(self, path: Path = RESULTS) -> None:
+        """As JSON, with what it depends on."""
+        import numba
+        import numpy
+
+        machine = {
+            "cpu": _cpu(),
+            "python": platform.python_version(),
+            "numba": numba.__version__,
+            "numpy": numpy.__version__,
+            "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs",
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine, "values": self.values, "curves": self.curves, "skipped": self.skipped}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

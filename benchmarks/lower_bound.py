@@ -1,0 +1,104 @@
+"""native/lower_bound.c in this process: built once into build/, fed with the exits that the library is fed with."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cffi
+import numpy as np
+
+import fastexit as fx
+from fastexit import layout as L
+
+ROOT = Path(__file__).parents[1]
+NATIVE = ROOT / "native"
+FLAGS = ["-O3", f"-march={os.environ.get('FASTEXIT_BOUND_ARCH', 'native')}"]
+COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+AVAILABLE = shutil.which(COMPILER) is not None
+SENDER_WORDS = 8
+
+
+def _declarations(path: Path) -> str:
+    text = path.read_text()
+    return text[text.index("/* cffi:begin */") : text.index("/* cffi:end */")]
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The compiled extension; its name holds a digest of what it was made of."""
+    sources = [NATIVE / "fastexit_layout.h", NATIVE / "lower_bound.c"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(FLAGS).encode()).hexdigest()[:12]
+    name = f"fastexit_lower_bound_{digest}"
+    directory = ROOT / "build" / "native"
+    ffi = cffi.FFI()
+    ffi.cdef("".join(_declarations(path) for path in sources))
+    ffi.set_source(name, '#include "lower_bound.c"', include_dirs=[str(NATIVE)], extra_compile_args=FLAGS)
+    built = next(directory.glob(f"{name}.*.so"), None) or ffi.compile(tmpdir=str(directory))
+    spec = importlib.util.spec_from_file_location(name, built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _aligned(words: int) -> np.ndarray:
+    """Zeroed 64-bit words on a page border, each page touched."""
+    block = np.empty(words + 512, dtype=np.uint64)
+    start = -block.ctypes.data // 8 % 512
+    block[:] = 0
+    return block[start : start + words]
+
+
+class LowerBound:
+    """The C program with the state of a machine whose vCPUs all run in x2APIC mode; ``run`` as Machine.run."""
+
+    def __init__(self, machine: fx.Machine) -> None:
+        module = library()
+        self._ffi, self._lib = module.ffi, module.lib
+        n = len(machine.vcpus)
+        hot = machine.words[L.HOT : L.HOT + n * L.HOT_STRIDE]
+        self.hot = _aligned(n * L.HOT_STRIDE)
+        self.hot[:] = hot
+        rows = self.hot.reshape(n, L.HOT_STRIDE)
+        rows[:, L.HOT_BLOCKED] = 0  # RVI stands there
+        self.irr = _aligned(n * 4)
+        self.sender = _aligned(n * SENDER_WORDS)
+        self.sender.reshape(n, SENDER_WORDS)[:, 2] = [v.rflags for v in machine.vcpus]
+        self.slots = _aligned((L.MAX_VCPU_ID + 4) // 4)
+        base = machine.mem[L.H_MAP]
+        slots = machine.words[base + L.MAP_SLOTS : base + L.MAP_WORDS].view(np.uint16)[L.MAP_PHYS_SLOT :]
+        self.slots.view(np.uint16)[: len(slots)] = slots
+        self.bound = self._ffi.new("struct fx_bound *")
+        self.bound.hot = self._pointer("struct fx_bound_hot *", self.hot)
+        self.bound.irr = self._pointer("uint64_t (*)[4]", self.irr)
+        self.bound.sender = self._pointer("struct fx_bound_sender *", self.sender)
+        self.bound.slots = self._pointer("uint16_t *", self.slots)
+        self.bound.present = machine.mem[base + L.MAP_PRESENT]
+        self.bound.max_id = machine.mem[base + L.MAP_MAX_ID]
+        self.bound.vcpus = n
+        self._run = self._lib.fx_bound_locked if machine.threads else self._lib.fx_bound_plain
+
+    def _pointer(self, kind: str, array: np.ndarray) -> Any:
+        return self._ffi.cast(kind, array.ctypes.data)
+
+    def run(self, exits: np.ndarray) -> np.ndarray:
+        """One outcome for each record; an error when a record is none that the program knows."""
+        outcomes = np.empty(len(exits), dtype=L.OUTCOME)
+        done = self._run(
+            self.bound,
+            self._pointer("struct fx_exit *", exits),
+            self._pointer("struct fx_outcome *", outcomes),
+            len(exits),
+        )
+        if done != len(exits):
+            raise RuntimeError(f"the lower bound stopped at record {done}: {exits[done]}")
+        return outcomes

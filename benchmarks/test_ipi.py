@@ -1,0 +1,94 @@
+"""Rows 1-3 and 6: one IPI through the batch door, consumed, against C; against N; by two threads.
+
+Both sides get the same array: ICR writes, each followed by the notification with which its target takes the vector
+(layout.NOTIFICATION), so both clear ON, move PIR to IRR and write an outcome for either record. Machine.run is timed
+as users call it: validation of the array and the array of outcomes are its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import lower_bound
+import pytest
+import streams
+from bars import Record
+from timing import interleaved, ratio
+
+IPIS = 4_000
+PASSES = 5
+ROUNDS = 31
+SENDER_IPIS = 400_000
+
+
+def _several(run: Callable, exits: object) -> Callable[[], None]:
+    def passes() -> None:
+        for _ in range(PASSES):
+            run(exits)
+
+    return passes
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["atomics", "one-owner"])
+def test_against_c(benchmark: Callable, record: Record, threads: bool) -> None:
+    """Rows 1 and 2, and row 3: all N in turn within each round."""
+    name = "atomics" if threads else "one owner"
+    sides: dict[str, Callable[[], None]] = {}
+    for n in streams.SIZES:
+        m = streams.machine(n, threads=threads)
+        exits = streams.ipis(m, IPIS)
+        sides[f"ours {n}"] = _several(m.run, exits)
+        if lower_bound.AVAILABLE:
+            bound = lower_bound.LowerBound(m)
+            assert m.run(exits)["code"].tolist() == bound.run(exits)["code"].tolist()
+            sides[f"C {n}"] = _several(bound.run, exits)
+        generic = streams.machine(n, threads=threads)
+        generic.fastpath = False
+        sides[f"generic {n}"] = _several(generic.run, exits)
+    benchmark.group = "batch door, one IPI, consumed"
+    times = benchmark.pedantic(lambda: interleaved(sides, ROUNDS, settle=True), rounds=1)
+    for n in streams.SIZES:
+        for side in ("ours", "C", "generic"):
+            if f"{side} {n}" in times:
+                ns = statistics.median(times[f"{side} {n}"]) / IPIS / PASSES
+                record.point(f"{'C lower bound' if side == 'C' else 'fast' if side == 'ours' else side}, {name}", n, ns)
+        if lower_bound.AVAILABLE:
+            record.add("1" if threads else "2", f"N = {n}", ratio(times, f"ours {n}", f"C {n}"))
+    if not lower_bound.AVAILABLE:
+        record.skip("1" if threads else "2", f"no C compiler ({lower_bound.COMPILER})")
+    first, last = streams.SIZES[0], streams.SIZES[-1]
+    record.add("3", name, ratio(times, f"ours {last}", f"ours {first}"))
+
+
+def test_two_senders(benchmark: Callable, record: Record) -> None:
+    """Row 6: throughput of two threads with a sender each on disjoint targets, over one thread's.
+
+    ``cpu`` is the same by the threads' own CPU time: what it would be if each had a core to itself.
+    """
+    m = streams.machine(64)
+    half = [
+        streams.ipis(m, SENDER_IPIS, senders=range(i, i + 1), targets=range(2 + 31 * i, 33 + 31 * i), seed=i)
+        for i in range(2)
+    ]
+    spent: dict[str, list[int]] = {"one": [], "two": []}
+
+    def send(side: str, i: int) -> None:
+        start = time.thread_time_ns()
+        m.run(half[i])
+        spent[side].append(time.thread_time_ns() - start)
+
+    def both() -> None:
+        workers = [threading.Thread(target=send, args=("two", i)) for i in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    benchmark.group = "two senders"
+    sides = {"one": lambda: send("one", 0), "two": both}
+    times = benchmark.pedantic(lambda: interleaved(sides, ROUNDS), rounds=1)
+    cpu = 2 * statistics.median(spent["one"]) / statistics.median(spent["two"])
+    record.add("6", "N = 64", 2 * ratio(times, "one", "two"), cpu=cpu)

@@ -1,0 +1,140 @@
+"""Rows 8 to 11, each in processes of its own: import, first exit, memory of a vCPU, replay of a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bars import ROOT, Record
+
+ROUNDS = 9
+TRACE = ROOT / "examples" / "traces" / "linux-6.1-4vcpu-x2apic.trace.xz"
+
+IMPORT = """
+import sys, time
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start, int("numba" in sys.modules))
+"""
+FIRST = """
+import time
+start = time.perf_counter()
+import fastexit as fx
+m = fx.Machine(vcpus=2)
+m.boot_x2apic()
+assert m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0xFD)).path == fx.Path.FAST
+print(time.perf_counter() - start)
+"""
+MEMORY = """
+import tracemalloc
+import fastexit as fx
+from fastexit import layout
+def block(m):
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(m.handle // 4096 * 8)
+        return 4096 * sum(byte >> 7 for byte in file.read(layout.BYTES // 4096 * 8)[7::8])
+def booted(n):
+    m = fx.Machine(vcpus=n)
+    m.boot_x2apic()
+    return m
+booted(1)
+tracemalloc.start()
+sizes = []
+for n in 1024, 4096:
+    before = tracemalloc.get_traced_memory()[0]
+    m = booted(n)
+    sizes.append((block(m), tracemalloc.get_traced_memory()[0] - before))
+    del m
+print(*((large - small) / (4096 - 1024) for small, large in zip(*sizes)))
+"""
+REPLAY = """
+import json, resource, sys, time
+from fastexit.trace.replay import replay
+rates = []
+for _ in range(int(sys.argv[2])):
+    start = time.process_time()
+    report = replay(sys.argv[1])
+    rates.append(report.lines / (time.process_time() - start))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([rates, peak, report.lines, len(report.mismatches)]))
+"""
+
+
+def _python(code: str, *args: str, **environment: str) -> tuple[str, str]:
+    """Standard output and standard error of a Python process of its own."""
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def test_import(benchmark: Callable, record: Record) -> None:
+    """Row 8."""
+    benchmark.group = "process"
+
+    def rounds() -> list[float]:
+        ratios = []
+        for _ in range(ROUNDS + 1):
+            seconds, numba = _python(IMPORT.format(module="fastexit"))[0].split()
+            assert numba in ("0", "1")
+            ratios.append(float(seconds) / float(_python(IMPORT.format(module="numpy"))[0].split()[0]))
+            loaded.add(int(numba))
+        return ratios[1:]
+
+    loaded: set[int] = set()
+    record.add("8", "new process", statistics.median(benchmark.pedantic(rounds, rounds=1)))
+    record.add("8 numba", "new process", max(loaded))
+
+
+def test_first_exit(benchmark: Callable, record: Record, tmp_path: Path) -> None:
+    """Row 9: the cold cache is a directory of its own."""
+    benchmark.group = "process"
+    cold, said = _python(FIRST, FASTEXIT_CACHE_DIR=str(tmp_path))
+    record.add("9 cold", "new process", float(cold))
+    record.add("9 progress", "new process", int("compil" in said))
+    warm = benchmark.pedantic(
+        lambda: [float(_python(FIRST, FASTEXIT_CACHE_DIR=str(tmp_path))[0]) for _ in range(ROUNDS)], rounds=1
+    )
+    record.add("9 warm", "new process", statistics.median(warm))
+
+
+def test_memory(benchmark: Callable, record: Record) -> None:
+    """Row 10: resident memory of the machine's block, from 1024 vCPUs to 4096; its Python objects are told beside."""
+    benchmark.group = "process"
+    state, objects = map(float, benchmark.pedantic(lambda: _python(MEMORY)[0], rounds=1).split())
+    record.add("10", "1024 to 4096 vCPUs", state, python_objects=objects)
+
+
+def _lengthened(times: int) -> Path:
+    """The example trace several times in a row, its clock going on and its head left out, as a plain file."""
+    import lzma
+
+    path = ROOT / "build" / "bench" / f"trace-{times}.txt"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [line for line in lzma.open(TRACE).read().split(b"\n") if line and not line.startswith(b"#")]
+    cut = [line.partition(b": ") for line in lines]
+    stamps = [head.rpartition(b" ") for head, _, _ in cut]
+    span = float(stamps[-1][2]) - float(stamps[0][2]) + 1
+    with open(path, "wb") as out:
+        for i in range(times):
+            out.writelines(
+                b"%s %.6f: %s\n" % (who, float(stamp) + i * span, body)
+                for (who, _, stamp), (_, _, body) in zip(stamps, cut, strict=True)
+            )
+    return path
+
+
+def test_replay(benchmark: Callable, record: Record) -> None:
+    """Row 11: real ftrace text of a booting guest, by CPU time; memory at four times the length."""
+    benchmark.group = "process"
+    once, four = _lengthened(8), _lengthened(32)
+    rates, peak, lines, _ = json.loads(benchmark.pedantic(lambda: _python(REPLAY, str(once), "3")[0], rounds=1))
+    longer, grown, _, _ = json.loads(_python(REPLAY, str(four), "1")[0])
+    record.add("11", f"{lines:,} lines", statistics.median(rates + longer))
+    record.add("11 memory", "four times the length", grown / peak)
