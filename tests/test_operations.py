@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.kvm import shrink
 from fastexit.kvm.operations import apply, setup_ops
 from fastexit.kvm.twins import View
 from fastexit.kvm.values import register_value, xapic_destination
@@ -54,3 +55,10 @@ def test_registers_get_reserved_bits_now_and_then() -> None:
     beyond = {r.APIC_TASKPRI: 0xFF, r.APIC_TDCR: r.TDCR_WRITABLE, r.APIC_SPIV: r.SVR_WRITABLE, r.APIC_LVTERR: 0x110FF}
     for offset, known in beyond.items():
         assert any(register_value(rng, offset) & ~known for _ in range(200)), hex(offset)
+
+
+def test_operations_of_the_vm_keep_their_arguments_when_a_vcpu_goes() -> None:
+    """What runs.py draws for the VM has no vCPU's index where others have it."""
+    for op in (("route", (17, 18)), ("msr_filter", True, ((1, 0x800, 8, 3),), 7)):
+        assert shrink._renamed(op, 0) == op
+    assert shrink._renamed(("take", 2), 0) == ("take", 1)

@@ -19,7 +19,7 @@ SECONDS = 60.0
 """No candidate is tried after so long, unless something else is said."""
 TIMED_TRIES = 2
 """A difference that may be the host's lateness has to show so often, of twins that are `timed`."""
-WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic")
+WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter")
 
 
 class _Search:
