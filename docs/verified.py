@@ -15,9 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "verified.json"
 
 
+def kept() -> dict[str, Any]:
+    """What is kept, by sort."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+
 def runs() -> str:
     """One row a run, then one a kind of operation, over all runs."""
-    reports = json.loads(KEPT.read_text())["runs"]
+    reports = kept().get("runs")
+    if not reports:
+        return "No run is kept yet: `make verify`."
     hosts = sorted({host_text(report["host"]) for report in reports})
     rows = [
         f"Compared with {'; '.join(hosts)}.",
@@ -51,55 +58,59 @@ def host_text(host: dict[str, Any]) -> str:
     """A host in one line: kernel, module, what it was read to be."""
     hashing = "on" if host["vector_hashing"] else "off"
     lacks = [name for name in ("smm", "cmci", "apicv") if not host[name]]
+    without = f", without {', '.join(lacks)}" if lacks else ""
     return (
         f"Linux {host['release']}, module {host['module'] or 'unknown'}, modelled as {host['kernel']} "
         f"(KVM_CAP_X2APIC_API flags {host['api']:#x} and {host['api_split']:#x}, "
-        f"vector hashing {hashing}, without {', '.join(lacks)})"
+        f"vector hashing {hashing}{without})"
     )
 
 
 def command(report: dict[str, Any]) -> str:
     """How to do it again."""
-    only = list(report["kinds"])
     parts = ["fastexit verify", f"--ops {report['operations']}", f"--seed {report['seed']}"]
-    return " ".join(parts + [f"--only {only[0]}"] * (len(only) == 1) + ["--trace"] * report["traced"])
+    parts += [f"--vcpus {','.join(map(str, report['ids']))}"] * bool(report["ids"])
+    return " ".join(parts + [f"--only {report['only']}"] * bool(report["only"]) + ["--trace"] * report["traced"])
 
 
 def mutants() -> str:
     """One row a planted fault: which trap, what is wrong, how soon it was noticed and by what."""
-    kept = json.loads(KEPT.read_text())["mutants"]
-    last = max(m["operations"] or 0 for m in kept["mutants"])
-    controls = " and ".join(f"{n:,} operations ({name})" for name, n in kept["unmutated"].items())
+    table = kept().get("mutants")
+    if not table:
+        return "No run is kept yet: `make verify-mutants`."
+    last = max(m["operations"] or 0 for m in table["mutants"])
+    controls = " and ".join(f"{n:,} operations ({name})" for name, n in table["unmutated"].items())
+    when = f"seed {table['seed']}, {table['began'][:10]}"
     rows = [
-        f"{len(kept['mutants'])} faults were planted into the model, one at a time, and {kept['caught']} were found, "
-        f"the last of them after {last:,} of {kept['limit']:,} operations (seed {kept['seed']}, {kept['began'][:10]}). "
+        f"{len(table['mutants'])} faults were planted into the model, one at a time, and {table['caught']} were found, "
+        f"the last of them after {last:,} of {table['limit']:,} operations ({when}). "
         f"Without a fault, {controls} found nothing.",
         "",
         "| trap | fault | found by | after operations |",
         "|---|---|---|---|",
     ]
-    for m in kept["mutants"]:
+    for m in table["mutants"]:
         kind = f"{m['kind']}{', traced' if m['traced'] else ''}" if m["kind"] else "nobody"
-        rows.append(f"| {m['trap']} | {m['what']} | {kind} | {m['operations'] or kept['limit']:,} |")
+        rows.append(f"| {m['trap']} | {m['what']} | {kind} | {m['operations'] or table['limit']:,} |")
     return "\n".join(rows)
 
 
 def main() -> None:
     """Keeps the reports that are named; those of the same sort that were kept before are replaced."""
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    known = kept()
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     if not read:
         sys.exit("name the reports to keep")
     reports = [one for one in read if "mutants" not in one]
     for one in reports:
-        if one["divergence"] is not None:
-            sys.exit(f"seed {one['seed']} found a difference: {one['divergence']['text']}")
+        if not one["agreed"]:
+            sys.exit(f"seed {one['seed']} found a difference, which is to be dealt with before anything is kept")
     if reports:
-        kept["runs"] = sorted(reports, key=lambda one: one["began"])
+        known["runs"] = sorted(reports, key=lambda one: one["began"])
     for one in read:
         if "mutants" in one:
-            kept["mutants"] = one
-    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+            known["mutants"] = one
+    KEPT.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

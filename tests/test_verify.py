@@ -146,6 +146,69 @@ def test_a_late_host_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kvm
+def test_so_late_is_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many differences that never show again are none of the clock's: the run does not agree."""
+    truth = TimerTwins.same_count
+
+    def flickers(self: TimerTwins, i: int, expected: int, got: int) -> None:
+        truth(self, i, expected, got + (1 << 31))
+
+    monkeypatch.setattr(TimerTwins, "same_count", flickers)
+    monkeypatch.setattr(shrink._Search, "keeps", lambda *_: False)
+    report = v.verify(1000, seconds=3, seed=1, only="timers")
+    assert report.divergence is None
+    assert report.too_late
+    assert not report.agreed
+
+
+@kvm
+@pytest.mark.parametrize("error", [IndexError("no such vCPU"), TimeoutError("the guest did not come back in 5.0 s")])
+def test_what_a_side_raises_is_a_difference(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Neither a crash of the model nor a guest that hangs ends a run without its story."""
+
+    def broken(self: VcpuIoctls, vector: int) -> None:
+        raise error
+
+    monkeypatch.setattr(VcpuIoctls, "interrupt", broken)
+    found = v.verify(2000, seed=1, only="runs").divergence
+    assert found is not None
+    assert f"{type(error).__name__}: {error}" in found.text
+    assert found.history[-1][0] == "interrupt"
+    compile(found.script(), "story", "exec")
+
+
+@kvm
+def test_a_script_that_cannot_be_written_is_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", "--ops", "10", "--script", str(tmp_path)]) == 2
+    monkeypatch.setattr(VcpuIoctls, "get_mp_state", lambda self: -1)
+
+    def full(self: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.main(["verify", "--ops", "500", "--only", "msr", "--script", str(tmp_path / "story.py")]) == 1
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err
+    assert "def story(m):" in captured.out
+
+
+@kvm
+def test_ctrl_c_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference is reported even when its story was not made as short as it could be."""
+    monkeypatch.setattr(VcpuIoctls, "get_mp_state", lambda self: -1)
+
+    def interrupted(self: shrink._Search) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shrink._Search, "operations", interrupted)
+    found = v.verify(500, seed=1, only="msr").divergence
+    assert found is not None
+    assert found.history
+
+
+@kvm
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by a run that ends well, nor by Ctrl-C in the middle."""
     before = open_files()
@@ -187,7 +250,15 @@ def test_no_kvm_is_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--ops", "0"), ("--seconds", "-1"), ("--seconds", "soon"), ("--vcpus", "0"), ("--vcpus", "1,1"), ("--only", "x")],
+    [
+        ("--ops", "0"),
+        ("--ops", "-5"),
+        ("--seconds", "-1"),
+        ("--seconds", "soon"),
+        ("--vcpus", "0"),
+        ("--vcpus", "1,1"),
+        ("--only", "x"),
+    ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -66,8 +66,8 @@ def _seconds(text: str) -> float:
 
 def _count(text: str) -> int:
     value = _number(text)
-    if not value:
-        raise argparse.ArgumentTypeError("0 operations compare nothing")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} operations compare nothing")
     return value
 
 

@@ -138,6 +138,23 @@ def _check_writable(directory: str | Path, option: str) -> None:
         raise UsageError(f"{option}: cannot write to {str(directory)!r}: {error.strerror}") from None
 
 
+def _check_file(path: Path, option: str) -> None:
+    """A file that will be written: what can be known about it before there is something to write."""
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise UsageError(f"{option}: cannot write to {str(path)!r}")
+    _check_writable(path.parent, option)
+
+
+def _written(path: Path, text: str) -> bool:
+    """Writes a file after work that must not be lost: whether that went well, else stderr says why not."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        complain(f"cannot write to {str(path)!r}: {error.strerror}")
+        return False
+    return True
+
+
 def _check_picture(base: str) -> None:
     """Everything that can be known about --picture before there is one."""
     if not Path(base).name:
@@ -241,7 +258,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def _verified(args: argparse.Namespace) -> Any:
     """A report, with a progress bar over operations or seconds."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fastexit.kvm.verify import verify
     from fastexit.show import console
@@ -251,24 +268,34 @@ def _verified(args: argparse.Namespace) -> Any:
     out = console(to_stderr=True)
     if args.quiet or not out.is_terminal:
         return verify(operations, **options)
-    columns = TextColumn("comparing with /dev/kvm"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=out, transient=True) as bar:
-        task = bar.add_task("", total=operations if operations < 1 << 62 else None)
-        return verify(operations, progress=lambda done, _: bar.update(task, completed=done), **options)
+    text = TextColumn("comparing with /dev/kvm, {task.fields[done]:,} operations")
+    with Progress(text, BarColumn(), TimeRemainingColumn(), console=out, transient=True) as bar:
+        began, by_time = time.monotonic(), args.ops is None and args.seconds is not None
+        task = bar.add_task("", total=args.seconds if by_time else operations, done=0)
+
+        def progress(done: int, _wanted: int) -> None:
+            bar.update(task, completed=time.monotonic() - began if by_time else done, done=done)
+
+        return verify(operations, progress=progress, **options)
 
 
 def verify(args: argparse.Namespace) -> int:
     """``fastexit verify``; 1 when the model and the kernel differ."""
     from fastexit.kvm.host import running
+    from fastexit.kvm.tracefs import KernelTrace, TraceLost
 
     running()
+    if args.trace:
+        KernelTrace().close()
     if args.script is not None:
-        _check_writable(Path(args.script).parent, "--script")
+        _check_file(Path(args.script), "--script")
     _compile()
-    report = _verified(args)
+    try:
+        report = _verified(args)
+    except TraceLost as lost:
+        raise UsageError(f"--trace: {lost}") from None
     found = report.divergence
-    if found is not None and args.script is not None:
-        Path(args.script).write_text(found.script())
+    written = args.script is not None and found is not None and _written(Path(args.script), found.script())
     if args.json:
         _print_json(report.as_dict())
         return 0 if report.agreed else 1
@@ -276,10 +303,10 @@ def verify(args: argparse.Namespace) -> int:
     from fastexit.show import console
 
     render(report, console())
-    if found is not None and args.script is None:
-        print(f"\n{found.script()}")
-    elif found is not None:
+    if written:
         print(f"script: {args.script}")
+    elif found is not None:
+        print(f"\n{found.script()}")
     return 0 if report.agreed else 1
 
 

@@ -10,6 +10,7 @@ import mmap
 import signal
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -140,6 +141,8 @@ class Guest:
                 try:
                     K.call(self._fd, K.RUN)
                 except InterruptedError:
+                    if time.monotonic() < _due:
+                        continue  # somebody else's signal
                     raise TimeoutError(f"the guest did not come back in {RUN_SECONDS} s") from None
                 reason = self._run.exit_reason
                 if reason == KvmExit.IO:
@@ -193,6 +196,8 @@ class Guest:
 
 
 _armed = False
+_due = 0.0
+"""When the alarm that is armed, or was last, is over."""
 
 
 @contextmanager
@@ -202,12 +207,12 @@ def alarm(seconds: float) -> Iterator[None]:
     Again and again, because the first signal may come before the call that is to be interrupted. In other threads
     nothing is set, for Python hands signals to the main thread alone.
     """
-    global _armed
+    global _armed, _due
     if _armed or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, _ignored)
-    _armed = True
+    _armed, _due = True, time.monotonic() + seconds
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield

@@ -17,10 +17,12 @@ from typing import Any
 from fastexit import regs as R
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
+from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
 from fastexit.profile import PROFILES
 
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")
+CPUINFO = Path("/proc/cpuinfo")
 VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
 NOWHERE = 0x7FFF_FFF0
 """A destination that no vCPU has."""
@@ -48,7 +50,7 @@ class Host:
             so): the highest vector in service leaves it, whoever's it is, and its EOI goes to the IOAPIC.
         vector_hashing, min_timer_period_us, pi_inject_timer, ignore_msrs: module parameters.
         smm, cmci: what VMs may have. quirks: those that can be disabled. bus_cycles: the bus clock can be set.
-        max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and how large their ids may be.
+        max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and what their ids must be below; no more than a Machine.
     """
 
     release: str
@@ -75,7 +77,7 @@ class Host:
         """Keywords of `fastexit.Machine` that make the model like this host."""
         return {
             "kernel": self.kernel,
-            "vendor": "svm" if self.icr_split else "vmx",
+            "vendor": {"kvm_amd": "svm", "kvm_intel": "vmx"}.get(self.module, "svm" if self.icr_split else "vmx"),
             "apicv": self.apicv,
             "hv_timer": False,
             "vector_hashing": self.vector_hashing,
@@ -95,6 +97,13 @@ def parameter(name: str, module: str = "kvm", default: str = "") -> str:
         return (MODULES / module / "parameters" / name).read_text().strip()
     except OSError:
         return default
+
+
+def _module() -> str:
+    """The module that runs guests; both vendors' are there where they are built in, so the CPU's has precedence."""
+    there = [name for name in VENDOR_MODULES if (MODULES / name).exists()]
+    amd = any(vendor in CPUINFO.read_text() for vendor in ("AuthenticAMD", "HygonGenuine"))
+    return "kvm_amd" if amd and "kvm_amd" in there else next(iter(there), "")
 
 
 def generation(release: str) -> str:
@@ -197,6 +206,18 @@ def supported_cpuid(system: int) -> Any:
 @cache
 def running() -> Host:
     """The KVM of the running kernel; KvmUnavailable, an OSError, says in one line why there is none."""
+    try:
+        return _look()
+    except KvmUnavailable:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise KvmUnavailable(
+            getattr(error, "errno", 0), f"this kernel's KVM is not one to compare with: {error}"
+        ) from error
+
+
+def _look() -> Host:
+    """Asks and tries; OSError or RuntimeError where something is missing."""
     with opened() as system, scratch() as (vm, vcpu), scratch(split=True) as (split, runner):
         run_bytes = K.call(system, K.GET_VCPU_MMAP_SIZE)
         K.call(runner, K.SET_CPUID2, supported_cpuid(system))
@@ -215,11 +236,10 @@ def running() -> Host:
         if needed not in api:
             raise KvmUnavailable(0, "this kernel's KVM lacks KVM_CAP_X2APIC_API")
         release = os.uname().release
-        module = next((name for name in VENDOR_MODULES if (MODULES / name).exists()), "")
         return Host(
             release=release,
             kernel=generation(release),
-            module=module,
+            module=_module(),
             api=api & ~enable,
             api_split=api_split,
             icr_split=_icr_is_split(vcpu, supported_cpuid(system)),
@@ -234,6 +254,6 @@ def running() -> Host:
             cmci=bool(mce[0] & K.MCG_CMCI_P),
             quirks=has(K.CAP_DISABLE_QUIRKS2),
             bus_cycles=bool(has(K.CAP_X86_APIC_BUS_CYCLES_NS)),
-            max_vcpus=has(K.CAP_MAX_VCPUS),
-            max_vcpu_id=has(K.CAP_MAX_VCPU_ID),
+            max_vcpus=min(has(K.CAP_MAX_VCPUS), MAX_VCPUS),
+            max_vcpu_id=min(has(K.CAP_MAX_VCPU_ID), MAX_VCPU_ID + 1),
         )

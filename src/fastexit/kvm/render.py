@@ -29,15 +29,20 @@ def render(report: Report, out: Console) -> None:
         rate = f"{count.operations / count.seconds:,.0f}" if count.seconds else ""
         table.add_row(*row, rate, KINDS[kind].about)
     out.print(table)
-    late = sum(len(count.late) for count in report.kinds.values())
-    if late:
-        out.print(f"{late} machines given up: the host's clock was late, and nothing showed again", highlight=False)
-    if report.divergence is None:
-        text = f"no difference in {report.operations:,} operations, {report.seconds:.0f} s"
-        out.print(text, style="green", highlight=False)
-    else:
+    if report.late:
+        out.print(f"{len(report.late)} machines given up: what differed did not show again, so the host was late:")
+        for text in report.late:
+            out.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+    if report.divergence is not None:
         found = report.divergence
         text = (
             f"different after {report.operations:,} operations: {found.text} ({len(found.history)} operations show it)"
         )
         out.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    elif report.too_late:
+        out.print("so many that a late host is no explanation", style="bold red", highlight=False)
+    elif report.agreed:
+        text = f"no difference in {report.operations:,} operations, {report.seconds:.0f} s"
+        out.print(text, style="green", highlight=False)
+    else:
+        out.print("nothing was compared", style="bold red", highlight=False)

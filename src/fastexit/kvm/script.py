@@ -70,7 +70,7 @@ def look(m):
             if offset != 0x390:
                 yield f"  vCPU {{v.index}} page {{offset:#x}}", hex(value)
         yield f"  vCPU {{v.index}} events", v.events()
-
+{state}
 
 with Oracle(**KEYWORDS) as real:
     model = fx.Machine(**real.keywords | KEYWORDS)
@@ -132,8 +132,9 @@ def script(
             kind=kind,
             traced=traced,
         )
+    state = '        yield f"  vCPU {v.index} mp_state", v.get_mp_state()\n' if kind == "guest" else ""
     calls = "".join(f"{_lines(op)}    yield from look(m)\n" for op in ops)
-    return _HEAD.format(text=text, release=release, module=module, keywords=shown, calls=calls)
+    return _HEAD.format(text=text, release=release, module=module, keywords=shown, calls=calls, state=state)
 
 
 def _lines(op: Op) -> str:

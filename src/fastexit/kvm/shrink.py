@@ -17,8 +17,8 @@ from fastexit.kvm.twins import Divergence, Setup, Twins
 
 SECONDS = 60.0
 """No candidate is tried after so long, unless something else is said."""
-TIMED_TRIES = 2
-"""A difference that may be the host's lateness has to show so often, of twins that are `timed`."""
+LATE_TRIES = 2
+"""A difference that a late host may have made has to show so often."""
 WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter")
 
 
@@ -32,15 +32,16 @@ class _Search:
     def keeps(self, setup: Setup, ops: list[Op]) -> bool:
         """Whether a candidate differs, each time it is tried; then it is the best one known."""
         found: Divergence | None = None
-        for _ in range(TIMED_TRIES if self.cls.timed else 1):
-            found = self._difference(setup, ops) if time.monotonic() < self.until else None
+        for _ in range(LATE_TRIES if self.best.late else 1):
+            found = self.difference(setup, ops) if time.monotonic() < self.until else None
             if found is None:
                 return False
         assert found is not None
         self.best = found
         return True
 
-    def _difference(self, setup: Setup, ops: list[Op]) -> Divergence | None:
+    def difference(self, setup: Setup, ops: list[Op]) -> Divergence | None:
+        """What new twins show."""
         done = 0
         try:
             with self.cls(setup, self.witness) as twins:
@@ -52,7 +53,7 @@ class _Search:
             # What the step itself added to the history is added again when it is replayed.
             found.history = ops[:done]
             return found
-        except (IndexError, ValueError, TimeoutError, RuntimeError):
+        except (LookupError, ValueError, TypeError, TimeoutError, RuntimeError):
             pass  # something that an operation needs was left out, such as the vCPU's creation
         return None
 
@@ -103,19 +104,24 @@ class _Search:
 def shortened(
     cls: type[Twins], found: Divergence, witness: KernelTrace | None = None, seconds: float = SECONDS
 ) -> Divergence | None:
-    """The shortest story found within ``seconds``; the one given if it does not show again.
+    """The shortest story found within ``seconds``, or until Ctrl-C; the one given if it does not show again.
 
-    None if it does not show again and twins of its kind depend on a busy host's clock.
+    None if it does not show again and a late host may have made it. What a side raised stays as it was found.
     """
+    if found.is_error:
+        return found
     search = _Search(cls, found, witness)
-    if not search.keeps(found.setup, list(found.history)):
-        return None if cls.timed else found
-    search.until = time.monotonic() + seconds
-    search.operations()
-    search.vcpus()
-    search.settings()
-    search.pages()
-    search.operations()
+    try:
+        if not search.keeps(found.setup, list(found.history)):
+            return None if found.late else found
+        search.until = time.monotonic() + seconds
+        search.operations()
+        search.vcpus()
+        search.settings()
+        search.pages()
+        search.operations()
+    except KeyboardInterrupt:
+        pass  # what was found is worth more than what is still to be left out
     return search.best
 
 

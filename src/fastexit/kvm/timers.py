@@ -59,7 +59,6 @@ class TimerTwins(Twins):
 
     kind = "timers"
     traceable = False
-    timed = True
     last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 100
     about = (
@@ -167,6 +166,9 @@ class TimerTwins(Twins):
         if chance(rng, 0.7):
             page[r.APIC_IRR : r.APIC_IRR + 0x80] = bytes(0x80)
         return bytes(page)
+
+    def may_be_late(self) -> bool:
+        return True
 
     # ------------------------------------------------------------------------------------------------------- clocks
 

@@ -43,7 +43,10 @@ _OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-
 
 
 class TraceUnavailable(OSError):
-    """The kernel's tracepoints cannot be read here; one line says why."""
+    """The kernel's tracepoints cannot be read here; its text is one line that says why."""
+
+    def __str__(self) -> str:
+        return self.strerror or "no usable tracefs"
 
 
 class TraceLost(RuntimeError):

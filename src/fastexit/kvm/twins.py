@@ -58,6 +58,10 @@ class Divergence(AssertionError):
 
     def __init__(self, text: str, kind: str, setup: Setup, history: list[Op], host: Host, traced: bool) -> None:
         super().__init__(text)
+        self.is_error = False
+        """One side raised what no operation may raise: a story that is not made shorter."""
+        self.late = False
+        """A host that was late may have made it."""
         self.text = text
         self.kind = kind
         self.setup = setup
@@ -108,8 +112,6 @@ class Twins:
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
     traceable: ClassVar[bool] = True
-    timed: ClassVar[bool] = False
-    """A host that is late may make them differ: a difference counts if it shows again."""
     last_questions: ClassVar[tuple[Op, ...]] = (
         ("get_mp_state",),
         ("get_msr", r.MSR_APICBASE),
@@ -271,7 +273,20 @@ class Twins:
 
     def divergence(self, text: str) -> Divergence:
         """The error that carries the whole story."""
-        return Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.witness is not None)
+        found = Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.witness is not None)
+        found.late = self.may_be_late()
+        return found
+
+    def may_be_late(self) -> bool:
+        """Whether a host that is late may have made them differ: then a difference counts if it shows again."""
+        return False
+
+    def failed(self, error: Exception) -> Divergence:
+        """What one side raised, as a difference."""
+        last = describe(self.history[-1]) if self.history else "the beginning"
+        found = self.divergence(f"{last}: {type(error).__name__}: {error}")
+        found.is_error = True
+        return found
 
 
 class GuestTwins(Twins):

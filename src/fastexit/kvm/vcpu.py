@@ -27,7 +27,8 @@ class OracleVcpu:
     """One vCPU; ``vm.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id.
 
     Doors that exit (wrmsr, rdmsr, mmio_write, mmio_read, take, halt) make the vCPU run: it gets flat segments, becomes
-    RUNNABLE, and KVM_RUN carries out whatever waited. Use them from one thread.
+    RUNNABLE, and KVM_RUN carries out whatever waited. Use them from the main thread: only there can a guest that does
+    not come back be interrupted.
     """
 
     def __init__(self, vm: Oracle, index: int, vcpu_id: int, fd: int) -> None:

@@ -20,7 +20,7 @@ from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.timers import TimerTwins
-from fastexit.kvm.tracefs import KernelTrace
+from fastexit.kvm.tracefs import KernelTrace, TraceLost
 from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
@@ -28,7 +28,10 @@ SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.00
 """How many of the operations are of which kind, unless one is asked for."""
 MANY_FROM = 300_000
 """A thousand vCPUs take seconds to make: runs with fewer operations leave them out."""
+MANY_SECONDS = 60.0
 DEFAULT_OPERATIONS = 100_000
+LATE_AT_LEAST, LATE_SHARE = 3, 0.05
+"""More than so many machines, and more than this share of them: that is no late host any more."""
 
 Progress = Callable[[int, int], None]
 
@@ -55,6 +58,8 @@ class Report:
     seed: int
     wanted: int
     traced: bool
+    ids: tuple[int, ...] | None
+    only: str | None
     began: str
     kinds: dict[str, Count] = field(default_factory=dict)
     seconds: float = 0.0
@@ -66,9 +71,19 @@ class Report:
         return sum(count.operations for count in self.kinds.values())
 
     @property
+    def late(self) -> list[str]:
+        """Differences that did not show again."""
+        return [text for count in self.kinds.values() for text in count.late]
+
+    @property
+    def too_late(self) -> bool:
+        """Whether there were so many of them that a late host is no explanation."""
+        return any(len(c.late) > LATE_AT_LEAST and len(c.late) > LATE_SHARE * c.machines for c in self.kinds.values())
+
+    @property
     def agreed(self) -> bool:
-        """Whether nothing was found."""
-        return self.divergence is None
+        """Whether something was compared and nothing was found."""
+        return self.divergence is None and not self.too_late and self.operations > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything with plain values, for JSON."""
@@ -79,6 +94,9 @@ class Report:
             "began": self.began,
             "seed": self.seed,
             "traced": self.traced,
+            "ids": self.ids,
+            "only": self.only,
+            "agreed": self.agreed,
             "operations": self.operations,
             "seconds": round(self.seconds, 1),
             "kinds": {
@@ -113,12 +131,13 @@ def verify(
         progress: called with operations done and wanted.
         shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
 
-    KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs.
+    KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs; TraceLost
+    when the kernel's trace has holes.
     """
     host = H.running()
-    shares = _shares(operations, only, traced)
+    shares = _shares(operations, seconds, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = Report(host, seed, operations, traced, began, {kind: Count() for kind in shares})
+    report = Report(host, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
     numbers = dict.fromkeys(shares, 0)
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
@@ -141,7 +160,7 @@ def verify(
     return report
 
 
-def _shares(operations: int, only: str | None, traced: bool) -> dict[str, float]:
+def _shares(operations: int, seconds: float | None, only: str | None, traced: bool) -> dict[str, float]:
     """Which kinds run, and how much of all operations each gets."""
     if only is not None:
         if traced and not KINDS[only].traceable:
@@ -149,10 +168,11 @@ def _shares(operations: int, only: str | None, traced: bool) -> dict[str, float]
                 f"operations of kind {only} are not compared by trace lines: their order is the host's own"
             )
         return {only: 1.0}
+    many = operations >= MANY_FROM and (seconds is None or seconds >= MANY_SECONDS)
     return {
         kind: share
         for kind, share in SHARES.items()
-        if (kind != "many" or operations >= MANY_FROM) and (KINDS[kind].traceable or not traced)
+        if (kind != "many" or many) and (KINDS[kind].traceable or not traced)
     }
 
 
@@ -174,6 +194,14 @@ def _session(
                 if deadline is not None and time.monotonic() > deadline:
                     break
         twins.settle()
+    except (Divergence, TraceLost):
+        raise
+    except TimeoutError as error:
+        raise twins.failed(error) from error  # a guest that does not come back
+    except OSError:
+        raise
+    except Exception as error:
+        raise twins.failed(error) from error
     finally:
         count.machines += 1
         count.vcpus = max(count.vcpus, len(twins.vcpus))
