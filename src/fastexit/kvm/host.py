@@ -211,9 +211,9 @@ def running() -> Host:
     except KvmUnavailable:
         raise
     except (OSError, RuntimeError) as error:
-        raise KvmUnavailable(
-            getattr(error, "errno", 0), f"this kernel's KVM is not one to compare with: {error}"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        text = f"no usable {DEVICE}: this kernel's KVM is not one to compare with ({why})"
+        raise KvmUnavailable(getattr(error, "errno", 0), text) from error
 
 
 def _look() -> Host:
