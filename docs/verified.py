@@ -69,7 +69,8 @@ def host_text(host: dict[str, Any]) -> str:
 def command(report: dict[str, Any]) -> str:
     """How to do it again."""
     parts = ["fastexit verify", f"--ops {report['operations']}", f"--seed {report['seed']}"]
-    parts += [f"--vcpus {','.join(map(str, report['ids']))}"] * bool(report["ids"])
+    if report["ids"]:
+        parts.append(f"--vcpus {','.join(map(str, report['ids']))}")
     return " ".join(parts + [f"--only {report['only']}"] * bool(report["only"]) + ["--trace"] * report["traced"])
 
 
