@@ -4,11 +4,11 @@ Senders write down how far they are (stat.exits, behind the post), and the consu
 take of PIR to IRR. So for every single IPI it is known which take is the first that may find it and which is the first
 that must have: it has to be found in one of them, or in one between. Either it was consumed there, or it joined the
 same vector that was pending there. And each vector found has to have an IPI of its own that no take before must have
-taken. Each sender has a vector range of its own and sends every pair of target and vector once before it sends any of them again,
-so that few IPIs of a pair fall between two takes: of an IPI alone there, its own arrival is seen, not another's.
+taken. Each sender has a vector range of its own and sends every pair of target and vector once before it sends any of
+them again, so that few IPIs of a pair fall between two takes: of one that is alone there, its own arrival is seen.
 
-The storm is cut into epochs. When both senders have come to rest, a PIR bit whose ON bit is clear would never be noticed
-by its target: lost. Then the rest is taken, which must have everything.
+The storm is cut into epochs. When both senders have come to rest, a PIR bit whose ON bit is clear would never be
+noticed by its target: lost. Then the rest is taken, which must have everything.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Storm:
                 while at + piece < n and len(self.log) == taken:
                     time.sleep(0)
 
-        workers = [threading.Thread(target=send, args=(sender,)) for sender in range(2)]
+        workers = [threading.Thread(target=send, args=(sender,), daemon=True) for sender in range(2)]
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):
