@@ -1,4 +1,7 @@
-"""``make bench-check``: one line for each bar that the last run missed; exit status 1 if there is any."""
+"""``make bench-check``: one line for each bar that the last run missed or did not measure; exit status 1 if any.
+
+Rows that need a C compiler are excused where there is none, which is said in one line.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,22 @@ import sys
 from bars import BARS, RESULTS
 
 
-def missed(values: list[dict]) -> list[str]:
-    """One line for each value that misses its bar, and for each row that has none."""
+def missed(content: dict) -> list[str]:
+    """One line for each value that misses its bar, and for each case that has none and no excuse."""
     lines = []
-    for entry in values:
+    for entry in content["values"]:
         bar = BARS[entry["row"]]
         if bar.misses(entry["value"]):
             limit = f"at {'most' if bar.most else 'least'} {bar.bar:,g}"
             lines.append(f"row {entry['row']}, {entry['case']}: {entry['value']:,.4g} {bar.unit}, {limit}: {bar.what}")
-    return lines
+    seen = {(entry["row"], entry["case"]) for entry in content["values"]}
+    wanted = [(row, case) for row, bar in BARS.items() if row not in excused(content) for case in bar.cases]
+    return lines + [f"row {row}, {case}: not measured" for row, case in wanted if (row, case) not in seen]
+
+
+def excused(content: dict) -> dict[str, str]:
+    """Rows that were skipped, and why. Lack of a C compiler is the only excuse there is."""
+    return {row: why for row, why in content["skipped"].items() if BARS[row].compiler}
 
 
 def main() -> int:
@@ -25,12 +35,9 @@ def main() -> int:
         print("no results: run make bench first", file=sys.stderr)
         return 1
     content = json.loads(RESULTS.read_text())
-    lines = missed(content["values"])
-    for line in content["skipped"]:
-        print(f"skipped, {line}")
-    seen = {entry["row"] for entry in content["values"]}
-    excused = {row.split()[0] for line in content["skipped"] for row in line[4:].partition(":")[0].split(", ")}
-    lines += [f"row {row}: not measured" for row in BARS if row not in seen and row.split()[0] not in excused]
+    lines = missed(content)
+    if rows := excused(content):
+        print(f"rows {', '.join(rows)}: not measured, {'; '.join(sorted(set(rows.values())))}")
     for line in lines:
         print(line, file=sys.stderr)
     return 1 if lines else 0

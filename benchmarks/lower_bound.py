@@ -20,7 +20,8 @@ from fastexit import layout as L
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "native"
-FLAGS = ["-O3", f"-march={os.environ.get('FASTEXIT_BOUND_ARCH', 'native')}"]
+ARCH = os.environ.get("FASTEXIT_BOUND_ARCH", "native")
+FLAGS = ["-O3", f"-march={ARCH}"]
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 AVAILABLE = shutil.which(COMPILER) is not None
 SENDER_WORDS = 8
@@ -31,11 +32,19 @@ def _declarations(path: Path) -> str:
     return text[text.index("/* cffi:begin */") : text.index("/* cffi:end */")]
 
 
+def _cpu() -> list[str]:
+    """What -march=native depends on: a build that was copied from another CPU may not run here."""
+    told = "vendor_id", "cpu family", "model", "flags"
+    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    return [line for line in first if line.startswith(told)] if ARCH == "native" else []
+
+
 @functools.cache
 def library() -> ModuleType:
-    """The compiled extension; its name holds a digest of what it was made of."""
+    """The compiled extension; its name holds a digest of what it was made of, and for which CPU."""
     sources = [NATIVE / "fastexit_layout.h", NATIVE / "lower_bound.c"]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(FLAGS).encode()).hexdigest()[:12]
+    made_of = b"".join(path.read_bytes() for path in sources) + repr((FLAGS, _cpu())).encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:12]
     name = f"fastexit_lower_bound_{digest}"
     directory = ROOT / "build" / "native"
     ffi = cffi.FFI()
@@ -89,6 +98,22 @@ class LowerBound:
 
     def _pointer(self, kind: str, array: np.ndarray) -> Any:
         return self._ffi.cast(kind, array.ctypes.data)
+
+    def differences(self, machine: fx.Machine) -> list[str]:
+        """Which words of descriptors, IRR and RVI differ from the machine's, once both have run the same exits."""
+        n = len(machine.vcpus)
+
+        def rows(words: np.ndarray, stride: int) -> np.ndarray:
+            return words[: n * stride].reshape(n, stride)
+
+        mine, words = rows(self.hot, L.HOT_STRIDE), machine.words
+        hot, irr = rows(words[L.HOT :], L.HOT_STRIDE), rows(words[L.VEC :], L.VEC_STRIDE)[:, L.VEC_IRR :][:, :4]
+        sides = {
+            "PIR and control": (mine[:, :8], hot[:, :8]),
+            "IRR": (rows(self.irr, 4), irr),
+            "RVI": (mine[:, L.HOT_BLOCKED], rows(words[L.KVM :], L.KVM_STRIDE)[:, L.K_RVI]),
+        }
+        return [name for name, (ours, theirs) in sides.items() if not np.array_equal(ours, theirs)]
 
     def run(self, exits: np.ndarray) -> np.ndarray:
         """One outcome for each record; an error when a record is none that the program knows."""

@@ -48,8 +48,8 @@ def table(content: dict) -> str:
         cells = [entry["row"], bar.what, entry["case"], _number(entry["value"], bar.unit) + "".join(notes)]
         cells += [f"{sign} {_number(bar.bar, bar.unit)}", _number(bar.aim, bar.unit)]
         text += "| " + " | ".join([*cells, "**missed**" if bar.misses(entry["value"]) else "holds"]) + " |\n"
-    for line in content["skipped"]:
-        text += f"\nNot measured, {line}.\n"
+    for row, why in content["skipped"].items():
+        text += f"\nNot measured, row {row}: {why}.\n"
     text += f"\n![Nanoseconds an IPI against the number of vCPUs]({FIGURE}.svg)\n\n"
     sizes = sorted({n for curve in content["curves"].values() for n in map(int, curve)})
     text += "| ns an IPI, consumed | " + " | ".join(f"N = {n}" for n in sizes) + " |\n"

@@ -10,8 +10,6 @@ from fastexit import regs as R
 from fastexit.compare import booted
 
 KERNEL = "6.18"
-SIZES = 4, 64, 1024, 4096
-"""Numbers of vCPUs."""
 
 
 def machine(vcpus: int, *, threads: bool = True) -> fx.Machine:

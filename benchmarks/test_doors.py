@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from timing import bare
 
 import fastexit as fx
 from fastexit.compare import DOORS, booted, consume, notified, unicasts
@@ -35,16 +36,12 @@ def test_exit(benchmark: Callable, kernel: str, door: str, side: str) -> None:
     assert notified(machine, outcomes["code"]) == n
 
 
-def _bare(a: int, b: int, c: int) -> int:
-    return a
-
-
 def test_floor(benchmark: Callable) -> None:
     """What a bare Python call with three arguments costs: the unit of the Python door."""
     benchmark.group = "floor"
 
     def calls() -> None:
         for _ in range(2_000):
-            _bare(1, 2, 3)
+            bare(1, 2, 3)
 
     benchmark.pedantic(calls, rounds=ROUNDS, warmup_rounds=1)

@@ -8,17 +8,13 @@ from collections.abc import Callable
 import pytest
 import streams
 from bars import Record
-from timing import interleaved, ratio
+from timing import bare, interleaved, ratio
 
 from fastexit.compare import DOORS, compare, consume, unicasts
 
 TARGETS = 63, 2_000
 PASSES = {63: 400, 2_000: 31}
 """Rounds by number of targets: a short round needs many."""
-
-
-def _bare(a: int, b: int, c: int) -> int:
-    return a
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -32,14 +28,14 @@ def test_wrmsr(benchmark: Callable, record: Record, targets: int) -> None:
         for value in values:
             wrmsr(0x830, value)
 
-    def bare() -> None:
+    def nothing() -> None:
         for value in values:
-            _bare(0, 0x830, value)
+            bare(0, 0x830, value)
 
     outcomes = {wrmsr(0x830, value) for value in values}
     assert {(o.path.name, o.completion.name, o.accepted) for o in outcomes} == {("FAST", "REENTER_GUEST", 1)}
     benchmark.group = "Python door"
-    sides = {"consume": lambda: consume(m), "ours": ours, "bare": bare}
+    sides = {"consume": lambda: consume(m), "ours": ours, "bare": nothing}
     times = benchmark.pedantic(lambda: interleaved(sides, PASSES[targets]), rounds=1)
     ns = {side: statistics.median(times[side]) / targets for side in ("ours", "bare")}
     record.add("4", f"N = {targets + 1}", ratio(times, "ours", "bare"), **ns)

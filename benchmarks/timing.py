@@ -11,6 +11,11 @@ from typing import Any
 ROUNDS = 15
 
 
+def bare(a: int, b: int, c: int) -> int:
+    """The unit of the Python door: a call with three arguments that does nothing."""
+    return a
+
+
 def interleaved(
     sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS, *, settle: bool = False
 ) -> dict[str, list[int]]:
