@@ -7,6 +7,7 @@ With --check nothing is written, and the exit code is 1 when a file is out of da
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -62,9 +63,23 @@ def traits() -> str:
     return "\n".join(rows)
 
 
+def instructions() -> str:
+    """What an IPI takes, for docs/performance.md, as ``benchmarks/instructions.py store`` found it."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "instructions.json").read_text())
+    rows = [
+        "| an IPI, consumed, batch door, N = 64 (x86-64-v3) | instructions, atomics | one owner |",
+        "|---|---|---|",
+        f"| C lower bound | {found['bound']:.0f} | {found['bound one owner']:.0f} |",
+        f"| fast path | {found['fast']:.0f} | {found['fast one owner']:.0f} |",
+        f"| generic path | {found['generic']:.0f} | |",
+    ]
+    return "\n".join(rows)
+
+
 SECTIONS = {
     ROOT / "README.md": {"generations": generations},
     ROOT / "docs" / "model.md": {"traits": traits},
+    ROOT / "docs" / "performance.md": {"instructions": instructions},
     ROOT / "docs" / "verified.md": {"runs": verified.runs, "mutants": verified.mutants},
 }
 
