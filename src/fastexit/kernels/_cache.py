@@ -64,6 +64,8 @@ def read(module: str) -> Code | None:
         if _digest(module, data[32:]) != data[:32]:
             return None
         library, entries = pickle.loads(data[32:])
+        if numba.config.BOUNDSCHECK:
+            cpu_target.target_context.refresh()  # code that may raise calls numba's runtime, which begins here
         return Code(cpu_target.target_context.codegen().unserialize_library(library), entries)
     except Exception:  # whatever goes wrong here must cost no more than a compilation
         return None
