@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastexit as fx
@@ -429,3 +430,17 @@ def test_userspace_exit_lines(name: str, text: str) -> None:
     v.signal()
     v.exit(fx.VmxExit.EXTERNAL_INTERRUPT)
     assert m.trace.lines()[-1] == "kvm_userspace_exit: reason restart (4)"
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_page_read_that_is_user_spaces_gives_0(vendor: str) -> None:
+    """Not what an earlier read left behind, at either door."""
+    m = fx.Machine(vcpus=1, vendor=vendor, apicv=False, disable_quirks=r.QUIRK_LAPIC_MMIO_HOLE)
+    v = m.vcpus[0]
+    assert v.mmio_read(r.APIC_LVR) == r.APIC_VERSION
+    m.boot_x2apic()
+    assert v.mmio_read(r.APIC_LVR) == 0
+    assert v.rdmsr(0x803) == r.APIC_VERSION
+    reason = m.dispatcher.vendor.mmio_reason
+    (outcome,) = m.run(np.array([(0, reason, r.APIC_LVR, 4, 0)], dtype=fx.EXIT))
+    assert (outcome["value"], fx.OUTCOMES[int(outcome["code"])].user) == (0, fx.KvmExit.MMIO)
