@@ -63,13 +63,13 @@ class Copy:
         with (self.package / name).open("a") as file:
             file.write(text)
 
-    def start(self, before: str = "", **changes: str) -> subprocess.Popen:
+    def start(self, before: str = "", code: str = RUN, **changes: str) -> subprocess.Popen:
         env = os.environ | {"FASTEXIT_CACHE_DIR": str(self.cache), "PYTHONPATH": str(self.package.parent)} | changes
-        return subprocess.Popen([sys.executable, "-c", before + RUN], env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", before + code], env=env, stdout=subprocess.PIPE, text=True)
 
-    def run(self, before: str = "", **changes: str) -> str:
+    def run(self, before: str = "", code: str = RUN, **changes: str) -> str:
         """What the entry returned and which kernels were compiled for it."""
-        return self.finish(self.start(before, **changes))
+        return self.finish(self.start(before, code, **changes))
 
     @staticmethod
     def finish(process: subprocess.Popen) -> str:
@@ -211,3 +211,35 @@ def test_numba_without_the_internals(copy: Copy) -> None:
     without = "from numba.core.codegen import CPUCodeLibrary\ndel CPUCodeLibrary.serialize_using_object_code\n"
     assert copy.run(without) == f"41{COMPILED}"
     assert copy.files() == []
+
+
+BOUNDED = """
+from ._jit import entry, kernel, open_words
+
+@kernel("u8(words, u8)")
+def word(m, i):
+    return m[i]
+
+@entry
+@kernel("u8(u8, u8)")
+def probe(address, i):
+    return word(open_words(address, 2), i)
+"""
+RUN_BOUNDED = """
+import ctypes
+from fastexit.kernels import _jit, probe
+compiled = []
+_jit._progress = lambda name, *_: compiled.append(name)
+words = (ctypes.c_uint64 * 2)(7, 41)
+try:
+    _jit.load("probe")(ctypes.addressof(words), 2)
+except IndexError:
+    print(_jit.load("probe")(ctypes.addressof(words), 1), *compiled)
+"""
+
+
+def test_checked_bounds_come_from_the_cache(copy: Copy) -> None:
+    """Kernels that may raise call numba's runtime, also where another process compiled them."""
+    copy.write("kernels/probe.py", BOUNDED)
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 probe.probe probe.word"
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41"
