@@ -15,10 +15,12 @@ import pytest
 
 from fastexit import regs as r
 from fastexit.kvm import host
+from fastexit.kvm.guests import GuestTwins
+from fastexit.kvm.many import ManyTwins
 from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.timers import WRAPS_NS, WRAPS_TICKS, TimerTwins, msr
-from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
+from fastexit.kvm.twins import Divergence, Setup, Twins
 from real_kvm import WHY_NOT
 from strategies import JIT
 

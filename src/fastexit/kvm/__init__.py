@@ -1,8 +1,9 @@
 """The real thing: the in-kernel local APIC behind /dev/kvm, and the model held against it.
 
 ioctl.py calls, host.py says what the running kernel is, guest.py runs real instructions, oracle.py and vcpu.py have the
-face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and applies them to either, verify.py
-compares, tracefs.py reads what the kernel's tracepoints say meanwhile.
+face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and applies them to either; twins.py,
+guests.py, runs.py, timers.py and many.py are the kinds of comparison, verify.py deals them out, shrink.py and script.py
+tell what was found; tracefs.py reads what the kernel's tracepoints say meanwhile.
 
 >>> import fastexit as fx
 >>> with fx.kvm.Oracle(vcpus=4) as vm:  # doctest: +SKIP

@@ -54,7 +54,6 @@ class RunTwins(Twins):
     def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
         super().__init__(setup, witness)
         self.ends: Counter[str] = Counter()
-        self.planned: list[Op] = []
         self.split = setup.irqchip == "split"
         self.routed = setup.apic_ids.index(0) if self.split else 0
         self.model.fastpath = self.real.host.fastpath

@@ -1,7 +1,7 @@
 """The model and a real VM, side by side: each operation on both, then everything that can be seen is compared.
 
 Models: nothing. What a kind of twins draws, applies and compares is its class: host calls here (`Twins`), instructions
-of guests (`GuestTwins`), a thousand vCPUs (`ManyTwins`); clocks are in timers.py, sleep and interrupts in runs.py.
+in guests.py, a thousand vCPUs in many.py, clocks in timers.py, sleep and interrupts in runs.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any, ClassVar, Self
 
 from fastexit import regs as r
 from fastexit.kvm import operations as ops
-from fastexit.kvm.guest import MEMORY_BYTES
 from fastexit.kvm.host import Host
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.script import script
 from fastexit.kvm.tracefs import KernelTrace, lines_of_interest
-from fastexit.kvm.values import ID_POOL, READABLE_IN_XAPIC, chance, differences, masked
+from fastexit.kvm.values import ID_POOL, chance, differences, masked
 from fastexit.machine import Machine
 
 TMCCT_MSR = r.MSR_X2APIC_BASE + (r.APIC_TMCCT >> 4)
@@ -130,7 +129,11 @@ class Twins:
         self.trace_lines = 0
         self.x2apic = setup.x2apic
         self.real = Oracle(**setup.keywords())
-        self.model = Machine(**self.model_keywords())
+        try:
+            self.model = Machine(**self.model_keywords())
+        except BaseException:
+            self.real.close()
+            raise
         self.model.set_time(BOOTED_NS)
         if witness is not None and not self.real.host.fastpath:
             self.model.fastpath = False  # whose lines come in another order
@@ -287,125 +290,6 @@ class Twins:
         found = self.divergence(f"{last}: {type(error).__name__}: {error}")
         found.is_error = True
         return found
-
-
-class GuestTwins(Twins):
-    """Instructions of guests: loads and stores at the xAPIC page in all sizes, RDMSR and WRMSR, by real code.
-
-    Whether a run refreshes PPR depends on what else happens in it, so both sides read PPR before and after.
-    """
-
-    kind = "guest"
-    last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
-    about = "MOV to and from the xAPIC page in all sizes, WRMSR and RDMSR, carried out by guests in real mode"
-
-    @classmethod
-    def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
-        """As Twins, also with the quirk off that makes a hole of the page in x2APIC mode."""
-        setup = asdict(super().draw(rng, host, ids or random_ids(rng, 4, 6)))
-        quirks = rng.choice((0, 0, r.QUIRK_LAPIC_MMIO_HOLE)) & host.quirks
-        return Setup(**setup | {"disable_quirks": quirks})
-
-    def beginning(self, rng: random.Random) -> Iterator[Op]:
-        for i in range(len(self.vcpus)):
-            yield ("ready", i)
-        yield from super().beginning(rng)
-
-    def draw_op(self, rng: random.Random) -> Op:
-        if self.planned or chance(rng, 0.01):
-            return self.regrouping(rng)
-        if chance(rng, 0.15):
-            return ops.host_op(rng, self, timer=False)
-        i = rng.randrange(len(self.vcpus))
-        if not self.able(i):
-            base = self.vcpus[i].apic_base & ~r.APICBASE_PAGE | r.APIC_DEFAULT_PHYS_BASE
-            return rng.choice((("ready", i), ("set_msr", i, r.MSR_APICBASE, base)))
-        return ops.guest_op(rng, self, i)
-
-    def able(self, i: int) -> bool:
-        """Whether the next instruction of a vCPU would be the one under test."""
-        model = self.model.vcpus[i]
-        return (
-            model.get_mp_state() == r.MP_RUNNABLE
-            and not model.events().nmi_pending
-            and self.real.vcpus[i].is_flat()
-            and MEMORY_BYTES <= model.apic_base & r.APICBASE_PAGE < 1 << 32
-        )
-
-    def step(self, op: Op) -> None:
-        if op[0] not in ops.GUEST_OPS:
-            super().step(op)
-            return
-        i = op[1]
-        if not self.able(i):
-            return  # in a replay that left out what made it able
-        self.refresh_ppr(i)
-        super().step(op)
-        self.refresh_ppr(i)
-
-    def same_result(self, op: Op, expected: Any, got: Any) -> None:
-        if op[0] == "mmio_read" and self.is_left_alone(*op[1:]):
-            return
-        super().same_result(op, expected, got)
-
-    def is_left_alone(self, i: int, offset: int, length: int) -> bool:
-        """Whether KVM leaves the destination of a load as it was, or the load depends on the time of day."""
-        claimed = self.vcpus[i].hw_enabled and not self.vcpus[i].x2apic
-        readable = offset & ~15 in READABLE_IN_XAPIC or (self.setup.cmci and offset & ~15 == r.APIC_LVTCMCI)
-        return claimed and (not readable or (offset & 15) + length > 4 or offset & ~15 == r.APIC_TMCCT)
-
-    def refresh_ppr(self, i: int) -> None:
-        """Reads PPR, which stores it; a disabled APIC offers no way to."""
-        if self.vcpus[i].x2apic:
-            op: Op = ("get_msr", i, PPR_MSR)
-        elif self.vcpus[i].hw_enabled:
-            op = ("mmio_read", i, r.APIC_PROCPRI, 4)
-        else:
-            return
-        self.carry_out(op)
-
-    def look_beside_the_page(self, i: int, model: Any, real: Any) -> None:
-        super().look_beside_the_page(i, model, real)
-        self.same(f"vCPU {i} mp_state", model.get_mp_state(), real.get_mp_state())
-
-
-class ManyTwins(Twins):
-    """A thousand vCPUs with ids up to 4095: broadcasts, all but self, clusters, lowest priority."""
-
-    kind = "many"
-    operations_each = 100
-    about = (
-        "1,000 vCPUs (as many as the host has) with ids up to 4095: all-but-self, broadcast, cluster, lowest priority"
-    )
-
-    @classmethod
-    def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
-        count = min(1000, host.max_vcpus)
-        ids = ids or (0, *rng.sample(range(1, min(4096, host.max_vcpu_id) - 1), count - 2), host.max_vcpu_id - 1)
-        irqchip = rng.choice(("full", "split"))
-        return Setup(apic_ids=ids, irqchip=irqchip, x2apic_api=r.X2API_32BIT_IDS | rng.choice((0, 2)))
-
-    def beginning(self, rng: random.Random) -> Iterator[Op]:
-        yield ("boot_x2apic",)
-
-    def draw_op(self, rng: random.Random) -> Op:
-        i = rng.randrange(len(self.vcpus))
-        vector = rng.randrange(16, 256)
-        mode = rng.choices((r.DM_FIXED, r.DM_LOWEST, r.DM_NMI, r.DM_STARTUP), (5, 4, 1, 0.3))[0]
-        icr = vector | mode << r.ICR_DM_SHIFT | r.ICR_LEVEL
-        target = rng.choice(self.vcpus).id
-        form = rng.randrange(6)
-        if form == 0:
-            icr |= rng.choice((r.SH_ALLBUT, r.SH_ALLINC)) << r.ICR_SHORTHAND_SHIFT
-        elif form == 1:
-            icr |= rng.choice((r.X2APIC_BROADCAST, r.XAPIC_BROADCAST)) << r.ICR_DEST_SHIFT
-        elif form == 2:
-            icr |= target << r.ICR_DEST_SHIFT
-        elif form == 3:
-            return ("signal_msi", 0xFEE0_0000 | (target & 0xFF) << 12 | (target & 0xFFFF_FF00) << 32, vector)
-        else:
-            icr |= r.ICR_LOGICAL | ((target >> 4) << 16 | rng.getrandbits(16)) << r.ICR_DEST_SHIFT
-        return ("set_msr", i, r.MSR_X2APIC_ICR, icr)
 
 
 def random_ids(rng: random.Random, least: int, most: int) -> tuple[int, ...]:

@@ -16,12 +16,14 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.kvm import host as H
+from fastexit.kvm.guests import GuestTwins
+from fastexit.kvm.many import ManyTwins
 from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import KernelTrace, TraceLost
-from fastexit.kvm.twins import Divergence, GuestTwins, ManyTwins, Setup, Twins
+from fastexit.kvm.twins import Divergence, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
 SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.0003}
