@@ -33,6 +33,8 @@ from fastexit.outcome import (
     COMPLETION_SKIP,
     COMPLETION_USERSPACE,
     OUTCOMES,
+    SHORT,
+    SHORT_CODES,
     Outcome,
     Refusal,
 )
@@ -143,6 +145,8 @@ class Dispatcher:
             if code == CODE_NOT_IN_GUEST:
                 self.start_run(v)
                 code = self.fast_exit(v.where, msr, value)
+            if code < SHORT_CODES:
+                return SHORT[code]
             if code & CODE_COMPLETION == COMPLETION_REENTER:
                 return OUTCOMES[code]
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)

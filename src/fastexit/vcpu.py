@@ -13,7 +13,7 @@ from fastexit.checks import access_size, integer
 from fastexit.dispatcher import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.kernels import _jit
-from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, GeneralProtection, Outcome
+from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, SHORT, SHORT_CODES, GeneralProtection, Outcome
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -57,10 +57,12 @@ class Vcpu(VcpuIoctls):
         """
         loop = self._loop
         code = None
-        if type(msr) is int and type(value) is int and loop.wrmsr_fast:
+        if loop.wrmsr_fast:
             try:
                 code = loop.fast_exit(self.where, msr, value)
-            except OverflowError:  # beyond 64 bits: refused below
+                if code < SHORT_CODES:
+                    return SHORT[code]
+            except (TypeError, OverflowError):  # no int, or beyond 64 bits: looked at below
                 pass
             else:
                 outcome = REENTRIES.get(code)

@@ -27,7 +27,7 @@ from numba.core.registry import cpu_target
 from numba.core.targetconfig import ConfigStack
 from numba.extending import models, register_model, typeof_impl
 
-from . import _jit
+from . import _door, _jit
 from ._cache import Code
 
 if TYPE_CHECKING:
@@ -138,14 +138,15 @@ class Build:
         """Add what Python and C call."""
         context, descriptor, module = made.target_context, made.fndesc, self._library.shared
         callee = module.get_global(descriptor.llvm_func_name)
-        PyCallWrapper(context, module, callee, descriptor, made.environment, made.call_helper, nogil).build()
-        if numba.config.BOUNDSCHECK:
+        if numba.config.BOUNDSCHECK:  # it may raise, and numba knows how
+            PyCallWrapper(context, module, callee, descriptor, made.environment, made.call_helper, nogil).build()
             context.create_cfunc_wrapper(self._library, descriptor, made.environment, made.call_helper)
             return
         result, *args = (context.get_value_type(kind) for kind in (descriptor.restype, *descriptor.argtypes))
         outer = llvm.Function(module, llvm.FunctionType(result, args), descriptor.llvm_cfunc_wrapper_name)
         builder = llvm.IRBuilder(outer.append_basic_block())
         builder.ret(_call(builder, callee, outer.args))
+        _door.emit(module, descriptor.llvm_cpython_wrapper_name, outer, nogil)
 
 
 def _call(builder: Any, callee: Any, args: Any) -> Any:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache, update_wrapper
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
@@ -26,6 +27,7 @@ from numba.np.arrayobj import populate_array
 
 from ._cache import Code, read, write
 from ._cache import cache_directory as cache_directory
+from ._door import python_function
 
 if TYPE_CHECKING:
     from ._build import Build
@@ -106,7 +108,8 @@ def entry(function: Any) -> Any:
 def load(name: str) -> Callable[..., Any]:
     """The fastest callable for an entry, compiled or read from the cache now.
 
-    It does not check types: give it ints of the declared width, validated, and nothing else.
+    Give it ints: TypeError for anything else, OverflowError for what is beyond 64 bits. An index or an address is
+    nothing that it can check.
     """
     declared = ENTRIES[name]
     return _machine_code(declared.python.__module__)[name].call if JIT else _interpreted(declared)
@@ -155,7 +158,8 @@ def _interpreted(declared: Kernel) -> Callable[..., Any]:
 
     def call(*values: int) -> int | None:
         with np.errstate(over="ignore"):
-            result = declared.function(*(convert(value) for convert, value in zip(types, values, strict=True)))
+            words = [convert(index(value)) for convert, value in zip(types, values, strict=True)]
+            result = declared.function(*words)
         return None if result is None else int(result)
 
     return call
@@ -178,12 +182,16 @@ def _machine_code(module: str) -> dict[str, _Callable]:
         if code is None or code.entries.keys() != entries.keys():
             code = _compile(entries)
             write(module, code)
-        return {name: _callable(code.library, *face) for name, face in code.entries.items()}
+        return {name: _callable(name, code.library, *face) for name, face in code.entries.items()}
 
 
-def _callable(library: Any, descriptor: Any, environment: Any) -> _Callable:
-    call = cpu_target.target_context.get_executable(library, descriptor, environment)
-    return _Callable(call, library.get_pointer_to_function(descriptor.llvm_cfunc_wrapper_name))
+def _callable(name: str, library: Any, descriptor: Any, environment: Any) -> _Callable:
+    address = library.get_pointer_to_function
+    if numba.config.BOUNDSCHECK:
+        call = cpu_target.target_context.get_executable(library, descriptor, environment)
+    else:
+        call = python_function(name, address(descriptor.llvm_cpython_wrapper_name), library)
+    return _Callable(call, address(descriptor.llvm_cfunc_wrapper_name))
 
 
 _under_way: Build | None = None

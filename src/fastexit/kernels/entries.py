@@ -163,6 +163,8 @@ def _reenter(m, v, code):
 def fast_exit(handle, msr_index, value):
     """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST.
 
+    The result is a code, or the short one of outcome.SHORT.
+
     ``handle`` has the vCPU's index in its low bits, which are 0 in a page's address: an argument less to take apart. An
     MSR of more than 32 bits is refused with nothing touched.
     """
@@ -173,7 +175,9 @@ def fast_exit(handle, msr_index, value):
     if msr_index == k.MSR_X2APIC_ICR and unicast.possible(m):
         code = unicast.send(m, v, value)
         if code:
-            return code if unicast.again(m, v) else _reenter(m, v, code)
+            if not unicast.again(m, v):
+                return _reenter(m, v, code)
+            return (code >> k.CODE_EFFECTS_SHIFT) << k.ONE | ((code >> k.CODE_ACCEPTED_SHIFT) & k.ONE)
     elif msr_index > k.LOW32:
         return fastpath.refuse(k.RF_MSR)
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
