@@ -111,7 +111,7 @@ class LowerBound:
         sides = {
             "PIR and control": (mine[:, :8], hot[:, :8]),
             "IRR": (rows(self.irr, 4), irr),
-            "RVI": (mine[:, L.HOT_BLOCKED], rows(words[L.KVM :], L.KVM_STRIDE)[:, L.K_RVI]),
+            "RVI": (mine[:, L.HOT_BLOCKED], rows(words[L.VEC :], L.VEC_STRIDE)[:, L.VEC_RVI]),
         }
         return [name for name, (ours, theirs) in sides.items() if not np.array_equal(ours, theirs)]
 

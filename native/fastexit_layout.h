@@ -12,7 +12,7 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 2,
+    FX_ABI_VERSION = 3,
     FX_MAX_VCPUS = 4096,
     FX_HOT = 12288,
     FX_HOT_STRIDE = 16

@@ -53,23 +53,22 @@ def page(v: fx.Vcpu, offset: int) -> int:
     return int(v.machine.words[L.PAGE + v.index * L.PAGE_STRIDE + offset // 8]) >> offset % 8 * 8 & 0xFFFF_FFFF
 
 
-def vectors(v: fx.Vcpu, which: int) -> set[int]:
-    first = L.VEC + v.index * L.VEC_STRIDE + which
+def vectors(v: fx.Vcpu, first: int) -> set[int]:
     words = v.machine.mem[first : first + 4].tolist()
     return {i * 64 + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1}
 
 
 def irr(v: fx.Vcpu) -> set[int]:
-    return vectors(v, L.VEC_IRR)
+    return vectors(v, v.vec + L.VEC_IRR)
 
 
 def isr(v: fx.Vcpu) -> set[int]:
-    return vectors(v, L.VEC_ISR)
+    return vectors(v, v.own + L.K_ISR)
 
 
 def status(v: fx.Vcpu) -> tuple[int, int]:
     """RVI and SVI."""
-    return v.machine.mem[v.own + L.K_RVI], v.machine.mem[v.own + L.K_SVI]
+    return v.machine.mem[v.vec + L.VEC_RVI], v.machine.mem[v.own + L.K_SVI]
 
 
 def pir(v: fx.Vcpu) -> set[int]:

@@ -64,7 +64,7 @@ def xapic(vcpus: int = 4, *, cluster: bool = False, **options: Any) -> fx.Machin
 
 
 def irr(v: fx.Vcpu) -> set[int]:
-    words = v.machine.mem[L.VEC + v.index * L.VEC_STRIDE : L.VEC + v.index * L.VEC_STRIDE + 4].tolist()
+    words = v.machine.mem[v.vec : v.vec + 4].tolist()
     return {i * 64 + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1}
 
 
@@ -449,7 +449,7 @@ def test_kvm_sets_no_irr_for_a_target_that_does_not_run() -> None:
     m = machine()
     out = m.vcpus[0].exit(INCOMPLETE, info1=0x1_0000_0041, info2=1 << 32 | 1)
     assert (out.effects, out.accepted, irr(m.vcpus[1])) == (DOORBELL, 0, set())
-    assert m.mem[m.vcpus[1].own + L.K_IRR_PENDING] == 1
+    assert m.mem[m.vcpus[1].vec + L.VEC_IRR_PENDING] == 1
 
 
 @pytest.mark.parametrize(
@@ -479,9 +479,9 @@ def test_scan_finds_the_targets() -> None:
     """The scan matches as delivery does: all but the sender; an index that is wrong changes nobody."""
     m = machine()
     for v in m.vcpus:
-        m.mem[v.own + L.K_IRR_PENDING] = 0
+        m.mem[v.vec + L.VEC_IRR_PENDING] = 0
     m.vcpus[0].exit(INCOMPLETE, info1=fx.icr(vector=0x41, shorthand=3), info2=1 << 32)
-    assert [m.mem[v.own + L.K_IRR_PENDING] for v in m.vcpus] == [0, 1, 1, 1]
+    assert [m.mem[v.vec + L.VEC_IRR_PENDING] for v in m.vcpus] == [0, 1, 1, 1]
 
 
 def test_xapic_logical_kick_uses_the_table() -> None:
@@ -489,9 +489,9 @@ def test_xapic_logical_kick_uses_the_table() -> None:
     m = xapic()
     m.mem[L.AVIC_LOGICAL + 1] = 0  # entries 2 and 3
     for v in m.vcpus:
-        m.mem[v.own + L.K_IRR_PENDING] = 0
+        m.mem[v.vec + L.VEC_IRR_PENDING] = 0
     m.vcpus[0].exit(INCOMPLETE, info1=0x0F00_0000 << 32 | 0x841, info2=1 << 32)
-    assert [m.mem[v.own + L.K_IRR_PENDING] for v in m.vcpus] == [1, 1, 0, 0]
+    assert [m.mem[v.vec + L.VEC_IRR_PENDING] for v in m.vcpus] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("why", [Fail.INVALID_BACKING_PAGE, Fail.INVALID_VECTOR, 5, 0xFFFF_FFFF])

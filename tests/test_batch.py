@@ -333,7 +333,7 @@ def test_notification_takes_what_was_posted(handlers: bool) -> None:
     assert not got["value"].any()
     assert m.mem[target.hot + L.PID_CONTROL_WORD] & r.PID_ON == 0
     assert [v for v in range(256) if m.mem[L.VEC + L.VEC_STRIDE + L.VEC_IRR + (v >> 6)] >> (v & 63) & 1] == [0x41, 0xF0]
-    assert m.mem[target.own + L.K_RVI] == 0xF0
+    assert m.mem[target.vec + L.VEC_RVI] == 0xF0
 
 
 @pytest.mark.parametrize("handlers", [False, True], ids=["compiled", "python"])

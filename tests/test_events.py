@@ -127,7 +127,7 @@ def test_apicv_leaves_delivery_to_hardware() -> None:
     send(m, 1, vector=0xFD)
     run(v)
     assert v.injected is None
-    assert m.mem[v.own + L.K_RVI] == 0xFD
+    assert m.mem[v.vec + L.VEC_RVI] == 0xFD
     assert v.pending() == 0xFD
 
 

@@ -48,11 +48,17 @@ def test_descriptor(ffi: cffi.FFI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "words"), [("H_", layout.HEADER_WORDS), ("K_", layout.KVM_STRIDE), ("HOT_", layout.HOT_STRIDE)]
+    ("prefix", "words"),
+    [
+        ("H_", layout.HEADER_WORDS),
+        ("K_", layout.KVM_STRIDE),
+        ("HOT_", layout.HOT_STRIDE),
+        ("VEC_", layout.VEC_STRIDE),
+    ],
 )
 def test_words_have_places_of_their_own(prefix: str, words: int) -> None:
     """No two names share a word of a row, and all lie inside it; a set of vectors takes four."""
-    sets = {"HOT_TMR", "K_IOAPIC_HANDLED"}
+    sets = {"HOT_TMR", "VEC_IRR", "K_ISR", "K_IOAPIC_HANDLED"}
     taken: dict[int, str] = {}
     for name, first in vars(layout).items():
         if name.startswith(prefix) and not name.endswith("STRIDE"):

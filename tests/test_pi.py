@@ -64,7 +64,7 @@ def pir(v: fx.Vcpu) -> set[int]:
 
 
 def irr(v: fx.Vcpu) -> set[int]:
-    first = L.VEC + v.index * L.VEC_STRIDE
+    first = v.vec
     return bits(v.machine.mem[first : first + 4].tolist())
 
 
@@ -73,7 +73,7 @@ def bits(words: list[int]) -> set[int]:
 
 
 def rvi(v: fx.Vcpu) -> int:
-    return v.machine.mem[v.own + L.K_RVI]
+    return v.machine.mem[v.vec + L.VEC_RVI]
 
 
 def run(v: fx.Vcpu) -> fx.Outcome:

@@ -46,12 +46,12 @@ def descriptor(v: fx.Vcpu) -> bytes:
 
 
 def rvi(v: fx.Vcpu) -> int:
-    return v.machine.mem[v.own + L.K_RVI]
+    return v.machine.mem[v.vec + L.VEC_RVI]
 
 
 def irr(v: fx.Vcpu) -> set[int]:
     """Vectors in IRR, without a sync."""
-    words = v.machine.mem[L.VEC + v.index * L.VEC_STRIDE : L.VEC + v.index * L.VEC_STRIDE + 4].tolist()
+    words = v.machine.mem[v.vec : v.vec + 4].tolist()
     return {i * 64 + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1}
 
 

@@ -268,7 +268,6 @@ FORGED_KVM: dict[str, tuple[int, ...]] = {
     "K_EXTINT": (257, TOP),
     "K_SIPI_VECTOR": (256, TOP),
     "K_NMI_PENDING": (3, TOP),
-    "K_RVI": (256, TOP),
     "K_SVI": (256, TOP),
     "K_TIMER_MODE": (1, 1 << 19, TOP),
     "K_PERIOD": ((1 << 63) + 1, TOP),
@@ -296,7 +295,8 @@ def forgeries() -> Iterator[Any]:
     """Every word that is checked, with values that are not far outside and with some that are."""
     n, tables = 4, L.MAP1 + L.MAP_WORDS
     hot = tables + L.TABLES_END - L.FILTER
-    kvm = hot + n * (L.HOT_STRIDE + L.VEC_STRIDE + L.PAGE_STRIDE)
+    vec = hot + n * L.HOT_STRIDE
+    kvm = vec + n * (L.VEC_STRIDE + L.PAGE_STRIDE)
     places = [(name, getattr(L, name), values) for name, values in FORGED_HEADER.items()]
     places += [
         (f"{name} {base}", base + getattr(L, name), v) for name, v in FORGED_MAP.items() for base in (L.MAP0, L.MAP1)
@@ -316,6 +316,7 @@ def forgeries() -> Iterator[Any]:
     places += [(f"logical id {i}", tables + L.AVIC_LOGICAL - L.FILTER + i, logical) for i in (0, 511)]
     for v in (0, 3):
         places += [(f"{k} {v}", hot + v * L.HOT_STRIDE + getattr(L, k), values) for k, values in FORGED_HOT.items()]
+        places += [(f"VEC_RVI {v}", vec + v * L.VEC_STRIDE + L.VEC_RVI, (256, TOP))]
         places += [(f"{k} {v}", kvm + v * L.KVM_STRIDE + getattr(L, k), values) for k, values in FORGED_KVM.items()]
     for name, at, values in places:
         yield from (pytest.param(at, value, id=f"{name} {value:#x}") for value in values)

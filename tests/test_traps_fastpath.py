@@ -49,7 +49,7 @@ def test_trap_62_a_posted_self_ipi_reenters(kernel: str) -> None:
     interrupted(v)
     out = v.wrmsr(ICR, fx.icr(dest=0, vector=0x41))
     assert (out.path, out.completion, out.effects) == (FAST, fx.Fastpath.REENTER_GUEST, fx.Effect.NONE)
-    assert (m.mem[v.own + L.K_RVI], int(v.pid[4]) & r.PID_ON, v.mode) == (0x41, 0, r.IN_GUEST_MODE)
+    assert (m.mem[v.vec + L.VEC_RVI], int(v.pid[4]) & r.PID_ON, v.mode) == (0x41, 0, r.IN_GUEST_MODE)
 
 
 @pytest.mark.parametrize("kernel", ["6.12", "6.18"])

@@ -31,7 +31,7 @@ def pir(v: fx.Vcpu) -> set[int]:
 
 
 def rvi(v: fx.Vcpu) -> int:
-    return v.machine.mem[v.own + L.K_RVI]
+    return v.machine.mem[v.vec + L.VEC_RVI]
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())

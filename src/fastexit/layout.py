@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -128,11 +128,12 @@ HF_SMM_INSIDE_NMI = 1 << 1  # NMIs were masked already when the SMI came
 HF_VMXON = 1 << 2  # in VMX root operation (VMX): INIT is blocked outside L2
 HF_GIF_CLEAR = 1 << 3  # global interrupt flag clear (SVM): INIT, NMI and interrupts are blocked
 
-# ----------------------------------------------------------------------------- vector sets of the owner, 8 words a vCPU
+# ------------------------------------------ what a target takes its interrupts to: a cache line a vCPU, packed densely
 VEC = HOT + MAX_VCPUS * HOT_STRIDE
 VEC_STRIDE = 8
-VEC_IRR = 0  # remote without APICv, owner with it
-VEC_ISR = 4  # owner
+VEC_IRR = 0  # remote without APICv, owner with it; 4 words
+VEC_RVI = 4  # owner; requesting virtual interrupt (VMX guest interrupt status)
+VEC_IRR_PENDING = 5  # remote store
 
 # ------------------------------------------ register page in KVM_GET_LAPIC's layout, 128 words (IRR/ISR/TMR live above)
 PAGE = VEC + MAX_VCPUS * VEC_STRIDE
@@ -143,7 +144,6 @@ KVM = PAGE + MAX_VCPUS * PAGE_STRIDE
 KVM_STRIDE = 96
 K_VCPU_ID = 0  # owner
 K_APIC_BASE = 1  # owner
-K_IRR_PENDING = 2  # remote store
 K_ISR_COUNT = 3  # owner
 K_ISR_CACHE = 4  # owner; vector or NONE
 K_ARB_PRIO = 5  # remote
@@ -156,12 +156,11 @@ K_SHADOW = 11  # owner; interrupt shadow
 K_EXITS = 12  # owner; stat.exits
 K_PENDING_DB = 13  # owner; DR6 bits of a queued #DB
 K_EXCEPTION = 14  # owner; vector + 1 of the exception to inject
-K_INTERRUPT = 15  # owner; vector + 1 of the interrupt injected last
+K_EXPIRED_DEADLINE = 15  # owner; expired_tscdeadline, 0: none to wait for
 K_SIPI_VECTOR = 16  # remote store; written before the SIPI bit
 K_NMI_QUEUED = 17  # remote
 K_NMI_PENDING = 18  # owner
 K_NMI_MASKED = 19  # owner
-K_RVI = 20  # owner; requesting virtual interrupt (VMX guest interrupt status)
 K_SVI = 21  # owner; servicing virtual interrupt
 K_TSC_DEADLINE = 22  # owner
 K_TIMER_MODE = 23  # owner; LVTT bits 18:17 in force
@@ -180,7 +179,7 @@ K_DR0 = 35  # owner
 K_DIVIDE = 36  # owner; divide_count of TDCR
 K_HRTIMER = 37  # owner; when the hrtimer fires, ns, or NONE
 K_HV_DEADLINE = 38  # owner; guest TSC at which the VMX preemption timer exits, or NONE: hv timer not in use
-K_EXPIRED_DEADLINE = 39  # owner; expired_tscdeadline, 0: none to wait for
+K_INTERRUPT = 39  # owner; vector + 1 of the interrupt injected last
 
 # Host-side bookkeeping of the run loop, the work that a fast exit avoids. Not guest-visible.
 K_IRQS_OFF = 40  # owner
@@ -224,6 +223,7 @@ K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
 K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
 K_TARGET = 84  # owner; the timer's target_expiration, ns
 K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
+K_ISR = 88  # owner; 4 words
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + MAX_VCPUS * KVM_STRIDE

@@ -60,9 +60,10 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     for r in rows:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
-    fixed, tables, hot, _, _, kvm = parts
+    fixed, tables, hot, vec, _, kvm = parts
     _check_header(fixed, n)
     _check_tables(tables, n)
+    _check(_VEC, vec.reshape(n, L.VEC_STRIDE))
     _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
@@ -136,6 +137,7 @@ _HOT: tuple[tuple[int, _Check, str], ...] = (
     (L.HOT_FLAGS, _bits(_FLAGS), "a vCPU's flags"),
     (L.HOT_BLOCKED, _up_to(1), "a sleeping thread"),
 )
+_VEC: tuple[tuple[int, _Check, str], ...] = ((L.VEC_RVI, _up_to(255), "RVI"),)
 _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_VCPU_ID, _up_to(L.MAX_VCPU_ID), "a vCPU's id"),
     (L.K_ISR_CACHE, lambda words: (words < 256) | (words == L.NONE), "a highest ISR vector"),
@@ -147,7 +149,6 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_EXTINT, _up_to(256), "an injected vector"),
     (L.K_SIPI_VECTOR, _up_to(255), "a SIPI vector"),
     (L.K_NMI_PENDING, _up_to(2), "a number of pending NMIs"),
-    (L.K_RVI, _up_to(255), "RVI"),
     (L.K_SVI, _up_to(255), "SVI"),
     (L.K_TIMER_MODE, _bits(_TIMER_MODES), "a timer's mode"),
     (L.K_PERIOD, _up_to(1 << 63), "a timer's period"),

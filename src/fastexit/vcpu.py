@@ -45,6 +45,11 @@ class Vcpu(VcpuIoctls):
         self._handle = machine.handle
         self.where = machine.handle + index
 
+    @property
+    def vec(self) -> int:
+        """Word index of its row of layout.VEC."""
+        return L.VEC + self.index * L.VEC_STRIDE
+
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} id {self.vcpu_id}>"
 

@@ -81,7 +81,7 @@ def tpr_virtualization(m, v, tpr):
 def eoi_virtualization(m, v):
     """A write to EOI: SVI leaves service; the exit's code if the EOI-exit bitmap has its vector, else CODE_HARDWARE."""
     row = own(m, v)
-    isr = vec(m, v) + k.VEC_ISR
+    isr = own(m, v) + k.K_ISR
     vector = m[row + k.K_SVI] & k.ICR_VECTOR
     set_reg(m, v, k.APIC_EOI, k.ZERO)
     bit = k.ONE << (vector & k.U(63))
@@ -98,7 +98,7 @@ def eoi_virtualization(m, v):
 def self_ipi_virtualization(m, v, vector):
     """The vector goes to VIRR at once; neither TMR nor the descriptor knows of it."""
     or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
-    rvi = own(m, v) + k.K_RVI
+    rvi = vec(m, v) + k.VEC_RVI
     m[rvi] = max(m[rvi], vector)
     return k.CODE_HARDWARE | ACCEPT
 
@@ -135,18 +135,18 @@ def deliver_pending(m, v):
         return k.NONE
     if not m[row + k.K_RFLAGS] & k.RFLAGS_IF or m[row + k.K_SHADOW]:
         return k.NONE
-    vector = m[row + k.K_RVI] & k.ICR_VECTOR
+    vector = m[vec(m, v) + k.VEC_RVI] & k.ICR_VECTOR
     if vector >> k.U(4) <= ppr_virtualization(m, v) >> k.U(4):
         return k.NONE
     w = vector >> k.U(6)
     bit = k.ONE << (vector & k.U(63))
     base = vec(m, v)
-    m[base + k.VEC_ISR + w] = m[base + k.VEC_ISR + w] | bit
+    m[row + k.K_ISR + w] = m[row + k.K_ISR + w] | bit
     m[row + k.K_SVI] = vector
     set_reg(m, v, k.APIC_PROCPRI, vector & k.U(0xF0))
     clear_word_bits(m, base + k.VEC_IRR + w, bit)
     top = highest(m, base + k.VEC_IRR)
-    m[row + k.K_RVI] = k.ZERO if top == k.NONE else top
+    m[vec(m, v) + k.VEC_RVI] = k.ZERO if top == k.NONE else top
     return vector
 
 

@@ -52,7 +52,7 @@ def _kick_by_id(m, v, vcpu_id, icr):
     found = find_vcpu(m, vcpu_id)
     if not found:
         return k.ZERO
-    m[own(m, found - k.ONE) + k.K_IRR_PENDING] = k.ONE
+    m[vec(m, found - k.ONE) + k.VEC_IRR_PENDING] = k.ONE
     return complete_delivery(m, found - k.ONE, icr, v)
 
 
@@ -102,7 +102,7 @@ def kick_targets(m, v, icr, index):
     for i in range(m[k.H_NVCPUS]):
         target = k.U(i)
         if matches(m, target, v, low, dest):
-            m[own(m, target) + k.K_IRR_PENDING] = k.ONE
+            m[vec(m, target) + k.VEC_IRR_PENDING] = k.ONE
             code = code | complete_delivery(m, target, low, v)
     return code
 

@@ -355,9 +355,7 @@ def _run_unicasts(m, exits, outcomes, first, n, far):
 def _look_ahead(m, exits, at):
     """Prefetch for the exit whose record begins at a word."""
     if exits[at] >> k.U(32) == k.NOTIFICATION:
-        v = exits[at] & k.LOW32
-        prefetch(m, vec(m, v))
-        prefetch(m, own(m, v) + k.K_RVI)
+        prefetch(m, vec(m, exits[at] & k.LOW32))
     elif exits[at + k.ONE] & k.LOW32 == k.MSR_X2APIC_ICR:
         unicast.look_ahead(m, exits[at + k.U(2)] >> k.ICR_DEST_SHIFT)
     return k.ZERO

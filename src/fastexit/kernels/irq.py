@@ -27,7 +27,7 @@ def highest_isr(m, v):
         return k.NONE
     if m[row + k.K_ISR_CACHE] != k.NONE:
         return m[row + k.K_ISR_CACHE]
-    return highest(m, vec(m, v) + k.VEC_ISR)
+    return highest(m, own(m, v) + k.K_ISR)
 
 
 @kernel("u8(words, u8)")
@@ -80,32 +80,31 @@ def has_interrupt(m, v):
 def set_irr(m, v, vector):
     """kvm_lapic_set_irr. The bit goes first: clear_irr may have scanned just before and store irr_pending = false."""
     or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
-    m[own(m, v) + k.K_IRR_PENDING] = k.ONE
+    m[vec(m, v) + k.VEC_IRR_PENDING] = k.ONE
     return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
 def clear_irr(m, v, vector):
     """apic_clear_irr."""
-    row = own(m, v)
     irr = vec(m, v) + k.VEC_IRR
     bit = k.ONE << (vector & k.U(63))
     if apicv_active(m, v):
         clear_word_bits(m, irr + (vector >> k.U(6)), bit)
         top = highest(m, irr)
-        m[row + k.K_RVI] = k.ZERO if top == k.NONE else top
+        m[vec(m, v) + k.VEC_RVI] = k.ZERO if top == k.NONE else top
         return k.ZERO
-    m[row + k.K_IRR_PENDING] = k.ZERO
+    m[vec(m, v) + k.VEC_IRR_PENDING] = k.ZERO
     clear_word_bits(m, irr + (vector >> k.U(6)), bit)
     if highest(m, irr) != k.NONE:
-        m[row + k.K_IRR_PENDING] = k.ONE
+        m[vec(m, v) + k.VEC_IRR_PENDING] = k.ONE
     return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
 def set_isr(m, v, vector):
     """apic_set_isr: assumes that an injected vector is the highest in service, as the cache does in KVM."""
-    i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
+    i = own(m, v) + k.K_ISR + (vector >> k.U(6))
     bit = k.ONE << (vector & k.U(63))
     if m[i] & bit:
         return k.ZERO
@@ -122,14 +121,14 @@ def set_isr(m, v, vector):
 @kernel("u8(words, u8, u8)")
 def clear_isr(m, v, vector):
     """apic_clear_isr."""
-    i = vec(m, v) + k.VEC_ISR + (vector >> k.U(6))
+    i = own(m, v) + k.K_ISR + (vector >> k.U(6))
     bit = k.ONE << (vector & k.U(63))
     if not m[i] & bit:
         return k.ZERO
     m[i] = m[i] & ~bit
     row = own(m, v)
     if apicv_active(m, v):
-        top = highest(m, vec(m, v) + k.VEC_ISR)
+        top = highest(m, own(m, v) + k.K_ISR)
         m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
     else:
         # A page from KVM_SET_LAPIC is counted afterwards, so the count cannot be 0 while a bit is set.
@@ -142,16 +141,16 @@ def clear_isr(m, v, vector):
 def recount(m, v):
     """kvm_apic_update_apicv: isr_count, cache and irr_pending from scratch."""
     row = own(m, v)
-    m[row + k.K_IRR_PENDING] = k.ONE
+    m[vec(m, v) + k.VEC_IRR_PENDING] = k.ONE
     m[row + k.K_ISR_CACHE] = k.NONE
     if apicv_active(m, v):
         m[row + k.K_ISR_COUNT] = k.ONE
-        top = highest(m, vec(m, v) + k.VEC_ISR)
+        top = highest(m, own(m, v) + k.K_ISR)
         m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
         return k.ZERO
     count = k.ZERO
     for i in range(4):
-        bits = m[vec(m, v) + k.VEC_ISR + k.U(i)]
+        bits = m[own(m, v) + k.K_ISR + k.U(i)]
         while bits:
             bits = bits & (bits - k.ONE)
             count = count + k.ONE
@@ -217,7 +216,7 @@ def eoi(m, v):
 def offer_pv_eoi(m, v):
     """apic_sync_pv_eoi_to_guest: one interrupt in service, none behind it, nobody to tell: EOI may be skipped."""
     row = own(m, v)
-    if not m[row + k.K_PV_EOI_MSR] & k.PV_EOI_ENABLED or m[row + k.K_IRR_PENDING]:
+    if not m[row + k.K_PV_EOI_MSR] & k.PV_EOI_ENABLED or m[vec(m, v) + k.VEC_IRR_PENDING]:
         return k.ZERO
     vector = m[row + k.K_ISR_CACHE]
     if vector == k.NONE or ioapic_handles(m, v, vector):

@@ -63,7 +63,7 @@ def set_x2apic_icr(m, v, value):
 def vector_slot(m, v, offset):
     """The dword of ISR (0x100-0x170), TMR (0x180-0x1F0) or IRR (0x200-0x270) at this offset."""
     if offset < k.APIC_TMR:
-        base = vec(m, v) + k.VEC_ISR
+        base = own(m, v) + k.K_ISR
     elif offset < k.APIC_IRR:
         base = hot(m, v) + k.HOT_TMR
     else:

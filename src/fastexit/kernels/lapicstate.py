@@ -119,12 +119,12 @@ def reset(m, v, init):
     update_divide(m, v)
     for j in range(4):
         m[vec(m, v) + k.VEC_IRR + k.U(j)] = k.ZERO
-        m[vec(m, v) + k.VEC_ISR + k.U(j)] = k.ZERO
+        m[own(m, v) + k.K_ISR + k.U(j)] = k.ZERO
         m[hot(m, v) + k.HOT_TMR + k.U(j)] = k.ZERO
     recount(m, v)
     m[row + k.K_TIMER_PENDING] = k.ZERO
     m[row + k.K_ARB_PRIO] = k.ZERO
-    m[row + k.K_RVI] = k.ZERO
+    m[vec(m, v) + k.VEC_RVI] = k.ZERO
     m[row + k.K_PV_EOI_MSR] = k.ZERO
     m[row + k.K_ATTENTION] = k.ZERO
     mark_dirty(m)
@@ -197,7 +197,7 @@ def set_state(m, v):
         return k.CODE_GP | effects | recalculate(m)
     page = k.PAGE + v * k.PAGE_STRIDE
     copy_words(m, page, k.H_STAGE, k.PAGE_STRIDE)
-    _store_vectors(m, v, k.APIC_ISR, vec(m, v) + k.VEC_ISR)
+    _store_vectors(m, v, k.APIC_ISR, own(m, v) + k.K_ISR)
     _store_vectors(m, v, k.APIC_TMR, hot(m, v) + k.HOT_TMR)
     _store_vectors(m, v, k.APIC_IRR, vec(m, v) + k.VEC_IRR)
     effects = effects | id_written(m, v)

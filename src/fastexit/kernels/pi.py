@@ -207,7 +207,7 @@ def process_notification(m, v):
         return k.ZERO
     clear_bits_first(m, control(m, v), k.PID_ON)
     irr = vec(m, v) + k.VEC_IRR
-    rvi = own(m, v) + k.K_RVI
+    rvi = vec(m, v) + k.VEC_RVI
     words = posted_words(m, v)
     while words:
         w = ctz(words)

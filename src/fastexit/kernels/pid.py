@@ -20,7 +20,6 @@ from .shared import (
     kick,
     make_request,
     or_word,
-    own,
     take,
     test_and_set,
     vec,
@@ -91,7 +90,7 @@ def highest(m, base):
 @kernel("u8(words, u8)")
 def highest_irr(m, v):
     """apic_find_highest_irr: NONE without a look when irr_pending says that IRR is empty."""
-    if not m[own(m, v) + k.K_IRR_PENDING]:
+    if not m[vec(m, v) + k.VEC_IRR_PENDING]:
         return k.NONE
     return highest(m, vec(m, v) + k.VEC_IRR)
 
@@ -127,8 +126,8 @@ def sync_pir_to_irr(m, v):
         top = highest_irr(m, v)
     flags = m[pid + k.HOT_FLAGS]
     if flags & k.FLAG_APICV and not flags & k.FLAG_L2:
-        m[own(m, v) + k.K_RVI] = k.ZERO if top == k.NONE else top
+        m[vec(m, v) + k.VEC_RVI] = k.ZERO if top == k.NONE else top
     elif got:
-        m[own(m, v) + k.K_IRR_PENDING] = k.ONE
+        m[vec(m, v) + k.VEC_IRR_PENDING] = k.ONE
         make_request(m, v, k.REQ_EVENT)
     return top

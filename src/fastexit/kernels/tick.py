@@ -69,7 +69,7 @@ def interrupt_injected(m, v):
     flags = m[hot(m, v) + k.HOT_FLAGS]
     if not flags & k.FLAG_HW:
         return k.ZERO
-    base = vec(m, v) + (k.VEC_IRR if flags & k.FLAG_APICV else k.VEC_ISR)
+    base = vec(m, v) + k.VEC_IRR if flags & k.FLAG_APICV else own(m, v) + k.K_ISR
     return (m[base + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
 
 
