@@ -43,7 +43,11 @@ def table(content: dict) -> str:
     for entry in sorted(content["values"], key=lambda entry: list(BARS).index(entry["row"])):
         bar = BARS[entry["row"]]
         sign = "≤" if bar.most else "≥"
-        beside = {"cpu": "x by CPU time", "python_objects": "bytes of Python objects beside it"}
+        beside = {
+            "cpu": "x by CPU time",
+            "c": "x for the C program",
+            "python_objects": "bytes of Python objects beside it",
+        }
         notes = [f"; {_number(entry[name], text)}" for name, text in beside.items() if name in entry]
         cells = [entry["row"], bar.what, entry["case"], _number(entry["value"], bar.unit) + "".join(notes)]
         cells += [f"{sign} {_number(bar.bar, bar.unit)}", _number(bar.aim, bar.unit)]

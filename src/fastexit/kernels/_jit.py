@@ -188,7 +188,11 @@ def _machine_code(module: str) -> dict[str, _Callable]:
 def _callable(name: str, library: Any, descriptor: Any, environment: Any) -> _Callable:
     address = library.get_pointer_to_function
     if numba.config.BOUNDSCHECK:
-        call = cpu_target.target_context.get_executable(library, descriptor, environment)
+        inner = cpu_target.target_context.get_executable(library, descriptor, environment)
+
+        def call(*values: int) -> int:
+            return inner(*(index(value) for value in values))  # numba's would take a float for an address
+
     else:
         call = python_function(name, address(descriptor.llvm_cpython_wrapper_name), library)
     return _Callable(call, address(descriptor.llvm_cfunc_wrapper_name))
