@@ -207,10 +207,11 @@ def test_default_place(warm: Copy, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(".cache/fastexit/*/fastexit.kernels.probe"))) == 1
 
 
-def test_numba_without_the_internals(copy: Copy) -> None:
-    without = "from numba.core.codegen import CPUCodeLibrary\ndel CPUCodeLibrary.serialize_using_object_code\n"
-    assert copy.run(without) == f"41{COMPILED}"
-    assert copy.files() == []
+def test_a_warm_cache_needs_no_numba(warm: Copy) -> None:
+    """What makes the first exit of a process quick: numba is imported to compile only."""
+    look = "import sys\nprint('numba' in sys.modules)"
+    assert warm.run(code=RUN + look) == f"41{CACHED}\nFalse"
+    assert warm.run(code=RUN + look, FASTEXIT_CACHE="0") == f"41{COMPILED}\nTrue"
 
 
 BOUNDED = """

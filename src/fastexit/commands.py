@@ -332,9 +332,7 @@ def _cache_fact(directory: Path | None) -> str:
 
 def info(args: argparse.Namespace) -> int:
     """``fastexit info``."""
-    import llvmlite
-    import numba
-    import numpy
+    from importlib.metadata import version
 
     from fastexit import layout
     from fastexit.kernels import _jit
@@ -342,9 +340,7 @@ def info(args: argparse.Namespace) -> int:
     facts: dict[str, object] = {
         "fastexit": __version__,
         "Python": sys.version.split()[0],
-        "numba": numba.__version__,
-        "llvmlite": llvmlite.__version__,
-        "numpy": numpy.__version__,
+        **{name: version(name) for name in ("numba", "llvmlite", "numpy")},
         "kernels": "compiled" if _jit.JIT else "interpreted (NUMBA_DISABLE_JIT)",
         "kernel cache": _cache_fact(_jit.cache_directory()),
         "ABI version": layout.ABI_VERSION,

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 import llvmlite.binding as ll
 import numba
 import numpy as np
-from llvmlite import ir as llvm
 from numba.core import cgutils, compiler, ir, typed_passes, types, untyped_passes
-from numba.core.callwrapper import PyCallWrapper
 from numba.core.codegen import JITCodeLibrary
 from numba.core.imputils import lower_constant
 from numba.core.lowering import Lower
@@ -29,22 +27,27 @@ from numba.extending import models, register_model, typeof_impl
 
 from . import _door, _jit
 from ._cache import Code
+from ._emit import parse
+from ._load import PYTHON_API
 
 if TYPE_CHECKING:
     from ._jit import Kernel
 
+ll.initialize_native_asmparser()  # for inline assembly
+
+OUTSIDE = {*PYTHON_API, "memcpy", "memmove", "memset"}
+"""What machine code may call that is not its own."""
 SPEED = min(2, int(numba.config.OPT))
 """LLVM's optimisation level. With 3 LLVM takes a third longer, and the code is no faster."""
 
 
 class _Library(JITCodeLibrary):
-    """Machine code of many kernels, which share one module from the start."""
+    """Many kernels, which share one module from the start, on their way to an object file."""
 
     def __init__(self, name: str) -> None:
         super().__init__(cpu_target.target_context.codegen(), name)
         self.shared = super().create_ir_module(name)
         self._others: list[Any] = []
-        self.enable_object_caching()
 
     def create_ir_module(self, name: str) -> Any:
         return self.shared
@@ -53,20 +56,22 @@ class _Library(JITCodeLibrary):
         if module is not self.shared:
             self._others.append(module)
 
-    def finalize(self) -> None:
+    def optimized(self) -> Any:
+        """The whole, linked, and optimised once: numba's first, cheap round is there for reference counts."""
+        whole = self._final_module
         for module in self.shared, *self._others:
             code = ll.parse_assembly(cgutils.normalize_ir_text(str(module)))
             code.data_layout = self._codegen._data_layout
             code.verify()
-            self._final_module.link_in(code)
-        super().finalize()
-
-    def _optimize_final_module(self) -> None:
-        """Once: numba's first, cheap round is there for reference counts, of which kernels have none."""
+            whole.link_in(code)
         tuning = ll.create_pipeline_tuning_options(speed_level=SPEED)
         tuning.loop_vectorization = tuning.slp_vectorization = False
         builder = ll.create_pass_builder(self._codegen._tm, tuning)
-        builder.getModulePassManager().run(self._final_module, builder)
+        builder.getModulePassManager().run(whole, builder)
+        missing = [f.name for f in whole.functions if f.is_declaration and not f.name.startswith("llvm.")]
+        if not OUTSIDE.issuperset(missing):
+            raise TypeError(f"kernels call what no process has: {', '.join(sorted({*missing} - OUTSIDE))}")
+        return whole
 
 
 class Build:
@@ -103,12 +108,14 @@ class Build:
         if self._collecting:
             gc.enable()
 
-    def add(self, declared: Kernel, args: tuple, result: Any) -> None:
+    def add(self, declared: Kernel) -> None:
         """Put a kernel into the library. What it calls is added on the way, when its calls are typed."""
+        args, result = parse(declared.signature)
         flags = compiler.Flags()
         cpu_target.options.parse_as_flags(flags, {"nopython": True, "error_model": "numpy"})
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         flags.enable_ssa = False
+        flags.boundscheck = _jit.BOUNDSCHECK
         contexts = cpu_target.typing_context, cpu_target.target_context
         made = compiler.compile_extra(
             *contexts, declared.python, args, result, flags, {}, library=self._library, pipeline_class=_Stages
@@ -130,42 +137,33 @@ class Build:
                 function.linkage = module.get_global(made.environment.env_name).linkage = "internal"
                 if declared.function.inline:
                     function.attributes.add("alwaysinline")
-        self._library.finalize()
-        faces = {name: self.made[declared] for name, declared in entries.items()}
-        return Code(self._library, {name: (r.fndesc, r.environment) for name, r in faces.items()})
+        faces = {name: self.made[declared].fndesc for name, declared in entries.items()}
+        symbols = {name: (face.llvm_cpython_wrapper_name, face.llvm_cfunc_wrapper_name) for name, face in faces.items()}
+        return Code(_machine_code(cpu_target.target_context.codegen()._tm, self._library.optimized()), symbols)
 
     def _export(self, made: Any, nogil: bool) -> None:
         """Add what Python and C call."""
-        context, descriptor, module = made.target_context, made.fndesc, self._library.shared
-        callee = module.get_global(descriptor.llvm_func_name)
-        if numba.config.BOUNDSCHECK:  # it may raise, and numba knows how
-            PyCallWrapper(context, module, callee, descriptor, made.environment, made.call_helper, nogil).build()
-            context.create_cfunc_wrapper(self._library, descriptor, made.environment, made.call_helper)
-            return
-        result, *args = (context.get_value_type(kind) for kind in (descriptor.restype, *descriptor.argtypes))
-        outer = llvm.Function(module, llvm.FunctionType(result, args), descriptor.llvm_cfunc_wrapper_name)
-        builder = llvm.IRBuilder(outer.append_basic_block())
-        builder.ret(_call(builder, callee, outer.args))
-        _door.emit(module, descriptor.llvm_cpython_wrapper_name, outer, nogil)
+        face, module = made.fndesc, self._library.shared
+        kernel = module.get_global(face.llvm_func_name)
+        _door.emit_c(module, face.llvm_cfunc_wrapper_name, kernel, _jit.BOUNDSCHECK)
+        _door.emit_python(module, face.llvm_cpython_wrapper_name, kernel, _jit.BOUNDSCHECK, nogil)
 
 
-def _call(builder: Any, callee: Any, args: Any) -> Any:
-    """A call of a kernel that raises nothing: its status is not looked at."""
-    result, error = (argument.type for argument in callee.args[:2])
-    slot = cgutils.alloca_once(builder, result.pointee)
-    builder.call(callee, [slot, error(None), *args])
-    return builder.load(slot)
+def _machine_code(machine: Any, module: Any) -> bytes:
+    """An object file; a test asks for text instead."""
+    return machine.emit_object(module)
 
 
 def _teach(function: Any, made: Any) -> None:
     """What a call of a compiled kernel becomes in others: no error comes back, unless bounds are checked."""
     descriptor = made.fndesc
-    if numba.config.BOUNDSCHECK:
+    if _jit.BOUNDSCHECK:
         cpu_target.target_context.insert_user_function(function, descriptor)
         return
 
     def call(context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        return _call(builder, context.declare_function(builder.module, descriptor), args)
+        _, result = _door.call(builder, context.declare_function(builder.module, descriptor), args)
+        return result
 
     call.signature, call.libs = descriptor.argtypes, ()
     cpu_target.target_context._defns[function].append(call, call.signature)
@@ -318,6 +316,11 @@ class _Lower(Lower):
 
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
         return cgutils.alloca_once(self.builder, lltype, name=name)
+
+    def incref(self, typ: Any, val: Any) -> None:
+        """Arrays, which there are where bounds are checked, lie in memory that nobody counts."""
+
+    decref = incref
 
     def lower_binop(self, resty: Any, expr: ir.Expr, op: Any) -> Any:
         context, signature = self.context, self.fndesc.calltypes[expr]

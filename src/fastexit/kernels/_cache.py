@@ -7,37 +7,44 @@ replaced in one step, so processes that start together only do the same work twi
 written means no cache.
 
 Environment: ``FASTEXIT_CACHE=0`` keeps nothing on disk; ``FASTEXIT_CACHE_DIR`` says where to keep it, otherwise
-``fastexit`` in the user's cache directory.
+``fastexit`` in the user's cache directory. numba is asked for nothing here: it need not be imported to find its work.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
+import struct
 import sys
 import uuid
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import llvmlite
-import llvmlite.binding as ll
-import numba
 import numpy as np
-from numba.core.registry import cpu_target
 
 BELOW = "layout", "outcome", "profile", "reasons", "regs"
 """The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
-CODE_OPTIONS = "OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "FULL_TRACEBACKS"
+CODE_OPTIONS = "NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_DEBUGINFO"
+_LENGTH = struct.Struct("<Q")
+
+
+def switched_on(name: str) -> bool:
+    """Whether one of numba's switches is set in the environment, as numba reads it."""
+    try:
+        return bool(int(os.environ.get(name, "0")))
+    except ValueError:
+        return False
 
 
 class Code(NamedTuple):
-    """What a compilation comes to: a library of machine code and, by entry, numba's descriptor and environment."""
+    """What a compilation comes to: an object file, and by entry the symbols that Python and C call."""
 
-    library: Any
-    entries: dict[str, tuple[Any, Any]]
+    objects: bytes
+    entries: dict[str, tuple[str, str]]
 
 
 @cache
@@ -48,25 +55,35 @@ def cache_directory() -> Path | None:
     """
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.environ.get("FASTEXIT_CACHE_DIR") or os.path.join(user, "fastexit")
-    if numba.config.DISABLE_JIT or os.environ.get("FASTEXIT_CACHE") == "0" or root.startswith("~"):
+    if switched_on("NUMBA_DISABLE_JIT") or os.environ.get("FASTEXIT_CACHE") == "0" or root.startswith("~"):
         return None
-    cpu = cpu_target.target_context.codegen().magic_tuple()
-    options = [getattr(numba.config, name, None) for name in CODE_OPTIONS]
-    versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, np.__version__
-    variant = hashlib.sha256(repr((versions, cpu, options)).encode()).hexdigest()[:16]
-    return Path(root) / f"{sys.implementation.cache_tag}-{variant}"
+    options = [os.environ.get(name) for name in CODE_OPTIONS]
+    variant = hashlib.sha256(repr((_versions(), _cpu(), switched_on("NUMBA_BOUNDSCHECK"), options)).encode())
+    return Path(root) / f"{sys.implementation.cache_tag}-{variant.hexdigest()[:16]}"
+
+
+def _versions() -> list[str]:
+    """Of all that makes machine code, as the packages' files say it: to import them would take ten times as long."""
+    files = [Path(find_spec(name).origin).with_name("_version.py") for name in ("numba", "llvmlite")]
+    return [sys.implementation.cache_tag, np.__version__, *(file.read_text() for file in files)]
+
+
+def _cpu() -> tuple[str, str, str]:
+    import llvmlite.binding as ll
+
+    return ll.get_process_triple(), ll.get_host_cpu_name(), ll.get_host_cpu_features().flatten()
 
 
 def read(module: str) -> Code | None:
     """The entries of a module, if they were kept and every source is still what it was."""
     try:
         data = (cache_directory() / module).read_bytes()
-        if _digest(module, data[32:]) != data[:32]:
+        content = data[32:]
+        if _digest(module, content) != data[:32]:
             return None
-        library, entries = pickle.loads(data[32:])
-        if numba.config.BOUNDSCHECK:
-            cpu_target.target_context.refresh()  # code that may raise calls numba's runtime, which begins here
-        return Code(cpu_target.target_context.codegen().unserialize_library(library), entries)
+        (length,) = _LENGTH.unpack_from(content)
+        entries = json.loads(content[_LENGTH.size : _LENGTH.size + length])
+        return Code(content[_LENGTH.size + length :], {name: tuple(symbols) for name, symbols in entries.items()})
     except Exception:  # whatever goes wrong here must cost no more than a compilation
         return None
 
@@ -74,12 +91,8 @@ def read(module: str) -> Code | None:
 def write(module: str, code: Code) -> None:
     """Keep the entries of a module, where that is possible."""
     try:
-        from numba.core.serialize import dumps
-
-        for descriptor, _ in code.entries.values():
-            descriptor.typemap = descriptor.calltypes = None
-        name, kind, (machine_code, _) = code.library.serialize_using_object_code()
-        content = dumps(((name, kind, (machine_code, _symbols(code))), code.entries))
+        entries = json.dumps(code.entries).encode()
+        content = _LENGTH.pack(len(entries)) + entries + code.objects
         path = cache_directory() / module
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -90,14 +103,6 @@ def write(module: str, code: Code) -> None:
             half.unlink(missing_ok=True)
     except Exception:  # as above
         return
-
-
-def _symbols(code: Code) -> bytes:
-    """Bitcode that defines what the machine code exports: all that numba looks for in the bitcode beside it."""
-    names: list[str] = []
-    for face, _ in code.entries.values():
-        names += face.llvm_func_name, face.llvm_cpython_wrapper_name, face.llvm_cfunc_wrapper_name
-    return ll.parse_assembly("".join(f'define void @"{name}"() {{ ret void }}\n' for name in names)).as_bitcode()
 
 
 def _digest(module: str, content: bytes) -> bytes:

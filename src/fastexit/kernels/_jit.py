@@ -1,47 +1,34 @@
-"""How kernels are declared and called; this file, ``_build`` and ``_cache`` are all that leans on numba's internals.
+"""How kernels are declared and called.
 
 A kernel is declared with its full signature. The first use of an entry compiles all entries of its module, with every
 kernel they reach, into one piece of machine code: each kernel is typed once, and LLVM sees the whole. ``_build`` does
-that, ``_cache`` keeps the code on disk. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
+that, with ``_emit`` and ``_door``, and they are all that leans on numba and its internals; ``_cache`` keeps the code on
+disk, ``_load`` brings it into the process. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.core import cgutils, sigutils
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import cpu_target
-from numba.extending import lower_builtin, type_callable
-from numba.np.arrayobj import populate_array
 
-from ._cache import Code, read, write
+from ._cache import Code, read, switched_on, write
 from ._cache import cache_directory as cache_directory
-from ._door import python_function
 
 if TYPE_CHECKING:
     from ._build import Build
 
-JIT: bool = not numba.config.DISABLE_JIT
 
-WORDS = numba.types.uint64[::1] if numba.config.BOUNDSCHECK else numba.types.CPointer(numba.types.uint64)
-"""What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
-an array, which knows its size, where bounds are checked."""
-
-
-def parse(signature: str) -> tuple[tuple, Any]:
-    """Argument types and result of a signature, in which ``words`` is a block of 64-bit words."""
-    return sigutils.normalize_signature(eval(signature, {"words": WORDS, **vars(numba.types)}))
+JIT: bool = not switched_on("NUMBA_DISABLE_JIT")
+BOUNDSCHECK: bool = switched_on("NUMBA_BOUNDSCHECK")
 
 
 class Kernel(NamedTuple):
@@ -153,14 +140,13 @@ def _on_terminal(_name: str, done: int, total: int) -> None:
 
 def _interpreted(declared: Kernel) -> Callable[..., Any]:
     """An entry without the JIT: arguments become the declared integers, which wrap in silence as compiled ones do."""
-    args, _ = parse(declared.signature)
-    types = [getattr(np, str(arg)) for arg in args]
+    wanted = declared.signature.count("u8") - 1
 
-    def call(*values: int) -> int | None:
+    def call(*values: int) -> int:
+        if len(values) != wanted:
+            raise TypeError(f"{declared.name} takes {wanted} integers")
         with np.errstate(over="ignore"):
-            words = [convert(index(value)) for convert, value in zip(types, values, strict=True)]
-            result = declared.function(*words)
-        return None if result is None else int(result)
+            return int(declared.function(*(np.uint64(index(value)) for value in values)))
 
     return call
 
@@ -173,29 +159,25 @@ class _Callable(NamedTuple):
     address: int
 
 
+_lock = threading.RLock()
+
+
 @cache
 def _machine_code(module: str) -> dict[str, _Callable]:
     """All entries that a Python module declares, from the cache or compiled; by name."""
-    with global_compiler_lock:
+    from ._load import link, python_function  # not where kernels are interpreted: it brings LLVM
+
+    with _lock:
         entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
         code = read(module)
         if code is None or code.entries.keys() != entries.keys():
             code = _compile(entries)
             write(module, code)
-        return {name: _callable(name, code.library, *face) for name, face in code.entries.items()}
-
-
-def _callable(name: str, library: Any, descriptor: Any, environment: Any) -> _Callable:
-    address = library.get_pointer_to_function
-    if numba.config.BOUNDSCHECK:
-        inner = cpu_target.target_context.get_executable(library, descriptor, environment)
-
-        def call(*values: int) -> int:
-            return inner(*(index(value) for value in values))  # numba's would take a float for an address
-
-    else:
-        call = python_function(name, address(descriptor.llvm_cpython_wrapper_name), library)
-    return _Callable(call, address(descriptor.llvm_cfunc_wrapper_name))
+        address = link(code.objects)
+        return {
+            name: _Callable(python_function(name, address(python)), address(c))
+            for name, (python, c) in code.entries.items()
+        }
 
 
 _under_way: Build | None = None
@@ -204,11 +186,13 @@ _under_way: Build | None = None
 def _compile(entries: dict[str, Kernel]) -> Code:
     """Machine code of some entries, with every kernel that they reach."""
     global _under_way
-    from ._build import Build  # not before there is something to compile
+    from numba.core.compiler_lock import global_compiler_lock  # not before there is something to compile
+
+    from ._build import Build
 
     _under_way = build = Build()
     try:
-        with build:
+        with global_compiler_lock, build:
             for declared in entries.values():
                 if declared not in build.made:
                     _add(declared)
@@ -222,7 +206,7 @@ def _compile(entries: dict[str, Kernel]) -> Code:
 def _add(declared: Kernel) -> None:
     """Compile a kernel into the library that is under way."""
     (_progress or _on_terminal)(declared.name, len(_under_way.made), len(KERNELS))
-    _under_way.add(declared, *parse(declared.signature))
+    _under_way.add(declared)
 
 
 def called(callee: Callee) -> Any:
@@ -235,32 +219,7 @@ def called(callee: Callee) -> Any:
     return _under_way.made[declared].signature
 
 
-# ----------------------------------------------------------------------------- functions with machine code of their own
-def lowers(function: Callable, signature: str) -> Callable[[Callable], Callable]:
-    """Say what a kernel's call of a plain function becomes: ``@lowers(msb, "u8(u8)")`` above an emitter of LLVM code.
-
-    The emitter takes ``(context, builder, *values)``. Called from Python the function stays what it is.
-    """
-    args, result = parse(signature)
-
-    def declare(emit: Callable) -> Callable:
-        @type_callable(function)
-        def typing(_context: Any) -> Callable:
-            def typer(*_given: Any) -> Any:
-                return result(*args)
-
-            typer.__signature__ = inspect.signature(function)
-            return typer
-
-        @lower_builtin(function, *args)
-        def lowering(context: Any, builder: Any, _sig: Any, values: Any) -> Any:
-            return emit(context, builder, *values)
-
-        return emit
-
-    return declare
-
-
+# ------------------------------------------------------ plain functions that _emit has machine code for, in kernels
 ADDRESSES: dict[int, np.ndarray] = {}
 
 
@@ -279,25 +238,9 @@ def open_words(handle, n):
     return ADDRESSES[int(handle)][: int(n)]
 
 
-@lowers(open_words, "words(u8, u8)")
-def _open_words(context, builder, handle, n):
-    if isinstance(WORDS, numba.types.CPointer):
-        return builder.inttoptr(handle, context.get_value_type(WORDS))
-    words = context.make_array(WORDS)(context, builder)
-    itemsize = context.get_constant(numba.types.intp, 8)
-    data = builder.inttoptr(handle, words.data.type)
-    populate_array(words, data=data, shape=[n], strides=[itemsize], itemsize=itemsize, meminfo=None)
-    return words._getvalue()
-
-
 def msb(x):
     """Index of the highest set bit. x is not 0."""
     return np.uint64(int(x).bit_length() - 1)
-
-
-@lowers(msb, "u8(u8)")
-def _msb(context, builder, x):
-    return builder.xor(builder.ctlz(x, cgutils.true_bit), x.type(63))
 
 
 def ctz(x):
@@ -306,16 +249,16 @@ def ctz(x):
     return np.uint64((x & -x).bit_length() - 1)
 
 
-@lowers(ctz, "u8(u8)")
-def _ctz(context, builder, x):
-    return builder.cttz(x, cgutils.true_bit)
-
-
 def popcount(x):
     """Number of set bits."""
     return np.uint64(int(x).bit_count())
 
 
-@lowers(popcount, "u8(u8)")
-def _popcount(context, builder, x):
-    return builder.ctpop(x)
+def umax(a, b):
+    """The larger of two words. numba would make a library of its own for max."""
+    return a if a > b else b
+
+
+def umin(a, b):
+    """The smaller of two words."""
+    return a if a < b else b

@@ -9,7 +9,7 @@ in each word what the map said before or says now, never an emptied slot: vCPUs 
 """
 
 from . import typed as k
-from ._jit import ctz, kernel, popcount
+from ._jit import ctz, kernel, popcount, umax
 from .atomics import compare_exchange, exchange, load_acquire, store_release
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
@@ -114,7 +114,7 @@ def _build(m, base):
     for i in range(n):
         v = k.U(i)
         if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
-            top = max(top, m[own(m, v) + k.K_VCPU_ID])
+            top = umax(top, m[own(m, v) + k.K_VCPU_ID])
     m[base + k.MAP_MAX_ID] = top
     m[base + k.MAP_LOGICAL] = k.LOGICAL_SW_DISABLED
     modified = k.ZERO

@@ -17,7 +17,7 @@ is complete, RIP has moved. The others are fault-like and nothing has happened. 
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umax
 from .ipi import ACCEPT
 from .lapic import readable
 from .lapicreg import reg, set_reg, vector_slot, word
@@ -99,7 +99,7 @@ def self_ipi_virtualization(m, v, vector):
     """The vector goes to VIRR at once; neither TMR nor the descriptor knows of it."""
     or_word(m, vec(m, v) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
     rvi = vec(m, v) + k.VEC_RVI
-    m[rvi] = max(m[rvi], vector)
+    m[rvi] = umax(m[rvi], vector)
     return k.CODE_HARDWARE | ACCEPT
 
 

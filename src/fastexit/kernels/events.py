@@ -7,7 +7,7 @@ shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, 
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umin
 from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
 from .inhibit import irq_window, nested_changed
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi
@@ -32,7 +32,7 @@ def process_nmi(m, v):
     row = own(m, v)
     injecting = m[row + k.K_REINJECT] & (INTR_INFO_VALID | INTR_TYPE) == INTR_INFO_VALID | INTR_TYPE_NMI
     limit = k.ONE if m[row + k.K_NMI_MASKED] or injecting else k.U(2)
-    m[row + k.K_NMI_PENDING] = min(m[row + k.K_NMI_PENDING] + take(m, row + k.K_NMI_QUEUED), limit)
+    m[row + k.K_NMI_PENDING] = umin(m[row + k.K_NMI_PENDING] + take(m, row + k.K_NMI_QUEUED), limit)
     return make_request(m, v, k.REQ_EVENT)
 
 

@@ -4,7 +4,7 @@ Models: start_hv_timer, vmx_set_hv_timer; what follows its exit is timer.expire_
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umax
 from .clock import can_use_hv, cycles, guest_tsc
 from .shared import hot, own
 from .tick import expired
@@ -21,7 +21,7 @@ def arm_hv(m, v):
     if not can_use_hv(m, v) or not deadline:
         return k.ZERO
     tsc = guest_tsc(m)
-    delta = max(deadline, tsc) - tsc
+    delta = umax(deadline, tsc) - tsc
     ahead = cycles(m, m[row + k.K_TIMER_ADVANCE])
     delta = delta - ahead if delta > ahead else k.ZERO
     if delta >> (PREEMPTION_TIMER_SHIFT + k.U(32)):

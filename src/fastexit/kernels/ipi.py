@@ -8,7 +8,7 @@ Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec
 """
 
 from . import typed as k
-from ._jit import kernel, popcount
+from ._jit import kernel, popcount, umin
 from .apicmap import phys, slot
 from .atomics import load_acquire
 from .irq import set_irr
@@ -202,7 +202,7 @@ def _logical_fast(m, base, icr, dest, hint, me):
         if cluster > m[base + k.MAP_MAX_ID]:
             return k.ZERO
         first = k.MAP_PHYS_SLOT + cluster
-        size = min(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
+        size = umin(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
         bits = dest & ((k.ONE << size) - k.ONE)
     elif mode == k.LOGICAL_FLAT:
         first = k.MAP_FLAT_SLOT

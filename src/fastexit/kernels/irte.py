@@ -5,7 +5,7 @@ kernels traced posted mode only, every time. Spec: VT-d "Interrupt Posting".
 """
 
 from . import typed as k
-from ._jit import ctz, kernel, popcount
+from ._jit import ctz, kernel, popcount, umin
 from .apicmap import phys, slot
 from .ipi import delivery_mode, lowest_by_prio, lowest_priority, nth_bit
 from .match import is_broadcast, matches
@@ -41,7 +41,7 @@ def _single_fast(m, icr, dest, hint):
         cluster = (dest >> k.U(16)) << k.U(4)
         if cluster > m[base + k.MAP_MAX_ID]:
             return k.ZERO
-        size = min(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
+        size = umin(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
         return _one_of(m, base, icr, hint, k.MAP_PHYS_SLOT + cluster, dest & ((k.ONE << size) - k.ONE))
     if mode == k.LOGICAL_FLAT:
         return _one_of(m, base, icr, hint, k.MAP_FLAT_SLOT, dest & k.U(0xFF))

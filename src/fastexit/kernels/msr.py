@@ -7,7 +7,7 @@ instructions.
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umin
 from .irq import update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
 from .lapicreg import reg, set_reg
@@ -25,10 +25,10 @@ def allowed(m, msr, access):
     """
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
         return k.ONE
-    for i in range(min(m[k.H_FILTER_RANGES], k.FILTER_RANGES)):
+    for i in range(umin(m[k.H_FILTER_RANGES], k.FILTER_RANGES)):
         at = k.FILTER + k.U(i) * k.FILTER_STRIDE
         first = m[at + k.FILTER_BASE]
-        count = min(m[at + k.FILTER_COUNT], k.FILTER_BITMAP_BYTES << k.U(3))
+        count = umin(m[at + k.FILTER_COUNT], k.FILTER_BITMAP_BYTES << k.U(3))
         if m[at + k.FILTER_FLAGS] & access and msr >= first and msr < (first + count) & k.LOW32:
             bit = msr - first
             return (m[at + k.FILTER_BITMAP + (bit >> k.U(6))] >> (bit & k.U(63))) & k.ONE

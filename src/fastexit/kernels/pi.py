@@ -13,7 +13,7 @@ wakes nobody, and put makes up for it with a wake-up vector to its own pCPU.
 """
 
 from . import typed as k
-from ._jit import ctz, inlined, kernel, msb
+from ._jit import ctz, inlined, kernel, msb, umax
 from .atomics import fence, load_acquire, store_release
 from .pid import posted_words
 from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
@@ -214,5 +214,5 @@ def process_notification(m, v):
         words = words & (words - k.ONE)
         bits = take(m, pid + k.PID_PIR + w)
         or_word(m, irr + w, bits)
-        m[rvi] = max(m[rvi], (w << k.U(6)) | msb(bits))
+        m[rvi] = umax(m[rvi], (w << k.U(6)) | msb(bits))
     return k.ONE

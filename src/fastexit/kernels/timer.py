@@ -12,7 +12,7 @@ K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the g
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umax, umin
 from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use
 from .hvtimer import arm_hv
 from .lapicreg import reg, set_reg
@@ -47,7 +47,7 @@ def _limit_period(m, v):
     """limit_periodic_timer_frequency: TMICT keeps its value, so TMCCT may exceed it."""
     row = own(m, v)
     if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
-        m[row + k.K_PERIOD] = max(m[row + k.K_PERIOD], m[k.H_MIN_PERIOD_NS])
+        m[row + k.K_PERIOD] = umax(m[row + k.K_PERIOD], m[k.H_MIN_PERIOD_NS])
     return k.ZERO
 
 
@@ -314,7 +314,7 @@ def next_event(m):
     n = m[k.H_NVCPUS]
     for i in range(n):
         row = own(m, k.U(i))
-        best = min(best, m[row + k.K_HRTIMER])
+        best = umin(best, m[row + k.K_HRTIMER])
         deadline = m[row + k.K_HV_DEADLINE]
         if deadline != k.NONE and m[hot(m, k.U(i)) + k.HOT_MODE] == k.IN_GUEST_MODE:
             tsc = guest_tsc(m)
@@ -322,6 +322,6 @@ def next_event(m):
             # Rounded up: at that ns the deadline has been reached.
             wait = (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ]
             if m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE:
-                wait = max(wait, k.ONE)  # it exited at this time already, and does so once
-            best = min(best, m[k.H_NOW] + wait)
+                wait = umax(wait, k.ONE)  # it exited at this time already, and does so once
+            best = umin(best, m[k.H_NOW] + wait)
     return best
