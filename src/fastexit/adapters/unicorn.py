@@ -26,9 +26,10 @@ try:
 except ImportError:
     raise ImportError("unicorn is not installed: pip install 'fastexit[unicorn]'") from None
 
-from fastexit.adapters.unicorn_cpu import Counters, UnicornCpu
+from fastexit.adapters.unicorn_cpu import UnicornCpu
 from fastexit.adapters.unicorn_gate import GuestError, idt
 from fastexit.adapters.unicorn_hook import Stop, native
+from fastexit.adapters.unicorn_interrupts import Counters
 
 __all__ = ["Counters", "Ended", "GuestError", "Stop", "UnicornCpu", "UnicornHost", "idt"]
 

@@ -13,13 +13,12 @@ from fastexit.adapters import unicorn_firmware as firmware
 from fastexit.adapters import unicorn_hook as H
 from fastexit.adapters.unicorn_gate import PF, Fault, GuestError
 from fastexit.adapters.unicorn_hook import Stop
+from fastexit.checks import integer
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn import UnicornHost
 
 MSR_EFER = 0xC000_0080
-NEVER = (1 << 64) - 16
-"""An address that no guest reaches."""
 GENERAL = tuple("rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip".split())
 _U64 = (1 << 64) - 1
 _UNMAPPED = (unicorn.UC_HOOK_MEM_READ_UNMAPPED, unicorn.UC_HOOK_MEM_WRITE_UNMAPPED, unicorn.UC_HOOK_MEM_FETCH_UNMAPPED)
@@ -35,10 +34,14 @@ class Engine:
         self.words = (ctypes.c_uint64 * H.WORDS)()
         self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._engine = self.uc._uch
+        self._register = ctypes.c_uint64()
+        self._register_address = ctypes.byref(self._register)
         self._trap: int | None = None
         self._unmapped = 0
         self.uc.mem_map_ptr(0, host.memory_bytes, unicorn.UC_PROT_ALL, host.memory_address)
         self.uc.mem_map_ptr(firmware.BASE, firmware.BYTES, unicorn.UC_PROT_ALL, host.firmware_address)
+        # Else Unicorn looks up the page of its ``until`` after each stop, and a guest's page tables may lack it.
+        self.uc.ctl_exits_enabled(True)
         self._hook()
         self._fresh = self.uc.context_save()
 
@@ -50,19 +53,22 @@ class Engine:
         return {name: self.read(name.upper()) for name in GENERAL} | {"rflags": self.read("EFLAGS")}
 
     def __getitem__(self, name: str) -> int:
-        """A register by name: ``cpu["rax"]``. KeyError for one that Unicorn does not know."""
+        """A register by name: ``cpu["rax"]``. KeyError for one that is not general, a segment or a control register."""
         return self.read(_known(name))
 
     def __setitem__(self, name: str, value: int) -> None:
-        self.write(_known(name), value)
+        self.write(_known(name), integer(value, name))
 
     def read(self, name: str) -> int:
-        """A register of Unicorn's, by its name there."""
-        return self.uc.reg_read(_NUMBERS[name])
+        """A register of Unicorn's of at most 64 bits, by its name there. The binding takes four times as long."""
+        self._register.value = 0
+        uclib.uc_reg_read(self._engine, _NUMBERS[name], self._register_address)
+        return self._register.value
 
     def write(self, name: str, value: int) -> None:
         """Set a register of Unicorn's."""
-        self.uc.reg_write(_NUMBERS[name], value)
+        self._register.value = value
+        uclib.uc_reg_write(self._engine, _NUMBERS[name], self._register_address)
 
     def efer(self) -> int:
         """IA32_EFER."""
@@ -143,7 +149,7 @@ class Engine:
         words[H.WHY], self._trap = 0, None
         words[H.RUNNING] = 1
         try:
-            self.uc.emu_start(self.read("RIP"), NEVER)
+            self.uc.emu_start(self.read("RIP"), 0)
         except unicorn.UcError as error:
             if self._trap is None:
                 at = f", {self._unmapped:#x}" if error.errno in _UNMAPPED_ERRORS else ""
@@ -211,7 +217,7 @@ class Engine:
 
 def _known(name: str) -> str:
     upper = "EFLAGS" if name == "rflags" else str(name).upper()
-    if upper not in _NUMBERS:
+    if upper not in _PLAIN:
         raise KeyError(f"no register {name!r}")
     return upper
 
@@ -227,3 +233,5 @@ _NUMBERS = {
     for name, number in vars(x86_const).items()
     if name.startswith("UC_X86_REG_") and name not in ("UC_X86_REG_INVALID", "UC_X86_REG_ENDING")
 }
+_PLAIN = frozenset({name.upper() for name in GENERAL} | {"EFLAGS", "CR0", "CR2", "CR3", "CR4", "CS", "SS", "DS", "ES"})
+"""Registers that a user may name."""

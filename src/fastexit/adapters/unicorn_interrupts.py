@@ -1,6 +1,6 @@
 """What an emulated CPU does between two instructions: interrupts, NMIs, INIT and SIPI of its vCPU reach the guest.
 
-A kick is an external-interrupt exit, an opened interrupt window an exit of its own, a notification moves PIR to IRR. What
+A kick is an external-interrupt exit, an opened window an exit of its own, a notification moves PIR to IRR. What
 an entry of the vCPU injects, or APICv delivers, goes through the guest's IDT.
 """
 
@@ -14,7 +14,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters import unicorn_hook as H
 from fastexit.adapters.unicorn_engine import Engine
-from fastexit.adapters.unicorn_gate import ERROR_CODE, take
+from fastexit.adapters.unicorn_gate import ERROR_CODE, GuestError, take
 from fastexit.adapters.unicorn_hook import Stop
 from fastexit.outcome import Path
 from fastexit.reasons import SvmExit, VmxExit
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastexit.adapters.unicorn import UnicornHost
 
 WAITS = frozenset({R.MP_UNINITIALIZED, R.MP_INIT_RECEIVED})
+UNTOLD = ERROR_CODE | {0}
+"""Unicorn keeps error codes to itself and, as it never delivers an exception, takes later ones for double faults."""
 MARK = 0xFFFF
 """What Vcpu.cs is while the CPU runs; INIT and SIPI write something else."""
 
@@ -151,13 +153,12 @@ class Interrupted(Engine):
         self._after_gate()
 
     def _exception(self, vector: int) -> None:
-        """An exception of the guest's own, or INT n, which leaves RIP behind itself."""
-        error = None
-        if vector in ERROR_CODE and self.read("RIP") == self.words[H.LAST]:
-            error = 0
+        """INT n, which leaves RIP behind itself, or an exception that Unicorn raised at RIP."""
         self._trap = None
+        if vector in UNTOLD and self.read("RIP") == self.words[H.LAST]:
+            raise GuestError(f"{self.where()}: exception {vector} of the guest's own: Unicorn tells too little")
         self.counters.exceptions[vector] += 1
-        take(self, vector, error)
+        take(self, vector)
         self._after_gate()
 
     def _general_protection(self) -> None:
