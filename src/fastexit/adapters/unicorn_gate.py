@@ -1,0 +1,150 @@
+"""An interrupt or exception taken through the guest's own descriptor table, as the CPU takes it.
+
+Models: the interrupt frame of long mode, of 32-bit protected mode and of real mode, with the checks of the gate and of
+the code segment; faults on the way, double fault, triple fault (SDM 3A, chapter 6). Not modelled: another code segment
+than the current one outside real mode, other rings, task gates, stack segments with a base outside real mode.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from fastexit.regs import RFLAGS_IF, VECTOR_GP
+
+if TYPE_CHECKING:
+    from fastexit.adapters.unicorn_cpu import UnicornCpu
+
+TF, NT, RF, VM, AC = 1 << 8, 1 << 14, 1 << 16, 1 << 17, 1 << 18
+DF, TS, NP, SS, PF, AC_FAULT = 8, 10, 11, 12, 14, 17
+ERROR_CODE = frozenset({DF, TS, NP, SS, VECTOR_GP, PF, AC_FAULT})
+INTERRUPT_GATE, TRAP_GATE = 0xE, 0xF
+IDT, EXTERNAL = 2, 1
+LONG_MODE, PROTECTED = 1 << 10, 1
+"""EFER.LMA and CR0.PE."""
+
+
+def idt(handlers: Mapping[int, int], *, selector: int = 0x08, traps: Collection[int] = ()) -> bytes:
+    """A long-mode IDT: vector to handler, interrupt gates but for those in ``traps``; all others are not present."""
+    table = bytearray(256 * 16)
+    for vector, handler in handlers.items():
+        kind = TRAP_GATE if vector in traps else INTERRUPT_GATE
+        low, middle, high = handler & 0xFFFF, handler >> 16 & 0xFFFF, handler >> 32
+        struct.pack_into("<HHBBHII", table, vector * 16, low, selector, 0, 0x80 | kind, middle, high, 0)
+    return bytes(table)
+
+
+class GuestError(RuntimeError):
+    """The guest did what its CPU cannot go on from, or what is not modelled; one line that says where."""
+
+
+class Fault(Exception):
+    """An exception on the way: vector and error code."""
+
+    def __init__(self, vector: int, error: int = 0) -> None:
+        super().__init__(vector, error)
+        self.vector = vector
+        self.error = error
+
+
+def take(cpu: UnicornCpu, vector: int, error: int | None = None) -> None:
+    """Push the frame and go to the handler; faults on the way are taken instead. GuestError: a triple fault."""
+    first, tries = vector, 0
+    while True:
+        try:
+            return _through_gate(cpu, vector, error)
+        except Fault as fault:
+            tries += 1
+            if vector == DF or tries > 3:
+                raise GuestError(f"{cpu.where()}: triple fault, vector {first:#x} has no usable gate") from None
+            contributory = vector in (VECTOR_GP, TS, NP, SS, PF, 0)
+            vector, error = (DF, 0) if contributory else (fault.vector, fault.error)
+
+
+def _through_gate(cpu: UnicornCpu, vector: int, error: int | None) -> None:
+    flags, rip = cpu.read("EFLAGS"), cpu.read("RIP")
+    if cpu.efer() & LONG_MODE:
+        _long_mode(cpu, vector, error, flags, rip)
+    elif cpu.read("CR0") & PROTECTED:
+        _protected(cpu, vector, error, flags, rip)
+    else:
+        _real_mode(cpu, vector, flags, rip)
+
+
+def _descriptor(cpu: UnicornCpu, vector: int, size: int) -> bytes:
+    base, limit = cpu.table("IDTR")
+    if vector * size + size - 1 > limit:
+        raise Fault(VECTOR_GP, vector << 3 | IDT | EXTERNAL)
+    return cpu.linear_read(base + vector * size, size)
+
+
+def _check(cpu: UnicornCpu, vector: int, attributes: int, selector: int, wants: int) -> None:
+    """``wants``: the L and D bits, 54:53, of the code segment's descriptor."""
+    if attributes & 0x1F not in (INTERRUPT_GATE, TRAP_GATE):
+        raise Fault(VECTOR_GP, vector << 3 | IDT | EXTERNAL)
+    if not attributes & 0x80:
+        raise Fault(NP, vector << 3 | IDT | EXTERNAL)
+    base, limit = cpu.table("GDTR")
+    at = selector & 0xFFF8
+    if not at or at + 7 > limit:
+        raise Fault(VECTOR_GP, at | EXTERNAL)
+    code = int.from_bytes(cpu.linear_read(base + at, 8), "little")
+    if code >> 43 & 3 != 3 or code >> 53 & 3 != wants:
+        raise Fault(VECTOR_GP, at | EXTERNAL)
+    if not code >> 47 & 1:
+        raise Fault(NP, at | EXTERNAL)
+    current = cpu.read("CS")
+    if current & 3:
+        raise GuestError(f"{cpu.where()}: vector {vector:#x} in ring {current & 3}, which is not modelled")
+    if current & ~3 != at:
+        raise GuestError(
+            f"{cpu.where()}: vector {vector:#x} goes to code segment {selector:#x} from {current:#x}, not modelled"
+        )
+
+
+def _new_flags(flags: int, attributes: int) -> int:
+    flags &= ~(TF | NT | RF | VM)
+    return flags & ~RFLAGS_IF if attributes & 0x1F == INTERRUPT_GATE else flags
+
+
+def _long_mode(cpu: UnicornCpu, vector: int, error: int | None, flags: int, rip: int) -> None:
+    low, selector, stack, attributes, middle, high, _ = struct.unpack("<HHBBHII", _descriptor(cpu, vector, 16))
+    _check(cpu, vector, attributes, selector, 1)
+    rsp = before = cpu.read("RSP")
+    if stack & 7:
+        base, limit = cpu.table("TR")
+        at = 36 + 8 * ((stack & 7) - 1)
+        if at + 7 > limit:
+            raise Fault(TS, EXTERNAL)
+        rsp = int.from_bytes(cpu.linear_read(base + at, 8), "little")
+    values = [cpu.read("SS"), before, flags, cpu.read("CS"), rip]
+    if error is not None:
+        values.append(error)
+    rsp = (rsp & ~0xF) - 8 * len(values) & (1 << 64) - 1
+    cpu.linear_write(rsp, struct.pack(f"<{len(values)}Q", *reversed(values)))
+    cpu.write("RSP", rsp)
+    cpu.write("EFLAGS", _new_flags(flags, attributes))
+    cpu.write("RIP", high << 32 | middle << 16 | low)
+
+
+def _protected(cpu: UnicornCpu, vector: int, error: int | None, flags: int, eip: int) -> None:
+    low, selector, _, attributes, high = struct.unpack("<HHBBH", _descriptor(cpu, vector, 8))
+    _check(cpu, vector, attributes, selector, 2)
+    values = [flags, cpu.read("CS"), eip]
+    if error is not None:
+        values.append(error)
+    esp = (cpu.read("RSP") & 0xFFFF_FFFF) - 4 * len(values) & 0xFFFF_FFFF
+    cpu.linear_write(esp, struct.pack(f"<{len(values)}I", *reversed(values)))
+    cpu.write("RSP", esp)
+    cpu.write("EFLAGS", _new_flags(flags, attributes))
+    cpu.write("RIP", high << 16 | low)
+
+
+def _real_mode(cpu: UnicornCpu, vector: int, flags: int, ip: int) -> None:
+    offset, selector = struct.unpack("<HH", _descriptor(cpu, vector, 4))
+    sp = cpu.read("RSP") - 6 & 0xFFFF
+    stack = cpu.read("SS") << 4
+    cpu.linear_write(stack + sp, struct.pack("<HHH", ip & 0xFFFF, cpu.read("CS"), flags & 0xFFFF))
+    cpu.write("RSP", sp)
+    cpu.real_mode_jump(selector, offset, flags & 0xFFFF & ~(RFLAGS_IF | TF))

@@ -1,0 +1,187 @@
+"""What is called before every guest instruction: it counts, and stops Unicorn where fastexit has work to do.
+
+The hook is machine code, compiled once in a process, because one that runs Python costs forty times as much. It reads
+the instruction's bytes through Unicorn's own page walk, so that any paging, self-modifying code and code that moves are
+seen. A Unicorn that can hook RDMSR, WRMSR and RDTSC by name does so, and their bytes are not looked for then. Each CPU
+has a block of words that the hook and the host share.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from functools import cache
+from typing import Any, NamedTuple
+
+PAGES = 64
+"""Entries of the cache of page walks."""
+
+WHY, COUNT, LIMIT, ARMED, DUE, SHADOW, PASS, SIZE, IRETS, NAMED, STALE, MODRM = range(12)
+SELF, MEMORY, MEMORY_BYTES, OUT, RUNNING, LAST, LET, CACHE = range(12, 20)
+WORDS = CACHE + 2 * PAGES
+"""A CPU's block. WHY: a Stop, 0 while it runs. COUNT, LIMIT: instructions done, where to stop. ARMED: stop where the
+guest may have opened its interrupt window; DUE: instructions until then. SHADOW: the last instruction blocks interrupts
+behind the next. PASS: the next instruction is Unicorn's, whatever it is. SIZE, MODRM: of the instruction that stopped.
+IRETS: seen. NAMED: bit n, Unicorn hooks the instruction of Stop n by name. STALE: the cache of page walks. SELF: the
+block's address. MEMORY: words from here to the guest's. RUNNING: no instruction that Unicorn does for our API calls.
+LAST: linear address of the last instruction that began. LET: it was passed.
+"""
+
+
+class Stop(IntEnum):
+    """Why the hook stopped Unicorn: before the instruction at RIP, or behind it where Unicorn hooks it by name."""
+
+    LIMIT = 1
+    WINDOW = 2
+    HLT = 3
+    WRMSR = 4
+    RDMSR = 5
+    RDTSC = 6
+    RDTSCP = 7
+    CPUID = 8
+    CR8_WRITE = 9
+    CR8_READ = 10
+
+
+class Native(NamedTuple):
+    """Addresses of the compiled hooks. ``by_name`` has one for each instruction that some Unicorn hooks by name."""
+
+    on_instruction: int
+    by_name: dict[Stop, int]
+    keep: tuple[Any, ...]
+
+
+def _c_function(library: Any, name: str, *arguments: Any) -> Any:
+    """A function of Unicorn's library as compiled code calls it; ImportError when this Unicorn has none."""
+    found = getattr(library, name, None)
+    if found is None:
+        raise ImportError(f"this unicorn has no {name}: unicorn 2.1.4 or newer is needed")
+    return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(ctypes.cast(found, ctypes.c_void_p).value)
+
+
+@cache
+def native() -> Native:
+    """The hooks for this process's Unicorn, compiled at the first call."""
+    import unicorn
+    from numba import cfunc, types
+    from unicorn.unicorn_py3.unicorn import uclib
+
+    u64, word, block = ctypes.c_uint64, types.uint64, types.CPointer(types.uint64)
+    emu_stop = _c_function(uclib, "uc_emu_stop", u64)
+    translate = _c_function(uclib, "uc_vmem_translate", u64, u64, ctypes.c_uint32, u64)
+    fetch = unicorn.UC_PROT_EXEC
+    why_limit, why_window, why_hlt = int(Stop.LIMIT), int(Stop.WINDOW), int(Stop.HLT)
+    why_wrmsr, why_rdmsr, why_rdtsc = int(Stop.WRMSR), int(Stop.RDMSR), int(Stop.RDTSC)
+    why_rdtscp, why_cpuid = int(Stop.RDTSCP), int(Stop.CPUID)
+    why_cr8_write, why_cr8_read = int(Stop.CR8_WRITE), int(Stop.CR8_READ)
+
+    @cfunc(types.void(word, word, types.uint32, block))
+    def on_instruction(uc, address, size, s):
+        if s[WHY] != 0:
+            return  # a stop is under way, and this instruction is not carried out
+        if s[COUNT] >= s[LIMIT]:
+            s[WHY] = why_limit
+            emu_stop(uc)
+            return
+        if s[DUE] != 0:
+            s[DUE] -= 1
+            if s[DUE] == 0 and s[ARMED] != 0:
+                s[WHY] = why_window
+                emu_stop(uc)
+                return
+        passed = s[PASS]
+        s[PASS] = 0
+        s[LET] = passed
+        s[LAST] = address
+        shadow = 0
+        if size <= 4:
+            if s[STALE] != 0:
+                s[STALE] = 0
+                for i in range(PAGES):
+                    s[CACHE + 2 * i] = 0
+            code = word(0)
+            for i in range(size):
+                at = address + word(i)
+                page = at >> word(12)
+                slot = types.int64(CACHE) + types.int64(page & word(PAGES - 1)) * 2
+                if s[slot] != page + word(1):
+                    if translate(uc, page << word(12), fetch, s[SELF] + word(8 * OUT)) != 0:
+                        continue
+                    s[slot] = page + word(1)
+                    s[slot + 1] = s[OUT]
+                physical = s[slot + 1] | (at & word(0xFFF))
+                if physical < s[MEMORY_BYTES]:
+                    bits = (physical & word(7)) << word(3)
+                    byte = (s[types.int64(s[MEMORY]) + types.int64(physical >> word(3))] >> bits) & word(0xFF)
+                    code |= byte << word(8 * i)
+            first, second = code & word(0xFF), (code >> word(8)) & word(0xFF)
+            third, fourth = (code >> word(16)) & word(0xFF), code >> word(24)
+            why = 0
+            if size == 1:
+                if first == 0xF4:
+                    why = why_hlt
+                elif first == 0xFB:  # STI
+                    shadow = 1
+                    s[DUE] = 2
+                elif first == 0x9D:  # POPF
+                    s[DUE] = 1
+                elif first == 0xCF:  # IRET
+                    s[DUE] = 1
+                    s[IRETS] += 1
+                elif first == 0x17:  # POP SS
+                    shadow = 1
+            elif size == 2:
+                if first == 0x0F:
+                    if second == 0x30:
+                        why = why_wrmsr
+                    elif second == 0x32:
+                        why = why_rdmsr
+                    elif second == 0x31:
+                        why = why_rdtsc
+                    elif second == 0xA2:
+                        why = why_cpuid
+                elif second == 0xCF and (first == 0x48 or first == 0x66):  # IRETQ, IRET of the other size
+                    s[DUE] = 1
+                    s[IRETS] += 1
+                elif second == 0x9D and first == 0x66:
+                    s[DUE] = 1
+                elif first == 0x8E and (second >> word(3)) & word(7) == 2:  # MOV SS
+                    shadow = 1
+            elif size == 3:
+                if first == 0x0F and second == 0x22:  # MOV to CR0, CR3, CR4
+                    s[STALE] = 1
+                elif code == 0xF9010F:
+                    why = why_rdtscp
+                elif first == 0x0F and second == 0x01 and (third >> word(3)) & word(7) == 7:  # INVLPG
+                    s[STALE] = 1
+                elif first & word(0xF0) == 0x40 and second == 0x8E and (third >> word(3)) & word(7) == 2:
+                    shadow = 1
+            elif size == 4 and second == 0x0F and (third == 0x22 or third == 0x20) and first & word(0xF0) == 0x40:
+                if first & word(4) != 0 and (fourth >> word(3)) & word(7) == 0:
+                    s[MODRM] = fourth | (first & word(1)) << word(8)
+                    why = why_cr8_write if third == 0x22 else why_cr8_read
+                else:
+                    s[STALE] = 1
+            if why != 0 and passed == 0 and (s[NAMED] >> word(why)) & word(1) == 0:
+                s[WHY] = why
+                s[SIZE] = size
+                emu_stop(uc)
+                return
+        s[SIZE] = size
+        s[SHADOW] = shadow
+        s[COUNT] += 1
+
+    def named(why: int) -> Any:
+        @cfunc(types.int32(word, block))
+        def on_name(uc, s):
+            if s[RUNNING] == 0 or s[WHY] != 0 or s[LET] != 0:
+                return 0
+            s[WHY] = why
+            emu_stop(uc)
+            return 1
+
+        return on_name
+
+    hooks = {stop: named(int(stop)) for stop in (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)}
+    addresses = {stop: hook.address for stop, hook in hooks.items()}
+    return Native(on_instruction.address, addresses, (on_instruction, hooks, emu_stop, translate))
