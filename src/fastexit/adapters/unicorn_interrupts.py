@@ -115,7 +115,7 @@ class Interrupted(Engine):
 
     def _armed(self) -> int:
         """Something waits until the guest opens its window."""
-        if self.vcpu.irq_window or self._nmi_masked or self._mem[self._own + L.K_RVI]:
+        if self.vcpu.irq_window or self._nmi_masked or self._mem[self.vcpu.vec + L.VEC_RVI]:
             return 1
         return int(self._avic and self.vcpu.pending() is not None)
 
