@@ -13,7 +13,7 @@
  *         fx.notify(machine, result.target);
  *
  * fx_open and fx_restore start Python and numba inside the process, once, and compile or read the kernels. Behind them
- * nothing of the table takes the GIL or runs Python.
+ * nothing but another fx_restore takes the GIL or runs Python.
  *
  * Results are pulled: a call returns, and its result says whom the host has to notify, kick or wake. Hooks, if there
  * are any, are called for the same things before the call returns.
@@ -23,8 +23,7 @@
  *   [vcpu]   by one thread at a time for each vCPU, the one that runs it; different vCPUs at the same time, and [any]
  *            calls beside it. FX_ONE_OWNER: as above.
  *   [alone]  while no other thread is in a call of this machine.
- *   [python] takes the GIL and runs Python; any thread, but no call of the same machine beside it. Not from a fork's
- *            child, nor from atexit() or a destructor.
+ *   [python] takes the GIL and runs Python; any thread. Not from a fork's child, nor from atexit() or a destructor.
  * The host keeps a machine open as long as a thread may be in one of its calls. Regions lie in the machine's memory,
  * which fx_close gives back.
  *
@@ -267,14 +266,15 @@ struct fx_ops {
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
 int32_t fx_open(const struct fx_config *config, const struct fx_hooks *hooks, fx_machine **machine,
                 struct fx_ops *ops);
-/* A machine from a snapshot. [python] */
+/* A machine from a snapshot; quiet, FX_E_SNAPSHOT and fx_last_error() say what is wrong with the bytes. [python] */
 int32_t fx_restore(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
                    struct fx_ops *ops);
-/* The machine's memory goes; every later call with it is FX_E_MACHINE. [python] */
+/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, 4096 opened
+ * machines later. [alone] */
 int32_t fx_close(fx_machine *machine);
 /* A few words for a status. [any] */
 const char *fx_strerror(int32_t status);
-/* The line that told of this thread's last failed open, restore or close; "" without one. [any] */
+/* The line that told of this thread's last failed open or restore; "" without one. [any] */
 const char *fx_last_error(void);
 /* fastexit's version, as "0.1.0"; the ABI version of the library. [any] */
 const char *fx_version(void);
