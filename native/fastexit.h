@@ -175,8 +175,10 @@ struct fx_hooks {
 /* Memory that machine and host share. Rows have a vCPU each, in index order. */
 enum {
     FX_REGION_PID = 0,    /* struct fx_pid in hardware layout; words FX_HOT_* follow in the row. Remote: atomics only */
-    FX_REGION_APIC = 1,   /* registers as in KVM_GET_LAPIC, 1024 bytes, without IRR, ISR and TMR, whose slots are 0:
-                             get_lapic() makes the whole page, 4 KiB pages of hardware begin with the same bytes */
+    FX_REGION_APIC = 1,   /* registers at their places in the 4 KiB page, of which they are the first 1024 bytes; but
+                             ISR, TMR and IRR (0x100-0x27f), which are sets elsewhere and 0 here, the current count
+                             of the timer, which is not kept, and in x2APIC mode ID, which has 32 bits at 0x20.
+                             get_lapic() makes the page that KVM_GET_LAPIC gives */
     FX_REGION_VECTOR = 2, /* IRR in words 0-3, ISR in words 4-7: bit n of word w is vector 64 w + n */
     FX_REGION_PID_TABLE = 3,     /* IPI virtualisation's PID-pointer table, a word a vCPU id */
     FX_REGION_AVIC_PHYSICAL = 4, /* AVIC's physical APIC id table, a word a vCPU id */
@@ -197,6 +199,18 @@ enum {
 };
 
 enum { FX_ALL = 0xFFFFFFFFu };
+
+/* What the library knows of the guest's CPU. */
+struct fx_cpu {
+    uint64_t rip;
+    uint64_t rflags;   /* IF is 0 at first: ack() delivers. With IF set an entry injects, and a halt can end */
+    uint32_t shadow;   /* interrupt shadow: bit 0 STI, bit 1 MOV SS */
+    uint32_t cs;       /* selector; read only, as all that follows */
+    uint32_t mp_state; /* KVM_MP_STATE_* */
+    uint32_t mode;     /* 0 outside the guest, 1 in it, 2 told to leave it */
+    uint32_t injected; /* vector + 1 of the interrupt that an entry injected last, or 0 */
+    uint32_t exited;   /* KVM_EXIT_* + 1 of the last return of KVM_RUN, 0 while it runs */
+};
 
 /* The calls. Set size and abi; fx_open fills in the rest, as far as size goes. */
 struct fx_ops {
@@ -230,6 +244,10 @@ struct fx_ops {
     int32_t (*ack)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
     int32_t (*eoi)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
 
+    /* RIP, RFLAGS and interrupt shadow are set, all fields read. FX_E_RANGE: a shadow that is none. [vcpu] */
+    int32_t (*get_cpu)(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu);
+    int32_t (*set_cpu)(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu);
+
     /* KVM_RUN, or a sleeper that goes on: FX_OK in the guest, FX_BLOCKED, or FX_USER. The answer to FX_WAKE. [vcpu] */
     int32_t (*enter)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
     /* A kicked vCPU leaves the guest by an external interrupt and enters again. The answer to FX_KICK. [vcpu] */
@@ -245,7 +263,8 @@ struct fx_ops {
     int32_t (*reset)(fx_machine *m, uint32_t vcpu, uint32_t kind);
 
     /* Move the clock to ns, never back (FX_E_RANGE); results of the timers that are due by then, in order. FX_MORE:
-     * room was not enough, call again with the same ns for the rest. *count is how many were written. [alone] */
+     * room was not enough, call again with the same ns for the rest. *count is how many were written. The preemption
+     * timer of a vCPU that runs L2 is left alone. [alone] */
     int32_t (*set_time)(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count);
     /* When the next timer is due: FX_OK or FX_NOTHING. [alone] */
     int32_t (*next_timer)(fx_machine *m, uint64_t *ns);
@@ -292,6 +311,7 @@ FX_SAME_SIZE(fx_exit, 24);
 FX_SAME_SIZE(fx_outcome, 16);
 FX_SAME_SIZE(fx_config, 72);
 FX_SAME_SIZE(fx_result, 32);
+FX_SAME_SIZE(fx_cpu, 40);
 #undef FX_SAME_SIZE
 
 #ifdef __cplusplus

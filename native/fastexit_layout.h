@@ -44,8 +44,16 @@ enum {
     FX_PAGE_STRIDE = 128,
     FX_KVM = 634880,
     FX_KVM_STRIDE = 96,
-    FX_K_IN_RUN = 46,
+    FX_K_APIC_BASE = 1,
+    FX_K_MP_STATE = 6,
+    FX_K_RIP = 8,
+    FX_K_RFLAGS = 9,
+    FX_K_SHADOW = 11,
+    FX_K_INTERRUPT = 15,
+    FX_K_CS = 26,
     FX_K_MSR_DATA = 27,
+    FX_K_IN_RUN = 46,
+    FX_K_USER_EXIT = 80,
     FX_WORDS = 2076672
 };
 

@@ -481,6 +481,45 @@ static int32_t op_eoi(fx_machine *m, uint32_t vcpu, uint32_t *vector)
     return vector_by(table.eoi, m, vcpu, vector);
 }
 
+static int32_t op_get_cpu(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu)
+{
+    uint64_t *words = words_of(m), *own;
+
+    if (!words || !cpu)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    own = words + FX_KVM + (uint64_t)vcpu * FX_KVM_STRIDE;
+    *cpu = (struct fx_cpu){
+        .rip = own[FX_K_RIP],
+        .rflags = own[FX_K_RFLAGS],
+        .shadow = (uint32_t)own[FX_K_SHADOW],
+        .cs = (uint32_t)own[FX_K_CS],
+        .mp_state = (uint32_t)own[FX_K_MP_STATE],
+        .mode = (uint32_t)__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE),
+        .injected = (uint32_t)own[FX_K_INTERRUPT],
+        .exited = (uint32_t)own[FX_K_USER_EXIT],
+    };
+    return FX_OK;
+}
+
+static int32_t op_set_cpu(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu)
+{
+    uint64_t *words = words_of(m), *own;
+
+    if (!words || !cpu)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (cpu->shadow > 3)
+        return FX_E_RANGE;
+    own = words + FX_KVM + (uint64_t)vcpu * FX_KVM_STRIDE;
+    own[FX_K_RIP] = cpu->rip;
+    own[FX_K_RFLAGS] = cpu->rflags;
+    own[FX_K_SHADOW] = cpu->shadow;
+    return FX_OK;
+}
+
 static int32_t op_enter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
 {
     uint64_t *words = words_of(m);
@@ -745,6 +784,8 @@ static const struct fx_ops calls = {
     .pending = op_pending,
     .ack = op_ack,
     .eoi = op_eoi,
+    .get_cpu = op_get_cpu,
+    .set_cpu = op_set_cpu,
     .enter = op_enter,
     .reenter = op_reenter,
     .set_msr = op_set_msr,
@@ -978,11 +1019,12 @@ static void hand_out(fx_machine *m, const struct fx_hooks *hooks, fx_machine **m
 
 static int32_t boot_x2apic(fx_machine *m, uint64_t *words)
 {
-    uint64_t base;
+    for (uint32_t v = 0; v < words[FX_H_NVCPUS]; v++) {
+        uint64_t base = words[FX_KVM + (uint64_t)v * FX_KVM_STRIDE + FX_K_APIC_BASE];
 
-    for (uint32_t v = 0; v < words[FX_H_NVCPUS]; v++)
-        if (op_get_msr(m, v, 0x1b, &base) || op_set_msr(m, v, 0x1b, base | 0xc00) || op_set_msr(m, v, 0x80f, 0x1ff))
+        if (op_set_msr(m, v, 0x1b, base | 0xc00) || op_set_msr(m, v, 0x80f, 0x1ff))
             return FX_E_RANGE;
+    }
     return FX_OK;
 }
 

@@ -165,6 +165,7 @@ def build(directory: str | Path, cc: str | None = None, flags: str = "") -> list
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((text for text in done.stderr.splitlines() if "error" in text), done.stderr.strip())
+            said = said or "it says nothing"
             raise ValueError(f"{words[0]} failed ({done.returncode}): {said}")
         made.replace(target)
     texts = {"fastexit.pc": _PC, "fastexit-config.cmake": _CMAKE, "fastexit-config-version.cmake": _CMAKE_VERSION}

@@ -63,6 +63,8 @@ def attach(ffi: Any) -> None:
             status, text = refused.status, str(refused)
         except ValueError as error:
             status, text = Status.E_RANGE, str(error)
+        except RuntimeError as error:
+            status, text = Status.E_PYTHON, str(error)
         except MemoryError:
             status, text = Status.E_MEMORY, "no memory"
         except BaseException as error:  # whatever it is, C gets a line and no traceback

@@ -5,8 +5,8 @@ Python dispatcher has the same steps in methods; a test compares both doors.
 """
 
 from . import typed as k
-from .atomics import load_acquire
 from ._jit import kernel
+from .atomics import load_acquire
 from .batch import behind_unicast, leave_guest, to_user, vcpu_run
 from .events import reset_vcpu_init
 from .halt import set_mp_state
@@ -18,7 +18,7 @@ from .unicast import again, possible, send
 
 @kernel("u8(words, u8, u8)")
 def ipi(m, v, icr):
-    """An x2APIC ICR write up to the guest again: its outcome code, or 0 with nothing touched for the general handler."""
+    """An x2APIC ICR write up to the guest again: its outcome code, or 0 with nothing touched."""
     if not possible(m):
         return k.ZERO
     code = send(m, v, icr)
