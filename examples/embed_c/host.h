@@ -17,7 +17,7 @@ extern struct fx_ops fx;
 fx_machine *machine(uint32_t vcpus, uint32_t flags);
 
 int check(const char *path, uint64_t ipis); /* a stream on two threads, written down for check.py */
-int storm(uint64_t ipis);                   /* two threads at full speed: nothing lost, nothing invented */
+int storm(uint64_t ipis, uint64_t plant);   /* two threads at full speed: nothing lost, nothing invented */
 int timing(double limit);                   /* the C door against the lower bound, in its multiples */
 int fuzz(uint64_t calls);                   /* bad input */
 

@@ -3,7 +3,7 @@
  *
  *     embed_c check FILE [IPIS]   a stream of IPIs, each answered by the other thread; results and memory go to FILE,
  *                                 which check.py compares with the Python door, bit by bit
- *     embed_c storm [IPIS]        both at full speed: 0 lost, 0 invented
+ *     embed_c storm [IPIS [N]]    both at full speed: 0 lost, 0 invented; or N of each, which must be noticed
  *     embed_c time [LIMIT]        nanoseconds an IPI, against the lower bound; 1 above LIMIT times as much
  *     embed_c fuzz [CALLS]        bad input gets error codes
  */
@@ -149,11 +149,11 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "check") && argc > 2)
         return check(argv[2], argc > 3 ? strtoull(argv[3], NULL, 0) : 20000);
     if (!strcmp(mode, "storm"))
-        return storm(argc > 2 ? strtoull(argv[2], NULL, 0) : 2000000);
+        return storm(argc > 2 ? strtoull(argv[2], NULL, 0) : 2000000, argc > 3 ? strtoull(argv[3], NULL, 0) : 0);
     if (!strcmp(mode, "time"))
         return timing(argc > 2 ? strtod(argv[2], NULL) : 1e9);
     if (!strcmp(mode, "fuzz"))
         return fuzz(argc > 2 ? strtoull(argv[2], NULL, 0) : 1000000);
-    fprintf(stderr, "usage: %s check FILE [IPIS] | storm [IPIS] | time [LIMIT] | fuzz [CALLS]\n", argv[0]);
+    fprintf(stderr, "usage: %s check FILE [IPIS] | storm [IPIS [N]] | time [LIMIT] | fuzz [CALLS]\n", argv[0]);
     return 2;
 }
