@@ -65,7 +65,7 @@ def need_c() -> None:
 
 
 def need_sanitizer(name: str) -> None:
-    """That a program with it can be built, and runs: some kernels' address layouts are more than ThreadSanitizer takes."""
+    """That a program with it can be built, and runs: ThreadSanitizer cannot live with every kernel's address layout."""
     need_c()
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "a.c", Path(scratch) / "a"
