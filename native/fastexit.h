@@ -140,10 +140,8 @@ enum {
 };
 
 /* fx_result.target where it is no index */
-enum {
-    FX_NOBODY = 0xFFFFFFFFu, /* nothing to do for anybody */
-    FX_SEVERAL = 0xFFFFFFFEu /* more than one vCPU, or not one by its physical id: attention() walks them */
-};
+#define FX_NOBODY 0xFFFFFFFFu  /* nothing to do for anybody */
+#define FX_SEVERAL 0xFFFFFFFEu /* more than one vCPU, or not one by its physical id: attention() walks them */
 
 /* What one exit, message or timer came to. */
 struct fx_result {
@@ -198,7 +196,7 @@ enum {
     FX_RESET_POWER = 1 /* as the vCPU was created, with APICBASE's EN, out of x2APIC mode */
 };
 
-enum { FX_ALL = 0xFFFFFFFFu };
+#define FX_ALL 0xFFFFFFFFu
 
 /* What the library knows of the guest's CPU. */
 struct fx_cpu {

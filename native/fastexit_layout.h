@@ -74,7 +74,7 @@ enum {
 };
 
 /* A record's reason that is no exit: 0xF2 reaches the vCPU's pCPU. */
-enum { FX_NOTIFICATION = 0xF00000F2u };
+#define FX_NOTIFICATION 0xF00000F2u
 
 /* The descriptor: SDM vol. 3C, "Posted-Interrupt Processing". */
 struct fx_pid {

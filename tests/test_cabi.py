@@ -35,7 +35,7 @@ def door() -> Door:
 # --------------------------------------------------------------------------------------------------- one declaration
 def constants(prefix: str) -> dict[str, int]:
     ffi = declared()
-    names = re.findall(rf"\b{prefix}(\w+) = ", (cabi.NATIVE / "fastexit.h").read_text())
+    names = re.findall(rf"\b{prefix}(\w+) (?:= |0x)", (cabi.NATIVE / "fastexit.h").read_text())
     return {name: getattr(ffi.dlopen(None), prefix + name) for name in names}
 
 

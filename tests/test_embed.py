@@ -85,6 +85,19 @@ def test_storm(program: Path) -> None:
 
 
 @compiled
+def test_no_call_wants_the_gil(library: Path) -> None:
+    """The storm's threads come to an end while the thread that waits for them keeps the GIL."""
+    target = library / "storm.so"
+    if not target.exists():
+        half = library / f"storm.{os.getpid()}"
+        sources = [EXAMPLE / name for name in ("main.c", "storm.c", "timing.c", "fuzz.c")]
+        compile_host(half, "-shared", "-fPIC", *sources, library=library).replace(target)
+    code = "import ctypes, sys; sys.exit(ctypes.PyDLL(sys.argv[1]).storm(ctypes.c_uint64(20_000), ctypes.c_uint64(0)))"
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@compiled
 def test_fuzz(program: Path) -> None:
     done = run_host(program, "fuzz", "5000")
     assert done.returncode == 0, done.stdout + done.stderr
