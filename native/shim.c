@@ -241,7 +241,7 @@ static __attribute__((noinline, cold)) void call_hooks(fx_machine *m, uint32_t e
 static inline int32_t put(fx_machine *m, struct fx_result *out, uint64_t code, uint64_t value, uint32_t vcpu,
                           uint32_t target, uint32_t vector)
 {
-    uint64_t fields = code & (CODE_EFFECTS | (CODE_EFFECTS & -CODE_EFFECTS) - 1);
+    uint64_t fields = code & (CODE_EFFECTS | ((1ull << EFFECTS_SHIFT) - 1));
     int32_t status = status_of(code);
 
     memcpy(out, &fields, sizeof fields);
