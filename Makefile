@@ -47,7 +47,7 @@ test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
 
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
-	@for extra in simpy unicorn; do $(PY) -m pip install -qq --disable-pip-version-check $$extra || true; done
+	@for extra in simpy unicorn; do $(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extra]" || true; done
 	@$(PY) examples/embed_test.py
 
 verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md

@@ -169,7 +169,8 @@ def tests(module: str) -> None:
 
 def c_abi() -> None:
     need_c()
-    run(sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "test_cabi.py", ROOT / "tests" / "test_embed.py")
+    files = [ROOT / "tests" / "test_cabi.py", ROOT / "tests" / "test_embed.py"]
+    run(sys.executable, "-m", "pytest", "-q", "-m", "not long", *files)  # the long ones are the steps below
 
 
 STEPS: dict[str, Callable[[], None]] = {
