@@ -9,7 +9,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long lint clean
-.PHONY: verify verify-mutants bench bench-check bench-instructions
+.PHONY: embed-test verify verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +45,10 @@ test-bounds: compile-bounds ## a part of the suite with every array access check
 
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
+
+embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
+	@for extra in simpy unicorn; do $(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extra]" || true; done
+	@$(PY) examples/embed_test.py
 
 verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md
 	@mkdir -p build/verify

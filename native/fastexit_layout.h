@@ -18,6 +18,52 @@ enum {
     FX_HOT_STRIDE = 16
 };
 
+/* Where the rest of a machine is, in words from its first one. */
+enum {
+    FX_H_CONFIG = 3,  /* owner */
+    FX_H_API = 5,     /* owner */
+    FX_H_NVCPUS = 6,  /* owner */
+    FX_H_MAP = 7,     /* map writer: word index of the map in use */
+    FX_H_NOW = 16,    /* owner */
+    FX_H_STAGE = 256, /* owner, 128 words */
+    FX_MAP_PRESENT = 0,
+    FX_MAP_MAX_ID = 1,
+    FX_MAP_SLOTS = 8, /* 16 bits each: vCPU index + 1 */
+    FX_MAP_PHYS_SLOT = 128,
+    FX_MAP_SCRATCH = 2640,
+    FX_FILTER = 3704,
+    FX_PID_TABLE = 7168,
+    FX_AVIC_PHYSICAL = 11264,
+    FX_AVIC_PHYSICAL_ENTRIES = 512,
+    FX_AVIC_LOGICAL = 11776,
+    FX_AVIC_LOGICAL_ENTRIES = 1024,
+    FX_TABLES_END = 12288,
+    FX_VEC = 77824,
+    FX_VEC_STRIDE = 8,
+    FX_PAGE = 110592,
+    FX_PAGE_STRIDE = 128,
+    FX_KVM = 634880,
+    FX_KVM_STRIDE = 96,
+    FX_K_APIC_BASE = 1,
+    FX_K_MP_STATE = 6,
+    FX_K_RIP = 8,
+    FX_K_RFLAGS = 9,
+    FX_K_SHADOW = 11,
+    FX_K_INTERRUPT = 39,
+    FX_K_CS = 26,
+    FX_K_MSR_DATA = 27,
+    FX_K_IN_RUN = 46,
+    FX_K_USER_EXIT = 80,
+    FX_WORDS = 2076672
+};
+
+enum {
+    FX_CONFIG_SVM = 1,
+    FX_CONFIG_APICV = 2,
+    FX_FLAG_X2APIC = 2,
+    FX_FLAG_APICV = 8
+};
+
 /* Words of a hot row behind the descriptor. Remote: any thread may write it, with atomics only. */
 enum {
     FX_HOT_TMR = 8,       /* remote, 4 words */
@@ -28,7 +74,7 @@ enum {
 };
 
 /* A record's reason that is no exit: 0xF2 reaches the vCPU's pCPU. */
-enum { FX_NOTIFICATION = 0xF00000F2u };
+#define FX_NOTIFICATION 0xF00000F2u
 
 /* The descriptor: SDM vol. 3C, "Posted-Interrupt Processing". */
 struct fx_pid {

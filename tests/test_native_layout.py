@@ -22,7 +22,7 @@ def ffi() -> cffi.FFI:
     return parser
 
 
-@pytest.mark.parametrize("name", re.findall(r"FX_(\w+) = ", HEADER.read_text()))
+@pytest.mark.parametrize("name", re.findall(r"\bFX_(\w+) (?:= |0x)", HEADER.read_text()))
 def test_constant(ffi: cffi.FFI, name: str) -> None:
     """Every constant of the header has its value in layout.py."""
     assert getattr(ffi.dlopen(None), f"FX_{name}") == getattr(layout, name)

@@ -1,4 +1,4 @@
-"""The command line: ``fastexit walk | replay | verify | demo | info``, each with --json.
+"""The command line: ``fastexit walk | replay | verify | demo | embed | info``, each with --json.
 
 Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference; 2: wrong
 arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
@@ -21,6 +21,7 @@ _EPILOG = """examples:
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
   fastexit demo --output out                     everything, on a real trace
+  fastexit embed build -o fx                     a shared library for simulators in C
 
 Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_ipi -e kvm:kvm_apic_accept_irq \\
                -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio, then trace-cmd report > guest.trace
@@ -144,6 +145,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", default="fastexit-demo", metavar="DIR", help="where pictures go (default: fastexit-demo)"
     )
+
+    embed = subparsers.add_parser("embed", help="The C door: build libfastexit, and what to compile a host with.")
+    steps = embed.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = steps.add_parser(name, help=text, description=text, formatter_class=raw)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(run=run)
+        return sub
+
+    build = step("build", commands.embed_build, "Make libfastexit.so, its headers, fastexit.pc and a CMake package.")
+    build.add_argument("-o", "--output", metavar="DIR", help="where they go (default: fastexit-embed)")
+    build.add_argument("--cc", metavar="CC", help="the C compiler (default: $CC, or the one that built Python)")
+    build.add_argument("--flags", default="", metavar="FLAGS", help="more options for it")
+    for name, run, text in (
+        ("cflags", commands.embed_cflags, "Print the options to compile a host with, as python3-config does."),
+        ("libs", commands.embed_libs, "Print the options to link a host with, as python3-config does."),
+    ):
+        sub = step(name, run, text)
+        sub.add_argument("-o", "--output", metavar="DIR", help="where it was built (default: where it was built last)")
 
     command("info", commands.info, "Versions, kernel generations, memory layout, cache, /dev/kvm.")
     return parser

@@ -310,6 +310,53 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if report.agreed else 1
 
 
+def embed_build(args: argparse.Namespace) -> int:
+    """``fastexit embed build``."""
+    from fastexit.embed import build
+
+    directory = build.DEFAULT if args.output is None else args.output
+    if not directory:
+        raise UsageError("--output needs the name of a directory, not ''")
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot create {directory!r}: {error.strerror}") from None
+    _check_writable(directory, "--output")
+    _compile()
+    files = build.build(directory, args.cc, args.flags)
+    build.remember(directory)
+    if args.json:
+        _print_json(
+            {"files": [str(path) for path in files], "cflags": build.cflags(directory), "libs": build.libs(directory)}
+        )
+        return 0
+    for path in files:
+        print(path)
+    return 0
+
+
+def _embed_options(args: argparse.Namespace, name: str) -> int:
+    from fastexit.embed import build
+
+    directory = build.remembered() if args.output is None else args.output
+    options = getattr(build, name)(directory)
+    if args.json:
+        _print_json({name: options})
+    else:
+        print(options)
+    return 0
+
+
+def embed_cflags(args: argparse.Namespace) -> int:
+    """``fastexit embed cflags``."""
+    return _embed_options(args, "cflags")
+
+
+def embed_libs(args: argparse.Namespace) -> int:
+    """``fastexit embed libs``."""
+    return _embed_options(args, "libs")
+
+
 def _kvm_fact() -> str:
     """What /dev/kvm is, or why it is of no use."""
     from fastexit.kvm.host import running

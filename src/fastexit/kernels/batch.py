@@ -202,7 +202,7 @@ def _vcpu_enter_guest(m, v, forced):
 
 
 @kernel("u8(words, u8, u8)")
-def _to_user(m, v, code):
+def to_user(m, v, code):
     """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR."""
     reason = ((code & k.CODE_USER) >> k.CODE_USER_SHIFT) - k.ONE
     return return_to_user(m, v, reason, k.EINTR if code & k.CODE_USER == k.USER_INTR else k.ZERO)
@@ -230,7 +230,7 @@ def vcpu_run(m, v, forced):
         if user == AROUND:
             user = loop_tail(m, v)
         if user:
-            _to_user(m, v, user)
+            to_user(m, v, user)
             return user
 
 
@@ -245,7 +245,7 @@ def start_run(m, v):
         user = begin_run(m, v)
         wake_up(m, v)
         if user:
-            _to_user(m, v, user)
+            to_user(m, v, user)
         elif not vcpu_run(m, v, k.ONE):
             return k.ZERO
 
@@ -256,7 +256,7 @@ def _go_on(m, v, user):
     if user == AROUND:
         user = loop_tail(m, v)
     if user:
-        _to_user(m, v, user)
+        to_user(m, v, user)
         return user
     return vcpu_run(m, v, k.ZERO)
 
@@ -277,7 +277,7 @@ def one_exit(m, v, op, reason, msr, value, info):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def _behind_unicast(m, v, code, value):
+def behind_unicast(m, v, code, value):
     """The rest of such an exit whose sender has work of its own: an interrupt posted to itself, a request, a kick."""
     code = reenter(m, v, code)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
@@ -341,7 +341,7 @@ def _run_unicasts(m, exits, outcomes, first, n, far):
             if not code:
                 return i
             if not unicast.again(m, v):
-                code = _behind_unicast(m, v, code, value)
+                code = behind_unicast(m, v, code, value)
         else:
             return i
         outcomes[out] = code

@@ -10,6 +10,7 @@ from . import (
     apicv,
     avic,
     batch,
+    cdoor,
     events,
     fastpath,
     halt,
@@ -69,6 +70,8 @@ def _on_vcpu(name, inner, more):
 
 _ON_ONE_VCPU = {
     0: {
+        "door_leave": cdoor.leave,
+        "door_run": cdoor.run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
         "deliver_pending": apicv.deliver_pending,
         "accept_events": events.accept_events,
@@ -100,6 +103,7 @@ _ON_ONE_VCPU = {
         "fire_timer": timer.fire,
     },
     1: {
+        "door_reset": cdoor.reset_vcpu,
         "apic_access_eoi": accelerated.access_eoi,
         "set_eoi_accelerated": accelerated.set_eoi,
         "write_nodecode": accelerated.write_nodecode,
@@ -362,3 +366,12 @@ def set_inhibit(handle, reason, on):
 def avic_unaccelerated(handle, v, offset):
     m = open_words(handle, k.WORDS)
     return avic.unaccelerated(m, v, offset & k.AVIC_OFFSET) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def door_ipi(handle, icr):
+    """``handle`` as in fast_exit."""
+    v = handle & (k.MAX_VCPUS - k.ONE)
+    m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
+    return cdoor.ipi(m, v, icr) if v < m[k.H_NVCPUS] else NO_VCPU

@@ -1,0 +1,217 @@
+"""Build and run every host there is: C with all its checks, sanitizers, CMake, pkg-config, a wheel, SimPy, Unicorn.
+
+What a machine does not have is skipped and named. Exit code 1 when anything that could run has failed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastexit.embed import build
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "embed_c"
+SCRATCH = ROOT / "build" / "embed-test"
+
+
+class Missing(Exception):
+    """What this machine does not have."""
+
+
+def run(*line: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """The output of a command, which is shown; CalledProcessError when it fails."""
+    words = [str(word) for word in line]
+    print("$", *words, flush=True)
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout, end="", flush=True)
+    done.check_returncode()
+    return done.stdout
+
+
+def make(*targets: str) -> None:
+    run("make", "-s", f"PYTHON={sys.executable}", f"BUILD={SCRATCH / 'c'}", *targets, cwd=EXAMPLE)
+
+
+def need(program: str) -> None:
+    if shutil.which(program) is None:
+        raise Missing(f"no {program}")
+
+
+def need_c() -> None:
+    need("make")
+    try:
+        build.compiler()
+        build.interpreter()
+    except ValueError as missing:
+        raise Missing(str(missing)) from None
+
+
+def need_sanitizer(name: str) -> None:
+    """That a program with it can be built, and runs: ThreadSanitizer cannot live with every kernel's address layout."""
+    need_c()
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "a.c", Path(scratch) / "a"
+        source.write_text("int main(void) { return 0; }\n")
+        line = [*build.compiler(), f"-fsanitize={name}", str(source), "-o", str(target)]
+        for step in (line, [str(target)]):
+            if subprocess.run(step, capture_output=True, check=False).returncode:
+                raise Missing(f"-fsanitize={name} does not work here")
+
+
+def c_host() -> None:
+    need_c()
+    make("check", "time", "storm", "fuzz")
+
+
+def full_storm() -> None:
+    need_c()
+    make("storm-full")
+
+
+def address_sanitizer() -> None:
+    need_sanitizer("address")
+    need_sanitizer("undefined")
+    make("asan")
+
+
+def thread_sanitizer() -> None:
+    need_sanitizer("thread")
+    make("tsan")
+
+
+def cmake() -> None:
+    need_c()
+    need("cmake")
+    make("cmake")
+
+
+def _page() -> tuple[str, str]:
+    """The program of docs/embedding.md, and what it prints."""
+    text = (ROOT / "docs" / "embedding.md").read_text()
+    program, shown = re.findall(r"```(?:c|text)\n(.*?)```", text, flags=re.DOTALL)
+    return program, shown
+
+
+def _demo(folder: Path, options: list[str]) -> None:
+    program, shown = _page()
+    (folder / "main.c").write_text(program)
+    run(*build.compiler(), "main.c", *options, "-o", "demo", cwd=folder)
+    if run(folder / "demo", cwd=folder) != shown:
+        raise ValueError("the program of docs/embedding.md prints something else")
+
+
+def pkg_config() -> None:
+    need_c()
+    need("pkg-config")
+    folder = SCRATCH / "pkg-config"
+    run(sys.executable, "-m", "fastexit", "embed", "build", "-o", folder)
+    options = run("pkg-config", "--cflags", "--libs", "fastexit", PKG_CONFIG_PATH=str(folder)).split()
+    _demo(folder, options)
+
+
+def wheel() -> None:
+    """An installed wheel has all that it takes, in an empty folder."""
+    need_c()
+    folder = SCRATCH / "wheel"
+    folder.mkdir()
+    source = folder / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__"),
+    )
+    try:
+        run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source)
+    except subprocess.CalledProcessError:
+        raise Missing("pip cannot make a wheel here (it fetches setuptools)") from None
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as packed:
+        packed.extractall(folder / "site")
+    place = {"PYTHONPATH": str(folder / "site")}
+    where = run(sys.executable, "-P", "-c", "import fastexit; print(fastexit.__file__)", cwd=folder, **place)
+    if not where.startswith(str(folder / "site")):
+        raise ValueError(f"that is not the wheel: {where}")
+    tool = [sys.executable, "-P", "-m", "fastexit", "embed"]
+    run(*tool, "build", "-o", "fx", cwd=folder, **place)
+    options = run(*tool, "cflags", "-o", "fx", cwd=folder, **place) + run(
+        *tool, "libs", "-o", "fx", cwd=folder, **place
+    )
+    _demo(folder, options.split())
+
+
+def tests(module: str) -> None:
+    """The tests of an adapter."""
+    if importlib.util.find_spec(module) is None:
+        raise Missing(f"no {module}: pip install 'fastexit[{module}]'")
+    files = sorted(ROOT.glob(f"tests/test_{module}*.py"))
+    if not files:
+        raise Missing(f"no tests/test_{module}*.py")
+    run(sys.executable, "-m", "pytest", "-q", "-m", "", *files)
+
+
+def c_abi() -> None:
+    need_c()
+    files = [ROOT / "tests" / "test_cabi.py", ROOT / "tests" / "test_embed.py"]
+    run(sys.executable, "-m", "pytest", "-q", "-m", "not long", *files)  # the long ones are the steps below
+
+
+STEPS: dict[str, Callable[[], None]] = {
+    "C ABI against Python": c_abi,
+    "C host: two threads": c_host,
+    "C host: 10^8 IPIs": full_storm,
+    "C host: AddressSanitizer": address_sanitizer,
+    "C host: ThreadSanitizer": thread_sanitizer,
+    "C host: CMake": cmake,
+    "C host: pkg-config": pkg_config,
+    "C host: from a wheel": wheel,
+    "SimPy": lambda: tests("simpy"),
+    "Unicorn": lambda: tests("unicorn"),
+}
+
+
+def all_steps() -> Iterator[tuple[str, str]]:
+    """Each step and how it ended."""
+    for name, step in STEPS.items():
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        try:
+            step()
+        except Missing as missing:
+            yield name, f"skipped: {missing}"
+        except (subprocess.CalledProcessError, ValueError, OSError) as error:
+            yield name, f"FAILED: {error}"
+        else:
+            yield name, f"ok, {time.monotonic() - began:.0f} s"
+
+
+def main() -> int:
+    """The summary of all steps, and 1 if any has failed."""
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
+    ended = dict(all_steps())
+    print("== summary")
+    for name, how in ended.items():
+        print(f"{name:26} {how}")
+    return any(how.startswith("FAILED") for how in ended.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+/*
+ * The C door of fastexit: KVM's interrupt exits as a library for simulators in C.
+ *
+ *     struct fx_config config = { .size = sizeof config, .abi = FX_ABI_VERSION, .vcpus = 2, .flags = FX_BOOT_X2APIC };
+ *     struct fx_ops fx = { .size = sizeof fx, .abi = FX_ABI_VERSION };
+ *     struct fx_result result;
+ *     fx_machine *machine;
+ *
+ *     if (fx_open(&config, NULL, &machine, &fx) != FX_OK)
+ *         return 1;
+ *     fx.wrmsr(machine, 0, 0x830, 1ull << 32 | 0xfd, &result);
+ *     if (result.effects & FX_NOTIFY)
+ *         fx.notify(machine, result.target);
+ *
+ * fx_open and fx_restore start Python and numba inside the process, once, and compile or read the kernels. Behind them
+ * nothing but another fx_restore takes the GIL or runs Python.
+ *
+ * Results are pulled: a call returns, and its result says whom the host has to notify, kick or wake. Hooks, if there
+ * are any, are called for the same things before the call returns.
+ *
+ * Threads. Each function belongs to one of these classes:
+ *   [any]    any thread at any time; on a machine with FX_ONE_OWNER, only while no other thread is in a call.
+ *   [vcpu]   by one thread at a time for each vCPU, the one that runs it; different vCPUs at the same time, and [any]
+ *            calls beside it. FX_ONE_OWNER: as above.
+ *   [alone]  while no other thread is in a call of this machine.
+ *   [python] takes the GIL and runs Python; any thread. Not from a fork's child, nor from atexit() or a destructor.
+ * The host keeps a machine open as long as a thread may be in one of its calls. Regions lie in the machine's memory,
+ * which fx_close gives back.
+ *
+ * What comes back: 0, a positive status that a correct program meets, or a negative one, which is an error of the
+ * caller or of the installation; then nothing has happened and no result has been written.
+ *
+ * Between the marks, cffi can parse this file. Tests compare it with what Python has, field by field.
+ */
+#ifndef FASTEXIT_H
+#define FASTEXIT_H
+
+#include <stdint.h>
+#include "fastexit_layout.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cffi:begin */
+typedef struct fx_machine fx_machine;
+
+enum {
+    FX_OK = 0,
+    FX_GP = 1,        /* #GP(0) for the guest, whose RIP did not move */
+    FX_USER = 2,      /* KVM_RUN would return: fx_result.user is KVM_EXIT_* + 1 */
+    FX_BLOCKED = 3,   /* the vCPU waits (HLT, INIT, SIPI) and is not in the guest: enter() once it is to be woken */
+    FX_NOTHING = 4,   /* there is none: no vector, no timer, no vCPU; or the CPU did not take the notification */
+    FX_MORE = 5,      /* the buffer is full: call again */
+    FX_UNHANDLED = 6, /* no compiled handler for that exit, or the vCPU runs L2; nothing has happened */
+    FX_E_NULL = -1,
+    FX_E_SIZE = -2,     /* size of a struct or buffer */
+    FX_E_ABI = -3,      /* abi of a struct, or library and Python package differ */
+    FX_E_MACHINE = -4,  /* no machine, or a closed one */
+    FX_E_VCPU = -5,     /* the machine has no such vCPU */
+    FX_E_RANGE = -6,    /* another argument is out of range; KVM would say EINVAL */
+    FX_E_SNAPSHOT = -7, /* bytes that are no sound snapshot */
+    FX_E_PYTHON = -8,   /* Python, numba or fastexit cannot be used: fx_last_error() */
+    FX_E_MEMORY = -9    /* no memory, or too many open machines */
+};
+
+enum { FX_VMX = 0, FX_SVM = 1 };
+
+/* The generation to be like. 0: the newest. */
+enum {
+    FX_KERNEL_DEFAULT = 0,
+    FX_KERNEL_SEED_V3 = 1,
+    FX_KERNEL_5_6 = 2,
+    FX_KERNEL_5_7 = 3,
+    FX_KERNEL_5_8 = 4,
+    FX_KERNEL_6_1 = 5,
+    FX_KERNEL_6_12 = 6,
+    FX_KERNEL_6_18 = 7
+};
+
+/* fx_config.flags */
+enum {
+    FX_BOOT_X2APIC = 1 << 0,      /* every vCPU as a booted x2APIC guest has it: APICBASE EN and EXTD, SVR 0x1ff */
+    FX_ONE_OWNER = 1 << 1,        /* one thread at a time: plain words in the place of atomics */
+    FX_NO_APICV = 1 << 2,         /* no posted interrupts or AVIC */
+    FX_SPLIT_IRQCHIP = 1 << 3,    /* the IOAPIC is user space's */
+    FX_NO_X2APIC = 1 << 4,        /* CPUID does not offer it */
+    FX_NO_TSC_DEADLINE = 1 << 5,  /* CPUID does not offer it */
+    FX_NO_VECTOR_HASHING = 1 << 6,
+    FX_CMCI = 1 << 7,
+    FX_SMM = 1 << 8,
+    FX_NO_NRIPS = 1 << 9,
+    FX_NO_HV_TIMER = 1 << 10,     /* VMX without its preemption timer */
+    FX_IPIV = 1 << 11,            /* VMX: IPI virtualisation */
+    FX_NO_IPIV = 1 << 12,         /* SVM: AVIC without IsRunning */
+    FX_VTD_PI = 1 << 13,
+    FX_X2AVIC = 1 << 14,
+    FX_PI_INJECT_TIMER = 1 << 15,
+    FX_NO_RETPOLINE = 1 << 16,
+    FX_QUIET = 1 << 17            /* errors are not printed; fx_last_error() has them */
+};
+
+/* What a machine is made of. size and abi first; 0 in any other field is the default. */
+struct fx_config {
+    uint32_t size; /* sizeof(struct fx_config) */
+    uint32_t abi;  /* FX_ABI_VERSION */
+    uint32_t vcpus;
+    uint32_t vendor;
+    uint32_t kernel;
+    uint32_t flags;
+    const uint32_t *apic_ids; /* one for each vCPU, at most 4095; NULL: 0, 1, 2, ... */
+    uint32_t x2apic_api;      /* KVM_CAP_X2APIC_API flags */
+    uint32_t maxphyaddr;      /* bits; 0: 48 */
+    uint32_t tsc_khz;         /* guest TSC ticks a millisecond; 0: 1000000 */
+    uint32_t bus_cycle_ns;    /* 0: 1 */
+    uint32_t min_timer_period_us; /* 0: 200 */
+    uint32_t timer_advance_ns;
+    uint32_t disable_exits;  /* KVM_CAP_X86_DISABLE_EXITS */
+    uint32_t disable_quirks; /* KVM_CAP_DISABLE_QUIRKS */
+    uint32_t boot_cpu_id;
+    uint32_t reserved; /* 0 */
+};
+
+/* fx_result.effects: what the host has to do for fx_result.target. */
+enum {
+    FX_NOTIFY = 1,  /* vector 0xf2 for its pCPU: notify() is what the CPU does with it */
+    FX_WAKE = 2,    /* its thread sleeps: enter() */
+    FX_KICK = 4,    /* it has to leave the guest: reenter() once it has */
+    FX_DOORBELL = 8 /* AVIC doorbell for its pCPU: the CPU takes up what is pending */
+};
+
+/* fx_result.path and fx_result.completion */
+enum { FX_SLOW = 0, FX_FAST = 1, FX_HARDWARE = 2 };
+enum {
+    FX_COMPLETION_NONE = 0,
+    FX_COMPLETION_REENTER_GUEST = 1,
+    FX_COMPLETION_EXIT_HANDLED = 2,
+    FX_COMPLETION_EXIT_USERSPACE = 3,
+    FX_COMPLETION_SKIP_EMUL_INS = 4
+};
+
+/* fx_result.target where it is no index */
+#define FX_NOBODY 0xFFFFFFFFu  /* nothing to do for anybody */
+#define FX_SEVERAL 0xFFFFFFFEu /* more than one vCPU, or not one by its physical id: attention() walks them */
+
+/* What one exit, message or timer came to. */
+struct fx_result {
+    uint8_t completion; /* how far the fast handler got */
+    uint8_t path;
+    uint8_t fault;   /* vector of the exception for the guest, or 0 */
+    uint8_t refusal; /* why the fast path declined; fastexit.Refusal */
+    int16_t accepted; /* APICs that accepted, -1: nobody matched in the slow scan */
+    uint8_t user;    /* KVM_EXIT_* + 1, or 0 */
+    uint8_t effects; /* FX_NOTIFY | ..., united over all targets */
+    uint64_t value;  /* what a read returned, else 0 */
+    int32_t status;  /* what the function returned for it */
+    uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message */
+    uint32_t target;
+    uint32_t vector; /* of the interrupt that was sent, else 0 */
+};
+
+/* Every hook may be NULL. Called by the thread that is in the call, behind the exit; calls of [any] are allowed in it. */
+struct fx_hooks {
+    uint32_t size; /* sizeof(struct fx_hooks) */
+    uint32_t abi;  /* FX_ABI_VERSION */
+    void *context;
+    void (*notify)(void *context, uint32_t vcpu);
+    void (*wake)(void *context, uint32_t vcpu);
+    void (*kick)(void *context, uint32_t vcpu);
+    void (*doorbell)(void *context, uint32_t vcpu);
+};
+
+/* Memory that machine and host share. Rows have a vCPU each, in index order. */
+enum {
+    FX_REGION_PID = 0,    /* struct fx_pid in hardware layout; words FX_HOT_* follow in the row. Remote: atomics only */
+    FX_REGION_APIC = 1,   /* registers at their places in the 4 KiB page, of which they are the first 1024 bytes; but
+                             ISR, TMR and IRR (0x100-0x27f), which are sets elsewhere and 0 here, the current count
+                             of the timer, which is not kept, and in x2APIC mode ID, which has 32 bits at 0x20.
+                             get_lapic() makes the page that KVM_GET_LAPIC gives */
+    FX_REGION_VECTOR = 2, /* IRR in words 0-3, ISR in words 4-7: bit n of word w is vector 64 w + n */
+    FX_REGION_PID_TABLE = 3,     /* IPI virtualisation's PID-pointer table, a word a vCPU id */
+    FX_REGION_AVIC_PHYSICAL = 4, /* AVIC's physical APIC id table, a word a vCPU id */
+    FX_REGION_AVIC_LOGICAL = 5   /* AVIC's logical APIC id table, 32 bits an entry */
+};
+
+struct fx_region {
+    void *base;
+    uint64_t rows;
+    uint64_t row_bytes; /* that the region's contract covers */
+    uint64_t stride;    /* bytes from row to row */
+};
+
+/* reset()'s kind */
+enum {
+    FX_RESET_INIT = 0, /* INIT: mode, id and APICBASE stay; a vCPU that is no boot CPU waits for SIPI */
+    FX_RESET_POWER = 1 /* as the vCPU was created, with APICBASE's EN, out of x2APIC mode */
+};
+
+#define FX_ALL 0xFFFFFFFFu
+
+/* What the library knows of the guest's CPU. */
+struct fx_cpu {
+    uint64_t rip;
+    uint64_t rflags;   /* IF is 0 at first: ack() delivers. With IF set an entry injects, and a halt can end */
+    uint32_t shadow;   /* interrupt shadow: bit 0 STI, bit 1 MOV SS */
+    uint32_t cs;       /* selector; read only, as all that follows */
+    uint32_t mp_state; /* KVM_MP_STATE_* */
+    uint32_t mode;     /* 0 outside the guest, 1 in it, 2 told to leave it */
+    uint32_t injected; /* vector + 1 of the interrupt that an entry injected last, or 0 */
+    uint32_t exited;   /* KVM_EXIT_* + 1 of the last return of KVM_RUN, 0 while it runs */
+};
+
+/* The calls. Set size and abi; fx_open fills in the rest, as far as size goes. */
+struct fx_ops {
+    uint32_t size; /* sizeof(struct fx_ops) */
+    uint32_t abi;  /* FX_ABI_VERSION */
+
+    /* Guest exits, each until the vCPU is in the guest again, waits or leaves to user space: FX_OK, FX_GP, FX_USER,
+     * FX_BLOCKED or FX_UNHANDLED. [vcpu] */
+    int32_t (*wrmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *result);
+    int32_t (*rdmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result);
+    int32_t (*mmio_write)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
+                          struct fx_result *result);
+    int32_t (*mmio_read)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
+    /* Any exit that the batch door knows. */
+    int32_t (*exit)(fx_machine *m, const struct fx_exit *exit, struct fx_result *result);
+    /* n exits of any vCPUs, in order: FX_OK, or FX_UNHANDLED at exits[*done]. Hooks are not called; outcomes have no
+     * targets. [vcpu] for all vCPUs it names; those it runs may change under it, so exits need not be trusted. */
+    int32_t (*run)(fx_machine *m, const struct fx_exit *exits, struct fx_outcome *outcomes, uint64_t n,
+                   uint64_t *done);
+
+    /* A message of a device: KVM_SIGNAL_MSI. FX_E_RANGE where KVM says EINVAL. [any] */
+    int32_t (*inject)(fx_machine *m, uint64_t address, uint32_t data, struct fx_result *result);
+    /* 0xf2 reaches the pCPU of a vCPU: FX_OK when its CPU took PIR to IRR, else FX_NOTHING. [vcpu] */
+    int32_t (*notify)(fx_machine *m, uint32_t vcpu);
+    /* The next vCPU, from index first on, for which something is to be done: FX_OK or FX_NOTHING. What a thread is
+     * about to do already may be told once more, which does no harm. [any] */
+    int32_t (*attention)(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects);
+
+    /* The guest's CPU: deliverable vector; IRR to ISR; end of interrupt. FX_OK and the vector, or FX_NOTHING. [vcpu] */
+    int32_t (*pending)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
+    int32_t (*ack)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
+    int32_t (*eoi)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
+
+    /* RIP, RFLAGS and interrupt shadow are set, all fields read. FX_E_RANGE: a shadow that is none. [vcpu] */
+    int32_t (*get_cpu)(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu);
+    int32_t (*set_cpu)(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu);
+
+    /* KVM_RUN, or a sleeper that goes on: FX_OK in the guest, FX_BLOCKED, or FX_USER. The answer to FX_WAKE. [vcpu] */
+    int32_t (*enter)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
+    /* A kicked vCPU leaves the guest by an external interrupt and enters again. The answer to FX_KICK. [vcpu] */
+    int32_t (*reenter)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
+
+    /* User space's ioctls, which take the vCPU out of the guest: KVM_SET_MSRS, KVM_GET_MSRS, FX_E_RANGE where they
+     * stop; KVM_GET_LAPIC and KVM_SET_LAPIC of 1024 bytes (FX_E_SIZE), FX_E_RANGE for EINVAL. [alone] */
+    int32_t (*set_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value);
+    int32_t (*get_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value);
+    int32_t (*get_lapic)(fx_machine *m, uint32_t vcpu, void *page, uint64_t size);
+    int32_t (*set_lapic)(fx_machine *m, uint32_t vcpu, const void *page, uint64_t size);
+    /* FX_RESET_*, of one vCPU or FX_ALL. [alone] */
+    int32_t (*reset)(fx_machine *m, uint32_t vcpu, uint32_t kind);
+
+    /* Move the clock to ns, never back (FX_E_RANGE); results of the timers that are due by then, in order. FX_MORE:
+     * room was not enough, call again with the same ns for the rest. *count is how many were written. The preemption
+     * timer of a vCPU that runs L2 is left alone. [alone] */
+    int32_t (*set_time)(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count);
+    /* When the next timer is due: FX_OK or FX_NOTHING. [alone] */
+    int32_t (*next_timer)(fx_machine *m, uint64_t *ns);
+
+    /* The whole machine as bytes, the same as Python's Machine.snapshot(). *needed is always set; FX_E_SIZE when size
+     * is less. buffer NULL and size 0 only ask. [alone] */
+    int32_t (*snapshot)(fx_machine *m, void *buffer, uint64_t size, uint64_t *needed);
+    /* A new machine from such bytes: fx_restore. [python] */
+    int32_t (*restore)(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
+                       struct fx_ops *ops);
+
+    /* Where the machine keeps what hardware would have in memory. [any] */
+    int32_t (*region)(fx_machine *m, uint32_t which, struct fx_region *region);
+
+    int32_t (*close)(fx_machine *m); /* fx_close */
+};
+
+/* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
+int32_t fx_open(const struct fx_config *config, const struct fx_hooks *hooks, fx_machine **machine,
+                struct fx_ops *ops);
+/* A machine from a snapshot; quiet, FX_E_SNAPSHOT and fx_last_error() say what is wrong with the bytes. [python] */
+int32_t fx_restore(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
+                   struct fx_ops *ops);
+/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, 4096 opened
+ * machines later. [alone] */
+int32_t fx_close(fx_machine *machine);
+/* A few words for a status. [any] */
+const char *fx_strerror(int32_t status);
+/* The line that told of this thread's last failed open or restore; "" without one. [any] */
+const char *fx_last_error(void);
+/* fastexit's version, as "0.1.0"; the ABI version of the library. [any] */
+const char *fx_version(void);
+uint32_t fx_abi_version(void);
+/* cffi:end */
+
+/* Structs are the same for every compiler. */
+#if defined(__cplusplus)
+#define FX_SAME_SIZE(type, bytes) static_assert(sizeof(struct type) == (bytes), #type)
+#else
+#define FX_SAME_SIZE(type, bytes) _Static_assert(sizeof(struct type) == (bytes), #type)
+#endif
+FX_SAME_SIZE(fx_pid, 64);
+FX_SAME_SIZE(fx_exit, 24);
+FX_SAME_SIZE(fx_outcome, 16);
+FX_SAME_SIZE(fx_config, 72);
+FX_SAME_SIZE(fx_result, 32);
+FX_SAME_SIZE(fx_cpu, 40);
+#undef FX_SAME_SIZE
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,209 @@
+"""The C ABI as Python sees it: which kernels the library calls, the structs of fastexit.h as dtypes, enums by name.
+
+A test compares all of it with the header and with the signatures of the kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from enum import IntEnum, IntFlag
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastexit import layout as L
+from fastexit.config import Config
+from fastexit.kernels import _jit
+from fastexit.kernels import entries as _entries
+from fastexit.machine import Machine
+from fastexit.profile import PROFILES
+
+NATIVE = Path(__file__).parent / "native"
+HEADERS = "fastexit_layout.h", "fastexit.h"
+SHIM = "shim.c"
+
+ENTRIES = (
+    "door_ipi",
+    "run",
+    "first_bad",
+    "signal_msi",
+    "process_notification",
+    "pending",
+    "ack",
+    "eoi",
+    "door_run",
+    "door_leave",
+    "door_reset",
+    "set_msr",
+    "get_msr",
+    "get_state",
+    "set_state",
+    "due_timer",
+    "fire_timer",
+    "hv_timer_exit",
+    "next_timer",
+    "create_vcpu",
+)
+"""Kernel entries in the order of struct fxp_table."""
+
+
+class Status(IntEnum):
+    """What C functions return: FX_OK, FX_GP, ...; errors, FX_E_*, are negative."""
+
+    OK = 0
+    GP = 1
+    USER = 2
+    BLOCKED = 3
+    NOTHING = 4
+    MORE = 5
+    UNHANDLED = 6
+    E_NULL = -1
+    E_SIZE = -2
+    E_ABI = -3
+    E_MACHINE = -4
+    E_VCPU = -5
+    E_RANGE = -6
+    E_SNAPSHOT = -7
+    E_PYTHON = -8
+    E_MEMORY = -9
+
+
+class Open(IntFlag):
+    """fx_config.flags: FX_BOOT_X2APIC, ..."""
+
+    BOOT_X2APIC = 1 << 0
+    ONE_OWNER = 1 << 1
+    NO_APICV = 1 << 2
+    SPLIT_IRQCHIP = 1 << 3
+    NO_X2APIC = 1 << 4
+    NO_TSC_DEADLINE = 1 << 5
+    NO_VECTOR_HASHING = 1 << 6
+    CMCI = 1 << 7
+    SMM = 1 << 8
+    NO_NRIPS = 1 << 9
+    NO_HV_TIMER = 1 << 10
+    IPIV = 1 << 11
+    NO_IPIV = 1 << 12
+    VTD_PI = 1 << 13
+    X2AVIC = 1 << 14
+    PI_INJECT_TIMER = 1 << 15
+    NO_RETPOLINE = 1 << 16
+    QUIET = 1 << 17
+
+
+CONFIG = np.dtype(
+    [
+        ("size", "<u4"),
+        ("abi", "<u4"),
+        ("vcpus", "<u4"),
+        ("vendor", "<u4"),
+        ("kernel", "<u4"),
+        ("flags", "<u4"),
+        ("apic_ids", "<u8"),
+        ("x2apic_api", "<u4"),
+        ("maxphyaddr", "<u4"),
+        ("tsc_khz", "<u4"),
+        ("bus_cycle_ns", "<u4"),
+        ("min_timer_period_us", "<u4"),
+        ("timer_advance_ns", "<u4"),
+        ("disable_exits", "<u4"),
+        ("disable_quirks", "<u4"),
+        ("boot_cpu_id", "<u4"),
+        ("reserved", "<u4"),
+    ],
+    align=True,
+)
+"""struct fx_config; ``apic_ids`` is an address."""
+
+RESULT = np.dtype(
+    [
+        ("completion", "u1"),
+        ("path", "u1"),
+        ("fault", "u1"),
+        ("refusal", "u1"),
+        ("accepted", "<i2"),
+        ("user", "u1"),
+        ("effects", "u1"),
+        ("value", "<u8"),
+        ("status", "<i4"),
+        ("vcpu", "<u4"),
+        ("target", "<u4"),
+        ("vector", "<u4"),
+    ],
+    align=True,
+)
+"""struct fx_result."""
+
+VENDORS = "vmx", "svm"
+_DEFAULTS = {name: p.default for name, p in inspect.signature(Machine).parameters.items()}
+
+
+def declarations(name: str) -> str:
+    """The part of a C file that cffi can parse."""
+    text = (NATIVE / name).read_text()
+    return text[text.index("/* cffi:begin */") : text.index("/* cffi:end */")]
+
+
+def addresses() -> dict[str, int]:
+    """Address of each kernel that the library calls; compiled code is kept as long as the process lives."""
+    if not _jit.JIT:
+        raise RuntimeError("kernels are interpreted (NUMBA_DISABLE_JIT), and C can call compiled ones only")
+    return {name: _jit.address(name) for name in ENTRIES}
+
+
+def keywords(config: Any) -> dict[str, Any]:
+    """Machine's keywords for a struct fx_config, but for vCPUs. ValueError for numbers that the header does not know.
+
+    ``config`` has the struct's fields as attributes.
+    """
+    kernels = ("", *PROFILES)
+    flags = int(config.flags)
+    unknown = flags & ~sum(Open)
+    for name, value, known in (
+        ("vendor", config.vendor, len(VENDORS)),
+        ("kernel", config.kernel, len(kernels)),
+        ("reserved", config.reserved, 1),
+    ):
+        if value >= known:
+            raise ValueError(f"fx_config.{name} {value} is out of range 0..{known - 1}")
+    if unknown:
+        raise ValueError(f"fx_config.flags has bits that are unknown: {unknown:#x}")
+    on = Open(flags)
+    given: dict[str, Any] = {
+        "kernel": kernels[config.kernel] or _DEFAULTS["kernel"],
+        "vendor": VENDORS[config.vendor],
+        "apicv": Open.NO_APICV not in on,
+        "irqchip": "split" if Open.SPLIT_IRQCHIP in on else "full",
+        "x2apic": Open.NO_X2APIC not in on,
+        "tsc_deadline": Open.NO_TSC_DEADLINE not in on,
+        "threads": Open.ONE_OWNER not in on,
+        "vector_hashing": Open.NO_VECTOR_HASHING not in on,
+        "cmci": Open.CMCI in on,
+        "smm": Open.SMM in on,
+        "nrips": Open.NO_NRIPS not in on,
+        "hv_timer": False if Open.NO_HV_TIMER in on else None,
+        "ipiv": True if Open.IPIV in on else False if Open.NO_IPIV in on else None,
+        "vtd_pi": Open.VTD_PI in on,
+        "x2avic": Open.X2AVIC in on,
+        "pi_inject_timer": Open.PI_INJECT_TIMER in on,
+        "retpoline": Open.NO_RETPOLINE not in on,
+    }
+    for name in CONFIG.names[CONFIG.names.index("x2apic_api") : -1]:
+        given[name] = int(getattr(config, name)) or _DEFAULTS[name]
+    return given
+
+
+def header(config: Any, ids: list[int]) -> dict[int, int]:
+    """Header words of the machine that a struct fx_config describes; ValueError as Machine has it."""
+    if not 0 < config.vcpus <= L.MAX_VCPUS:
+        raise ValueError(f"fx_config.vcpus is {config.vcpus}: 1 to {L.MAX_VCPUS}")
+    if ids:
+        if max(ids) > L.MAX_VCPU_ID:
+            raise ValueError(f"APIC id {max(ids)} is out of range 0..{L.MAX_VCPU_ID}")
+        if len(set(ids)) < len(ids):
+            raise ValueError("an APIC id is there twice (EEXIST)")
+    return Config(**keywords(config)).header()
+
+
+assert _entries.NO_VCPU == L.NONE

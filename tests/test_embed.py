@@ -1,0 +1,243 @@
+"""libfastexit as a stranger meets it: built by the command line, linked by a program in C, started anywhere.
+
+Skipped without a C compiler or a shared libpython, and said so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import cffi
+import pytest
+
+import fastexit
+from conftest import BOUNDS, INTERPRETED
+from embedded import built, need_compiler, run_host
+from fastexit.cli import main
+from fastexit.embed import build, cabi, host
+from fastexit.kernels import _jit
+from fastexit.layout import ABI_VERSION
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "embed_c"
+compiled = pytest.mark.skipif(INTERPRETED or BOUNDS, reason="a host wants kernels as they are meant to run")
+
+
+def compile_host(target: Path, *sources: Path | str, library: Path) -> Path:
+    """A program that links the library by what cflags and libs print."""
+    line = [*build.compiler(), "-O1", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    line += [*build.cflags(library).split(), f"-I{ROOT / 'native'}", *map(str, sources)]
+    line += ["-o", str(target), *build.libs(library).split()]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    need_compiler()
+    cabi.addresses()  # into the cache, so that no host has to compile
+    return built()
+
+
+@pytest.fixture(scope="module")
+def program(library: Path) -> Path:
+    """The example, once for all workers and runs."""
+    sources = [EXAMPLE / name for name in ("main.c", "storm.c", "timing.c", "fuzz.c")]
+    target = library / "embed_c"
+    newest = max(path.stat().st_mtime for path in (*sources, EXAMPLE / "host.h", ROOT / "native" / "lower_bound.c"))
+    if not target.exists() or target.stat().st_mtime < newest:
+        half = library / f"embed_c.{os.getpid()}"
+        compile_host(half, *sources, library=library).replace(target)
+    return target
+
+
+# -------------------------------------------------------------------------------------------------------- the host
+@compiled
+def test_two_threads_and_the_python_door(program: Path, tmp_path: Path) -> None:
+    """Every result of two vCPU threads, the memory and the LAPIC pages are the Python door's."""
+    done = run_host(program, "check", str(tmp_path / "check.bin"), "2000")
+    assert done.returncode == 0, done.stderr
+    scope: dict = {"__name__": "check"}
+    exec(compile((EXAMPLE / "check.py").read_text(), "check.py", "exec"), scope)
+    assert scope["main"](str(tmp_path / "check.bin")) == 0
+    data = bytearray((tmp_path / "check.bin").read_bytes())
+    data[8 + 80 * 17 + 8] ^= 1  # the completion of IPI 17
+    (tmp_path / "check.bin").write_bytes(data)
+    assert scope["main"](str(tmp_path / "check.bin")) == 1
+
+
+@compiled
+def test_storm(program: Path) -> None:
+    """Nothing lost, nothing invented; and a planted fault of each kind is noticed."""
+    done = run_host(program, "storm", "100000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100000 IPIs" in done.stdout
+    assert "0 lost, 0 invented" in done.stdout
+    done = run_host(program, "storm", "20000", "1")
+    assert (done.returncode, "2 lost, 2 invented" in done.stdout) == (1, True), done.stdout
+
+
+@compiled
+def test_no_call_wants_the_gil(library: Path) -> None:
+    """The storm's threads come to an end while the thread that waits for them keeps the GIL."""
+    target = library / "storm.so"
+    if not target.exists():
+        half = library / f"storm.{os.getpid()}"
+        sources = [EXAMPLE / name for name in ("main.c", "storm.c", "timing.c", "fuzz.c")]
+        compile_host(half, "-shared", "-fPIC", *sources, library=library).replace(target)
+    code = "import ctypes, sys; sys.exit(ctypes.PyDLL(sys.argv[1]).storm(ctypes.c_uint64(20_000), ctypes.c_uint64(0)))"
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@compiled
+def test_fuzz(program: Path) -> None:
+    done = run_host(program, "fuzz", "5000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5000 calls, 0 with another answer" in done.stdout
+
+
+@pytest.mark.long
+@compiled
+def test_full_storm_and_fuzz(program: Path) -> None:
+    for args, says in ((("storm", "100000000"), "0 lost, 0 invented"), (("fuzz", "1000000"), " 0 with another answer")):
+        done = run_host(program, *args, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert says in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- the interpreter inside
+def small(library: Path) -> Path:
+    """A program that opens and closes a machine: 0 or minus the status as its exit code."""
+    target, source = library / "small", library / "small.c"
+    if not target.exists():
+        source.write_text(
+            """#include <fastexit.h>
+            int main(void)
+            {
+                struct fx_config config = { .size = sizeof config, .abi = FX_ABI_VERSION, .vcpus = 1 };
+                fx_machine *machine;
+                int status = fx_open(&config, 0, &machine, 0);
+                return status ? -status : fx_close(machine);
+            }"""
+        )
+        half = library / f"small.{os.getpid()}"
+        compile_host(half, source, library=library).replace(target)
+    return target
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"FASTEXIT_PYTHON": "/nowhere/python"}, "no Python at /nowhere/python"),
+        ({"FASTEXIT_PYTHON": "/bin/false"}, "no Python that runs"),
+        ({"FASTEXIT_PYTHON": "{other}"}, "is Python 3.2, this library needs Python"),
+        ({"FASTEXIT_PYTHON": "{empty}"}, "fastexit cannot be imported by"),
+        ({"NUMBA_DISABLE_JIT": "1"}, "kernels are interpreted"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(library: Path, tmp_path: Path, environment: dict[str, str], says: str) -> None:
+    """FX_E_PYTHON and a line that says what to do: no traceback, no abort."""
+    other = tmp_path / "python3.2"
+    other.write_text("#!/bin/sh\necho 3.2\n")
+    other.chmod(0o755)
+    empty = tmp_path / "empty" / "bin" / "python3"
+    empty.parent.mkdir(parents=True)
+    empty.symlink_to(Path(sys.executable).resolve())
+    (tmp_path / "empty" / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    given = {name: value.format(other=other, empty=empty) for name, value in environment.items()}
+    done = run_host(small(library), **given)
+    assert done.returncode == 8, done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@compiled
+def test_the_hosts_own_python_settings_do_not_count(library: Path) -> None:
+    """PYTHONHOME ends an interpreter that believes it; PYTHONPATH could bring other packages."""
+    done = run_host(small(library), PYTHONHOME="/nowhere", PYTHONPATH="/nowhere", PYTHONSTARTUP="/nowhere")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@compiled
+def test_another_abi_is_one_line() -> None:
+    """A package that was upgraded behind the library's back."""
+    ffi = cffi.FFI()
+    ffi.cdef("".join(cabi.declarations(name) for name in (*cabi.HEADERS, cabi.SHIM)))
+    table = ffi.new("struct fxp_table *", {"size": ffi.sizeof("struct fxp_table"), "abi": 1})
+    with pytest.raises(host._Refused, match=r"libfastexit has ABI version 1, .*: fastexit embed build") as refused:
+        host._start(ffi, table)
+    assert refused.value.status == cabi.Status.E_ABI
+    table.abi = ABI_VERSION
+    table.size -= 8
+    with pytest.raises(host._Refused, match="build the library again"):
+        host._start(ffi, table)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+@compiled
+def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command writes, what cflags and libs print, here and for the directory that was built last."""
+    need_compiler()
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", "build", "-o", "fx", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {"libfastexit.so", "fastexit.h", "fastexit_layout.h", "fastexit.pc"}
+    names |= {"fastexit-config.cmake", "fastexit-config-version.cmake"}
+    assert {Path(path).name for path in report["files"]} == names == {path.name for path in Path("fx").iterdir()}
+    for step in ("cflags", "libs"):
+        assert main(["embed", step, "-o", "fx"]) == 0
+        assert capsys.readouterr().out.strip() == report[step]
+        assert main(["embed", step]) == 0
+        assert capsys.readouterr().out.strip() == report[step]
+    for name in cabi.HEADERS:
+        assert (tmp_path / "fx" / name).read_bytes() == (ROOT / "native" / name).read_bytes()
+    program, shown = re.findall(
+        r"```(?:c|text)\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), flags=re.DOTALL
+    )
+    (tmp_path / "main.c").write_text(program)
+    demo = compile_host(tmp_path / "demo", tmp_path / "main.c", library=tmp_path / "fx")
+    done = run_host(demo)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+def test_what_is_missing_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_compiler()
+    monkeypatch.setattr(_jit, "warmup", dict)
+    monkeypatch.setattr(fastexit, "warmup", lambda _progress=None: {}, raising=False)
+    out = str(tmp_path / "fx")
+
+    def refused(*args: str) -> str:
+        assert main(["embed", *args]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1, line
+        return line
+
+    assert "no libfastexit.so" in refused("cflags", "-o", out)
+    assert "no libfastexit.so" in refused("libs", "-o", out)
+    assert "no C compiler 'nowhere'" in refused("build", "-o", out, "--cc", "nowhere")
+    assert "false failed" in refused("build", "-o", out, "--cc", "false")
+    assert "unknown-option" in refused("build", "-o", out, "--flags=-fno-such-unknown-option")
+    assert "cannot create" in refused("build", "-o", "/dev/null/fx")
+    monkeypatch.setattr(build.sysconfig, "get_config_vars", lambda: {"Py_ENABLE_SHARED": 0})
+    assert "no shared libpython" in refused("build", "-o", out)
+    assert not (tmp_path / "fx" / build.LIBRARY).exists()
+
+
+def test_headers_are_packed() -> None:
+    """A wheel can build the library: setup.cfg names every C file, and each is there as package data."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = [p.strip() for p in setup["options.package_data"]["fastexit"].split(",")]
+    packed = {path for pattern in patterns for path in Path(fastexit.__file__).parent.glob(pattern)}
+    assert {cabi.NATIVE / name for name in (*cabi.HEADERS, cabi.SHIM)} <= packed
