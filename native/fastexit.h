@@ -177,10 +177,11 @@ enum {
                              ISR, TMR and IRR (0x100-0x27f), which are sets elsewhere and 0 here, the current count
                              of the timer, which is not kept, and in x2APIC mode ID, which has 32 bits at 0x20.
                              get_lapic() makes the page that KVM_GET_LAPIC gives */
-    FX_REGION_VECTOR = 2, /* IRR in words 0-3, ISR in words 4-7: bit n of word w is vector 64 w + n */
-    FX_REGION_PID_TABLE = 3,     /* IPI virtualisation's PID-pointer table, a word a vCPU id */
-    FX_REGION_AVIC_PHYSICAL = 4, /* AVIC's physical APIC id table, a word a vCPU id */
-    FX_REGION_AVIC_LOGICAL = 5   /* AVIC's logical APIC id table, 32 bits an entry */
+    FX_REGION_IRR = 2, /* words 0-3: bit n of word w is vector 64 w + n; word 4 RVI, word 5 irr_pending */
+    FX_REGION_ISR = 3, /* words 0-3, as IRR */
+    FX_REGION_PID_TABLE = 4,     /* IPI virtualisation's PID-pointer table, a word a vCPU id */
+    FX_REGION_AVIC_PHYSICAL = 5, /* AVIC's physical APIC id table, a word a vCPU id */
+    FX_REGION_AVIC_LOGICAL = 6   /* AVIC's logical APIC id table, 32 bits an entry */
 };
 
 struct fx_region {

@@ -54,6 +54,7 @@ enum {
     FX_K_MSR_DATA = 27,
     FX_K_IN_RUN = 46,
     FX_K_USER_EXIT = 80,
+    FX_K_ISR = 88,
     FX_WORDS = 2076672
 };
 

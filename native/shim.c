@@ -751,8 +751,11 @@ static int32_t op_region(fx_machine *m, uint32_t which, struct fx_region *region
     case FX_REGION_APIC:
         *region = (struct fx_region){ words + FX_PAGE, n, FXP_LAPIC_PAGE_BYTES, FX_PAGE_STRIDE * 8 };
         return FX_OK;
-    case FX_REGION_VECTOR:
-        *region = (struct fx_region){ words + FX_VEC, n, 64, FX_VEC_STRIDE * 8 };
+    case FX_REGION_IRR:
+        *region = (struct fx_region){ words + FX_VEC, n, 48, FX_VEC_STRIDE * 8 };
+        return FX_OK;
+    case FX_REGION_ISR:
+        *region = (struct fx_region){ words + FX_KVM + FX_K_ISR, n, 32, FX_KVM_STRIDE * 8 };
         return FX_OK;
     case FX_REGION_PID_TABLE:
         *region = (struct fx_region){ words + FX_PID_TABLE, FX_AVIC_PHYSICAL - FX_PID_TABLE, 8, 8 };

@@ -100,7 +100,7 @@ int timing(double limit)
         if (ratio <= limit)
             break;
     }
-    MUST(fx.region(m, FX_REGION_VECTOR, &vectors));
+    MUST(fx.region(m, FX_REGION_IRR, &vectors));
     for (uint32_t v = 0; v < TARGETS; v++)
         if (memcmp(&hot[v], (char *)rows.base + v * rows.stride, sizeof(struct fx_pid)) ||
             memcmp(irr[v], (char *)vectors.base + v * vectors.stride, sizeof irr[v])) {
