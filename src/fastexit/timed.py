@@ -605,8 +605,11 @@ class TimedVcpu(Vcpu):
                 if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
                     rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
                     changed = (rows[:, L.PID_CONTROL_WORD] & ~before.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
-                effects = ((int(i), loop._effect(self, before, int(i))) for i in np.flatnonzero(changed))
-                meter.sent = [Sent(i, effect, meter.spent) for i, effect in effects if effect]
+                vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
+                for i in np.flatnonzero(changed).tolist():
+                    effect = result.effects & Effect.NOTIFY if vmx else loop._effect(self, before, i)
+                    if effect:
+                        meter.sent.append(Sent(i, effect, meter.spent))
                 if result.accepted > 0:
                     meter.ipi = meter.spent
             loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)

@@ -1,0 +1,1 @@
+"""Hosts that fastexit plugs into, each behind its extra."""
