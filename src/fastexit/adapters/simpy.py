@@ -99,8 +99,10 @@ class Simulation:
         """The machine's clock follows the simulation's; timers that are due fire."""
         now = int(self.env.now)
         if now > self.machine.time:
+            before = [cpu.v.timed for cpu in self.cpus]
             for index, out in self.machine.set_time(now):
-                self.cpus[index].arrive(out.effects or Effect.NOTIFY, timer=True)
+                cpu = self.cpus[index]
+                cpu.arrive(out.effects, None if cpu.v.timed is before[index] else cpu.v.timed)
         self.arm()
 
     def arm(self) -> None:
@@ -131,10 +133,15 @@ class Cpu:
         self.handlers: dict[int, Handler] = {}
         self.interrupts = self.exits = 0
         self.exit_ns = 0.0
-        self._svm = sim.machine.vendor == "svm"
+        svm = sim.machine.vendor == "svm"
+        self._svm = svm
+        self._interrupt_reason = SvmExit.INTERRUPT if svm else VmxExit.EXTERNAL_INTERRUPT
+        self._window_reason = SvmExit.VINTR if svm else VmxExit.INTERRUPT_WINDOW
+        self._halt_reason = SvmExit.HLT if svm else VmxExit.HLT
         self._arrived: deque[Effect] = deque()
         self._injected: deque[int] = deque()
         self._kicked = self._told = False
+        self._owed = 0.0
         self._bell = sim.env.event()
 
     def __repr__(self) -> str:
@@ -190,7 +197,7 @@ class Cpu:
         yield from self._look()
         if self.interrupts != taken:
             return
-        yield from self._exit(lambda: self.v.exit(SvmExit.HLT if self._svm else VmxExit.HLT))
+        yield from self._exit(lambda: self.v.exit(self._halt_reason))
         while self.v.mode == R.OUTSIDE_GUEST_MODE:
             while self._arrived and self.v.mode == R.OUTSIDE_GUEST_MODE:
                 self._sleeper_gets(self._arrived.popleft())
@@ -203,10 +210,12 @@ class Cpu:
 
     # -------------------------------------------------------------------------------------------- what happens to it
 
-    def arrive(self, effect: Effect, timer: bool = False) -> None:
-        """Something for this vCPU reaches its pCPU."""
-        if timer and not effect & Effect.WAKE:
+    def arrive(self, effect: Effect, exit: TimedOutcome | None = None) -> None:
+        """Something for this vCPU reaches its pCPU; ``exit``: by an exit of its own, whose time is still to pass."""
+        if exit is not None:
             self._injected.extend(self._entered())
+            self.exits += 1
+            self._owed += self.sim.ns(exit.cycles_spent)
         self._arrived.append(effect)
         if not self._bell.triggered:
             self._bell.succeed()
@@ -262,6 +271,10 @@ class Cpu:
         self._rearm()
         v, sim = self.v, self.sim
         while True:
+            if self._owed:
+                took, self._owed = self._owed, 0.0
+                self.exit_ns += took
+                yield sim.env.timeout(took)
             if self._arrived:
                 effect = self._arrived.popleft()
                 if effect & Effect.NOTIFY and not self._svm and v.hw_notify():
@@ -275,8 +288,7 @@ class Cpu:
                 self._kicked = False
                 if v.mode != R.EXITING_GUEST_MODE:  # an exit of its own has answered
                     continue
-                reason = SvmExit.INTERRUPT if self._svm else VmxExit.EXTERNAL_INTERRUPT
-                yield from self._exit(lambda: v.exit(reason))
+                yield from self._exit(lambda: v.exit(self._interrupt_reason))
                 continue
             if not v.rflags & R.RFLAGS_IF:
                 break
@@ -284,7 +296,7 @@ class Cpu:
             if vector is not None:
                 yield from self._interrupt(vector)
             elif v.irq_window:
-                yield from self._exit(lambda: v.exit(SvmExit.VINTR if self._svm else VmxExit.INTERRUPT_WINDOW))
+                yield from self._exit(lambda: v.exit(self._window_reason))
             else:
                 break
         self._rearm()
