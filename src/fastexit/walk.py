@@ -90,8 +90,8 @@ class Walk:
     """A walked exit: its kernel, its outcome, and the steps that ran, in order.
 
     ``ipi_step`` is the index into STEPS of the step in which the IPI was accepted by its first target, or None.
-    ``costs`` names the cost profile, if any; ``cycles_elsewhere`` is what vcpu_run cost between two iterations, which
-    is no step of vcpu_enter_guest.
+    ``costs`` names the cost profile, if any; ``cycles_elsewhere`` is what step 18 and vcpu_run's part between two
+    iterations cost, which a walk does not show.
     """
 
     kernel: str
