@@ -601,7 +601,11 @@ class TimedVcpu(Vcpu):
             meter = Meter(loop.costs, loop.calls)
             meter.charge("hardware", "hw_ipi" if icr else "hw_access")
             if icr and isinstance(result, Outcome) and result.path is Path.HARDWARE and not result.fault:
-                changed = (words[L.VEC : L.VEC + n * L.VEC_STRIDE] != irr).reshape(n, -1)[:, :4].any(axis=1)
+                changed = (
+                    (words[L.VEC : L.VEC + n * L.VEC_STRIDE] != irr)
+                    .reshape(n, -1)[:, L.VEC_IRR : L.VEC_IRR + 4]
+                    .any(axis=1)
+                )
                 if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
                     rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
                     changed = (rows[:, L.PID_CONTROL_WORD] & ~before.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
