@@ -290,8 +290,8 @@ class Cpu:
                     continue
                 yield from self._exit(lambda: v.exit(self._interrupt_reason))
                 continue
-            if not v.rflags & R.RFLAGS_IF:
-                break
+            if not v.rflags & R.RFLAGS_IF and not self._injected:
+                break  # an injected interrupt is through its gate, which an entry that was left at once has closed
             vector = self._next()
             if vector is not None:
                 yield from self._interrupt(vector)
