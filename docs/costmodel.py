@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import fastexit as fx
 from fastexit.cost import STAGES, cost_profile
+from fastexit.meter import TimedOutcome
 from fastexit.profile import PROFILES
-from fastexit.timed import TimedOutcome
 
 IPI = fx.icr(dest=1, vector=0xFD)
 IF = 1 << 9

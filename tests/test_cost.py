@@ -15,7 +15,7 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit.cli import main
 from fastexit.cost import STAGES, cost_profile
-from fastexit.timed import EFFECT_STAGES, TimedOutcome
+from fastexit.meter import EFFECT_STAGES, TimedOutcome
 from fastexit.walk import STEPS, walk
 
 ROOT = Path(__file__).parents[1]

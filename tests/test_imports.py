@@ -20,8 +20,8 @@ LAYERS = (
     {"reasons", "regs"},
     {"layout", "outcome", "profile"},
     {"kernels"},
-    {"checks", "config", "cost", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "snapshot", "svm"}
-    | {"timed", "vcpu", "vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
+    {"checks", "config", "cost", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "meter", "snapshot"}
+    | {"svm", "timed", "timedvcpu", "vcpu", "vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
     {"costbatch", "walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},

@@ -45,7 +45,7 @@ _NAMES = {
     "profiles": "profile",
     "CostProfile": "cost",
     "cost_profiles": "cost",
-    "TimedOutcome": "timed",
+    "TimedOutcome": "meter",
     "batch_cycles": "costbatch",
 }
 

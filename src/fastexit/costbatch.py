@@ -16,10 +16,10 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.cost import CostProfile, cost_profile
 from fastexit.dispatcher import Exit
+from fastexit.meter import EFFECT_STAGES, MSR_REASONS, Meter, Work, pointer_calls, work_of
 from fastexit.outcome import OUTCOMES, Effect, Fastpath, Outcome, Path, Refusal
 from fastexit.profile import Trait
 from fastexit.reasons import SvmExit, VmxExit
-from fastexit.timed import _MSR_REASONS, EFFECT_STAGES, Meter, pointer_calls, work_of
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -136,7 +136,7 @@ def _cycles(
                     return _NONE
                 direct = reason in vendor.shortcuts and config & L.CONFIG_RETPOLINE
                 charge("dispatch_direct" if direct else "dispatch_indirect")
-                known = _handler(meter, work, out, reason in _MSR_REASONS[vendor.hardware])
+                known = _handler(meter, work, out, reason in MSR_REASONS[vendor.hardware])
     ipi = float(meter.ipi) if known and meter.ipi is not None else math.nan
     if not known or work.timer or out.user is not None or out.blocked:
         return ipi, math.nan
@@ -168,16 +168,15 @@ def _takes_srcu(machine: Machine, exit: Exit, out: Outcome) -> bool:
     return exit.reason == (SvmExit.HLT if vendor.hardware == "avic" else VmxExit.HLT)
 
 
-def _handler(meter: Meter, work: tuple, out: Outcome, generic_msr: bool) -> bool:
+def _handler(meter: Meter, work: Work, out: Outcome, generic_msr: bool) -> bool:
     """What TimedDispatcher._work charges; False when the record does not tell."""
-    stages, timer, skips = work
     if generic_msr:
         meter.charge("", "msr_access")
     if out.fault or (out.user is not None and out.path is not Path.FAST):
         return True
-    for stage in stages:
+    for stage in work.stages:
         meter.charge("", stage)
-    if "icr" in stages and out.accepted > 0:
+    if "icr" in work.stages and out.accepted > 0:
         effects = [effect for effect in Effect if effect & out.effects]
         if out.accepted > 1 and effects:
             return False
@@ -185,9 +184,9 @@ def _handler(meter: Meter, work: tuple, out: Outcome, generic_msr: bool) -> bool
         for effect in effects:
             meter.charge("", EFFECT_STAGES[effect])
         meter.ipi = meter.spent
-    if timer:
+    if work.timer:
         return False
-    if skips and out.completion != Fastpath.SKIP_EMUL_INS:
+    if work.skips and out.completion != Fastpath.SKIP_EMUL_INS:
         meter.charge("", "skip")
     return True
 
@@ -198,5 +197,5 @@ def _leaves_nothing(machine: Machine, exit: Exit, stages: tuple[str, ...], out: 
         return False
     if "icr" in stages and out.accepted and (concerns_sender or exit.msr == R.MSR_X2APIC_SELF_IPI):
         return False
-    msr = exit.reason in _MSR_REASONS[machine.dispatcher.vendor.hardware]
+    msr = exit.reason in MSR_REASONS[machine.dispatcher.vendor.hardware]
     return not msr or bool(stages) or out.fault is not None

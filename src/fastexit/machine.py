@@ -29,7 +29,8 @@ from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Out
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
-from fastexit.timed import TimedDispatcher, TimedVcpu
+from fastexit.timed import TimedDispatcher
+from fastexit.timedvcpu import TimedVcpu
 from fastexit.tracepoints import Trace
 from fastexit.vcpu import Vcpu
 from fastexit.vmx import Vmx

@@ -146,7 +146,7 @@ class Outcome:
         blocked: True when the vCPU waits for SIPI instead of having entered the guest again.
         reentered: True when the vCPU went straight back into the guest from the fast path.
         cycles_ipi, cycles: modelled time until the IPI left and until the guest runs again; None unless the machine has
-            ``costs`` (timed.TimedOutcome).
+            ``costs`` (meter.TimedOutcome).
     """
 
     __slots__ = (

@@ -16,9 +16,9 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import integer
 from fastexit.cost import CostProfile
 from fastexit.dispatcher import BLOCKED, Dispatcher, Exit, Vendor
+from fastexit.meter import EFFECT_STAGES, MSR_REASONS, Meter, Sent, TimedOutcome, pointer_calls, work_of
 from fastexit.outcome import (
     CODE_ACCEPTED_SHIFT,
     CODE_COMPLETION,
@@ -28,185 +28,12 @@ from fastexit.outcome import (
     COMPLETION_NONE,
     COMPLETION_REENTER,
     COMPLETION_SKIP,
-    OUTCOMES,
     Effect,
-    Outcome,
-    Path,
 )
-from fastexit.profile import PROFILES, Profile
-from fastexit.reasons import SvmExit, VmxExit
+from fastexit.profile import Profile
 from fastexit.vcpu import Vcpu
 
-CALLS = {
-    "irqoff_handler": 1,
-    "exit_checks": 1,
-    "msr_access": 1,
-    "skip": 2,
-    "accept": 1,
-    "notify": 1,
-    "event_check": 1,
-    "inject": 1,
-    "prepare_switch": 1,
-    "enter_mode": 1,
-    "reenter": 1,
-    "vm_entry": 1,
-}
-"""Calls through a pointer that a stage makes: kvm_x86_ops, or the host's APIC driver for a notification."""
-STATIC_SINCE = {"notify": "6.12"}
-"""First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6."""
-
-EFFECT_STAGES = {Effect.NOTIFY: "notify", Effect.KICK: "kick", Effect.WAKE: "wake", Effect.DOORBELL: "doorbell"}
 _IPI_EVENTS = (L.TP_APIC_IPI, L.TP_AVIC_INCOMPLETE_IPI)
-_TIMER_REGISTERS = (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR)
-
-
-def pointer_calls(kernel: str) -> dict[str, int]:
-    """CALLS as far as they still are calls through pointers in that generation."""
-    order = list(PROFILES)
-    return {stage: n for stage, n in CALLS.items() if order.index(kernel) < order.index(STATIC_SINCE.get(stage, "6.1"))}
-
-
-class Sent(NamedTuple):
-    """One target of an exit's IPI: its vCPU index, what the host has to do for it, cycles until that was done."""
-
-    vcpu: int
-    effect: Effect
-    cycles: int
-
-
-class Charge(NamedTuple):
-    """One stage as it was charged: the dispatcher's method (walk.STEPS), the stage, how often, cycles in all."""
-
-    step: str
-    stage: str
-    count: int
-    cycles: int
-
-
-class TimedOutcome(Outcome):
-    """An Outcome with its modelled time. Two are equal when their codes are; cycles do not count.
-
-    Attributes:
-        cycles_ipi: cycles from the guest's instruction until the IPI has left to its last target; None without an IPI
-            that anybody accepted.
-        cycles: cycles until the guest runs again; None when it does not: it waits, or is back in user space.
-        cycles_spent: cycles that were charged, whatever came of it.
-        sent: the targets for which something is to be done, in the order of sending.
-        charges: the stages, in order.
-    """
-
-    __slots__ = ("charges", "cycles", "cycles_ipi", "cycles_spent", "sent")
-
-    cycles: int | None
-    cycles_ipi: int | None
-    cycles_spent: int
-    sent: tuple[Sent, ...]
-    charges: tuple[Charge, ...]
-
-    def __init__(self, code: int, meter: Meter, in_guest: bool) -> None:
-        put, plain = object.__setattr__, OUTCOMES[code]
-        for name in Outcome.__slots__:
-            put(self, name, getattr(plain, name))
-        put(self, "cycles", meter.spent if in_guest else None)
-        put(self, "cycles_ipi", meter.ipi)
-        put(self, "cycles_spent", meter.spent)
-        put(self, "sent", tuple(meter.sent))
-        put(self, "charges", tuple(meter.log))
-
-    def as_dict(self) -> dict[str, object]:
-        """All attributes with plain values, for JSON; stages with what each cost in all."""
-        stages: dict[str, int] = {}
-        for charge in self.charges:
-            stages[charge.stage] = stages.get(charge.stage, 0) + charge.cycles
-        times = {"cycles_ipi": self.cycles_ipi, "cycles": self.cycles, "cycles_spent": self.cycles_spent}
-        return super().as_dict() | times | {"stages": stages}
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, cycles_ipi={self.cycles_ipi}, cycles={self.cycles})"
-
-
-class Meter:
-    """What one exit has cost so far."""
-
-    def __init__(self, costs: CostProfile, calls: dict[str, int]) -> None:
-        self.costs = costs
-        self.calls = calls
-        self.log: list[Charge] = []
-        self.spent = 0
-        self.ipi: int | None = None
-        self.sent: list[Sent] = []
-
-    def charge(self, step: str, stage: str, count: int = 1) -> None:
-        """A stage, and the calls through pointers that it makes."""
-        self.add(step, stage, count, count * self.costs[stage])
-        calls = count * self.calls.get(stage, 0)
-        if calls:
-            self.add(step, "vendor_call", calls, calls * self.costs["vendor_call"])
-
-    def add(self, step: str, stage: str, count: int, cycles: int) -> None:
-        """Cycles under a stage's name."""
-        self.log.append(Charge(step, stage, count, cycles))
-        self.spent += cycles
-
-
-class Work(NamedTuple):
-    """What the handler of an exit does: its stages, whether it writes the ICR or a timer register, whether it skips."""
-
-    stages: tuple[str, ...]
-    timer: bool = False
-    skips: bool = True
-
-
-def _register(offset: int, write: bool) -> tuple[str, bool]:
-    if write and offset == R.APIC_ICR:
-        return "icr", False
-    return "lapic_access", write and offset in _TIMER_REGISTERS
-
-
-def work_of(vendor: Vendor, exit: Exit) -> Work:
-    """The work of an exit's built-in handler; generic MSR emulation, which a fast handler avoids, is not among it."""
-    reason = exit.reason
-    writes = reason == vendor.wrmsr_reason and (reason != vendor.rdmsr_reason or bool(exit.info1))
-    svm = vendor.rdmsr_reason == vendor.wrmsr_reason
-    if not svm and reason == VmxExit.MSR_WRITE_IMM:
-        writes = True
-    if writes or reason == vendor.rdmsr_reason or (not svm and reason == VmxExit.MSR_READ_IMM):
-        if exit.msr == R.MSR_TSC_DEADLINE:
-            return Work(("timer",), timer=writes)
-        if not R.MSR_X2APIC_BASE <= exit.msr < R.MSR_X2APIC_BASE + 0x100:
-            return Work(())
-        offset = (exit.msr - R.MSR_X2APIC_BASE) << 4
-        if writes and offset == R.APIC_SELF_IPI:
-            return Work(("icr",))
-        stage, timer = _register(offset, writes)
-        return Work((stage,), timer)
-    if reason == vendor.mmio_reason or (not svm and reason in (VmxExit.EPT_VIOLATION, VmxExit.APIC_ACCESS)):
-        offset = exit.info1 & 0xFFF if reason == VmxExit.APIC_ACCESS and not svm else exit.offset
-        stage, timer = _register(offset, exit.write)
-        return Work(("emulator", stage), timer, skips=False)
-    if reason == vendor.interrupt_reason:
-        return Work((), skips=False)
-    if svm:
-        if reason == SvmExit.AVIC_INCOMPLETE_IPI:
-            return Work(("icr",), skips=False)
-        if reason == SvmExit.AVIC_UNACCELERATED_ACCESS:
-            return Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False)
-        halts, silent = (SvmExit.HLT, SvmExit.IDLE_HLT), (SvmExit.VINTR, SvmExit.NMI, SvmExit.IRET)
-    else:
-        if reason == VmxExit.APIC_WRITE:
-            stage, timer = _register(exit.info1 & 0xFFF, True)
-            return Work((stage,), timer, skips=False)
-        if reason in (VmxExit.EOI_INDUCED, VmxExit.TPR_BELOW_THRESHOLD):
-            return Work(("lapic_access",), skips=False)
-        if reason == VmxExit.PREEMPTION_TIMER:
-            return Work(("timer",), timer=True, skips=False)
-        halts = (VmxExit.HLT,)
-        silent = (VmxExit.INTERRUPT_WINDOW, VmxExit.NMI_WINDOW, VmxExit.EXCEPTION_NMI)
-    if reason in halts:
-        return Work(("halt",))
-    if reason == vendor.hypercall_reason:
-        return Work(("hypercall",))
-    return Work(("other_exit",), skips=reason not in silent)
 
 
 class _Before(NamedTuple):
@@ -502,7 +329,7 @@ class TimedDispatcher(Dispatcher):
         """The handler of an exit, fast or generic, by its code and by what it left behind."""
         meter, vendor = self.meter, self.vendor
         work = work_of(vendor, exit)
-        if step == "handle_exit" and exit.reason in _MSR_REASONS[vendor.hardware]:
+        if step == "handle_exit" and exit.reason in MSR_REASONS[vendor.hardware]:
             meter.charge(step, "msr_access")
         if code & CODE_FAULT or (code & CODE_USER and not code & CODE_FAST):
             return
@@ -526,95 +353,3 @@ class TimedDispatcher(Dispatcher):
 
 _ROOM = 3 * L.MAX_VCPUS + 4096
 """Records that one exit is sure not to exceed: three for each target."""
-_MSR_REASONS = {
-    "apicv": (VmxExit.MSR_READ, VmxExit.MSR_WRITE, VmxExit.MSR_READ_IMM, VmxExit.MSR_WRITE_IMM),
-    "avic": (SvmExit.MSR,),
-}
-
-
-class TimedVcpu(Vcpu):
-    """A vCPU of a machine with costs: its doors return TimedOutcome.
-
-    ``timed`` is the outcome of its last exit, reads and timers among them; ``run_cycles`` is what its last run() cost.
-    """
-
-    __slots__ = ("run_cycles", "timed")
-
-    timed: TimedOutcome | None
-    run_cycles: int
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.timed = None
-        self.run_cycles = 0
-
-    def wrmsr(self, msr: int, value: int) -> Outcome:
-        """Vcpu.wrmsr, timed."""
-        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
-        vendor = self._loop.vendor
-        exit = Exit(vendor.wrmsr_reason, msr, value, vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        return self._timed(self._loop.run_exit(self, exit))
-
-    def exit(self, reason: int, **info: Any) -> Outcome:
-        """Vcpu.exit, timed."""
-        return self._timed(super().exit(reason, **info))
-
-    def hypercall(self, *args: Any, **named: Any) -> Outcome:
-        """Vcpu.hypercall, timed."""
-        return self._timed(super().hypercall(*args, **named))
-
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """Vcpu.mmio_write, timed."""
-        return self._timed(super().mmio_write(offset, value, length))
-
-    def hw_wrmsr(self, msr: int, value: int) -> Outcome:
-        """Vcpu.hw_wrmsr, timed: hw_ipi or hw_access where there is no exit."""
-        return self._hardware(lambda: super(TimedVcpu, self).hw_wrmsr(msr, value), msr == R.MSR_X2APIC_ICR)
-
-    def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """Vcpu.hw_mmio_write, timed."""
-        return self._hardware(lambda: super(TimedVcpu, self).hw_mmio_write(offset, value, length), offset == R.APIC_ICR)
-
-    def hw_rdmsr(self, msr: int) -> int:
-        """Vcpu.hw_rdmsr; ``timed`` has its time."""
-        return self._hardware(lambda: super(TimedVcpu, self).hw_rdmsr(msr), False)
-
-    def hw_mmio_read(self, offset: int, length: int = 4) -> int:
-        """Vcpu.hw_mmio_read; ``timed`` has its time."""
-        return self._hardware(lambda: super(TimedVcpu, self).hw_mmio_read(offset, length), False)
-
-    def _timed(self, _plain: object) -> Outcome:
-        assert self.timed is not None
-        return self.timed
-
-    def _hardware(self, act: Callable[[], Any], icr: bool) -> Any:
-        """An instruction that may not exit: then nothing was charged, and the CPU's own time is."""
-        loop = self._loop
-        if loop.mem[self.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            loop.start_run(self)
-        self.timed = None
-        words, n = loop.words, loop.mem[L.H_NVCPUS]
-        before = loop._before(self)
-        irr = words[L.VEC : L.VEC + n * L.VEC_STRIDE].copy()
-        result = act()
-        if self.timed is None:
-            meter = Meter(loop.costs, loop.calls)
-            meter.charge("hardware", "hw_ipi" if icr else "hw_access")
-            if icr and isinstance(result, Outcome) and result.path is Path.HARDWARE and not result.fault:
-                changed = (
-                    (words[L.VEC : L.VEC + n * L.VEC_STRIDE] != irr)
-                    .reshape(n, -1)[:, L.VEC_IRR : L.VEC_IRR + 4]
-                    .any(axis=1)
-                )
-                if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
-                    rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
-                    changed = (rows[:, L.PID_CONTROL_WORD] & ~before.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
-                vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
-                for i in np.flatnonzero(changed).tolist():
-                    effect = result.effects & Effect.NOTIFY if vmx else loop._effect(self, before, i)
-                    if effect:
-                        meter.sent.append(Sent(i, effect, meter.spent))
-                if result.accepted > 0:
-                    meter.ipi = meter.spent
-            loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)
-        return self.timed if isinstance(result, Outcome) else result

@@ -29,9 +29,10 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.machine import Machine
+from fastexit.meter import TimedOutcome
 from fastexit.outcome import Effect, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
-from fastexit.timed import TimedOutcome, TimedVcpu
+from fastexit.timedvcpu import TimedVcpu
 
 try:
     import simpy
