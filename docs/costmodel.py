@@ -104,7 +104,7 @@ class Pair(NamedTuple):
 
 FAST_PATH_V1 = "Message-Id 1573283135-5502-1-git-send-email-wanpengli@tencent.com"
 DEADLINE = "cover letter 1587468026-15753-1-git-send-email-wanpengli@tencent.com"
-IPIV = "Message-Id 20210716064808.14757-1-guang.zeng@intel.com and its v4"
+IPIV = "IPI virtualization series v4 (v1: Message-Id 20210716064808.14757-1-guang.zeng@intel.com)"
 RETPOLINE, OFF, IPIV_HOST = "skylake-retpoline", "skylake-mitigations-off", "ipiv-host"
 
 BETWEEN_LINES = (

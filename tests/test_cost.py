@@ -222,6 +222,14 @@ def test_who_does_not_run_again_has_no_cycles() -> None:
     assert (out.cycles, "user_exit" in stages(out)) == (None, True)
 
 
+def test_discarded_interrupts_cost_no_acceptance() -> None:
+    """The first target's APIC is off by software: the second one accepts and is told."""
+    m = booted()
+    m.vcpus[1].wrmsr(0x80F, 0xFF)
+    out = m.vcpus[0].wrmsr(ICR, fx.icr(vector=0x41, shorthand=fx.Shorthand.ALL_BUT_SELF))
+    assert (out.accepted, [sent.vcpu for sent in out.sent], stages(out)["accept"]) == (2, [2, 3], 2)
+
+
 def test_nobody_there_no_ipi() -> None:
     m = booted()
     out = m.vcpus[0].wrmsr(ICR, fx.icr(dest=99, vector=0x41))
@@ -383,6 +391,27 @@ def test_batch_agrees_with_the_python_door(kernel: str, vendor: str, apicv: bool
         assert not (out.reentered and out.accepted == 1 and np.isnan(total[i])), out
     assert np.isfinite(sent).sum() >= 20
     assert np.isfinite(total).any() == any(out.reentered and out.cycles_ipi is not None for out in seen)
+
+
+@pytest.mark.parametrize(("vendor", "apicv"), [(vendor, apicv) for vendor in ("vmx", "svm") for apicv in (True, False)])
+def test_batch_of_page_accesses_agrees(vendor: str, apicv: bool) -> None:
+    """xAPIC mode, with APICs that are switched off by software in between, so that some targets discard."""
+    rng = random.Random(vendor)
+    reason, n = (0x400 if vendor == "svm" else 49), 300
+    exits = np.zeros(n, dtype=fx.EXIT)
+    for i in range(n):
+        offset, value = rng.choice(
+            ((0x300, 0x41), (0x300, 0xC0042), (0x310, rng.randrange(4) << 24), (0xF0, 0xFF), (0xF0, 0x1FF), (0x80, 0))
+        )
+        exits[i] = (rng.randrange(4), reason, offset, 4 | fx.MMIO_WRITE, value)
+    batch, single = (fx.Machine(vcpus=4, vendor=vendor, apicv=apicv, costs=costs) for costs in (None, RETPOLINE))
+    outcomes = batch.run(exits)
+    seen = [single.vcpus[v].mmio_write(offset, value) for v, offset, value in exits[["vcpu", "msr", "value"]].tolist()]
+    assert [out.code for out in seen] == outcomes["code"].tolist()
+    sent, _ = fx.batch_cycles(batch, exits, outcomes, RETPOLINE)
+    known = np.isfinite(sent)
+    assert known.sum() >= 20
+    assert [seen[i].cycles_ipi for i in np.flatnonzero(known)] == sent[known].tolist()
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())

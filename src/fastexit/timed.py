@@ -293,8 +293,10 @@ class TimedDispatcher(Dispatcher):
         seen = [ids[vcpu_id] for event, vcpu_id in records if event == L.TP_ACCEPT_IRQ]
         return seen or [ids[vcpu_id] for event, vcpu_id in records if event == L.TP_APICV_ACCEPT_IRQ]
 
-    def _effect(self, v: Vcpu, before: _Before, target: int) -> Effect:
-        """What the host has to do for one target, by what changed in its row."""
+    def _effect(self, v: Vcpu, before: _Before, target: int, posted: bool) -> Effect:
+        """What the host has to do for one target, by what changed in its row; a doorbell, which changes nothing, by
+        its having been ``posted``.
+        """
         old = before.rows[target]
         now = self.mem[L.HOT + target * L.HOT_STRIDE + L.HOT_MODE]
         in_guest = int(old[L.HOT_MODE]) == R.IN_GUEST_MODE
@@ -308,16 +310,26 @@ class TimedDispatcher(Dispatcher):
             return Effect.NONE
         if self.mem[L.H_CONFIG] & L.CONFIG_SVM:
             theirs, mine = (self.mem[L.KVM + i * L.KVM_STRIDE + L.K_CPU] for i in (target, v.index))
-            return Effect.NONE if theirs == mine else Effect.DOORBELL
+            return Effect.DOORBELL if posted and theirs != mine else Effect.NONE
         on = self.mem[L.HOT + target * L.HOT_STRIDE + L.PID_CONTROL_WORD] & ~int(old[L.PID_CONTROL_WORD])
         return Effect.NOTIFY if on & R.PID_ON else Effect.NONE
 
     def _accepted(self, v: Vcpu, before: _Before, step: str, accepted: int, ipi: bool = False) -> None:
-        """The targets of an IPI or of a timer's tick, one behind the other, as far as they accepted."""
+        """The targets of an IPI or of a timer's tick, one behind the other, as far as they accepted.
+
+        Where only some did, it was those for which there is something to do, and the first of the rest.
+        """
         meter = self.meter
-        for target in self._targets(v, self._records(before))[:accepted]:
+        records, ids = self._records(before), v.machine._ids
+        posted = {ids[vcpu_id] for event, vcpu_id in records if event == L.TP_APICV_ACCEPT_IRQ}
+        targets = [(target, self._effect(v, before, target, target in posted)) for target in self._targets(v, records)]
+        quiet = accepted - sum(1 for _, effect in targets if effect)
+        for target, effect in targets:
+            if not effect:
+                quiet -= 1
+                if quiet < 0:
+                    continue
             meter.charge(step, "accept")
-            effect = self._effect(v, before, target)
             if effect:
                 meter.charge(step, EFFECT_STAGES[effect])
             if ipi:

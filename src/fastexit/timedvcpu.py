@@ -95,7 +95,7 @@ class TimedVcpu(Vcpu):
                     changed = (rows[:, L.PID_CONTROL_WORD] & ~before.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
                 vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
                 for i in np.flatnonzero(changed).tolist():
-                    effect = result.effects & Effect.NOTIFY if vmx else loop._effect(self, before, i)
+                    effect = result.effects & Effect.NOTIFY if vmx else loop._effect(self, before, i, True)
                     if effect:
                         meter.sent.append(Sent(i, effect, meter.spent))
                 if result.accepted > 0:
