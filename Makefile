@@ -47,7 +47,7 @@ test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
 
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
-	@for extra in simpy unicorn; do $(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extra]" || true; done
+	@for extra in sim unicorn; do $(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extra]" || true; done
 	@$(PY) examples/embed_test.py
 
 verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md
@@ -88,5 +88,5 @@ $(STAMP): pyproject.toml setup.cfg
 		if $$py -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; py=; done; \
 	[ -n "$$py" ] || { echo "fastexit needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
 	[ -x $(PY) ] || { echo "setting up .venv with $$($$py -V), once"; $$py -m venv .venv || { rm -rf .venv; exit 1; }; }
-	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[test,plot]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[test,plot,sim,unicorn]'
 	@touch $@

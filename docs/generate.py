@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import costmodel
 import verified
 
 import fastexit as fx
@@ -78,6 +79,11 @@ def instructions() -> str:
 
 SECTIONS = {
     ROOT / "README.md": {"generations": generations},
+    ROOT / "docs" / "cost-model.md": {
+        "pairs": costmodel.pairs,
+        "cycles": costmodel.generations,
+        "constants": costmodel.constants,
+    },
     ROOT / "docs" / "model.md": {"traits": traits},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
     ROOT / "docs" / "verified.md": {"runs": verified.runs, "mutants": verified.mutants},

@@ -20,9 +20,9 @@ LAYERS = (
     {"reasons", "regs"},
     {"layout", "outcome", "profile"},
     {"kernels"},
-    {"checks", "config", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "snapshot", "svm", "vcpu"}
-    | {"vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
-    {"walk"},
+    {"checks", "config", "cost", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "meter", "snapshot"}
+    | {"svm", "timed", "timedvcpu", "vcpu", "vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
+    {"costbatch", "walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},
     {"show"},

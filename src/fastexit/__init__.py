@@ -43,6 +43,10 @@ _NAMES = {
     "OUTCOME": "layout",
     "MMIO_WRITE": "layout",
     "profiles": "profile",
+    "CostProfile": "cost",
+    "cost_profiles": "cost",
+    "TimedOutcome": "meter",
+    "batch_cycles": "costbatch",
 }
 
 __all__ = [*_NAMES, "kvm", "warmup"]

@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--mode", default="Fixed", help="Fixed LowPrio SMI Res3 NMI INIT SIPI ExtINT")
     walk.add_argument("--logical", action="store_true", help="logical destination mode")
     walk.add_argument("--shorthand", default="none", choices=("none", "self", "all", "all-but-self"))
+    walk.add_argument("--costs", metavar="NAME|FILE", help="modelled cycles: a cost profile or a TOML file")
     machine_options(walk)
 
     replay = command("replay", commands.replay, "Feed a KVM trace to the model: ICR classes, fast shares, predictions.")

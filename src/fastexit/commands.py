@@ -76,6 +76,17 @@ def _icr_value(args: argparse.Namespace) -> int:
     return icr(dest, args.vector, delivery=modes[args.mode.lower()], logical=args.logical, shorthand=shorthand)
 
 
+def _costs(name: str | None) -> Any:
+    """A cost profile by name, or from a file: whatever looks like one."""
+    from fastexit.cost import CostProfile, cost_profile
+
+    if name is None:
+        return None
+    if name.endswith(".toml") or os.sep in name:
+        return CostProfile.load(name)
+    return cost_profile(name)
+
+
 def walk(args: argparse.Namespace) -> int:
     """``fastexit walk``."""
     from fastexit.walk import walk
@@ -84,7 +95,7 @@ def walk(args: argparse.Namespace) -> int:
     cases = [(kernel, True) for kernel in args.kernels]
     if args.generic:
         cases += [(kernel, False) for kernel in args.kernels]
-    options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus}
+    options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus, "costs": _costs(args.costs)}
     _compile()
     walks = [walk(args.msr, value, kernel=kernel, fastpath=fast, **options) for kernel, fast in cases]
     if args.json:

@@ -18,6 +18,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.config import Config, check_api
+from fastexit.cost import CostProfile, cost_profile
 from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
 from fastexit.hardware import Hardware
@@ -28,6 +29,8 @@ from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Out
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
 from fastexit.svm import Svm
+from fastexit.timed import TimedDispatcher
+from fastexit.timedvcpu import TimedVcpu
 from fastexit.tracepoints import Trace
 from fastexit.vcpu import Vcpu
 from fastexit.vmx import Vmx
@@ -68,6 +71,8 @@ class Machine:
         disable_exits: KVM_CAP_X86_DISABLE_EXITS (regs.DisableExits).
         disable_quirks: KVM_CAP_DISABLE_QUIRKS; bits 0 (LINT0_REENABLED) and 2 (LAPIC_MMIO_HOLE) matter here.
         boot_cpu_id: KVM_SET_BOOT_CPU_ID.
+        costs: the name of a cost profile (``fastexit.cost_profiles()``) or a CostProfile, for outcomes that have their
+            modelled time (Outcome.cycles); None: no time at all.
 
     Each vCPU is created as by KVM_CREATE_VCPU, so the last one is missing from the APIC map until a register write that
     concerns the map, such as boot_x2apic makes. ValueError for every argument out of range.
@@ -104,6 +109,7 @@ class Machine:
         disable_exits: int = 0,
         disable_quirks: int = 0,
         boot_cpu_id: int = 0,
+        costs: str | CostProfile | None = None,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in Config.__dataclass_fields__}
         config = Config(**settings)
@@ -117,10 +123,11 @@ class Machine:
             ids = [integer(i, "APIC id", L.MAX_VCPU_ID) for i in apic_ids]
         if not ids:
             raise ValueError("a machine needs at least one vCPU")
+        costs = None if costs is None else cost_profile(costs)
         self._map_memory()
         for word, value in config.header().items():
             self.mem[word] = value
-        self._assemble()
+        self._assemble(costs)
         for vcpu_id in ids:
             self.add_vcpu(vcpu_id)
 
@@ -132,13 +139,19 @@ class Machine:
             _jit.register(self.handle, self.words)
             weakref.finalize(self, _jit.unregister, self.handle)
 
-    def _assemble(self) -> None:
+    def _assemble(self, costs: CostProfile | None) -> None:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
         self.profile = list(PROFILES.values())[self.mem[L.H_PROFILE]]
         common = CommonHandlers(self.mem, self.handle)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
-        self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
+        self.costs = costs
+        self._vcpu_class: type[Vcpu] = Vcpu if costs is None else TimedVcpu
+        self.dispatcher = (
+            Dispatcher(self.mem, self.handle, vendor, self.profile)
+            if costs is None
+            else TimedDispatcher(self.mem, self.handle, vendor, self.profile, self.words, costs)
+        )
         self.hardware = Hardware(self.dispatcher)
         self.irtes = RemappingTable(self)
         self.trace = Trace(self)
@@ -227,7 +240,7 @@ class Machine:
             if index == L.NONE:
                 raise ValueError(f"a machine holds at most {L.MAX_VCPUS} vCPUs")
             self._ids[vcpu_id] = index
-            v = Vcpu(self, index, vcpu_id)
+            v = self._vcpu_class(self, index, vcpu_id)
             self.vcpus.append(v)
         return v
 
@@ -444,20 +457,21 @@ class Machine:
         return pack(self.words)
 
     @classmethod
-    def restore(cls, data: bytes) -> Machine:
+    def restore(cls, data: bytes, costs: str | CostProfile | None = None) -> Machine:
         """A machine from its snapshot; ValueError says what is wrong with the bytes.
 
         Handlers are the built-in ones; ioeventfds (``fast_mmio``) and remapping entries of assigned devices are user
-        space's, which makes them anew.
+        space's, which makes them anew; ``costs`` are Machine's, which no snapshot has.
         """
+        profile = None if costs is None else cost_profile(costs)
         m = cls.__new__(cls)
         m._map_memory()
         unpack(data, m.words)
-        m._assemble()
+        m._assemble(profile)
         for index in range(m.mem[L.H_NVCPUS]):
             vcpu_id = m.mem[L.KVM + index * L.KVM_STRIDE + L.K_VCPU_ID]
             m._ids[vcpu_id] = index
-            m.vcpus.append(Vcpu(m, index, vcpu_id))
+            m.vcpus.append(m._vcpu_class(m, index, vcpu_id))
         return m
 
 

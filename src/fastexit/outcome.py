@@ -145,6 +145,8 @@ class Outcome:
         user: the KVM_EXIT_* reason with which the vCPU left to user space, or None when it runs on.
         blocked: True when the vCPU waits for SIPI instead of having entered the guest again.
         reentered: True when the vCPU went straight back into the guest from the fast path.
+        cycles_ipi, cycles: modelled time until the IPI left and until the guest runs again; None unless the machine has
+            ``costs`` (meter.TimedOutcome).
     """
 
     __slots__ = (
@@ -170,6 +172,8 @@ class Outcome:
     user: KvmExit | int | None
     blocked: bool
     reentered: bool
+    cycles_ipi: int | None = None
+    cycles: int | None = None
 
     def __init__(self, code: int) -> None:
         f = CODE.decode(code)

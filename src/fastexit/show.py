@@ -49,6 +49,8 @@ def _cell(walk: Walk, step: int, width: int) -> RenderableType:
         skipped = walk.outcome.path and STEPS[step].method and STEPS[step].method not in _OPTIONAL
         return Text("skipped" if skipped else "-", style="dim")
     cell = Text("done", style="green")
+    if walk.costs is not None:
+        cell.append(f" {sum(visit.cycles or 0 for visit in visits):,} cycles", style="bold")
     for visit in visits:
         for line in visit.lines:
             style = "bold yellow" if "accept_irq" in line or "kvm_apic_ipi" in line else "cyan"
@@ -85,6 +87,11 @@ def walk_summary(walk: Walk) -> str:
         before = walk.steps_before_ipi or 0
         parts.append(f"IPI left in step {STEPS[walk.ipi_step].number}, behind {before} other steps")
     parts.append(f"{len(walk.steps_done)} of {MODELLED} modelled steps run")
+    if walk.costs is not None:
+        if out.cycles_ipi is not None:
+            parts.append(f"IPI left after {out.cycles_ipi:,} cycles")
+        again = "guest does not run again" if out.cycles is None else f"guest runs again after {out.cycles:,} cycles"
+        parts.append(f"{again} ({walk.costs})")
     return "; ".join(parts)
 
 

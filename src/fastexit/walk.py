@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import U32, integer
+from fastexit.cost import CostProfile
 from fastexit.dispatcher import Exit
 from fastexit.machine import Machine
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, OUTCOMES, Outcome
@@ -59,13 +60,17 @@ _MODES = ("OUTSIDE", "IN_GUEST", "EXITING", "READING_PT")
 
 @dataclass
 class Visit:
-    """One step as it ran: tracepoint lines it emitted, and vcpu->mode, the IRQ flag and SRCU when it was over."""
+    """One step as it ran: tracepoint lines it emitted, and vcpu->mode, the IRQ flag and SRCU when it was over.
+
+    ``cycles`` is what it cost; None without a cost profile.
+    """
 
     step: int
     lines: list[str]
     mode: str
     irqs_off: bool
     srcu: bool
+    cycles: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         step = STEPS[self.step]
@@ -76,6 +81,7 @@ class Visit:
             "mode": self.mode,
             "irqs_off": self.irqs_off,
             "srcu_held": self.srcu,
+            **({} if self.cycles is None else {"cycles": self.cycles}),
         }
 
 
@@ -84,12 +90,16 @@ class Walk:
     """A walked exit: its kernel, its outcome, and the steps that ran, in order.
 
     ``ipi_step`` is the index into STEPS of the step in which the IPI was accepted by its first target, or None.
+    ``costs`` names the cost profile, if any; ``cycles_elsewhere`` is what step 18 and vcpu_run's part between two
+    iterations cost, which a walk does not show.
     """
 
     kernel: str
     fastpath: bool
     outcome: Outcome
     visits: list[Visit] = field(default_factory=list)
+    costs: str | None = None
+    cycles_elsewhere: int = 0
 
     @property
     def title(self) -> str:
@@ -116,9 +126,11 @@ class Walk:
 
     def as_dict(self) -> dict[str, Any]:
         skipped = [STEPS[i].number for i in range(len(STEPS)) if STEPS[i].method and i not in self.steps_done]
+        timed = {} if self.costs is None else {"costs": self.costs, "cycles_elsewhere": self.cycles_elsewhere}
         return {
             "kernel": self.kernel,
             "fastpath": self.fastpath,
+            **timed,
             "outcome": self.outcome.as_dict(),
             "ipi_left_in_step": None if self.ipi_step is None else STEPS[self.ipi_step].number,
             "steps_before_ipi": self.steps_before_ipi,
@@ -165,13 +177,14 @@ def walk(
     apicv: bool = True,
     fastpath: bool = True,
     vcpus: int = 4,
+    costs: str | CostProfile | None = None,
 ) -> Walk:
     """Walk one WRMSR of vCPU 0 on a booted x2APIC machine whose vCPUs are all in guest mode.
 
     ``msr`` and ``value`` are as for Vcpu.wrmsr; the rest are Machine's arguments. ValueError as there.
     """
     msr, value = integer(msr, "MSR", U32), integer(value, "MSR value")
-    machine = Machine(vcpus=vcpus, kernel=kernel, vendor=vendor, apicv=apicv)
+    machine = Machine(vcpus=vcpus, kernel=kernel, vendor=vendor, apicv=apicv, costs=costs)
     machine.boot_x2apic()
     machine.fastpath = fastpath
     for v in machine.vcpus:
@@ -189,4 +202,23 @@ def walk(
         recorder.visits[-1].lines = [line for line in lines if line not in entry]
         recorder.note(REENTER, [])
         recorder.note(len(STEPS) - 1, entry)
-    return Walk(kernel, fastpath, OUTCOMES[code], recorder.visits)
+    if machine.costs is None:
+        return Walk(kernel, fastpath, OUTCOMES[code], recorder.visits)
+    outcome = v.timed  # type: ignore[attr-defined]
+    elsewhere = _share_out(recorder.visits, outcome)
+    return Walk(kernel, fastpath, outcome, recorder.visits, machine.costs.name, elsewhere)
+
+
+def _share_out(visits: list[Visit], outcome: Any) -> int:
+    """Each charge goes to the last visit of its step that the exit had; what belongs to no step is returned."""
+    at = {STEPS[visit.step].method: visit for visit in visits}
+    for visit in visits:
+        visit.cycles = 0
+    elsewhere = 0
+    for charge in outcome.charges:
+        visit = at.get(charge.step)
+        if visit is None:
+            elsewhere += charge.cycles
+        else:
+            visit.cycles = (visit.cycles or 0) + charge.cycles
+    return elsewhere
