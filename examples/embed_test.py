@@ -157,14 +157,13 @@ def wheel() -> None:
     _demo(folder, options.split())
 
 
-def tests(module: str) -> None:
-    """The tests of an adapter."""
+def adapter(module: str, extra: str, *examples: str) -> None:
+    """The tests of an adapter, and its examples."""
     if importlib.util.find_spec(module) is None:
-        raise Missing(f"no {module}: pip install 'fastexit[{module}]'")
-    files = sorted(ROOT.glob(f"tests/test_{module}*.py"))
-    if not files:
-        raise Missing(f"no tests/test_{module}*.py")
-    run(sys.executable, "-m", "pytest", "-q", "-m", "", *files)
+        raise Missing(f"no {module}: pip install 'fastexit[{extra}]'")
+    run(sys.executable, "-m", "pytest", "-q", "-m", "", f"tests/test_{module}.py")
+    for example in examples:
+        run(sys.executable, *example.split())
 
 
 def c_abi() -> None:
@@ -182,8 +181,8 @@ STEPS: dict[str, Callable[[], None]] = {
     "C host: CMake": cmake,
     "C host: pkg-config": pkg_config,
     "C host: from a wheel": wheel,
-    "SimPy": lambda: tests("simpy"),
-    "Unicorn": lambda: tests("unicorn"),
+    "SimPy": lambda: adapter("simpy", "sim", f"examples/simpy_ipi.py --quick --output {SCRATCH / 'simpy'}"),
+    "Unicorn": lambda: adapter("unicorn", "unicorn", "examples/unicorn_ipi.py", "examples/unicorn_ipi.py --xapic"),
 }
 
 
