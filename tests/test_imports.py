@@ -21,7 +21,7 @@ LAYERS = (
     {"layout", "outcome", "profile"},
     {"kernels"},
     {"checks", "config", "cost", "dispatcher", "handlers", "hardware", "ioctls", "irte", "machine", "meter", "snapshot"}
-    | {"svm", "timed", "timedvcpu", "vcpu", "vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
+    | {"evidence", "svm", "timed", "timedvcpu", "vcpu", "vcpustate", "vmx", "tracenames", "tracepoints", "tracetext"},
     {"costbatch", "walk"},
     {"compare"},
     {"adapters", "embed", "kvm", "trace"},

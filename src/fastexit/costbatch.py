@@ -143,7 +143,8 @@ def _cycles(
     if machine.mem[L.H_TIMER_ADVANCE_NS] or reason == VmxExit.PREEMPTION_TIMER:
         return ipi, math.nan
     if not out.reentered:
-        if not quiet or not _leaves_nothing(machine, exit, work.stages, out, concerns_sender):
+        apicvs = {bool(v.apicv) for v in machine.vcpus}
+        if not quiet or len(apicvs) > 1 or not _leaves_nothing(machine, exit, work.stages, out, concerns_sender):
             return ipi, math.nan
         charge("loop_tail")
         if out.fault:
@@ -151,10 +152,13 @@ def _cycles(
                 charge(stage)
         for stage in ("prepare_switch", "irqs_off", "enter_mode", "srcu_unlock", "guest_state"):
             charge(stage)
+        (apicv,) = apicvs
+        meter.call("", "sync_pir" if apicv else "cr8_intercept", int(apicv or out.fault is not None))
+        for stage in ("mitigation_entry", "vm_entry"):
+            charge(stage)
     else:
-        charge("reenter")
-    charge("mitigation_entry")
-    charge("vm_entry")
+        for stage in ("reenter", "mitigation_entry", "vm_entry"):
+            meter.direct("", stage)
     return ipi, float(meter.spent)
 
 

@@ -14,23 +14,26 @@ from fastexit.outcome import OUTCOMES, Effect, Outcome
 from fastexit.profile import PROFILES
 from fastexit.reasons import SvmExit, VmxExit
 
-CALLS = {
-    "irqoff_handler": 1,
-    "exit_checks": 1,
-    "msr_access": 1,
-    "skip": 2,
-    "accept": 1,
-    "notify": 1,
-    "event_check": 1,
-    "inject": 1,
-    "prepare_switch": 1,
-    "enter_mode": 1,
-    "reenter": 1,
-    "vm_entry": 1,
+_KVM, _APIC, _SMP = "6.1", "6.12", None
+"""First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6; smp_ops
+never."""
+
+POINTERS: dict[str, tuple[str | None, ...]] = {
+    "irqoff_handler": (_KVM,),
+    "exit_checks": (_KVM,),
+    "msr_access": (_KVM,),
+    "skip": (_KVM, _KVM),
+    "accept": (_KVM,),
+    "notify": (_APIC,),
+    "kick": (_SMP, _APIC),
+    "inject": (_KVM, _KVM),
+    "prepare_switch": (_KVM,),
+    "vm_entry": (_KVM,),
+    "sync_pir": (_KVM,),
+    "cr8_intercept": (_KVM,),
 }
-"""Calls through a pointer that a stage makes: kvm_x86_ops, or the host's APIC driver for a notification."""
-STATIC_SINCE = {"notify": "6.12"}
-"""First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6."""
+"""Calls through a pointer that a stage makes, each by the generation that made it a static call. The last two are no
+stages: steps 6 to 9 with APICv on, step 3 with it off."""
 
 EFFECT_STAGES = {Effect.NOTIFY: "notify", Effect.KICK: "kick", Effect.WAKE: "wake", Effect.DOORBELL: "doorbell"}
 MSR_REASONS = {
@@ -42,9 +45,13 @@ _TIMER_REGISTERS = (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR)
 
 
 def pointer_calls(kernel: str) -> dict[str, int]:
-    """CALLS as far as they still are calls through pointers in that generation."""
+    """POINTERS, counted as far as they still are pointers in that generation."""
     order = list(PROFILES)
-    return {stage: n for stage, n in CALLS.items() if order.index(kernel) < order.index(STATIC_SINCE.get(stage, "6.1"))}
+    at = order.index(kernel)
+    return {
+        stage: sum(1 for since in calls if since is None or at < order.index(since))
+        for stage, calls in POINTERS.items()
+    }
 
 
 class Sent(NamedTuple):
@@ -119,8 +126,16 @@ class Meter:
 
     def charge(self, step: str, stage: str, count: int = 1) -> None:
         """A stage, and the calls through pointers that it makes."""
+        self.direct(step, stage, count)
+        self.call(step, stage, count)
+
+    def direct(self, step: str, stage: str, count: int = 1) -> None:
+        """A stage that is reached without them: a re-entry stays inside the vendor's run function."""
         self.add(step, stage, count, count * self.costs[stage])
-        calls = count * self.calls.get(stage, 0)
+
+    def call(self, step: str, what: str, count: int = 1) -> None:
+        """The calls through pointers of ``what`` (POINTERS), as far as the generation has them."""
+        calls = count * self.calls.get(what, 0)
         if calls:
             self.add(step, "vendor_call", calls, calls * self.costs["vendor_call"])
 

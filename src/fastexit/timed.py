@@ -10,7 +10,7 @@ One thread at a time acts on such a machine: its trace ring is borrowed while an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.cost import CostProfile
 from fastexit.dispatcher import BLOCKED, Dispatcher, Exit, Vendor
+from fastexit.evidence import IPI_EVENTS, Before, before, effect, records, targets
 from fastexit.meter import EFFECT_STAGES, MSR_REASONS, Meter, Sent, TimedOutcome, pointer_calls, work_of
 from fastexit.outcome import (
     CODE_ACCEPTED_SHIFT,
@@ -28,21 +29,9 @@ from fastexit.outcome import (
     COMPLETION_NONE,
     COMPLETION_REENTER,
     COMPLETION_SKIP,
-    Effect,
 )
 from fastexit.profile import Profile
 from fastexit.vcpu import Vcpu
-
-_IPI_EVENTS = (L.TP_APIC_IPI, L.TP_AVIC_INCOMPLETE_IPI)
-
-
-class _Before(NamedTuple):
-    """What is looked at on both sides of a handler."""
-
-    head: int
-    rows: np.ndarray
-    hv_deadline: int
-    hrtimer: int
 
 
 class TimedDispatcher(Dispatcher):
@@ -126,7 +115,7 @@ class TimedDispatcher(Dispatcher):
         charge = self.meter.charge
         for stage in ("vm_exit", "mitigation_exit", "exit_info"):
             charge("vendor_run", stage)
-        before = self._before(v)
+        old = self._before(v)
         locks, waited = self.mem[v.own + L.K_SRCU_LOCKS], self.mem[v.own + L.K_WAITED]
         code = super().vendor_run(v, exit)
         if not self.hook_irqoff and exit.reason in self.vendor.fast_run and not exit.failed_entry:
@@ -135,13 +124,12 @@ class TimedDispatcher(Dispatcher):
             if locks:
                 charge("vendor_run", "srcu_lock", locks)
             if code & CODE_FAST:
-                self._work(v, exit, code, before, "vendor_run")
+                self._work(v, exit, code, old, "vendor_run")
             if locks:
                 charge("vendor_run", "srcu_unlock", locks)
         if code & CODE_COMPLETION == COMPLETION_REENTER:
-            charge("reenter", "reenter")
-            charge("vm_entry", "mitigation_entry")
-            charge("vm_entry", "vm_entry")
+            for step, stage in (("reenter", "reenter"), ("vm_entry", "mitigation_entry"), ("vm_entry", "vm_entry")):
+                self.meter.direct(step, stage)
             self._waited(v, waited)
         return code
 
@@ -153,12 +141,12 @@ class TimedDispatcher(Dispatcher):
     def handle_exit_irqoff(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 14, with the fast handler of the first generations."""
         self.meter.charge("handle_exit_irqoff", "irqoff_handler")
-        before = self._before(v)
+        old = self._before(v)
         code = super().handle_exit_irqoff(v, exit, code)
         if self.hook_irqoff and exit.reason in self.vendor.fast_irqoff:
             self.meter.charge("handle_exit_irqoff", "fast_check")
             if code & CODE_FAST:
-                self._work(v, exit, code, before, "handle_exit_irqoff")
+                self._work(v, exit, code, old, "handle_exit_irqoff")
         if exit.reason == self.vendor.interrupt_reason:
             self.meter.charge("handle_exit_irqoff", "host_irq")
         return code
@@ -191,14 +179,14 @@ class TimedDispatcher(Dispatcher):
     def generic(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 20: dispatch and the generic handler, or what the fast path left to do."""
         completion = code & CODE_COMPLETION
-        before, calls = self._before(v), self.mem[v.own + L.K_INDIRECT_CALLS]
+        old, calls = self._before(v), self.mem[v.own + L.K_INDIRECT_CALLS]
         result = super().generic(v, exit, code)
         if completion == COMPLETION_SKIP:
             self.meter.charge("handle_exit", "skip")
         elif completion == COMPLETION_NONE:
             indirect = self.mem[v.own + L.K_INDIRECT_CALLS] != calls
             self.meter.charge("handle_exit", "dispatch_indirect" if indirect else "dispatch_direct")
-            self._work(v, exit, result, before, "handle_exit")
+            self._work(v, exit, result, old, "handle_exit")
         return result
 
     def return_to_user(self, v: Vcpu, code: int) -> None:
@@ -210,10 +198,10 @@ class TimedDispatcher(Dispatcher):
 
     def loop_tail(self, v: Vcpu) -> int:
         """O4-O7, with the APIC that accepts a tick."""
-        before = self._before(v)
+        old = self._before(v)
         code = super().loop_tail(v)
         self.meter.charge("loop_tail", "loop_tail")
-        self._accepted(v, before, "loop_tail", len(self._targets(v, self._records(before))))
+        self._accepted(v, old, "loop_tail", len(targets(v, records(self.mem, self.words, old))))
         return code
 
     def service_requests(self, v: Vcpu) -> int:
@@ -225,6 +213,8 @@ class TimedDispatcher(Dispatcher):
         """Step 3."""
         waits = super().inject_events(v)
         self.meter.charge("inject_events", "event_check")
+        if not self._apicv(v):
+            self.meter.call("inject_events", "cr8_intercept")
         if self.mem[v.own + L.K_ENTRY_INFO]:
             self.meter.charge("inject_events", "inject")
         return waits
@@ -250,6 +240,8 @@ class TimedDispatcher(Dispatcher):
         """Steps 6-9; an entry that is cancelled takes SRCU again."""
         entered = super().enter(v)
         self.meter.charge("enter", "enter_mode")
+        if self._apicv(v):
+            self.meter.call("enter", "sync_pir")
         self.meter.charge("enter", "srcu_unlock")
         if not entered:
             self.meter.charge("enter", "srcu_lock")
@@ -270,10 +262,11 @@ class TimedDispatcher(Dispatcher):
 
     # ------------------------------------------------------------------------------------------ what a handler did
 
-    def _before(self, v: Vcpu) -> _Before:
-        mem = self.mem
-        rows = self.words[L.HOT : L.HOT + mem[L.H_NVCPUS] * L.HOT_STRIDE].reshape(-1, L.HOT_STRIDE).copy()
-        return _Before(mem[L.H_TRACE_HEAD], rows, mem[v.own + L.K_HV_DEADLINE], mem[v.own + L.K_HRTIMER])
+    def _apicv(self, v: Vcpu) -> int:
+        return self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_APICV
+
+    def _before(self, v: Vcpu) -> Before:
+        return before(self.mem, self.words, v)
 
     def _waited(self, v: Vcpu, before: int) -> None:
         """The busy wait of an entry for a deadline that fired early, which the kernel counts in ns."""
@@ -281,63 +274,30 @@ class TimedDispatcher(Dispatcher):
         if ns:
             self.meter.add("vm_entry", "waited", 1, round(ns * self.costs.ghz))
 
-    def _records(self, before: _Before) -> list[tuple[int, int]]:
-        """Event and first argument of the records since then."""
-        first, last = before.head, min(self.mem[L.H_TRACE_HEAD], L.TRACE_CAPACITY)
-        raw = self.words[L.TRACE + first * L.TRACE_STRIDE : L.TRACE + last * L.TRACE_STRIDE]
-        return [(event & 0xFF, first) for event, first in raw.reshape(-1, L.TRACE_STRIDE)[:, :2].tolist()]
-
-    def _targets(self, v: Vcpu, records: list[tuple[int, int]]) -> list[int]:
-        """vCPU indices that __apic_accept_irq was called for; of an incomplete IPI of AVIC, those that it roused."""
-        ids = v.machine._ids
-        seen = [ids[vcpu_id] for event, vcpu_id in records if event == L.TP_ACCEPT_IRQ]
-        return seen or [ids[vcpu_id] for event, vcpu_id in records if event == L.TP_APICV_ACCEPT_IRQ]
-
-    def _effect(self, v: Vcpu, before: _Before, target: int, posted: bool) -> Effect:
-        """What the host has to do for one target, by what changed in its row; a doorbell, which changes nothing, by
-        its having been ``posted``.
-        """
-        old = before.rows[target]
-        now = self.mem[L.HOT + target * L.HOT_STRIDE + L.HOT_MODE]
-        in_guest = int(old[L.HOT_MODE]) == R.IN_GUEST_MODE
-        if old[L.HOT_BLOCKED] and not self.mem[L.HOT + target * L.HOT_STRIDE + L.HOT_BLOCKED]:
-            return Effect.WAKE
-        if target == v.index or not in_guest:
-            return Effect.NONE
-        if now == R.EXITING_GUEST_MODE:
-            return Effect.KICK
-        if not int(old[L.HOT_FLAGS]) & L.FLAG_APICV:
-            return Effect.NONE
-        if self.mem[L.H_CONFIG] & L.CONFIG_SVM:
-            theirs, mine = (self.mem[L.KVM + i * L.KVM_STRIDE + L.K_CPU] for i in (target, v.index))
-            return Effect.DOORBELL if posted and theirs != mine else Effect.NONE
-        on = self.mem[L.HOT + target * L.HOT_STRIDE + L.PID_CONTROL_WORD] & ~int(old[L.PID_CONTROL_WORD])
-        return Effect.NOTIFY if on & R.PID_ON else Effect.NONE
-
-    def _accepted(self, v: Vcpu, before: _Before, step: str, accepted: int, ipi: bool = False) -> None:
+    def _accepted(self, v: Vcpu, old: Before, step: str, accepted: int, ipi: bool = False) -> None:
         """The targets of an IPI or of a timer's tick, one behind the other, as far as they accepted.
 
         Where only some did, it was those for which there is something to do, and the first of the rest.
         """
         meter = self.meter
-        records, ids = self._records(before), v.machine._ids
-        posted = {ids[vcpu_id] for event, vcpu_id in records if event == L.TP_APICV_ACCEPT_IRQ}
-        targets = [(target, self._effect(v, before, target, target in posted)) for target in self._targets(v, records)]
-        quiet = accepted - sum(1 for _, effect in targets if effect)
-        for target, effect in targets:
-            if not effect:
+        written, ids = records(self.mem, self.words, old), v.machine._ids
+        posted = {ids[vcpu_id] for event, vcpu_id in written if event == L.TP_APICV_ACCEPT_IRQ}
+        told = [(target, effect(self.mem, v, old, target, target in posted)) for target in targets(v, written)]
+        quiet = accepted - sum(1 for _, needs in told if needs)
+        for target, needs in told:
+            if not needs:
                 quiet -= 1
                 if quiet < 0:
                     continue
             meter.charge(step, "accept")
-            if effect:
-                meter.charge(step, EFFECT_STAGES[effect])
+            if needs:
+                meter.charge(step, EFFECT_STAGES[needs])
             if ipi:
                 meter.ipi = meter.spent
-            if effect:
-                meter.sent.append(Sent(target, effect, meter.spent))
+            if needs:
+                meter.sent.append(Sent(target, needs, meter.spent))
 
-    def _work(self, v: Vcpu, exit: Exit, code: int, before: _Before, step: str) -> None:
+    def _work(self, v: Vcpu, exit: Exit, code: int, old: Before, step: str) -> None:
         """The handler of an exit, fast or generic, by its code and by what it left behind."""
         meter, vendor = self.meter, self.vendor
         work = work_of(vendor, exit)
@@ -347,17 +307,17 @@ class TimedDispatcher(Dispatcher):
             return
         for stage in work.stages:
             meter.charge(step, stage)
-        records = self._records(before)
-        targets = self._targets(v, records)
-        if targets:
-            ipi = any(event in _IPI_EVENTS for event, _ in records) or exit.reason == vendor.hypercall_reason
-            avic = not any(event == L.TP_ACCEPT_IRQ for event, _ in records)
+        written = records(self.mem, self.words, old)
+        reached = targets(v, written)
+        if reached:
+            ipi = any(event in IPI_EVENTS for event, _ in written) or exit.reason == vendor.hypercall_reason
+            avic = not any(event == L.TP_ACCEPT_IRQ for event, _ in written)
             accepted = (code >> CODE_ACCEPTED_SHIFT & 0xFFFF ^ 0x8000) - 0x8000
-            self._accepted(v, before, step, max(accepted, 0) if ipi and not avic else len(targets), ipi)
+            self._accepted(v, old, step, max(accepted, 0) if ipi and not avic else len(reached), ipi)
         if work.timer:
-            if self.mem[v.own + L.K_HV_DEADLINE] != before.hv_deadline:
+            if self.mem[v.own + L.K_HV_DEADLINE] != old.hv_deadline:
                 meter.charge(step, "preemption_timer")
-            if self.mem[v.own + L.K_HRTIMER] != before.hrtimer:
+            if self.mem[v.own + L.K_HRTIMER] != old.hrtimer:
                 meter.charge(step, "hrtimer")
         if work.skips and code & CODE_COMPLETION != COMPLETION_SKIP:
             meter.charge(step, "skip")

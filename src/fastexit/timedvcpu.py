@@ -11,6 +11,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.dispatcher import Exit
+from fastexit.evidence import before, effect
 from fastexit.meter import Meter, Sent, TimedOutcome
 from fastexit.outcome import Effect, Outcome, Path
 from fastexit.vcpu import Vcpu
@@ -78,7 +79,7 @@ class TimedVcpu(Vcpu):
             loop.start_run(self)
         self.timed = None
         words, n = loop.words, loop.mem[L.H_NVCPUS]
-        before = loop._before(self)
+        old = before(loop.mem, loop.words, self)
         irr = words[L.VEC : L.VEC + n * L.VEC_STRIDE].copy()
         result = act()
         if self.timed is None:
@@ -92,12 +93,12 @@ class TimedVcpu(Vcpu):
                 )
                 if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
                     rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
-                    changed = (rows[:, L.PID_CONTROL_WORD] & ~before.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
+                    changed = (rows[:, L.PID_CONTROL_WORD] & ~old.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
                 vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
                 for i in np.flatnonzero(changed).tolist():
-                    effect = result.effects & Effect.NOTIFY if vmx else loop._effect(self, before, i, True)
-                    if effect:
-                        meter.sent.append(Sent(i, effect, meter.spent))
+                    needs = result.effects & Effect.NOTIFY if vmx else effect(loop.mem, self, old, i, True)
+                    if needs:
+                        meter.sent.append(Sent(i, needs, meter.spent))
                 if result.accepted > 0:
                     meter.ipi = meter.spent
             loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)
