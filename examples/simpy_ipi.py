@@ -6,7 +6,8 @@
 Every vCPU has work of its own. Ping-pong: it asks a random other one, which answers from its interrupt handler, and
 polls for the answer; the latency is there and back. Storm: some vCPUs flush the TLB of all others, as Linux does in
 x2APIC physical mode, one IPI for each target whose queue was empty, and poll until all have done it.
-Both are on machines with posted interrupts. What is simulated is the model's time, under the cost profile's constants.
+Both are on machines with posted interrupts unless --no-apicv is given. What is simulated is the model's time, under the
+cost profile's constants.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fastexit as fx
 from fastexit.adapters.simpy import Cpu, Simulation
+from fastexit.cost import cost_profile
 
 VECTOR = 0xFB
 PONG = 0xFA
@@ -175,51 +178,81 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 COLOURS = ("#9a9a9a", "#c2571a", "#e0a526", "#3b8bba", "#1b3f73")
 
 
+WHAT = {
+    "ping-pong": ("one IPI there, one back", "round trip, us"),
+    "TLB-shootdown storm": ("an IPI to every other vCPU", "until all have flushed, us"),
+}
+
+
+def finding(rows: list[dict[str, Any]]) -> str:
+    """What the picture shows, in figures: the last generation against the first, at the largest machine."""
+    size, parts = max(row["vcpus"] for row in rows), []
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        here = [row for row in rows if (row["workload"], row["vcpus"]) == (workload, size)]
+        change = 100 * (here[-1]["median_ns"] / here[0]["median_ns"] - 1)
+        parts.append(f"{workload} {change:+.0f} %".replace("-", "\N{MINUS SIGN}", workload.count("-") * 0 + 0) or "")
+    return f"{rows[-1]['kernel']} against {rows[0]['kernel']} at {size} vCPUs, medians: " + ", ".join(parts)
+
+
 def draw(rows: list[dict[str, Any]], base: Path, title: str) -> list[str]:
-    """Cumulative distributions: a row a workload, a column a machine size."""
+    """A row a workload: cumulative distributions, a column a machine size, and the medians against the size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     sizes = list(dict.fromkeys(row["vcpus"] for row in rows))
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     plt.rcParams["svg.hashsalt"] = "fastexit"
-    figure, axes = plt.subplots(
-        len(workloads),
-        len(sizes),
-        figsize=(3.1 * len(sizes) + 0.6, 5.8),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    columns = len(sizes) + (len(sizes) > 1)
+    figure = plt.figure(figsize=(3.1 * columns + 0.4, 7.4), layout="constrained")
+    rows_of_it = figure.subfigures(len(workloads), 1, squeeze=False)[:, 0]
+    axes = [part.subplots(1, columns, squeeze=False)[0] for part in rows_of_it]
     for i, workload in enumerate(workloads):
+        mine = [row for row in rows if row["workload"] == workload]
+        what, unit = WHAT[workload]
+        rows_of_it[i].suptitle(f"{workload}: {what}", fontsize=12, fontweight="bold")
         for j, n in enumerate(sizes):
             axis = axes[i][j]
-            here = [row for row in rows if (row["workload"], row["vcpus"]) == (workload, n)]
+            here = [row for row in mine if row["vcpus"] == n]
             for colour, row in zip(COLOURS, here):
                 values = sorted(value / 1000 for value in row["latencies"])
-                shares = [(k + 1) / len(values) for k in range(len(values))]
-                axis.step([values[0], *values], [0, *shares], where="post", color=colour, lw=1.6, label=row["kernel"])
-            low = min(min(row["latencies"]) for row in here)
-            high = max(share(row["latencies"], 0.98) for row in here)
-            axis.set_xlim(0.92 * low / 1000, 1.04 * high / 1000)
-            axis.set_ylim(0, 1.01)
-            axis.grid(color="#e6e6e6", lw=0.7)
-            axis.set_axisbelow(True)
-            for side in ("top", "right"):
-                axis.spines[side].set_visible(False)
-            if i == 0:
-                axis.set_title(f"{n} vCPUs", fontsize=11)
-            if j == 0:
-                axis.set_ylabel(f"{workload}\nshare not slower", fontsize=10)
-            unit = "round trip" if workload == "ping-pong" else "until all have flushed"
-            axis.set_xlabel(f"{unit}, us", fontsize=9)
+                shares = [100 * (k + 1) / len(values) for k in range(len(values))]
+                axis.step([values[0], *values], [0, *shares], where="post", color=colour, lw=1.8, label=row["kernel"])
+            seen = mine if workload == "ping-pong" else here  # whose latency does not grow with the machine
+            low = min(share(row["latencies"], 0.01) for row in seen)
+            high = max(share(row["latencies"], 0.98) for row in seen)
+            axis.set_xlim((low - 0.05 * (high - low)) / 1000, (high + 0.05 * (high - low)) / 1000)
+            axis.set_ylim(0, 101)
+            axis.set_title(f"{n} vCPUs", fontsize=11)
+            axis.set_xlabel(unit, fontsize=10)
+            axis.tick_params(labelleft=j == 0)
+        axes[i][0].set_ylabel("% of all that took no longer", fontsize=10)
+        if len(sizes) > 1:
+            axis = axes[i][-1]
+            for k, colour in enumerate(COLOURS[: len(mine) // len(sizes)]):
+                every = mine[k :: len(mine) // len(sizes)]
+                axis.plot(sizes, [row["median_ns"] / 1000 for row in every], "o-", color=colour, lw=1.8, ms=4)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            for side, places in ((axis.xaxis, sizes), (axis.yaxis, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))):
+                side.set_major_locator(FixedLocator(places))
+                side.set_major_formatter(ScalarFormatter())
+                side.set_minor_locator(NullLocator())
+            low, high = min(row["median_ns"] for row in mine), max(row["median_ns"] for row in mine)
+            axis.set_ylim(min(low / 1400, 1), max(high / 700, 5))
+            axis.set_title("medians (log scales)", fontsize=11)
+            axis.set_xlabel("vCPUs", fontsize=10)
+            axis.set_ylabel(unit, fontsize=10)
+    for axis in (axis for row in axes for axis in row):
+        axis.grid(color="#e6e6e6", lw=0.7)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10, title=title
-    )
-    base.parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle(f"{title}\n{finding(rows)}", fontsize=12)
+    rows_of_it[-1].legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
     names = [f"{base}.png", f"{base}.svg"]
     figure.savefig(names[0], dpi=130)
     figure.savefig(names[1], metadata={"Date": None})
@@ -227,12 +260,35 @@ def draw(rows: list[dict[str, Any]], base: Path, title: str) -> list[str]:
     return names
 
 
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 4,16") from None
+    if not 2 <= sizes[0] <= sizes[-1] <= 1024:
+        raise argparse.ArgumentTypeError("machines have 2 to 1024 vCPUs here: an IPI needs two")
+    return sizes
+
+
+def _samples(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to a million")
+    return int(text)
+
+
+def _writable(base: Path) -> None:
+    """OSError now, not behind the work."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=base.parent):
+        pass
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vcpus", type=lambda text: [int(part) for part in text.split(",")], metavar="N,N,...")
+    parser.add_argument("--vcpus", type=_sizes, metavar="N,N,...", help="machine sizes (default 4,16,64,256)")
     parser.add_argument("--costs", default="skylake-retpoline", metavar="NAME|FILE", help="cost profile or TOML file")
-    parser.add_argument("--samples", type=int, help="latencies wanted of each case, about")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--samples", type=_samples, metavar="N", help="latencies wanted of each case, about")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="equal seeds give equal figures")
     parser.add_argument("--no-apicv", action="store_true", help="without posted interrupts")
     parser.add_argument("--quick", action="store_true", help="4 and 16 vCPUs, few samples")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -243,11 +299,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.vcpus = args.vcpus or ([4, 16] if args.quick else [4, 16, 64, 256])
     args.samples = args.samples or (60 if args.quick else 400)
-    if min(args.vcpus) < 2:
-        parser.error("an IPI needs two vCPUs")
     try:
-        args.costs = fx.CostProfile.load(args.costs) if args.costs.endswith(".toml") else args.costs
+        is_file = args.costs.endswith(".toml") or "/" in args.costs
+        args.costs = fx.CostProfile.load(args.costs) if is_file else cost_profile(args.costs)
         simulation(2, "6.18", True, args.costs, args.seed, True)
+        _writable(args.output)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return args
@@ -256,10 +312,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rows = run(args)
-    costs = args.costs if isinstance(args.costs, str) else args.costs.name
+    costs = args.costs.name
+    posted = "without posted interrupts" if args.no_apicv else "posted interrupts"
     pictures, missing = [], ""
     try:
-        pictures = draw(rows, args.output, f"Modelled IPI latency by kernel generation ({costs})")
+        pictures = draw(rows, args.output, f"Modelled IPI latency by kernel generation: cost profile {costs}, {posted}")
     except ModuleNotFoundError:
         missing = "pictures need matplotlib: pip install 'fastexit[plot]'"
     if args.json:

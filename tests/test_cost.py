@@ -80,9 +80,11 @@ OTHER = 'base = "epyc"\n'
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "description is missing and 52 more"),
+        ("", "description is missing and 52 more, which base = NAME would give"),
         ("description = 1\n" + OTHER, "description is not a text"),
-        (OTHER + 'base2 = "x"', "unknown key 'base2'"),
+        (OTHER + 'base2 = "x"', "unknown key 'base2', not base?"),
+        (OTHER + "vm_exti = 4", "unknown key 'vm_exti', not vm_exit?"),
+        (OTHER + '"\\u001b[31m" = 4', "unknown key '\\x1b[31m'"),
         ('base = "skylake"', "base is none of "),
         ("base = []", "base is none of "),
         (OTHER + "vm_exit = 4", 'vm_exit is not { cycles = NUMBER, source = "..." }'),
@@ -94,6 +96,13 @@ OTHER = 'base = "epyc"\n'
         (OTHER + 'vm_exit = { cycles = 4.5, source = "x" }', "vm_exit: cycles are whole numbers, not 4.5"),
         (OTHER + 'vm_exit = { cycles = -4, source = "x" }', "vm_exit: -4 cycles is negative"),
         (OTHER + 'vm_exit = { cycles = 4, source = " " }', "vm_exit: source is not a text"),
+        (
+            OTHER + 'vm_exit = { cycles = 99999999999999999999, source = "x" }',
+            "99999999999999999999 cycles is too much",
+        ),
+        (OTHER + 'vm_exit = { cycles = inf, source = "x" }', "vm_exit: cycles are whole numbers, not inf"),
+        (OTHER + 'ghz = { value = 2.5e9, source = "x" }', "ghz: 2500000000.0 is no clock rate in GHz"),
+        (OTHER + 'ghz = { value = 1e-300, source = "x" }', "ghz: 1e-300 is no clock rate"),
         (OTHER + 'ghz = { value = 0, source = "x" }', "ghz: 0 is no clock rate"),
         (OTHER + 'ghz = { value = nan, source = "x" }', "ghz: nan is no clock rate"),
         (OTHER + "vm_exit = ", "Invalid value"),
@@ -105,6 +114,28 @@ def test_bad_table_is_refused_in_one_line(tmp_path: Path, text: str, complaint: 
         fx.CostProfile.load(path)
     assert str(refused.value).startswith(str(path))
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_text_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither UTF-8 nor a file; a byte order mark is no mistake, whatever the locale."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes(OTHER.encode() + b'description = "\xff"')
+    with pytest.raises(ValueError, match=re.escape(f"{path}: byte 29 is not UTF-8")):
+        fx.CostProfile.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + OTHER.encode() + 'description = "r\u00e4ck"'.encode())
+    assert fx.CostProfile.load(path).description == "r\u00e4ck"
+    (tmp_path / "folder.toml").mkdir()
+    assert main(["walk", "--costs", str(tmp_path / "folder.toml")]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert "folder.toml" in complaint
+
+
+def test_file_needs_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path / "mine", OTHER)
+    monkeypatch.chdir(tmp_path)
+    assert main(["walk", "--costs", "mine", "--kernels", "6.18"]) == 0
+    assert "(mine)" in capsys.readouterr().out
 
 
 def test_own_table(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fastexit as fx
+from fastexit import layout as L
 from fastexit.adapters import simpy as adapter
 from fastexit.adapters.simpy import Cpu, Simulation
 
@@ -199,22 +200,20 @@ def test_nothing_is_lost(kernel: str, vendor: str, apicv: bool) -> None:
         assert min(took) > 0
 
 
-def mixed(sim: Simulation, rounds: int = 6) -> tuple[int, int]:
+def mixed(sim: Simulation, rounds: int = 6) -> list[int]:
     """Guests that compute, send, sleep by timer and halt at random: questions asked, questions answered."""
     cpus, random = sim.cpus, sim.random
     todo = [0 for _ in cpus]
-    asked, answered = 0, 0
+    count = [0, 0]
 
     def handler(cpu: Cpu, vector: int):
-        nonlocal answered
         while todo[cpu.index]:
             todo[cpu.index] -= 1
-            answered += 1
+            count[1] += 1
             if random.random() < 0.5:
                 yield from cpu.compute(random.randrange(3_000))
 
     def guest(cpu: Cpu):
-        nonlocal asked
         for _ in range(rounds):
             kind = random.random()
             if kind < 0.4:
@@ -224,7 +223,7 @@ def mixed(sim: Simulation, rounds: int = 6) -> tuple[int, int]:
                 targets = [random.choice(cpus)] if one else [other for other in cpus if other is not cpu]
                 for target in targets:
                     todo[target.index] += 1
-                asked += len(targets)
+                count[0] += len(targets)
                 shorthand = fx.Shorthand.NONE if one else fx.Shorthand.ALL_BUT_SELF
                 yield from cpu.ipi(dest=targets[0].index if one else 0, vector=VECTOR, shorthand=shorthand)
             else:
@@ -236,8 +235,13 @@ def mixed(sim: Simulation, rounds: int = 6) -> tuple[int, int]:
 
     for cpu in cpus:
         cpu.start(guest, {VECTOR: handler})
-    sim.run(until=5_000_000)
-    return asked, answered
+    return count
+
+
+def seen(sim: Simulation) -> list[tuple]:
+    """What a run came to, exactly."""
+    cpus = [(cpu.exits, cpu.interrupts, cpu.exit_ns) for cpu in sim.cpus]
+    return [*cpus, sim.machine.time, sim.machine.words[: L.TRACE].tobytes()]
 
 
 @needs_simpy
@@ -251,8 +255,128 @@ def test_sleepers_timers_and_multicasts_lose_nothing(kernel: str, features: dict
     for vendor in vendors:
         for seed in (2, 63, 110):
             sim = Simulation(machine(kernel, vcpus=5, vendor=vendor, **features), jitter=0.3, seed=seed)
-            asked, answered = mixed(sim)
-            assert asked == answered > 0, (vendor, seed)
+            count = mixed(sim)
+            sim.run(until=5_000_000)
+            assert count[0] == count[1] > 0, (vendor, seed)
+
+
+@needs_simpy
+@pytest.mark.parametrize(("kernel", "vendor", "apicv"), [("5.6", "vmx", False), ("6.12", "svm", True), MACHINES[-4]])
+def test_steps_and_neighbours_change_nothing(kernel: str, vendor: str, apicv: bool) -> None:
+    """One go, many small steps, and beside another machine in the same environment: the same run to the last bit."""
+    options = {"vcpus": 4, "vendor": vendor, "apicv": apicv}
+    whole, stepped, beside = (Simulation(machine(kernel, **options), jitter=0.3, seed=5) for _ in range(3))
+    beside = Simulation(machine(kernel, **options), stepped.env, jitter=0.3, seed=5)
+    counts = [mixed(sim) for sim in (whole, stepped, beside)]
+    whole.run(until=400_000)
+    while stepped.env.now < 400_000:
+        stepped.run(until=min(stepped.env.now + 777.7, 400_000))
+    assert counts[0][0] > 0
+    assert counts[0] == counts[1] == counts[2]
+    assert seen(whole) == seen(stepped) == seen(beside)
+
+
+@needs_simpy
+@pytest.mark.parametrize(("kernel", "vendor", "apicv"), MACHINES)
+def test_no_moment_loses_an_interrupt(kernel: str, vendor: str, apicv: bool) -> None:
+    """An IPI that drifts, round by round, over all a target does: exits, its handler, the way into sleep, sleep."""
+    sim = Simulation(machine(kernel, vendor=vendor, apicv=apicv))
+    sent, taken = [], []
+    period, drift, rounds = 12_000, 131, 80
+
+    def sender(cpu: Cpu):
+        for n in range(rounds):
+            yield from cpu.wait(max(n * (period + drift) - sim.env.now, 0))
+            sent.append(sim.env.now)
+            yield from cpu.ipi(dest=1, vector=VECTOR)
+
+    def target(cpu: Cpu):
+        yield from cpu.wrmsr(LVTT, 0xE0 | 2 << 17)
+        while len(taken) < rounds:
+            began = sim.env.now
+            yield from cpu.wrmsr(0x808, 0x10)
+            yield from cpu.compute(2_000)
+            yield from cpu.wrmsr(DEADLINE, int(began) + period)
+            while sim.env.now < began + period and len(taken) < rounds:
+                yield from cpu.halt()
+
+    def ipi(cpu: Cpu, vector: int):
+        taken.append(sim.env.now)
+        yield from cpu.compute(500)
+
+    sim.cpus[0].start(sender)
+    sim.cpus[1].start(target, {VECTOR: ipi, 0xE0: lambda cpu, vector: None})
+    sim.run(until=3 * rounds * period)
+    assert len(taken) == len(sent) == rounds
+    late = [there - here for here, there in zip(sent, taken, strict=True)]
+    assert 0 < min(late)
+    assert max(late) < 10_000 < period
+
+
+@needs_simpy
+@pytest.mark.parametrize("where", ["guest", "handler"])
+def test_exceptions_come_out(where: str) -> None:
+    """run() raises what a guest or a handler raised, at its time; who waits for the process gets it instead."""
+
+    class Mine(Exception):
+        pass
+
+    def guest(cpu: Cpu):
+        yield from cpu.compute(50_000)
+        if where == "guest":
+            raise Mine
+
+    def handler(cpu: Cpu, vector: int):
+        yield from cpu.compute(10)
+        raise Mine
+
+    def sender(cpu: Cpu):
+        yield from cpu.ipi(dest=1, vector=VECTOR)
+        yield from cpu.compute(100_000)
+        done.append(cpu.index)
+
+    for waits in (False, True):
+        sim, done = Simulation(machine()), []
+        sim.cpus[0].start(sender)
+        process = sim.cpus[1].start(guest, {VECTOR: handler} if where == "handler" else None)
+
+        def waiter(process: Any = process, done: list = done):
+            try:
+                yield process
+            except Mine:
+                done.append("caught")
+
+        if waits:
+            sim.env.process(waiter())
+            sim.run()
+            assert done == ["caught", 0]
+        else:
+            with pytest.raises(Mine):
+                sim.run()
+            sim.run()  # the rest goes on
+            assert done == [0]
+
+
+@needs_simpy
+def test_one_guest_at_a_time() -> None:
+    sim = Simulation(machine())
+    cpu = sim.cpus[0]
+    cpu.start(lambda cpu: cpu.compute(1_000))
+    with pytest.raises(RuntimeError, match="vCPU 0 has a guest already"):
+        cpu.start(lambda cpu: cpu.compute(1_000))
+    sim.run()
+    cpu.start(lambda cpu: cpu.compute(1_000))
+    sim.run()
+    assert sim.env.now == sim.ns(2_000)
+
+
+@needs_simpy
+@pytest.mark.parametrize("cycles", [-1, float("nan"), float("inf")])
+def test_time_that_nobody_can_spend(cycles: float) -> None:
+    sim = Simulation(machine())
+    sim.cpus[0].start(lambda cpu: cpu.compute(cycles))
+    with pytest.raises(ValueError, match="no time to spend"):
+        sim.run()
 
 
 @needs_simpy
@@ -285,9 +409,29 @@ def test_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("matplotlib"):
         assert [Path(name).suffix for name in result["pictures"]] == [".png", ".svg"]
         assert all(Path(name).stat().st_size > 1000 for name in result["pictures"])
+    assert shown.finding(result["rows"]).startswith("6.18 against 5.6, generic path at 4 vCPUs, medians: ping-pong -")
+
+
+@needs_simpy
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--costs", "z80"], "unknown cost profile 'z80'"),
+        (["--costs", "absent.toml"], "absent.toml"),
+        (["--vcpus", "4,x"], "'4,x' is no list of numbers"),
+        (["--vcpus", "1"], "an IPI needs two"),
+        (["--vcpus", "999999"], "2 to 1024 vCPUs"),
+        (["--samples", "0"], "'0' is no number from 1"),
+        (["--samples", "-5"], "--samples"),
+        (["--output", "/dev/null/picture"], "/dev/null"),
+    ],
+)
+def test_example_refuses_before_it_works(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        shown.main(["--costs", "z80"])
-    assert "unknown cost profile 'z80'" in capsys.readouterr().err
+        example().main(arguments)
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
 @needs_simpy

@@ -78,11 +78,11 @@ def _icr_value(args: argparse.Namespace) -> int:
 
 def _costs(name: str | None) -> Any:
     """A cost profile by name, or from a file: whatever looks like one."""
-    from fastexit.cost import CostProfile, cost_profile
+    from fastexit.cost import CostProfile, cost_profile, cost_profiles
 
     if name is None:
         return None
-    if name.endswith(".toml") or os.sep in name:
+    if name.endswith(".toml") or os.sep in name or (name not in cost_profiles() and os.path.isfile(name)):
         return CostProfile.load(name)
     return cost_profile(name)
 

@@ -7,7 +7,7 @@ Tables are TOML files; those of the package lie in costs/.
 
 from __future__ import annotations
 
-import math
+import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,8 +132,10 @@ class CostProfile(Mapping[str, int]):
         """
         path = Path(path)
         try:
-            table = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
+        except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: {error}") from None
         return cls.parse(path.stem, table, str(path))
 
@@ -147,19 +149,20 @@ class CostProfile(Mapping[str, int]):
             base = cost_profile(table["base"])
         unknown = sorted(set(table) - set(STAGES) - set(_HEAD) - {"base"})
         if unknown:
-            raise ValueError(f"{where}: unknown key {quoted(unknown[0])}")
+            near = difflib.get_close_matches(unknown[0], (*STAGES, *_HEAD, "base"), n=1)
+            raise ValueError(f"{where}: unknown key {quoted(unknown[0])}" + (f", not {near[0]}?" if near else ""))
         missing = [key for key in (*_HEAD, *STAGES) if key not in table]
         if missing and base is None:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{where}: {missing[0]} is missing{more}")
+            raise ValueError(f"{where}: {missing[0]} is missing{more}, which base = NAME would give")
         description = table["description"] if "description" in table else base.description  # type: ignore[union-attr]
         if not isinstance(description, str) or not description.strip():
             raise ValueError(f"{where}: description is not a text")
         ghz, ghz_source = (base.ghz, base.ghz_source) if base else (0.0, "")
         if "ghz" in table:
             ghz, ghz_source = _number(table["ghz"], "value", f"{where}: ghz")
-            if not 0 < ghz < math.inf:
-                raise ValueError(f"{where}: ghz: {ghz} is no clock rate")
+            if not 0.01 <= ghz <= 100:
+                raise ValueError(f"{where}: ghz: {ghz} is no clock rate in GHz")
         costs = dict(base.costs) if base else {}
         for stage in STAGES:
             if stage in table:
@@ -167,7 +170,9 @@ class CostProfile(Mapping[str, int]):
                 if type(cycles) is not int:
                     raise ValueError(f"{where}: {stage}: cycles are whole numbers, not {cycles}")
                 if not 0 <= cycles < 1 << 40:
-                    raise ValueError(f"{where}: {stage}: {cycles} cycles" + (" is negative" if cycles < 0 else ""))
+                    raise ValueError(
+                        f"{where}: {stage}: {cycles} cycles is " + ("negative" if cycles < 0 else "too much")
+                    )
                 costs[stage] = Cost(cycles, source)
         return cls(name, description.strip(), float(ghz), ghz_source, costs)
 

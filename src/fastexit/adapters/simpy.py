@@ -20,6 +20,7 @@ vCPU has a pCPU to itself.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -144,24 +145,35 @@ class Cpu:
         self._kicked = self._told = False
         self._owed = 0.0
         self._bell = sim.env.event()
+        self._process: Any = None
 
     def __repr__(self) -> str:
         return f"<Cpu {self.index} at {self.sim.env.now:g} ns>"
 
     def start(self, guest: Callable[[Cpu], Guest], handlers: Mapping[int, Handler] | None = None) -> Any:
-        """The guest's process. ``handlers``: vector -> function of (cpu, vector), a generator if it takes time."""
+        """The guest's process. ``handlers``: vector -> function of (cpu, vector), a generator if it takes time.
+
+        An exception of the guest or of a handler is the process's, so that run() raises it unless somebody waits for
+        the process. A guest that is over takes no interrupts; another one may be started then. RuntimeError while one
+        runs: it would be two instruction streams on one vCPU.
+        """
+        if self._process is not None and self._process.is_alive:
+            raise RuntimeError(f"vCPU {self.index} has a guest already")
         for vector, handler in (handlers or {}).items():
             self.handlers[integer(vector, "vector", 0xFF)] = handler
-        return self.sim.env.process(guest(self))
+        self._process = self.sim.env.process(guest(self))
+        return self._process
 
     # --------------------------------------------------------------------------------------------- what a guest does
 
     def compute(self, cycles: float) -> Guest:
-        """Guest code of that length; interrupts are taken in between and make it longer."""
+        """Guest code of that length; interrupts are taken in between and make it longer. ValueError below 0."""
         yield from self.wait(self.sim.ns(cycles))
 
     def wait(self, ns: float) -> Guest:
         """As compute, in ns."""
+        if not 0 <= ns < math.inf:
+            raise ValueError(f"{ns} is no time to spend")
         env = self.sim.env
         left = ns
         yield from self._look()
