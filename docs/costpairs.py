@@ -169,7 +169,7 @@ PAIRS = (
         BETWEEN_LINES
         + "The two averages are of different regimes: by the mail's own columns (5,417,390 exits at 1.08 us are "
         "16.31 % of the time, 6,726,109 at 0.58 us are 62.18 %) all other exits, HLT and its sleep among them, fell "
-        "from 30 s to 2.4 s. So before, many more writes had a sleeper to wake, which costs 0.6 us (`wake`); the "
+        "from 30 s to 2.4 s. It seems that before, more writes had a sleeper to wake, at 0.6 us each (`wake`); the "
         "model's IPI goes to a running target on both sides. What share had to wake is not published. Compare the "
         "next row.",
     ),
@@ -246,7 +246,7 @@ PAIRS = (
         RETPOLINE,
         lambda after: tscdeadline_immed("5.8" if after else "5.7", RETPOLINE, after, apicv=True),
         "",
-        "v4 is nearest to what 5.8 has. Over rows 7 to 9 one and the same kernel before differs by 5 %, the difference "
+        "v4 is nearest to what 5.8 has. Over rows 7 to 9, a week apart, the side before differs by 5 %, the difference "
         "by 18 %: no model can be held to less.",
     ),
     Pair(
