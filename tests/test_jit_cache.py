@@ -129,6 +129,30 @@ def test_two_processes_on_a_cold_cache(copy: Copy) -> None:
     assert copy.run() == f"41{CACHED}"
 
 
+THREADS = """
+import threading
+from fastexit.kernels import _jit, probe
+compiled, found = [], []
+_jit._progress = lambda name, *_: compiled.append(name)
+begin = threading.Barrier(3)
+def first():
+    begin.wait()
+    found.append(_jit.load("probe"))
+threads = [threading.Thread(target=first) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found), len({id(function) for function in found}), found[0](20), *compiled)
+"""
+
+
+def test_threads_share_one_compilation(warm: Copy) -> None:
+    """Threads that need an entry first, together, get one function, compiled or linked once."""
+    assert warm.run(code=THREADS, FASTEXIT_CACHE="0") == f"3 1 41{COMPILED}"
+    assert warm.run(code=THREADS) == f"3 1 41{CACHED}"
+
+
 def test_no_place_for_a_cache(warm: Copy, tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
