@@ -251,20 +251,26 @@ def probe(address, i):
     return word(open_words(address, 2), i)
 """
 RUN_BOUNDED = """
-import ctypes
+import builtins, ctypes, sys
 from fastexit.kernels import _jit, probe
 compiled = []
 _jit._progress = lambda name, *_: compiled.append(name)
 words = (ctypes.c_uint64 * 2)(7, 41)
-try:
-    _jit.load("probe")(ctypes.addressof(words), 2)
-except IndexError:
-    print(_jit.load("probe")(ctypes.addressof(words), 1), *compiled)
+call = _jit.load("probe")
+refused = 0
+before = sys.getrefcount(builtins), sys.getrefcount(IndexError)
+for _ in range(100):
+    try:
+        call(ctypes.addressof(words), 2)
+    except IndexError:
+        refused += 1
+kept = (sys.getrefcount(builtins), sys.getrefcount(IndexError)) != before
+print(call(ctypes.addressof(words), 1), refused, kept, *compiled)
 """
 
 
 def test_checked_bounds_come_from_the_cache(copy: Copy) -> None:
-    """Kernels that may raise call numba's runtime, also where another process compiled them."""
+    """Kernels that may raise do, also where another process compiled them, and no reference stays behind."""
     copy.write("kernels/probe.py", BOUNDED)
-    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 probe.probe probe.word"
-    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41"
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 100 False probe.probe probe.word"
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 100 False"
