@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import fastexit
-from fastexit.kernels._jit import JIT
+from fastexit.kernels import _jit
 
-pytestmark = pytest.mark.skipif(not JIT, reason="nothing is compiled")
+pytestmark = pytest.mark.skipif(not _jit.JIT, reason="nothing is compiled")
 
 LEAF = """
 from fastexit import regs
@@ -236,6 +236,16 @@ def test_a_warm_cache_needs_no_numba(warm: Copy) -> None:
     look = "import sys\nprint('numba' in sys.modules)"
     assert warm.run(code=RUN + look) == f"41{CACHED}\nFalse"
     assert warm.run(code=RUN + look, FASTEXIT_CACHE="0") == f"41{COMPILED}\nTrue"
+
+
+@pytest.mark.skipif(_jit.cache_directory() is None, reason="nothing is kept")
+def test_warming_up_from_the_cache_needs_no_numba() -> None:
+    warm_up = "import sys, fastexit; fastexit.warmup(); print('numba' in sys.modules)"
+    for _ in range(2):  # the first may compile
+        done = subprocess.run(
+            [sys.executable, "-c", warm_up], stdout=subprocess.PIPE, text=True, timeout=120, check=True
+        )
+    assert done.stdout == "False\n"
 
 
 BOUNDED = """

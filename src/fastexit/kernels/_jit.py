@@ -114,8 +114,9 @@ def warmup(progress: Callable[[str, int, int], None] | None = None) -> dict[str,
     """
     global _progress
     package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name[0] != "_":  # no kernels there, but numba
+            importlib.import_module(f"{__package__}.{module.name}")
     seconds = {}
     _progress = progress
     try:
