@@ -19,7 +19,10 @@ PASSES = {63: 400, 2_000: 31}
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_wrmsr(benchmark: Callable, record: Record, targets: int) -> None:
-    """Row 4: each IPI of a round has a target of its own, which takes it before the next round."""
+    """Row 4: each IPI of a round has a target of its own, which takes it before the next round.
+
+    The loop over the values is in both sides.
+    """
     m = streams.machine(targets + 1)
     values = [int(value) for value in unicasts(m, targets)["value"]]
     wrmsr = m.vcpus[0].wrmsr

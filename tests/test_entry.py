@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +84,67 @@ def test_no_reference_is_lost_or_kept() -> None:
         with pytest.raises(TypeError):
             call(m.handle, value, text)
     assert (sys.getrefcount(value), sys.getrefcount(text)) == before
+
+
+@compiled
+def test_ctypes_functions_of_others_are_left_alone() -> None:
+    """ctypes.pythonapi is one for the whole process: argument types that are set there are set for everybody."""
+    _jit.load("pending")
+    assert ctypes.pythonapi.PyCFunction_NewEx.argtypes is None
+    assert ctypes.pythonapi.PyCFunction_NewEx.restype is ctypes.c_int
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_exits_in_memory_of_any_kind(kind: type, start: int) -> None:
+    """Read-only or misaligned exits are run as others are."""
+    exits = np.zeros(3, dtype=fx.EXIT)
+    exits["reason"], exits["msr"], exits["value"] = 32, 0x830, fx.icr(dest=1, vector=0x41)
+    lent = kind(bytes(start) + exits.tobytes())
+    given = np.frombuffer(lent, dtype=fx.EXIT, offset=start)
+    assert given.flags.writeable == (kind is bytearray)
+    ours, theirs = booted(), booted()
+    assert ours.run(given).tolist() == theirs.run(exits).tolist()
+    assert ours.snapshot() == theirs.snapshot()
+    if kind is bytearray:
+        del given
+        lent.clear()  # BufferError if anything still held it
+
+
+SCRIPT = """
+import os, sys, threading, time
+import numpy as np
+import fastexit as fx
+
+m = fx.Machine(vcpus=3)
+m.boot_x2apic()
+exits = np.zeros(1_000, dtype=fx.EXIT)
+exits["reason"], exits["msr"], exits["value"] = 32, 0x830, fx.icr(dest=1, vector=0x41)
+m.run(exits)
+"""
+FORK = """
+child = os.fork()
+accepted = int(fx.Machine.restore(m.snapshot()).run(exits)["accepted"].sum())
+accepted += m.vcpus[0].wrmsr(0x830, 0x41).accepted
+if not child:
+    os._exit(accepted != 1_001)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or accepted != 1_001)
+"""
+DAEMON = """
+def send():
+    while True:
+        m.run(exits)
+
+threading.Thread(target=send, daemon=True).start()
+time.sleep(0.05)
+"""
+
+
+@compiled
+@pytest.mark.parametrize("end", [FORK, DAEMON], ids=["fork", "daemon"])
+def test_machine_code_outlives_what_loaded_it(end: str) -> None:
+    """A child has its parent's code; a daemon thread may be in a batch while the interpreter goes away."""
+    subprocess.run([sys.executable, "-c", SCRIPT + end], timeout=60, check=True)
 
 
 @compiled

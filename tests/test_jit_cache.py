@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import fastexit
-from fastexit.kernels._jit import JIT
+from fastexit.kernels import _jit
 
-pytestmark = pytest.mark.skipif(not JIT, reason="nothing is compiled")
+pytestmark = pytest.mark.skipif(not _jit.JIT, reason="nothing is compiled")
 
 LEAF = """
 from fastexit import regs
@@ -129,6 +129,30 @@ def test_two_processes_on_a_cold_cache(copy: Copy) -> None:
     assert copy.run() == f"41{CACHED}"
 
 
+THREADS = """
+import threading
+from fastexit.kernels import _jit, probe
+compiled, found = [], []
+_jit._progress = lambda name, *_: compiled.append(name)
+begin = threading.Barrier(3)
+def first():
+    begin.wait()
+    found.append(_jit.load("probe"))
+threads = [threading.Thread(target=first) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found), len({id(function) for function in found}), found[0](20), *compiled)
+"""
+
+
+def test_threads_share_one_compilation(warm: Copy) -> None:
+    """Threads that need an entry first, together, get one function, compiled or linked once."""
+    assert warm.run(code=THREADS, FASTEXIT_CACHE="0") == f"3 1 41{COMPILED}"
+    assert warm.run(code=THREADS) == f"3 1 41{CACHED}"
+
+
 def test_no_place_for_a_cache(warm: Copy, tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
@@ -214,6 +238,16 @@ def test_a_warm_cache_needs_no_numba(warm: Copy) -> None:
     assert warm.run(code=RUN + look, FASTEXIT_CACHE="0") == f"41{COMPILED}\nTrue"
 
 
+@pytest.mark.skipif(_jit.cache_directory() is None, reason="nothing is kept")
+def test_warming_up_from_the_cache_needs_no_numba() -> None:
+    warm_up = "import sys, fastexit; fastexit.warmup(); print('numba' in sys.modules)"
+    for _ in range(2):  # the first may compile
+        done = subprocess.run(
+            [sys.executable, "-c", warm_up], stdout=subprocess.PIPE, text=True, timeout=120, check=True
+        )
+    assert done.stdout == "False\n"
+
+
 BOUNDED = """
 from ._jit import entry, kernel, open_words
 
@@ -227,20 +261,26 @@ def probe(address, i):
     return word(open_words(address, 2), i)
 """
 RUN_BOUNDED = """
-import ctypes
+import builtins, ctypes, sys
 from fastexit.kernels import _jit, probe
 compiled = []
 _jit._progress = lambda name, *_: compiled.append(name)
 words = (ctypes.c_uint64 * 2)(7, 41)
-try:
-    _jit.load("probe")(ctypes.addressof(words), 2)
-except IndexError:
-    print(_jit.load("probe")(ctypes.addressof(words), 1), *compiled)
+call = _jit.load("probe")
+refused = 0
+before = sys.getrefcount(builtins), sys.getrefcount(IndexError)
+for _ in range(100):
+    try:
+        call(ctypes.addressof(words), 2)
+    except IndexError:
+        refused += 1
+kept = (sys.getrefcount(builtins), sys.getrefcount(IndexError)) != before
+print(call(ctypes.addressof(words), 1), refused, kept, *compiled)
 """
 
 
 def test_checked_bounds_come_from_the_cache(copy: Copy) -> None:
-    """Kernels that may raise call numba's runtime, also where another process compiled them."""
+    """Kernels that may raise do, also where another process compiled them, and no reference stays behind."""
     copy.write("kernels/probe.py", BOUNDED)
-    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 probe.probe probe.word"
-    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41"
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 100 False probe.probe probe.word"
+    assert copy.run(code=RUN_BOUNDED, NUMBA_BOUNDSCHECK="1") == "41 100 False"

@@ -135,7 +135,7 @@ VEC_IRR = 0  # remote without APICv, owner with it; 4 words
 VEC_RVI = 4  # owner; requesting virtual interrupt (VMX guest interrupt status)
 VEC_IRR_PENDING = 5  # remote store
 
-# ------------------------------------------ register page in KVM_GET_LAPIC's layout, 128 words (IRR/ISR/TMR live above)
+# ------------------------- register page in KVM_GET_LAPIC's layout, 128 words; IRR, ISR and TMR have words of their own
 PAGE = VEC + MAX_VCPUS * VEC_STRIDE
 PAGE_STRIDE = 128
 

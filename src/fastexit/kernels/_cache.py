@@ -6,6 +6,9 @@ is stale, damaged or half there fails the digest and counts as absent; the entri
 replaced in one step, so processes that start together only do the same work twice. A directory that cannot be read or
 written means no cache.
 
+The digest tells damage, not forgery: whoever can write the directory chooses machine code that runs in this process. It
+needs the trust that the installed package has.
+
 Environment: ``FASTEXIT_CACHE=0`` keeps nothing on disk; ``FASTEXIT_CACHE_DIR`` says where to keep it, otherwise
 ``fastexit`` in the user's cache directory. numba is asked for nothing here: it need not be imported to find its work.
 """

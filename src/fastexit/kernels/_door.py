@@ -89,6 +89,9 @@ def _raise_index_error(module: llvm.Module, builder: llvm.IRBuilder) -> None:
     kind = builder.call(find, [builtins, _text(module, "IndexError")])
     put = _api(module, "PyErr_SetString", llvm.VoidType(), _OBJECT, _OBJECT)
     builder.call(put, [kind, _text(module, "a kernel's index is out of bounds")])
+    drop = _api(module, "Py_DecRef", llvm.VoidType(), _OBJECT)
+    for mine in kind, builtins:
+        builder.call(drop, [mine])
 
 
 def _api(module: llvm.Module, name: str, result: llvm.Type, *args: llvm.Type) -> llvm.Function:

@@ -114,8 +114,9 @@ def warmup(progress: Callable[[str, int, int], None] | None = None) -> dict[str,
     """
     global _progress
     package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__, f"{__package__}."):
-        importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name[0] != "_":  # no kernels there, but numba
+            importlib.import_module(f"{__package__}.{module.name}")
     seconds = {}
     _progress = progress
     try:
@@ -162,22 +163,27 @@ class _Callable(NamedTuple):
 _lock = threading.RLock()
 
 
-@cache
 def _machine_code(module: str) -> dict[str, _Callable]:
-    """All entries that a Python module declares, from the cache or compiled; by name."""
+    """All entries that a Python module declares; by name. Threads that come while one compiles wait for its work."""
+    with _lock:
+        return _linked(module)
+
+
+@cache
+def _linked(module: str) -> dict[str, _Callable]:
+    """Those entries, from the cache or compiled."""
     from ._load import link, python_function  # not where kernels are interpreted: it brings LLVM
 
-    with _lock:
-        entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
-        code = read(module)
-        if code is None or code.entries.keys() != entries.keys():
-            code = _compile(entries)
-            write(module, code)
-        address = link(code.objects)
-        return {
-            name: _Callable(python_function(name, address(python)), address(c))
-            for name, (python, c) in code.entries.items()
-        }
+    entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
+    code = read(module)
+    if code is None or code.entries.keys() != entries.keys():
+        code = _compile(entries)
+        write(module, code)
+    address = link(code.objects)
+    return {
+        name: _Callable(python_function(name, address(python)), address(c))
+        for name, (python, c) in code.entries.items()
+    }
 
 
 _under_way: Build | None = None

@@ -13,6 +13,7 @@ import llvmlite.binding as ll
 
 METH_FASTCALL = 0x80
 PYTHON_API = (
+    "Py_DecRef",
     "PyErr_BadArgument",
     "PyErr_Occurred",
     "PyErr_SetString",
@@ -38,6 +39,9 @@ class _PyMethodDef(ctypes.Structure):
     )
 
 
+_NEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+
+
 def link(code: bytes) -> Callable[[str], int]:
     """Put an object file into memory; a function that gives the address of each symbol it defines."""
     ll.initialize_native_target()
@@ -61,9 +65,8 @@ def link(code: bytes) -> Callable[[str], int]:
 
 def python_function(name: str, address: int) -> Callable[..., int]:
     """The built-in function whose machine code is at an address."""
-    new = ctypes.pythonapi.PyCFunction_NewEx
-    new.restype = ctypes.py_object
-    new.argtypes = ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p
+    # A function object of our own: what ctypes.pythonapi hands out is everybody's, and so would its argtypes be.
+    new = _NEW(("PyCFunction_NewEx", ctypes.pythonapi))
     method = _PyMethodDef(name.encode(), address, METH_FASTCALL, None)
     # ``self``, which the code does not look at, keeps the definition alive: the function only points to it.
     return new(ctypes.addressof(method), method, None)

@@ -1,7 +1,7 @@
 """The posted-interrupt descriptor: post, and PIR to IRR.
 
 Models: pi_test_and_set_pir/on, vmx_deliver_posted_interrupt, vmx_sync_pir_to_irr, __kvm_apic_update_irr.
-Not modelled yet: load, put and the wake-up vector (SN and NDST keep their initial values).
+Load, put, SN and the wake-up vector are in pi.py.
 Spec: SDM vol. 3C "Posted-Interrupt Processing".
 
 The order is the protocol. A sender sets PIR, then ON (a full barrier), then reads mode; the target sets mode

@@ -113,7 +113,7 @@ def hot(m, v):
 
 @kernel("u8(words, u8)")
 def vec(m, v):
-    """First word of a vCPU's IRR and ISR."""
+    """First word of a vCPU's IRR, RVI and irr_pending."""
     return k.VEC + v * k.VEC_STRIDE
 
 

@@ -28,8 +28,7 @@ HAS = k.T_SKIP_HONOURED | k.T_ICR_REENTERS | k.T_ICR_ANY_RESOLVED
 PLAIN = ~(k.HIGH32 | k.ICR_VECTOR | k.ICR_LEVEL | k.ICR_BUSY)
 """ICR bits that make it another kind of interrupt."""
 TARGET = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
-SENT = k.CODE_FAST | k.COMPLETION_REENTER
-ACCEPTED = SENT | (k.ONE << k.CODE_ACCEPTED_SHIFT)
+ACCEPTED = k.SENT | (k.ONE << k.CODE_ACCEPTED_SHIFT)
 
 
 @kernel("u8(words)")
@@ -56,7 +55,7 @@ def send(m, v, icr):
     dest = icr >> k.ICR_DEST_SHIFT
     if not m[base + k.MAP_PRESENT] or dest == k.X2APIC_BROADCAST or dest == k.XAPIC_BROADCAST:
         return k.ZERO
-    code = SENT
+    code = k.SENT
     found = phys(m, base, dest)
     if found:
         target = found - k.ONE
