@@ -196,17 +196,18 @@ def _compile(entries: dict[str, Kernel]) -> Code:
 
     from ._build import Build
 
-    _under_way = build = Build()
-    try:
-        with global_compiler_lock, build:
-            for declared in entries.values():
-                if declared not in build.made:
-                    _add(declared)
-            return build.finish(entries)
-    finally:
-        _under_way = None
-        if _progress is None:
-            _on_terminal("", 0, 0)
+    with global_compiler_lock:
+        _under_way = build = Build()
+        try:
+            with build:
+                for declared in entries.values():
+                    if declared not in build.made:
+                        _add(declared)
+                return build.finish(entries)
+        finally:
+            _under_way = None
+            if _progress is None:
+                _on_terminal("", 0, 0)
 
 
 def _add(declared: Kernel) -> None:
