@@ -57,7 +57,7 @@ def test_example_finds_what_is_lost(capsys: pytest.CaptureFixture[str], monkeypa
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["lost"] == 0
     monkeypatch.setattr("fastexit.adapters.unicorn_gate.take", None)
-    monkeypatch.setattr("fastexit.adapters.unicorn_interrupts.take", lambda cpu, vector, error=None: None)
+    monkeypatch.setattr("fastexit.adapters.unicorn_interrupts.take", lambda cpu, event, vector, error=None: None)
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["lost"] > 0
     assert module.main(["--cpus", "1"]) == 2
@@ -383,7 +383,7 @@ def test_counters() -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (b"\xcd\x77", "CPU 0 at 0x100a: triple fault, vector 0x77 has no usable gate"),
+        (b"\xcd\x77", "CPU 0 at 0x1008: triple fault, vector 0x77 has no usable gate"),
         (b"\x31\xc9\xf7\xf1", "CPU 0 at 0x100a: exception 0 of the guest's own"),  # xor ecx, ecx; div ecx
         (b"\xa1" + struct.pack("<Q", 0x3000_0000), "CPU 0 at 0x1008: Invalid memory read"),
     ],

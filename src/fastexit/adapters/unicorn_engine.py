@@ -11,7 +11,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from fastexit.adapters import unicorn_firmware as firmware
 from fastexit.adapters import unicorn_hook as H
-from fastexit.adapters.unicorn_gate import PF, Fault, GuestError
+from fastexit.adapters.unicorn_gate import PF, PF_PRESENT, PF_WRITE, UD, Fault, GuestError
 from fastexit.adapters.unicorn_hook import Stop
 from fastexit.checks import integer
 
@@ -58,6 +58,7 @@ class Engine:
 
     def __setitem__(self, name: str, value: int) -> None:
         self.write(_known(name), integer(value, name))
+        self.words[H.STALE] = 1  # it may have been CR3
 
     def read(self, name: str) -> int:
         """A register of Unicorn's of at most 64 bits, by its name there. The binding takes four times as long."""
@@ -74,10 +75,10 @@ class Engine:
         """IA32_EFER."""
         return self.uc.msr_read(MSR_EFER)
 
-    def table(self, name: str) -> tuple[int, int]:
-        """Base and limit of GDTR, IDTR or TR."""
-        _, base, limit, _ = self.uc.reg_read(_NUMBERS[name])
-        return base, limit
+    def table(self, name: str) -> tuple[int, int, int]:
+        """Selector, base and limit of GDTR, IDTR or TR."""
+        selector, base, limit, _ = self.uc.reg_read(_NUMBERS[name])
+        return selector, base, limit
 
     def where(self) -> str:
         """For messages."""
@@ -94,15 +95,23 @@ class Engine:
             place[:], data = data[: len(place)], data[len(place) :]
 
     def _physical(self, linear: int, size: int, right: int) -> memoryview:
-        out = ctypes.c_uint64()
-        address = ctypes.c_uint64(linear)
-        if uclib.uc_vmem_translate(self._engine, address, ctypes.c_uint32(right), ctypes.byref(out)):
+        address = self._translate(linear, right)
+        if address is None:
             self.write("CR2", linear & _U64)
-            raise Fault(PF)
-        memory = self.host.physical(out.value, size)
+            write = right == unicorn.UC_PROT_WRITE
+            present = write and self._translate(linear, unicorn.UC_PROT_READ) is not None
+            raise Fault(PF, PF_WRITE * write | PF_PRESENT * present)
+        memory = self.host.physical(address, size)
         if memory is None:
-            raise GuestError(f"{self.where()}: an interrupt needs {out.value:#x}, where the guest has no memory")
+            raise GuestError(f"{self.where()}: an interrupt needs {address:#x}, where the guest has no memory")
         return memory
+
+    def _translate(self, linear: int, right: int) -> int | None:
+        out = ctypes.c_uint64()
+        found = uclib.uc_vmem_translate(
+            self._engine, ctypes.c_uint64(linear), ctypes.c_uint32(right), ctypes.byref(out)
+        )
+        return None if found else out.value
 
     # --------------------------------------------------------------------------------------------------------- hooks
 
@@ -134,7 +143,8 @@ class Engine:
         uc.emu_stop()
 
     def _on_invalid(self, uc: Any, data: Any) -> bool:
-        self._trap = 6
+        self._trap = UD
+        self.words[H.COUNT] += 1  # the hook has not seen it
         return False
 
     def _on_unmapped(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
@@ -193,10 +203,11 @@ class Engine:
 
     def real_mode_jump(self, selector: int, offset: int, flags: int) -> None:
         """To CS:IP in real mode, by an IRET of the firmware's and a frame below the stack."""
-        below = self.read("RSP") - 6 & 0xFFFF
+        esp = self.read("RSP")
+        below = esp - 6 & 0xFFFF
         frame = b"".join(value.to_bytes(2, "little") for value in (offset, selector, flags))
         self.linear_write((self.read("SS") << 4) + below, frame)
-        self.write("RSP", below)
+        self.write("RSP", esp & ~0xFFFF | below)
         self._steps(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
 
     def _fresh_long_mode(self, selector: int, rip: int, stack_selector: int, rsp: int) -> None:
