@@ -52,7 +52,8 @@ class UnicornHost:
     """CPUs of a Machine as Unicorn engines, one each, with the same memory.
 
     Args:
-        machine: whose vCPUs they are; its clock is moved by this host alone from now on, and it has no other host.
+        machine: whose vCPUs they are, as many as it has now. From now on this host alone moves its clock; it has no
+            other host.
         memory: bytes of guest memory from address 0, whole pages.
         quantum: instructions a CPU does before it is the next one's turn; an IPI to a CPU that runs arrives no later.
         mips: million instructions a second of each CPU, by which the machine's clock goes.
@@ -96,7 +97,11 @@ class UnicornHost:
 
     def load(self, address: int, data: bytes) -> None:
         """Put bytes into guest memory. Code that a CPU has run already is forgotten; ValueError beyond the memory."""
-        address, view = integer(address, "address"), memoryview(data).cast("B")
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError:
+            raise TypeError(f"data is {type(data).__name__}, not bytes") from None
+        address = integer(address, "address")
         if address + len(view) > self.memory_bytes:
             raise ValueError(f"{len(view):#x} bytes at {address:#x} are beyond the guest's {self.memory_bytes:#x}")
         self.memory[address : address + len(view)] = view

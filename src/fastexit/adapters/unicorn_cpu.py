@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters import unicorn_hook as H
-from fastexit.adapters.unicorn_gate import DB, PROTECTED, RF, TF
+from fastexit.adapters.unicorn_gate import DB, PROTECTED, RF, TF, canonical
 from fastexit.adapters.unicorn_hook import Stop
 from fastexit.adapters.unicorn_interrupts import MARK, WAITS, Interrupted
+from fastexit.checks import integer
 from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
 
@@ -69,8 +70,11 @@ class UnicornCpu(Interrupted):
         """Let it run at ``rip`` in 64-bit mode, whatever it waited for: 4 GiB mapped as they are, interrupts off.
 
         CS and SS are the firmware's (64-bit code 0x08, data 0x10), and there is no IDT. A CPU that is not started waits
-        for INIT and SIPI, and begins in real mode.
+        for INIT and SIPI, and begins in real mode. TypeError or ValueError for what is no address.
         """
+        for name, value in (("rip", rip), ("rsp", rsp)):
+            if not canonical(integer(value, name)):
+                raise ValueError(f"{name} {value:#x} is not a canonical address")
         self.long_mode(rip, rsp)
         if self._mem[self._own + L.K_MP_STATE] != R.MP_RUNNABLE:
             self.vcpu.set_mp_state(R.MP_RUNNABLE)
@@ -148,7 +152,8 @@ class UnicornCpu(Interrupted):
         self.counters.ipis_fast += outcome.path is Path.FAST
 
     def _ring(self) -> int:
-        return self.read("CS") & 3 if self.read("CR0") & PROTECTED else 0
+        ring = self.read("CS") & 3
+        return ring if ring and self.read("CR0") & PROTECTED else 0
 
     def _begin(self, stop: Stop) -> int:
         """RIP of the instruction that stopped, which is behind it where Unicorn hooks it by name."""

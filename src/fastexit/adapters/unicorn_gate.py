@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from fastexit.adapters import unicorn_hook as H
+from fastexit.checks import integer
 from fastexit.regs import RFLAGS_IF, VECTOR_GP
 
 if TYPE_CHECKING:
@@ -32,12 +33,18 @@ LONG_MODE, PROTECTED = 1 << 10, 1
 
 
 def idt(handlers: Mapping[int, int], *, selector: int = 0x08, traps: Collection[int] = ()) -> bytes:
-    """A long-mode IDT: vector to handler, interrupt gates but for those in ``traps``; all others are not present."""
+    """A long-mode IDT: vector to handler, interrupt gates but for those in ``traps``; all others are not present.
+
+    TypeError or ValueError for vectors over 255, handlers over 64 bits and selectors over 16.
+    """
     table = bytearray(256 * 16)
-    for vector, handler in handlers.items():
+    selector = integer(selector, "selector", 0xFFFF)
+    for vector, handler in dict(handlers).items():
+        at = 16 * integer(vector, "vector", 0xFF)
+        handler = integer(handler, f"handler of vector {vector:#x}")
         kind = TRAP_GATE if vector in traps else INTERRUPT_GATE
         low, middle, high = handler & 0xFFFF, handler >> 16 & 0xFFFF, handler >> 32
-        struct.pack_into("<HHBBHII", table, vector * 16, low, selector, 0, 0x80 | kind, middle, high, 0)
+        struct.pack_into("<HHBBHII", table, at, low, selector, 0, 0x80 | kind, middle, high, 0)
     return bytes(table)
 
 
@@ -134,7 +141,8 @@ def _new_flags(flags: int, attributes: int) -> int:
     return flags & ~RFLAGS_IF if attributes & 0x1F == INTERRUPT_GATE else flags
 
 
-def _canonical(linear: int) -> bool:
+def canonical(linear: int) -> bool:
+    """An address that 4-level paging has."""
     return linear >> 47 in (0, 0x1_FFFF)
 
 
@@ -142,7 +150,7 @@ def _long_mode(cpu: UnicornCpu, vector: int, error: int | None, flags: int, rip:
     low, selector, stack, attributes, middle, high, _ = struct.unpack("<HHBBHII", _descriptor(cpu, vector, 16))
     _check(cpu, vector, attributes, selector, 1)
     handler = high << 32 | middle << 16 | low
-    if not _canonical(handler):
+    if not canonical(handler):
         raise Fault(VECTOR_GP)
     rsp = before = cpu.read("RSP")
     if stack & 7:
@@ -155,7 +163,7 @@ def _long_mode(cpu: UnicornCpu, vector: int, error: int | None, flags: int, rip:
     if error is not None:
         values.append(error)
     rsp = (rsp & ~0xF) - 8 * len(values) & (1 << 64) - 1
-    if not _canonical(rsp):
+    if not canonical(rsp):
         raise Fault(SS)
     cpu.linear_write(rsp, struct.pack(f"<{len(values)}Q", *reversed(values)))
     cpu.write("RSP", rsp)
