@@ -13,7 +13,7 @@ from fastexit import regs as R
 from fastexit.adapters import unicorn_hook as H
 from fastexit.adapters.unicorn_gate import DB, PROTECTED, RF, TF, canonical
 from fastexit.adapters.unicorn_hook import Stop
-from fastexit.adapters.unicorn_interrupts import MARK, WAITS, Interrupted
+from fastexit.adapters.unicorn_interrupts import MARK, WAITS, Interruptible
 from fastexit.checks import integer
 from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
@@ -36,7 +36,7 @@ _U32 = 0xFFFF_FFFF
 _CR8_REGISTERS = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
 
 
-class UnicornCpu(Interrupted):
+class UnicornCpu(Interruptible):
     """One CPU of a UnicornHost: ``host.cpus[i]``. ``uc`` is its engine, ``vcpu`` its APIC."""
 
     def __init__(self, host: UnicornHost, index: int) -> None:
@@ -91,7 +91,7 @@ class UnicornCpu(Interrupted):
             return 0
         while words[H.COUNT] < end:
             words[H.LIMIT], words[H.ARMED] = end, self._armed()
-            stop = self._go()
+            stop = self._emulate()
             if stop is not None:
                 self.counters.stops[stop] += 1
                 if stop in PRIVILEGED and self._ring():
@@ -176,7 +176,7 @@ class UnicornCpu(Interrupted):
                 self.write("DR6", self.read("DR6") | DR6_BS)
                 self._trap = DB
 
-    def _let(self, stop: Stop) -> None:
+    def _leave_to_unicorn(self, stop: Stop) -> None:
         """The instruction is Unicorn's."""
         self.words[H.PASS] = 1
         self.words[H.COUNT] -= 1
@@ -188,7 +188,7 @@ class UnicornCpu(Interrupted):
             if msr == MSR_TSC:  # the clock is the host's
                 self._end(rip)
             else:
-                self._let(stop)
+                self._leave_to_unicorn(stop)
             return None
         value = (self.read("RDX") & _U32) << 32 | self.read("RAX") & _U32
         outcome = self.vcpu.hw_wrmsr(msr, value)
@@ -208,7 +208,7 @@ class UnicornCpu(Interrupted):
         if msr == MSR_TSC:
             self._answer(self.tsc())
         elif msr not in OURS:
-            return self._let(stop)
+            return self._leave_to_unicorn(stop)
         else:
             code = self._hardware.rdmsr(self.vcpu, msr)
             if code & CODE_GP:
@@ -241,7 +241,7 @@ class UnicornCpu(Interrupted):
         rip = self._begin(stop)
         if self._flags & TF:
             self.write("EFLAGS", self._flags & ~TF)
-        self._steps(rip, 1)
+        self._carry_out(rip, 1)
         vcpu_id = self.vcpu.vcpu_id
         if leaf == 1:
             self.write("RBX", self.read("RBX") & 0x00FF_FFFF | (vcpu_id & 0xFF) << 24)

@@ -120,22 +120,28 @@ class Engine:
         words[H.SELF] = address
         words[H.MEMORY] = (self.host.memory_address - address >> 3) & _U64
         words[H.MEMORY_BYTES] = self.host.memory_bytes
-        self._raw_hook(unicorn.UC_HOOK_CODE, native.on_instruction)
-        for stop, function in native.by_name.items():
+        self._raw_hook(unicorn.UC_HOOK_CODE, native.on_instruction, address)
+        for stop in H.BY_NAME:
+            words[H.NAMES + stop] = stop
             instruction = ctypes.c_int(getattr(x86_const, f"UC_X86_INS_{stop.name}"))
-            if not self._raw_hook(unicorn.UC_HOOK_INSN, function, instruction):
+            if not self._raw_hook(unicorn.UC_HOOK_INSN, native.on_name, address + 8 * (H.NAMES + stop), instruction):
                 words[H.NAMED] |= 1 << stop
         self.uc.hook_add(unicorn.UC_HOOK_INTR, self._on_exception)
         self.uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._on_invalid)
         self.uc.hook_add(sum(_UNMAPPED), self._on_unmapped)
 
-    def _raw_hook(self, kind: int, function: int, *more: Any) -> int:
+    def _raw_hook(self, kind: int, function: int, data: int, *more: Any) -> int:
         """uc_hook_add with machine code as its callback, for which the binding has no word; Unicorn's error, or 0."""
         everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
-        words = ctypes.cast(self.words, ctypes.c_void_p)
         handle = ctypes.c_size_t()
         return uclib.uc_hook_add(
-            self._engine, ctypes.byref(handle), kind, ctypes.c_void_p(function), words, *everywhere, *more
+            self._engine,
+            ctypes.byref(handle),
+            kind,
+            ctypes.c_void_p(function),
+            ctypes.c_void_p(data),
+            *everywhere,
+            *more,
         )
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
@@ -153,7 +159,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- running
 
-    def _go(self) -> Stop | None:
+    def _emulate(self) -> Stop | None:
         """Unicorn, until the hook stops it, or an exception, which is then in ``_trap``."""
         words = self.words
         words[H.WHY], self._trap = 0, None
@@ -168,14 +174,14 @@ class Engine:
             words[H.RUNNING] = 0
         return Stop(words[H.WHY]) if words[H.WHY] else None
 
-    def _steps(self, rip: int, n: int) -> None:
+    def _carry_out(self, rip: int, n: int) -> None:
         """Carry out ``n`` instructions that do not count, the first one whatever it is."""
         kept = list(self.words[: H.SELF])
         self.words[H.LIMIT] = self.words[H.COUNT] + n
         self.words[H.ARMED], self.words[H.PASS] = 0, 1
         self.write("RIP", rip)
         try:
-            self._go()
+            self._emulate()
         finally:
             kept[H.STALE] = 1
             self.words[: H.SELF] = kept
@@ -187,14 +193,14 @@ class Engine:
     def long_mode(self, rip: int, rsp: int) -> None:
         """64-bit mode at ``rip``: 4 GiB mapped as they are, the firmware's GDT, no IDT, interrupts off."""
         self._fresh_long_mode(firmware.CODE64, rip, firmware.DATA, rsp)
-        self._steps(firmware.IRETQ, 1)
+        self._carry_out(firmware.IRETQ, 1)
 
     def real_mode(self, selector: int, offset: int) -> None:
         """Real mode at CS:IP, everything else as INIT leaves it."""
         self._fresh_long_mode(firmware.CODE16, firmware.REAL_MODE - firmware.BASE, firmware.DATA16, 0)
         self.host.write_firmware(firmware.FAR_POINTER, firmware.far_pointer(selector, offset))
         self.write("RAX", firmware.CR0_RESET)
-        self._steps(firmware.IRETQ, firmware.REAL_MODE_STEPS)
+        self._carry_out(firmware.IRETQ, firmware.REAL_MODE_STEPS)
         self.uc.msr_write(MSR_EFER, 0)
         for name in ("CR3", "CR4", "RAX", "RSP"):
             self.write(name, 0)
@@ -208,7 +214,7 @@ class Engine:
         frame = b"".join(value.to_bytes(2, "little") for value in (offset, selector, flags))
         self.linear_write((self.read("SS") << 4) + below, frame)
         self.write("RSP", esp & ~0xFFFF | below)
-        self._steps(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
+        self._carry_out(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
 
     def _fresh_long_mode(self, selector: int, rip: int, stack_selector: int, rsp: int) -> None:
         """The CPU as Unicorn made it, caches empty, in long mode, its stack a frame from which IRETQ goes there."""

@@ -20,14 +20,16 @@ PAGES = 64
 
 WHY, COUNT, LIMIT, ARMED, DUE, SHADOW, PASS, SIZE, IRETS, NAMED, STALE, REGISTER = range(12)
 SELF, MEMORY, MEMORY_BYTES, OUT, RUNNING, LAST, LET, CACHE = range(12, 20)
-WORDS = CACHE + 2 * PAGES
+NAMES = CACHE + 2 * PAGES
+WORDS = NAMES + 8
 """A CPU's block. WHY: a Stop, 0 while it runs. COUNT, LIMIT: instructions done, where to stop. ARMED: stop where the
 guest may have opened its interrupt window; DUE: instructions until then. SHADOW: how the last instruction
 blocks interrupts behind it (regs.SHADOW_STI, SHADOW_MOV_SS). PASS: the next instruction is Unicorn's, whatever it is.
 SIZE: bytes of the last instruction that began. REGISTER: of the MOV CR8 that stopped, as instructions number them.
 IRETS: seen. NAMED: bit n, Unicorn hooks the instruction of Stop n by name. STALE: the cache of page walks. SELF: the
 block's address. MEMORY: words from here to the guest's. RUNNING: no instruction that Unicorn does for our API calls.
-LAST: linear address of the last instruction that began. LET: it was passed.
+LAST: linear address of the last instruction that began. LET: it was passed. NAMES: word n has n, and tells the hook of
+Stop n its number and the block.
 """
 
 
@@ -46,11 +48,15 @@ class Stop(IntEnum):
     CR8_READ = 10
 
 
+BY_NAME = (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)
+"""What some Unicorn hooks by name."""
+
+
 class Native(NamedTuple):
-    """Addresses of the compiled hooks. ``by_name`` has one for each instruction that some Unicorn hooks by name."""
+    """Addresses of the compiled hooks; ``on_name`` is given the word at NAMES + Stop instead of the block."""
 
     on_instruction: int
-    by_name: dict[Stop, int]
+    on_name: int
     keep: tuple[Any, ...]
 
 
@@ -123,8 +129,8 @@ def native() -> Native:
                 if byte & word(0xF0) == 0x40:
                     rex = byte
                     continue
-                if byte in (0x66, 0x67, 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0xF2, 0xF3):
-                    continue
+                if byte & word(0xE7) == 0x26 or byte & word(0xFC) == 0x64 or byte & word(0xFE) == 0xF2:
+                    continue  # segments, sizes, repetition
                 if byte not in (0x0F, 0xF4, 0xFB, 0x9D, 0xCF, 0x17, 0x8E):
                     break
             code |= byte << (found << word(3))
@@ -180,17 +186,14 @@ def native() -> Native:
         s[SHADOW] = shadow
         s[COUNT] += 1
 
-    def named(why: int) -> Any:
-        @cfunc(types.int32(word, block))
-        def on_name(uc, s):
-            if s[RUNNING] == 0 or s[WHY] != 0 or s[LET] != 0:
-                return 0
-            s[WHY] = why
-            emu_stop(uc)
-            return 1
+    @cfunc(types.int32(word, block))
+    def on_name(uc, place):
+        why = place[0]
+        s = types.int64(why) + types.int64(NAMES)
+        if place[RUNNING - s] == 0 or place[WHY - s] != 0 or place[LET - s] != 0:
+            return 0
+        place[WHY - s] = why
+        emu_stop(uc)
+        return 1
 
-        return on_name
-
-    hooks = {stop: named(int(stop)) for stop in (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)}
-    addresses = {stop: hook.address for stop, hook in hooks.items()}
-    return Native(on_instruction.address, addresses, (on_instruction, hooks, emu_stop, translate))
+    return Native(on_instruction.address, on_name.address, (on_instruction, on_name, emu_stop, translate))

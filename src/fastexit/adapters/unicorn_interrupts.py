@@ -48,7 +48,7 @@ class Counters:
     stops: Counter[Stop] = field(default_factory=Counter)
 
 
-class Interrupted(Engine):
+class Interruptible(Engine):
     """An engine and its vCPU."""
 
     def __init__(self, host: UnicornHost, index: int) -> None:
@@ -82,7 +82,7 @@ class Interrupted(Engine):
                     return False
             elif mode == R.EXITING_GUEST_MODE:
                 v.exit(self._interrupt)
-            elif v.irq_window and self._open():
+            elif v.irq_window and self._takes_interrupts():
                 v.exit(self._window)
             elif v.nmi_window and not self._nmi_masked and not self.words[H.SHADOW]:
                 v.exit(self._nmi_window)
@@ -109,7 +109,7 @@ class Interrupted(Engine):
         if self._nmi_masked and self.words[H.IRETS] != self._irets:
             self._nmi_masked = self.vcpu.nmi_masked = False
 
-    def _open(self) -> bool:
+    def _takes_interrupts(self) -> bool:
         """The guest takes interrupts."""
         return bool(self._flags & R.RFLAGS_IF) and not self.words[H.SHADOW]
 
@@ -138,7 +138,7 @@ class Interrupted(Engine):
         """What the CPU delivers by itself under APICv."""
         if self._injected():
             return True
-        if not self._open():
+        if not self._takes_interrupts():
             return False
         vector = self.vcpu.hw_deliver()
         if vector is None and self._avic and self.vcpu.apicv and self.vcpu.pending() is not None:
