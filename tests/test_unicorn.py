@@ -57,7 +57,7 @@ def test_example_finds_what_is_lost(capsys: pytest.CaptureFixture[str], monkeypa
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["lost"] == 0
     monkeypatch.setattr("fastexit.adapters.unicorn_gate.take", None)
-    monkeypatch.setattr("fastexit.adapters.unicorn_interrupts.take", lambda cpu, vector, error=None: None)
+    monkeypatch.setattr("fastexit.adapters.unicorn_interrupts.take", lambda cpu, event, vector, error=None: None)
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["lost"] > 0
     assert module.main(["--cpus", "1"]) == 2
@@ -383,7 +383,7 @@ def test_counters() -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (b"\xcd\x77", "CPU 0 at 0x100a: triple fault, vector 0x77 has no usable gate"),
+        (b"\xcd\x77", "CPU 0 at 0x1008: triple fault, vector 0x77 has no usable gate"),
         (b"\x31\xc9\xf7\xf1", "CPU 0 at 0x100a: exception 0 of the guest's own"),  # xor ecx, ecx; div ecx
         (b"\xa1" + struct.pack("<Q", 0x3000_0000), "CPU 0 at 0x1008: Invalid memory read"),
     ],
@@ -417,6 +417,43 @@ def test_bad_arguments() -> None:
         host.run(3)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no register"):
         host.cpus[0]["rxx"]
+
+
+def test_what_is_no_address() -> None:
+    host = UnicornHost(fx.Machine(vcpus=1))
+    cpu = host.cpus[0]
+    for call, error, message in (
+        (lambda: cpu.start("a"), TypeError, "rip is str, not an integer"),
+        (lambda: cpu.start(-1), ValueError, "rip -0x1 is out of range"),
+        (lambda: cpu.start(0, rsp=1 << 62), ValueError, "rsp 0x4000000000000000 is not a canonical address"),
+        (lambda: idt({256: 0}), ValueError, "vector 0x100 is out of range"),
+        (lambda: idt({-1: 0}), ValueError, "vector -0x1 is out of range"),
+        (lambda: idt({1: "x"}), TypeError, "handler of vector 0x1 is str, not an integer"),
+        (lambda: idt({1: 0}, selector=1 << 16), ValueError, "selector 0x10000 is out of range"),
+        (lambda: host.load(0, "x"), TypeError, "data is str, not bytes"),
+        (lambda: UnicornHost(host.machine), ValueError, "the machine has a host already"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_until_that_raises() -> None:
+    host = guest(SPIN, quantum=10)
+    rounds = iter(range(3))
+    with pytest.raises(StopIteration):
+        host.run(lambda host: next(rounds) < 0)
+    assert host.clock == 30
+    assert host.run(instructions=5) is Ended.INSTRUCTIONS
+    assert (host.clock, host.machine.time) == (35, 35)
+
+
+def test_page_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its program does what it says."""
+    page = (Path(__file__).parents[1] / "docs" / "unicorn.md").read_text()
+    exec(page.split("```python\n", 1)[1].split("```", 1)[0], {})
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Ended.IDLE"
+    assert second.startswith("1 1 50")
 
 
 def test_missing_unicorn_is_one_line() -> None:

@@ -73,6 +73,18 @@ def handler(vector: int, *, eoi: bool = True, skip: int = 0, error: bool = False
     return code + b"\x5a\x59\x58" + (b"\x48\x83\xc4\x08" if error else b"") + IRETQ  # pop; add rsp, 8
 
 
+def gate(handler: int, *, ist: int = 0, attributes: int = 0x8E, selector: int = 0x08) -> bytes:
+    """One descriptor of a long-mode IDT."""
+    low, middle, high = handler & 0xFFFF, handler >> 16 & 0xFFFF, handler >> 32
+    return struct.pack("<HHBBHII", low, selector, ist, attributes, middle, high, 0)
+
+
+def keep_frame(at: int) -> bytes:
+    """A handler that puts what is on its stack, six words, at ``at``, RSP behind them, and stops."""
+    code = b"\x48\x89\x24\x25" + word(at + 48)  # mov [at + 48], rsp
+    return code + b"".join(b"\x58\x48\x89\x04\x25" + word(at + 8 * i) for i in range(6)) + STOP  # pop rax; mov
+
+
 def guest(
     *codes: bytes,
     vectors: Collection[int] = (0x40,),

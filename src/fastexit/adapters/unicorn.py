@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Callable
 from enum import Enum
 
@@ -35,6 +36,8 @@ __all__ = ["Counters", "Ended", "GuestError", "Stop", "UnicornCpu", "UnicornHost
 
 PAGE = 0x1000
 MOST_MEMORY = 0xFEC0_0000
+_HAVE_A_HOST: weakref.WeakSet[Machine] = weakref.WeakSet()
+"""Two hosts would move the same clock, and each believe that its CPUs have what a vCPU was given."""
 
 
 class Ended(Enum):
@@ -49,7 +52,8 @@ class UnicornHost:
     """CPUs of a Machine as Unicorn engines, one each, with the same memory.
 
     Args:
-        machine: whose vCPUs they are; its clock is moved by this host alone from now on.
+        machine: whose vCPUs they are, as many as it has now. From now on this host alone moves its clock; it has no
+            other host.
         memory: bytes of guest memory from address 0, whole pages.
         quantum: instructions a CPU does before it is the next one's turn; an IPI to a CPU that runs arrives no later.
         mips: million instructions a second of each CPU, by which the machine's clock goes.
@@ -62,6 +66,8 @@ class UnicornHost:
     def __init__(self, machine: Machine, memory: int = 1 << 20, *, quantum: int = 1000, mips: int = 1000) -> None:
         if not isinstance(machine, Machine):
             raise TypeError(f"machine is {type(machine).__name__}, not a fastexit.Machine")
+        if machine in _HAVE_A_HOST:
+            raise ValueError("the machine has a host already: make another machine")
         self.memory_bytes = integer(memory, "memory", MOST_MEMORY)
         if not memory or memory % PAGE:
             raise ValueError(f"memory {memory:#x} is not a whole number of pages of {PAGE:#x} bytes")
@@ -82,6 +88,7 @@ class UnicornHost:
         self.clock = 0
         self._began = machine.time
         self.cpus = [UnicornCpu(self, index) for index in range(len(machine.vcpus))]
+        _HAVE_A_HOST.add(machine)
 
     def __repr__(self) -> str:
         return f"<UnicornHost {len(self.cpus)} CPUs, {self.memory_bytes:#x} bytes, {self.clock} instructions>"
@@ -90,7 +97,11 @@ class UnicornHost:
 
     def load(self, address: int, data: bytes) -> None:
         """Put bytes into guest memory. Code that a CPU has run already is forgotten; ValueError beyond the memory."""
-        address, view = integer(address, "address"), memoryview(data).cast("B")
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError:
+            raise TypeError(f"data is {type(data).__name__}, not bytes") from None
+        address = integer(address, "address")
         if address + len(view) > self.memory_bytes:
             raise ValueError(f"{len(view):#x} bytes at {address:#x} are beyond the guest's {self.memory_bytes:#x}")
         self.memory[address : address + len(view)] = view

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters import unicorn_hook as H
+from fastexit.adapters.unicorn_gate import DB, PROTECTED, RF, TF, canonical
 from fastexit.adapters.unicorn_hook import Stop
-from fastexit.adapters.unicorn_interrupts import MARK, WAITS, Interrupted
+from fastexit.adapters.unicorn_interrupts import MARK, WAITS, Interruptible
+from fastexit.checks import integer
 from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
 
@@ -23,13 +25,18 @@ MSR_TSC, MSR_TSC_AUX = 0x10, 0xC000_0103
 OURS = frozenset({R.MSR_APICBASE, R.MSR_TSC_DEADLINE, *range(R.MSR_X2APIC_BASE, R.MSR_X2APIC_BASE + 0x100)})
 """MSRs that fastexit answers for; all others but the TSC are Unicorn's."""
 ICRS = frozenset(R.MSR_X2APIC_BASE + (offset >> 4) for offset in (R.APIC_ICR, R.APIC_SELF_IPI))
-CPUID_X2APIC, CPUID_DEADLINE = 1 << 21, 1 << 24
-"""Of leaf 1, ECX."""
+CPUID_X2APIC, CPUID_DEADLINE, CPUID_APIC = 1 << 21, 1 << 24, 1 << 9
+"""Of leaf 1: the first two of ECX, the last of EDX."""
+LEAF_TOPOLOGY = 0xB
+TOPOLOGY_LEVELS = 1, 2
+"""SMT and core: sub-leaves 0 and 1. Each CPU is a package by itself, as Unicorn's leaf 1 and 4 have it."""
+PRIVILEGED = frozenset({Stop.WRMSR, Stop.RDMSR, Stop.HLT, Stop.CR8_WRITE, Stop.CR8_READ})
+DR6_BS = 1 << 14
 _U32 = 0xFFFF_FFFF
 _CR8_REGISTERS = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
 
 
-class UnicornCpu(Interrupted):
+class UnicornCpu(Interruptible):
     """One CPU of a UnicornHost: ``host.cpus[i]``. ``uc`` is its engine, ``vcpu`` its APIC."""
 
     def __init__(self, host: UnicornHost, index: int) -> None:
@@ -63,8 +70,11 @@ class UnicornCpu(Interrupted):
         """Let it run at ``rip`` in 64-bit mode, whatever it waited for: 4 GiB mapped as they are, interrupts off.
 
         CS and SS are the firmware's (64-bit code 0x08, data 0x10), and there is no IDT. A CPU that is not started waits
-        for INIT and SIPI, and begins in real mode.
+        for INIT and SIPI, and begins in real mode. TypeError or ValueError for what is no address.
         """
+        for name, value in (("rip", rip), ("rsp", rsp)):
+            if not canonical(integer(value, name)):
+                raise ValueError(f"{name} {value:#x} is not a canonical address")
         self.long_mode(rip, rsp)
         if self._mem[self._own + L.K_MP_STATE] != R.MP_RUNNABLE:
             self.vcpu.set_mp_state(R.MP_RUNNABLE)
@@ -81,12 +91,14 @@ class UnicornCpu(Interrupted):
             return 0
         while words[H.COUNT] < end:
             words[H.LIMIT], words[H.ARMED] = end, self._armed()
-            stop = self._go()
+            stop = self._emulate()
             if stop is not None:
                 self.counters.stops[stop] += 1
-                handler = _HANDLERS.get(stop)
-                if handler is not None:
-                    handler(self, stop)
+                if stop in PRIVILEGED and self._ring():
+                    self._begin(stop)
+                    self._general_protection()
+                elif stop in _HANDLERS:
+                    _HANDLERS[stop](self, stop)
             if self._trap is not None:
                 self._exception(self._trap)
             if self.asleep or not self._settle():
@@ -106,23 +118,23 @@ class UnicornCpu(Interrupted):
 
     def _mmio_read(self, uc: Any, offset: int, size: int, page: int) -> int:
         nobody = (1 << 8 * size) - 1
-        if not self._begin_mmio(page, size):
+        if not self._begin_mmio(page):
             return nobody
         outcome = OUTCOMES[self._hardware.mmio_read(self.vcpu, offset, size)]
         self._after_access(outcome)
         return nobody if outcome.user is not None else self.vcpu.read_data
 
     def _mmio_write(self, uc: Any, offset: int, size: int, value: int, page: int) -> None:
-        if not self._begin_mmio(page, size):
+        if not self._begin_mmio(page):
             return
         outcome = self.vcpu.hw_mmio_write(offset, value & (1 << 8 * size) - 1, size)
         if offset == R.APIC_ICR:
             self._count_ipi(outcome)
         self._after_access(outcome)
 
-    def _begin_mmio(self, page: int, size: int) -> bool:
+    def _begin_mmio(self, page: int) -> bool:
         """False where nobody answers. Whatever comes of the access is looked at before the next instruction."""
-        if page != self.vcpu.apic_base & R.APICBASE.mask("BASE") or size > 4:
+        if page != self.vcpu.apic_base & R.APICBASE.mask("BASE"):
             return False
         self.counters.mmio += 1
         self.words[H.LIMIT] = 0
@@ -139,6 +151,10 @@ class UnicornCpu(Interrupted):
         self.counters.ipis += 1
         self.counters.ipis_fast += outcome.path is Path.FAST
 
+    def _ring(self) -> int:
+        ring = self.read("CS") & 3
+        return ring if ring and self.read("CR0") & PROTECTED else 0
+
     def _begin(self, stop: Stop) -> int:
         """RIP of the instruction that stopped, which is behind it where Unicorn hooks it by name."""
         self._flags = self.read("EFLAGS")
@@ -150,11 +166,17 @@ class UnicornCpu(Interrupted):
         return self._rip
 
     def _end(self, rip: int) -> None:
-        """The instruction is done."""
-        self.write("RIP", rip)
+        """The instruction at ``rip`` is done."""
+        self.write("RIP", rip + self.words[H.SIZE])
         self.words[H.SHADOW] = self.words[H.DUE] = 0
+        if self._flags & (RF | TF):
+            self._flags &= ~RF
+            self.write("EFLAGS", self._flags)
+            if self._flags & TF:
+                self.write("DR6", self.read("DR6") | DR6_BS)
+                self._trap = DB
 
-    def _let(self, stop: Stop) -> None:
+    def _leave_to_unicorn(self, stop: Stop) -> None:
         """The instruction is Unicorn's."""
         self.words[H.PASS] = 1
         self.words[H.COUNT] -= 1
@@ -164,9 +186,9 @@ class UnicornCpu(Interrupted):
         msr = self.read("RCX") & _U32
         if msr not in OURS:
             if msr == MSR_TSC:  # the clock is the host's
-                self._end(rip + R.INSN_LEN_WRMSR)
+                self._end(rip)
             else:
-                self._let(stop)
+                self._leave_to_unicorn(stop)
             return None
         value = (self.read("RDX") & _U32) << 32 | self.read("RAX") & _U32
         outcome = self.vcpu.hw_wrmsr(msr, value)
@@ -177,7 +199,7 @@ class UnicornCpu(Interrupted):
         self._after_access(outcome)
         if msr == R.MSR_APICBASE:
             self._map_apic()
-        self._end(rip + R.INSN_LEN_WRMSR)
+        self._end(rip)
         return None
 
     def _rdmsr(self, stop: Stop) -> None:
@@ -186,14 +208,14 @@ class UnicornCpu(Interrupted):
         if msr == MSR_TSC:
             self._answer(self.tsc())
         elif msr not in OURS:
-            return self._let(stop)
+            return self._leave_to_unicorn(stop)
         else:
             code = self._hardware.rdmsr(self.vcpu, msr)
             if code & CODE_GP:
                 return self._general_protection()
             self.counters.paths[OUTCOMES[code].path] += 1
             self._answer(self.vcpu.read_data)
-        self._end(rip + R.INSN_LEN_WRMSR)
+        self._end(rip)
         return None
 
     def _answer(self, value: int) -> None:
@@ -211,13 +233,15 @@ class UnicornCpu(Interrupted):
         self._answer(self.tsc())
         if stop is Stop.RDTSCP:
             self.write("RCX", self.uc.msr_read(MSR_TSC_AUX) & _U32)
-        self._end(rip + (3 if stop is Stop.RDTSCP else 2))
+        self._end(rip)
 
     def _cpuid(self, stop: Stop) -> None:
         """Unicorn's answer, with what fastexit offers and the CPU's own ids in it."""
-        leaf = self.read("RAX") & _U32
-        self._steps(self._begin(stop), 1)
-        self._after_gate()
+        leaf, subleaf = self.read("RAX") & _U32, self.read("RCX") & _U32
+        rip = self._begin(stop)
+        if self._flags & TF:
+            self.write("EFLAGS", self._flags & ~TF)
+        self._carry_out(rip, 1)
         vcpu_id = self.vcpu.vcpu_id
         if leaf == 1:
             self.write("RBX", self.read("RBX") & 0x00FF_FFFF | (vcpu_id & 0xFF) << 24)
@@ -225,21 +249,27 @@ class UnicornCpu(Interrupted):
             offered = CPUID_X2APIC if config & L.CONFIG_X2APIC_CPUID else 0
             offered |= CPUID_DEADLINE if config & L.CONFIG_DEADLINE_CPUID else 0
             self.write("RCX", self.read("RCX") & ~(CPUID_X2APIC | CPUID_DEADLINE) | offered)
-        elif leaf == 0xB:
+            if not self.vcpu.apic_base & R.APICBASE_EN:
+                self.write("RDX", self.read("RDX") & ~CPUID_APIC)
+        elif leaf == LEAF_TOPOLOGY:
+            level = TOPOLOGY_LEVELS[subleaf] if subleaf < len(TOPOLOGY_LEVELS) else 0
+            self.write("RBX", 1 if level else 0)
+            self.write("RCX", subleaf & 0xFF | level << 8)
             self.write("RDX", vcpu_id)
+        self._end(rip)
 
     def _halt(self, stop: Stop) -> None:
         rip = self._begin(stop)
         outcome = self.vcpu.exit(self._hlt)
-        self._end(rip + R.INSN_LEN_HLT)
+        self._end(rip)
         self._after_access(outcome)
         self.asleep = outcome.user is None and self._mem[self._hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE
 
     def _move_cr8(self, stop: Stop) -> None:
         """MOV to or from CR8, which a TPR shadow makes an access to TPR."""
         rip = self._begin(stop)
-        v, modrm, write = self.vcpu, self.words[H.MODRM], stop is Stop.CR8_WRITE
-        register = _CR8_REGISTERS[modrm & 7 | modrm >> 8 << 3]
+        v, write = self.vcpu, stop is Stop.CR8_WRITE
+        register = _CR8_REGISTERS[self.words[H.REGISTER]]
         value = self.read(register) if write else 0
         if value > 0xF:
             return self._general_protection()
@@ -258,7 +288,7 @@ class UnicornCpu(Interrupted):
             got = v.read_data
         if not write:
             self.write(register, got)
-        self._end(rip + R.INSN_LEN_MOV_CR + 1)
+        self._end(rip)
         return None
 
 

@@ -11,7 +11,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from fastexit.adapters import unicorn_firmware as firmware
 from fastexit.adapters import unicorn_hook as H
-from fastexit.adapters.unicorn_gate import PF, Fault, GuestError
+from fastexit.adapters.unicorn_gate import PF, PF_PRESENT, PF_WRITE, UD, Fault, GuestError
 from fastexit.adapters.unicorn_hook import Stop
 from fastexit.checks import integer
 
@@ -58,6 +58,7 @@ class Engine:
 
     def __setitem__(self, name: str, value: int) -> None:
         self.write(_known(name), integer(value, name))
+        self.words[H.STALE] = 1  # it may have been CR3
 
     def read(self, name: str) -> int:
         """A register of Unicorn's of at most 64 bits, by its name there. The binding takes four times as long."""
@@ -74,10 +75,10 @@ class Engine:
         """IA32_EFER."""
         return self.uc.msr_read(MSR_EFER)
 
-    def table(self, name: str) -> tuple[int, int]:
-        """Base and limit of GDTR, IDTR or TR."""
-        _, base, limit, _ = self.uc.reg_read(_NUMBERS[name])
-        return base, limit
+    def table(self, name: str) -> tuple[int, int, int]:
+        """Selector, base and limit of GDTR, IDTR or TR."""
+        selector, base, limit, _ = self.uc.reg_read(_NUMBERS[name])
+        return selector, base, limit
 
     def where(self) -> str:
         """For messages."""
@@ -94,15 +95,23 @@ class Engine:
             place[:], data = data[: len(place)], data[len(place) :]
 
     def _physical(self, linear: int, size: int, right: int) -> memoryview:
-        out = ctypes.c_uint64()
-        address = ctypes.c_uint64(linear)
-        if uclib.uc_vmem_translate(self._engine, address, ctypes.c_uint32(right), ctypes.byref(out)):
+        address = self._translate(linear, right)
+        if address is None:
             self.write("CR2", linear & _U64)
-            raise Fault(PF)
-        memory = self.host.physical(out.value, size)
+            write = right == unicorn.UC_PROT_WRITE
+            present = write and self._translate(linear, unicorn.UC_PROT_READ) is not None
+            raise Fault(PF, PF_WRITE * write | PF_PRESENT * present)
+        memory = self.host.physical(address, size)
         if memory is None:
-            raise GuestError(f"{self.where()}: an interrupt needs {out.value:#x}, where the guest has no memory")
+            raise GuestError(f"{self.where()}: an interrupt needs {address:#x}, where the guest has no memory")
         return memory
+
+    def _translate(self, linear: int, right: int) -> int | None:
+        out = ctypes.c_uint64()
+        found = uclib.uc_vmem_translate(
+            self._engine, ctypes.c_uint64(linear), ctypes.c_uint32(right), ctypes.byref(out)
+        )
+        return None if found else out.value
 
     # --------------------------------------------------------------------------------------------------------- hooks
 
@@ -111,22 +120,28 @@ class Engine:
         words[H.SELF] = address
         words[H.MEMORY] = (self.host.memory_address - address >> 3) & _U64
         words[H.MEMORY_BYTES] = self.host.memory_bytes
-        self._raw_hook(unicorn.UC_HOOK_CODE, native.on_instruction)
-        for stop, function in native.by_name.items():
+        self._raw_hook(unicorn.UC_HOOK_CODE, native.on_instruction, address)
+        for stop in H.BY_NAME:
+            words[H.NAMES + stop] = stop
             instruction = ctypes.c_int(getattr(x86_const, f"UC_X86_INS_{stop.name}"))
-            if not self._raw_hook(unicorn.UC_HOOK_INSN, function, instruction):
+            if not self._raw_hook(unicorn.UC_HOOK_INSN, native.on_name, address + 8 * (H.NAMES + stop), instruction):
                 words[H.NAMED] |= 1 << stop
         self.uc.hook_add(unicorn.UC_HOOK_INTR, self._on_exception)
         self.uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._on_invalid)
         self.uc.hook_add(sum(_UNMAPPED), self._on_unmapped)
 
-    def _raw_hook(self, kind: int, function: int, *more: Any) -> int:
+    def _raw_hook(self, kind: int, function: int, data: int, *more: Any) -> int:
         """uc_hook_add with machine code as its callback, for which the binding has no word; Unicorn's error, or 0."""
         everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
-        words = ctypes.cast(self.words, ctypes.c_void_p)
         handle = ctypes.c_size_t()
         return uclib.uc_hook_add(
-            self._engine, ctypes.byref(handle), kind, ctypes.c_void_p(function), words, *everywhere, *more
+            self._engine,
+            ctypes.byref(handle),
+            kind,
+            ctypes.c_void_p(function),
+            ctypes.c_void_p(data),
+            *everywhere,
+            *more,
         )
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
@@ -134,7 +149,8 @@ class Engine:
         uc.emu_stop()
 
     def _on_invalid(self, uc: Any, data: Any) -> bool:
-        self._trap = 6
+        self._trap = UD
+        self.words[H.COUNT] += 1  # the hook has not seen it
         return False
 
     def _on_unmapped(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
@@ -143,7 +159,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- running
 
-    def _go(self) -> Stop | None:
+    def _emulate(self) -> Stop | None:
         """Unicorn, until the hook stops it, or an exception, which is then in ``_trap``."""
         words = self.words
         words[H.WHY], self._trap = 0, None
@@ -158,14 +174,14 @@ class Engine:
             words[H.RUNNING] = 0
         return Stop(words[H.WHY]) if words[H.WHY] else None
 
-    def _steps(self, rip: int, n: int) -> None:
+    def _carry_out(self, rip: int, n: int) -> None:
         """Carry out ``n`` instructions that do not count, the first one whatever it is."""
         kept = list(self.words[: H.SELF])
         self.words[H.LIMIT] = self.words[H.COUNT] + n
         self.words[H.ARMED], self.words[H.PASS] = 0, 1
         self.write("RIP", rip)
         try:
-            self._go()
+            self._emulate()
         finally:
             kept[H.STALE] = 1
             self.words[: H.SELF] = kept
@@ -177,14 +193,14 @@ class Engine:
     def long_mode(self, rip: int, rsp: int) -> None:
         """64-bit mode at ``rip``: 4 GiB mapped as they are, the firmware's GDT, no IDT, interrupts off."""
         self._fresh_long_mode(firmware.CODE64, rip, firmware.DATA, rsp)
-        self._steps(firmware.IRETQ, 1)
+        self._carry_out(firmware.IRETQ, 1)
 
     def real_mode(self, selector: int, offset: int) -> None:
         """Real mode at CS:IP, everything else as INIT leaves it."""
         self._fresh_long_mode(firmware.CODE16, firmware.REAL_MODE - firmware.BASE, firmware.DATA16, 0)
         self.host.write_firmware(firmware.FAR_POINTER, firmware.far_pointer(selector, offset))
         self.write("RAX", firmware.CR0_RESET)
-        self._steps(firmware.IRETQ, firmware.REAL_MODE_STEPS)
+        self._carry_out(firmware.IRETQ, firmware.REAL_MODE_STEPS)
         self.uc.msr_write(MSR_EFER, 0)
         for name in ("CR3", "CR4", "RAX", "RSP"):
             self.write(name, 0)
@@ -193,11 +209,12 @@ class Engine:
 
     def real_mode_jump(self, selector: int, offset: int, flags: int) -> None:
         """To CS:IP in real mode, by an IRET of the firmware's and a frame below the stack."""
-        below = self.read("RSP") - 6 & 0xFFFF
+        esp = self.read("RSP")
+        below = esp - 6 & 0xFFFF
         frame = b"".join(value.to_bytes(2, "little") for value in (offset, selector, flags))
         self.linear_write((self.read("SS") << 4) + below, frame)
-        self.write("RSP", below)
-        self._steps(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
+        self.write("RSP", esp & ~0xFFFF | below)
+        self._carry_out(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
 
     def _fresh_long_mode(self, selector: int, rip: int, stack_selector: int, rsp: int) -> None:
         """The CPU as Unicorn made it, caches empty, in long mode, its stack a frame from which IRETQ goes there."""

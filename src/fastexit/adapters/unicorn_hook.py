@@ -13,18 +13,23 @@ from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
 
+from fastexit.regs import SHADOW_MOV_SS, SHADOW_STI
+
 PAGES = 64
 """Entries of the cache of page walks."""
 
-WHY, COUNT, LIMIT, ARMED, DUE, SHADOW, PASS, SIZE, IRETS, NAMED, STALE, MODRM = range(12)
+WHY, COUNT, LIMIT, ARMED, DUE, SHADOW, PASS, SIZE, IRETS, NAMED, STALE, REGISTER = range(12)
 SELF, MEMORY, MEMORY_BYTES, OUT, RUNNING, LAST, LET, CACHE = range(12, 20)
-WORDS = CACHE + 2 * PAGES
+NAMES = CACHE + 2 * PAGES
+WORDS = NAMES + 8
 """A CPU's block. WHY: a Stop, 0 while it runs. COUNT, LIMIT: instructions done, where to stop. ARMED: stop where the
-guest may have opened its interrupt window; DUE: instructions until then. SHADOW: the last instruction blocks interrupts
-behind the next. PASS: the next instruction is Unicorn's, whatever it is. SIZE, MODRM: of the instruction that stopped.
+guest may have opened its interrupt window; DUE: instructions until then. SHADOW: how the last instruction
+blocks interrupts behind it (regs.SHADOW_STI, SHADOW_MOV_SS). PASS: the next instruction is Unicorn's, whatever it is.
+SIZE: bytes of the last instruction that began. REGISTER: of the MOV CR8 that stopped, as instructions number them.
 IRETS: seen. NAMED: bit n, Unicorn hooks the instruction of Stop n by name. STALE: the cache of page walks. SELF: the
 block's address. MEMORY: words from here to the guest's. RUNNING: no instruction that Unicorn does for our API calls.
-LAST: linear address of the last instruction that began. LET: it was passed.
+LAST: linear address of the last instruction that began. LET: it was passed. NAMES: word n has n, and tells the hook of
+Stop n its number and the block.
 """
 
 
@@ -43,11 +48,15 @@ class Stop(IntEnum):
     CR8_READ = 10
 
 
+BY_NAME = (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)
+"""What some Unicorn hooks by name."""
+
+
 class Native(NamedTuple):
-    """Addresses of the compiled hooks. ``by_name`` has one for each instruction that some Unicorn hooks by name."""
+    """Addresses of the compiled hooks; ``on_name`` is given the word at NAMES + Stop instead of the block."""
 
     on_instruction: int
-    by_name: dict[Stop, int]
+    on_name: int
     keep: tuple[Any, ...]
 
 
@@ -70,6 +79,7 @@ def native() -> Native:
     emu_stop = _c_function(uclib, "uc_emu_stop", u64)
     translate = _c_function(uclib, "uc_vmem_translate", u64, u64, ctypes.c_uint32, u64)
     fetch = unicorn.UC_PROT_EXEC
+    shadow_sti, shadow_mov_ss = types.uint64(SHADOW_STI), types.uint64(SHADOW_MOV_SS)
     why_limit, why_window, why_hlt = int(Stop.LIMIT), int(Stop.WINDOW), int(Stop.HLT)
     why_wrmsr, why_rdmsr, why_rdtsc = int(Stop.WRMSR), int(Stop.RDMSR), int(Stop.RDTSC)
     why_rdtscp, why_cpuid = int(Stop.RDTSCP), int(Stop.CPUID)
@@ -93,75 +103,80 @@ def native() -> Native:
         s[PASS] = 0
         s[LET] = passed
         s[LAST] = address
-        shadow = 0
-        if size <= 4:
-            if s[STALE] != 0:
-                s[STALE] = 0
-                for i in range(PAGES):
-                    s[CACHE + 2 * i] = 0
-            code = word(0)
-            for i in range(size):
-                at = address + word(i)
-                page = at >> word(12)
-                slot = types.int64(CACHE) + types.int64(page & word(PAGES - 1)) * 2
-                if s[slot] != page + word(1):
-                    if translate(uc, page << word(12), fetch, s[SELF] + word(8 * OUT)) != 0:
-                        continue
-                    s[slot] = page + word(1)
-                    s[slot + 1] = s[OUT]
-                physical = s[slot + 1] | (at & word(0xFFF))
-                if physical < s[MEMORY_BYTES]:
-                    bits = (physical & word(7)) << word(3)
-                    byte = (s[types.int64(s[MEMORY]) + types.int64(physical >> word(3))] >> bits) & word(0xFF)
-                    code |= byte << word(8 * i)
-            first, second = code & word(0xFF), (code >> word(8)) & word(0xFF)
-            third, fourth = (code >> word(16)) & word(0xFF), code >> word(24)
+        shadow = word(0)
+        if s[STALE] != 0:
+            s[STALE] = 0
+            for i in range(PAGES):
+                s[CACHE + 2 * i] = 0
+        # What is behind the prefixes, as far as it may concern us. Unicorn knows the size, so that 40 to 4F are
+        # INC and DEC only where nothing follows.
+        code, found, rex = word(0), word(0), word(0)
+        for i in range(size):
+            at = address + word(i)
+            page = at >> word(12)
+            slot = types.int64(CACHE) + types.int64(page & word(PAGES - 1)) * 2
+            if s[slot] != page + word(1):
+                if translate(uc, page << word(12), fetch, s[SELF] + word(8 * OUT)) != 0:
+                    break
+                s[slot] = page + word(1)
+                s[slot + 1] = s[OUT]
+            physical = s[slot + 1] | (at & word(0xFFF))
+            if physical >= s[MEMORY_BYTES]:
+                break
+            eight = s[types.int64(s[MEMORY]) + types.int64(physical >> word(3))]
+            byte = (eight >> ((physical & word(7)) << word(3))) & word(0xFF)
+            if found == 0:
+                if byte & word(0xF0) == 0x40:
+                    rex = byte
+                    continue
+                if byte & word(0xE7) == 0x26 or byte & word(0xFC) == 0x64 or byte & word(0xFE) == 0xF2:
+                    continue  # segments, sizes, repetition
+                if byte not in (0x0F, 0xF4, 0xFB, 0x9D, 0xCF, 0x17, 0x8E):
+                    break
+            code |= byte << (found << word(3))
+            found += word(1)
+            if found == 3:
+                break
+        if found != 0:
+            first, second, third = code & word(0xFF), (code >> word(8)) & word(0xFF), code >> word(16)
+            operand = (third >> word(3)) & word(7)
             why = 0
-            if size == 1:
-                if first == 0xF4:
-                    why = why_hlt
-                elif first == 0xFB:  # STI
-                    shadow = 1
-                    s[DUE] = 2
-                elif first == 0x9D:  # POPF
-                    s[DUE] = 1
-                elif first == 0xCF:  # IRET
-                    s[DUE] = 1
-                    s[IRETS] += 1
-                elif first == 0x17:  # POP SS
-                    shadow = 1
-            elif size == 2:
-                if first == 0x0F:
-                    if second == 0x30:
-                        why = why_wrmsr
-                    elif second == 0x32:
-                        why = why_rdmsr
-                    elif second == 0x31:
-                        why = why_rdtsc
-                    elif second == 0xA2:
-                        why = why_cpuid
-                elif second == 0xCF and (first == 0x48 or first == 0x66):  # IRETQ, IRET of the other size
-                    s[DUE] = 1
-                    s[IRETS] += 1
-                elif second == 0x9D and first == 0x66:
-                    s[DUE] = 1
-                elif first == 0x8E and (second >> word(3)) & word(7) == 2:  # MOV SS
-                    shadow = 1
-            elif size == 3:
-                if first == 0x0F and second == 0x22:  # MOV to CR0, CR3, CR4
-                    s[STALE] = 1
-                elif code == 0xF9010F:
+            if first == 0xF4:
+                why = why_hlt
+            elif first == 0xFB:  # STI, which blocks nothing where the one before it has opened the window
+                if s[SHADOW] & shadow_sti == 0:
+                    shadow = shadow_sti
+            elif first == 0x9D:  # POPF
+                s[DUE] = 1
+            elif first == 0xCF:  # IRET
+                s[DUE] = 1
+                s[IRETS] += 1
+            elif first == 0x17 or first == 0x8E:  # POP SS, MOV to SS
+                if (first == 0x17 or (second >> word(3)) & word(7) == 2) and s[SHADOW] & shadow_mov_ss == 0:
+                    shadow = shadow_mov_ss
+            elif second == 0x30:
+                why = why_wrmsr
+            elif second == 0x32:
+                why = why_rdmsr
+            elif second == 0x31:
+                why = why_rdtsc
+            elif second == 0xA2:
+                why = why_cpuid
+            elif second == 0x01:
+                if third == 0xF9:
                     why = why_rdtscp
-                elif first == 0x0F and second == 0x01 and (third >> word(3)) & word(7) == 7:  # INVLPG
+                elif operand == 7 and third < 0xC0:  # INVLPG
                     s[STALE] = 1
-                elif first & word(0xF0) == 0x40 and second == 0x8E and (third >> word(3)) & word(7) == 2:
-                    shadow = 1
-            elif size == 4 and second == 0x0F and (third == 0x22 or third == 0x20) and first & word(0xF0) == 0x40:
-                if first & word(4) != 0 and (fourth >> word(3)) & word(7) == 0:
-                    s[MODRM] = fourth | (first & word(1)) << word(8)
-                    why = why_cr8_write if third == 0x22 else why_cr8_read
-                else:
+            elif second == 0x38 and third == 0x82:  # INVPCID
+                s[STALE] = 1
+            elif second == 0x22 or second == 0x20:
+                if operand == 0 and rex & word(4) != 0:
+                    s[REGISTER] = (third & word(7)) | (rex & word(1)) << word(3)
+                    why = why_cr8_write if second == 0x22 else why_cr8_read
+                else:  # CR0, CR3, CR4
                     s[STALE] = 1
+            if shadow != 0:
+                s[DUE] = 2
             if why != 0 and passed == 0 and (s[NAMED] >> word(why)) & word(1) == 0:
                 s[WHY] = why
                 s[SIZE] = size
@@ -171,17 +186,14 @@ def native() -> Native:
         s[SHADOW] = shadow
         s[COUNT] += 1
 
-    def named(why: int) -> Any:
-        @cfunc(types.int32(word, block))
-        def on_name(uc, s):
-            if s[RUNNING] == 0 or s[WHY] != 0 or s[LET] != 0:
-                return 0
-            s[WHY] = why
-            emu_stop(uc)
-            return 1
+    @cfunc(types.int32(word, block))
+    def on_name(uc, place):
+        why = place[0]
+        s = types.int64(why) + types.int64(NAMES)
+        if place[RUNNING - s] == 0 or place[WHY - s] != 0 or place[LET - s] != 0:
+            return 0
+        place[WHY - s] = why
+        emu_stop(uc)
+        return 1
 
-        return on_name
-
-    hooks = {stop: named(int(stop)) for stop in (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)}
-    addresses = {stop: hook.address for stop, hook in hooks.items()}
-    return Native(on_instruction.address, addresses, (on_instruction, hooks, emu_stop, translate))
+    return Native(on_instruction.address, on_name.address, (on_instruction, on_name, emu_stop, translate))

@@ -14,7 +14,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters import unicorn_hook as H
 from fastexit.adapters.unicorn_engine import Engine
-from fastexit.adapters.unicorn_gate import ERROR_CODE, GuestError, take
+from fastexit.adapters.unicorn_gate import BP, DE, ERROR_CODE, OF, Event, GuestError, take
 from fastexit.adapters.unicorn_hook import Stop
 from fastexit.outcome import Path
 from fastexit.reasons import SvmExit, VmxExit
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastexit.adapters.unicorn import UnicornHost
 
 WAITS = frozenset({R.MP_UNINITIALIZED, R.MP_INIT_RECEIVED})
-UNTOLD = ERROR_CODE | {0}
+UNTOLD = ERROR_CODE | {DE}
 """Unicorn keeps error codes to itself and, as it never delivers an exception, takes later ones for double faults."""
 MARK = 0xFFFF
 """What Vcpu.cs is while the CPU runs; INIT and SIPI write something else."""
@@ -48,7 +48,7 @@ class Counters:
     stops: Counter[Stop] = field(default_factory=Counter)
 
 
-class Interrupted(Engine):
+class Interruptible(Engine):
     """An engine and its vCPU."""
 
     def __init__(self, host: UnicornHost, index: int) -> None:
@@ -82,7 +82,7 @@ class Interrupted(Engine):
                     return False
             elif mode == R.EXITING_GUEST_MODE:
                 v.exit(self._interrupt)
-            elif v.irq_window and self._open():
+            elif v.irq_window and self._takes_interrupts():
                 v.exit(self._window)
             elif v.nmi_window and not self._nmi_masked and not self.words[H.SHADOW]:
                 v.exit(self._nmi_window)
@@ -104,20 +104,21 @@ class Interrupted(Engine):
         """The vCPU sees the guest's registers, as an exit would save them."""
         mem, own = self._mem, self._own
         mem[own + L.K_RFLAGS] = self._flags
-        mem[own + L.K_SHADOW] = R.SHADOW_STI if self.words[H.SHADOW] else 0
+        mem[own + L.K_SHADOW] = self.words[H.SHADOW]
         mem[own + L.K_RIP] = self._rip = self.read("RIP")
         if self._nmi_masked and self.words[H.IRETS] != self._irets:
             self._nmi_masked = self.vcpu.nmi_masked = False
 
-    def _open(self) -> bool:
+    def _takes_interrupts(self) -> bool:
         """The guest takes interrupts."""
         return bool(self._flags & R.RFLAGS_IF) and not self.words[H.SHADOW]
 
     def _armed(self) -> int:
         """Something waits until the guest opens its window."""
-        if self.vcpu.irq_window or self._nmi_masked or self._mem[self.vcpu.vec + L.VEC_RVI]:
+        v = self.vcpu
+        if v.irq_window or v.nmi_window or self._nmi_masked or self._mem[v.vec + L.VEC_RVI]:
             return 1
-        return int(self._avic and self.vcpu.pending() is not None)
+        return int(self._avic and v.pending() is not None)
 
     def _injected(self) -> bool:
         """What an entry injected goes through the guest's IDT."""
@@ -137,7 +138,7 @@ class Interrupted(Engine):
         """What the CPU delivers by itself under APICv."""
         if self._injected():
             return True
-        if not self._open():
+        if not self._takes_interrupts():
             return False
         vector = self.vcpu.hw_deliver()
         if vector is None and self._avic and self.vcpu.apicv and self.vcpu.pending() is not None:
@@ -149,25 +150,31 @@ class Interrupted(Engine):
 
     def _take(self, vector: int) -> None:
         self.counters.taken[vector] += 1
-        take(self, vector)
-        self._after_gate()
+        self._through_idt(Event.EXTERNAL, vector)
 
     def _exception(self, vector: int) -> None:
-        """INT n, which leaves RIP behind itself, or an exception that Unicorn raised at RIP."""
+        """INT n and its like, which leave RIP behind themselves, or an exception that Unicorn raised at RIP."""
         self._trap = None
-        if vector in UNTOLD and self.read("RIP") == self.words[H.LAST]:
+        software = vector in (BP, OF) or self._int_n() == vector
+        if vector in UNTOLD and not software:
             raise GuestError(f"{self.where()}: exception {vector} of the guest's own: Unicorn tells too little")
         self.counters.exceptions[vector] += 1
-        take(self, vector)
-        self._after_gate()
+        self._through_idt(Event.SOFTWARE if software else Event.EXCEPTION, vector)
+
+    def _int_n(self) -> int | None:
+        """n, where the last instruction was an INT n."""
+        if self.words[H.SIZE] != 2:
+            return None
+        opcode, n = self.linear_read(self.words[H.LAST], 2)
+        return n if opcode == 0xCD else None
 
     def _general_protection(self) -> None:
         self.counters.refused += 1
         self.counters.exceptions[R.VECTOR_GP] += 1
-        take(self, R.VECTOR_GP, 0)
-        self._after_gate()
+        self._through_idt(Event.EXCEPTION, R.VECTOR_GP, 0)
 
-    def _after_gate(self) -> None:
+    def _through_idt(self, event: Event, vector: int, error: int | None = None) -> None:
+        take(self, event, vector, error)
         self.words[H.SHADOW] = self.words[H.DUE] = 0
         self._flags = self.read("EFLAGS")
 
