@@ -303,8 +303,8 @@ int32_t fx_open(const struct fx_config *config, const struct fx_hooks *hooks, fx
 /* A machine from a snapshot; quiet, FX_E_SNAPSHOT and fx_last_error() say what is wrong with the bytes. [python] */
 int32_t fx_restore(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
                    struct fx_ops *ops);
-/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, 4096 opened
- * machines later. [alone] */
+/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, which is as late as
+ * the other free ones of 4096 places allow. Closed by several threads at once, one of them does it. [alone] */
 int32_t fx_close(fx_machine *machine);
 /* A few words for a status. [any] */
 const char *fx_strerror(int32_t status);

@@ -682,6 +682,21 @@ def test_open_refuses(door: Door, fields: dict, status: Status, says: str) -> No
 
 
 @compiled
+def test_places_run_out(door: Door) -> None:
+    """4096 machines; the place of a closed one is the next one's when no other is free."""
+    machines = [door.open(vcpus=1)]
+    place = door.ffi.new("fx_machine **")
+    while (status := door.lib.fx_open(door.config(vcpus=1), door.ffi.NULL, place, door.ffi.NULL)) == Status.OK:
+        machines.append(place[0])
+    assert (status, len(machines) > 4000, place[0]) == (Status.E_MEMORY, True, door.ffi.NULL)
+    assert "4096 machines are open" in door.last_error()
+    assert door.fx.close(machines[7]) == Status.OK
+    assert door.fx.notify(machines[7], 0) == Status.E_MACHINE
+    assert door.open(vcpus=1) == machines[7]
+    assert {door.fx.close(m) for m in machines} == {Status.OK}
+
+
+@compiled
 def test_ids_are_checked(door: Door) -> None:
     place = door.ffi.new("fx_machine **")
     for ids, says in (([1, 1], "twice"), ([0, 4096], "4096")):
@@ -745,6 +760,7 @@ def test_size_and_abi_are_checked(door: Door, struct: str, field: str, value: in
 def test_structs_of_a_newer_header(door: Door, struct: str) -> None:
     """Fields that the library does not know: refused if they say something, and calls are NULL."""
     ffi = door.ffi
+    assert door.lib.fx_close(door.open()) == Status.OK  # and door.fx is filled in
     known = ffi.sizeof(f"struct {struct}")
     memory = ffi.new("uint64_t[]", known // 8 + 2)
     given, place = ffi.cast(f"struct {struct} *", memory), ffi.new("fx_machine **")
