@@ -36,7 +36,7 @@ static uint32_t crc32_of(const unsigned char *bytes, uint64_t n)
 static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t *needed)
 {
     uint64_t *words = words_of(m), n, bytes = 0;
-    struct head head = { "FXSNAP", FX_ABI_VERSION, 0, 0, 0 };
+    struct head head = { MAGIC, FX_ABI_VERSION, 0, 0, 0 };
     unsigned char *at = buffer;
 
     if (!words || !needed || (!buffer && size))

@@ -205,6 +205,22 @@ CFFI_DLLEXPORT int32_t fx_open(const struct fx_config *config, const struct fx_h
     return status;
 }
 
+/* Python copies as many bytes as the host says; no more may be read than the snapshot itself says that it has. */
+static int32_t check_length(const void *snapshot, uint64_t size)
+{
+    struct head head;
+
+    if (size < sizeof head)
+        return FX_OK; /* truncated, which Python says */
+    memcpy(&head, snapshot, sizeof head);
+    if (memcmp(head.magic, MAGIC, sizeof head.magic))
+        return fail(FX_E_SNAPSHOT, 1, "not a fastexit snapshot");
+    if (size - sizeof head > head.bytes || head.bytes > BYTES)
+        return fail(FX_E_SNAPSHOT, 1, "snapshot is too long: %llu bytes behind its head, which says %u",
+                    (unsigned long long)(size - sizeof head), head.bytes);
+    return FX_OK;
+}
+
 CFFI_DLLEXPORT int32_t fx_restore(const void *snapshot, uint64_t size, const struct fx_hooks *hooks,
                                   fx_machine **machine, struct fx_ops *ops)
 {
@@ -217,8 +233,8 @@ CFFI_DLLEXPORT int32_t fx_restore(const void *snapshot, uint64_t size, const str
     if (!snapshot)
         return fail(FX_E_NULL, 1, "no snapshot");
     status = take_common(hooks, &called, machine, ops, 1);
-    if (status == FX_OK && size > sizeof(struct head) + BYTES)
-        status = fail(FX_E_SNAPSHOT, 1, "a snapshot has no more than %zu bytes", sizeof(struct head) + BYTES);
+    if (status == FX_OK)
+        status = check_length(snapshot, size);
     if (status == FX_OK)
         status = make(NULL, snapshot, size, &called, machine, 1);
     if (status == FX_OK && ops)

@@ -83,6 +83,8 @@ struct fx_machine {
 } __attribute__((aligned(64)));
 _Static_assert(sizeof(struct fx_machine) == 64, "words_of() shifts by 6");
 
+#define MAGIC "FXSNAP\0"
+
 /* What a snapshot begins with; the words of the machine's parts follow. */
 struct head {
     char magic[8];

@@ -595,7 +595,7 @@ def test_snapshots_cross_both_doors(door: Door) -> None:
     assert (status, none) == (Status.E_SNAPSHOT, door.ffi.NULL)
     assert "checksum" in door.last_error()
     assert door.restore(b"\0" * 8)[0] == Status.E_SNAPSHOT
-    for size in (len(data) + 1, len(data) - 1, 1 << 40, (1 << 64) - 1):
+    for size in (len(data) + 1, len(data) - 1, 1 << 23, 1 << 40, (1 << 64) - 1):
         place = door.ffi.new("fx_machine **")
         held = door.ffi.from_buffer(data + b"\0")
         assert door.lib.fx_restore(held, size, door.ffi.NULL, place, door.ffi.NULL) == Status.E_SNAPSHOT, size
