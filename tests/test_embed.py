@@ -21,7 +21,6 @@ from conftest import BOUNDS, INTERPRETED
 from embedded import built, need_compiler, run_host
 from fastexit.cli import main
 from fastexit.embed import build, cabi, host
-from fastexit.kernels import _jit
 from fastexit.layout import ABI_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -354,8 +353,7 @@ def test_what_is_missing_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_compiler()
-    monkeypatch.setattr(_jit, "warmup", dict)
-    monkeypatch.setattr(fastexit, "warmup", lambda _progress=None: {}, raising=False)
+    monkeypatch.setattr(fastexit, "warmup", lambda _progress=None: {})
     out = str(tmp_path / "fx")
 
     def refused(*args: str) -> str:
