@@ -18,17 +18,25 @@
  * Results are pulled: a call returns, and its result says whom the host has to notify, kick or wake. Hooks, if there
  * are any, are called for the same things before the call returns.
  *
+ * Structs. fx_config, fx_hooks and fx_ops say their size and grow at their end: what a host's older header lacks is 0,
+ * and a newer one's fields, if any of them is not 0, are FX_E_SIZE, its calls NULL. All others are what they are for an
+ * ABI version.
+ *
  * Threads. Each function belongs to one of these classes:
  *   [any]    any thread at any time; on a machine with FX_ONE_OWNER, only while no other thread is in a call.
  *   [vcpu]   by one thread at a time for each vCPU, the one that runs it; different vCPUs at the same time, and [any]
  *            calls beside it. FX_ONE_OWNER: as above.
  *   [alone]  while no other thread is in a call of this machine.
- *   [python] takes the GIL and runs Python; any thread. Not from a fork's child, nor from atexit() or a destructor.
+ *   [python] takes the GIL and runs Python; any thread, with the GIL or without. Not from atexit() or a destructor.
  * The host keeps a machine open as long as a thread may be in one of its calls. Regions lie in the machine's memory,
  * which fx_close gives back.
  *
+ * fork. A child has copies of the machines that are open, and all calls but [python] work there; those are FX_E_PYTHON
+ * if this library has started Python before. Python hosts that fork by os.fork may use all of them.
+ *
  * What comes back: 0, a positive status that a correct program meets, or a negative one, which is an error of the
- * caller or of the installation; then nothing has happened and no result has been written.
+ * caller or of the installation; then nothing has happened and no result has been written, but for what a call says of
+ * itself.
  *
  * Between the marks, cffi can parse this file. Tests compare it with what Python has, field by field.
  */
@@ -156,10 +164,13 @@ struct fx_result {
     int32_t status;  /* what the function returned for it */
     uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message */
     uint32_t target;
-    uint32_t vector; /* of the interrupt that was sent, else 0 */
+    uint32_t vector; /* that the ICR or the message named, sent or not; else 0 */
 };
 
-/* Every hook may be NULL. Called by the thread that is in the call, behind the exit; calls of [any] are allowed in it. */
+/*
+ * Every hook may be NULL. Called by the thread that is in the call, behind the exit, when the result has been written.
+ * In it are allowed calls of [any], and of [vcpu] for vCPUs that this thread runs; with a result of their own.
+ */
 struct fx_hooks {
     uint32_t size; /* sizeof(struct fx_hooks) */
     uint32_t abi;  /* FX_ABI_VERSION */
@@ -225,8 +236,10 @@ struct fx_ops {
     int32_t (*mmio_read)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
     /* Any exit that the batch door knows. */
     int32_t (*exit)(fx_machine *m, const struct fx_exit *exit, struct fx_result *result);
-    /* n exits of any vCPUs, in order: FX_OK, or FX_UNHANDLED at exits[*done]. Hooks are not called; outcomes have no
-     * targets. [vcpu] for all vCPUs it names; those it runs may change under it, so exits need not be trusted. */
+    /* n exits of any vCPUs, in order: FX_OK, or FX_UNHANDLED at exits[*done]. FX_E_VCPU and FX_E_RANGE say the same of a
+     * bad one, and none has run; FX_E_SIZE: no array has so many. The arrays do not overlap. Hooks are not called,
+     * outcomes have no targets: attention() tells. [vcpu] for all vCPUs it names. Exits need not be trusted: they may
+     * change while they run, which undoes no check. */
     int32_t (*run)(fx_machine *m, const struct fx_exit *exits, struct fx_outcome *outcomes, uint64_t n,
                    uint64_t *done);
 
@@ -235,7 +248,8 @@ struct fx_ops {
     /* 0xf2 reaches the pCPU of a vCPU: FX_OK when its CPU took PIR to IRR, else FX_NOTHING. [vcpu] */
     int32_t (*notify)(fx_machine *m, uint32_t vcpu);
     /* The next vCPU, from index first on, for which something is to be done: FX_OK or FX_NOTHING. What a thread is
-     * about to do already may be told once more, which does no harm. [any] */
+     * about to do already may be told once more, which does no harm. Here also are the kicks that no result names: of an
+     * APICv inhibit that an INIT, a reset or an ioctl has changed. [any] */
     int32_t (*attention)(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects);
 
     /* The guest's CPU: deliverable vector; IRR to ISR; end of interrupt. FX_OK and the vector, or FX_NOTHING. [vcpu] */
@@ -249,27 +263,29 @@ struct fx_ops {
 
     /* KVM_RUN, or a sleeper that goes on: FX_OK in the guest, FX_BLOCKED, or FX_USER. The answer to FX_WAKE. [vcpu] */
     int32_t (*enter)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
-    /* A kicked vCPU leaves the guest by an external interrupt and enters again. The answer to FX_KICK. [vcpu] */
+    /* A kicked vCPU leaves the guest by an external interrupt and enters again. The answer to FX_KICK; FX_NOTHING when it
+     * is not in the guest. [vcpu] */
     int32_t (*reenter)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
 
-    /* User space's ioctls, which take the vCPU out of the guest: KVM_SET_MSRS, KVM_GET_MSRS, FX_E_RANGE where they
-     * stop; KVM_GET_LAPIC and KVM_SET_LAPIC of 1024 bytes (FX_E_SIZE), FX_E_RANGE for EINVAL. [alone] */
+    /* User space's ioctls: KVM_SET_MSRS, KVM_GET_MSRS, FX_E_RANGE where they stop; KVM_GET_LAPIC and KVM_SET_LAPIC of
+     * 1024 bytes (FX_E_SIZE), FX_E_RANGE for EINVAL. They take the vCPU out of the guest, FX_E_RANGE too: enter() or its
+     * next exit. What they ask of other vCPUs attention() tells. [alone] */
     int32_t (*set_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value);
     int32_t (*get_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value);
     int32_t (*get_lapic)(fx_machine *m, uint32_t vcpu, void *page, uint64_t size);
     int32_t (*set_lapic)(fx_machine *m, uint32_t vcpu, const void *page, uint64_t size);
-    /* FX_RESET_*, of one vCPU or FX_ALL. [alone] */
+    /* FX_RESET_*, of one vCPU or FX_ALL; otherwise as the ioctls. [alone] */
     int32_t (*reset)(fx_machine *m, uint32_t vcpu, uint32_t kind);
 
     /* Move the clock to ns, never back (FX_E_RANGE); results of the timers that are due by then, in order. FX_MORE:
      * room was not enough, call again with the same ns for the rest. *count is how many were written. The preemption
-     * timer of a vCPU that runs L2 is left alone. [alone] */
+     * timer of a vCPU that runs L2 is left alone. FX_E_RANGE sets *count to 0. [alone] */
     int32_t (*set_time)(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count);
     /* When the next timer is due: FX_OK or FX_NOTHING. [alone] */
     int32_t (*next_timer)(fx_machine *m, uint64_t *ns);
 
-    /* The whole machine as bytes, the same as Python's Machine.snapshot(). *needed is always set; FX_E_SIZE when size
-     * is less. buffer NULL and size 0 only ask. [alone] */
+    /* The whole machine as bytes, the same as Python's Machine.snapshot(). *needed is set for FX_OK and for FX_E_SIZE,
+     * when size is less. buffer NULL and size 0 only ask. [alone] */
     int32_t (*snapshot)(fx_machine *m, void *buffer, uint64_t size, uint64_t *needed);
     /* A new machine from such bytes: fx_restore. [python] */
     int32_t (*restore)(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
@@ -287,8 +303,8 @@ int32_t fx_open(const struct fx_config *config, const struct fx_hooks *hooks, fx
 /* A machine from a snapshot; quiet, FX_E_SNAPSHOT and fx_last_error() say what is wrong with the bytes. [python] */
 int32_t fx_restore(const void *snapshot, uint64_t size, const struct fx_hooks *hooks, fx_machine **machine,
                    struct fx_ops *ops);
-/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, 4096 opened
- * machines later. [alone] */
+/* The machine's memory goes; every later call with it is FX_E_MACHINE, until its place is used again, which is as late as
+ * the other free ones of 4096 places allow. Closed by several threads at once, one of them does it. [alone] */
 int32_t fx_close(fx_machine *machine);
 /* A few words for a status. [any] */
 const char *fx_strerror(int32_t status);

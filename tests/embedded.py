@@ -33,7 +33,7 @@ def need_compiler() -> None:
 
 def built(flags: str = "") -> Path:
     """The directory of a library with everything that belongs to it; an old one is used while nothing has changed."""
-    sources = [cabi.NATIVE / name for name in (*cabi.HEADERS, cabi.SHIM)]
+    sources = [cabi.NATIVE / name for name in cabi.SOURCES]
     sources += [Path(str(module.__file__)) for module in (build, cabi)]
     made_of = b"".join(path.read_bytes() for path in sources)
     made_of += repr((sys.executable, sys.version, flags, fastexit.__file__, os.environ.get("PYTHONPATH"))).encode()

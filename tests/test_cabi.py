@@ -42,7 +42,8 @@ def constants(prefix: str) -> dict[str, int]:
 def test_native_is_the_single_source() -> None:
     """What a wheel packs and what a checkout shows are the same bytes."""
     native = Path(__file__).parents[1] / "native"
-    for name in (*cabi.HEADERS, cabi.SHIM):
+    assert set(cabi.SOURCES) == {path.name for path in native.glob("*.[ch]")} - {"lower_bound.c"}
+    for name in cabi.SOURCES:
         assert (native / name).read_bytes() == (cabi.NATIVE / name).read_bytes()
 
 
@@ -120,7 +121,7 @@ def test_shims_numbers_are_pythons() -> None:
 
 
 def test_shims_code_masks_are_pythons() -> None:
-    text = (cabi.NATIVE / cabi.SHIM).read_text()
+    text = "".join((cabi.NATIVE / name).read_text() for name in cabi.SOURCES)
     for name in ("FAULT", "ACCEPTED", "USER", "EFFECTS", "BLOCKED"):
         value = int(re.search(rf"#define CODE_{name} (0x\w+)ull", text)[1], 16)  # type: ignore[index]
         assert value == outcome.CODE.mask(name), name
@@ -321,6 +322,25 @@ def test_batch(door: Door) -> None:
 
 
 @compiled
+def test_a_bad_record_stops_a_batch_before_it_begins(door: Door) -> None:
+    m, done = door.open(flags=Open.BOOT_X2APIC | Open.QUIET), door.ffi.new("uint64_t *")
+    for v in range(2):
+        door.wrmsr(m, v, 0x808, 0)
+    before = door.snapshot(m)
+    exits = door.ffi.new("struct fx_exit[3]", [{"vcpu": 0, "reason": 32, "msr": 0x830, "value": 1 << 32 | 0x41}] * 3)
+    outcomes = door.ffi.new("struct fx_outcome[3]")
+    exits[2].reason, exits[2].msr, exits[2].info = 49, 0x80, 3
+    assert (door.fx.run(m, exits, outcomes, 3, done), done[0]) == (Status.E_RANGE, 2)
+    exits[1].vcpu = 2
+    assert (door.fx.run(m, exits, outcomes, 3, done), done[0]) == (Status.E_VCPU, 1)
+    for n in ((1 << 64) - 1, 1 << 63, ((1 << 63) - 1) // 24 + 1):
+        assert (door.fx.run(m, exits, outcomes, n, done), done[0]) == (Status.E_SIZE, 0)
+    assert door.snapshot(m) == before
+    assert door.fx.run(m, exits, outcomes, 1, done) == Status.OK
+    door.fx.close(m)
+
+
+@compiled
 @pytest.mark.parametrize("x2apic", [True, False])
 def test_whom(door: Door, x2apic: bool) -> None:
     """The target of an IPI is the vCPU that has to be notified; several are walked by attention()."""
@@ -352,6 +372,62 @@ def test_whom(door: Door, x2apic: bool) -> None:
         found.append((vcpu[0], effects[0]))
         first = vcpu[0] + 1
     assert found == [(v, fx.Effect.NOTIFY) for v in (0, 2, 3)]  # the sender has taken its own on the way
+    door.fx.close(m)
+
+
+def notified(door: Door, m: object, first: int = 0) -> list[tuple[int, int]]:
+    """Everybody whom attention() names, with what for."""
+    vcpu, effects, found = door.ffi.new("uint32_t *"), door.ffi.new("uint32_t *"), []
+    while door.fx.attention(m, first, vcpu, effects) == Status.OK:
+        found.append((vcpu[0], effects[0]))
+        first = vcpu[0] + 1
+    return found
+
+
+@compiled
+def test_a_broadcast_is_for_nobody_by_name(door: Door) -> None:
+    """0xff in a message is everybody, even where one vCPU alone accepts it and another one has the id."""
+    m = door.open(ids=[0, 1, 255], flags=Open.BOOT_X2APIC | Open.QUIET)
+    for v in range(3):
+        assert door.wrmsr(m, v, 0x80F, 0x1FF if v == 1 else 0xFF)[0] == Status.OK
+    _, result = door.inject(m, 0xFEEF_F000, 0x51)
+    assert (result.accepted, result.effects, result.target) == (1, fx.Effect.NOTIFY, SEVERAL)
+    assert notified(door, m) == [(1, fx.Effect.NOTIFY)]
+    assert door.wrmsr(m, 2, 0x80F, 0x1FF)[0] == Status.OK
+    _, result = door.wrmsr(m, 0, 0x830, 0xFF << 32 | 0x51)  # by an x2APIC it is an id
+    assert (result.accepted, result.effects, result.target) == (1, fx.Effect.NOTIFY, 2)
+    door.fx.close(m)
+
+
+@compiled
+def test_the_target_of_a_sender_that_is_reset_behind_its_exit(door: Door) -> None:
+    """The INIT that a vCPU takes on its way back clears ICR2, by which its IPI went, and makes a new map."""
+    m = door.open(vcpus=4)
+    for v in range(4):
+        assert door.mmio_write(m, v, 0xF0, 4, 0x1FF)[0] == Status.OK
+    assert door.mmio_write(m, 1, 0x310, 4, 3 << 24)[0] == Status.OK
+    door.mmio_write(m, 0, 0x310, 4, 1 << 24)
+    _, result = door.mmio_write(m, 0, 0x300, 4, 5 << 8)
+    assert (result.effects, result.target) == (fx.Effect.KICK, 1)
+    status, result = door.mmio_write(m, 1, 0x300, 4, 0x51)
+    assert (status, result.effects, result.target) == (Status.BLOCKED, fx.Effect.NOTIFY, SEVERAL)
+    assert notified(door, m) == [(3, fx.Effect.NOTIFY)]
+    door.fx.close(m)
+
+
+@compiled
+def test_attention_tells_what_an_ioctl_asks_of_others(door: Door) -> None:
+    """A moved APIC page inhibits AVIC for the whole machine, and KVM_SET_MSRS has no result to say so."""
+    m = door.open(vcpus=3, vendor=1, flags=Open.QUIET)
+    for v in range(3):
+        assert door.mmio_write(m, v, 0xF0, 4, 0x1FF)[0] == Status.OK
+    assert notified(door, m) == []
+    assert door.fx.set_msr(m, 0, 0x1B, 0xFEC0_0900) == Status.OK
+    assert notified(door, m) == [(1, fx.Effect.KICK), (2, fx.Effect.KICK)]
+    assert door.fx.reenter(m, 0, door.result) == Status.NOTHING
+    for v in (1, 2):
+        assert door.fx.reenter(m, v, door.result) == Status.OK
+    assert notified(door, m) == []
     door.fx.close(m)
 
 
@@ -419,6 +495,32 @@ def test_hooks(door: Door) -> None:
     m = door.open(door.ffi.new("struct fx_hooks *", head), flags=Open.BOOT_X2APIC | Open.QUIET)
     door.wrmsr(m, 1, 0x808, 0)
     assert door.wrmsr(m, 0, 0x830, 1 << 32 | 0x51)[1].effects == fx.Effect.NOTIFY
+    door.fx.close(m)
+
+
+@compiled
+def test_hooks_may_call_back(door: Door) -> None:
+    """The thread of a hook may do what is asked for at once: the target takes its interrupt, and answers it."""
+    taken, own = [], door.ffi.new("struct fx_result *")
+
+    @door.ffi.callback("void(void *, uint32_t)")
+    def notify(_context: object, vcpu: int) -> None:
+        door.fx.notify(m, vcpu)
+        vector = door.vector("ack", m, vcpu)
+        taken.append((vcpu, vector))
+        assert door.vector("eoi", m, vcpu) == vector
+        if vector < 0x60:
+            door.fx.wrmsr(m, vcpu, 0x830, (1 - vcpu) << 32 | vector + 1, own)
+        elif vector == 0x60:
+            door.fx.inject(m, 0xFEE0_0000 | vcpu << 12, 0x71, own)
+
+    head = {"size": door.ffi.sizeof("struct fx_hooks"), "abi": L.ABI_VERSION, "notify": notify}
+    m = door.open(door.ffi.new("struct fx_hooks *", head), flags=Open.BOOT_X2APIC | Open.QUIET)
+    for v in range(2):
+        door.wrmsr(m, v, 0x808, 0)
+    status, result = door.wrmsr(m, 0, 0x830, 1 << 32 | 0x50)
+    assert taken == [((i + 1) % 2, 0x50 + i) for i in range(17)] + [(1, 0x71)]
+    assert (status, result.target, result.vector) == (Status.OK, 1, 0x50)
     door.fx.close(m)
 
 
@@ -493,6 +595,10 @@ def test_snapshots_cross_both_doors(door: Door) -> None:
     assert (status, none) == (Status.E_SNAPSHOT, door.ffi.NULL)
     assert "checksum" in door.last_error()
     assert door.restore(b"\0" * 8)[0] == Status.E_SNAPSHOT
+    for size in (len(data) + 1, len(data) - 1, 1 << 23, 1 << 40, (1 << 64) - 1):
+        place = door.ffi.new("fx_machine **")
+        held = door.ffi.from_buffer(data + b"\0")
+        assert door.lib.fx_restore(held, size, door.ffi.NULL, place, door.ffi.NULL) == Status.E_SNAPSHOT, size
     needed = door.ffi.new("uint64_t *")
     short = door.ffi.new("uint8_t[]", 8)
     assert door.fx.snapshot(m, short, 8, needed) == Status.E_SIZE
@@ -576,6 +682,21 @@ def test_open_refuses(door: Door, fields: dict, status: Status, says: str) -> No
 
 
 @compiled
+def test_places_run_out(door: Door) -> None:
+    """4096 machines; the place of a closed one is the next one's when no other is free."""
+    machines = [door.open(vcpus=1)]
+    place = door.ffi.new("fx_machine **")
+    while (status := door.lib.fx_open(door.config(vcpus=1), door.ffi.NULL, place, door.ffi.NULL)) == Status.OK:
+        machines.append(place[0])
+    assert (status, len(machines) > 4000, place[0]) == (Status.E_MEMORY, True, door.ffi.NULL)
+    assert "4096 machines are open" in door.last_error()
+    assert door.fx.close(machines[7]) == Status.OK
+    assert door.fx.notify(machines[7], 0) == Status.E_MACHINE
+    assert door.open(vcpus=1) == machines[7]
+    assert {door.fx.close(m) for m in machines} == {Status.OK}
+
+
+@compiled
 def test_ids_are_checked(door: Door) -> None:
     place = door.ffi.new("fx_machine **")
     for ids, says in (([1, 1], "twice"), ([0, 4096], "4096")):
@@ -632,6 +753,33 @@ def test_size_and_abi_are_checked(door: Door, struct: str, field: str, value: in
     args = (given, place, ffi.NULL) if struct == "fx_hooks" else (ffi.NULL, place, given)
     assert door.lib.fx_open(door.config(), *args) == status
     assert place[0] == ffi.NULL
+
+
+@compiled
+@pytest.mark.parametrize("struct", ["fx_config", "fx_hooks", "fx_ops"])
+def test_structs_of_a_newer_header(door: Door, struct: str) -> None:
+    """Fields that the library does not know: refused if they say something, and calls are NULL."""
+    ffi = door.ffi
+    assert door.lib.fx_close(door.open()) == Status.OK  # and door.fx is filled in
+    known = ffi.sizeof(f"struct {struct}")
+    memory = ffi.new("uint64_t[]", known // 8 + 2)
+    given, place = ffi.cast(f"struct {struct} *", memory), ffi.new("fx_machine **")
+    config = given if struct == "fx_config" else door.config()
+    hooks, ops = (given if struct == name else ffi.NULL for name in ("fx_hooks", "fx_ops"))
+    if struct == "fx_config":
+        given.vcpus, given.flags = 1, Open.QUIET
+    given.size, given.abi, memory[known // 8 + 1] = known + 16, L.ABI_VERSION, 1
+    status = door.lib.fx_open(config, hooks, place, ops)
+    if struct != "fx_ops":
+        assert (status, place[0]) == (Status.E_SIZE, ffi.NULL)
+        assert f"{struct} has a field" in door.last_error()
+        memory[known // 8 + 1] = 0
+        status = door.lib.fx_open(config, hooks, place, ops)
+    else:
+        assert (given.size, given.wrmsr, given.close) == (known + 16, door.fx.wrmsr, door.fx.close)
+        assert memory[known // 8 + 1] == 0
+    assert status == Status.OK, door.last_error()
+    assert door.lib.fx_close(place[0]) == Status.OK
 
 
 @compiled

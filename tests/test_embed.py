@@ -21,7 +21,6 @@ from conftest import BOUNDS, INTERPRETED
 from embedded import built, need_compiler, run_host
 from fastexit.cli import main
 from fastexit.embed import build, cabi, host
-from fastexit.kernels import _jit
 from fastexit.layout import ABI_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +181,147 @@ def test_another_abi_is_one_line() -> None:
         host._start(ffi, table)
 
 
+THREADS = r"""
+#include <fastexit.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { THREADS = 4, TIMES = 25 };
+
+static struct fx_ops fx = { .size = sizeof fx, .abi = FX_ABI_VERSION };
+static pthread_barrier_t gate;
+static fx_machine *shared;
+static int closed;
+
+static fx_machine *open_one(int32_t expected)
+{
+    struct fx_config config = { .size = sizeof config, .abi = FX_ABI_VERSION, .vcpus = 2,
+                                .flags = FX_BOOT_X2APIC | FX_QUIET };
+    fx_machine *m;
+
+    if (fx_open(&config, NULL, &m, NULL) != expected)
+        fprintf(stderr, "open: %s\n", fx_last_error()), _exit(1);
+    return m;
+}
+
+static void *run(void *given)
+{
+    struct fx_ops calls = { .size = sizeof calls, .abi = FX_ABI_VERSION };
+    struct fx_config config = { .size = sizeof config, .abi = FX_ABI_VERSION, .vcpus = 1 };
+    struct fx_result result;
+
+    pthread_barrier_wait(&gate);
+    if (fx_open(&config, NULL, given, &calls)) /* the first of all, by every thread at once */
+        _exit(2);
+    for (int i = 0; i < TIMES; i++) {
+        fx_machine *m = open_one(FX_OK);
+
+        if (calls.wrmsr(m, 0, 0x830, 1ull << 32 | 0x41, &result) || result.accepted != 1 || fx_close(m))
+            _exit(3);
+    }
+    pthread_barrier_wait(&gate);
+    for (int i = 0; i < TIMES; i++) {
+        if (given == &shared)
+            shared = open_one(FX_OK);
+        pthread_barrier_wait(&gate);
+        __atomic_fetch_add(&closed, fx_close(shared) == FX_OK, __ATOMIC_RELAXED);
+        pthread_barrier_wait(&gate);
+    }
+    return NULL;
+}
+
+int main(void)
+{
+    fx_machine *first[THREADS] = { 0 }, *m;
+    struct fx_result result;
+    pthread_t threads[THREADS];
+    int state;
+
+    pthread_barrier_init(&gate, NULL, THREADS);
+    for (int i = 0; i < THREADS; i++)
+        pthread_create(&threads[i], NULL, run, i ? (void *)&first[i] : (void *)&shared);
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
+    if (closed != TIMES)
+        return 4;
+    for (int i = 1; i < THREADS; i++)
+        if (fx_close(first[i]))
+            return 5;
+    m = open_one(FX_OK);
+    if (fx_restore("", 0, NULL, &shared, &fx) != FX_E_SNAPSHOT)
+        return 6;
+    {
+        struct fx_config config = { .size = sizeof config, .abi = FX_ABI_VERSION, .vcpus = 1 };
+
+        if (fx_open(&config, NULL, &shared, &fx))
+            return 7;
+    }
+    if (!fork()) { /* a copy that works, and a Python that does not */
+        open_one(FX_E_PYTHON);
+        if (fx.wrmsr(m, 0, 0x830, 1ull << 32 | 0x41, &result) || result.accepted != 1 || fx_close(m))
+            _exit(8);
+        _exit(fx_close(m) == FX_E_MACHINE ? 0 : 9);
+    }
+    wait(&state);
+    if (fx.rdmsr(m, 0, 0x830, &result) || result.value) /* the child's IPI was the child's */
+        return 10;
+    printf("%d %d\n", WIFEXITED(state) ? WEXITSTATUS(state) : -1, fx_close(m));
+    return 0;
+}
+"""
+
+
+@compiled
+def test_threads_and_fork(library: Path) -> None:
+    """Opened for the first time by several threads at once; closed by several, which one of them does; forked."""
+    target, source = library / "threads", library / "threads.c"
+    source.write_text(THREADS)
+    half = library / f"threads.{os.getpid()}"
+    compile_host(half, source, library=library).replace(target)
+    done = run_host(target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 0\n", "")
+
+
+@compiled
+def test_the_gil_and_the_door(library: Path) -> None:
+    """A Python host may hold the GIL in every call, and a finalizer may close a machine inside fx_open."""
+    code = """
+import ctypes, sys, threading
+from fastexit.embed import cabi
+from fastexit.layout import ABI_VERSION
+place = sys.argv[1]
+doors = [ctypes.PyDLL(place), ctypes.CDLL(place)]
+config = b"".join(int(n).to_bytes(4, "little") for n in (72, ABI_VERSION, 1, 0, 0, 1, *[0] * 12))
+
+def open_by(door):
+    m = ctypes.c_void_p()
+    assert door.fx_open(config, None, ctypes.byref(m), None) == 0
+    return m
+
+sys.setswitchinterval(1e-5)
+def work(door):
+    for _ in range(100):
+        assert door.fx_close(open_by(door)) == 0
+
+threads = [threading.Thread(target=work, args=(doors[i % 2],)) for i in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+spare, header = open_by(doors[0]), cabi.header
+def closing(*args):
+    print(doors[0].fx_close(spare), doors[1].fx_close(spare))
+    return header(*args)
+cabi.header = closing
+assert doors[1].fx_close(open_by(doors[1])) == 0
+"""
+    target = library / build.LIBRARY
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 -4\n", "")
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 @compiled
 def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +353,7 @@ def test_what_is_missing_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_compiler()
-    monkeypatch.setattr(_jit, "warmup", dict)
-    monkeypatch.setattr(fastexit, "warmup", lambda _progress=None: {}, raising=False)
+    monkeypatch.setattr(fastexit, "warmup", lambda _progress=None: {})
     out = str(tmp_path / "fx")
 
     def refused(*args: str) -> str:
@@ -240,4 +379,4 @@ def test_headers_are_packed() -> None:
     setup.read(ROOT / "setup.cfg")
     patterns = [p.strip() for p in setup["options.package_data"]["fastexit"].split(",")]
     packed = {path for pattern in patterns for path in Path(fastexit.__file__).parent.glob(pattern)}
-    assert {cabi.NATIVE / name for name in (*cabi.HEADERS, cabi.SHIM)} <= packed
+    assert {cabi.NATIVE / name for name in cabi.SOURCES} == {path for path in packed if path.parent == cabi.NATIVE}

@@ -97,7 +97,7 @@ static void batch(fx_machine *m)
     known(fx.run(m, exits, outcomes, some(RECORDS + 1), &done), "run");
     known(fx.exit(m, &exits[0], &result), "exit");
     expect(fx.run(m, NULL, outcomes, 3, &done), FX_E_NULL, "run of nothing");
-    expect(fx.run(m, exits, outcomes, UINT64_MAX, &done), FX_E_RANGE, "run of everything");
+    expect(fx.run(m, exits, outcomes, UINT64_MAX, &done), FX_E_SIZE, "run of everything");
 }
 
 static void open_badly(fx_machine *closed)

@@ -135,7 +135,7 @@ def source(host: Interpreter) -> str:
         "FXP_VERSION": _c_string(__version__),
     }
     lines = [f"#define {name} {value}" for name, value in defines.items()]
-    ffi.set_source(MODULE, "\n".join([*lines, f'#include "{cabi.SHIM}"']))
+    ffi.set_source(MODULE, "\n".join([*lines, f'#include "{cabi.PARTS[0]}"']))
     ffi.embedding_init_code(_INIT)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "embed.c"

@@ -21,11 +21,16 @@ from fastexit.profile import PROFILES
 
 NATIVE = Path(__file__).parent / "native"
 HEADERS = "fastexit_layout.h", "fastexit.h"
-SHIM = "shim.c"
+SHIM = "shim.h"
+"""What the library's own C declares for itself: the kernels' table."""
+PARTS = "shim.c", "exits.c", "vcpu.c", "memory.c", "python.c", "open.c"
+"""The library's own C; the first one includes the others."""
+SOURCES = *HEADERS, SHIM, *PARTS
 
 ENTRIES = (
     "door_ipi",
     "run",
+    "run_checked",
     "first_bad",
     "signal_msi",
     "process_notification",

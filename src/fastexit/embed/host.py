@@ -29,12 +29,12 @@ class _Refused(Exception):
 def _start(ffi: Any, table: Any) -> None:
     """Fill in the kernels' addresses."""
     expected = ffi.sizeof("struct fxp_table")
-    if table.abi != L.ABI_VERSION or table.size != expected or expected != 8 + 8 * len(cabi.ENTRIES):
-        raise _Refused(
-            Status.E_ABI,
-            f"libfastexit has ABI version {table.abi}, fastexit {__version__} of this Python has {L.ABI_VERSION}: "
-            "build the library again: fastexit embed build",
-        )
+    cure = "build the library again: fastexit embed build"
+    if table.abi != L.ABI_VERSION:
+        here = f"fastexit {__version__} of this Python has {L.ABI_VERSION}"
+        raise _Refused(Status.E_ABI, f"libfastexit has ABI version {table.abi}, {here}: {cure}")
+    if table.size != expected or expected != 8 + 8 * len(cabi.ENTRIES):
+        raise _Refused(Status.E_ABI, f"libfastexit is not of this Python's fastexit {__version__}: {cure}")
     for name, address in cabi.addresses().items():
         setattr(table, name, ffi.cast(ffi.typeof(getattr(table, name)), address))
 

@@ -1,0 +1,224 @@
+/*
+ * The guest's CPU, KVM_RUN, the ioctls of a vCPU, and time.
+ */
+#include "shim.h"
+
+/* ---------------------------------------------------------------------------------------------------- the guest's CPU */
+
+static inline int32_t vector_by(uint64_t (*kernel)(uint64_t, uint64_t), fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    uint64_t *words = words_of(m), found;
+
+    if (!words || !vector)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    found = kernel(handle(words), vcpu);
+    if (found == NONE)
+        return FX_NOTHING;
+    *vector = (uint32_t)found;
+    return FX_OK;
+}
+
+static int32_t op_pending(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return vector_by(table.pending, m, vcpu, vector);
+}
+
+static int32_t op_ack(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return vector_by(table.ack, m, vcpu, vector);
+}
+
+static int32_t op_eoi(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return vector_by(table.eoi, m, vcpu, vector);
+}
+
+static int32_t op_get_cpu(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu)
+{
+    uint64_t *words = words_of(m), *own;
+
+    if (!words || !cpu)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    own = OWN(words, vcpu);
+    *cpu = (struct fx_cpu){
+        .rip = own[FX_K_RIP],
+        .rflags = own[FX_K_RFLAGS],
+        .shadow = (uint32_t)own[FX_K_SHADOW],
+        .cs = (uint32_t)own[FX_K_CS],
+        .mp_state = (uint32_t)own[FX_K_MP_STATE],
+        .mode = (uint32_t)__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE),
+        .injected = (uint32_t)own[FX_K_INTERRUPT],
+        .exited = (uint32_t)own[FX_K_USER_EXIT],
+    };
+    return FX_OK;
+}
+
+static int32_t op_set_cpu(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu)
+{
+    uint64_t *words = words_of(m), *own;
+
+    if (!words || !cpu)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (cpu->shadow > 3)
+        return FX_E_RANGE;
+    own = OWN(words, vcpu);
+    own[FX_K_RIP] = cpu->rip;
+    own[FX_K_RFLAGS] = cpu->rflags;
+    own[FX_K_SHADOW] = cpu->shadow;
+    return FX_OK;
+}
+
+static int32_t op_enter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    return put(m, out, table.door_run(handle(words), vcpu), 0, vcpu, FX_NOBODY, 0);
+}
+
+static int32_t op_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
+{
+    uint64_t *words = words_of(m);
+    struct fx_exit exit;
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (!__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE))
+        return FX_NOTHING;
+    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_INTERRUPT : FXP_VMX_EXTERNAL_INTERRUPT, 0, 0, 0 };
+    return one(m, words, &exit, out);
+}
+
+/* ------------------------------------------------------------------------------------------------- user space's ioctls */
+
+static int32_t op_set_msr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    return set_msr(words, vcpu, msr, value);
+}
+
+static int32_t op_get_msr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || !value)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    table.door_leave(handle(words), vcpu);
+    if (table.get_msr(handle(words), vcpu, msr) & CODE_FAULT)
+        return FX_E_RANGE;
+    *value = OWN(words, vcpu)[FX_K_MSR_DATA];
+    return FX_OK;
+}
+
+static int32_t op_get_lapic(fx_machine *m, uint32_t vcpu, void *page, uint64_t size)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || !page)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (size != FXP_LAPIC_PAGE_BYTES)
+        return FX_E_SIZE;
+    table.door_leave(handle(words), vcpu);
+    table.get_state(handle(words), vcpu);
+    memcpy(page, words + FX_H_STAGE, size);
+    return FX_OK;
+}
+
+static int32_t op_set_lapic(fx_machine *m, uint32_t vcpu, const void *page, uint64_t size)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || !page)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (size != FXP_LAPIC_PAGE_BYTES)
+        return FX_E_SIZE;
+    table.door_leave(handle(words), vcpu);
+    memcpy(words + FX_H_STAGE, page, size);
+    return table.set_state(handle(words), vcpu) & CODE_FAULT ? FX_E_RANGE : FX_OK;
+}
+
+static int32_t op_reset(fx_machine *m, uint32_t vcpu, uint32_t kind)
+{
+    uint64_t *words = words_of(m), first = vcpu, end = (uint64_t)vcpu + 1;
+
+    if (!words)
+        return refuse(m);
+    if (kind > FX_RESET_POWER)
+        return FX_E_RANGE;
+    if (vcpu == FX_ALL)
+        first = 0, end = words[FX_H_NVCPUS];
+    else if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    for (; first < end; first++)
+        table.door_reset(handle(words), first, kind);
+    return FX_OK;
+}
+
+/* --------------------------------------------------------------------------------------------------------------- time */
+
+static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count)
+{
+    uint64_t *words = words_of(m), v;
+    struct fx_exit exit = { 0, FXP_VMX_PREEMPTION_TIMER, 0, 0, 0 };
+
+    if (!words || !count || (room && !results))
+        return refuse(m);
+    *count = 0;
+    if (ns < words[FX_H_NOW] || ns > INT64_MAX)
+        return FX_E_RANGE;
+    words[FX_H_NOW] = ns;
+    while ((v = table.due_timer(handle(words))) != NONE) {
+        uint64_t code;
+
+        if (*count == room)
+            return FX_MORE;
+        code = table.fire_timer(handle(words), v);
+        put(m, &results[(*count)++], code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
+    }
+    for (v = 0; (v = table.hv_timer_exit(handle(words), v)) != NONE;) {
+        if (*count == room)
+            return FX_MORE;
+        exit.vcpu = (uint32_t)v;
+        if (one(m, words, &exit, &results[*count]) == FX_UNHANDLED)
+            v++; /* in L2, which the compiled handlers leave alone */
+        else
+            ++*count;
+    }
+    return FX_OK;
+}
+
+static int32_t op_next_timer(fx_machine *m, uint64_t *ns)
+{
+    uint64_t *words = words_of(m), when;
+
+    if (!words || !ns)
+        return refuse(m);
+    when = table.next_timer(handle(words));
+    if (when == NONE)
+        return FX_NOTHING;
+    *ns = when;
+    return FX_OK;
+}
+
