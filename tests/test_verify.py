@@ -14,6 +14,7 @@ import pytest
 from fastexit import cli
 from fastexit import regs as r
 from fastexit.ioctls import VcpuIoctls
+from fastexit.kernels import _jit
 from fastexit.kvm import host, script, shrink
 from fastexit.kvm import verify as v
 from fastexit.kvm.host import generation
@@ -78,6 +79,7 @@ def test_the_same_seed_does_the_same() -> None:
 
 
 @kvm
+@pytest.mark.skipif(not _jit.JIT, reason="runs a story again and again, which takes half a minute interpreted")
 def test_a_difference_is_shortened_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A fault in the model: the story that remains needs no more than it has to, and its script shows the fault."""
     truth = VcpuIoctls.get_msr
