@@ -110,7 +110,7 @@ static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, con
     struct fx_outcome outcome;
     int svm = !!is_svm(words), sent = 0;
 
-    if (!table.run(handle(words), handle(exit), handle(&outcome), 0, 1))
+    if (table.run(handle(words), handle(exit), handle(&outcome), 0, 1) != 1)
         return FX_UNHANDLED;
     memcpy(&code, &outcome, sizeof code);
     if (exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_WRITE) && (!svm || exit->info)) {
@@ -223,7 +223,7 @@ static int32_t op_run(fx_machine *m, const struct fx_exit *exits, struct fx_outc
         return FX_OK;
     if (n > PTRDIFF_MAX / sizeof *exits) /* no array has so many */
         return FX_E_SIZE;
-    stopped = table.run_checked(handle(words), handle(exits), handle(outcomes), n);
+    stopped = table.run(handle(words), handle(exits), handle(outcomes), 0, n);
     if (stopped <= n) {
         *done = stopped;
         return stopped < n ? FX_UNHANDLED : FX_OK;

@@ -33,7 +33,6 @@ struct fxp_table {
     uint32_t abi;
     uint64_t (*door_ipi)(uint64_t handle_and_vcpu, uint64_t icr);
     uint64_t (*run)(uint64_t handle, uint64_t exits, uint64_t outcomes, uint64_t first, uint64_t n);
-    uint64_t (*run_checked)(uint64_t handle, uint64_t exits, uint64_t outcomes, uint64_t n);
     uint64_t (*first_bad)(uint64_t handle, uint64_t exits, uint64_t n);
     uint64_t (*signal_msi)(uint64_t handle, uint64_t address, uint64_t data);
     uint64_t (*process_notification)(uint64_t handle, uint64_t v);

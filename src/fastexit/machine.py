@@ -411,13 +411,14 @@ class Machine:
             return outcomes
         source, target = self._open(exits), self._open(outcomes)
         try:
-            done = _jit.load("run_checked")(self.handle, source, target, n)
+            run = _jit.load("run")
+            done = run(self.handle, source, target, 0, n)
             if done > n:
                 bad = done ^ L.NONE
                 raise ValueError(f"exit {bad} is outside the machine: {_describe(exits[bad], len(self.vcpus))}")
             while done < n:
                 self._run_in_python(exits[done], outcomes, done)
-                done = _jit.load("run")(self.handle, source, target, done + 1, n)
+                done = run(self.handle, source, target, done + 1, n)
             return outcomes
         finally:
             if not _jit.JIT:

@@ -30,7 +30,6 @@ SOURCES = *HEADERS, SHIM, *PARTS
 ENTRIES = (
     "door_ipi",
     "run",
-    "run_checked",
     "first_bad",
     "signal_msi",
     "process_notification",

@@ -319,27 +319,16 @@ def first_bad(handle, exits, n):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8)")
-def run_checked(handle, exits, outcomes, n):
-    """first_bad and run in one call: where run stopped, or with all bits turned over the first bad exit."""
-    m = open_words(handle, k.WORDS)
-    records = open_words(exits, n * k.EXIT_WORDS)
-    bad = batch.first_bad(m, records, n)
-    if bad < n:
-        return ~bad
-    return batch.run(m, records, open_words(outcomes, n * k.OUTCOME_WORDS), k.ZERO, n)
-
-
-@entry
 @kernel("u8(u8, u8, u8, u8, u8)")
 def run(handle, exits, outcomes, first, n):
-    return batch.run(
-        open_words(handle, k.WORDS),
-        open_words(exits, n * k.EXIT_WORDS),
-        open_words(outcomes, n * k.OUTCOME_WORDS),
-        first,
-        n,
-    )
+    """Where the batch stopped. From 0 on it is checked first: with all bits turned over, the first bad exit."""
+    m = open_words(handle, k.WORDS)
+    records = open_words(exits, n * k.EXIT_WORDS)
+    if not first:
+        bad = batch.first_bad(m, records, n)
+        if bad < n:
+            return ~bad
+    return batch.run(m, records, open_words(outcomes, n * k.OUTCOME_WORDS), first, n)
 
 
 @entry
