@@ -33,8 +33,8 @@ EPOCH = 100_000
 PACED = 20
 """One epoch in so many goes in pieces, a quarter of all pairs each, with a take between: each IPI in it is alone."""
 PIECE = 112
-PLANTED = 100
-"""Vectors at least that a consumer loses or invents on purpose, to be noticed."""
+NOTICED = 100
+"""Faults of a spoilt consumer that have to be noticed, of no more than ten times as many."""
 TARGETS = range(2, 6)
 RANGES = (range(32, 144), range(144, 256))
 VECTORS = 256
@@ -205,17 +205,23 @@ class Spoilt(Storm):
 
 @pytest.mark.parametrize(("lose", "piece"), [(True, PIECE), (True, EPOCH), (False, PIECE)])
 def test_spoilt_storm_is_noticed(benchmark: Callable, lose: bool, piece: int) -> None:
-    """Vectors that a consumer loses or sees twice are counted: each where each IPI is alone, most in the storm."""
+    """Vectors that a consumer loses or sees twice are counted: each where each IPI is alone, enough in the storm.
+
+    There a lost vector may pass for one that had joined another, and it may count twice: it stood for an IPI that
+    left before its take and for one that left during it.
+    """
     spoilt = Spoilt(lose=lose)
     benchmark.group = "storm"
 
     def all_epochs() -> None:
-        while spoilt.planted < PLANTED:
+        while spoilt.wrong < NOTICED and spoilt.planted < 10 * NOTICED:
             spoilt.epoch(EPOCH, piece)
 
     benchmark.pedantic(all_epochs, rounds=1)
     assert spoilt.wrong == (spoilt.verdict.lost if lose else spoilt.verdict.invented)
-    assert spoilt.planted >= spoilt.wrong >= (spoilt.planted if piece == PIECE else spoilt.planted // 2)
+    assert NOTICED <= spoilt.wrong <= 2 * spoilt.planted
+    if piece == PIECE:
+        assert spoilt.wrong == spoilt.planted
 
 
 def test_nothing_is_lost(benchmark: Callable, record: Record) -> None:
