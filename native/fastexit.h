@@ -269,7 +269,8 @@ struct fx_ops {
 
     /* User space's ioctls: KVM_SET_MSRS, KVM_GET_MSRS, FX_E_RANGE where they stop; KVM_GET_LAPIC and KVM_SET_LAPIC of
      * 1024 bytes (FX_E_SIZE), FX_E_RANGE for EINVAL. They take the vCPU out of the guest, FX_E_RANGE too: enter() or its
-     * next exit. What they ask of other vCPUs attention() tells. [alone] */
+     * next exit. Of a page that set_lapic refuses, SVR has been applied even so, as in KVM. What they ask of other
+     * vCPUs attention() tells. [alone] */
     int32_t (*set_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value);
     int32_t (*get_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value);
     int32_t (*get_lapic)(fx_machine *m, uint32_t vcpu, void *page, uint64_t size);
@@ -277,9 +278,10 @@ struct fx_ops {
     /* FX_RESET_*, of one vCPU or FX_ALL; otherwise as the ioctls. [alone] */
     int32_t (*reset)(fx_machine *m, uint32_t vcpu, uint32_t kind);
 
-    /* Move the clock to ns, never back (FX_E_RANGE); results of the timers that are due by then, in order. FX_MORE:
-     * room was not enough, call again with the same ns for the rest. *count is how many were written. The preemption
-     * timer of a vCPU that runs L2 is left alone. FX_E_RANGE sets *count to 0. [alone] */
+    /* Move the clock to ns, never back, nor beyond 63 bits of ns or of guest TSC (FX_E_RANGE); results of the timers
+     * that are due by then, in order. FX_MORE: room was not enough, call again with the same ns for the rest. *count is
+     * how many were written. The preemption timer of a vCPU that runs L2 is left alone. FX_E_RANGE sets *count to 0.
+     * [alone] */
     int32_t (*set_time)(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count);
     /* When the next timer is due: FX_OK or FX_NOTHING. [alone] */
     int32_t (*next_timer)(fx_machine *m, uint64_t *ns);

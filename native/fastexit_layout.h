@@ -25,6 +25,7 @@ enum {
     FX_H_NVCPUS = 6,  /* owner */
     FX_H_MAP = 7,     /* map writer: word index of the map in use */
     FX_H_NOW = 16,    /* owner */
+    FX_H_TSC_KHZ = 17, /* owner */
     FX_H_STAGE = 256, /* owner, 128 words */
     FX_MAP_PRESENT = 0,
     FX_MAP_MAX_ID = 1,

@@ -178,6 +178,14 @@ static int32_t op_reset(fx_machine *m, uint32_t vcpu, uint32_t kind)
 
 /* --------------------------------------------------------------------------------------------------------------- time */
 
+/* config.latest_clock: (2^63 - 1) * 10^6 / khz, at most 2^63 - 1. */
+static uint64_t latest_clock(uint64_t khz)
+{
+    uint64_t most = INT64_MAX, million = 1000000;
+
+    return khz <= million ? most : most / khz * million + most % khz * million / khz;
+}
+
 static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count)
 {
     uint64_t *words = words_of(m), v;
@@ -186,7 +194,7 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
     if (!words || !count || (room && !results))
         return refuse(m);
     *count = 0;
-    if (ns < words[FX_H_NOW] || ns > INT64_MAX)
+    if (ns < words[FX_H_NOW] || ns > latest_clock(words[FX_H_TSC_KHZ]))
         return FX_E_RANGE;
     words[FX_H_NOW] = ns;
     while ((v = table.due_timer(handle(words))) != NONE) {

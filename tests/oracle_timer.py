@@ -90,7 +90,7 @@ class Timer:
             self._stretch()
             left = max(0, self.target - self.m.now)
             scaled = left * self.divide // old
-            self.deadline = self.deadline + self.m.cycles(scaled) - self.m.cycles(left) & U64
+            self.deadline = min(self.deadline + self.m.cycles(scaled) - self.m.cycles(left), U64)
             self.target = self.m.now + scaled
             self._restart()
 
@@ -159,7 +159,7 @@ class Timer:
             if restored:
                 lasts = self._ns(count) or (self.period if self.periodic else 0)
                 lasts = min(lasts, self.period)
-            self.deadline = self.m.tsc() + self.m.cycles(lasts) & U64
+            self.deadline = min(self.m.tsc() + self.m.cycles(lasts), U64)
             self.target = self.m.now + lasts
         self._restart()
 
@@ -255,7 +255,7 @@ class Timer:
             else:
                 # one by one; what is between makes no further tick, because one is pending
                 self.target += ((self.m.now - self.target) // self.period + 1) * self.period
-        self.deadline = self.m.tsc() + self.m.cycles(self.target - self.m.now) & U64
+        self.deadline = min(self.m.tsc() + self.m.cycles(self.target - self.m.now), U64)
 
     def _expire(self, *, by_host: bool) -> None:
         if self.pending:

@@ -17,6 +17,7 @@ from embedded import Door, declared, need_compiler
 from fastexit import layout as L
 from fastexit import outcome, reasons
 from fastexit import regs as R
+from fastexit.config import latest_clock
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
 from fastexit.kernels import _jit
@@ -807,6 +808,15 @@ def test_time_never_goes_back(door: Door) -> None:
     assert list(door.set_time(m, 100)) == []
     for ns in (99, 1 << 63, (1 << 64) - 1):
         assert door.fx.set_time(m, ns, door.ffi.NULL, 0, count) == Status.E_RANGE
+    door.fx.close(m)
+
+
+@compiled
+@pytest.mark.parametrize("khz", [1, 999_999, 1_000_001, 2_500_000, 10_000_000])
+def test_the_clock_ends_where_pythons_does(door: Door, khz: int) -> None:
+    m, count, end = door.open(tsc_khz=khz), door.ffi.new("uint64_t *"), latest_clock(khz)
+    assert door.fx.set_time(m, end + 1, door.ffi.NULL, 0, count) == Status.E_RANGE
+    assert list(door.set_time(m, end)) == []
     door.fx.close(m)
 
 

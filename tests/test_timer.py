@@ -527,6 +527,42 @@ def test_late_by_centuries() -> None:
         assert m.next_timer() == 1 << 63
 
 
+@pytest.mark.parametrize(
+    ("khz", "now", "count"),
+    [
+        (10_000_000, 10**9, 1_717_986_919),
+        (3_000_000, 10**9, 2_863_311_531),
+        (2_500_000, 2 * 10**9, 3_435_973_836),
+    ],
+)
+@pytest.mark.parametrize("mode", [0, PERIODIC])
+def test_periods_of_centuries(khz: int, now: int, count: int, mode: int) -> None:
+    """A period that is longer than 64 bits of TSC does not end at once; the hrtimer counts it in ns."""
+    m = booted(tsc_khz=khz, bus_cycle_ns=1 << 24, hv_timer=True)
+    (v,) = m.vcpus
+    v.wrmsr(TDCR, 0xA)  # by 128
+    m.set_time(now)
+    start(v, count, mode)
+    assert not v.hv_timer
+    assert m.next_timer() == now + (count * 128 << 24)
+
+
+@pytest.mark.parametrize("khz", [1, 1_000_000, 2_500_000, 10_000_000])
+def test_the_clock_ends_before_the_tsc_does(khz: int) -> None:
+    """63 bits of ns and of TSC: no deadline lies before the TSC that it is counted from, so no guest makes us hang."""
+    m = booted(tsc_khz=khz, hv_timer=True)
+    (v,) = m.vcpus
+    end = min((1 << 63) - 1, ((1 << 63) - 1) * 10**6 // khz)
+    with pytest.raises(ValueError, match=r"time .* (is out of range|would exceed 63 bits)"):
+        m.set_time(end + 1)
+    m.set_time(end)
+    assert end * khz // 10**6 < 1 << 63
+    for mode in (PERIODIC, 0, DEADLINE_MODE):
+        start(v, 1000, mode)
+        run(v)
+        assert len(m.set_time(end)) <= 1
+
+
 def test_user_space_exit_keeps_the_tick_waiting() -> None:
     """An iteration that ends in user space does not deliver; the next one that stays in the kernel does."""
     m = booted()

@@ -16,6 +16,7 @@ from fastexit.profile import PROFILES, profile
 _U32 = 0xFFFF_FFFF
 _MAX_BUS_NS = (1 << 63) // (_U32 * 128)
 """KVM refuses a bus cycle with which the longest period would overflow."""
+_MAX_CLOCK = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,14 @@ class Config:
             L.H_BSP_ID: self.boot_cpu_id,
             L.H_INHIBITS: 0 if self.apicv else 1 << R.Inhibit.DISABLED,
         }
+
+
+def latest_clock(tsc_khz: int) -> int:
+    """The last ns that a machine's clock may be set to: it and the guest's TSC then have 63 bits.
+
+    Above, a timer's deadline could lie before the TSC that it is counted from.
+    """
+    return min(_MAX_CLOCK, _MAX_CLOCK * 1_000_000 // tsc_khz)
 
 
 def check_api(flags: int, irqchip: str) -> None:

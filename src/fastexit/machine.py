@@ -18,7 +18,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
-from fastexit.config import Config, check_api
+from fastexit.config import Config, check_api, latest_clock
 from fastexit.cost import CostProfile, cost_profile
 from fastexit.dispatcher import Dispatcher, Exit
 from fastexit.handlers import CommonHandlers, Handlers
@@ -339,9 +339,13 @@ class Machine:
         An hrtimer fires, at the new time, however long ago it was due: its outcome tells the host whom to wake, kick
         or notify. Then a preemption timer that has run out makes its vCPU, if that is in guest mode, exit. Times
         between are not visited: set them one by one (next_timer()) where that matters. No other thread may act on the
-        machine meanwhile. ValueError for a time that has passed already.
+        machine meanwhile. ValueError for a time that has passed already, and for one at which it or the guest's TSC
+        has more than 63 bits.
         """
         ns = integer(ns, "time", (1 << 63) - 1)
+        khz = self.mem[L.H_TSC_KHZ]
+        if ns > (latest := latest_clock(khz)):
+            raise ValueError(f"time {ns} is later than {latest}: at {khz} kHz the guest's TSC would exceed 63 bits")
         if ns < self.time:
             raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
         self.mem[L.H_NOW] = ns
@@ -399,7 +403,8 @@ class Machine:
     def run(self, exits: np.ndarray) -> np.ndarray:
         """Many exits in one compiled call, the GIL released: an array of layout.OUTCOME, one for each exit, in order.
 
-        ``exits`` is a one-dimensional array of dtype layout.EXIT; results are those of the same exits one at a time.
+        ``exits`` is a one-dimensional array of dtype layout.EXIT, which says what its fields mean: vcpu, reason, msr,
+        info, value. Results are those of the same exits one at a time.
         ValueError names the first exit that lies outside the machine, and then none is run.
         """
         if not isinstance(exits, np.ndarray) or exits.dtype != L.EXIT or exits.ndim != 1:

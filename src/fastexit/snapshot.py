@@ -14,6 +14,7 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.config import latest_clock
 from fastexit.profile import PROFILES
 
 _HEAD = struct.Struct("<8sIIII")
@@ -110,7 +111,6 @@ _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_PROFILE, _up_to(len(PROFILES) - 1), "the kernel"),
     (L.H_MAXPHYADDR, _between(32, 52), "MAXPHYADDR"),
     (L.H_LOST_LOWEST, _up_to(1), "a lost interrupt"),
-    (L.H_NOW, _up_to((1 << 63) - 1), "the clock"),
     (L.H_TSC_KHZ, _between(1, 10_000_000), "the TSC's frequency"),
     (L.H_BUS_NS, _between(1, (1 << 63) // (_U32 * 128)), "the APIC bus cycle"),
     (L.H_MIN_PERIOD_NS, _up_to(1_000_000_000), "the shortest period"),
@@ -188,6 +188,7 @@ def _check(table: tuple[tuple[int, _Check, str], ...], rows: np.ndarray) -> None
 
 def _check_header(words: np.ndarray, n: int) -> None:
     _check(_HEADER, words[None, : L.HEADER_WORDS])
+    _require(int(words[L.H_NOW]) <= latest_clock(int(words[L.H_TSC_KHZ])), "the clock")
     profile = list(PROFILES.values())[int(words[L.H_PROFILE])]
     _require(int(words[L.H_TRAITS]) == profile.traits, "the kernel's traits")
     _require(n > 0 and int(words[L.H_NVCPUS]) == n, "the number of vCPUs")

@@ -2,12 +2,14 @@
 
 Models: nsec_to_cycles, kvm_read_l1_tsc, hv_timer_in_use, kvm_can_use_hv_timer, kvm_can_post_timer_interrupt.
 
-The clock is H_NOW, which only the caller moves. Guest TSC is the clock times tsc_khz, computed exactly, where KVM
-multiplies by a rounded fraction. Not modelled: TSC offsets and scaling.
+The clock is H_NOW, which only the caller moves, and no further than 63 bits of guest TSC. Guest TSC is the clock times
+tsc_khz, computed exactly, where KVM multiplies by a rounded fraction. Not modelled: TSC offsets and scaling.
+
+Times that exceed 64 bits of TSC stay at the last one, where KVM's wrap: a period of centuries does not end at once.
 """
 
 from . import typed as k
-from ._jit import kernel
+from ._jit import kernel, umin
 from .shared import hot, own
 
 MILLION = k.U(1_000_000)
@@ -15,15 +17,30 @@ MILLION = k.U(1_000_000)
 
 @kernel("u8(words, u8)")
 def cycles(m, ns):
-    """nsec_to_cycles."""
+    """nsec_to_cycles, at most 2^64 - 1."""
     khz = m[k.H_TSC_KHZ]
-    return ns // MILLION * khz + ns % MILLION * khz // MILLION
+    whole, rest = ns // MILLION, ns % MILLION * khz // MILLION
+    if whole >> k.U(40) and whole > (k.NONE - rest) // khz:  # the frequency has 24 bits
+        return k.NONE
+    return whole * khz + rest
 
 
 @kernel("u8(words)")
 def guest_tsc(m):
     """The guest's TSC at the machine's clock. kvm_read_l1_tsc."""
     return cycles(m, m[k.H_NOW])
+
+
+@kernel("u8(words, u8)")
+def tsc_after(m, ns):
+    """The guest's TSC when so many ns have gone by, at most 2^64 - 1."""
+    return later(guest_tsc(m), cycles(m, ns))
+
+
+@kernel("u8(u8, u8)")
+def later(tsc, ticks):
+    """The sum, at most 2^64 - 1."""
+    return tsc + umin(ticks, k.NONE - tsc)
 
 
 @kernel("u8(words, u8)")

@@ -13,7 +13,7 @@ K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the g
 
 from . import typed as k
 from ._jit import kernel, umax, umin
-from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use
+from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use, later, tsc_after
 from .hvtimer import arm_hv
 from .lapicreg import reg, set_reg
 from .shared import emit, hot, own
@@ -82,7 +82,7 @@ def advance_period(m, v):
     elif target <= now and not m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
         target = target + ((now - target) // period + k.ONE) * period
     m[row + k.K_TARGET] = target
-    m[row + k.K_TSC_DEADLINE] = guest_tsc(m) + cycles(m, target - now)
+    m[row + k.K_TSC_DEADLINE] = tsc_after(m, target - now)
     return k.ZERO
 
 
@@ -177,7 +177,7 @@ def start(m, v, offset):
             elif ns > period:
                 set_reg(m, v, offset, k.ZERO)
                 ns = period
-        m[row + k.K_TSC_DEADLINE] = guest_tsc(m) + cycles(m, ns)
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, ns)
         m[row + k.K_TARGET] = m[k.H_NOW] + ns
     return restart(m, v)
 
@@ -236,7 +236,11 @@ def write_tdcr(m, v, value):
     target = m[row + k.K_TARGET]
     left = target - now if target > now else k.ZERO
     scaled = left // old * new + left % old * new // old
-    m[row + k.K_TSC_DEADLINE] = m[row + k.K_TSC_DEADLINE] + cycles(m, scaled) - cycles(m, left)
+    was, shorter, longer = m[row + k.K_TSC_DEADLINE], cycles(m, left), cycles(m, scaled)
+    if was == k.NONE:  # beyond 64 bits: how far is not known
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, scaled)
+    else:
+        m[row + k.K_TSC_DEADLINE] = later(was, longer - shorter) if longer > shorter else was - (shorter - longer)
     m[row + k.K_TARGET] = now + scaled
     return restart(m, v)
 
