@@ -107,6 +107,33 @@ def test_edits_are_noticed(copy: Copy) -> None:
     assert len(copy.files()) == 1
 
 
+EDITED = """
+import pathlib, sys
+from fastexit.kernels import _jit
+leaf = pathlib.Path(_jit.__file__).with_name("leaf.py")
+text = leaf.read_text()
+leaf.write_text(text.replace("regs.PROBE", "77"))
+sys.dont_write_bytecode = True
+from fastexit.kernels import probe
+print(_jit.load("probe")(20))
+leaf.write_text(text)
+"""
+
+
+def test_an_edit_while_a_process_runs_is_not_kept(copy: Copy) -> None:
+    """Code of a source that was there for a moment does not stand for the source that is there now."""
+    assert copy.run(code=EDITED) == "117"
+    assert copy.run() == f"41{COMPILED}"
+
+
+@pytest.mark.parametrize("switch", ["NUMBA_DEBUGINFO", "NUMBA_OPT"])
+def test_numbas_switches(copy: Copy, switch: str) -> None:
+    """No switch of numba's stops a compilation, one that inlines a kernel by force among them."""
+    leaf = LEAF.replace("import kernel", "import inlined, kernel").replace("@kernel", "@inlined\n@kernel")
+    copy.write("kernels/leaf.py", leaf.format(bit="1"))
+    assert copy.run(**{switch: "1"}) == f"41{COMPILED}"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -151,6 +178,72 @@ def test_threads_share_one_compilation(warm: Copy) -> None:
     """Threads that need an entry first, together, get one function, compiled or linked once."""
     assert warm.run(code=THREADS, FASTEXIT_CACHE="0") == f"3 1 41{COMPILED}"
     assert warm.run(code=THREADS) == f"3 1 41{CACHED}"
+
+
+FORKS = """
+import os, threading
+from fastexit.kernels import _jit, probe
+begun = threading.Event()
+_jit._progress = lambda *_: begun.set()
+thread = threading.Thread(target=_jit.load, args=("probe",))
+thread.start()
+begun.wait()
+child = os.fork()
+if not child:
+    os._exit(_jit.load("probe")(20))
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_waits_for_a_compilation(warm: Copy) -> None:
+    """Otherwise the child would wait for a thread that it does not have."""
+    assert warm.run(code=FORKS, FASTEXIT_CACHE="0") == "41"
+
+
+AGAIN = """
+from fastexit.kernels import _jit, probe
+refused = []
+def progress(*_):
+    try:
+        _jit._compile({"probe": _jit.ENTRIES["probe"]})
+    except RuntimeError as error:
+        refused.append(str(error))
+_jit._progress = progress
+print(_jit.load("probe")(20), len(refused), refused[0])
+"""
+
+
+def test_a_compilation_within_a_compilation_is_refused(warm: Copy) -> None:
+    said = "kernels are being compiled by this thread already"
+    assert warm.run(code=AGAIN, FASTEXIT_CACHE="0").startswith(f"41 2 {said}")
+
+
+INTERRUPTED = """
+import gc
+from fastexit.kernels import _jit, probe
+from numba.core.registry import cpu_target
+context = cpu_target.typing_context
+refresh, context.refresh = context.refresh, lambda: 1 / 0
+try:
+    _jit.load("probe")
+except ZeroDivisionError:
+    print(gc.isenabled())
+context.refresh = refresh
+print(_jit.load("probe")(20), gc.isenabled())
+"""
+
+
+def test_an_interruption_leaves_garbage_collection_on(warm: Copy) -> None:
+    assert warm.run(code=INTERRUPTED, FASTEXIT_CACHE="0") == "True\n41 True"
+
+
+@pytest.mark.parametrize("stderr", ["None", "type('Tee', (), {'flush': print})()", "open('/dev/null', 'w')"])
+def test_any_stderr_will_do(warm: Copy, stderr: str) -> None:
+    """None, without isatty, closed: who tells the user must not stop what is told."""
+    before = f"import sys; sys.stderr = {stderr}\nif hasattr(sys.stderr, 'close'): sys.stderr.close()\n"
+    code = "from fastexit.kernels import _jit, probe\nprint(_jit.load('probe')(20))"
+    assert warm.run(before, code, FASTEXIT_CACHE="0") == "41"
 
 
 def test_no_place_for_a_cache(warm: Copy, tmp_path: Path) -> None:

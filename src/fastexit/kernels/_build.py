@@ -97,7 +97,11 @@ class Build:
             return known[key]
 
         gc.disable()
-        context.refresh()
+        try:
+            context.refresh()  # imports much of numba
+        except BaseException:
+            self._collect()
+            raise
         context.resolve_function_type = remember
         return self
 
@@ -105,6 +109,9 @@ class Build:
         del cpu_target.typing_context.resolve_function_type
         for declared in self.made:
             cpu_target.target_context.remove_user_function(declared.function)
+        self._collect()
+
+    def _collect(self) -> None:
         if self._collecting:
             gc.enable()
 
@@ -114,7 +121,7 @@ class Build:
         flags = compiler.Flags()
         cpu_target.options.parse_as_flags(flags, {"nopython": True, "error_model": "numpy"})
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        flags.enable_ssa = False
+        flags.enable_ssa = flags.debuginfo = False
         flags.boundscheck = _jit.BOUNDSCHECK
         contexts = cpu_target.typing_context, cpu_target.target_context
         made = compiler.compile_extra(

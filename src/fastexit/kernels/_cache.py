@@ -6,6 +6,9 @@ is stale, damaged or half there fails the digest and counts as absent; the entri
 replaced in one step, so processes that start together only do the same work twice. A directory that cannot be read or
 written means no cache.
 
+A source that is edited while its process runs makes that process's code nobody's: it is not kept. What Python itself
+takes for a source's code, a stale .pyc, is taken here too.
+
 The digest tells damage, not forgery: whoever can write the directory chooses machine code that runs in this process. It
 needs the trust that the installed package has.
 
@@ -31,7 +34,7 @@ import numpy as np
 BELOW = "layout", "outcome", "profile", "reasons", "regs"
 """The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
-CODE_OPTIONS = "NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_DEBUGINFO"
+CODE_OPTIONS = "NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -93,6 +96,8 @@ def read(module: str) -> Code | None:
 
 def write(module: str, code: Code) -> None:
     """Keep the entries of a module, where that is possible."""
+    if _hash_sources() != _STAMP:
+        return
     try:
         entries = json.dumps(code.entries).encode()
         content = _LENGTH.pack(len(entries)) + entries + code.objects
@@ -126,4 +131,4 @@ def _hash_sources() -> bytes | None:
     return digest.digest()
 
 
-_STAMP = _hash_sources()  # now, as the sources are imported: an edit between here and a compilation makes us stale
+_STAMP = _hash_sources()  # now, as the sources are imported

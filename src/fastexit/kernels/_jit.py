@@ -9,11 +9,13 @@ disk, ``_load`` brings it into the process. With ``NUMBA_DISABLE_JIT=1`` every k
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, update_wrapper
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -134,9 +136,10 @@ _progress: Callable[[str, int, int], None] | None = None
 
 def _on_terminal(_name: str, done: int, total: int) -> None:
     """Who waits at a terminal is told why; other programs' output is left alone."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        text = f"fastexit: compiling kernels, once: {done} of {total}" if total else ""
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    with suppress(Exception):  # a stderr of the host's own may be closed, or hardly a file
+        if sys.stderr.isatty():
+            text = f"fastexit: compiling kernels, once: {done} of {total}" if total else ""
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _interpreted(declared: Kernel) -> Callable[..., Any]:
@@ -163,6 +166,17 @@ class _Callable(NamedTuple):
 _lock = threading.RLock()
 
 
+@cache
+def _hold_forks() -> None:
+    """From now on a fork waits while another thread compiles: its child would have our lock, and nobody to release it.
+
+    Hooks run last come, first served, and logging's takes a lock that numba's import needs: ours must come behind it.
+    """
+    import logging  # noqa: F401
+
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
 def _machine_code(module: str) -> dict[str, _Callable]:
     """All entries that a Python module declares; by name. Threads that come while one compiles wait for its work."""
     with _lock:
@@ -177,6 +191,7 @@ def _linked(module: str) -> dict[str, _Callable]:
     entries = {name: k for name, k in ENTRIES.items() if k.python.__module__ == module}
     code = read(module)
     if code is None or code.entries.keys() != entries.keys():
+        _hold_forks()
         code = _compile(entries)
         write(module, code)
     address = link(code.objects)
@@ -192,6 +207,10 @@ _under_way: Build | None = None
 def _compile(entries: dict[str, Kernel]) -> Code:
     """Machine code of some entries, with every kernel that they reach."""
     global _under_way
+    if _under_way is not None:
+        raise RuntimeError(
+            "kernels are being compiled by this thread already, and a signal handler or a callback asks again"
+        )
     from numba.core.compiler_lock import global_compiler_lock  # not before there is something to compile
 
     from ._build import Build
