@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import random
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -334,6 +336,30 @@ def test_files_that_need_something_else_first(data: bytes, name: str, said: str,
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="cannot be read"):
         TraceReader(tmp_path / "none")
+
+
+@pytest.mark.parametrize("pack", [bytes, lzma.compress, gzip.compress])
+def test_a_pipe_is_read_as_a_file_is(guest: list[str], pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """From its first byte, as often as it takes: also where a line ends just where a first look would have stopped."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    head = "# tracer: nop\n"
+    first = next(i for i in range(len(guest)) if sum(map(len, guest[:i])) > 4096 - len(head))
+    pad = 4096 - len(head) - sum(map(len, guest[: first - 1])) - 1
+    data = "".join([head, "#" * pad + "\n", *guest]).encode()
+    assert data[4095:4096] == b"\n"
+    writer = threading.Thread(target=pipe.write_bytes, args=(pack(data),))
+    writer.start()
+    reader, batches = read(pipe)
+    writer.join()
+    assert (reader.lines, reader.problems) == (len(guest) + 2, [])
+    assert events(batches) == events(read(SYNTHETIC)[1])
+    assert [len(batch.events) for batch in reader.batches()] == [len(batch.events) for batch in batches]
+
+
+def test_a_device_is_no_trace() -> None:
+    with pytest.raises(TraceError, match="a device, not a trace"):
+        TraceReader("/dev/null")
 
 
 @pytest.mark.parametrize("path", [X2APIC, SYNTHETIC])

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import lzma
 import os
+import shutil
+import stat
+import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 CHUNK_BYTES = 1 << 18
 _RAW_BYTES = 1 << 13
@@ -60,6 +64,8 @@ class TraceFile:
     """One file. ``size`` is its bytes on disk; after a pass, ``cut`` says why it ended early, or is empty, and
     ``tail`` is what stood behind the last line end.
 
+    What comes through a pipe is put into a file without a name first, since a trace is read more than once.
+
     TraceError when the file cannot be opened, is empty, or is of a kind that needs another tool first.
     """
 
@@ -67,8 +73,19 @@ class TraceFile:
         self.path = os.fsdecode(path)
         self.cut = ""
         self.tail = b""
+        self._spool = -1
         try:
             with open(self.path, "rb") as file:
+                kind = os.fstat(file.fileno()).st_mode
+                if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+                    with tempfile.TemporaryFile() as spool:
+                        shutil.copyfileobj(file, spool)
+                        spool.flush()
+                        self._spool = os.dup(spool.fileno())
+                    weakref.finalize(self, os.close, self._spool)
+                elif not stat.S_ISREG(kind):
+                    raise TraceError(f"{self.path}: a device, not a trace: pass a file or a pipe")
+            with self._open() as file:
                 self.size = os.fstat(file.fileno()).st_size
                 magic = file.read(16)
         except OSError as error:
@@ -79,6 +96,13 @@ class TraceFile:
             if magic.startswith(prefix):
                 raise TraceError(f"{self.path}: {what}")
         self._make = next((make for prefix, make in _COMPRESSED.items() if magic.startswith(prefix)), None)
+
+    def _open(self) -> IO[bytes]:
+        """The file from its beginning. One pass at a time: what came through a pipe has one position."""
+        if self._spool < 0:
+            return open(self.path, "rb")
+        os.lseek(self._spool, 0, os.SEEK_SET)
+        return open(self._spool, "rb", closefd=False)
 
     def chunks(self, progress: Callable[[int], object] | None = None) -> Iterator[bytes]:
         """Whole lines, about CHUNK_BYTES at a time, each chunk without its last line end.
@@ -111,7 +135,7 @@ class TraceFile:
     def _blocks(self, progress: Callable[[int], object] | None) -> Iterator[bytes]:
         """Decompressed bytes; a cut or damaged stream ends the iteration."""
         inflater = _Inflater(self._make) if self._make else None
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             while raw := file.read(_RAW_BYTES if inflater else CHUNK_BYTES):
                 if progress:
                     progress(len(raw))
@@ -135,7 +159,7 @@ class TraceFile:
         """
         assert self._make is not None
         inflater = _Inflater(self._make)
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             for start in range(0, sound, _RAW_BYTES):
                 inflater.feed(file.read(min(_RAW_BYTES, sound - start)))
         for i in range(len(raw)):
