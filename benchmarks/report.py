@@ -22,6 +22,7 @@ HEAD = """# Results
 
 Written by `benchmarks/report.py` from one run of `make bench`; `make bench-check` compares it with the bars.
 Every value is a ratio of sides that were timed in turn, or what one process of its own needed; medians of all rounds.
+All our rows of the second table were timed in turn too, so they may be compared with each other.
 Vectors are uniform 32..255, targets uniform over the other vCPUs, kernel {kernel}, VMX, APICv on, tracing off. Each IPI
 is consumed before the next one is sent. Where the time goes is in [performance.md](performance.md).
 

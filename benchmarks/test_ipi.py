@@ -11,9 +11,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 
 import lower_bound
-import pytest
 import streams
 from bars import SIZES, Record
 from timing import interleaved, ratio
@@ -23,6 +23,8 @@ PASSES = 5
 ROUNDS = 31
 SENDER_ROUNDS = 15
 STRETCH_NS = 100_000_000
+KINDS = {"atomics": "1", "one owner": "2"}
+"""What a machine is made for, and its row."""
 
 
 def _several(run: Callable, exits: object) -> Callable[[], None]:
@@ -33,37 +35,34 @@ def _several(run: Callable, exits: object) -> Callable[[], None]:
     return passes
 
 
-@pytest.mark.parametrize("threads", [True, False], ids=["atomics", "one-owner"])
-def test_against_c(benchmark: Callable, record: Record, threads: bool) -> None:
-    """Rows 1 and 2, and row 3: all N in turn within each round."""
-    name = "atomics" if threads else "one owner"
-    sides: dict[str, Callable[[], None]] = {}
-    for n in SIZES:
-        m = streams.machine(n, threads=threads)
+def test_against_c(benchmark: Callable, record: Record) -> None:
+    """Rows 1 and 2, and row 3: atomics and one owner, all N, in turn within each round."""
+    sides: dict[tuple[str, str, int], Callable[[], None]] = {}
+    for kind, n in product(KINDS, SIZES):
+        m = streams.machine(n, threads=kind == "atomics")
         exits = streams.ipis(m, IPIS)
-        sides[f"ours {n}"] = _several(m.run, exits)
+        sides["fast", kind, n] = _several(m.run, exits)
         if lower_bound.AVAILABLE:
             bound = lower_bound.LowerBound(m)
             for part in (exits[:200:2].copy(), exits):  # IPIs that stay in PIR, then some that are taken
                 assert m.run(part)["code"].tolist() == bound.run(part)["code"].tolist()
                 assert not bound.differences(m)
-            sides[f"C {n}"] = _several(bound.run, exits)
-        generic = streams.machine(n, threads=threads)
+            sides["C lower bound", kind, n] = _several(bound.run, exits)
+        generic = streams.machine(n, threads=kind == "atomics")
         generic.fastpath = False
-        sides[f"generic {n}"] = _several(generic.run, exits)
+        sides["generic", kind, n] = _several(generic.run, exits)
     benchmark.group = "batch door, one IPI, consumed"
     times = benchmark.pedantic(lambda: interleaved(sides, ROUNDS, settle=True), rounds=1)
-    for n in SIZES:
-        for side in ("ours", "C", "generic"):
-            if f"{side} {n}" in times:
-                ns = statistics.median(times[f"{side} {n}"]) / IPIS / PASSES
-                record.point(f"{'C lower bound' if side == 'C' else 'fast' if side == 'ours' else side}, {name}", n, ns)
-        if lower_bound.AVAILABLE:
-            record.add("1" if threads else "2", f"N = {n}", ratio(times, f"ours {n}", f"C {n}"))
-    if not lower_bound.AVAILABLE:
-        record.skip("1" if threads else "2", f"no C compiler ({lower_bound.COMPILER})")
-    first, last = SIZES[0], SIZES[-1]
-    record.add("3", name, ratio(times, f"ours {last}", f"ours {first}"))
+    for (side, kind, n), spent in times.items():
+        record.point(f"{side}, {kind}", n, statistics.median(spent) / IPIS / PASSES)
+    for kind, row in KINDS.items():
+        if not lower_bound.AVAILABLE:
+            record.skip(row, f"no C compiler ({lower_bound.COMPILER})")
+            continue
+        for n in SIZES:
+            record.add(row, f"N = {n}", ratio(times, ("fast", kind, n), ("C lower bound", kind, n)))
+    for kind in KINDS:
+        record.add("3", kind, ratio(times, ("fast", kind, SIZES[-1]), ("fast", kind, SIZES[0])))
 
 
 def test_two_senders(benchmark: Callable, record: Record) -> None:
@@ -105,7 +104,11 @@ def _throughput(run: Callable, arrays: list) -> tuple[float, float]:
     begin = threading.Barrier(len(arrays))
 
     def send(exits: object) -> None:
-        run(exits)
+        try:
+            run(exits)
+        except BaseException:
+            begin.abort()
+            raise
         begin.wait()
         batches, start, cpu = 0, time.perf_counter_ns(), time.thread_time_ns()
         while (now := time.perf_counter_ns()) < start + STRETCH_NS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 ROUNDS = 15
+Name = TypeVar("Name", bound=Hashable)
 
 
 def bare(a: int, b: int, c: int) -> int:
@@ -17,14 +18,14 @@ def bare(a: int, b: int, c: int) -> int:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS, *, settle: bool = False
-) -> dict[str, list[int]]:
+    sides: dict[Name, Callable[[], Any]], rounds: int = ROUNDS, *, settle: bool = False
+) -> dict[Name, list[int]]:
     """Nanoseconds of each side in each round, behind one round that warms up.
 
     ``settle``: each side runs once untimed right before it is timed, so that none pays for what the others have thrown
     out of the caches.
     """
-    times: dict[str, list[int]] = {name: [] for name in sides}
+    times: dict[Name, list[int]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
     try:
@@ -42,6 +43,6 @@ def interleaved(
     return times
 
 
-def ratio(times: dict[str, list[int]], over: str, under: str) -> float:
+def ratio(times: dict[Name, list[int]], over: Name, under: Name) -> float:
     """Median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
