@@ -127,7 +127,8 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["walk", "--mode", "Fix"], "unknown delivery mode 'Fix'"),
         (["walk", "--msr", "0x100000000"], "MSR 0x100000000 is out of range"),
         (["walk", "--value", "-1"], "MSR value -0x1 is out of range"),
-        (["walk", "--vcpus", "5000"], "number of vCPUs 0x1388 is out of range"),
+        (["walk", "--vcpus", "5000"], "'5000' is no number from 1 to 4096"),
+        (["walk", "--vcpus", "0"], "'0' is no number from 1 to 4096"),
         (["walk", "--vendor", "via"], "invalid choice: 'via'"),
         (["replay", "/nowhere/at/all"], "/nowhere/at/all"),
         (["walk", "--msr", "9" * 5000], f"argument --msr: '{'9' * 40}...' does not fit 64 bits"),
@@ -217,7 +218,8 @@ def test_columns_that_no_terminal_has_count_as_unset(
 def test_info_says_when_the_cache_directory_is_not_writable(tmp_path: Path) -> None:
     """A file where the cache directory should be: kernels are compiled each time, so it has to be said."""
     (tmp_path / "file").touch()
-    for place, suffix in ((tmp_path / "file", " (not writable)"), (tmp_path / "new", "")):
+    nowhere = Path("/proc/none")  # which root could not make either
+    for place, suffix in ((tmp_path / "file", " (not writable)"), (nowhere, " (not writable)"), (tmp_path / "new", "")):
         done = shell("fastexit info --json", FASTEXIT_CACHE_DIR=str(place), NUMBA_DISABLE_JIT="0")
         said = json.loads(done.stdout)["kernel cache"]
         assert said.startswith(str(place))

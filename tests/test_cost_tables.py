@@ -74,6 +74,8 @@ OTHER = 'base = "epyc"\n'
         (OTHER + 'ghz = { value = 0, source = "x" }', "ghz: 0 is no clock rate"),
         (OTHER + 'ghz = { value = nan, source = "x" }', "ghz: nan is no clock rate"),
         (OTHER + "vm_exit = ", "Invalid value"),
+        pytest.param("vm_exit = " + "[" * 100_000, "nested too deeply", id="deep"),
+        pytest.param(OTHER + f"vm_exit = {'9' * 5000}", "Exceeds the limit", id="long"),
     ],
 )
 def test_bad_table_is_refused_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:

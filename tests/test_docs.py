@@ -46,7 +46,7 @@ def test_figures_are_generated() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-MODEL, REAL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+MODEL, BATCH, REAL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
 @kvm
@@ -69,6 +69,16 @@ def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (path, completion, accepted), vector = scope["shown"]
     assert (path.name, completion.name, accepted, vector) == ("FAST", "REENTER_GUEST", 1, 253)
     assert "kvm_apic_ipi: dst 0 vec 65 (Fixed|physical|de-assert|edge|all-but-self)" in capsys.readouterr().out
+
+
+def test_readme_batch_runs() -> None:
+    """The second one goes on where the first one ends."""
+    m = fastexit.Machine(vcpus=4)
+    m.boot_x2apic()
+    scope: dict = {"fx": fastexit, "m": m}
+    exec(BATCH, scope)
+    assert (scope["outcomes"]["accepted"] == 1).all()
+    assert (scope["cycles_ipi"] > 0).all()
 
 
 def test_make_targets_exist() -> None:

@@ -364,7 +364,11 @@ def test_what_is_missing_is_one_line(
 
     assert "no libfastexit.so" in refused("cflags", "-o", out)
     assert "no libfastexit.so" in refused("libs", "-o", out)
-    assert "no C compiler 'nowhere'" in refused("build", "-o", out, "--cc", "nowhere")
+    assert "--cc: no C compiler 'nowhere'" in refused("build", "-o", out, "--cc", "nowhere")
+    with monkeypatch.context() as other:
+        other.setenv("CC", "nowhere")
+        assert "$CC: no C compiler 'nowhere'" in refused("build", "-o", out)
+    assert "--flags: No closing quotation" in refused("build", "-o", out, "--flags='-g")
     assert "false failed" in refused("build", "-o", out, "--cc", "false")
     assert "unknown-option" in refused("build", "-o", out, "--flags=-fno-such-unknown-option")
     assert "cannot create" in refused("build", "-o", "/dev/null/fx")

@@ -55,6 +55,14 @@ def _vcpus(text: str) -> tuple[int, ...]:
     return ids
 
 
+def _how_many(text: str) -> int:
+    """A number of vCPUs."""
+    value = _number(text)
+    if not 1 <= value <= MOST_VCPUS:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number from 1 to {MOST_VCPUS}")
+    return value
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -108,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kernels", type=_kernels, default=["seed-v3", "6.18"], metavar="A,B", help="default: seed-v3,6.18"
     )
     walk.add_argument("--generic", action="store_true", help="also with the fast path switched off")
-    walk.add_argument("--vcpus", type=_number, default=4, help="default: 4")
+    walk.add_argument("--vcpus", type=_how_many, default=4, help="default: 4")
     walk.add_argument("--msr", type=_number, default=0x830, help="default: 0x830, the x2APIC ICR")
     walk.add_argument("--value", type=_number, help="EDX:EAX; or describe the ICR:")
     walk.add_argument("--dest", type=_number, default=1, help="destination (default: 1)")

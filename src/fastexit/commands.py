@@ -31,6 +31,7 @@ def _compile() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     import fastexit
+    from fastexit.kernels._cache import cache_directory
     from fastexit.show import console
 
     began = time.monotonic()
@@ -56,6 +57,9 @@ def _compile() -> None:
     finally:
         if task is not None and out.is_terminal:
             bar.stop()
+    kept = cache_directory()
+    if task is not None and kept is not None and not _can_hold_files(kept):
+        complain(f"the kernels cannot be kept in {str(kept)!r}: every process compiles them (see FASTEXIT_CACHE_DIR)")
 
 
 def _print_json(value: Any) -> None:
@@ -383,9 +387,17 @@ def _cache_fact(directory: Path | None) -> str:
     """Where compiled kernels are kept, and whether they really can be: a failure there is silent elsewhere."""
     if directory is None:
         return "off"
+    return str(directory) if _can_hold_files(directory) else f"{directory} (not writable)"
+
+
+def _can_hold_files(directory: Path) -> bool:
+    """Whether files could be put there, once it is made: a file in what there is of it shows that, not a permission."""
     there = next(path for path in (directory, *directory.parents) if path.exists())
-    usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    return str(directory) if usable else f"{directory} (not writable)"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 def info(args: argparse.Namespace) -> int:

@@ -135,8 +135,10 @@ class CostProfile(Mapping[str, int]):
             table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # TOMLDecodeError, or a number that int() refuses for its length
             raise ValueError(f"{path}: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{path}: nested too deeply for a table of costs") from None
         return cls.parse(path.stem, table, str(path))
 
     @classmethod

@@ -71,7 +71,8 @@ class Layout:
         for name, value in values.items():
             field = self.fields[name]
             if not 0 <= value < (1 << field.width):
-                raise ValueError(f"{name}={value:#x} does not fit {field.width} bits")
+                shown = f"{value:#x}" if value.bit_length() <= 128 else f"a number of {value.bit_length():,} bits"
+                raise ValueError(f"{name}={shown} does not fit {field.width} bits")
             word |= value << field.lsb
         return word
 

@@ -98,13 +98,26 @@ def interpreter() -> Interpreter:
 
 
 def compiler(named: str | None = None) -> list[str]:
-    """The C compiler: ``named``, $CC, the one that built Python, or cc; ValueError when none is there."""
-    choices = [named] if named else [os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"]
-    for choice in choices:
+    """The C compiler: ``named``, else $CC, else the one that built Python, or cc; ValueError when it is not there."""
+    for choice, origin in ((named, "--cc"), (os.environ.get("CC"), "$CC")):
+        if choice:
+            words = _words(choice, origin)
+            if words and shutil.which(words[0]):
+                return words
+            raise ValueError(f"{origin}: no C compiler {choice!r} here: install it, or name another one")
+    for choice in (sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
         words = shlex.split(choice or "")
         if words and shutil.which(words[0]):
             return words
-    raise ValueError(f"no C compiler{f' {named!r}' if named else ''}: install gcc or clang, or name one with --cc")
+    raise ValueError("no C compiler: install gcc or clang, or name one with --cc")
+
+
+def _words(text: str, origin: str) -> list[str]:
+    """Words of a command line, as the shell would part them."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}: {text!r}") from None
 
 
 def _c_string(text: str) -> str:
@@ -159,7 +172,7 @@ def build(directory: str | Path, cc: str | None = None, flags: str = "") -> list
         c.write_text(source(host))
         exports.write_text(_EXPORTS)
         libraries = host.libpython.parent
-        line = [*words, *FLAGS, *shlex.split(flags), f"-I{host.include}", f"-I{cabi.NATIVE}", str(c), "-shared"]
+        line = [*words, *FLAGS, *_words(flags, "--flags"), f"-I{host.include}", f"-I{cabi.NATIVE}", str(c), "-shared"]
         line += ["-o", str(made), f"-Wl,-soname,{LIBRARY}", f"-Wl,--version-script={exports}"]
         line += [str(host.libpython), f"-Wl,-rpath,{libraries}", "-ldl"]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
