@@ -22,7 +22,7 @@ IPIS = 4_000
 PASSES = 5
 ROUNDS = 11
 SETS = 3
-SENDER_ROUNDS = 15
+SENDER_ROUNDS = 60
 STRETCH_NS = 100_000_000
 KINDS = {"atomics": "1", "one owner": "2"}
 """What a machine is made for, and its row."""
@@ -83,7 +83,8 @@ def test_two_senders(benchmark: Callable, record: Record) -> None:
     Threads send for as long as a stretch lasts, so that none waits for the other at its end. Batches are as long as
     those of rows 1-3: what is timed is IPIs, not the memory that long arrays stream through. ``cpu`` is the same by
     the threads' own CPU time: what it would be if each had a core to itself. ``c`` is what the C program gains by a
-    second thread, in turn with ours.
+    second thread, in turn with ours. What two cores give together changes from one second to the next where a host has
+    other guests, so there are many rounds.
     """
     m = streams.machine(64)
     half = [
