@@ -328,6 +328,14 @@ def test_forged_words(word: int, value: int) -> None:
     refuses(forged(DATA, put(word, value)), "snapshot is damaged")
 
 
+def test_clock_beyond_the_tsc() -> None:
+    """Where the guest's TSC has more than 63 bits a deadline could wrap: as set_time refuses it."""
+    data = fx.Machine(vcpus=2, tsc_khz=10_000_000).snapshot()
+    end = ((1 << 63) - 1) // 10_000
+    refuses(forged(data, put(L.H_NOW, end * 1_000 + 1_000)), "snapshot is damaged: the clock")
+    assert fx.Machine.restore(forged(data, put(L.H_NOW, end * 1_000))).time == end * 1_000
+
+
 @pytest.mark.parametrize("options", [{"vendor": "svm"}, {"hv_timer": False}], ids=["svm", "switched off"])
 def test_preemption_timer_of_nobody(options: dict[str, Any]) -> None:
     """A preemption timer counts only where there is one: elsewhere nothing would stop it, entry after entry."""
