@@ -34,7 +34,7 @@ PACED = 20
 """One epoch in so many goes in pieces, a quarter of all pairs each, with a take between: each IPI in it is alone."""
 PIECE = 112
 NOTICED = 100
-"""Faults of a spoilt consumer that have to be noticed, of no more than ten times as many."""
+"""Faults of a spoilt consumer that have to be noticed, of no more than three times as many."""
 TARGETS = range(2, 6)
 RANGES = (range(32, 144), range(144, 256))
 VECTORS = 256
@@ -214,7 +214,7 @@ def test_spoilt_storm_is_noticed(benchmark: Callable, lose: bool, piece: int) ->
     benchmark.group = "storm"
 
     def all_epochs() -> None:
-        while spoilt.wrong < NOTICED and spoilt.planted < 10 * NOTICED:
+        while spoilt.wrong < NOTICED and spoilt.planted < 3 * NOTICED:
             spoilt.epoch(EPOCH, piece)
 
     benchmark.pedantic(all_epochs, rounds=1)

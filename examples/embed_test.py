@@ -168,7 +168,7 @@ def adapter(module: str, extra: str, *examples: str) -> None:
 
 def c_abi() -> None:
     need_c()
-    files = [ROOT / "tests" / "test_cabi.py", ROOT / "tests" / "test_embed.py"]
+    files = [*sorted((ROOT / "tests").glob("test_cabi*.py")), ROOT / "tests" / "test_embed.py"]
     run(sys.executable, "-m", "pytest", "-q", "-m", "not long", *files)  # the long ones are the steps below
 
 

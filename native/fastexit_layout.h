@@ -20,13 +20,13 @@ enum {
 
 /* Where the rest of a machine is, in words from its first one. */
 enum {
-    FX_H_CONFIG = 3,  /* owner */
-    FX_H_API = 5,     /* owner */
-    FX_H_NVCPUS = 6,  /* owner */
-    FX_H_MAP = 7,     /* map writer: word index of the map in use */
-    FX_H_NOW = 16,    /* owner */
+    FX_H_CONFIG = 3,   /* owner */
+    FX_H_API = 5,      /* owner */
+    FX_H_NVCPUS = 6,   /* owner */
+    FX_H_MAP = 7,      /* map writer: word index of the map in use */
+    FX_H_NOW = 16,     /* owner */
     FX_H_TSC_KHZ = 17, /* owner */
-    FX_H_STAGE = 256, /* owner, 128 words */
+    FX_H_STAGE = 256,  /* owner, 128 words */
     FX_MAP_PRESENT = 0,
     FX_MAP_MAX_ID = 1,
     FX_MAP_SLOTS = 8, /* 16 bits each: vCPU index + 1 */

@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import embedded
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
@@ -31,3 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     mode = "interpreted" if INTERPRETED else f"compiled, bounds {'checked' if BOUNDS else 'not checked'}"
     return f"kernels: {mode}; numba {version('numba')}, llvmlite {version('llvmlite')}, numpy {version('numpy')}"
+
+
+@pytest.fixture(scope="session")
+def door() -> embedded.Door:
+    """The C door in this process."""
+    import embedded  # which imports this file
+
+    embedded.need_compiler()
+    return embedded.Door()

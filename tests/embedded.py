@@ -16,10 +16,13 @@ import cffi
 import pytest
 
 import fastexit
+from conftest import INTERPRETED
 from fastexit import layout as L
 from fastexit.embed import build, cabi
 
 ROOT = Path(__file__).parents[1]
+SEVERAL, NOBODY = 0xFFFF_FFFE, 0xFFFF_FFFF
+compiled = pytest.mark.skipif(INTERPRETED, reason="C calls compiled kernels only")
 
 
 def need_compiler() -> None:

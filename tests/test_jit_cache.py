@@ -128,7 +128,7 @@ def test_an_edit_while_a_process_runs_is_not_kept(copy: Copy) -> None:
 
 @pytest.mark.parametrize("switch", ["NUMBA_DEBUGINFO", "NUMBA_OPT"])
 def test_numbas_switches(copy: Copy, switch: str) -> None:
-    """No switch of numba's stops a compilation, one that inlines a kernel by force among them."""
+    """Neither stops a compilation that inlines a kernel by force."""
     leaf = LEAF.replace("import kernel", "import inlined, kernel").replace("@kernel", "@inlined\n@kernel")
     copy.write("kernels/leaf.py", leaf.format(bit="1"))
     assert copy.run(**{switch: "1"}) == f"41{COMPILED}"
@@ -181,10 +181,15 @@ def test_threads_share_one_compilation(warm: Copy) -> None:
 
 
 FORKS = """
-import os, threading
+import os, threading, time
 from fastexit.kernels import _jit, probe
+import logging  # whose hook is younger than the import of kernels, as where numba imports it
 begun = threading.Event()
-_jit._progress = lambda *_: begun.set()
+def progress(name, *_):
+    begun.set()
+    time.sleep(0.3)
+    logging.getLogger(name)  # takes logging's lock, as numba does
+_jit._progress = progress
 thread = threading.Thread(target=_jit.load, args=("probe",))
 thread.start()
 begun.wait()

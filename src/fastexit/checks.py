@@ -6,6 +6,8 @@ import operator
 from collections.abc import Collection
 from typing import Any
 
+from fastexit.regs import shown
+
 U64 = (1 << 64) - 1
 U32 = (1 << 32) - 1
 
@@ -17,13 +19,8 @@ def integer(value: Any, what: str, top: int = U64) -> int:
     except TypeError:
         raise TypeError(f"{what} is {type(value).__name__}, not an integer") from None
     if not 0 <= value <= top:
-        raise ValueError(f"{what} {_shown(value)} is out of range 0..{top:#x}")
+        raise ValueError(f"{what} {shown(value)} is out of range 0..{top:#x}")
     return value
-
-
-def _shown(value: int) -> str:
-    """A number as an error quotes it: not a screenful."""
-    return f"{value:#x}" if value.bit_length() <= 128 else f"of {value.bit_length():,} bits"
 
 
 def one_of(value: Any, what: str, known: tuple[str, ...]) -> str:

@@ -31,7 +31,7 @@ def _compile() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     import fastexit
-    from fastexit.kernels._cache import cache_directory
+    from fastexit.kernels import _jit
     from fastexit.show import console
 
     began = time.monotonic()
@@ -57,9 +57,9 @@ def _compile() -> None:
     finally:
         if task is not None and out.is_terminal:
             bar.stop()
-    kept = cache_directory()
-    if task is not None and kept is not None and not _can_hold_files(kept):
-        complain(f"the kernels cannot be kept in {str(kept)!r}: every process compiles them (see FASTEXIT_CACHE_DIR)")
+    kept = _jit.cache_directory()
+    if task is not None and kept is not None and (why := _unusable(kept)):
+        complain(f"kernels cannot be kept in {str(kept)!r}: {why}: every process compiles them (FASTEXIT_CACHE_DIR)")
 
 
 def _print_json(value: Any) -> None:
@@ -144,13 +144,19 @@ def _can_draw() -> bool:
     return True
 
 
-def _check_writable(directory: str | Path, option: str) -> None:
-    """A directory that pictures go to: nothing less than a file in it shows that it is usable."""
+def _no_files_in(directory: str | Path) -> str:
+    """Why no file can be put there, or nothing: only a file shows that, permissions do not."""
     try:
         with tempfile.TemporaryFile(dir=directory):
-            pass
+            return ""
     except OSError as error:
-        raise UsageError(f"{option}: cannot write to {str(directory)!r}: {error.strerror}") from None
+        return error.strerror or str(error)
+
+
+def _check_writable(directory: str | Path, option: str) -> None:
+    """A directory that pictures go to."""
+    if why := _no_files_in(directory):
+        raise UsageError(f"{option}: cannot write to {str(directory)!r}: {why}")
 
 
 def _check_file(path: Path, option: str) -> None:
@@ -387,17 +393,12 @@ def _cache_fact(directory: Path | None) -> str:
     """Where compiled kernels are kept, and whether they really can be: a failure there is silent elsewhere."""
     if directory is None:
         return "off"
-    return str(directory) if _can_hold_files(directory) else f"{directory} (not writable)"
+    return f"{directory} (not writable)" if _unusable(directory) else str(directory)
 
 
-def _can_hold_files(directory: Path) -> bool:
-    """Whether files could be put there, once it is made: a file in what there is of it shows that, not a permission."""
-    there = next(path for path in (directory, *directory.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return True
-    except OSError:
-        return False
+def _unusable(directory: Path) -> str:
+    """Why kernels cannot be kept in a directory, which need not be there yet, or nothing."""
+    return _no_files_in(next(path for path in (directory, *directory.parents) if path.exists()))
 
 
 def info(args: argparse.Namespace) -> int:

@@ -342,10 +342,9 @@ class Machine:
         machine meanwhile. ValueError for a time that has passed already, and for one at which it or the guest's TSC
         has more than 63 bits.
         """
-        ns = integer(ns, "time", (1 << 63) - 1)
-        khz = self.mem[L.H_TSC_KHZ]
+        ns, khz = integer(ns, "time"), self.mem[L.H_TSC_KHZ]
         if ns > (latest := latest_clock(khz)):
-            raise ValueError(f"time {ns} is later than {latest}: at {khz} kHz the guest's TSC would exceed 63 bits")
+            raise ValueError(f"time {ns} is later than {latest}: ns and TSC ticks at {khz} kHz would exceed 63 bits")
         if ns < self.time:
             raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
         self.mem[L.H_NOW] = ns
@@ -404,8 +403,8 @@ class Machine:
         """Many exits in one compiled call, the GIL released: an array of layout.OUTCOME, one for each exit, in order.
 
         ``exits`` is a one-dimensional array of dtype layout.EXIT, which says what its fields mean: vcpu, reason, msr,
-        info, value. Results are those of the same exits one at a time.
-        ValueError names the first exit that lies outside the machine, and then none is run.
+        info, value. Results are those of the same exits one at a time. ValueError names the first exit that
+        lies outside the machine, and then none is run.
         """
         if not isinstance(exits, np.ndarray) or exits.dtype != L.EXIT or exits.ndim != 1:
             raise ValueError(f"exits must be a one-dimensional array of dtype fastexit.EXIT, not {_kind(exits)}")

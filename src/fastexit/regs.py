@@ -27,6 +27,11 @@ class Field(NamedTuple):
         return ((1 << self.width) - 1) << self.lsb
 
 
+def shown(value: int) -> str:
+    """A number as an error quotes it: not a screenful."""
+    return f"{value:#x}" if value.bit_length() <= 128 else f"({value.bit_length():,} bits)"
+
+
 class Layout:
     """A register as named fields, highest bit first, that must add up to its width.
 
@@ -71,8 +76,7 @@ class Layout:
         for name, value in values.items():
             field = self.fields[name]
             if not 0 <= value < (1 << field.width):
-                shown = f"{value:#x}" if value.bit_length() <= 128 else f"a number of {value.bit_length():,} bits"
-                raise ValueError(f"{name}={shown} does not fit {field.width} bits")
+                raise ValueError(f"{name}={shown(value)} does not fit {field.width} bits")
             word |= value << field.lsb
         return word
 

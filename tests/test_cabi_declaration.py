@@ -1,0 +1,139 @@
+"""The C door's declarations: native/fastexit.h is the source; dtypes, enums, entries and keywords are the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import cffi
+import numpy as np
+import pytest
+
+import fastexit as fx
+from embedded import NOBODY, SEVERAL, declared
+from fastexit import layout as L
+from fastexit import outcome, reasons
+from fastexit import regs as R
+from fastexit.embed import cabi
+from fastexit.embed.cabi import Open, Status
+from fastexit.kernels import _jit
+from fastexit.profile import PROFILES
+
+
+def constants(prefix: str) -> dict[str, int]:
+    ffi = declared()
+    names = re.findall(rf"\b{prefix}(\w+) (?:= |0x)", (cabi.NATIVE / "fastexit.h").read_text())
+    return {name: getattr(ffi.dlopen(None), prefix + name) for name in names}
+
+
+def test_native_is_the_single_source() -> None:
+    """What a wheel packs and what a checkout shows are the same bytes."""
+    native = Path(__file__).parents[1] / "native"
+    assert set(cabi.SOURCES) == {path.name for path in native.glob("*.[ch]")} - {"lower_bound.c"}
+    for name in cabi.SOURCES:
+        assert (native / name).read_bytes() == (cabi.NATIVE / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("struct", "dtype"),
+    [
+        ("fx_config", cabi.CONFIG),
+        ("fx_result", cabi.RESULT),
+        ("fx_exit", L.EXIT),
+        ("fx_outcome", L.OUTCOME),
+    ],
+)
+def test_struct_is_dtype(struct: str, dtype: np.dtype) -> None:
+    """Same fields in the same order and places, of the same size and sign."""
+    ffi = declared()
+    fields = ffi.typeof(f"struct {struct}").fields
+    assert ffi.sizeof(f"struct {struct}") == dtype.itemsize
+    assert [name for name, _ in fields] == [name for name in dtype.names if name != "code"]
+    for name, field in fields:
+        kind, offset = dtype.fields[name]
+        assert (field.offset, ffi.sizeof(field.type)) == (offset, kind.itemsize), name
+        if field.type.kind == "primitive":
+            assert field.type.cname == f"{'u' if kind.kind == 'u' else ''}int{kind.itemsize * 8}_t", name
+
+
+@pytest.mark.parametrize("struct", ["fx_config", "fx_hooks", "fx_ops"])
+def test_size_and_abi_come_first(struct: str) -> None:
+    fields = declared().typeof(f"struct {struct}").fields
+    assert [(name, field.offset) for name, field in fields[:2]] == [("size", 0), ("abi", 4)]
+
+
+def test_result_is_an_outcome_code() -> None:
+    """The first eight bytes of a result are those of the code, which the shim copies in one piece."""
+    for name in ("completion", "path", "fault", "refusal", "accepted", "user"):
+        assert cabi.RESULT.fields[name][1] * 8 == outcome.CODE.shift(name.upper())
+    assert cabi.RESULT.fields["effects"][1] * 8 == outcome.CODE.shift("EFFECTS")
+
+
+def test_statuses_and_flags() -> None:
+    assert {name: value for name, value in constants("FX_").items() if name in Status.__members__} == {
+        status.name: status.value for status in Status
+    }
+    assert constants("FX_").items() >= {flag.name: flag.value for flag in Open}.items()
+    text = (cabi.NATIVE / "fastexit.h").read_text()
+    flags = text[text.index("/* fx_config.flags */") :].partition("};")[0]
+    assert set(re.findall(r"FX_(\w+) = ", flags)) == set(Open.__members__)
+
+
+def test_enums_are_pythons() -> None:
+    known = constants("FX_")
+    names = [name.upper().replace(".", "_").replace("-", "_") for name in PROFILES]
+    assert [known[f"KERNEL_{name}"] for name in names] == list(range(1, len(names) + 1))
+    assert [known["VMX"], known["SVM"]] == [cabi.VENDORS.index("vmx"), cabi.VENDORS.index("svm")]
+    assert {name: known[name] for name in fx.Effect.__members__ if name != "NONE"} == {
+        e.name: e.value for e in fx.Effect if e
+    }
+    assert all(known[path.name] == path.value for path in fx.Path)
+    assert all(known[f"COMPLETION_{name.name}"] == name.value for name in fx.Fastpath)
+    assert known["NOBODY"] == known["ALL"] == NOBODY
+    assert known["SEVERAL"] == SEVERAL
+
+
+def shim() -> cffi.FFI:
+    parser = cffi.FFI()
+    parser.cdef("".join(cabi.declarations(name) for name in (*cabi.HEADERS, cabi.SHIM)))
+    return parser
+
+
+def test_shims_numbers_are_pythons() -> None:
+    lib = shim().dlopen(None)
+    for name in re.findall(r"FXP_(\w+) = ", cabi.declarations(cabi.SHIM)):
+        vendor, _, reason = name.partition("_")
+        numbers = {"VMX": reasons.VmxExit, "SVM": reasons.SvmExit}.get(vendor)
+        assert getattr(lib, f"FXP_{name}") == (numbers[reason] if numbers else getattr(R, name)), name
+
+
+def test_shims_code_masks_are_pythons() -> None:
+    text = "".join((cabi.NATIVE / name).read_text() for name in cabi.SOURCES)
+    for name in ("FAULT", "ACCEPTED", "USER", "EFFECTS", "BLOCKED"):
+        value = int(re.search(rf"#define CODE_{name} (0x\w+)ull", text)[1], 16)  # type: ignore[index]
+        assert value == outcome.CODE.mask(name), name
+    for name, value in (("ICR_VECTOR", R.ICR_VECTOR), ("ICR_MODE", R.ICR_DM), ("ICR_LOGICAL", R.ICR_LOGICAL)):
+        assert int(re.search(rf"#define {name} (0x\w+)ull", text)[1], 16) == value  # type: ignore[index]
+    assert int(re.search(r"#define ICR_SHORTHAND (0x\w+)ull", text)[1], 16) == R.ICR_SHORTHAND  # type: ignore[index]
+
+
+def test_table_is_the_entries() -> None:
+    """The table's fields are cabi.ENTRIES in order, and each takes what its kernel takes: 64-bit integers."""
+    from fastexit.kernels._emit import parse
+
+    ffi = shim()
+    fields = ffi.typeof("struct fxp_table").fields[2:]
+    assert [name for name, _ in fields] == list(cabi.ENTRIES)
+    assert ffi.sizeof("struct fxp_table") == 8 + 8 * len(cabi.ENTRIES)
+    for name, field in fields:
+        function = field.type
+        args, result = parse(_jit.ENTRIES[name].signature)
+        assert {str(kind) for kind in (*args, result)} == {"uint64"}, name
+        assert [kind.cname for kind in (*function.args, function.result)] == ["uint64_t"] * (len(args) + 1), name
+
+
+def test_every_keyword_of_a_machine_can_be_said_in_c() -> None:
+    """But ``costs``: struct fx_result carries no cycles."""
+    config = SimpleNamespace(**dict.fromkeys(cabi.CONFIG.names, 0))
+    assert {**cabi.keywords(config), "vcpus": None, "apic_ids": None, "costs": None} == cabi._DEFAULTS
