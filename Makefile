@@ -3,7 +3,7 @@ PY := .venv/bin/python
 STAMP := .venv/installed
 PYTEST := $(PY) -m pytest
 TWO := -n 2 --dist worksteal
-WARM := $(PY) -c "from fastexit.kernels._jit import warmup; warmup()"
+WARM := $(PY) -c "from fastexit.jit.declare import warmup; warmup()"
 BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer unicast))
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 

@@ -7,7 +7,7 @@ import numpy as np
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.compare import booted
+from fastexit.insight.compare import booted
 
 KERNEL = "6.18"
 

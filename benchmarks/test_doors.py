@@ -12,7 +12,7 @@ import pytest
 from timing import bare
 
 import fastexit as fx
-from fastexit.compare import DOORS, booted, consume, notified, unicasts
+from fastexit.insight.compare import DOORS, booted, consume, notified, unicasts
 
 ROUNDS = 15
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 import fastexit as fx
-from fastexit.compare import DOORS, Comparison, compare, compare_until_ipi
+from fastexit.insight.compare import DOORS, Comparison, compare, compare_until_ipi
 from fastexit.profile import PROFILES, Trait
 
 NOT_DEARER = 0.95

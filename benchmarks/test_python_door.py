@@ -10,7 +10,7 @@ import streams
 from bars import Record
 from timing import bare, interleaved, ratio
 
-from fastexit.compare import DOORS, compare, consume, unicasts
+from fastexit.insight.compare import DOORS, compare, consume, unicasts
 
 TARGETS = 63, 2_000
 PASSES = {63: 400, 2_000: 31}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from costpairs import IPIV_HOST, OFF, PAIRS, RETPOLINE, ipi
 
 import fastexit as fx
-from fastexit.cost import STAGES, cost_profile
+from fastexit.costs.profile import STAGES, cost_profile
 from fastexit.profile import PROFILES
 
 

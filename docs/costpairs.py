@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import fastexit as fx
-from fastexit.cost import cost_profile
-from fastexit.meter import TimedOutcome
+from fastexit.costs.meter import TimedOutcome
+from fastexit.costs.profile import cost_profile
 
 IPI = fx.icr(dest=1, vector=0xFD)
 IF = 1 << 9

@@ -15,9 +15,9 @@ import costmodel
 import verified
 
 import fastexit as fx
+from fastexit.insight.walk import MODELLED, walk
 from fastexit.profile import PROFILES, Trait
 from fastexit.trace.replay import replay
-from fastexit.walk import MODELLED, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACE = ROOT / "examples" / "traces" / "linux-6.1-4vcpu-x2apic.trace.xz"

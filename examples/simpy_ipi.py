@@ -22,7 +22,7 @@ from typing import Any
 
 import fastexit as fx
 from fastexit.adapters.simpy import Cpu, Simulation
-from fastexit.cost import cost_profile
+from fastexit.costs.profile import cost_profile
 
 VECTOR = 0xFB
 PONG = 0xFA

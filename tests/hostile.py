@@ -30,8 +30,8 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import machine as machine_module
 from fastexit import regs as r
-from fastexit.dispatcher import Exit
-from fastexit.kernels import _jit
+from fastexit.exits.exit import Exit
+from fastexit.jit import declare
 from fastexit.kernels import entries as entries
 
 PAGE = mmap.PAGESIZE
@@ -185,7 +185,7 @@ def entry_parameters() -> dict[str, list[str]]:
     An entry that only checks a vCPU's index around a kernel has that kernel's names.
     """
     found = {}
-    for name, declared in _jit.ENTRIES.items():
+    for name, declared in declare.ENTRIES.items():
         if declared.python.__module__.startswith("fastexit."):
             handle, *others = inspect.signature(declared.python).parameters
             assert handle == "handle", f"entry {name} does not begin with the machine's handle"
@@ -200,7 +200,7 @@ def unknown_addresses() -> list[str]:
     """Entries that open an address which this storm takes for a number."""
     found = []
     for name in entry_parameters():
-        opened = re.findall(r"open_words\((\w+),", inspect.getsource(_jit.ENTRIES[name].python))
+        opened = re.findall(r"open_words\((\w+),", inspect.getsource(declare.ENTRIES[name].python))
         found += [f"{name}({argument})" for argument in opened if argument not in ("handle", *ARRAYS)]
     return found
 
@@ -381,8 +381,8 @@ class Storm:
             if parameter in ARRAYS:
                 array = self.records(parameter, n)
                 opened.append(array.ctypes.data)
-                if not _jit.JIT:
-                    _jit.register(opened[-1], array.view(np.uint64))
+                if not declare.JIT:
+                    declare.register(opened[-1], array.view(np.uint64))
                 arguments.append(opened[-1])
             elif opened and parameter == "n":
                 arguments.append(n)
@@ -395,11 +395,11 @@ class Storm:
             if name == "fast_exit"
             else 0
         )
-        result = _jit.load(name)(m.handle + packed, *arguments)
+        result = declare.load(name)(m.handle + packed, *arguments)
         assert result is None or 0 <= result <= NONE
         for address in opened:
-            if not _jit.JIT:
-                _jit.unregister(address)
+            if not declare.JIT:
+                declare.unregister(address)
         if vcpus != m.mem[L.H_NVCPUS]:  # the Python side learns of vCPUs that an entry made
             for index in range(vcpus, m.mem[L.H_NVCPUS]):
                 vcpu_id = m.mem[L.KVM + index * L.KVM_STRIDE + L.K_VCPU_ID]
@@ -489,8 +489,8 @@ def main() -> int:
     """What a subprocess does, so that a crash is its alone."""
     faulthandler.enable()
     # Compiling comes first, so that a machine's time is its own.
-    _jit.warmup()
-    if not _jit.JIT:
+    declare.warmup()
+    if not declare.JIT:
         warnings.filterwarnings("ignore", "overflow encountered in scalar", RuntimeWarning)
     seed, calls = int(sys.argv[1]), int(sys.argv[2])
     total = accepted = 0

@@ -10,7 +10,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 TPR, EOI, ICR, SELF_IPI = 0x808, 0x80B, 0x830, 0x83F
 IF = 0x200
@@ -34,7 +34,7 @@ def xapic(**options: Any) -> fx.Machine:
 def running(m: fx.Machine) -> fx.Machine:
     for v in m.vcpus:
         v.rflags |= IF
-        _jit.load("pi_load")(m.handle, v.index, v.index)
+        declare.load("pi_load")(m.handle, v.index, v.index)
         run(v)
         v.rip = 0x1000
     return m
@@ -79,7 +79,7 @@ def pir(v: fx.Vcpu) -> set[int]:
 def pend(v: fx.Vcpu, *wanted: int) -> None:
     """These vectors are posted, and the running guest's CPU has taken them to IRR."""
     for vector in wanted:
-        _jit.load("hardware_post")(v.machine.handle, v.index, vector)
+        declare.load("hardware_post")(v.machine.handle, v.index, vector)
     assert v.hw_notify()
 
 
@@ -355,7 +355,7 @@ def test_eoi_exit_requests() -> None:
         m = booted(irqchip=irqchip)
         v = m.vcpus[0]
         wants(v, 0xFE)
-        _jit.load("set_eoi_accelerated")(m.handle, 0, 0xFE)
+        declare.load("set_eoi_accelerated")(m.handle, 0, 0xFE)
         assert v.requests == r.REQ_EVENT | request
 
 
@@ -366,7 +366,7 @@ def test_suppressed_eoi_broadcast(api: int) -> None:
     v = m.vcpus[0]
     v.wrmsr(0x80F, 0x11FF)
     wants(v, 0x41)
-    _jit.load("set_eoi_accelerated")(m.handle, 0, 0x41)
+    declare.load("set_eoi_accelerated")(m.handle, 0, 0x41)
     assert v.requests == (r.REQ_EVENT if api else r.REQ_EVENT | r.REQ_IOAPIC_EOI_EXIT)
 
 
@@ -679,7 +679,7 @@ def test_ipi_to_a_preempted_and_to_a_sleeping_vcpu() -> None:
     """SN: posted in silence. A sleeper's descriptor has the CPU send 0xF1 to the pCPU that it slept on."""
     m = booted(ipiv=True)
     v, preempted, sleeper = m.vcpus
-    put = _jit.load("pi_put")
+    put = declare.load("pi_put")
     put(m.handle, 1, 0)
     m.mem[sleeper.hot + L.HOT_BLOCKED] = 1
     put(m.handle, 2, 1)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastexit.kernels import _jit, atomics
-from fastexit.kernels._jit import JIT, ctz, entry, kernel, load, msb, open_words, popcount
+from fastexit.jit import atomics, declare
+from fastexit.jit.declare import JIT, ctz, entry, kernel, load, msb, open_words, popcount
 from fastexit.kernels.typed import ONE, ZERO, U
 
 MASK = (1 << 64) - 1
@@ -184,9 +184,9 @@ class Memory:
 @pytest.fixture(scope="module")
 def memory() -> Iterator[Memory]:
     memory = Memory()
-    _jit.register(memory.handle, memory.words)
+    declare.register(memory.handle, memory.words)
     yield memory
-    _jit.unregister(memory.handle)
+    declare.unregister(memory.handle)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_no_bit() -> None:
     assert load("count")(0) == 0
 
 
-@pytest.mark.skipif(JIT and not _jit.BOUNDSCHECK, reason="bounds are checked with NUMBA_BOUNDSCHECK=1")
+@pytest.mark.skipif(JIT and not declare.BOUNDSCHECK, reason="bounds are checked with NUMBA_BOUNDSCHECK=1")
 @pytest.mark.parametrize("name", ["word_or", "word_exchange", "bit_set", "word_store_load"])
 def test_bounds(memory: Memory, name: str) -> None:
     with pytest.raises(IndexError):
@@ -261,7 +261,7 @@ def test_bounds(memory: Memory, name: str) -> None:
 
 @compiled_only
 def test_c_function_pointer(memory: Memory) -> None:
-    add = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_uint64] * 3)(_jit.address("word_add"))
+    add = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_uint64] * 3)(declare.address("word_add"))
     memory[3] = 1 << 63
     assert add(memory.handle, 3, 5) == 1 << 63
     assert memory[3] == (1 << 63) + 5
@@ -277,7 +277,7 @@ def test_only_entries_are_callable() -> None:
 def test_kernels_are_integers_only() -> None:
     kernel("u8(u8)")(lambda x: x * 0.5)
     with pytest.raises(TypeError, match="computes with floats"):
-        _jit._compile({"half": _jit.KERNELS.pop()})
+        declare._compile({"half": declare.KERNELS.pop()})
 
 
 @pytest.mark.skipif(not JIT or platform.machine() != "x86_64", reason="machine code of x86-64")
@@ -292,10 +292,10 @@ def test_kernels_are_integers_only() -> None:
     ],
 )
 def test_one_instruction(monkeypatch: pytest.MonkeyPatch, name: str, instruction: str) -> None:
-    from fastexit.kernels import _build
+    from fastexit.jit import build
 
-    monkeypatch.setattr(_build, "_machine_code", lambda machine, module: machine.emit_assembly(module))
-    code = _jit._compile({name: _jit.ENTRIES[name]}).objects
+    monkeypatch.setattr(build, "_machine_code", lambda machine, module: machine.emit_assembly(module))
+    code = declare._compile({name: declare.ENTRIES[name]}).objects
     assert re.search(instruction, code)
     assert ("cmpxchg" in code) == ("cmpxchg" in instruction)
 

@@ -11,7 +11,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 ICR, TPR, EOI, SPIV = 0x830, 0x808, 0x80B, 0x80F
 INCOMPLETE, UNACCELERATED = fx.SvmExit.AVIC_INCOMPLETE_IPI, fx.SvmExit.AVIC_UNACCELERATED_ACCESS
@@ -25,11 +25,11 @@ HARDWARE, DOORBELL = fx.Path.HARDWARE, fx.Effect.DOORBELL
 def load(v: fx.Vcpu, cpu: int) -> None:
     """The host's scheduler puts the vCPU on a pCPU."""
     v.machine.mem[v.own + L.K_CPU] = cpu
-    _jit.load("avic_load")(v.machine.handle, v.index, cpu)
+    declare.load("avic_load")(v.machine.handle, v.index, cpu)
 
 
 def put(v: fx.Vcpu, *, blocking: bool = False) -> None:
-    _jit.load("avic_put")(v.machine.handle, v.index, int(blocking))
+    declare.load("avic_put")(v.machine.handle, v.index, int(blocking))
 
 
 def run(v: fx.Vcpu) -> fx.Outcome:
@@ -189,7 +189,7 @@ def test_pcpu_beyond_the_entry() -> None:
     """A host APIC id that does not fit 12 bits is not stored."""
     m = fx.Machine(vcpus=1, vendor="svm")
     before = int(m.avic_physical[0])
-    _jit.load("avic_load")(m.handle, 0, 0x1000)
+    declare.load("avic_load")(m.handle, 0, 0x1000)
     assert m.avic_physical[0] == before
 
 

@@ -15,7 +15,8 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit, runloop
+from fastexit.jit import declare
+from fastexit.kernels import steps
 from steps import STEPS
 
 ICR, TPR, LVTT, TMICT, TDCR, EOI = 0x830, 0x808, 0x832, 0x838, 0x83E, 0x80B
@@ -89,7 +90,7 @@ def exits(v: fx.Vcpu) -> dict[str, Callable[[], fx.Outcome]]:
     hlt = fx.SvmExit.HLT if v.machine.vendor == "svm" else fx.VmxExit.HLT
 
     def request() -> None:
-        _jit.load("make_request")(v.machine.handle, v.index, r.REQ_EVENT)
+        declare.load("make_request")(v.machine.handle, v.index, r.REQ_EVENT)
 
     def asked() -> fx.Outcome:
         request()
@@ -154,8 +155,8 @@ def test_kick_between_steps(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for step in STEPS:
 
         def act(m: fx.Machine) -> None:
-            _jit.load("make_request")(m.handle, 1, r.REQ_SCAN_IOAPIC)
-            _jit.load("kick")(m.handle, 1, L.NONE)
+            declare.load("make_request")(m.handle, 1, r.REQ_SCAN_IOAPIC)
+            declare.load("kick")(m.handle, 1, L.NONE)
 
         with monkeypatch.context() as patch:
             seen = between(patch, m, step, act)
@@ -204,8 +205,8 @@ def test_tick_between_steps(kernel: str, apicv: bool, hv_timer: bool, monkeypatc
             def pass_time(m: fx.Machine, end: int = end) -> None:
                 # In the middle of the step the vCPU's thread has the pCPU: only hrtimers can interrupt it.
                 m.mem[L.H_NOW] = end
-                while (index := _jit.load("due_timer")(m.handle)) != L.NONE:
-                    _jit.load("fire_timer")(m.handle, index)
+                while (index := declare.load("due_timer")(m.handle)) != L.NONE:
+                    declare.load("fire_timer")(m.handle, index)
 
             with monkeypatch.context() as patch:
                 seen = between(patch, m, step, pass_time)
@@ -278,14 +279,14 @@ def test_nmi_while_requests_are_serviced(monkeypatch: pytest.MonkeyPatch) -> Non
     """An NMI comes behind the check for NMIs, before the last request is done: its request cancels the entry."""
     m = booted(apicv=True)
     v = m.vcpus[1]
-    update_vcpu = runloop.update_vcpu
+    update_vcpu = steps.update_vcpu
 
     def late(words: Any, index: Any) -> Any:
         send(m, delivery=fx.DeliveryMode.NMI)
         return update_vcpu(words, index)
 
-    monkeypatch.setattr(runloop, "update_vcpu", late)
-    _jit.load("make_request")(m.handle, 1, r.REQ_APICV_UPDATE)
+    monkeypatch.setattr(steps, "update_vcpu", late)
+    declare.load("make_request")(m.handle, 1, r.REQ_APICV_UPDATE)
     external(v)
     assert v.nmi_masked
     assert m.mem[v.own + L.K_NMI_PENDING] == 0

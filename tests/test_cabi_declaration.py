@@ -17,7 +17,7 @@ from fastexit import outcome, reasons
 from fastexit import regs as R
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 from fastexit.profile import PROFILES
 
 
@@ -120,7 +120,7 @@ def test_shims_code_masks_are_pythons() -> None:
 
 def test_table_is_the_entries() -> None:
     """The table's fields are cabi.ENTRIES in order, and each takes what its kernel takes: 64-bit integers."""
-    from fastexit.kernels._emit import parse
+    from fastexit.jit.emit import parse
 
     ffi = shim()
     fields = ffi.typeof("struct fxp_table").fields[2:]
@@ -128,7 +128,7 @@ def test_table_is_the_entries() -> None:
     assert ffi.sizeof("struct fxp_table") == 8 + 8 * len(cabi.ENTRIES)
     for name, field in fields:
         function = field.type
-        args, result = parse(_jit.ENTRIES[name].signature)
+        args, result = parse(declare.ENTRIES[name].signature)
         assert {str(kind) for kind in (*args, result)} == {"uint64"}, name
         assert [kind.cname for kind in (*function.args, function.result)] == ["uint64_t"] * (len(args) + 1), name
 

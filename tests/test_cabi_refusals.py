@@ -10,7 +10,7 @@ from fastexit import layout as L
 from fastexit.config import latest_clock
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 
 @compiled
@@ -188,6 +188,6 @@ def test_every_status_has_words(door: Door) -> None:
 
 @compiled
 def test_interpreted_kernels_are_no_c_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jit, "JIT", False)
+    monkeypatch.setattr(declare, "JIT", False)
     with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
         cabi.addresses()

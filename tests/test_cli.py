@@ -13,7 +13,7 @@ import pytest
 
 import fastexit as fx
 from fastexit.cli import main
-from fastexit.compare import Comparison
+from fastexit.insight.compare import Comparison
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
 HEAD = 6000
@@ -245,7 +245,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("fastexit.commands._compile", work)
+    monkeypatch.setattr("fastexit.cli.commands._compile", work)
 
 
 @pytest.fixture
@@ -257,8 +257,9 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons in no time: the demo's are timed by the benchmarks."""
-    monkeypatch.setattr("fastexit.compare.compare", lambda kernel, door: Comparison(kernel, door, 1.0, 2.0, 2.0))
-    monkeypatch.setattr("fastexit.compare.compare_until_ipi", lambda kernel: Comparison(kernel, "IPI", 1.0, 2.0, 2.0))
+    module = "fastexit.insight.compare"
+    monkeypatch.setattr(f"{module}.compare", lambda kernel, door: Comparison(kernel, door, 1.0, 2.0, 2.0))
+    monkeypatch.setattr(f"{module}.compare_until_ipi", lambda kernel: Comparison(kernel, "IPI", 1.0, 2.0, 2.0))
 
 
 @pytest.mark.usefixtures("no_work")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastexit as fx
-from fastexit import compare as c
+from fastexit.insight import compare as c
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER
 from fastexit.profile import PROFILES, Trait
 

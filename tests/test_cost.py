@@ -8,8 +8,8 @@ import pytest
 
 import fastexit as fx
 from fastexit import layout as L
-from fastexit.cost import cost_profile
-from fastexit.walk import STEPS
+from fastexit.costs.profile import cost_profile
+from fastexit.insight.walk import STEPS
 from timedexits import DEADLINE, EOI, ICR, MACHINES, OFF, RETPOLINE, TPR, booted, ipi, stages
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import fastexit as fx
 from fastexit.cli import main
-from fastexit.cost import STAGES, cost_profile
-from fastexit.meter import EFFECT_STAGES
-from fastexit.walk import walk
+from fastexit.costs.meter import EFFECT_STAGES
+from fastexit.costs.profile import STAGES, cost_profile
+from fastexit.insight.walk import walk
 from timedexits import ICR, OFF, RETPOLINE, ipi
 
 ROOT = Path(__file__).parents[1]

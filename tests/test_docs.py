@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastexit
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 from real_kvm import kvm
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_kvm_map_names_exist(name: str) -> None:
     pytest.fail(f"{path} cannot be imported")
 
 
-@pytest.mark.skipif(not _jit.JIT, reason="replays a whole trace; interpreted that takes minutes")
+@pytest.mark.skipif(not declare.JIT, reason="replays a whole trace; interpreted that takes minutes")
 def test_figures_are_generated() -> None:
     """docs/generate.py would write what is there."""
     done = subprocess.run(

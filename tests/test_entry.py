@@ -13,10 +13,10 @@ import pytest
 
 import fastexit as fx
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 from fastexit.outcome import OUTCOMES, SHORT, SHORT_CODES, Effect, Fastpath, Path
 
-compiled = pytest.mark.skipif(not _jit.JIT, reason="there is a door of machine code only where there is machine code")
+compiled = pytest.mark.skipif(not declare.JIT, reason="interpreted kernels have no door of machine code")
 
 
 def booted() -> fx.Machine:
@@ -34,7 +34,7 @@ def test_no_int_is_refused(bad: object, place: int) -> None:
     arguments: list = [m.handle, 0x830, 0x1_0000_0041]
     arguments[place] = bad
     with pytest.raises(TypeError):
-        _jit.load("fast_exit")(*arguments)
+        declare.load("fast_exit")(*arguments)
     assert m.snapshot() == before
 
 
@@ -43,7 +43,7 @@ def test_no_int_is_refused(bad: object, place: int) -> None:
 def test_beyond_64_bits_is_refused(bad: int) -> None:
     m = booted()
     with pytest.raises(OverflowError):
-        _jit.load("fast_exit")(m.handle, 0x830, bad)
+        declare.load("fast_exit")(m.handle, 0x830, bad)
 
 
 @compiled
@@ -51,23 +51,23 @@ def test_beyond_64_bits_is_refused(bad: int) -> None:
 def test_number_of_arguments(count: int) -> None:
     m = booted()
     with pytest.raises(TypeError):
-        _jit.load("fast_exit")(*[m.handle] * count)
+        declare.load("fast_exit")(*[m.handle] * count)
 
 
 @compiled
 def test_all_bits_of_a_word_cross() -> None:
     """2**64 - 1 is a value like any other, though the conversion reports errors by it."""
     m = booted()
-    assert _jit.load("set_msr")(m.handle, 0, r.MSR_TSC_DEADLINE, (1 << 64) - 1) is not None
+    assert declare.load("set_msr")(m.handle, 0, r.MSR_TSC_DEADLINE, (1 << 64) - 1) is not None
     assert m.vcpus[0].get_msr(r.MSR_TSC_DEADLINE) in (0, (1 << 64) - 1)
-    assert _jit.load("pending")(m.handle, 0) == (1 << 64) - 1  # NONE comes back whole
+    assert declare.load("pending")(m.handle, 0) == (1 << 64) - 1  # NONE comes back whole
 
 
 @compiled
 def test_an_int_of_any_kind() -> None:
     """bool and enums are ints, as operator.index has it; NumPy's integers are not, and wrmsr() converts them."""
     m = booted()
-    assert _jit.load("pending")(m.handle, False) == (1 << 64) - 1
+    assert declare.load("pending")(m.handle, False) == (1 << 64) - 1
     value = np.uint64(fx.icr(dest=1, vector=0x41))
     assert m.vcpus[0].wrmsr(np.uint32(0x830), value).accepted == 1
 
@@ -77,7 +77,7 @@ def test_no_reference_is_lost_or_kept() -> None:
     """A thousand calls, among them refused ones, neither free nor keep their arguments."""
     m = booted()
     value, text = fx.icr(dest=1, vector=0x41), "no integer"
-    call = _jit.load("fast_exit")
+    call = declare.load("fast_exit")
     before = sys.getrefcount(value), sys.getrefcount(text)
     for _ in range(1_000):
         call(m.handle, 0x830, value)
@@ -89,7 +89,7 @@ def test_no_reference_is_lost_or_kept() -> None:
 @compiled
 def test_ctypes_functions_of_others_are_left_alone() -> None:
     """ctypes.pythonapi is one for the whole process: argument types that are set there are set for everybody."""
-    _jit.load("pending")
+    declare.load("pending")
     assert ctypes.pythonapi.PyCFunction_NewEx.argtypes is None
     assert ctypes.pythonapi.PyCFunction_NewEx.restype is ctypes.c_int
 

@@ -9,7 +9,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 Inhibit = r.Inhibit
 ICR, APICBASE = 0x830, 0x1B
@@ -401,7 +401,7 @@ def test_irq_window(kernel: str) -> None:
     """SVM: a window needs AVIC out of the way; the exit that says it is open brings AVIC back. 5.8 did both at once."""
     m = machine("svm", kernel)
     v = m.vcpus[1]
-    _jit.load("irq_window")(m.handle, v.index, 1)
+    declare.load("irq_window")(m.handle, v.index, 1)
     assert m.inhibits == {Inhibit.IRQWIN}
     assert v.apicv is (kernel != "5.8")
     for vcpu in m.vcpus:
@@ -418,17 +418,17 @@ def test_no_window_inhibits_from_l2() -> None:
     m = machine("svm")
     v = m.vcpus[1]
     v.nested = True
-    _jit.load("irq_window")(m.handle, v.index, 1)
+    declare.load("irq_window")(m.handle, v.index, 1)
     assert m.inhibits == set()
     m.set_inhibit(Inhibit.IRQWIN)
-    _jit.load("irq_window")(m.handle, v.index, 0)
+    declare.load("irq_window")(m.handle, v.index, 0)
     assert m.inhibits == set()
 
 
 def test_windows_are_no_reason_on_vmx() -> None:
     m = machine()
     m.trace.enable()
-    _jit.load("irq_window")(m.handle, 1, 1)
+    declare.load("irq_window")(m.handle, 1, 1)
     assert (m.inhibits, inhibit_lines(m)) == (set(), [])
 
 

@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 
 import fastexit
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
-pytestmark = pytest.mark.skipif(not _jit.JIT, reason="nothing is compiled")
+pytestmark = pytest.mark.skipif(not declare.JIT, reason="nothing is compiled")
 
 LEAF = """
 from fastexit import regs
-from ._jit import kernel
+from ..jit.declare import kernel
 
 @kernel("u8(u8)")
 def leaf(x):
     return x * 2 + {bit}
 """
 PROBE = """
-from ._jit import entry, kernel
+from ..jit.declare import entry, kernel
 from .leaf import leaf
 
 @entry
@@ -37,10 +37,11 @@ def probe(x):
     return leaf(x)
 """
 RUN = """
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 compiled = []
-_jit._progress = lambda name, *_: compiled.append(name)
-print(_jit.load("probe")(20), *compiled)
+declare._progress = lambda name, *_: compiled.append(name)
+print(declare.load("probe")(20), *compiled)
 """
 COMPILED, CACHED = " probe.probe leaf.leaf", ""
 
@@ -109,13 +110,13 @@ def test_edits_are_noticed(copy: Copy) -> None:
 
 EDITED = """
 import pathlib, sys
-from fastexit.kernels import _jit
-leaf = pathlib.Path(_jit.__file__).with_name("leaf.py")
+from fastexit.jit import declare
+leaf = pathlib.Path(declare.__file__).parents[1] / "kernels" / "leaf.py"
 text = leaf.read_text()
 leaf.write_text(text.replace("regs.PROBE", "77"))
 sys.dont_write_bytecode = True
 from fastexit.kernels import probe
-print(_jit.load("probe")(20))
+print(declare.load("probe")(20))
 leaf.write_text(text)
 """
 
@@ -158,13 +159,14 @@ def test_two_processes_on_a_cold_cache(copy: Copy) -> None:
 
 THREADS = """
 import threading
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 compiled, found = [], []
-_jit._progress = lambda name, *_: compiled.append(name)
+declare._progress = lambda name, *_: compiled.append(name)
 begin = threading.Barrier(3)
 def first():
     begin.wait()
-    found.append(_jit.load("probe"))
+    found.append(declare.load("probe"))
 threads = [threading.Thread(target=first) for _ in range(3)]
 for thread in threads:
     thread.start()
@@ -182,20 +184,21 @@ def test_threads_share_one_compilation(warm: Copy) -> None:
 
 FORKS = """
 import os, threading, time
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 import logging  # whose hook is younger than the import of kernels, as where numba imports it
 begun = threading.Event()
 def progress(name, *_):
     begun.set()
     time.sleep(0.3)
     logging.getLogger(name)  # takes logging's lock, as numba does
-_jit._progress = progress
-thread = threading.Thread(target=_jit.load, args=("probe",))
+declare._progress = progress
+thread = threading.Thread(target=declare.load, args=("probe",))
 thread.start()
 begun.wait()
 child = os.fork()
 if not child:
-    os._exit(_jit.load("probe")(20))
+    os._exit(declare.load("probe")(20))
 thread.join()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -207,15 +210,16 @@ def test_a_fork_waits_for_a_compilation(warm: Copy) -> None:
 
 
 AGAIN = """
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 refused = []
 def progress(*_):
     try:
-        _jit._compile({"probe": _jit.ENTRIES["probe"]})
+        declare._compile({"probe": declare.ENTRIES["probe"]})
     except RuntimeError as error:
         refused.append(str(error))
-_jit._progress = progress
-print(_jit.load("probe")(20), len(refused), refused[0])
+declare._progress = progress
+print(declare.load("probe")(20), len(refused), refused[0])
 """
 
 
@@ -226,16 +230,17 @@ def test_a_compilation_within_a_compilation_is_refused(warm: Copy) -> None:
 
 INTERRUPTED = """
 import gc
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 from numba.core.registry import cpu_target
 context = cpu_target.typing_context
 refresh, context.refresh = context.refresh, lambda: 1 / 0
 try:
-    _jit.load("probe")
+    declare.load("probe")
 except ZeroDivisionError:
     print(gc.isenabled())
 context.refresh = refresh
-print(_jit.load("probe")(20), gc.isenabled())
+print(declare.load("probe")(20), gc.isenabled())
 """
 
 
@@ -247,7 +252,7 @@ def test_an_interruption_leaves_garbage_collection_on(warm: Copy) -> None:
 def test_any_stderr_will_do(warm: Copy, stderr: str) -> None:
     """None, without isatty, closed: who tells the user must not stop what is told."""
     before = f"import sys; sys.stderr = {stderr}\nif hasattr(sys.stderr, 'close'): sys.stderr.close()\n"
-    code = "from fastexit.kernels import _jit, probe\nprint(_jit.load('probe')(20))"
+    code = "from fastexit.jit import declare\nfrom fastexit.kernels import probe\nprint(declare.load('probe')(20))"
     assert warm.run(before, code, FASTEXIT_CACHE="0") == "41"
 
 
@@ -283,7 +288,7 @@ def test_read_only_install(copy: Copy) -> None:
 
 def test_who_waits_at_a_terminal_is_told(copy: Copy) -> None:
     """A progress line on a terminal's stderr, gone at the end; not a byte for programs, and none from the cache."""
-    load = "from fastexit.kernels import _jit, probe; _jit.load('probe')"
+    load = "from fastexit.jit import declare; from fastexit.kernels import probe; declare.load('probe')"
     env = os.environ | {"PYTHONPATH": str(copy.package.parent), "FASTEXIT_CACHE_DIR": str(copy.cache)}
 
     def terminal() -> str:
@@ -336,7 +341,7 @@ def test_a_warm_cache_needs_no_numba(warm: Copy) -> None:
     assert warm.run(code=RUN + look, FASTEXIT_CACHE="0") == f"41{COMPILED}\nTrue"
 
 
-@pytest.mark.skipif(_jit.cache_directory() is None, reason="nothing is kept")
+@pytest.mark.skipif(declare.cache_directory() is None, reason="nothing is kept")
 def test_warming_up_from_the_cache_needs_no_numba() -> None:
     warm_up = "import sys, fastexit; fastexit.warmup(); print('numba' in sys.modules)"
     for _ in range(2):  # the first may compile
@@ -347,7 +352,7 @@ def test_warming_up_from_the_cache_needs_no_numba() -> None:
 
 
 BOUNDED = """
-from ._jit import entry, kernel, open_words
+from ..jit.declare import entry, kernel, open_words
 
 @kernel("u8(words, u8)")
 def word(m, i):
@@ -360,11 +365,12 @@ def probe(address, i):
 """
 RUN_BOUNDED = """
 import builtins, ctypes, sys
-from fastexit.kernels import _jit, probe
+from fastexit.jit import declare
+from fastexit.kernels import probe
 compiled = []
-_jit._progress = lambda name, *_: compiled.append(name)
+declare._progress = lambda name, *_: compiled.append(name)
 words = (ctypes.c_uint64 * 2)(7, 41)
-call = _jit.load("probe")
+call = declare.load("probe")
 refused = 0
 before = sys.getrefcount(builtins), sys.getrefcount(IndexError)
 for _ in range(100):

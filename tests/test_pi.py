@@ -13,7 +13,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 ICR = 0x830
 ON, SN = 1, 2
@@ -34,12 +34,12 @@ def booted(**options: Any) -> fx.Machine:
 
 def load(v: fx.Vcpu, cpu: int) -> None:
     """What vcpu_load does to the descriptor."""
-    assert _jit.load("pi_load")(v.machine.handle, v.index, cpu) == 0
+    assert declare.load("pi_load")(v.machine.handle, v.index, cpu) == 0
 
 
 def put(v: fx.Vcpu, blocking: bool = False) -> fx.Effect:
     """What vcpu_put does to it; NOTIFY is a wake-up vector to the pCPU itself."""
-    return fx.OUTCOMES[_jit.load("pi_put")(v.machine.handle, v.index, int(blocking))].effects
+    return fx.OUTCOMES[declare.load("pi_put")(v.machine.handle, v.index, int(blocking))].effects
 
 
 def sleep(v: fx.Vcpu, cpu: int) -> None:
@@ -52,7 +52,7 @@ def sleep(v: fx.Vcpu, cpu: int) -> None:
 
 def post(v: fx.Vcpu, vector: int) -> int:
     """A device posts; the notification as control word, or 0."""
-    return _jit.load("hardware_post")(v.machine.handle, v.index, vector)
+    return declare.load("hardware_post")(v.machine.handle, v.index, vector)
 
 
 def control(v: fx.Vcpu) -> int:
@@ -269,7 +269,7 @@ def test_wakeup_vector_interrupts_another_guest() -> None:
     sleep(m.vcpus[1], 5)
     post(m.vcpus[1], 0x41)
     load(m.vcpus[0], 5)
-    interrupt = _jit.load("external_interrupt")
+    interrupt = declare.load("external_interrupt")
     for info in (0xF1, 0x8000_00F2, 0x8000_00EC):
         assert interrupt(m.handle, 0, info) == 0
     assert m.mem[m.vcpus[1].hot + L.HOT_BLOCKED] == 1
@@ -284,7 +284,7 @@ def test_has_pending() -> None:
     """ON, or SN with something in PIR; PIR alone is what a sender is about to announce."""
     m = booted()
     v = m.vcpus[1]
-    pending = _jit.load("pi_has_pending")
+    pending = declare.load("pi_has_pending")
     load(v, 5)
     assert pending(m.handle, 1) == 0
     v.pid[3] = 1
@@ -601,10 +601,10 @@ def test_entries_that_are_refused() -> None:
 def native(name: str, arguments: int) -> Any:
     """An entry as a C function, which a compiled loop calls without the GIL."""
     kind = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_uint64] * arguments)
-    return kind(_jit.address(name))
+    return kind(declare.address(name))
 
 
-@pytest.mark.skipif(not _jit.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
+@pytest.mark.skipif(not declare.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
 def test_device_races_with_the_scheduler() -> None:
     """A device posts a few vectors while the vCPU is loaded, entered, notified, preempted and blocked in a hurry.
 

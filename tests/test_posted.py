@@ -309,7 +309,7 @@ def test_order_of_a_post() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="the order of memory accesses can be watched with interpreted kernels only")
 def test_order_of_a_sync() -> None:
     """The target clears ON before it looks at any PIR word, and sets IN_GUEST mode before it looks at ON."""
-    from fastexit.kernels.runloop import enter
+    from fastexit.kernels.steps import enter
 
     m = booted()
     send(m, 1, 0x41)

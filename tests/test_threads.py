@@ -9,7 +9,7 @@ import pytest
 
 import fastexit as fx
 from fastexit import layout as L
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 VECTORS = range(32, 256)
 ROUNDS = 40
@@ -38,7 +38,7 @@ def drain(machine: fx.Machine, target: int, taken: dict[int, set[int]]) -> int:
     return count
 
 
-@pytest.mark.skipif(not _jit.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
+@pytest.mark.skipif(not declare.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 def test_storm(vendor: str, apicv: bool) -> None:
@@ -46,7 +46,7 @@ def test_storm(vendor: str, apicv: bool) -> None:
     machine = fx.Machine(vcpus=4, vendor=vendor, apicv=apicv)
     machine.boot_x2apic()
     exits = [storm(machine, sender, [2, 3], seed=sender) for sender in (0, 1)]
-    _jit.warmup()
+    declare.warmup()
     for _ in range(ROUNDS):
         taken: dict[int, set[int]] = {2: set(), 3: set()}
         failures: list[BaseException] = []
@@ -73,7 +73,7 @@ def test_storm(vendor: str, apicv: bool) -> None:
             assert not machine.vcpus[target].pid[L.PID_PIR : L.PID_PIR + 4].any()
 
 
-@pytest.mark.skipif(not _jit.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
+@pytest.mark.skipif(not declare.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
 def test_map_rebuilt_under_fire() -> None:
     """vCPU 1 changes its id over and over; unicasts to vCPU 2, which nobody touches, are accepted every time."""
     machine = fx.Machine(vcpus=3)
@@ -112,7 +112,7 @@ def test_pages_of_two_vcpus_at_once() -> None:
 
     def own_page(index: int) -> None:
         vcpu = machine.vcpus[index]
-        for number in range(300 if _jit.JIT else 20):
+        for number in range(300 if declare.JIT else 20):
             page = bytearray(vcpu.get_lapic())
             if page[0x23] != index:
                 wrong.append(f"vCPU {index} got id {page[0x23]}")

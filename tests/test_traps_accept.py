@@ -33,7 +33,7 @@ from apics import (
 )
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 LEVEL = 1 << 15
 RUNNABLE, INIT_RECEIVED = fx.MpState.RUNNABLE, fx.MpState.INIT_RECEIVED
@@ -180,7 +180,7 @@ def test_trap_11_self_ipi_and_the_icr(kernel: str) -> None:
     assert vectors(v) == ({0x41, 0x51} if old else {0x41})
 
 
-@pytest.mark.skipif(_jit.JIT, reason="the order of stores can be watched with interpreted kernels only")
+@pytest.mark.skipif(declare.JIT, reason="the order of stores can be watched with interpreted kernels only")
 @pytest.mark.parametrize("kernel", fx.profiles())
 @pytest.mark.parametrize("x2apic", [True, False])
 def test_trap_13_the_ipi_leaves_before_the_icr_is_written(kernel: str, x2apic: bool) -> None:

@@ -13,10 +13,10 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.compare import booted, consume
-from fastexit.kernels import _jit
+from fastexit.insight.compare import booted, consume
+from fastexit.jit import declare
 
-EXITS = 2_000 if _jit.JIT else 120
+EXITS = 2_000 if declare.JIT else 120
 VCPUS = 12
 
 
@@ -92,7 +92,7 @@ def test_one_at_a_time(kernel: str) -> None:
     same(short, long)
 
 
-@pytest.mark.skipif(not _jit.JIT, reason="interpreted kernels ask for no lines, and 1,600 vCPUs take them long")
+@pytest.mark.skipif(not declare.JIT, reason="interpreted kernels ask for no lines, and 1,600 vCPUs take them long")
 def test_more_vcpus_than_near() -> None:
     """With lines asked for ahead, to the last record of the array and behind it."""
     m = booted("6.18", vcpus=1_600)

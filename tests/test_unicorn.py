@@ -56,8 +56,8 @@ def test_example_finds_what_is_lost(capsys: pytest.CaptureFixture[str], monkeypa
     module = example()
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["lost"] == 0
-    monkeypatch.setattr("fastexit.adapters.unicorn_gate.take", None)
-    monkeypatch.setattr("fastexit.adapters.unicorn_interrupts.take", lambda cpu, event, vector, error=None: None)
+    monkeypatch.setattr("fastexit.adapters.unicorn.gate.take", None)
+    monkeypatch.setattr("fastexit.adapters.unicorn.interrupts.take", lambda cpu, event, vector, error=None: None)
     assert module.main(["--cpus", "2", "--rounds", "3", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[0]["lost"] > 0
     assert module.main(["--cpus", "1"]) == 2

@@ -13,8 +13,9 @@ import pytest
 
 from fastexit import cli
 from fastexit import regs as r
+from fastexit.cli import parser
 from fastexit.ioctls import VcpuIoctls
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 from fastexit.kvm import host, script, shrink
 from fastexit.kvm import verify as v
 from fastexit.kvm.host import generation
@@ -22,7 +23,7 @@ from fastexit.kvm.operations import Op, describe
 from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import TraceUnavailable
 from fastexit.kvm.twins import Setup, Twins
-from fastexit.tracepoints import Trace
+from fastexit.tracepoints.ring import Trace
 from real_kvm import kvm
 
 
@@ -79,7 +80,7 @@ def test_the_same_seed_does_the_same() -> None:
 
 
 @kvm
-@pytest.mark.skipif(not _jit.JIT, reason="runs a story again and again, which takes half a minute interpreted")
+@pytest.mark.skipif(not declare.JIT, reason="runs a story again and again, which takes half a minute interpreted")
 def test_a_difference_is_shortened_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A fault in the model: the story that remains needs no more than it has to, and its script shows the fault."""
     truth = VcpuIoctls.get_msr
@@ -270,7 +271,7 @@ def test_bad_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture
 
 
 def test_the_command_line_knows_every_kind() -> None:
-    assert set(cli.VERIFY_KINDS) == set(v.KINDS) == set(v.SHARES)
+    assert set(parser.VERIFY_KINDS) == set(v.KINDS) == set(v.SHARES)
     assert all(cls.about for cls in v.KINDS.values())
 
 

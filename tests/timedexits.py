@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fastexit as fx
-from fastexit.meter import TimedOutcome
+from fastexit.costs.meter import TimedOutcome
 
 RETPOLINE, OFF = "skylake-retpoline", "skylake-mitigations-off"
 ICR, EOI, TPR, DEADLINE = 0x830, 0x80B, 0x808, 0x6E0

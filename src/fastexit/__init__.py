@@ -21,8 +21,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "Machine": "machine",
     "Vcpu": "vcpu",
-    "Events": "vcpu",
-    "Exit": "dispatcher",
+    "Events": "ioctls",
+    "Exit": "exits.exit",
     "GeneralProtection": "outcome",
     "Outcome": "outcome",
     "OUTCOMES": "outcome",
@@ -43,10 +43,10 @@ _NAMES = {
     "OUTCOME": "layout",
     "MMIO_WRITE": "layout",
     "profiles": "profile",
-    "CostProfile": "cost",
-    "cost_profiles": "cost",
-    "TimedOutcome": "meter",
-    "batch_cycles": "costbatch",
+    "CostProfile": "costs.profile",
+    "cost_profiles": "costs.profile",
+    "TimedOutcome": "costs.meter",
+    "batch_cycles": "costs.batch",
 }
 
 __all__ = [*_NAMES, "kvm", "warmup"]
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
         value = import_module("fastexit.kvm")
     elif name == "warmup":
         import_module("fastexit.machine")
-        value = import_module("fastexit.kernels._jit").warmup
+        value = import_module("fastexit.jit.declare").warmup
     else:
         raise AttributeError(f"module 'fastexit' has no attribute {name!r}")
     globals()[name] = value

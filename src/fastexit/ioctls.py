@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, member
-from fastexit.kernels import _jit
+from fastexit.jit.declare import load
 from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, Effect
 from fastexit.reasons import KvmExit
 from fastexit.vcpustate import VcpuState
@@ -57,7 +57,7 @@ class VcpuIoctls(VcpuState):
         """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
         msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
         self._loop.leave_guest(self)
-        code = _jit.load("set_msr")(self._handle, self.index, msr, value)
+        code = load("set_msr")(self._handle, self.index, msr, value)
         self.machine.last_host_code = code
         return not code & CODE_GP
 
@@ -65,14 +65,14 @@ class VcpuIoctls(VcpuState):
         """KVM_GET_MSRS of one MSR: None where the ioctl stops."""
         msr = integer(msr, "MSR", 0xFFFF_FFFF)
         self._loop.leave_guest(self)
-        code = _jit.load("get_msr")(self._handle, self.index, msr)
+        code = load("get_msr")(self._handle, self.index, msr)
         return None if code & CODE_GP else self.read_data
 
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last."""
         self._loop.leave_guest(self)
         with self.machine.lock:  # one staging page for all vCPUs
-            _jit.load("get_state")(self._handle, self.index)
+            load("get_state")(self._handle, self.index)
             return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
 
     def set_lapic(self, data: bytes) -> None:
@@ -86,7 +86,7 @@ class VcpuIoctls(VcpuState):
         self._loop.leave_guest(self)
         with self.machine.lock:
             self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE] = memoryview(bytes(page)).cast("Q")
-            refused = _jit.load("set_state")(self._handle, self.index) & CODE_GP
+            refused = load("set_state")(self._handle, self.index) & CODE_GP
         if refused:
             found = int.from_bytes(page[R.APIC_ID : R.APIC_ID + 4], "little")
             raise ValueError(f"x2APIC id {found:#x} in the page is not the vCPU's id {self.vcpu_id:#x} (EINVAL)")
@@ -110,13 +110,13 @@ class VcpuIoctls(VcpuState):
 
         A vCPU that is in the guest has to be kicked out of it: let it exit by an external interrupt.
         """
-        _jit.load("make_request")(self._handle, self.index, R.REQ_SIGNAL)
-        return OUTCOMES[_jit.load("kick")(self._handle, self.index, L.NONE)].effects
+        load("make_request")(self._handle, self.index, R.REQ_SIGNAL)
+        return OUTCOMES[load("kick")(self._handle, self.index, L.NONE)].effects
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
         self._loop.leave_guest(self)
-        _jit.load("accept_events")(self._handle, self.index)
+        load("accept_events")(self._handle, self.index)
         state = self._mem[self.own + L.K_MP_STATE]
         if state in (R.MP_HALTED, R.MpState.AP_RESET_HOLD) and self._mem[self.own + L.K_PV_UNHALTED]:
             return R.MpState.RUNNABLE
@@ -127,23 +127,23 @@ class VcpuIoctls(VcpuState):
         state = member(state, "mp_state", list(R.MpState))
         self._loop.leave_guest(self)
         waits = state in (R.MP_INIT_RECEIVED, R.MP_SIPI_RECEIVED)
-        blocked = _jit.load("init_blocked")(self._handle, self.index) or self._mem[self.own + L.K_SMI_PENDING]
+        blocked = load("init_blocked")(self._handle, self.index) or self._mem[self.own + L.K_SMI_PENDING]
         if waits and blocked:
             raise ValueError(f"mp_state {R.MpState(state).name}: INIT is blocked, or an SMI goes first (EINVAL)")
         if state == R.MP_SIPI_RECEIVED:
-            _jit.load("latch")(self._handle, self.index, R.PENDING_SIPI, 1)
+            load("latch")(self._handle, self.index, R.PENDING_SIPI, 1)
             state = R.MP_INIT_RECEIVED
-        _jit.load("set_mp_state")(self._handle, self.index, state)
-        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+        load("set_mp_state")(self._handle, self.index, state)
+        load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
         self._loop.leave_guest(self)
         mem, own = self._mem, self.own
-        _jit.load("process_nmi")(self._handle, self.index)
+        load("process_nmi")(self._handle, self.index)
         if mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI:
-            _jit.load("clear_request")(self._handle, self.index, R.REQ_SMI)
-            _jit.load("process_smi")(self._handle, self.index)
+            load("clear_request")(self._handle, self.index, R.REQ_SMI)
+            load("process_smi")(self._handle, self.index)
         exception = mem[own + L.K_EXCEPTION]
         again = mem[own + L.K_REINJECT]
         external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
@@ -193,7 +193,7 @@ class VcpuIoctls(VcpuState):
         if smm is not None and (smm or smi_pending) and mem[own + L.K_MP_STATE] == R.MP_INIT_RECEIVED:
             raise ValueError("SMM: the vCPU waits for SIPI, where SMIs are latched (EINVAL)")
         self._loop.leave_guest(self)
-        _jit.load("process_nmi")(self._handle, self.index)
+        load("process_nmi")(self._handle, self.index)
         mem[own + L.K_EXCEPTION] = 0 if exception is None else exception + 1
         mem[own + L.K_PENDING_DB] = 0
         mem[own + L.K_REINJECT] = 0 if interrupt is None else R.VECTORING_INFO_VALID | interrupt
@@ -203,7 +203,7 @@ class VcpuIoctls(VcpuState):
             mem[own + L.K_NMI_PENDING] = 0
             mem[own + L.K_NMI_QUEUED] = nmi_pending
             if nmi_pending:
-                _jit.load("make_request")(self._handle, self.index, R.REQ_NMI)
+                load("make_request")(self._handle, self.index, R.REQ_NMI)
         mem[own + L.K_NMI_MASKED] = int(bool(nmi_masked))
         if sipi_vector is not None:
             mem[own + L.K_SIPI_VECTOR] = sipi_vector
@@ -211,8 +211,8 @@ class VcpuIoctls(VcpuState):
             flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI)
             mem[own + L.K_HFLAGS] = flags | (L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0) if smm else 0)
             mem[own + L.K_SMI_PENDING] = int(bool(smi_pending))
-            _jit.load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))
-        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+            load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))
+        load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     def set_sregs(self, *, apic_base: int | None = None, cr8: int | None = None) -> None:
         """KVM_SET_SREGS as far as the APIC goes: APICBASE by host rules, then CR8, which clears TPR[3:0].
@@ -222,15 +222,15 @@ class VcpuIoctls(VcpuState):
         base = self.apic_base if apic_base is None else integer(apic_base, "APICBASE", L.NONE)
         cr8 = self.cr8 if cr8 is None else integer(cr8, "CR8", L.NONE)
         self._loop.leave_guest(self)
-        code = _jit.load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base)
+        code = load("set_msr")(self._handle, self.index, R.MSR_APICBASE, base)
         self.machine.last_host_code = code
         if code & CODE_GP:
             raise ValueError(f"APICBASE {base:#x}: reserved bits or an impossible mode (EINVAL)")
-        _jit.load("set_cr8")(self._handle, self.index, cr8)
+        load("set_cr8")(self._handle, self.index, cr8)
         mem, own = self._mem, self.own
         if base & R.APICBASE_BSP and (mem[own + L.K_RIP], mem[own + L.K_CS]) == (0xFFF0, 0xF000):
             # For old user space: a boot CPU at the reset vector runs, whatever it waited for.
-            _jit.load("set_mp_state")(self._handle, self.index, R.MP_RUNNABLE)
+            load("set_mp_state")(self._handle, self.index, R.MP_RUNNABLE)
 
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: an external interrupt of user space's PIC; it comes in where LINT0 is unmasked ExtINT.
@@ -244,7 +244,7 @@ class VcpuIoctls(VcpuState):
         if self._mem[self.own + L.K_EXTINT]:
             raise ValueError(f"KVM_INTERRUPT: vector {self._mem[self.own + L.K_EXTINT] - 1} still waits (EEXIST)")
         self._mem[self.own + L.K_EXTINT] = vector + 1
-        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+        load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     def complete_msr(self, *, error: bool = False, data: int | None = None) -> None:
         """User space's answer to KVM_EXIT_X86_RDMSR or X86_WRMSR: run->msr.error, and the data of a read.
@@ -256,7 +256,7 @@ class VcpuIoctls(VcpuState):
             raise ValueError("no MSR access waits for user space")
         if data is not None and not error:
             self._mem[self.own + L.K_MSR_DATA] = integer(data, "MSR value", L.NONE)
-        code = _jit.load("complete_msr")(self._handle, self.index, int(bool(error)))
+        code = load("complete_msr")(self._handle, self.index, int(bool(error)))
         if code & CODE_USER:
             self._loop.return_to_user(self, code)
 
@@ -280,14 +280,14 @@ class VcpuIoctls(VcpuState):
         cpu = self.cpu if cpu is None else integer(cpu, "pCPU", 0xFFFF_FFFF)
         self._leave_for_host()
         if self._mem[self.own + L.K_LOADED] and cpu != self.cpu:
-            _jit.load("vcpu_put")(self._handle, self.index, 0)
-        _jit.load("vcpu_load")(self._handle, self.index, cpu)
+            load("vcpu_put")(self._handle, self.index, 0)
+        load("vcpu_load")(self._handle, self.index, cpu)
 
     def put(self, preempted: bool = False) -> None:
         """The thread is scheduled out: vcpu_put; ``preempted``: although it wanted to run on."""
         self._leave_for_host()
         self._mem[self.own + L.K_PREEMPTED] = int(bool(preempted))
-        _jit.load("vcpu_put")(self._handle, self.index, 0)
+        load("vcpu_put")(self._handle, self.index, 0)
 
     def _leave_for_host(self) -> None:
         if self._mem[self.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:

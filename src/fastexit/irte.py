@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastexit.kernels import _jit
+from fastexit.jit.declare import load
 from fastexit.layout import NONE
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, CODE_HARDWARE, Effect
 
@@ -41,7 +41,7 @@ class RemappingTable:
         """Posted mode if the message names exactly one vCPU by Fixed or LowestPrio, else remapped mode."""
         old = self._entries.get(host_irq)
         was_posted = int(old is not None and old.vcpu is not None)
-        index = _jit.load("update_irte")(self._handle, host_irq, gsi, address, data, was_posted)
+        index = load("update_irte")(self._handle, host_irq, gsi, address, data, was_posted)
         if index == CODE_GP:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         entry = Irte(gsi, address, data, None if index == NONE else index, data & 0xFF)
@@ -54,5 +54,5 @@ class RemappingTable:
         if entry is None:
             raise ValueError(f"host interrupt {host_irq} has no remapping entry: pi_update_irte makes one")
         if entry.vcpu is None:
-            return _jit.load("signal_msi")(self._handle, entry.address, entry.data)
-        return _NOTIFIED if _jit.load("hardware_post")(self._handle, entry.vcpu, entry.vector) else _POSTED
+            return load("signal_msi")(self._handle, entry.address, entry.data)
+        return _NOTIFIED if load("hardware_post")(self._handle, entry.vcpu, entry.vector) else _POSTED

@@ -254,7 +254,7 @@ TRACE_CAPACITY = 1 << 17
     TP_USERSPACE_EXIT,
     TP_PI_IRTE_UPDATE,
 ) = range(1, 23)
-"""Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints.py has their order)."""
+"""Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints/text.py prints them)."""
 
 WORDS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
 BYTES = WORDS * 8

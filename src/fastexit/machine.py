@@ -19,22 +19,24 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.config import Config, check_api, latest_clock
-from fastexit.cost import CostProfile, cost_profile
-from fastexit.dispatcher import Dispatcher, Exit
-from fastexit.handlers import CommonHandlers, Handlers
-from fastexit.hardware import Hardware
+from fastexit.costs.dispatcher import TimedDispatcher
+from fastexit.costs.profile import CostProfile, cost_profile
+from fastexit.costs.vcpu import TimedVcpu
+from fastexit.exits.dispatcher import Dispatcher
+from fastexit.exits.exit import Exit
+from fastexit.exits.handlers import CommonHandlers, Handlers
+from fastexit.exits.hardware import Hardware
+from fastexit.exits.svm import Svm
+from fastexit.exits.vmx import Vmx
 from fastexit.irte import Irte, RemappingTable
-from fastexit.kernels import _jit
+from fastexit.jit import declare
+from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import PROFILES
 from fastexit.snapshot import pack, unpack
-from fastexit.svm import Svm
-from fastexit.timed import TimedDispatcher
-from fastexit.timedvcpu import TimedVcpu
-from fastexit.tracepoints import Trace
+from fastexit.tracepoints.ring import Trace
 from fastexit.vcpu import Vcpu
-from fastexit.vmx import Vmx
 
 
 def _allocate() -> tuple[mmap.mmap, np.ndarray]:
@@ -136,9 +138,9 @@ class Machine:
         self._block, self.words = _allocate()
         self.mem = memoryview(self._block).cast("Q")
         self.handle = self.words.ctypes.data
-        if not _jit.JIT:
-            _jit.register(self.handle, self.words)
-            weakref.finalize(self, _jit.unregister, self.handle)
+        if not declare.JIT:
+            declare.register(self.handle, self.words)
+            weakref.finalize(self, declare.unregister, self.handle)
 
     def _assemble(self, costs: CostProfile | None) -> None:
         """The Python objects around the memory, from what its header says."""
@@ -235,9 +237,9 @@ class Machine:
         vcpu_id = integer(vcpu_id, "APIC id", L.MAX_VCPU_ID)
         with self.lock:
             if vcpu_id in self._ids:
-                _jit.load("refuse_vcpu")(self.handle)
+                load("refuse_vcpu")(self.handle)
                 raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
-            index = _jit.load("create_vcpu")(self.handle, vcpu_id)
+            index = load("create_vcpu")(self.handle, vcpu_id)
             if index == L.NONE:
                 raise ValueError(f"a machine holds at most {L.MAX_VCPUS} vCPUs")
             self._ids[vcpu_id] = index
@@ -269,7 +271,7 @@ class Machine:
         vCPUs follow at their next entry (Vcpu.apicv). ValueError for a number that is no regs.Inhibit.
         """
         reason = R.Inhibit(integer(reason, "inhibit reason", max(R.Inhibit)))
-        return OUTCOMES[_jit.load("set_inhibit")(self.handle, int(reason), int(bool(on)))].effects
+        return OUTCOMES[load("set_inhibit")(self.handle, int(reason), int(bool(on)))].effects
 
     def signal_msi(self, address: int, data: int) -> int:
         """KVM_SIGNAL_MSI: number of APICs that accepted, 0, or -1 (EPERM: nobody matched in the slow scan).
@@ -277,7 +279,7 @@ class Machine:
         ``address`` is 64 bits, high word included; ValueError where KVM says EINVAL.
         """
         address = integer(address, "MSI address", L.NONE)
-        code = _jit.load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF))
+        code = load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF))
         if code & CODE_GP:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         return OUTCOMES[code].accepted
@@ -349,18 +351,18 @@ class Machine:
             raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
         self.mem[L.H_NOW] = ns
         happened = []
-        while (index := _jit.load("due_timer")(self.handle)) != L.NONE:
-            happened.append((index, OUTCOMES[_jit.load("fire_timer")(self.handle, index)]))
-        index = _jit.load("hv_timer_exit")(self.handle, 0)
+        while (index := load("due_timer")(self.handle)) != L.NONE:
+            happened.append((index, OUTCOMES[load("fire_timer")(self.handle, index)]))
+        index = load("hv_timer_exit")(self.handle, 0)
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)
             happened.append((index, OUTCOMES[self.dispatcher.run_exit(self.vcpus[index], exit)]))
-            index = _jit.load("hv_timer_exit")(self.handle, index)
+            index = load("hv_timer_exit")(self.handle, index)
         return happened
 
     def next_timer(self) -> int | None:
         """When the next timer is due, ns, or None. A preemption timer counts only while its vCPU is in guest mode."""
-        ns = _jit.load("next_timer")(self.handle)
+        ns = load("next_timer")(self.handle)
         return None if ns == L.NONE else ns
 
     # ----------------------------------------------------------------------------------------- host and its devices
@@ -374,7 +376,7 @@ class Machine:
         woken: list[int] = []
         if vector != R.POSTED_INTR_WAKEUP_VECTOR:
             return woken
-        wake_next = _jit.load("pi_wake_next")
+        wake_next = load("pi_wake_next")
         index = wake_next(self.handle, cpu, 0)
         while index != L.NONE:
             woken.append(index)
@@ -415,7 +417,7 @@ class Machine:
             return outcomes
         source, target = self._open(exits), self._open(outcomes)
         try:
-            run = _jit.load("run")
+            run = load("run")
             done = run(self.handle, source, target, 0, n)
             if done > n:
                 bad = done ^ L.NONE
@@ -425,17 +427,17 @@ class Machine:
                 done = run(self.handle, source, target, done + 1, n)
             return outcomes
         finally:
-            if not _jit.JIT:
-                _jit.unregister(source)
-                _jit.unregister(target)
+            if not declare.JIT:
+                declare.unregister(source)
+                declare.unregister(target)
 
     @staticmethod
     def _open(array: np.ndarray) -> int:
         words = array.view(np.uint64)
         # array.ctypes.data tells the same in twice the time, which short batches feel.
         address = addressof(c_char.from_buffer(words)) if words.flags.writeable else array.ctypes.data
-        if not _jit.JIT:
-            _jit.register(address, words)
+        if not declare.JIT:
+            declare.register(address, words)
         return address
 
     def _run_in_python(self, record: np.void, outcomes: np.ndarray, at: int) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import access_size, integer
-from fastexit.dispatcher import Exit
+from fastexit.exits.exit import Exit
 from fastexit.ioctls import VcpuIoctls
-from fastexit.kernels import _jit
+from fastexit.jit.declare import load
 from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, SHORT, SHORT_CODES, GeneralProtection, Outcome
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Vcpu(VcpuIoctls):
     def exit(self, reason: int, **info: Any) -> Outcome:
         """Any other exit, by VMX reason or SVM code.
 
-        ``info`` are the fields of dispatcher.Exit; ``rcx``, ``rax`` and ``rdx`` (or ``ecx`` ...) may stand
+        ``info`` are the fields of exits.exit.Exit; ``rcx``, ``rax`` and ``rdx`` (or ``ecx`` ...) may stand
         for ``msr`` and ``value``; a hypercall takes ``rax``, ``rbx``, ``rcx``, ``rdx`` and ``rsi``. ``length`` is that
         of the instruction if one of known length exits.
         """
@@ -183,12 +183,12 @@ class Vcpu(VcpuIoctls):
 
     def hw_deliver(self) -> int | None:
         """Virtual-interrupt delivery by the CPU (VMX with APICv), if the guest runs and takes any: the vector."""
-        vector = _jit.load("deliver_pending")(self._handle, self.index)
+        vector = load("deliver_pending")(self._handle, self.index)
         return None if vector == L.NONE else vector
 
     def hw_notify(self) -> bool:
         """0xF2 reaches the pCPU on which the vCPU is loaded: True when the guest runs and its CPU took PIR to IRR."""
-        return bool(_jit.load("process_notification")(self._handle, self.index))
+        return bool(load("process_notification")(self._handle, self.index))
 
     @property
     def notification(self) -> Notification:
@@ -200,15 +200,15 @@ class Vcpu(VcpuIoctls):
 
     def pending(self) -> int | None:
         """The vector that would be delivered now (PIR synced, PPR applied), or None. kvm_apic_has_interrupt."""
-        vector = _jit.load("pending")(self._handle, self.index)
+        vector = load("pending")(self._handle, self.index)
         return None if vector == L.NONE else vector
 
     def ack(self) -> int | None:
         """Deliver it: IRR to ISR, PPR raised; the vector, or None when nothing is deliverable."""
-        vector = _jit.load("ack")(self._handle, self.index)
+        vector = load("ack")(self._handle, self.index)
         return None if vector == L.NONE else vector
 
     def eoi(self) -> int | None:
         """End of interrupt: the vector that left service, or None when none was. apic_set_eoi."""
-        vector = _jit.load("eoi")(self._handle, self.index)
+        vector = load("eoi")(self._handle, self.index)
         return None if vector == L.NONE else vector

@@ -10,7 +10,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, member
-from fastexit.kernels import _jit
+from fastexit.jit.declare import load
 from fastexit.outcome import OUTCOMES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class VcpuState:
     def nmi_masked(self, on: bool) -> None:
         self._mem[self.own + L.K_NMI_MASKED] = int(bool(on))
         if not on:
-            _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+            load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     @property
     def shadow(self) -> int:
@@ -128,7 +128,7 @@ class VcpuState:
         flags = self._mem[self.hot + L.HOT_FLAGS]
         self._mem[self.hot + L.HOT_FLAGS] = flags | L.FLAG_L2 if on else flags & ~L.FLAG_L2
         if bool(flags & L.FLAG_L2) is not bool(on):
-            _jit.load("nested_changed")(self._handle, self.index)
+            load("nested_changed")(self._handle, self.index)
 
     @property
     def apicv(self) -> bool:
@@ -172,7 +172,7 @@ class VcpuState:
     def _set_hflag(self, flag: int, on: bool) -> None:
         flags = self._mem[self.own + L.K_HFLAGS]
         self._mem[self.own + L.K_HFLAGS] = flags | flag if on else flags & ~flag
-        _jit.load("make_request")(self._handle, self.index, R.REQ_EVENT)
+        load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     @property
     def vmxon(self) -> bool:
@@ -201,7 +201,7 @@ class VcpuState:
         """The guest leaves SMM; a latched INIT or SMI is looked at again. ValueError outside SMM, where RSM is #UD."""
         if not self.smm:
             raise ValueError("RSM outside SMM is #UD")
-        _jit.load("leave_smm")(self._handle, self.index)
+        load("leave_smm")(self._handle, self.index)
 
     @property
     def cr8(self) -> int:
@@ -261,7 +261,7 @@ class VcpuState:
             words[vector >> 6] |= 1 << (vector & 63)
         for i, word in enumerate(words):
             self._mem[self.own + L.K_IOAPIC_HANDLED + i] = word
-        _jit.load("make_request")(self._handle, self.index, R.REQ_LOAD_EOI_EXITMAP)
+        load("make_request")(self._handle, self.index, R.REQ_LOAD_EOI_EXITMAP)
 
     @property
     def ioapic_eoi(self) -> tuple[int, bool] | None:
@@ -283,7 +283,7 @@ class VcpuState:
         offset = member(offset, "LVT offset", lvts)
         if offset == R.APIC_LVTCMCI and not self._mem[L.H_CONFIG] & L.CONFIG_CMCI:
             raise ValueError("this APIC has no CMCI entry (cmci=False)")
-        return OUTCOMES[_jit.load("local_deliver")(self._handle, self.index, offset, L.NONE)].accepted
+        return OUTCOMES[load("local_deliver")(self._handle, self.index, offset, L.NONE)].accepted
 
     @property
     def timer_advance_ns(self) -> int:

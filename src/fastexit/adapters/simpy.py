@@ -29,11 +29,11 @@ from typing import Any
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
+from fastexit.costs.meter import TimedOutcome
+from fastexit.costs.vcpu import TimedVcpu
 from fastexit.machine import Machine
-from fastexit.meter import TimedOutcome
 from fastexit.outcome import Effect, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
-from fastexit.timedvcpu import TimedVcpu
 
 try:
     import simpy

@@ -22,7 +22,7 @@ import cffi
 
 from fastexit import __version__
 from fastexit.embed import cabi
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 
 LIBRARY = "libfastexit.so"
 MODULE = "_fastexit_embedded"
@@ -186,7 +186,7 @@ def build(directory: str | Path, cc: str | None = None, flags: str = "") -> list
         (directory / name).write_text(text.replace("@VERSION@", __version__).replace("@LIBRARY@", LIBRARY))
     for name in cabi.HEADERS:
         shutil.copyfile(cabi.NATIVE / name, directory / name)
-    if _jit.JIT:
+    if declare.JIT:
         cabi.addresses()  # compiled now, so that the first fx_open finds them in the cache
     return [target, *(directory / name for name in (*cabi.HEADERS, *texts))]
 
@@ -200,7 +200,7 @@ def find(directory: str | Path) -> Path:
 
 def _note() -> Path | None:
     """Where the place of the last build is kept: beside the compiled kernels of this interpreter."""
-    kept = _jit.cache_directory()
+    kept = declare.cache_directory()
     return None if kept is None else kept / "embed"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit.config import Config
-from fastexit.kernels import _jit
+from fastexit.jit import declare
 from fastexit.kernels import entries as _entries
 from fastexit.machine import Machine
 from fastexit.profile import PROFILES
@@ -151,9 +151,9 @@ def declarations(name: str) -> str:
 
 def addresses() -> dict[str, int]:
     """Address of each kernel that the library calls; compiled code is kept as long as the process lives."""
-    if not _jit.JIT:
+    if not declare.JIT:
         raise RuntimeError("kernels are interpreted (NUMBA_DISABLE_JIT), and C can call compiled ones only")
-    return {name: _jit.address(name) for name in ENTRIES}
+    return {name: declare.address(name) for name in ENTRIES}
 
 
 def keywords(config: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Models: kvm_apic_write_nodecode, kvm_apic_set_eoi_accelerated, kvm_lapic_set_eoi
 apicv.py's. Kernels up to 5.10 read the register through the path of a guest's read, trace line and all.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .irq import send_ioapic_eoi, update_ppr
 from .lapic import in_x2apic_mode, readable, reg_read, reg_write, x2apic_icr_write
 from .lapicreg import reg, vector_slot, x2apic_icr

@@ -8,9 +8,9 @@ and published with one store. A reader that two rebuilds overtake so finds
 in each word what the map said before or says now, never an emptied slot: vCPUs that nobody touched stay reachable.
 """
 
+from ..jit.atomics import compare_exchange, exchange, load_acquire, store_release
+from ..jit.declare import ctz, kernel, popcount, umax
 from . import typed as k
-from ._jit import ctz, kernel, popcount, umax
-from .atomics import compare_exchange, exchange, load_acquire, store_release
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
 from .shared import clear_words, hot, own, replace_if

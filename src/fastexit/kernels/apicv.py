@@ -16,8 +16,8 @@ reason in bits 47:32 and the exit qualification in bits 31:0. APIC_WRITE and EOI
 is complete, RIP has moved. The others are fault-like and nothing has happened. What was read is in K_MSR_DATA.
 """
 
+from ..jit.declare import kernel, umax
 from . import typed as k
-from ._jit import kernel, umax
 from .ipi import ACCEPT
 from .lapic import readable
 from .lapicreg import reg, set_reg, vector_slot, word

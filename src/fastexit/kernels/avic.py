@@ -13,8 +13,8 @@ and bit 24 for a write. Both are traps for the registers of is_trap: the instruc
 What was read is in K_MSR_DATA.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .accelerated import write_nodecode
 from .avictable import load as load
 from .avictable import logical_entry, max_index, update_dfr, update_ldr, x2avic_active

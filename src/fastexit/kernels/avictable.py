@@ -10,8 +10,8 @@ Who writes: the vCPU's own thread, one plain store for the physical entry; two l
 are changed atomically.
 """
 
+from ..jit.declare import ctz, kernel, popcount
 from . import typed as k
-from ._jit import ctz, kernel, popcount
 from .lapicreg import reg
 from .shared import clear_word_bits, hot, or_word, own
 

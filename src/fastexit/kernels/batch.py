@@ -5,10 +5,10 @@ byte by byte. What has no compiled handler (or one that an embedder replaced) st
 caller hands it to the Python dispatcher.
 """
 
+from ..jit.atomics import prefetch
+from ..jit.declare import inlined, kernel
 from . import typed as k
 from . import unicast
-from ._jit import inlined, kernel
-from .atomics import prefetch
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
@@ -17,7 +17,8 @@ from .irq import take_pv_eoi
 from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .pi import process_notification
-from .runloop import (
+from .shared import hot, own, vec
+from .steps import (
     AGAIN,
     BLOCKED,
     ENTERED,
@@ -33,7 +34,6 @@ from .runloop import (
     trace_reentry,
     wake_up,
 )
-from .shared import hot, own, vec
 
 OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
 NEAR = k.U(1536)

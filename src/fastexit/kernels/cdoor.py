@@ -4,15 +4,15 @@ Models: KVM_RUN as user space calls it, a signal that takes a vCPU out of KVM_RU
 Python dispatcher has the same steps in methods; a test compares both doors.
 """
 
+from ..jit.atomics import load_acquire
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
-from .atomics import load_acquire
 from .batch import behind_unicast, leave_guest, to_user, vcpu_run
 from .events import reset_vcpu_init
 from .halt import set_mp_state
 from .lapicstate import reset
-from .runloop import begin_run, loop_tail, return_to_user, wake_up
 from .shared import clear_word_bits, hot, own
+from .steps import begin_run, loop_tail, return_to_user, wake_up
 from .unicast import again, possible, send
 
 

@@ -8,8 +8,8 @@ tsc_khz, computed exactly, where KVM multiplies by a rounded fraction. Not model
 Times that exceed 64 bits of TSC stay at the last one, where KVM's wrap: a period of centuries does not end at once.
 """
 
+from ..jit.declare import kernel, umin
 from . import typed as k
-from ._jit import kernel, umin
 from .shared import hot, own
 
 MILLION = k.U(1_000_000)

@@ -5,6 +5,7 @@ below work on the words. One exit keeps the GIL, because giving it up would cost
 up.
 """
 
+from ..jit.declare import entry, kernel, open_words
 from . import (
     accelerated,
     apicv,
@@ -24,16 +25,15 @@ from . import (
     msi,
     msr,
     pi,
-    runloop,
     sched,
     shared,
+    steps,
     tick,
     timer,
     unicast,
     vcpu,
 )
 from . import typed as k
-from ._jit import entry, kernel, open_words
 
 NO_VCPU = k.NONE
 
@@ -92,14 +92,14 @@ _ON_ONE_VCPU = {
         "set_state": lapicstate.set_state,
         "pi_has_pending": pi.has_pending,
         "process_notification": pi.process_notification,
-        "begin_run": runloop.begin_run,
-        "block": runloop.block,
-        "enter": runloop.enter,
-        "exits_at_once": runloop.exits_at_once,
-        "loop_tail": runloop.loop_tail,
-        "service_requests": runloop.service_requests,
-        "trace_entry": runloop.trace_entry,
-        "wake_up": runloop.wake_up,
+        "begin_run": steps.begin_run,
+        "block": steps.block,
+        "enter": steps.enter,
+        "exits_at_once": steps.exits_at_once,
+        "loop_tail": steps.loop_tail,
+        "service_requests": steps.service_requests,
+        "trace_entry": steps.trace_entry,
+        "wake_up": steps.wake_up,
         "fire_timer": timer.fire,
     },
     1: {
@@ -137,7 +137,7 @@ _ON_ONE_VCPU = {
         "mmio_read": lapic.mmio_read,
         "emulate_cr8": msr.emulate_cr8,
         "emulate_rdmsr": msr.emulate_rdmsr,
-        "return_to_user": runloop.return_to_user,
+        "return_to_user": steps.return_to_user,
     },
     3: {
         "apicv_mmio_write": apicv.mmio_write,
@@ -158,7 +158,7 @@ def _reenter(m, v, code):
     code = fastpath.reenter(m, v, code)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
         if m[k.H_CONFIG] & k.CONFIG_TRACE or m[shared.own(m, v) + k.K_EXPIRED_DEADLINE]:
-            runloop.trace_reentry(m, v)
+            steps.trace_reentry(m, v)
     return code
 
 
@@ -191,7 +191,7 @@ def fast_exit(handle, msr_index, value):
         late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
         if not late:
             reason = k.SVM_MSR if svm else k.VMX_MSR_WRITE
-            runloop.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
+            steps.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
     return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))
 
 
@@ -251,7 +251,7 @@ def set_msr(handle, v, msr_index, value):
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def trace_exit(handle, v, reason, info1, info2, intr_info):
     m = open_words(handle, k.WORDS)
-    return runloop.trace_exit(m, v, reason, info1, info2, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
+    return steps.trace_exit(m, v, reason, info1, info2, intr_info) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry

@@ -6,8 +6,8 @@ bits 7:0, type in bits 10:8, bit 31 valid. Not modelled: the SMM state save area
 shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, NMIs and SMIs of L2, which go into L2.
 """
 
+from ..jit.declare import kernel, umin
 from . import typed as k
-from ._jit import kernel, umin
 from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
 from .inhibit import irq_window, nested_changed
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi

@@ -6,8 +6,8 @@ handle_fastpath_hlt, handle_fastpath_invd, handle_fastpath_preemption_timer, and
 The handler declines with a Refusal, having touched nothing, or does exactly what the generic path would have done.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .apicmap import recalculate
 from .clock import can_use_hv, hv_in_use
 from .halt import emulate_halt

@@ -5,8 +5,8 @@ kvm_apic_accept_pic_intr, kvm_cpu_has_extint. Not modelled: asynchronous page fa
 (user space's is KVM_INTERRUPT).
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .irq import has_interrupt
 from .lapicreg import reg
 from .msr import skip

@@ -3,8 +3,8 @@
 Models: start_hv_timer, vmx_set_hv_timer; what follows its exit is timer.expire_hv.
 """
 
+from ..jit.declare import kernel, umax
 from . import typed as k
-from ._jit import kernel, umax
 from .clock import can_use_hv, cycles, guest_tsc
 from .shared import hot, own
 from .tick import expired

@@ -5,8 +5,8 @@ CPUID bits for PV features (all are offered), CPL (the guest kernel calls), hype
 Spec: the hypercall chapter of KVM's documentation.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .apicmap import phys
 from .ipi import accept, combine, deliver
 from .shared import own

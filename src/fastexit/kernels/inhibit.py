@@ -14,8 +14,8 @@ inhibited for good; the seed's kernel has no inhibits. An id beyond AVIC's reach
 where kernels before 6.15 refused the vCPU.
 """
 
+from ..jit.declare import ctz, kernel
 from . import typed as k
-from ._jit import ctz, kernel
 from .avictable import addressable, refresh
 from .irq import recount
 from .lapicreg import reg

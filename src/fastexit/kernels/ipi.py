@@ -7,10 +7,10 @@ redirection hint. ``src`` is the sending vCPU or NONE (MSI); ``me`` is the vCPU 
 Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec: SDM vol. 3A 10.6.
 """
 
+from ..jit.atomics import load_acquire
+from ..jit.declare import kernel, popcount, umin
 from . import typed as k
-from ._jit import kernel, popcount, umin
 from .apicmap import phys, slot
-from .atomics import load_acquire
 from .irq import set_irr
 from .match import is_broadcast, matches
 from .pid import post

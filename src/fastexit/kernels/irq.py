@@ -7,8 +7,8 @@ Differs by APICv: isr_count is a constant 1 and the cache is never used, because
 Spec: SDM vol. 3A 10.8.3-10.8.5.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .lapicreg import reg, set_reg
 from .pid import highest, sync_pir_to_irr
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take, vec

@@ -4,8 +4,8 @@ Models: kvm_pi_update_irte, kvm_intr_is_single_vcpu with its map-based half, kvm
 kernels traced posted mode only, every time. Spec: VT-d "Interrupt Posting".
 """
 
+from ..jit.declare import ctz, kernel, popcount, umin
 from . import typed as k
-from ._jit import ctz, kernel, popcount, umin
 from .apicmap import phys, slot
 from .ipi import delivery_mode, lowest_by_prio, lowest_priority, nth_bit
 from .match import is_broadcast, matches

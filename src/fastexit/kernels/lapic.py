@@ -8,8 +8,8 @@ A write returns a delivery code (see ipi.py), with CODE_GP when the register doe
 latter, since MMIO has no way to fault.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .apicmap import mark_dirty, recalculate
 from .inhibit import id_written
 from .ipi import send

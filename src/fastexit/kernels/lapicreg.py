@@ -5,8 +5,8 @@ Each register is the first dword of a 16-byte slot, so a register is the low hal
 sets; vector_slot shows them as the page's dwords.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .shared import hot, own, vec
 
 

@@ -4,8 +4,8 @@ Models: kvm_apic_set_base, kvm_lapic_reset, kvm_apic_get_state/set_state with kv
 Spec: SDM vol. 3A 10.4, 10.12.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .apicmap import mark_dirty, recalculate
 from .avictable import restore
 from .inhibit import base_written, id_written

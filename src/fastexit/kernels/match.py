@@ -4,8 +4,8 @@ Models: kvm_apic_is_broadcast_dest, kvm_apic_match_dest, kvm_apic_mda, kvm_apic_
 kvm_apic_match_logical_addr. Spec: SDM vol. 3A 10.6.2.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .lapicreg import reg
 from .shared import hot, own
 

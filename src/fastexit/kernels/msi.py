@@ -3,8 +3,8 @@
 Spec: SDM vol. 3A 10.11.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .ipi import deliver
 from .shared import emit
 

@@ -6,8 +6,8 @@ kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-
 instructions.
 """
 
+from ..jit.declare import kernel, umin
 from . import typed as k
-from ._jit import kernel, umin
 from .irq import update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
 from .lapicreg import reg, set_reg

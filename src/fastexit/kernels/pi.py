@@ -12,9 +12,9 @@ load makes an ON of it. NV becomes the wake-up vector before ON is read: an earl
 wakes nobody, and put makes up for it with a wake-up vector to its own pCPU.
 """
 
+from ..jit.atomics import fence, load_acquire, store_release
+from ..jit.declare import ctz, inlined, kernel, msb, umax
 from . import typed as k
-from ._jit import ctz, inlined, kernel, msb, umax
-from .atomics import fence, load_acquire, store_release
 from .pid import posted_words
 from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
 

@@ -10,9 +10,9 @@ ON before it enters. The target clears ON before it reads PIR: the other way rou
 ON set, stay silent and be lost.
 """
 
+from ..jit.atomics import load_acquire
+from ..jit.declare import kernel, msb
 from . import typed as k
-from ._jit import kernel, msb
-from .atomics import load_acquire
 from .shared import (
     clear_bits_first,
     clear_word_bits,

@@ -5,9 +5,9 @@ tables (avictable.py) decides whether senders have to wake or to notify. Not mod
 ioctls than KVM_RUN.
 """
 
+from ..jit.declare import kernel
 from . import avictable, pi
 from . import typed as k
-from ._jit import kernel
 from .clock import hv_in_use
 from .shared import make_request, own
 from .timer import restart

@@ -4,9 +4,7 @@ The choice is a bit of the configuration word, read where it is used; on a machi
 would cost more than all the rest of an IPI.
 """
 
-from . import typed as k
-from ._jit import kernel
-from .atomics import (
+from ..jit.atomics import (
     compare_exchange,
     exchange,
     fence_after_atomic,
@@ -15,6 +13,8 @@ from .atomics import (
     fetch_or,
     test_and_set_bit,
 )
+from ..jit.declare import kernel
+from . import typed as k
 
 
 @kernel("u8(words, u8, u8)")

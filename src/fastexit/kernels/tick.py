@@ -4,8 +4,8 @@ Models: apic_timer_expired, apic_has_pending_timer, kvm_apic_inject_pending_time
 kvm_wait_lapic_expire. Spec: SDM vol. 3A 10.5.4.
 """
 
+from ..jit.declare import kernel
 from . import typed as k
-from ._jit import kernel
 from .clock import MILLION, can_post, guest_tsc, hv_in_use, nanoseconds
 from .ipi import accept
 from .lapicreg import reg, set_reg

@@ -11,8 +11,8 @@ Not modelled: the repeated trace lines of an older kernel that catches up tick b
 K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the guest TSC of the target in the others.
 """
 
+from ..jit.declare import kernel, umax, umin
 from . import typed as k
-from ._jit import kernel, umax, umin
 from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use, later, tsc_after
 from .hvtimer import arm_hv
 from .lapicreg import reg, set_reg

@@ -6,10 +6,10 @@ general handler does it. What is asked of the machine is asked once a batch; per
 the map, and touches two cache lines of the target.
 """
 
+from ..jit.atomics import load_acquire, prefetch
+from ..jit.declare import inlined, kernel
 from . import typed as k
-from ._jit import inlined, kernel
 from .apicmap import phys, slot
-from .atomics import load_acquire, prefetch
 from .lapicreg import word
 from .pid import rouse
 from .shared import clear_word_bits, hot, own, test_and_set

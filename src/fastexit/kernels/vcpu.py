@@ -1,10 +1,10 @@
 """A vCPU's first moments: kvm_arch_vcpu_create as far as APIC state goes."""
 
+from ..jit.atomics import store_release
+from ..jit.declare import kernel
 from . import avictable
 from . import typed as k
-from ._jit import kernel
 from .apicmap import mark_dirty, recalculate
-from .atomics import store_release
 from .avictable import addressable
 from .inhibit import begin
 from .lapicstate import reset

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.kernels import _jit
+from fastexit.jit.declare import load
 from fastexit.outcome import Outcome
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
 from fastexit.vcpu import Vcpu
@@ -85,7 +85,7 @@ class Program:
         v = self.v
         if v.get_mp_state() != R.MP_RUNNABLE:
             v.set_mp_state(R.MP_RUNNABLE)
-        _jit.load("make_request")(v.machine.handle, v.index, R.REQ_EVENT)
+        load("make_request")(v.machine.handle, v.index, R.REQ_EVENT)
         v.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * self.interrupts
         v.machine.mem[v.own + L.K_INTERRUPT] = 0
         self._go_on()

@@ -13,7 +13,7 @@ from fastexit import regs as R
 from fastexit.trace.accesses import Access, Lane, Via
 from fastexit.trace.events import Event
 from fastexit.trace.report import FAULTED, icr_class
-from fastexit.tracetext import accept_text, ipi_text
+from fastexit.tracepoints.text import accept_text, ipi_text
 from fastexit.vcpu import Vcpu
 
 if TYPE_CHECKING:

@@ -1,0 +1,304 @@
+"""One emulated CPU: which instructions of the guest become what of its vCPU.
+
+An access to the APIC is ``Vcpu.hw_wrmsr`` and its like: the instruction as the CPU under fastexit's hypervisor does it,
+with an exit or without. What comes of it between two instructions is in interrupts.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.adapters.unicorn import hook as H
+from fastexit.adapters.unicorn.gate import DB, PROTECTED, RF, TF, canonical
+from fastexit.adapters.unicorn.hook import Stop
+from fastexit.adapters.unicorn.interrupts import MARK, WAITS, Interruptible
+from fastexit.checks import integer
+from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
+from fastexit.reasons import SvmExit, VmxExit
+
+if TYPE_CHECKING:
+    from fastexit.adapters.unicorn.host import UnicornHost
+
+MSR_TSC, MSR_TSC_AUX = 0x10, 0xC000_0103
+OURS = frozenset({R.MSR_APICBASE, R.MSR_TSC_DEADLINE, *range(R.MSR_X2APIC_BASE, R.MSR_X2APIC_BASE + 0x100)})
+"""MSRs that fastexit answers for; all others but the TSC are Unicorn's."""
+ICRS = frozenset(R.MSR_X2APIC_BASE + (offset >> 4) for offset in (R.APIC_ICR, R.APIC_SELF_IPI))
+CPUID_X2APIC, CPUID_DEADLINE, CPUID_APIC = 1 << 21, 1 << 24, 1 << 9
+"""Of leaf 1: the first two of ECX, the last of EDX."""
+LEAF_TOPOLOGY = 0xB
+TOPOLOGY_LEVELS = 1, 2
+"""SMT and core: sub-leaves 0 and 1. Each CPU is a package by itself, as Unicorn's leaf 1 and 4 have it."""
+PRIVILEGED = frozenset({Stop.WRMSR, Stop.RDMSR, Stop.HLT, Stop.CR8_WRITE, Stop.CR8_READ})
+DR6_BS = 1 << 14
+_U32 = 0xFFFF_FFFF
+_CR8_REGISTERS = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
+
+
+class UnicornCpu(Interruptible):
+    """One CPU of a UnicornHost: ``host.cpus[i]``. ``uc`` is its engine, ``vcpu`` its APIC."""
+
+    def __init__(self, host: UnicornHost, index: int) -> None:
+        super().__init__(host, index)
+        self._hardware = host.machine.hardware
+        svm = host.machine.vendor == "svm"
+        self._hlt = SvmExit.HLT if svm else VmxExit.HLT
+        self._cr8 = (SvmExit.READ_CR8, SvmExit.WRITE_CR8) if svm else None
+        self._apic_pages: set[int] = set()
+        self._slice_began = 0
+        self._map_apic()
+
+    def __repr__(self) -> str:
+        return f"<UnicornCpu {self.index} {self.state} at {self.read('RIP'):#x}>"
+
+    @property
+    def state(self) -> str:
+        """not started, running, halted, or waiting for SIPI."""
+        if self._mem[self._own + L.K_MP_STATE] in WAITS:
+            return "waiting for SIPI"
+        if not self.started:
+            return "not started"
+        return "halted" if self.asleep else "running"
+
+    @property
+    def instructions(self) -> int:
+        """Instructions begun so far. One that writes to its own page of code begins twice, as Unicorn has it."""
+        return self.words[H.COUNT]
+
+    def start(self, rip: int, *, rsp: int = 0) -> None:
+        """Let it run at ``rip`` in 64-bit mode, whatever it waited for: 4 GiB mapped as they are, interrupts off.
+
+        CS and SS are the firmware's (64-bit code 0x08, data 0x10), and there is no IDT. A CPU that is not started waits
+        for INIT and SIPI, and begins in real mode. TypeError or ValueError for what is no address.
+        """
+        for name, value in (("rip", rip), ("rsp", rsp)):
+            if not canonical(integer(value, name)):
+                raise ValueError(f"{name} {value:#x} is not a canonical address")
+        self.long_mode(rip, rsp)
+        if self._mem[self._own + L.K_MP_STATE] != R.MP_RUNNABLE:
+            self.vcpu.set_mp_state(R.MP_RUNNABLE)
+        self._mem[self._own + L.K_CS] = MARK
+        self.started, self.asleep, self.poked = True, False, True
+
+    def slice(self, budget: int) -> int:
+        """Up to ``budget`` instructions: how many they were. Fewer where the CPU falls asleep."""
+        words = self.words
+        self._slice_began = first = words[H.COUNT]
+        end = first + budget
+        self.poked = False
+        if not self._settle():
+            return 0
+        while words[H.COUNT] < end:
+            words[H.LIMIT], words[H.ARMED] = end, self._armed()
+            stop = self._emulate()
+            if stop is not None:
+                self.counters.stops[stop] += 1
+                if stop in PRIVILEGED and self._ring():
+                    self._begin(stop)
+                    self._general_protection()
+                elif stop in _HANDLERS:
+                    _HANDLERS[stop](self, stop)
+            if self._trap is not None:
+                self._exception(self._trap)
+            if self.asleep or not self._settle():
+                break
+        self._sync()
+        return words[H.COUNT] - first
+
+    # --------------------------------------------------------------------------------------------- the APIC's registers
+
+    def _map_apic(self) -> None:
+        """The page at APICBASE becomes a device, unless memory is there: it hides the APIC, as KVM's memslots do."""
+        page = self.vcpu.apic_base & R.APICBASE.mask("BASE")
+        if page in self._apic_pages or self.host.physical(page, 0x1000) is not None:
+            return
+        self._apic_pages.add(page)
+        self.uc.mmio_map(page, 0x1000, self._mmio_read, page, self._mmio_write, page)
+
+    def _mmio_read(self, uc: Any, offset: int, size: int, page: int) -> int:
+        nobody = (1 << 8 * size) - 1
+        if not self._begin_mmio(page):
+            return nobody
+        outcome = OUTCOMES[self._hardware.mmio_read(self.vcpu, offset, size)]
+        self._after_access(outcome)
+        return nobody if outcome.user is not None else self.vcpu.read_data
+
+    def _mmio_write(self, uc: Any, offset: int, size: int, value: int, page: int) -> None:
+        if not self._begin_mmio(page):
+            return
+        outcome = self.vcpu.hw_mmio_write(offset, value & (1 << 8 * size) - 1, size)
+        if offset == R.APIC_ICR:
+            self._count_ipi(outcome)
+        self._after_access(outcome)
+
+    def _begin_mmio(self, page: int) -> bool:
+        """False where nobody answers. Whatever comes of the access is looked at before the next instruction."""
+        if page != self.vcpu.apic_base & R.APICBASE.mask("BASE"):
+            return False
+        self.counters.mmio += 1
+        self.words[H.LIMIT] = 0
+        self._flags = self.read("EFLAGS")
+        self._sync()
+        return True
+
+    def _after_access(self, outcome: Outcome) -> None:
+        self.counters.paths[outcome.path] += 1
+        if outcome.effects or outcome.accepted:
+            self.host.poke()
+
+    def _count_ipi(self, outcome: Outcome) -> None:
+        self.counters.ipis += 1
+        self.counters.ipis_fast += outcome.path is Path.FAST
+
+    def _ring(self) -> int:
+        ring = self.read("CS") & 3
+        return ring if ring and self.read("CR0") & PROTECTED else 0
+
+    def _begin(self, stop: Stop) -> int:
+        """RIP of the instruction that stopped, which is behind it where Unicorn hooks it by name."""
+        self._flags = self.read("EFLAGS")
+        if self.words[H.NAMED] >> stop & 1:
+            self.write("RIP", self.read("RIP") - self.words[H.SIZE])
+        else:
+            self.words[H.COUNT] += 1
+        self._sync()
+        return self._rip
+
+    def _end(self, rip: int) -> None:
+        """The instruction at ``rip`` is done."""
+        self.write("RIP", rip + self.words[H.SIZE])
+        self.words[H.SHADOW] = self.words[H.DUE] = 0
+        if self._flags & (RF | TF):
+            self._flags &= ~RF
+            self.write("EFLAGS", self._flags)
+            if self._flags & TF:
+                self.write("DR6", self.read("DR6") | DR6_BS)
+                self._trap = DB
+
+    def _leave_to_unicorn(self, stop: Stop) -> None:
+        """The instruction is Unicorn's."""
+        self.words[H.PASS] = 1
+        self.words[H.COUNT] -= 1
+
+    def _wrmsr(self, stop: Stop) -> None:
+        rip = self._begin(stop)
+        msr = self.read("RCX") & _U32
+        if msr not in OURS:
+            if msr == MSR_TSC:  # the clock is the host's
+                self._end(rip)
+            else:
+                self._leave_to_unicorn(stop)
+            return None
+        value = (self.read("RDX") & _U32) << 32 | self.read("RAX") & _U32
+        outcome = self.vcpu.hw_wrmsr(msr, value)
+        if outcome.fault:
+            return self._general_protection()
+        if msr in ICRS:
+            self._count_ipi(outcome)
+        self._after_access(outcome)
+        if msr == R.MSR_APICBASE:
+            self._map_apic()
+        self._end(rip)
+        return None
+
+    def _rdmsr(self, stop: Stop) -> None:
+        rip = self._begin(stop)
+        msr = self.read("RCX") & _U32
+        if msr == MSR_TSC:
+            self._answer(self.tsc())
+        elif msr not in OURS:
+            return self._leave_to_unicorn(stop)
+        else:
+            code = self._hardware.rdmsr(self.vcpu, msr)
+            if code & CODE_GP:
+                return self._general_protection()
+            self.counters.paths[OUTCOMES[code].path] += 1
+            self._answer(self.vcpu.read_data)
+        self._end(rip)
+        return None
+
+    def _answer(self, value: int) -> None:
+        """In EDX:EAX."""
+        self.write("RAX", value & _U32)
+        self.write("RDX", value >> 32)
+
+    def tsc(self) -> int:
+        """The guest's TSC: the machine's clock, and what this slice has done since."""
+        done = self.words[H.COUNT] - self._slice_began
+        return (self.host.machine.time + self.host.ns(done)) * self._mem[L.H_TSC_KHZ] // 1_000_000
+
+    def _rdtsc(self, stop: Stop) -> None:
+        rip = self._begin(stop)
+        self._answer(self.tsc())
+        if stop is Stop.RDTSCP:
+            self.write("RCX", self.uc.msr_read(MSR_TSC_AUX) & _U32)
+        self._end(rip)
+
+    def _cpuid(self, stop: Stop) -> None:
+        """Unicorn's answer, with what fastexit offers and the CPU's own ids in it."""
+        leaf, subleaf = self.read("RAX") & _U32, self.read("RCX") & _U32
+        rip = self._begin(stop)
+        if self._flags & TF:
+            self.write("EFLAGS", self._flags & ~TF)
+        self._carry_out(rip, 1)
+        vcpu_id = self.vcpu.vcpu_id
+        if leaf == 1:
+            self.write("RBX", self.read("RBX") & 0x00FF_FFFF | (vcpu_id & 0xFF) << 24)
+            config = self._mem[L.H_CONFIG]
+            offered = CPUID_X2APIC if config & L.CONFIG_X2APIC_CPUID else 0
+            offered |= CPUID_DEADLINE if config & L.CONFIG_DEADLINE_CPUID else 0
+            self.write("RCX", self.read("RCX") & ~(CPUID_X2APIC | CPUID_DEADLINE) | offered)
+            if not self.vcpu.apic_base & R.APICBASE_EN:
+                self.write("RDX", self.read("RDX") & ~CPUID_APIC)
+        elif leaf == LEAF_TOPOLOGY:
+            level = TOPOLOGY_LEVELS[subleaf] if subleaf < len(TOPOLOGY_LEVELS) else 0
+            self.write("RBX", 1 if level else 0)
+            self.write("RCX", subleaf & 0xFF | level << 8)
+            self.write("RDX", vcpu_id)
+        self._end(rip)
+
+    def _halt(self, stop: Stop) -> None:
+        rip = self._begin(stop)
+        outcome = self.vcpu.exit(self._hlt)
+        self._end(rip)
+        self._after_access(outcome)
+        self.asleep = outcome.user is None and self._mem[self._hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE
+
+    def _move_cr8(self, stop: Stop) -> None:
+        """MOV to or from CR8, which a TPR shadow makes an access to TPR."""
+        rip = self._begin(stop)
+        v, write = self.vcpu, stop is Stop.CR8_WRITE
+        register = _CR8_REGISTERS[self.words[H.REGISTER]]
+        value = self.read(register) if write else 0
+        if value > 0xF:
+            return self._general_protection()
+        if v.apicv and v.apic_base & R.APICBASE_EN:
+            if write and v.apic_base & R.APICBASE_EXTD:
+                self._after_access(v.hw_wrmsr(R.MSR_X2APIC_BASE + (R.APIC_TASKPRI >> 4), value << 4))
+            elif write:
+                self._after_access(v.hw_mmio_write(R.APIC_TASKPRI, value << 4))
+            got = v.cr8
+        else:
+            if self._cr8:
+                outcome = v.exit(self._cr8[write], value=value)
+            else:
+                outcome = v.exit(VmxExit.CR_ACCESS, info1=8 | (0 if write else 1 << 4), value=value)
+            self._after_access(outcome)
+            got = v.read_data
+        if not write:
+            self.write(register, got)
+        self._end(rip)
+        return None
+
+
+_HANDLERS = {
+    Stop.WRMSR: UnicornCpu._wrmsr,
+    Stop.RDMSR: UnicornCpu._rdmsr,
+    Stop.RDTSC: UnicornCpu._rdtsc,
+    Stop.RDTSCP: UnicornCpu._rdtsc,
+    Stop.CPUID: UnicornCpu._cpuid,
+    Stop.HLT: UnicornCpu._halt,
+    Stop.CR8_WRITE: UnicornCpu._move_cr8,
+    Stop.CR8_READ: UnicornCpu._move_cr8,
+}

@@ -1,0 +1,254 @@
+"""A Unicorn engine as one CPU of a host: registers, memory, hooks, the modes it starts in. cpu.py runs it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import unicorn
+from unicorn import x86_const
+from unicorn.unicorn_py3.unicorn import uclib
+
+from fastexit.adapters.unicorn import firmware as firmware
+from fastexit.adapters.unicorn import hook as H
+from fastexit.adapters.unicorn.gate import PF, PF_PRESENT, PF_WRITE, UD, Fault, GuestError
+from fastexit.adapters.unicorn.hook import Stop
+from fastexit.checks import integer
+
+if TYPE_CHECKING:
+    from fastexit.adapters.unicorn.host import UnicornHost
+
+MSR_EFER = 0xC000_0080
+GENERAL = tuple("rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip".split())
+_U64 = (1 << 64) - 1
+_UNMAPPED = (unicorn.UC_HOOK_MEM_READ_UNMAPPED, unicorn.UC_HOOK_MEM_WRITE_UNMAPPED, unicorn.UC_HOOK_MEM_FETCH_UNMAPPED)
+_UNMAPPED_ERRORS = {unicorn.UC_ERR_READ_UNMAPPED, unicorn.UC_ERR_WRITE_UNMAPPED, unicorn.UC_ERR_FETCH_UNMAPPED}
+
+
+class Engine:
+    """One Uc, with the hooks that make it stop where fastexit has work to do."""
+
+    def __init__(self, host: UnicornHost, index: int) -> None:
+        self.host = host
+        self.index = index
+        self.words = (ctypes.c_uint64 * H.WORDS)()
+        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._engine = self.uc._uch
+        self._register = ctypes.c_uint64()
+        self._register_address = ctypes.byref(self._register)
+        self._trap: int | None = None
+        self._unmapped = 0
+        self.uc.mem_map_ptr(0, host.memory_bytes, unicorn.UC_PROT_ALL, host.memory_address)
+        self.uc.mem_map_ptr(firmware.BASE, firmware.BYTES, unicorn.UC_PROT_ALL, host.firmware_address)
+        # Else Unicorn looks up the page of its ``until`` after each stop, and a guest's page tables may lack it.
+        self.uc.ctl_exits_enabled(True)
+        self._hook()
+        self._fresh = self.uc.context_save()
+
+    # ---------------------------------------------------------------------------------------------- Unicorn's state
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """General registers, RIP and RFLAGS, by lower-case name."""
+        return {name: self.read(name.upper()) for name in GENERAL} | {"rflags": self.read("EFLAGS")}
+
+    def __getitem__(self, name: str) -> int:
+        """A register by name: ``cpu["rax"]``. KeyError for one that is not general, a segment or a control register."""
+        return self.read(_known(name))
+
+    def __setitem__(self, name: str, value: int) -> None:
+        self.write(_known(name), integer(value, name))
+        self.words[H.STALE] = 1  # it may have been CR3
+
+    def read(self, name: str) -> int:
+        """A register of Unicorn's of at most 64 bits, by its name there. The binding takes four times as long."""
+        self._register.value = 0
+        uclib.uc_reg_read(self._engine, _NUMBERS[name], self._register_address)
+        return self._register.value
+
+    def write(self, name: str, value: int) -> None:
+        """Set a register of Unicorn's."""
+        self._register.value = value
+        uclib.uc_reg_write(self._engine, _NUMBERS[name], self._register_address)
+
+    def efer(self) -> int:
+        """IA32_EFER."""
+        return self.uc.msr_read(MSR_EFER)
+
+    def table(self, name: str) -> tuple[int, int, int]:
+        """Selector, base and limit of GDTR, IDTR or TR."""
+        selector, base, limit, _ = self.uc.reg_read(_NUMBERS[name])
+        return selector, base, limit
+
+    def where(self) -> str:
+        """For messages."""
+        return f"CPU {self.index} at {self.read('RIP'):#x}"
+
+    def linear_read(self, linear: int, size: int) -> bytes:
+        """Bytes at a linear address, by the guest's page tables; Fault(PF)."""
+        return b"".join(bytes(self._physical(*piece, unicorn.UC_PROT_READ)) for piece in _pieces(linear, size))
+
+    def linear_write(self, linear: int, data: bytes) -> None:
+        """Write to a linear address; Fault(PF), and then nothing is written."""
+        places = [self._physical(*piece, unicorn.UC_PROT_WRITE) for piece in _pieces(linear, len(data))]
+        for place in places:
+            place[:], data = data[: len(place)], data[len(place) :]
+
+    def _physical(self, linear: int, size: int, right: int) -> memoryview:
+        address = self._translate(linear, right)
+        if address is None:
+            self.write("CR2", linear & _U64)
+            write = right == unicorn.UC_PROT_WRITE
+            present = write and self._translate(linear, unicorn.UC_PROT_READ) is not None
+            raise Fault(PF, PF_WRITE * write | PF_PRESENT * present)
+        memory = self.host.physical(address, size)
+        if memory is None:
+            raise GuestError(f"{self.where()}: an interrupt needs {address:#x}, where the guest has no memory")
+        return memory
+
+    def _translate(self, linear: int, right: int) -> int | None:
+        out = ctypes.c_uint64()
+        found = uclib.uc_vmem_translate(
+            self._engine, ctypes.c_uint64(linear), ctypes.c_uint32(right), ctypes.byref(out)
+        )
+        return None if found else out.value
+
+    # --------------------------------------------------------------------------------------------------------- hooks
+
+    def _hook(self) -> None:
+        native, words, address = self.host.native, self.words, ctypes.addressof(self.words)
+        words[H.SELF] = address
+        words[H.MEMORY] = (self.host.memory_address - address >> 3) & _U64
+        words[H.MEMORY_BYTES] = self.host.memory_bytes
+        self._raw_hook(unicorn.UC_HOOK_CODE, native.on_instruction, address)
+        for stop in H.BY_NAME:
+            words[H.NAMES + stop] = stop
+            instruction = ctypes.c_int(getattr(x86_const, f"UC_X86_INS_{stop.name}"))
+            if not self._raw_hook(unicorn.UC_HOOK_INSN, native.on_name, address + 8 * (H.NAMES + stop), instruction):
+                words[H.NAMED] |= 1 << stop
+        self.uc.hook_add(unicorn.UC_HOOK_INTR, self._on_exception)
+        self.uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._on_invalid)
+        self.uc.hook_add(sum(_UNMAPPED), self._on_unmapped)
+
+    def _raw_hook(self, kind: int, function: int, data: int, *more: Any) -> int:
+        """uc_hook_add with machine code as its callback, for which the binding has no word; Unicorn's error, or 0."""
+        everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
+        handle = ctypes.c_size_t()
+        return uclib.uc_hook_add(
+            self._engine,
+            ctypes.byref(handle),
+            kind,
+            ctypes.c_void_p(function),
+            ctypes.c_void_p(data),
+            *everywhere,
+            *more,
+        )
+
+    def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
+        self._trap = vector
+        uc.emu_stop()
+
+    def _on_invalid(self, uc: Any, data: Any) -> bool:
+        self._trap = UD
+        self.words[H.COUNT] += 1  # the hook has not seen it
+        return False
+
+    def _on_unmapped(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
+        self._unmapped = address
+        return False
+
+    # ------------------------------------------------------------------------------------------------------- running
+
+    def _emulate(self) -> Stop | None:
+        """Unicorn, until the hook stops it, or an exception, which is then in ``_trap``."""
+        words = self.words
+        words[H.WHY], self._trap = 0, None
+        words[H.RUNNING] = 1
+        try:
+            self.uc.emu_start(self.read("RIP"), 0)
+        except unicorn.UcError as error:
+            if self._trap is None:
+                at = f", {self._unmapped:#x}" if error.errno in _UNMAPPED_ERRORS else ""
+                raise GuestError(f"{self.where()}: {error}{at}") from None
+        finally:
+            words[H.RUNNING] = 0
+        return Stop(words[H.WHY]) if words[H.WHY] else None
+
+    def _carry_out(self, rip: int, n: int) -> None:
+        """Carry out ``n`` instructions that do not count, the first one whatever it is."""
+        kept = list(self.words[: H.SELF])
+        self.words[H.LIMIT] = self.words[H.COUNT] + n
+        self.words[H.ARMED], self.words[H.PASS] = 0, 1
+        self.write("RIP", rip)
+        try:
+            self._emulate()
+        finally:
+            kept[H.STALE] = 1
+            self.words[: H.SELF] = kept
+        if self._trap is not None:
+            raise GuestError(f"{self.where()}: the firmware met exception {self._trap}")
+
+    # ------------------------------------------------------------------------------------------------------ starting
+
+    def long_mode(self, rip: int, rsp: int) -> None:
+        """64-bit mode at ``rip``: 4 GiB mapped as they are, the firmware's GDT, no IDT, interrupts off."""
+        self._fresh_long_mode(firmware.CODE64, rip, firmware.DATA, rsp)
+        self._carry_out(firmware.IRETQ, 1)
+
+    def real_mode(self, selector: int, offset: int) -> None:
+        """Real mode at CS:IP, everything else as INIT leaves it."""
+        self._fresh_long_mode(firmware.CODE16, firmware.REAL_MODE - firmware.BASE, firmware.DATA16, 0)
+        self.host.write_firmware(firmware.FAR_POINTER, firmware.far_pointer(selector, offset))
+        self.write("RAX", firmware.CR0_RESET)
+        self._carry_out(firmware.IRETQ, firmware.REAL_MODE_STEPS)
+        self.uc.msr_write(MSR_EFER, 0)
+        for name in ("CR3", "CR4", "RAX", "RSP"):
+            self.write(name, 0)
+        for name in ("GDTR", "IDTR"):
+            self.uc.reg_write(_NUMBERS[name], (0, 0, 0xFFFF, 0))
+
+    def real_mode_jump(self, selector: int, offset: int, flags: int) -> None:
+        """To CS:IP in real mode, by an IRET of the firmware's and a frame below the stack."""
+        esp = self.read("RSP")
+        below = esp - 6 & 0xFFFF
+        frame = b"".join(value.to_bytes(2, "little") for value in (offset, selector, flags))
+        self.linear_write((self.read("SS") << 4) + below, frame)
+        self.write("RSP", esp & ~0xFFFF | below)
+        self._carry_out(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
+
+    def _fresh_long_mode(self, selector: int, rip: int, stack_selector: int, rsp: int) -> None:
+        """The CPU as Unicorn made it, caches empty, in long mode, its stack a frame from which IRETQ goes there."""
+        for word in (H.DUE, H.SHADOW, H.PASS, H.LET):
+            self.words[word] = 0
+        self.words[H.STALE] = 1
+        self.uc.context_restore(self._fresh)
+        self.uc.ctl_flush_tb()
+        self.write("CR3", firmware.PML4)
+        self.write("CR4", firmware.CR4_LONG)
+        self.uc.reg_write(_NUMBERS["GDTR"], (0, firmware.GDT, firmware.GDT_LIMIT, 0))
+        self.uc.reg_write(_NUMBERS["IDTR"], (0, 0, 0, 0))
+        self.write("CR0", firmware.CR0_LONG)
+        self.host.write_firmware(firmware.FRAME, firmware.frame(selector, rip, stack_selector, rsp))
+        self.write("RSP", firmware.FRAME)
+
+
+def _known(name: str) -> str:
+    upper = "EFLAGS" if name == "rflags" else str(name).upper()
+    if upper not in _PLAIN:
+        raise KeyError(f"no register {name!r}")
+    return upper
+
+
+def _pieces(linear: int, size: int) -> list[tuple[int, int]]:
+    """What lies in one page each."""
+    inside = min(size, 0x1000 - (linear & 0xFFF))
+    return [(linear, inside)] + ([(linear + inside, size - inside)] if size > inside else [])
+
+
+_NUMBERS = {
+    name.removeprefix("UC_X86_REG_"): number
+    for name, number in vars(x86_const).items()
+    if name.startswith("UC_X86_REG_") and name not in ("UC_X86_REG_INVALID", "UC_X86_REG_ENDING")
+}
+_PLAIN = frozenset({name.upper() for name in GENERAL} | {"EFLAGS", "CR0", "CR2", "CR3", "CR4", "CS", "SS", "DS", "ES"})
+"""Registers that a user may name."""

@@ -1,0 +1,3 @@
+"""The command line: ``fastexit``."""
+
+from fastexit.cli.parser import main as main

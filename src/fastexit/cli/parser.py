@@ -1,0 +1,218 @@
+"""The command line: ``fastexit walk | replay | verify | demo | embed | info``, each with --json.
+
+Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference; 2: wrong
+arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fastexit import __version__
+from fastexit.checks import QUOTED, quoted
+from fastexit.cli import commands
+from fastexit.profile import PROFILES, profiles
+
+_EPILOG = """examples:
+  fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside 6.18
+  fastexit walk --shorthand all-but-self --kernels 5.7,6.18
+  fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
+  fastexit verify --ops 20000                    is the model like the KVM of this very machine?
+  fastexit demo --output out                     everything, on a real trace
+  fastexit embed build -o fx                     a shared library for simulators in C
+
+Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_ipi -e kvm:kvm_apic_accept_irq \\
+               -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio, then trace-cmd report > guest.trace
+"""
+
+
+MOST_VCPUS = 4096
+VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many")
+
+
+def _number(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        digits = text.strip().lstrip("+-")
+        # Python converts no more than some thousand decimal digits.
+        if not (digits.isdecimal() and len(digits) > QUOTED):
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number (decimal or 0x hex)") from None
+        value = 1 << 64
+    if value.bit_length() > 64:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} does not fit 64 bits")
+    return value
+
+
+def _vcpus(text: str) -> tuple[int, ...]:
+    """A number of vCPUs, or their APIC ids: 6, or 0,1,300,4095."""
+    numbers = tuple(_number(part) for part in text.split(","))
+    ids = tuple(range(numbers[0])) if len(numbers) == 1 and numbers[0] <= MOST_VCPUS else numbers
+    if not ids or max(ids) >= MOST_VCPUS or len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: a number from 1 to {MOST_VCPUS}, or different ids below it")
+    return ids
+
+
+def _how_many(text: str) -> int:
+    """A number of vCPUs."""
+    value = _number(text)
+    if not 1 <= value <= MOST_VCPUS:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no number from 1 to {MOST_VCPUS}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = _number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} operations compare nothing")
+    return value
+
+
+def _kernels(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PROFILES:
+            raise argparse.ArgumentTypeError(f"unknown kernel {quoted(name)}: one of {', '.join(profiles())}")
+    if not names:
+        raise argparse.ArgumentTypeError("no kernel given")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="fastexit",
+        description="KVM's interrupt exits: what happens when a vCPU exits on WRMSR, in seven kernel generations.",
+        epilog=_EPILOG,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"fastexit {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text, formatter_class=raw)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        sub.set_defaults(run=run)
+        return sub
+
+    def machine_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
+        sub.add_argument("--no-apicv", action="store_true", help="without posted interrupts or AVIC")
+
+    walk = command("walk", commands.walk, "One WRMSR exit of vCPU 0, step by step through vcpu_enter_guest.")
+    walk.add_argument(
+        "--kernels", type=_kernels, default=["seed-v3", "6.18"], metavar="A,B", help="default: seed-v3,6.18"
+    )
+    walk.add_argument("--generic", action="store_true", help="also with the fast path switched off")
+    walk.add_argument("--vcpus", type=_how_many, default=4, help="default: 4")
+    walk.add_argument("--msr", type=_number, default=0x830, help="default: 0x830, the x2APIC ICR")
+    walk.add_argument("--value", type=_number, help="EDX:EAX; or describe the ICR:")
+    walk.add_argument("--dest", type=_number, default=1, help="destination (default: 1)")
+    walk.add_argument("--vector", type=_number, default=0xFD, help="vector (default: 0xfd, RESCHEDULE)")
+    walk.add_argument("--mode", default="Fixed", help="Fixed LowPrio SMI Res3 NMI INIT SIPI ExtINT")
+    walk.add_argument("--logical", action="store_true", help="logical destination mode")
+    walk.add_argument("--shorthand", default="none", choices=("none", "self", "all", "all-but-self"))
+    walk.add_argument("--costs", metavar="NAME|FILE", help="modelled cycles: a cost profile or a TOML file")
+    machine_options(walk)
+
+    replay = command("replay", commands.replay, "Feed a KVM trace to the model: ICR classes, fast shares, predictions.")
+    replay.add_argument(
+        "trace", metavar="TRACE", help="ftrace, trace-cmd report or perf script text; plain, .gz or .xz"
+    )
+    replay.add_argument("--picture", metavar="BASE", help="write BASE.png and BASE.svg: sender x target heat map")
+    replay.add_argument("--quiet", action="store_true", help="no progress bar")
+    replay.add_argument("--kernel", choices=profiles(), default="6.18", help="the kernel that recorded (default: 6.18)")
+    replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
+    replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
+
+    verify = command("verify", commands.verify, "Random operations on the model and on /dev/kvm, compared after each.")
+    verify.add_argument("--ops", type=_count, metavar="N", help="operations (default: 100000, or as many as fit)")
+    verify.add_argument("--seconds", type=_seconds, metavar="S", help="stop after so long")
+    verify.add_argument("--seed", type=_number, default=1, metavar="K", help="which operations (default: 1)")
+    verify.add_argument(
+        "--vcpus", type=_vcpus, metavar="LIST", help="a number, or APIC ids: 0,1,300 (default: 4 to 9 random ones)"
+    )
+    verify.add_argument("--only", choices=VERIFY_KINDS, help="one kind of operations (default: all, by share)")
+    verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
+    verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
+    verify.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    demo = command("demo", commands.demo, "Replay the bundled trace, walk one exit, compare fast with generic, draw.")
+    demo.add_argument("--trace", metavar="TRACE", help="another trace than the bundled one")
+    demo.add_argument(
+        "--output", default="fastexit-demo", metavar="DIR", help="where pictures go (default: fastexit-demo)"
+    )
+
+    embed = subparsers.add_parser("embed", help="The C door: build libfastexit, and what to compile a host with.")
+    steps = embed.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = steps.add_parser(name, help=text, description=text, formatter_class=raw)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(run=run)
+        return sub
+
+    build = step("build", commands.embed_build, "Make libfastexit.so, its headers, fastexit.pc and a CMake package.")
+    build.add_argument("-o", "--output", metavar="DIR", help="where they go (default: fastexit-embed)")
+    build.add_argument("--cc", metavar="CC", help="the C compiler (default: $CC, or the one that built Python)")
+    build.add_argument("--flags", default="", metavar="FLAGS", help="more options for it")
+    for name, run, text in (
+        ("cflags", commands.embed_cflags, "Print the options to compile a host with, as python3-config does."),
+        ("libs", commands.embed_libs, "Print the options to link a host with, as python3-config does."),
+    ):
+        sub = step(name, run, text)
+        sub.add_argument("-o", "--output", metavar="DIR", help="where it was built (default: where it was built last)")
+
+    command("info", commands.info, "Versions, kernel generations, memory layout, cache, /dev/kvm.")
+    return parser
+
+
+def _abandon_stdout() -> None:
+    """Point stdout elsewhere: what it still holds cannot be written, and its flush at exit would say so again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    finally:
+        # Here, where a closed pipe or a full disk can still be dealt with, and not at exit; --help comes by as well.
+        sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    if sys.stdout is None:
+        commands.complain("standard output is closed")
+        return 2
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the reader has seen enough (``| head``)
+        _abandon_stdout()
+        return 0
+    except KeyboardInterrupt:
+        commands.complain("interrupted")
+        return 130
+    except (commands.UsageError, ValueError, OSError) as error:
+        commands.complain(" ".join(str(error).split()) or type(error).__name__)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _abandon_stdout()
+        return 2

@@ -1,0 +1,1 @@
+"""Modelled time: sourced costs of the stages of an exit, and the dispatcher that charges them."""

@@ -1,0 +1,205 @@
+"""What an exit has cost: stages as they are charged, the outcome that carries them, the work of each exit's handler.
+
+dispatcher.py charges while an exit runs, batch.py from what a record tells.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastexit import regs as R
+from fastexit.costs.profile import CostProfile
+from fastexit.exits.exit import Exit, Vendor
+from fastexit.outcome import OUTCOMES, Effect, Outcome
+from fastexit.profile import PROFILES
+from fastexit.reasons import SvmExit, VmxExit
+
+_KVM, _APIC, _SMP = "6.1", "6.12", None
+"""First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6; smp_ops
+never."""
+
+POINTERS: dict[str, tuple[str | None, ...]] = {
+    "irqoff_handler": (_KVM,),
+    "exit_checks": (_KVM,),
+    "msr_access": (_KVM,),
+    "skip": (_KVM, _KVM),
+    "accept": (_KVM,),
+    "notify": (_APIC,),
+    "kick": (_SMP, _APIC),
+    "inject": (_KVM, _KVM),
+    "prepare_switch": (_KVM,),
+    "vm_entry": (_KVM,),
+    "sync_pir": (_KVM,),
+    "cr8_intercept": (_KVM,),
+}
+"""Calls through a pointer that a stage makes, each by the generation that made it a static call. The last two are no
+stages: steps 6 to 9 with APICv on, step 3 with it off."""
+
+EFFECT_STAGES = {Effect.NOTIFY: "notify", Effect.KICK: "kick", Effect.WAKE: "wake", Effect.DOORBELL: "doorbell"}
+MSR_REASONS = {
+    "apicv": (VmxExit.MSR_READ, VmxExit.MSR_WRITE, VmxExit.MSR_READ_IMM, VmxExit.MSR_WRITE_IMM),
+    "avic": (SvmExit.MSR,),
+}
+"""Exits that are MSR accesses, by what the vendor calls its virtual APIC."""
+_TIMER_REGISTERS = (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR)
+
+
+def pointer_calls(kernel: str) -> dict[str, int]:
+    """POINTERS, counted as far as they still are pointers in that generation."""
+    order = list(PROFILES)
+    at = order.index(kernel)
+    return {
+        stage: sum(1 for since in calls if since is None or at < order.index(since))
+        for stage, calls in POINTERS.items()
+    }
+
+
+class Sent(NamedTuple):
+    """One target of an exit's IPI: its vCPU index, what the host has to do for it, cycles until that was done."""
+
+    vcpu: int
+    effect: Effect
+    cycles: int
+
+
+class Charge(NamedTuple):
+    """One stage as it was charged: the dispatcher's method (walk.STEPS), the stage, how often, cycles in all."""
+
+    step: str
+    stage: str
+    count: int
+    cycles: int
+
+
+class TimedOutcome(Outcome):
+    """An Outcome with its modelled time. Two are equal when their codes are; cycles do not count.
+
+    Attributes:
+        cycles_ipi: cycles from the guest's instruction until the IPI has left to its last target; None without an IPI
+            that anybody accepted.
+        cycles: cycles until the guest runs again; None when it does not: it waits, or is back in user space.
+        cycles_spent: cycles that were charged, whatever came of it.
+        sent: the targets for which something is to be done, in the order of sending.
+        charges: the stages, in order.
+    """
+
+    __slots__ = ("charges", "cycles", "cycles_ipi", "cycles_spent", "sent")
+
+    cycles: int | None
+    cycles_ipi: int | None
+    cycles_spent: int
+    sent: tuple[Sent, ...]
+    charges: tuple[Charge, ...]
+
+    def __init__(self, code: int, meter: Meter, in_guest: bool) -> None:
+        put, plain = object.__setattr__, OUTCOMES[code]
+        for name in Outcome.__slots__:
+            put(self, name, getattr(plain, name))
+        put(self, "cycles", meter.spent if in_guest else None)
+        put(self, "cycles_ipi", meter.ipi)
+        put(self, "cycles_spent", meter.spent)
+        put(self, "sent", tuple(meter.sent))
+        put(self, "charges", tuple(meter.log))
+
+    def as_dict(self) -> dict[str, object]:
+        """All attributes with plain values, for JSON; stages with what each cost in all."""
+        stages: dict[str, int] = {}
+        for charge in self.charges:
+            stages[charge.stage] = stages.get(charge.stage, 0) + charge.cycles
+        times = {"cycles_ipi": self.cycles_ipi, "cycles": self.cycles, "cycles_spent": self.cycles_spent}
+        return super().as_dict() | times | {"stages": stages}
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, cycles_ipi={self.cycles_ipi}, cycles={self.cycles})"
+
+
+class Meter:
+    """What one exit has cost so far."""
+
+    def __init__(self, costs: CostProfile, calls: dict[str, int]) -> None:
+        self.costs = costs
+        self.calls = calls
+        self.log: list[Charge] = []
+        self.spent = 0
+        self.ipi: int | None = None
+        self.sent: list[Sent] = []
+
+    def charge(self, step: str, stage: str, count: int = 1) -> None:
+        """A stage, and the calls through pointers that it makes."""
+        self.direct(step, stage, count)
+        self.call(step, stage, count)
+
+    def direct(self, step: str, stage: str, count: int = 1) -> None:
+        """A stage that is reached without them: a re-entry stays inside the vendor's run function."""
+        self.add(step, stage, count, count * self.costs[stage])
+
+    def call(self, step: str, what: str, count: int = 1) -> None:
+        """The calls through pointers of ``what`` (POINTERS), as far as the generation has them."""
+        calls = count * self.calls.get(what, 0)
+        if calls:
+            self.add(step, "vendor_call", calls, calls * self.costs["vendor_call"])
+
+    def add(self, step: str, stage: str, count: int, cycles: int) -> None:
+        """Cycles under a stage's name."""
+        self.log.append(Charge(step, stage, count, cycles))
+        self.spent += cycles
+
+
+class Work(NamedTuple):
+    """What the handler of an exit does: its stages, whether it writes the ICR or a timer register, whether it skips."""
+
+    stages: tuple[str, ...]
+    timer: bool = False
+    skips: bool = True
+
+
+def _register(offset: int, write: bool) -> tuple[str, bool]:
+    if write and offset == R.APIC_ICR:
+        return "icr", False
+    return "lapic_access", write and offset in _TIMER_REGISTERS
+
+
+def work_of(vendor: Vendor, exit: Exit) -> Work:
+    """The work of an exit's built-in handler; generic MSR emulation, which a fast handler avoids, is not among it."""
+    reason = exit.reason
+    writes = reason == vendor.wrmsr_reason and (reason != vendor.rdmsr_reason or bool(exit.info1))
+    svm = vendor.rdmsr_reason == vendor.wrmsr_reason
+    if not svm and reason == VmxExit.MSR_WRITE_IMM:
+        writes = True
+    if writes or reason == vendor.rdmsr_reason or (not svm and reason == VmxExit.MSR_READ_IMM):
+        if exit.msr == R.MSR_TSC_DEADLINE:
+            return Work(("timer",), timer=writes)
+        if not R.MSR_X2APIC_BASE <= exit.msr < R.MSR_X2APIC_BASE + 0x100:
+            return Work(())
+        offset = (exit.msr - R.MSR_X2APIC_BASE) << 4
+        if writes and offset == R.APIC_SELF_IPI:
+            return Work(("icr",))
+        stage, timer = _register(offset, writes)
+        return Work((stage,), timer)
+    if reason == vendor.mmio_reason or (not svm and reason in (VmxExit.EPT_VIOLATION, VmxExit.APIC_ACCESS)):
+        offset = exit.info1 & 0xFFF if reason == VmxExit.APIC_ACCESS and not svm else exit.offset
+        stage, timer = _register(offset, exit.write)
+        return Work(("emulator", stage), timer, skips=False)
+    if reason == vendor.interrupt_reason:
+        return Work((), skips=False)
+    if svm:
+        if reason == SvmExit.AVIC_INCOMPLETE_IPI:
+            return Work(("icr",), skips=False)
+        if reason == SvmExit.AVIC_UNACCELERATED_ACCESS:
+            return Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False)
+        halts, silent = (SvmExit.HLT, SvmExit.IDLE_HLT), (SvmExit.VINTR, SvmExit.NMI, SvmExit.IRET)
+    else:
+        if reason == VmxExit.APIC_WRITE:
+            stage, timer = _register(exit.info1 & 0xFFF, True)
+            return Work((stage,), timer, skips=False)
+        if reason in (VmxExit.EOI_INDUCED, VmxExit.TPR_BELOW_THRESHOLD):
+            return Work(("lapic_access",), skips=False)
+        if reason == VmxExit.PREEMPTION_TIMER:
+            return Work(("timer",), timer=True, skips=False)
+        halts = (VmxExit.HLT,)
+        silent = (VmxExit.INTERRUPT_WINDOW, VmxExit.NMI_WINDOW, VmxExit.EXCEPTION_NMI)
+    if reason in halts:
+        return Work(("halt",))
+    if reason == vendor.hypercall_reason:
+        return Work(("hypercall",))
+    return Work(("other_exit",), skips=reason not in silent)

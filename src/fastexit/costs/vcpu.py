@@ -1,0 +1,105 @@
+"""A vCPU whose doors return outcomes with their modelled time. dispatcher.py has the run loop below them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.checks import integer
+from fastexit.costs.meter import Meter, Sent, TimedOutcome
+from fastexit.costs.targets import before, effect
+from fastexit.exits.exit import Exit
+from fastexit.outcome import Effect, Outcome, Path
+from fastexit.vcpu import Vcpu
+
+
+class TimedVcpu(Vcpu):
+    """A vCPU of a machine with costs: its doors return TimedOutcome.
+
+    ``timed`` is the outcome of its last exit, reads and timers among them; ``run_cycles`` is what its last run() cost.
+    """
+
+    __slots__ = ("run_cycles", "timed")
+
+    timed: TimedOutcome | None
+    run_cycles: int
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.timed = None
+        self.run_cycles = 0
+
+    def wrmsr(self, msr: int, value: int) -> Outcome:
+        """Vcpu.wrmsr, timed."""
+        msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
+        vendor = self._loop.vendor
+        exit = Exit(vendor.wrmsr_reason, msr, value, vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
+        return self._timed(self._loop.run_exit(self, exit))
+
+    def exit(self, reason: int, **info: Any) -> Outcome:
+        """Vcpu.exit, timed."""
+        return self._timed(super().exit(reason, **info))
+
+    def hypercall(self, *args: Any, **named: Any) -> Outcome:
+        """Vcpu.hypercall, timed."""
+        return self._timed(super().hypercall(*args, **named))
+
+    def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
+        """Vcpu.mmio_write, timed."""
+        return self._timed(super().mmio_write(offset, value, length))
+
+    def hw_wrmsr(self, msr: int, value: int) -> Outcome:
+        """Vcpu.hw_wrmsr, timed: hw_ipi or hw_access where there is no exit."""
+        return self._hardware(lambda: super(TimedVcpu, self).hw_wrmsr(msr, value), msr == R.MSR_X2APIC_ICR)
+
+    def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
+        """Vcpu.hw_mmio_write, timed."""
+        return self._hardware(lambda: super(TimedVcpu, self).hw_mmio_write(offset, value, length), offset == R.APIC_ICR)
+
+    def hw_rdmsr(self, msr: int) -> int:
+        """Vcpu.hw_rdmsr; ``timed`` has its time."""
+        return self._hardware(lambda: super(TimedVcpu, self).hw_rdmsr(msr), False)
+
+    def hw_mmio_read(self, offset: int, length: int = 4) -> int:
+        """Vcpu.hw_mmio_read; ``timed`` has its time."""
+        return self._hardware(lambda: super(TimedVcpu, self).hw_mmio_read(offset, length), False)
+
+    def _timed(self, _plain: object) -> Outcome:
+        assert self.timed is not None
+        return self.timed
+
+    def _hardware(self, act: Callable[[], Any], icr: bool) -> Any:
+        """An instruction that may not exit: then nothing was charged, and the CPU's own time is."""
+        loop = self._loop
+        if loop.mem[self.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
+            loop.start_run(self)
+        self.timed = None
+        words, n = loop.words, loop.mem[L.H_NVCPUS]
+        old = before(loop.mem, loop.words, self)
+        irr = words[L.VEC : L.VEC + n * L.VEC_STRIDE].copy()
+        result = act()
+        if self.timed is None:
+            meter = Meter(loop.costs, loop.calls)
+            meter.charge("hardware", "hw_ipi" if icr else "hw_access")
+            if icr and isinstance(result, Outcome) and result.path is Path.HARDWARE and not result.fault:
+                changed = (
+                    (words[L.VEC : L.VEC + n * L.VEC_STRIDE] != irr)
+                    .reshape(n, -1)[:, L.VEC_IRR : L.VEC_IRR + 4]
+                    .any(axis=1)
+                )
+                if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
+                    rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
+                    changed = (rows[:, L.PID_CONTROL_WORD] & ~old.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
+                vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
+                for i in np.flatnonzero(changed).tolist():
+                    needs = result.effects & Effect.NOTIFY if vmx else effect(loop.mem, self, old, i, True)
+                    if needs:
+                        meter.sent.append(Sent(i, needs, meter.spent))
+                if result.accepted > 0:
+                    meter.ipi = meter.spent
+            loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)
+        return self.timed if isinstance(result, Outcome) else result

@@ -1,0 +1,76 @@
+"""What hardware reports of an exit, and what each vendor's side of the dispatcher provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fastexit.reasons import KvmExit
+
+if TYPE_CHECKING:
+    from fastexit.exits.dispatcher import Dispatcher
+    from fastexit.exits.handlers import Handlers
+    from fastexit.vcpu import Vcpu
+
+
+@dataclass(slots=True)
+class Exit:
+    """What hardware reports about one exit.
+
+    ``reason`` is the vendor's exit number; ``msr`` and ``value`` are the guest's ECX and EDX:EAX. ``info1`` is the VMX
+    exit qualification or SVM's EXITINFO1; ``info2`` VMX's IDT-vectoring information (bit 31: valid) or SVM's EXITINFO2;
+    ``intr_info`` VMX's VM-exit interruption information or SVM's EXITINTINFO. ``offset``, ``size`` and ``write``
+    describe an access to the xAPIC page, whose data is ``value``; ``gpa`` is the address of any other access. ``args``
+    are RAX, RBX, RCX, RDX and RSI of a hypercall, ``bits64`` whether all 64 bits of them count. ``length`` is the
+    instruction's length.
+    """
+
+    reason: int
+    msr: int = 0
+    value: int = 0
+    info1: int = 0
+    info2: int = 0
+    intr_info: int = 0
+    offset: int = 0
+    gpa: int = 0
+    args: tuple[int, ...] = ()
+    bits64: bool = True
+    size: int = 4
+    write: bool = False
+    length: int = 0
+    failed_entry: bool = False
+    invalid_state: bool = False
+
+
+Handler = Callable[["Vcpu", Exit], "int | KvmExit | None"]
+"""Generic handler of an exit: None (handled, run on), a KvmExit (leave to user space) or an outcome code."""
+
+
+class Vendor(Protocol):
+    """What vmx.py and svm.py provide."""
+
+    wrmsr_reason: int
+    wrmsr_info1: int
+    rdmsr_reason: int
+    mmio_reason: int
+    forced_reason: int
+    interrupt_reason: int
+    hypercall_reason: int
+    lengths: dict[int, int]
+    l0_wants: frozenset[int]
+    shortcuts: frozenset[int]
+    fast_run: dict[int, Handler]
+    fast_irqoff: dict[int, Handler]
+    handlers: Handlers
+    user_exits: dict[int, KvmExit]
+    trace_exit_late: bool
+    hardware: str
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
+
+    def failed_entry(self, reason: int) -> tuple[int, bool]: ...
+
+    def cut_short(self, exit: Exit) -> int: ...
+
+    def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int: ...

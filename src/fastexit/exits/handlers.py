@@ -1,0 +1,186 @@
+"""Exit handlers that VMX and SVM share, and the table that an embedder can extend."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.jit.declare import load
+from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER, CODE_USER_SHIFT, Refusal
+from fastexit.profile import Trait
+from fastexit.reasons import KvmExit, VmxExit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastexit.exits.exit import Exit, Handler
+    from fastexit.vcpu import Vcpu
+
+
+def user_code(reason: KvmExit) -> int:
+    """Outcome code that leaves the run loop with a KVM_EXIT_* reason."""
+    return reason + 1 << CODE_USER_SHIFT
+
+
+class Handlers(UserDict):
+    """exit reason -> generic handler. Assign to extend or replace: ``m.handlers[VmxExit.HLT] = handler``.
+
+    A handler takes ``(vcpu, exit)`` and returns None to run on, a KvmExit to leave to user space, or what a built-in
+    handler returned to it. Anything else is a TypeError, and the vCPU is then outside the guest. Once a handler was
+    assigned, the batch door sends every exit through Python, so that it sees the same handlers; one that raises ends
+    the batch, and the exits before it have happened.
+    """
+
+    def __init__(self, memory: memoryview, builtin: Mapping[int, Handler]) -> None:
+        super().__init__()
+        self.data.update((int(reason), handler) for reason, handler in builtin.items())
+        self._memory = memory
+
+    def __setitem__(self, reason: int, handler: Handler) -> None:
+        if not callable(handler):
+            raise TypeError(f"handler of exit {reason!r} is {type(handler).__name__}, not a function of (vcpu, exit)")
+        self._memory[L.H_HANDLERS] = 1
+        super().__setitem__(int(reason), handler)
+
+    def __or__(self, other: Mapping[int, Handler]) -> dict[int, Handler]:  # type: ignore[override]
+        return self.data | dict(other)
+
+    def __ior__(self, other: Mapping[int, Handler]) -> Handlers:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __delitem__(self, reason: int) -> None:
+        self._memory[L.H_HANDLERS] = 1
+        super().__delitem__(int(reason))
+
+
+class CommonHandlers:
+    """Handlers over the kernels: MSR accesses, the xAPIC page, windows, and exits that need nothing done."""
+
+    def __init__(self, memory: memoryview, handle: int) -> None:
+        self.memory = memory
+        self.handle = handle
+
+    def fast_wrmsr(self, v: Vcpu, exit: Exit) -> int:
+        """Fast WRMSR handler and re-entry in the vendor's run function."""
+        return load("fast_wrmsr")(self.handle, v.index, exit.msr, exit.value, exit.length)
+
+    def fast_hlt(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_hlt."""
+        return load("fast_hlt")(self.handle, v.index)
+
+    def fast_invd(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_invd."""
+        return load("fast_invd")(self.handle, v.index, exit.length)
+
+    def fast_preemption_timer(self, v: Vcpu, exit: Exit) -> int:
+        """handle_fastpath_preemption_timer."""
+        return load("fast_preemption_timer")(self.handle, v.index)
+
+    def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
+        """Fast handler in handle_exit_irqoff."""
+        return load("fast_irqoff")(self.handle, v.index, exit.msr, exit.value)
+
+    def declined(self, v: Vcpu, exit: Exit) -> int:
+        """An exit that shares its number with a fast one."""
+        return Refusal.NOT_AN_MSR_WRITE << CODE_REFUSAL_SHIFT
+
+    def wrmsr(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_wrmsr."""
+        return load("emulate_wrmsr")(self.handle, v.index, exit.msr, exit.value, exit.length)
+
+    def rdmsr(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_rdmsr; the value is v.read_data."""
+        return load("emulate_rdmsr")(self.handle, v.index, exit.msr, exit.length)
+
+    def apic_page(self, v: Vcpu, exit: Exit) -> int:
+        """The instruction emulator at the xAPIC page. RIP is the emulator's business and moves by ``exit.length``.
+
+        An address at which user space listens (a fast-MMIO ioeventfd) needs no emulator: the write happened, RIP moves.
+        """
+        if self.cannot_emulate(v, exit):
+            return user_code(KvmExit.INTERNAL_ERROR)
+        if exit.gpa:
+            if exit.gpa not in v.machine.fast_mmio:
+                return user_code(KvmExit.MMIO)
+            self._emit(L.TP_FAST_MMIO, v, exit.gpa)
+            return self.skip_instruction(v, exit)
+        if exit.write:
+            code = load("mmio_write")(self.handle, v.index, exit.offset, exit.size, exit.value)
+        else:
+            code = load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
+        return code if code & CODE_USER else code | self.skip_instruction(v, exit)
+
+    def cannot_emulate(self, v: Vcpu, exit: Exit) -> bool:
+        """kvm_can_emulate_event_vectoring, since 6.14: an event cannot be delivered to a stack or IDT that is a device.
+
+        APIC_ACCESS is no page fault, and its instruction is emulated all the same.
+        """
+        machine = v.machine
+        vendor = machine.dispatcher.vendor
+        if not machine.profile.traits & Trait.MMIO_NOT_VECTORING or exit.reason == VmxExit.APIC_ACCESS:
+            return False
+        return bool(vendor.cut_short(exit) & R.VECTORING_INFO_VALID)
+
+    def _emit(self, event: int, v: Vcpu, a: int) -> None:
+        if self.memory[L.H_CONFIG] & L.CONFIG_TRACE:
+            load("emit")(self.handle, event, v.index, a, 0, 0)
+
+    def hlt(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_halt."""
+        return load("emulate_halt")(self.handle, v.index)
+
+    def preemption_timer(self, v: Vcpu, exit: Exit) -> int:
+        """handle_preemption_timer."""
+        return load("handle_preemption_timer")(self.handle, v.index)
+
+    def hypercall(self, v: Vcpu, exit: Exit) -> int:
+        """kvm_emulate_hypercall; RAX is v.read_data afterwards."""
+        args = (*exit.args, 0, 0, 0, 0, 0)[:5]
+        code = load("emulate_hypercall")(self.handle, v.index, *args, int(exit.bits64))
+        return code | self.skip_instruction(v, exit)
+
+    def cr8(self, v: Vcpu, exit: Exit, write: bool) -> int:
+        """MOV to or from CR8; what was read is v.read_data."""
+        return load("emulate_cr8")(self.handle, v.index, exit.value, int(write))
+
+    def exception(self, v: Vcpu, exit: Exit) -> int | KvmExit | None:
+        """An exception the guest does not get by itself, or a host NMI: back to the guest, or to its debugger."""
+        kind, vector = exit.intr_info >> 8 & 7, exit.intr_info & 0xFF
+        if kind == R.INTR_TYPE_NMI or vector == R.VECTOR_MC:
+            return None  # the host's handler ran with interrupts still off
+        debugged = self.memory[v.own + L.K_GUEST_DEBUG]
+        if vector == R.VECTOR_BP or (vector == R.VECTOR_DB and debugged):
+            return KvmExit.DEBUG
+        if vector not in R.REFLECTED_VECTORS:
+            return KvmExit.EXCEPTION
+        self.memory[v.own + L.K_EXCEPTION] = vector + 1
+        return self.event(v, exit)
+
+    def event(self, v: Vcpu, exit: Exit) -> None:
+        """Something may be injected now: look at the next entry."""
+        load("make_request")(self.handle, v.index, R.REQ_EVENT)
+
+    def nmi_window(self, v: Vcpu, exit: Exit) -> None:
+        """The guest can take an NMI now."""
+        self.memory[v.own + L.K_NMI_WINDOW] = 0
+        self.event(v, exit)
+
+    def iret(self, v: Vcpu, exit: Exit) -> None:
+        """SVM's IRET intercept: NMIs are unmasked behind the instruction, here at once."""
+        self.memory[v.own + L.K_NMI_MASKED] = 0
+        self.nmi_window(v, exit)
+
+    def interrupt_window(self, v: Vcpu, exit: Exit) -> None:
+        """The guest can take interrupts now: close the window, look again."""
+        self.memory[v.own + L.K_IRQ_WINDOW] = 0
+        self.event(v, exit)
+
+    def nothing(self, v: Vcpu, exit: Exit) -> None:
+        """External interrupts: the IRQ window has handled them."""
+
+    def skip_instruction(self, v: Vcpu, exit: Exit) -> int:
+        """Only RIP moves."""
+        return load("skip")(self.handle, v.index, exit.length)

@@ -1,0 +1,202 @@
+"""SVM: exit codes, handler tables, the order of checks in svm_handle_exit.
+
+Models: svm_exit_handlers_fastpath, svm_handle_exit_irqoff, svm_handle_exit. RDMSR and WRMSR share exit code 0x7C;
+EXITINFO1 tells them apart. The seed compared the code with VMX's 32 instead, which is a DR0 read here.
+AVIC's exits: an incomplete IPI has the ICR in EXITINFO1, its AvicIpi number and index in the halves of EXITINFO2; an
+unaccelerated access has the register (bits 11:4) and bit 32 for a write in EXITINFO1, the vector in EXITINFO2.
+Not modelled: SEV, intercepted exceptions, virtual interrupt bookkeeping, next-RIP decoding without NRIPS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.exits.exit import Exit
+from fastexit.exits.handlers import CommonHandlers, Handlers, user_code
+from fastexit.jit.declare import load
+from fastexit.outcome import CODE_EXIT, CODE_EXIT_REASON_SHIFT, CODE_REFUSAL_SHIFT, Refusal
+from fastexit.profile import Profile, Trait
+from fastexit.reasons import KvmExit, SvmExit, VmxExit
+
+if TYPE_CHECKING:
+    from fastexit.exits.dispatcher import Dispatcher
+    from fastexit.exits.exit import Handler
+    from fastexit.vcpu import Vcpu
+
+
+class Svm:
+    """AMD's side of the dispatcher."""
+
+    wrmsr_reason = int(SvmExit.MSR)
+    wrmsr_info1 = 1
+    rdmsr_reason = int(SvmExit.MSR)
+    mmio_reason = int(SvmExit.NPF)
+    interrupt_reason = int(SvmExit.INTERRUPT)
+    forced_reason = int(SvmExit.INTERRUPT)
+    hypercall_reason = int(SvmExit.VMMCALL)
+    lengths = {
+        int(SvmExit.MSR): R.INSN_LEN_WRMSR,
+        int(SvmExit.HLT): R.INSN_LEN_HLT,
+        int(SvmExit.IDLE_HLT): R.INSN_LEN_HLT,
+        int(SvmExit.CPUID): 2,
+        int(SvmExit.INVD): 2,
+        int(SvmExit.WBINVD): 2,
+        int(SvmExit.PAUSE): 2,
+        int(SvmExit.VMMCALL): 3,
+        int(SvmExit.READ_CR8): R.INSN_LEN_MOV_CR,
+        int(SvmExit.WRITE_CR8): R.INSN_LEN_MOV_CR,
+    }
+    l0_wants = frozenset(int(reason) for reason in (SvmExit.INTERRUPT, SvmExit.NMI, SvmExit.NPF))
+    shortcuts = frozenset(
+        int(reason)
+        for reason in (
+            SvmExit.MSR,
+            SvmExit.VINTR,
+            SvmExit.INTERRUPT,
+            SvmExit.HLT,
+            SvmExit.IDLE_HLT,
+            SvmExit.NPF,
+            SvmExit.VMGEXIT,
+        )
+    )
+    hardware = "avic"
+    user_exits = {
+        SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
+        SvmExit.IO: KvmExit.IO,
+    }
+
+    def __init__(self, profile: Profile, common: CommonHandlers) -> None:
+        self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
+        self.common = common
+        self.fast_run: dict[int, Handler] = {
+            self.wrmsr_reason: self._only_writes(common.fast_wrmsr),
+            int(SvmExit.HLT): common.fast_hlt,
+            int(SvmExit.INVD): common.fast_invd,
+        }
+        self.fast_irqoff: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_irqoff)}
+        if profile.traits & Trait.SVM_EXIT_32:
+            self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_irqoff, self.wrmsr_reason: self._wrong_code}
+        self.handlers = Handlers(
+            common.memory,
+            {
+                SvmExit.MSR: self._msr,
+                SvmExit.NPF: common.apic_page,
+                SvmExit.READ_DR0: self._read_dr0,
+                SvmExit.INTERRUPT: common.nothing,
+                SvmExit.AVIC_INCOMPLETE_IPI: self._incomplete_ipi,
+                SvmExit.AVIC_UNACCELERATED_ACCESS: self._unaccelerated_access,
+                SvmExit.VINTR: self._interrupt_window,
+                SvmExit.IRET: common.iret,
+                SvmExit.HLT: common.hlt,
+                SvmExit.IDLE_HLT: common.hlt,
+                SvmExit.VMMCALL: common.hypercall,
+                SvmExit.READ_CR8: self._read_cr8,
+                SvmExit.WRITE_CR8: self._write_cr8,
+                SvmExit.NMI: common.nothing,
+                SvmExit.CPUID: common.skip_instruction,
+                SvmExit.INVD: common.skip_instruction,
+                SvmExit.WBINVD: common.skip_instruction,
+                SvmExit.PAUSE: common.skip_instruction,
+            },
+        )
+
+    def _only_writes(self, fast: Handler) -> Handler:
+        def handler(v: Vcpu, exit: Exit) -> int:
+            if exit.info1:
+                return fast(v, exit)  # type: ignore[return-value]
+            return self.common.declined(v, exit)
+
+        return handler
+
+    def _wrong_code(self, v: Vcpu, exit: Exit) -> int:
+        """A real WRMSR under a kernel that waits for exit code 32."""
+        refusal = Refusal.NOT_AN_MSR_WRITE
+        if exit.info1:
+            on = self.common.memory[L.H_CONFIG] & L.CONFIG_FASTPATH
+            refusal = Refusal.SVM_EXIT_CODE if on else Refusal.SWITCHED_OFF
+        return refusal << CODE_REFUSAL_SHIFT
+
+    def _msr(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.wrmsr(v, exit) if exit.info1 else self.common.rdmsr(v, exit)
+
+    def _read_dr0(self, v: Vcpu, exit: Exit) -> int:
+        """dr_interception for DR0: the destination register, here v.read_data, gets DR0."""
+        mem = self.common.memory
+        mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
+        return self.common.skip_instruction(v, exit)
+
+    def _read_cr8(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.cr8(v, exit, write=False)
+
+    def _write_cr8(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.cr8(v, exit, write=True)
+
+    def cut_short(self, exit: Exit) -> int:
+        """EXITINTINFO: the event during whose delivery the exit happened."""
+        return exit.intr_info
+
+    def _interrupt_window(self, v: Vcpu, exit: Exit) -> int:
+        """interrupt_window_interception: the window that AVIC was inhibited for is open."""
+        self.common.interrupt_window(v, exit)
+        return load("irq_window")(self.common.handle, v.index, 0)
+
+    def _incomplete_ipi(self, v: Vcpu, exit: Exit) -> int:
+        """avic_incomplete_ipi_interception."""
+        return load("avic_incomplete_ipi")(self.common.handle, v.index, exit.info1, exit.info2)
+
+    def _unaccelerated_access(self, v: Vcpu, exit: Exit) -> int:
+        """avic_unaccelerated_access_interception: a trap's value is in the page already, the rest is emulated."""
+        offset = exit.info1 & R.AVIC_OFFSET
+        code = load("avic_unaccelerated")(self.common.handle, v.index, offset)
+        if not code & CODE_EXIT:
+            return code
+        write = bool(exit.info1 & R.AVIC_INFO1_WRITE)
+        if self.common.memory[v.hot + L.HOT_FLAGS] & L.FLAG_X2APIC:
+            access = Exit(self.wrmsr_reason, R.MSR_X2APIC_BASE + (offset >> 4), exit.value, int(write))
+            return self._msr(v, access)
+        within = exit.offset & ~R.AVIC_OFFSET
+        access = Exit(
+            self.mmio_reason,
+            value=exit.value,
+            offset=offset | within,
+            size=exit.size,
+            write=write,
+            length=exit.length,
+        )
+        return self.common.apic_page(v, access)
+
+    def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
+        """The exit that the CPU makes of an access; what AVIC has no part in is the plain one."""
+        reason = code >> CODE_EXIT_REASON_SHIFT & 0xFFFF
+        if reason not in (SvmExit.AVIC_INCOMPLETE_IPI, SvmExit.AVIC_UNACCELERATED_ACCESS):
+            return plain
+        low, high = code & 0xFF, code >> R.AVIC_INDEX_SHIFT & R.AVIC_INDEX
+        if reason == SvmExit.AVIC_INCOMPLETE_IPI:
+            mem, page = self.common.memory, L.PAGE + v.index * L.PAGE_STRIDE
+            icr, icr2 = (mem[page + (offset >> 3)] & 0xFFFF_FFFF for offset in (R.APIC_ICR, R.APIC_ICR2))
+            return Exit(reason, info1=icr2 << 32 | icr, info2=low << 32 | high)
+        info1 = (high & 0xFF) << 4 | (R.AVIC_INFO1_WRITE if code >> R.AVIC_WRITE_SHIFT & 1 else 0)
+        return Exit(
+            reason,
+            value=plain.value,
+            info1=info1,
+            info2=low,
+            offset=plain.offset,
+            size=plain.size,
+            write=plain.write,
+            length=plain.length,
+        )
+
+    def failed_entry(self, reason: int) -> tuple[int, bool]:
+        """The exit code, and whether it is the one for an invalid VMCB."""
+        return reason, reason == SvmExit.ERR
+
+    def handle_exit(self, loop: Dispatcher, v: Vcpu, exit: Exit, code: int) -> int:
+        """svm_handle_exit."""
+        if loop.reflect_to_l1(v, exit.reason):
+            return code
+        if exit.failed_entry:
+            return code | user_code(KvmExit.FAIL_ENTRY)
+        return loop.generic(v, exit, code)

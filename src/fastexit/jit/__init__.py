@@ -1,0 +1,1 @@
+"""How kernels are declared, compiled, kept on disk and called. Nothing of KVM is here."""

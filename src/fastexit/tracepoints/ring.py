@@ -1,0 +1,111 @@
+"""KVM's tracepoints of a machine: the ring as records, and as ftrace text.
+
+Models: tracefs as far as the events go that text.py lists, in the text of the machine's generation. Kernels write
+records only while tracing is on; off, the cost is a test of one bit. When the ring is full, later records are counted,
+not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastexit import layout as L
+from fastexit.tracepoints.names import since
+from fastexit.tracepoints.text import ARGUMENTS, LATENCY_FLAGS, Source, formats, text
+
+if TYPE_CHECKING:
+    from fastexit.machine import Machine
+
+RECORD = np.dtype([("event", "<u4"), ("vcpu", "<i4"), ("args", "<u8", (7,))])
+"""One record: event is layout.TP_*, vcpu the index of its vCPU (-1: none), args what the event prints."""
+
+
+class Trace:
+    """``machine.trace``: switch on, read as records or text, clear.
+
+    A generation has no line for a tracepoint that came later, so there may be fewer lines than records.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._mem = machine.mem
+        self._words = machine.words
+        kernel = machine.mem[L.H_PROFILE]
+        svm = bool(machine.mem[L.H_CONFIG] & L.CONFIG_SVM)
+        self._source = Source(kernel, svm, self._descriptor)
+        self._formats = formats(kernel)
+        self._flags = since(LATENCY_FLAGS, kernel)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether kernels write records."""
+        return bool(self._mem[L.H_CONFIG] & L.CONFIG_TRACE)
+
+    def enable(self) -> None:
+        """Switch tracing on."""
+        self._mem[L.H_CONFIG] |= L.CONFIG_TRACE
+
+    def disable(self) -> None:
+        """Switch tracing off; what was recorded stays."""
+        self._mem[L.H_CONFIG] &= ~L.CONFIG_TRACE
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self._mem[L.H_TRACE_HEAD] = 0
+
+    def __len__(self) -> int:
+        return min(self._mem[L.H_TRACE_HEAD], L.TRACE_CAPACITY)
+
+    @property
+    def lost(self) -> int:
+        """Records that did not fit since the last clear."""
+        return max(self._mem[L.H_TRACE_HEAD] - L.TRACE_CAPACITY, 0)
+
+    def records(self) -> np.ndarray:
+        """A copy of the records since the last clear, dtype RECORD, oldest first."""
+        raw = self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE].reshape(-1, L.TRACE_STRIDE)
+        out = np.empty(len(raw), dtype=RECORD)
+        out["event"] = raw[:, 0] & np.uint64(0xFF)
+        out["vcpu"] = (raw[:, 0] >> np.uint64(8)).astype(np.uint32).astype(np.int64) - 1
+        out["args"] = raw[:, 1:]
+        for event in set(out["event"].tolist()):
+            out["args"][out["event"] == event, ARGUMENTS.get(event, 3) :] = 0  # what an older record left there
+        return out
+
+    def lines(self) -> list[str]:
+        """``event: payload`` of every record, as ftrace prints it after the time stamp."""
+        return [line for _, _, line in self._lines()]
+
+    def text(self) -> str:
+        """All records as ftrace text. The model has no clock: a record's number serves as its microsecond."""
+        out = []
+        for n, vcpu, line in self._lines():
+            task = f"vcpu{vcpu}" if vcpu >= 0 else "host"
+            seconds, micros = divmod(n, 1_000_000)
+            out.append(
+                f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] {self._flags} {seconds:5d}.{micros:06d}: {line}"
+            )
+        return "\n".join(out) + ("\n" if out else "")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lines())
+
+    def _lines(self) -> Iterator[tuple[int, int, str]]:
+        """Number, vCPU index and line of every record that this generation has a line for."""
+        for n, record in enumerate(self.records()):
+            event, vcpu = int(record["event"]), int(record["vcpu"])
+            template = self._formats.get(event)
+            if template is None:
+                continue
+            vcpu_id = self._mem[L.KVM + vcpu * L.KVM_STRIDE + L.K_VCPU_ID] if vcpu >= 0 else 0
+            line = text(template, self._source, event, vcpu_id, record["args"].tolist())
+            if line is not None:
+                yield n, vcpu, line
+
+    def _descriptor(self, vcpu_id: int) -> int:
+        """Where the posted-interrupt descriptor of a vCPU lies in the machine's memory, in bytes; 0: no such vCPU."""
+        ids = self._words[L.KVM + L.K_VCPU_ID : L.KVM + self._mem[L.H_NVCPUS] * L.KVM_STRIDE : L.KVM_STRIDE]
+        found = np.flatnonzero(ids == vcpu_id)
+        return 8 * (L.HOT + int(found[0]) * L.HOT_STRIDE) if len(found) else 0

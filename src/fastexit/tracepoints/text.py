@@ -1,0 +1,271 @@
+"""What each tracepoint says, generation by generation: the text that a kernel prints for one record of the trace ring.
+
+Models: the TP_printk formats of arch/x86/kvm/trace.h and include/trace/events/kvm.h, with the
+names of names.py. A format holds from its generation until the next one of the same event; before the first,
+the event did not exist and prints nothing. One word is the model's own: pi_desc_addr, a host address in KVM, is the
+descriptor's place in the machine's memory, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastexit import layout as L
+from fastexit import regs as R
+from fastexit.tracepoints.names import ORDER, inhibits, reason_text, since, user_text
+
+_U32 = 0xFFFF_FFFF
+_EINTR = 4
+
+Fields = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """Where a record comes from: ``kernel`` is the position of the machine's generation in PROFILES."""
+
+    kernel: int
+    svm: bool
+    descriptor: Callable[[int], int]
+    """vCPU id -> place of its posted-interrupt descriptor, in bytes."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the formats
+
+_PI = "PI is {state} for irq {irq}, vcpu {target}, gsi: 0x{gsi:x}, gvec: 0x{2:x}"
+_EXIT = "vcpu {vcpu} reason {reason} rip 0x{1:x} "
+_EXIT_INFO = "info1 0x{2:016x} info2 0x{3:016x} intr_info 0x{4:08x} error_code 0x{5:08x}"
+
+FORMATS: dict[int, dict[str, str]] = {
+    L.TP_ENTRY: {
+        "seed-v3": "kvm_entry: vcpu {vcpu}",
+        "6.1": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
+        "6.12": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
+        "6.18": "kvm_entry: vcpu {vcpu}, rip 0x{0:x} intr_info 0x{1:08x} error_code 0x{error:08x}{immediate}",
+    },
+    L.TP_EXIT: {
+        "seed-v3": f"kvm_exit: {_EXIT}info {{2:x}} {{3:x}}",
+        "6.1": f"kvm_exit: {_EXIT}{_EXIT_INFO}",
+        "6.18": f"kvm_exit: {_EXIT}{_EXIT_INFO} requests 0x{{requests:016x}}",
+    },
+    L.TP_MSR_READ: {"seed-v3": "kvm_msr: msr_read {0:x} = 0x{1:x}{gp}"},
+    L.TP_MSR_WRITE: {"seed-v3": "kvm_msr: msr_write {0:x} = 0x{1:x}{gp}"},
+    L.TP_APIC_READ: {
+        "seed-v3": "kvm_apic: apic_read {register} = 0x{low:x}",
+        "6.1": "kvm_apic: apic_read {register} = 0x{1:x}",
+    },
+    L.TP_APIC_WRITE: {
+        "seed-v3": "kvm_apic: apic_write {register} = 0x{low:x}",
+        "6.1": "kvm_apic: apic_write {register} = 0x{1:x}",
+    },
+    L.TP_APIC_IPI: {"seed-v3": "kvm_apic_ipi: {text}"},
+    L.TP_ACCEPT_IRQ: {"seed-v3": "kvm_apic_accept_irq: {text}"},
+    L.TP_APICV_ACCEPT_IRQ: {"6.1": "kvm_apicv_accept_irq: {text}"},
+    L.TP_EOI: {"seed-v3": "kvm_eoi: apicid {vcpu:x} vector {vector}"},
+    L.TP_PV_EOI: {"seed-v3": "kvm_pv_eoi: apicid {vcpu:x} vector {vector}"},
+    L.TP_INJ_VIRQ: {
+        "seed-v3": "kvm_inj_virq: irq {0}",
+        "6.1": "kvm_inj_virq: {kind} 0x{0:x}{again}",
+    },
+    L.TP_MSI_SET_IRQ: {"seed-v3": "kvm_msi_set_irq: dst {1:x} vec {vector} ({mode}|{dest}|{trigger}{hint})"},
+    L.TP_FAST_MMIO: {"seed-v3": "kvm_fast_mmio: fast mmio at gpa 0x{0:x}"},
+    L.TP_HV_TIMER_STATE: {"seed-v3": "kvm_hv_timer_state: vcpu_id {vcpu:x} hv_timer {0:x}"},
+    L.TP_WAIT_LAPIC_EXPIRE: {"seed-v3": "kvm_wait_lapic_expire: vcpu {vcpu}: delta {delta} ({side})"},
+    L.TP_APICV_INHIBIT_CHANGED: {
+        "5.6": "kvm_apicv_update_request: {request} bit={reason}",
+        "6.1": "kvm_apicv_inhibit_changed: {change} reason={reason}, inhibits=0x{inhibits:x}",
+        "6.12": "kvm_apicv_inhibit_changed: {change} reason={reason}, inhibits=0x{inhibits:x}{names}",
+    },
+    L.TP_AVIC_INCOMPLETE_IPI: {
+        "seed-v3": "kvm_avic_incomplete_ipi: vcpu={vcpu}, icrh:icrl=0x{high:08x}:{low:08x}, id={1}, index={2}",
+    },
+    L.TP_AVIC_DOORBELL: {"6.1": "kvm_avic_doorbell: vcpuid={0}, apicid={1}"},
+    L.TP_AVIC_KICK_VCPU_SLOWPATH: {
+        "6.1": "kvm_avic_kick_vcpu_slowpath: icrh:icrl=0x{high:06x}:{low:08x}, index={1}",
+    },
+    L.TP_USERSPACE_EXIT: {"seed-v3": "kvm_userspace_exit: reason {why} ({number})"},
+    L.TP_PI_IRTE_UPDATE: {
+        "seed-v3": f"kvm_pi_irte_update: VT-d {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
+        "6.12": f"kvm_pi_irte_update: {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
+        "6.18": f"kvm_pi_irte_update: {_PI}",
+    },
+}
+"""Event -> generation from which a format holds -> the format.
+
+{0}, {1} ... are the record's arguments, {vcpu} the id of its vCPU, the other names what _FIELDS makes of them.
+"""
+
+ARGUMENTS = {
+    L.TP_EXIT: 7,
+    L.TP_EOI: 1,
+    L.TP_PV_EOI: 1,
+    L.TP_FAST_MMIO: 1,
+    L.TP_HV_TIMER_STATE: 1,
+    L.TP_WAIT_LAPIC_EXPIRE: 1,
+    L.TP_APIC_READ: 2,
+    L.TP_APIC_WRITE: 2,
+    L.TP_APIC_IPI: 2,
+    L.TP_ACCEPT_IRQ: 2,
+    L.TP_APICV_ACCEPT_IRQ: 2,
+    L.TP_AVIC_DOORBELL: 2,
+    L.TP_AVIC_KICK_VCPU_SLOWPATH: 2,
+    L.TP_USERSPACE_EXIT: 2,
+}
+"""How many of a record's arguments mean something; 3 for the events that are not here."""
+
+LATENCY_FLAGS = {"seed-v3": "....", "6.1": "....."}
+"""The flags in front of a time stamp: 5.13 added one for migrate-disable."""
+
+
+def formats(kernel: int) -> dict[int, str]:
+    """Event -> format, for the events that a generation has."""
+    found = {event: since(table, kernel) for event, table in FORMATS.items()}
+    return {event: text for event, text in found.items() if text is not None}
+
+
+def text(template: str, source: Source, event: int, vcpu_id: int, words: list[int]) -> str | None:
+    """One line, or None for a record that this kernel has no line for."""
+    make = _FIELDS.get(event)
+    fields = make(source, words) if make else {}
+    return None if fields is None else template.format(*words, vcpu=vcpu_id, **fields)
+
+
+_SHORTHANDS = ("dst", "self", "all", "all-but-self")
+
+
+def _mode(icr: int) -> str:
+    return R.DeliveryMode(icr >> R.ICR_DM_SHIFT & 7).name
+
+
+def _trigger(icr: int) -> str:
+    return "level" if icr & R.ICR_TRIGGER else "edge"
+
+
+def _dest_mode(icr: int) -> str:
+    return "logical" if icr & R.ICR_LOGICAL else "physical"
+
+
+def ipi_text(icr: int, dest: int) -> str:
+    """Text of kvm_apic_ipi."""
+    level = "assert" if icr & R.ICR_LEVEL else "de-assert"
+    shorthand = _SHORTHANDS[icr >> R.ICR_SHORTHAND_SHIFT & 3]
+    return f"dst {dest:x} vec {icr & 0xFF} ({_mode(icr)}|{_dest_mode(icr)}|{level}|{_trigger(icr)}|{shorthand})"
+
+
+def accept_text(apic_id: int, icr: int) -> str:
+    """Text of kvm_apic_accept_irq and kvm_apicv_accept_irq."""
+    return f"apicid {apic_id:x} vec {icr & 0xFF} ({_mode(icr)}|{_trigger(icr)})"
+
+
+# -------------------------------------------------------------------- what formats name, made from a record's arguments
+
+
+def _entry(source: Source, a: list[int]) -> Fields:
+    return {"error": a[2] & _U32, "immediate": "[immediate exit]" if a[2] >> 32 else ""}
+
+
+def _exit(source: Source, a: list[int]) -> Fields:
+    return {"reason": reason_text(a[0], source.svm, source.kernel), "requests": a[6] & ~R.REQ_SIGNAL}
+
+
+def _msr(source: Source, a: list[int]) -> Fields:
+    return {"gp": " (#GP)" if a[2] else ""}
+
+
+def _apic(source: Source, a: list[int]) -> Fields:
+    return {"register": R.REGISTER_NAMES.get(a[0], f"0x{a[0]:x}"), "low": a[1] & _U32}
+
+
+def _ipi(source: Source, a: list[int]) -> Fields:
+    return {"text": ipi_text(a[0], a[1])}
+
+
+def _accept(source: Source, a: list[int]) -> Fields:
+    return {"text": accept_text(a[0], a[1])}
+
+
+def _eoi(source: Source, a: list[int]) -> Fields:
+    return {"vector": -1 if a[0] == L.NONE else a[0]}
+
+
+def _inject(source: Source, a: list[int]) -> Fields:
+    return {"kind": "Soft/INTn" if a[1] else "IRQ", "again": " [reinjected]" if a[2] else ""}
+
+
+def _msi(source: Source, a: list[int]) -> Fields:
+    return {
+        "vector": a[0] & 0xFF,
+        "mode": _mode(a[0]),
+        "dest": _dest_mode(a[0]),
+        "trigger": _trigger(a[0]),
+        "hint": "|rh" if a[2] else "",
+    }
+
+
+def _expire(source: Source, a: list[int]) -> Fields:
+    delta = a[0] - (a[0] >> 63 << 64)
+    return {"delta": delta, "side": "early" if delta < 0 else "late"}
+
+
+def _inhibit(source: Source, a: list[int]) -> Fields | None:
+    """No line for a reason that this generation did not know. Until 5.8 only the first one and the last one had one."""
+    known = inhibits(source.kernel)
+    if a[0] not in known:
+        return None
+    held = [reason for reason in known if a[2] >> reason & 1]
+    if source.kernel < ORDER["6.1"] and [reason for reason in held if reason != a[0]]:
+        return None
+    return {
+        "change": "set" if a[1] else "cleared",
+        "request": "deactivate" if a[1] else "activate",
+        "reason": known.index(a[0]),
+        "inhibits": sum(1 << known.index(reason) for reason in held),
+        "names": " " + "|".join(reason.name for reason in held) if held else "",
+    }
+
+
+def _halves(source: Source, a: list[int]) -> Fields:
+    return {"low": a[0] & _U32, "high": a[0] >> 32}
+
+
+def _userspace(source: Source, a: list[int]) -> Fields:
+    if a[1]:
+        return {"why": "restart" if a[1] == _EINTR else "error", "number": a[1]}
+    return {"why": user_text(a[0], source.kernel), "number": a[0]}
+
+
+def _irte(source: Source, a: list[int]) -> Fields | None:
+    """An entry that goes to no single vCPU names -1; that had no line before 6.18."""
+    target = a[1] >> 32
+    if target == _U32 and source.kernel < ORDER["6.18"]:
+        return None
+    return {
+        "state": "enabled and being updated" if a[0] >> 32 else "disabled",
+        "irq": a[0] & _U32,
+        "gsi": a[1] & _U32,
+        "target": -1 if target == _U32 else target,
+        "descriptor": source.descriptor(target),
+    }
+
+
+_FIELDS: dict[int, Callable[[Source, list[int]], Fields | None]] = {
+    L.TP_ENTRY: _entry,
+    L.TP_EXIT: _exit,
+    L.TP_MSR_READ: _msr,
+    L.TP_MSR_WRITE: _msr,
+    L.TP_APIC_READ: _apic,
+    L.TP_APIC_WRITE: _apic,
+    L.TP_APIC_IPI: _ipi,
+    L.TP_ACCEPT_IRQ: _accept,
+    L.TP_APICV_ACCEPT_IRQ: _accept,
+    L.TP_EOI: _eoi,
+    L.TP_PV_EOI: _eoi,
+    L.TP_INJ_VIRQ: _inject,
+    L.TP_MSI_SET_IRQ: _msi,
+    L.TP_WAIT_LAPIC_EXPIRE: _expire,
+    L.TP_APICV_INHIBIT_CHANGED: _inhibit,
+    L.TP_AVIC_INCOMPLETE_IPI: _halves,
+    L.TP_AVIC_KICK_VCPU_SLOWPATH: _halves,
+    L.TP_USERSPACE_EXIT: _userspace,
+    L.TP_PI_IRTE_UPDATE: _irte,
+}
