@@ -198,7 +198,7 @@ class TimedDispatcher(Dispatcher):
     # ------------------------------------------------------------------------------------------ towards VM entry
 
     def loop_tail(self, v: Vcpu) -> int:
-        """O4-O7, with the APIC that accepts a tick."""
+        """Dispatcher.loop_tail, with the APIC that accepts a tick."""
         old = self._before(v)
         code = super().loop_tail(v)
         self.meter.charge("loop_tail", "loop_tail")

@@ -142,7 +142,7 @@ class Dispatcher:
                 self.loop_tail(v)
         else:
             return
-        load("return_to_user")(self.handle, v.index, L.NONE, 0)
+        load("finish_run")(self.handle, v.index, L.NONE, 0)
 
     def out_of_guest(self, v: Vcpu) -> None:
         """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
@@ -233,7 +233,7 @@ class Dispatcher:
     def return_to_user(self, v: Vcpu, code: int) -> None:
         """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR."""
         reason = ((code & CODE_USER) >> CODE_USER_SHIFT) - 1
-        load("return_to_user")(self.handle, v.index, reason, R.EINTR if reason == KvmExit.INTR else 0)
+        load("finish_run")(self.handle, v.index, reason, R.EINTR if reason == KvmExit.INTR else 0)
 
     def handle_exit(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 20: the vendor's checks, then the generic handler unless the fast path was there already."""
@@ -314,7 +314,7 @@ class Dispatcher:
                 return code
 
     def loop_tail(self, v: Vcpu) -> int:
-        """Behind an iteration that stays in the kernel: timer ticks become interrupts, signals are seen. O4-O7."""
+        """Behind an iteration that stays in the kernel: timer ticks become interrupts, signals are seen."""
         return load("loop_tail")(self.handle, v.index)
 
     def vcpu_enter_guest(self, v: Vcpu, forced: bool = False) -> int:
@@ -383,6 +383,6 @@ class Dispatcher:
         rare = mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE] or mem[own + L.K_IMMEDIATE]
         rare = rare or (mem[own + L.K_ENTRY_INFO] and mem[own + L.K_HV_DEADLINE] != L.NONE)
         if rare or mem[L.H_CONFIG] & L.CONFIG_TRACE:
-            load("trace_entry")(self.handle, v.index)
+            load("vm_entry")(self.handle, v.index)
         else:
             mem[own + L.K_ENTRY_INFO] = 0

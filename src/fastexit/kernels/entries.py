@@ -22,6 +22,7 @@ from . import (
     irte,
     lapic,
     lapicstate,
+    loop,
     msi,
     msr,
     pi,
@@ -70,8 +71,8 @@ def _on_vcpu(name, inner, more):
 
 _ON_ONE_VCPU = {
     0: {
-        "door_leave": cdoor.leave,
-        "door_run": cdoor.run,
+        "door_leave": loop.leave_guest,
+        "door_run": loop.kvm_run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
         "deliver_pending": apicv.deliver_pending,
         "accept_events": events.accept_events,
@@ -98,7 +99,7 @@ _ON_ONE_VCPU = {
         "exits_at_once": steps.exits_at_once,
         "loop_tail": steps.loop_tail,
         "service_requests": steps.service_requests,
-        "trace_entry": steps.trace_entry,
+        "vm_entry": steps.vm_entry,
         "wake_up": steps.wake_up,
         "fire_timer": timer.fire,
     },
@@ -137,7 +138,7 @@ _ON_ONE_VCPU = {
         "mmio_read": lapic.mmio_read,
         "emulate_cr8": msr.emulate_cr8,
         "emulate_rdmsr": msr.emulate_rdmsr,
-        "return_to_user": steps.return_to_user,
+        "finish_run": steps.finish_run,
     },
     3: {
         "apicv_mmio_write": apicv.mmio_write,
@@ -188,8 +189,7 @@ def fast_exit(handle, msr_index, value):
         return k.CODE_NOT_IN_GUEST
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
-        late = m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
-        if not late:
+        if not loop.traces_late(m):
             reason = k.SVM_MSR if svm else k.VMX_MSR_WRITE
             steps.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
     return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))

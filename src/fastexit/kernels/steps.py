@@ -1,7 +1,7 @@
 """Steps of vcpu_run and vcpu_enter_guest that touch words other threads write, or that the batch door needs compiled.
 
 Models: request processing, the tail of vcpu_run's loop, vcpu_block, the entry protocol. The Python dispatcher calls
-these steps one by one; batch.py strings the same steps together. events.py has what an entry injects.
+these steps one by one; loop.py strings the same steps together. events.py has what an entry injects.
 """
 
 from ..jit.atomics import exchange, fence
@@ -184,7 +184,7 @@ def begin_run(m, v):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def return_to_user(m, v, reason, errno):
+def finish_run(m, v, reason, errno):
     """KVM_RUN returns: SRCU dropped, kvm_userspace_exit (not for NONE), vcpu_put. A signal is taken on the way."""
     host = own(m, v)
     clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_SIGNAL)
@@ -224,7 +224,7 @@ def enter(m, v):
 
 
 @kernel("u8(words, u8)")
-def trace_entry(m, v):
+def vm_entry(m, v):
     """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
 
     An entry that is forced to exit at once leaves an EVENT request behind: the event for which it was forced is to be
@@ -251,7 +251,7 @@ def trace_entry(m, v):
 def trace_reentry(m, v):
     """kvm_entry of a fast re-entry, in the generations that trace it."""
     if m[k.H_TRAITS] & k.T_TRACE_REENTRY:
-        return trace_entry(m, v)
+        return vm_entry(m, v)
     m[own(m, v) + k.K_ENTRY_INFO] = k.ZERO
     if m[own(m, v) + k.K_EXPIRED_DEADLINE]:
         wait_expired(m, v)

@@ -1,0 +1,391 @@
+"""The run loop of one vCPU, compiled: vcpu_enter_guest and vcpu_run, from a VM exit to the next VM entry.
+
+Models: what exits/dispatcher.py models, function by function, under the same names and in the same order, on the same
+words; a test compares the names, and property tests compare the two byte by byte. steps.py has the steps that both
+call, batch.py runs many exits through this loop, cdoor.py opens it to C.
+
+Not modelled here: exits of L2, failed entries, vectoring information, and exits without a compiled handler. The Python
+dispatcher does those.
+"""
+
+from ..jit.atomics import load_acquire
+from ..jit.declare import kernel
+from . import steps
+from . import typed as k
+from .events import inject_events
+from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
+from .fastpath import wrmsr as fast_wrmsr
+from .halt import emulate_halt
+from .irq import take_pv_eoi
+from .lapic import mmio_read, mmio_write
+from .msr import emulate_rdmsr, emulate_wrmsr, skip
+from .shared import hot, own
+
+OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
+IN_GUEST, AROUND = k.ZERO, k.NONE
+"""Result of vcpu_enter_guest other than a USER code: in the guest, or once more around the loop of vcpu_run."""
+
+
+@kernel("u8(words, u8, u8)")
+def operation(m, reason, info):
+    """Find what an exit asks for; OP_NONE when nothing compiled knows it."""
+    mmio = OP_MMIO_WRITE if info & k.MMIO_WRITE else OP_MMIO_READ
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        if reason == k.SVM_MSR:
+            return OP_WRMSR if info else OP_RDMSR
+        if reason == k.SVM_NPF:
+            return mmio
+        if reason == k.SVM_HLT:
+            return OP_HLT
+        return OP_NOTHING if reason == k.SVM_INTERRUPT else OP_NONE
+    if reason == k.VMX_MSR_WRITE:
+        return OP_WRMSR
+    if reason == k.VMX_MSR_READ:
+        return OP_RDMSR
+    if reason == k.VMX_EPT_MISCONFIG:
+        return mmio
+    if reason == k.VMX_HLT:
+        return OP_HLT
+    if reason == k.VMX_PREEMPTION_TIMER:
+        return OP_TIMER
+    return OP_NOTHING if reason == k.VMX_EXTERNAL_INTERRUPT else OP_NONE
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def _fast_stage(m, v, op, msr, value):
+    """Call the fast handler of an exit, wherever this generation hooks it; refuse everything else."""
+    if op == OP_HLT:
+        return hlt(m, v)
+    if op == OP_TIMER:
+        return preemption_timer(m, v)
+    if op != OP_WRMSR:
+        return refuse(k.RF_NOT_AN_MSR_WRITE)
+    if m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_TRAITS] & k.T_SVM_EXIT_32:
+        refusal = k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF
+        return refuse(refusal)
+    return fast_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
+
+
+@kernel("u8(words)")
+def traces_late(m):
+    """Tell whether kvm_exit comes from handle_exit in this generation."""
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    return m[k.H_TRAITS] & (k.T_TRACE_EXIT_LATE_SVM if svm else k.T_TRACE_EXIT_LATE_VMX)
+
+
+# ---------------------------------------------------------------------------------------------------------------- doors
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8)")
+def run_exit(m, v, op, reason, msr, value, info):
+    """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
+    if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
+        start_run(m, v)
+    code = vendor_run(m, v, op, reason, msr, value, info)
+    if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
+        return after_run(m, v, op, reason, msr, value, info, code)
+    # The timer's next period may have run out as well.
+    again = exit_at_once(m, v) if op == OP_TIMER else IN_GUEST
+    return code if again == IN_GUEST else code | go_on(m, v, again)
+
+
+@kernel("u8(words, u8)")
+def kvm_run(m, v):
+    """Call KVM_RUN: 0 when the vCPU is in the guest then, CODE_BLOCKED, or the USER code of a return."""
+    if load_acquire(m, hot(m, v) + k.HOT_MODE) != k.OUTSIDE_GUEST_MODE:
+        return k.ZERO
+    user = steps.begin_run(m, v)
+    if user:
+        return_to_user(m, v, user)
+        return user
+    return vcpu_run(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8)")
+def start_run(m, v):
+    """Take a vCPU from user space into the guest, on the caller's word that it is there.
+
+    A return of KVM_RUN that stands before the entry (an EOI for user space's IOAPIC, say) happens, and user space then
+    calls KVM_RUN again.
+    """
+    while True:
+        user = steps.begin_run(m, v)
+        steps.wake_up(m, v)
+        if user:
+            return_to_user(m, v, user)
+        elif not vcpu_run(m, v, k.ONE):
+            return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def leave_guest(m, v):
+    """Take the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as a signal does."""
+    if load_acquire(m, hot(m, v) + k.HOT_MODE) != k.OUTSIDE_GUEST_MODE:
+        out_of_guest(m, v)
+        steps.loop_tail(m, v)
+    elif m[own(m, v) + k.K_IN_RUN]:
+        steps.wake_up(m, v)
+        if m[own(m, v) + k.K_MP_STATE] != k.MP_UNINITIALIZED:
+            steps.loop_tail(m, v)
+    else:
+        return k.ZERO
+    return steps.finish_run(m, v, k.NONE, k.ZERO)
+
+
+@kernel("u8(words, u8)")
+def out_of_guest(m, v):
+    """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
+    guest_mode_outside(m, v)
+    irq_window(m, v)
+    guest_time_stop(m, v)
+    srcu_lock(m, v)
+    return sync_from_vapic(m, v)
+
+
+# ---------------------------------------------------------------------------------------- from VM exit to handle_exit
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8)")
+def vendor_run(m, v, op, reason, msr, value, info):
+    """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
+    if not traces_late(m):
+        trace_exit(m, v, op, reason, info)
+    if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
+        return k.ZERO
+    code = reenter(m, v, _fast_stage(m, v, op, msr, value))
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        steps.trace_reentry(m, v)
+    return code
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def after_run(m, v, op, reason, msr, value, info, code):
+    """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""
+    code = leave_and_handle(m, v, op, reason, msr, value, info, code)
+    return code | go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
+
+
+@kernel("u8(words, u8, u8)")
+def go_on(m, v, user):
+    """Go on behind an iteration: out for its USER code, or AROUND the loop again."""
+    if user == AROUND:
+        user = steps.loop_tail(m, v)
+    if user:
+        return_to_user(m, v, user)
+        return user
+    return vcpu_run(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def leave_and_handle(m, v, op, reason, msr, value, info, code):
+    """Steps 13-20 of an exit that did not re-enter: its outcome code."""
+    guest_mode_outside(m, v)
+    code = handle_exit_irqoff(m, v, op, msr, value, code)
+    irq_window(m, v)
+    guest_time_stop(m, v)
+    srcu_lock(m, v)
+    sync_from_vapic(m, v)
+    if code & k.CODE_COMPLETION != k.COMPLETION_USERSPACE:
+        code = handle_exit(m, v, op, reason, msr, value, info, code)
+        m[own(m, v) + k.K_IMMEDIATE] = k.ZERO
+    return code
+
+
+@kernel("u8(words, u8)")
+def guest_mode_outside(m, v):
+    """Step 13: vcpu->mode := OUTSIDE_GUEST_MODE."""
+    m[hot(m, v) + k.HOT_MODE] = k.OUTSIDE_GUEST_MODE
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def handle_exit_irqoff(m, v, op, msr, value, code):
+    """Step 14: the vendor's handler with IRQs still off; the seed, 5.6 and 5.7 handle WRMSR here."""
+    return _fast_stage(m, v, op, msr, value) if m[k.H_TRAITS] & k.T_HOOK_IRQOFF else code
+
+
+@kernel("u8(words, u8)")
+def irq_window(m, v):
+    """Step 15: host interrupts are let in, among them the one that caused the exit."""
+    host = own(m, v)
+    m[host + k.K_IRQS_OFF] = k.ZERO
+    m[host + k.K_EXITS] = m[host + k.K_EXITS] + k.ONE
+    m[host + k.K_IRQ_WINDOWS] = m[host + k.K_IRQ_WINDOWS] + k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def guest_time_stop(m, v):
+    """Step 16: guest time ends, preemption is on again."""
+    m[own(m, v) + k.K_GUEST_TIME] = k.ZERO
+    m[own(m, v) + k.K_PREEMPT_OFF] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def srcu_lock(m, v):
+    """Step 17: the SRCU read lock is taken again."""
+    host = own(m, v)
+    m[host + k.K_SRCU] = k.ONE
+    m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def sync_from_vapic(m, v):
+    """Step 18: did the guest end its interrupt by the paravirtual flag?"""
+    return take_pv_eoi(m, v) if m[own(m, v) + k.K_ATTENTION] else k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def return_to_user(m, v, code):
+    """Return from KVM_RUN for the USER field of an outcome code; a signal makes it -EINTR."""
+    reason = ((code & k.CODE_USER) >> k.CODE_USER_SHIFT) - k.ONE
+    return steps.finish_run(m, v, reason, k.EINTR if code & k.CODE_USER == k.USER_INTR else k.ZERO)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def handle_exit(m, v, op, reason, msr, value, info, code):
+    """Step 20: the generic handler unless the fast path was there already."""
+    if traces_late(m):
+        trace_exit(m, v, op, reason, info)
+    return generic(m, v, op, msr, value, info, code)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8)")
+def generic(m, v, op, msr, value, info, code):
+    """The tail of both vendors' handle_exit: completion, or one of the generic handlers that are compiled."""
+    completion = code & k.CODE_COMPLETION
+    if completion == k.COMPLETION_SKIP:
+        # The skip's verdict is ignored, as it was from the seed to 5.7: a KVM_EXIT_DEBUG is lost.
+        skip(m, v, k.INSN_LEN_WRMSR)
+        return code
+    if completion != k.COMPLETION_NONE:
+        return code
+    if op == OP_RDMSR and not m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
+        # Every other exit here has a retpoline shortcut.
+        m[own(m, v) + k.K_INDIRECT_CALLS] = m[own(m, v) + k.K_INDIRECT_CALLS] + k.ONE
+    if op == OP_WRMSR:
+        return code | emulate_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
+    if op == OP_RDMSR:
+        return code | emulate_rdmsr(m, v, msr, k.INSN_LEN_WRMSR)
+    if op == OP_HLT:
+        return code | emulate_halt(m, v)
+    if op == OP_TIMER:
+        return code | handle_preemption_timer(m, v)
+    if op == OP_NOTHING:
+        return code
+    length = info & ~k.MMIO_WRITE
+    code = code | (mmio_write(m, v, msr, length, value) if op == OP_MMIO_WRITE else mmio_read(m, v, msr, length))
+    return code if code & k.CODE_USER else code | skip(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def trace_exit(m, v, op, reason, info):
+    """kvm_exit. An access to the page has its length in ``info``, which no kernel prints."""
+    mmio = op == OP_MMIO_WRITE or op == OP_MMIO_READ
+    return steps.trace_exit(m, v, reason, k.ZERO if mmio else info, k.ZERO, k.ZERO)
+
+
+# ------------------------------------------------------------------------------------------------- towards VM entry
+
+
+@kernel("u8(words, u8, u8)")
+def vcpu_run(m, v, forced):
+    """Loop until the vCPU is in the guest (0), waits (CODE_BLOCKED) or KVM_RUN returns (a USER code).
+
+    ``forced`` is the caller's word that the vCPU runs guest code, whatever its mp_state said.
+    """
+    while True:
+        if forced or m[own(m, v) + k.K_MP_STATE] == k.MP_RUNNABLE:
+            user = vcpu_enter_guest(m, v, forced)
+            if user == IN_GUEST:
+                return k.ZERO
+        else:
+            user = steps.block(m, v)
+            if user == steps.BLOCKED:
+                return k.CODE_BLOCKED
+            if user == steps.AGAIN:
+                continue
+            if user == k.ZERO:
+                user = AROUND
+        if user == AROUND:
+            user = steps.loop_tail(m, v)
+        if user:
+            return_to_user(m, v, user)
+            return user
+
+
+@kernel("u8(words, u8, u8)")
+def vcpu_enter_guest(m, v, forced):
+    """Try to enter, steps 1-11: IN_GUEST, AROUND (the loop goes round again) or a USER code."""
+    host = own(m, v)
+    if m[hot(m, v) + k.HOT_REQUESTS] or m[host + k.K_USER_WINDOW]:
+        user = steps.service_requests(m, v)
+        if user:
+            return user
+        if inject_events(m, v) == steps.BLOCKED and not forced:
+            return AROUND
+    if forced:
+        m[host + k.K_MP_STATE] = k.MP_RUNNABLE
+    preempt_disable(m, v)
+    irqs_off(m, v)
+    if steps.enter(m, v) == steps.ENTERED:
+        guest_time_start(m, v)
+        steps.vm_entry(m, v)
+        return exit_at_once(m, v)
+    m[host + k.K_PREEMPT_OFF] = k.ZERO
+    return AROUND
+
+
+@kernel("u8(words, u8)")
+def exit_at_once(m, v):
+    """Run the exits of a guest that leaves before its first instruction: IN_GUEST, AROUND or a USER code.
+
+    KVM forces an exit by the preemption timer, or by a host interrupt where there is none.
+    """
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    op = OP_NOTHING if svm else OP_TIMER
+    reason = k.SVM_INTERRUPT if svm else k.VMX_PREEMPTION_TIMER
+    while steps.exits_at_once(m, v):
+        code = vendor_run(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO)
+        if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
+            code = leave_and_handle(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO, code)
+            return code & k.CODE_USER if code & k.CODE_USER else AROUND
+    return IN_GUEST
+
+
+@kernel("u8(words, u8)")
+def preempt_disable(m, v):
+    """Step 4: preemption off, the vendor prepares the switch."""
+    m[own(m, v) + k.K_PREEMPT_OFF] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def irqs_off(m, v):
+    """Step 5: host interrupts off. Before mode says IN_GUEST: a notification then stays pending till the entry."""
+    m[own(m, v) + k.K_IRQS_OFF] = k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def guest_time_start(m, v):
+    """Step 10: guest time is accounted from here."""
+    m[own(m, v) + k.K_GUEST_TIME] = k.ONE
+    return k.ZERO
+
+
+# ------------------------------------------------------------------------------------------- behind the short way
+
+
+@kernel("u8(words, u8, u8, u8)")
+def behind_unicast(m, v, code, value):
+    """Finish an IPI sent by unicast.send when the sender cannot re-enter at once.
+
+    It has an interrupt that was posted to itself, a request or a kick.
+    """
+    code = reenter(m, v, code)
+    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+        return code
+    return after_run(m, v, OP_WRMSR, k.VMX_MSR_WRITE, k.MSR_X2APIC_ICR, value, k.ZERO, code)
