@@ -14,6 +14,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.exits.table import SVM, VMX, Op, Row
 from fastexit.outcome import CODE_HARDWARE
 
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
@@ -227,6 +228,74 @@ def test_batch_with_timers(kernel: str, vendor: str, options: dict[str, Any]) ->
         together.trace.clear()
         single.trace.clear()
     assert together.snapshot() == single.snapshot()
+
+
+COMPILED = [
+    pytest.param(vendor, row, id=f"{vendor}-{row.name}")
+    for vendor, table in (("vmx", VMX), ("svm", SVM))
+    for row in table.values()
+    if row.operation
+]
+
+
+def random_machines(rng: random.Random, kernel: str, vendor: str) -> tuple[fx.Machine, fx.Machine]:
+    """Two equal machines, of any configuration that matters to an exit, and anywhere in what their vCPUs are doing."""
+    options = {
+        "apicv": rng.random() < 0.5,
+        "retpoline": rng.random() < 0.5,
+        "timer_advance_ns": rng.choice((0, 300)),
+        "disable_exits": rng.choice((0, r.EXITS_HLT)),
+        "irqchip": rng.choice(("full", "split")),
+    }
+    seed, fastpath = rng.randrange(1000), rng.random() < 0.8
+    before = storm(seed, vendor, 20)
+    pair = build(kernel, vendor, seed=seed, **options), build(kernel, vendor, seed=seed, **options)
+    for m in pair:
+        words = random.Random(seed)
+        m.fastpath = fastpath
+        for v in m.vcpus[:4]:
+            v.set_msr(r.MSR_KVM_PV_EOI_EN, words.choice((0, 0x1000 | r.PV_EOI_ENABLED)))
+        m.run(before)
+        for v in m.vcpus[:4]:
+            v.set_msr(0x832, r.LVT_TIMER_DEADLINE | 0xEC)
+            v.set_msr(0x6E0, words.choice((0, m.time + 1, m.time + 5000)))
+            m.mem[v.own + L.K_PV_EOI_FLAG] = words.randrange(2)
+            if v.get_mp_state() == r.MP_RUNNABLE and words.random() < 0.2:
+                v.run()
+                m.mem[v.own + L.K_FORCE_EXIT] = 1
+    return pair
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize(("vendor", "row"), COMPILED)
+def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every exit with a compiled operation, on machines of all kinds: the same by the batch as by its handlers.
+
+    The batch does it itself: nothing of it goes to Python.
+    """
+    rng = random.Random(f"{kernel} {vendor} {row.name}")
+    for _ in range(1 if INTERPRETED else 12):
+        together, single = random_machines(rng, kernel, vendor)
+        monkeypatch.setattr(together, "_run_in_python", lambda *_: pytest.fail("the batch left an exit to Python"))
+        exits = []
+        for _ in range(8):
+            msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
+            value = rng.choice((icr(rng), 0, rng.randrange(256), together.time + 700, rng.getrandbits(64)))
+            info = rng.choice((0, 1))
+            if row.operation is Op.MMIO:
+                msr = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
+                info = rng.choice((1, 2, 4, 4)) | rng.choice((0, L.MMIO_WRITE))
+                value &= (1 << 8 * (info & 7)) - 1
+            exits.append((rng.randrange(4), int(row.reason), msr, info, value))
+        records = np.array(exits, dtype=fx.EXIT)
+        single.mem[L.H_HANDLERS] = 1  # as if one had been assigned: every exit goes through Python
+        for i, (got, expected) in enumerate(zip(together.run(records), single.run(records), strict=True)):
+            codes = [fx.OUTCOMES[int(outcome["code"])] for outcome in (got, expected)]
+            assert codes[0] == codes[1], f"exit {i}: {records[i]}"
+            assert got["value"] == expected["value"], f"exit {i}: {records[i]}"
+        single.mem[L.H_HANDLERS] = 0
+        assert together.trace.lines() == single.trace.lines()
+        assert together.snapshot() == single.snapshot()
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

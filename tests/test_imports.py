@@ -18,7 +18,7 @@ ORACLE = sorted(Path(__file__).parent.glob("oracle*.py"))
 
 LAYERS = (
     {"reasons", "regs"},
-    {"layout", "outcome", "profile"},
+    {"layout", "outcome", "profile", "exits.table"},
     {"jit"},
     {"kernels"},
     {"checks"},
@@ -32,9 +32,10 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-"""A module may import from its own row and from those above it."""
+"""A module may import from its own row and from those above it. A folder's file with a place of its own has a dot."""
 
 DATA = LAYERS[0] | LAYERS[1]
+UNITS = set().union(*LAYERS)
 
 
 def module_name(path: Path) -> str:
@@ -68,13 +69,19 @@ def imports(name: str, source: str) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    """The top-level modules of fastexit among full names."""
-    return {name.split(".")[1] for name in names if name.startswith("fastexit.")} - {"__version__"}
+    """What LAYERS calls the modules of fastexit among full names."""
+    return {unit(name.removeprefix("fastexit.")) for name in names if name.startswith("fastexit.")} - {"__version__"}
+
+
+def unit(name: str) -> str:
+    """The file or folder under which LAYERS has ``fastexit.<name>``."""
+    parts = name.split(".")
+    return file if (file := ".".join(parts[:2])) in UNITS else parts[0]
 
 
 def row(name: str) -> int:
     for i, layer in enumerate(LAYERS):
-        if name.split(".")[0] in layer:
+        if unit(name) in layer:
             return i
     raise LookupError(f"fastexit.{name} is in no row of LAYERS")
 
@@ -102,6 +109,8 @@ def test_imports_point_one_way() -> None:
         ("regs", "import numpy as np", "regs imports numpy"),
         ("layout", "from numba import njit", "layout imports numba"),
         ("outcome", "import fastexit.kernels.lapic", "outcome imports kernels"),
+        ("exits.table", "from fastexit.exits import handlers", "exits.table imports exits"),
+        ("exits.table", "import numba", "exits.table imports numba"),
         ("kernels.lapic", "from fastexit import exits", "kernels.lapic imports exits"),
         ("kernels.lapic", "from ..machine import Machine", "kernels.lapic imports machine"),
         ("kernels.lapic", "def f():\n    from .. import machine", "kernels.lapic imports machine"),
@@ -117,6 +126,7 @@ def test_checker_sees(name: str, line: str, complaint: str) -> None:
     [
         ("layout", "import numpy as np\nfrom fastexit import regs"),
         ("kernels.lapic", "from . import typed\nfrom fastexit import layout"),
+        ("kernels.lapic", "from fastexit.exits import table\nfrom fastexit.exits.table import VMX"),
         ("exits.handlers", "if TYPE_CHECKING:\n    from fastexit.cli import main"),
     ],
 )

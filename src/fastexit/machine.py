@@ -449,7 +449,7 @@ class Machine:
             size = info & ~L.MMIO_WRITE
             exit = Exit(reason, value=value, offset=msr, size=size, write=bool(info & L.MMIO_WRITE))
         else:
-            exit = Exit(reason, msr, value, info, length=vendor.lengths.get(reason, 0))
+            exit = Exit(reason, msr, value, info, length=vendor.rows[reason].length)
         code = self.dispatcher.run_exit(v, exit)
         outcomes[at]["code"] = code
         is_read = (reason == vendor.mmio_reason and not exit.write) or (

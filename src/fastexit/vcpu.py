@@ -113,7 +113,7 @@ class Vcpu(VcpuIoctls):
             name: value if name == "args" or type(value) is bool else integer(value, name, tops.get(name, L.NONE))
             for name, value in info.items()
         }
-        length = self._loop.vendor.lengths.get(reason, 0)
+        length = self._loop.vendor.rows[reason].length
         if fields.setdefault("length", length) != length and reason in (
             self._loop.vendor.wrmsr_reason,
             self._loop.vendor.rdmsr_reason,
@@ -133,7 +133,7 @@ class Vcpu(VcpuIoctls):
         values = (number, a0, a1, a2, a3)
         args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=True))
         reason = self._loop.vendor.hypercall_reason
-        exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.lengths[reason])
+        exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.rows[reason].length)
         return OUTCOMES[self._loop.run_exit(self, exit)]
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:

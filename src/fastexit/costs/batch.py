@@ -15,12 +15,11 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.costs.meter import EFFECT_STAGES, MSR_REASONS, Meter, Work, pointer_calls, work_of
+from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, pointer_calls, work_of
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.exits.exit import Exit
 from fastexit.outcome import OUTCOMES, Effect, Fastpath, Outcome, Path, Refusal
 from fastexit.profile import Trait
-from fastexit.reasons import SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -135,13 +134,13 @@ def _cycles(
                 nested = out.refusal is Refusal.NESTED or any(v.nested for v in machine.vcpus)
                 if machine.mem[L.H_HANDLERS] or nested:
                     return _NONE
-                direct = reason in vendor.shortcuts and config & L.CONFIG_RETPOLINE
+                direct = vendor.rows[reason].shortcut and config & L.CONFIG_RETPOLINE
                 charge("dispatch_direct" if direct else "dispatch_indirect")
-                known = _handler(meter, work, out, reason in MSR_REASONS[vendor.hardware])
+                known = _handler(meter, work, out, accesses_msr(vendor, reason))
     ipi = float(meter.ipi) if known and meter.ipi is not None else math.nan
     if not known or work.timer or out.user is not None or out.blocked:
         return ipi, math.nan
-    if machine.mem[L.H_TIMER_ADVANCE_NS] or reason == VmxExit.PREEMPTION_TIMER:
+    if machine.mem[L.H_TIMER_ADVANCE_NS]:
         return ipi, math.nan
     if not out.reentered:
         apicvs = {bool(v.apicv) for v in machine.vcpus}
@@ -167,10 +166,8 @@ def _takes_srcu(machine: Machine, exit: Exit, out: Outcome) -> bool:
     """The fast handler took SRCU: it is a generation that does, and no guard stood before it."""
     if not machine.profile.traits & Trait.SRCU_IN_FASTPATH or out.refusal in _BEFORE_SRCU:
         return False
-    vendor = machine.dispatcher.vendor
-    if exit.reason == vendor.wrmsr_reason:
-        return vendor.wrmsr_reason != vendor.rdmsr_reason or bool(exit.info1)
-    return exit.reason == (SvmExit.HLT if vendor.hardware == "avic" else VmxExit.HLT)
+    row = machine.dispatcher.vendor.rows[exit.reason]
+    return row.srcu and (row.work != "msr" or bool(exit.info1))
 
 
 def _handler(meter: Meter, work: Work, out: Outcome, generic_msr: bool) -> bool:
@@ -202,5 +199,5 @@ def _leaves_nothing(machine: Machine, exit: Exit, stages: tuple[str, ...], out: 
         return False
     if "icr" in stages and out.accepted and (concerns_sender or exit.msr == R.MSR_X2APIC_SELF_IPI):
         return False
-    msr = exit.reason in MSR_REASONS[machine.dispatcher.vendor.hardware]
+    msr = accesses_msr(machine.dispatcher.vendor, exit.reason)
     return not msr or bool(stages) or out.fault is not None

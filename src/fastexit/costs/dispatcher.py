@@ -16,7 +16,7 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.costs.meter import EFFECT_STAGES, MSR_REASONS, Meter, Sent, TimedOutcome, pointer_calls, work_of
+from fastexit.costs.meter import EFFECT_STAGES, Meter, Sent, TimedOutcome, accesses_msr, pointer_calls, work_of
 from fastexit.costs.profile import CostProfile
 from fastexit.costs.targets import IPI_EVENTS, Before, before, effect, records, targets
 from fastexit.exits.dispatcher import BLOCKED, Dispatcher
@@ -302,7 +302,7 @@ class TimedDispatcher(Dispatcher):
         """The handler of an exit, fast or generic, by its code and by what it left behind."""
         meter, vendor = self.meter, self.vendor
         work = work_of(vendor, exit)
-        if step == "handle_exit" and exit.reason in MSR_REASONS[vendor.hardware]:
+        if step == "handle_exit" and accesses_msr(vendor, exit.reason):
             meter.charge(step, "msr_access")
         if code & CODE_FAULT or (code & CODE_USER and not code & CODE_FAST):
             return

@@ -5,6 +5,7 @@ dispatcher.py charges while an exit runs, batch.py from what a record tells.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from fastexit import regs as R
@@ -12,7 +13,6 @@ from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit, Vendor
 from fastexit.outcome import OUTCOMES, Effect, Outcome
 from fastexit.profile import PROFILES
-from fastexit.reasons import SvmExit, VmxExit
 
 _KVM, _APIC, _SMP = "6.1", "6.12", None
 """First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6; smp_ops
@@ -36,11 +36,6 @@ POINTERS: dict[str, tuple[str | None, ...]] = {
 stages: steps 6 to 9 with APICv on, step 3 with it off."""
 
 EFFECT_STAGES = {Effect.NOTIFY: "notify", Effect.KICK: "kick", Effect.WAKE: "wake", Effect.DOORBELL: "doorbell"}
-MSR_REASONS = {
-    "apicv": (VmxExit.MSR_READ, VmxExit.MSR_WRITE, VmxExit.MSR_READ_IMM, VmxExit.MSR_WRITE_IMM),
-    "avic": (SvmExit.MSR,),
-}
-"""Exits that are MSR accesses, by what the vendor calls its virtual APIC."""
 _TIMER_REGISTERS = (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR)
 
 
@@ -159,47 +154,59 @@ def _register(offset: int, write: bool) -> tuple[str, bool]:
     return "lapic_access", write and offset in _TIMER_REGISTERS
 
 
+def _msr(msr: int, write: bool) -> Work:
+    """RDMSR or WRMSR; generic MSR emulation, which a fast handler avoids, is not among it."""
+    if msr == R.MSR_TSC_DEADLINE:
+        return Work(("timer",), timer=write)
+    if not R.MSR_X2APIC_BASE <= msr < R.MSR_X2APIC_BASE + 0x100:
+        return Work(())
+    offset = (msr - R.MSR_X2APIC_BASE) << 4
+    if write and offset == R.APIC_SELF_IPI:
+        return Work(("icr",))
+    stage, timer = _register(offset, write)
+    return Work((stage,), timer)
+
+
+def _page(offset: int, write: bool) -> Work:
+    """An access to the xAPIC page by way of the instruction emulator."""
+    stage, timer = _register(offset, write)
+    return Work(("emulator", stage), timer, skips=False)
+
+
+def _apic_write(exit: Exit) -> Work:
+    """An access that the CPU has made already, to the register that the qualification names."""
+    stage, timer = _register(exit.info1 & 0xFFF, True)
+    return Work((stage,), timer, skips=False)
+
+
+WORKS: dict[str, Work | Callable[[Exit], Work]] = {
+    "none": Work((), skips=False),
+    "other": Work(("other_exit",)),
+    "silent": Work(("other_exit",), skips=False),
+    "halt": Work(("halt",)),
+    "hypercall": Work(("hypercall",)),
+    "lapic": Work(("lapic_access",), skips=False),
+    "timer": Work(("timer",), timer=True, skips=False),
+    "ipi": Work(("icr",), skips=False),
+    "rdmsr": lambda exit: _msr(exit.msr, False),
+    "wrmsr": lambda exit: _msr(exit.msr, True),
+    "msr": lambda exit: _msr(exit.msr, bool(exit.info1)),
+    "page": lambda exit: _page(exit.offset, exit.write),
+    "apic_access": lambda exit: _page(exit.info1 & 0xFFF, exit.write),
+    "apic_write": _apic_write,
+    "avic_access": lambda exit: Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False),
+}
+"""The work of exits by its name in exits/table.py, or how to tell it from the exit."""
+
+_MSR_WORKS = frozenset({"rdmsr", "wrmsr", "msr"})
+
+
 def work_of(vendor: Vendor, exit: Exit) -> Work:
-    """The work of an exit's built-in handler; generic MSR emulation, which a fast handler avoids, is not among it."""
-    reason = exit.reason
-    writes = reason == vendor.wrmsr_reason and (reason != vendor.rdmsr_reason or bool(exit.info1))
-    svm = vendor.rdmsr_reason == vendor.wrmsr_reason
-    if not svm and reason == VmxExit.MSR_WRITE_IMM:
-        writes = True
-    if writes or reason == vendor.rdmsr_reason or (not svm and reason == VmxExit.MSR_READ_IMM):
-        if exit.msr == R.MSR_TSC_DEADLINE:
-            return Work(("timer",), timer=writes)
-        if not R.MSR_X2APIC_BASE <= exit.msr < R.MSR_X2APIC_BASE + 0x100:
-            return Work(())
-        offset = (exit.msr - R.MSR_X2APIC_BASE) << 4
-        if writes and offset == R.APIC_SELF_IPI:
-            return Work(("icr",))
-        stage, timer = _register(offset, writes)
-        return Work((stage,), timer)
-    if reason == vendor.mmio_reason or (not svm and reason in (VmxExit.EPT_VIOLATION, VmxExit.APIC_ACCESS)):
-        offset = exit.info1 & 0xFFF if reason == VmxExit.APIC_ACCESS and not svm else exit.offset
-        stage, timer = _register(offset, exit.write)
-        return Work(("emulator", stage), timer, skips=False)
-    if reason == vendor.interrupt_reason:
-        return Work((), skips=False)
-    if svm:
-        if reason == SvmExit.AVIC_INCOMPLETE_IPI:
-            return Work(("icr",), skips=False)
-        if reason == SvmExit.AVIC_UNACCELERATED_ACCESS:
-            return Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False)
-        halts, silent = (SvmExit.HLT, SvmExit.IDLE_HLT), (SvmExit.VINTR, SvmExit.NMI, SvmExit.IRET)
-    else:
-        if reason == VmxExit.APIC_WRITE:
-            stage, timer = _register(exit.info1 & 0xFFF, True)
-            return Work((stage,), timer, skips=False)
-        if reason in (VmxExit.EOI_INDUCED, VmxExit.TPR_BELOW_THRESHOLD):
-            return Work(("lapic_access",), skips=False)
-        if reason == VmxExit.PREEMPTION_TIMER:
-            return Work(("timer",), timer=True, skips=False)
-        halts = (VmxExit.HLT,)
-        silent = (VmxExit.INTERRUPT_WINDOW, VmxExit.NMI_WINDOW, VmxExit.EXCEPTION_NMI)
-    if reason in halts:
-        return Work(("halt",))
-    if reason == vendor.hypercall_reason:
-        return Work(("hypercall",))
-    return Work(("other_exit",), skips=reason not in silent)
+    """Give the work of an exit's built-in handlers."""
+    work = WORKS[vendor.rows[exit.reason].work]
+    return work if isinstance(work, Work) else work(exit)
+
+
+def accesses_msr(vendor: Vendor, reason: int) -> bool:
+    """Tell whether an exit is an MSR access, whose generic handler has the stage msr_access."""
+    return vendor.rows[reason].work in _MSR_WORKS

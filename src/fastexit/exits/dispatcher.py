@@ -250,12 +250,13 @@ class Dispatcher:
             return code
         if completion != COMPLETION_NONE:
             return code
-        if exit.reason not in self.vendor.shortcuts or not self.mem[L.H_CONFIG] & L.CONFIG_RETPOLINE:
+        row = self.vendor.rows[exit.reason]
+        if not row.shortcut or not self.mem[L.H_CONFIG] & L.CONFIG_RETPOLINE:
             # Everything else is an indirect call, which a retpoline makes dear.
             self.mem[v.own + L.K_INDIRECT_CALLS] += 1
         handler = self.vendor.handlers.data.get(exit.reason)
         if handler is None:
-            return code | user_code(self.vendor.user_exits.get(exit.reason, KvmExit.INTERNAL_ERROR))
+            return code | user_code(row.user)
         result = handler(v, exit)
         if result is None:
             return code
@@ -273,7 +274,7 @@ class Dispatcher:
         mem = self.mem
         if not mem[v.hot + L.HOT_FLAGS] & L.FLAG_L2 or not mem[v.own + L.K_L1_WANTS_EXIT]:
             return False
-        if reason in self.vendor.l0_wants:
+        if self.vendor.rows[reason].l0_wants:
             return False
         load("leave_l2")(self.handle, v.index)
         return True

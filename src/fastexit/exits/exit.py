@@ -11,6 +11,7 @@ from fastexit.reasons import KvmExit
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher
     from fastexit.exits.handlers import Handlers
+    from fastexit.exits.table import Table
     from fastexit.vcpu import Vcpu
 
 
@@ -57,13 +58,10 @@ class Vendor(Protocol):
     forced_reason: int
     interrupt_reason: int
     hypercall_reason: int
-    lengths: dict[int, int]
-    l0_wants: frozenset[int]
-    shortcuts: frozenset[int]
+    rows: Table
     fast_run: dict[int, Handler]
     fast_irqoff: dict[int, Handler]
     handlers: Handlers
-    user_exits: dict[int, KvmExit]
     trace_exit_late: bool
     hardware: str
 

@@ -9,13 +9,13 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER, CODE_USER_SHIFT, Refusal
-from fastexit.profile import Trait
+from fastexit.profile import Profile, Trait
 from fastexit.reasons import KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastexit.exits.exit import Exit, Handler
+    from fastexit.exits.exit import Exit, Handler, Vendor
     from fastexit.vcpu import Vcpu
 
 
@@ -56,6 +56,19 @@ class Handlers(UserDict):
         super().__delitem__(int(reason))
 
 
+def bound_handlers(vendor: Vendor, common: CommonHandlers, profile: Profile, kind: str) -> dict[int, Handler]:
+    """Bind the methods that the rows of table.py name, as far as the generation has them: exit reason -> handler.
+
+    ``kind`` is the row's field: handler, fast or irqoff. A vendor's own method goes before the common one.
+    """
+    found = {}
+    for reason, row in vendor.rows.items():
+        name = getattr(row, kind)
+        if name is not None and profile.traits & row.trait == row.trait:
+            found[reason] = getattr(vendor if hasattr(vendor, name) else common, name)
+    return found
+
+
 class CommonHandlers:
     """Handlers over the kernels: MSR accesses, the xAPIC page, windows, and exits that need nothing done."""
 
@@ -79,7 +92,7 @@ class CommonHandlers:
         """handle_fastpath_preemption_timer."""
         return load("fast_preemption_timer")(self.handle, v.index)
 
-    def fast_irqoff(self, v: Vcpu, exit: Exit) -> int:
+    def fast_wrmsr_irqoff(self, v: Vcpu, exit: Exit) -> int:
         """Fast handler in handle_exit_irqoff."""
         return load("fast_irqoff")(self.handle, v.index, exit.msr, exit.value)
 

@@ -1,4 +1,4 @@
-"""SVM: exit codes, handler tables, the order of checks in svm_handle_exit.
+"""SVM: handlers of its own exits, the order of checks in svm_handle_exit. table.py says which exit has which handler.
 
 Models: svm_exit_handlers_fastpath, svm_handle_exit_irqoff, svm_handle_exit. RDMSR and WRMSR share exit code 0x7C;
 EXITINFO1 tells them apart. The seed compared the code with VMX's 32 instead, which is a DR0 read here.
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.exits.exit import Exit
-from fastexit.exits.handlers import CommonHandlers, Handlers, user_code
+from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
+from fastexit.exits.table import SVM
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_EXIT, CODE_EXIT_REASON_SHIFT, CODE_REFUSAL_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
@@ -22,7 +23,6 @@ from fastexit.reasons import KvmExit, SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher
-    from fastexit.exits.exit import Handler
     from fastexit.vcpu import Vcpu
 
 
@@ -36,79 +36,23 @@ class Svm:
     interrupt_reason = int(SvmExit.INTERRUPT)
     forced_reason = int(SvmExit.INTERRUPT)
     hypercall_reason = int(SvmExit.VMMCALL)
-    lengths = {
-        int(SvmExit.MSR): R.INSN_LEN_WRMSR,
-        int(SvmExit.HLT): R.INSN_LEN_HLT,
-        int(SvmExit.IDLE_HLT): R.INSN_LEN_HLT,
-        int(SvmExit.CPUID): 2,
-        int(SvmExit.INVD): 2,
-        int(SvmExit.WBINVD): 2,
-        int(SvmExit.PAUSE): 2,
-        int(SvmExit.VMMCALL): 3,
-        int(SvmExit.READ_CR8): R.INSN_LEN_MOV_CR,
-        int(SvmExit.WRITE_CR8): R.INSN_LEN_MOV_CR,
-    }
-    l0_wants = frozenset(int(reason) for reason in (SvmExit.INTERRUPT, SvmExit.NMI, SvmExit.NPF))
-    shortcuts = frozenset(
-        int(reason)
-        for reason in (
-            SvmExit.MSR,
-            SvmExit.VINTR,
-            SvmExit.INTERRUPT,
-            SvmExit.HLT,
-            SvmExit.IDLE_HLT,
-            SvmExit.NPF,
-            SvmExit.VMGEXIT,
-        )
-    )
+    rows = SVM
     hardware = "avic"
-    user_exits = {
-        SvmExit.SHUTDOWN: KvmExit.SHUTDOWN,
-        SvmExit.IO: KvmExit.IO,
-    }
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
         self.common = common
-        self.fast_run: dict[int, Handler] = {
-            self.wrmsr_reason: self._only_writes(common.fast_wrmsr),
-            int(SvmExit.HLT): common.fast_hlt,
-            int(SvmExit.INVD): common.fast_invd,
-        }
-        self.fast_irqoff: dict[int, Handler] = {self.wrmsr_reason: self._only_writes(common.fast_irqoff)}
+        self.fast_run = bound_handlers(self, common, profile, "fast")
+        self.fast_irqoff = bound_handlers(self, common, profile, "irqoff")
         if profile.traits & Trait.SVM_EXIT_32:
-            self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_irqoff, self.wrmsr_reason: self._wrong_code}
-        self.handlers = Handlers(
-            common.memory,
-            {
-                SvmExit.MSR: self._msr,
-                SvmExit.NPF: common.apic_page,
-                SvmExit.READ_DR0: self._read_dr0,
-                SvmExit.INTERRUPT: common.nothing,
-                SvmExit.AVIC_INCOMPLETE_IPI: self._incomplete_ipi,
-                SvmExit.AVIC_UNACCELERATED_ACCESS: self._unaccelerated_access,
-                SvmExit.VINTR: self._interrupt_window,
-                SvmExit.IRET: common.iret,
-                SvmExit.HLT: common.hlt,
-                SvmExit.IDLE_HLT: common.hlt,
-                SvmExit.VMMCALL: common.hypercall,
-                SvmExit.READ_CR8: self._read_cr8,
-                SvmExit.WRITE_CR8: self._write_cr8,
-                SvmExit.NMI: common.nothing,
-                SvmExit.CPUID: common.skip_instruction,
-                SvmExit.INVD: common.skip_instruction,
-                SvmExit.WBINVD: common.skip_instruction,
-                SvmExit.PAUSE: common.skip_instruction,
-            },
-        )
+            self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_wrmsr_irqoff, self.wrmsr_reason: self._wrong_code}
+        self.handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
 
-    def _only_writes(self, fast: Handler) -> Handler:
-        def handler(v: Vcpu, exit: Exit) -> int:
-            if exit.info1:
-                return fast(v, exit)  # type: ignore[return-value]
-            return self.common.declined(v, exit)
+    def _fast_msr(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.fast_wrmsr(v, exit) if exit.info1 else self.common.declined(v, exit)
 
-        return handler
+    def _fast_msr_irqoff(self, v: Vcpu, exit: Exit) -> int:
+        return self.common.fast_wrmsr_irqoff(v, exit) if exit.info1 else self.common.declined(v, exit)
 
     def _wrong_code(self, v: Vcpu, exit: Exit) -> int:
         """A real WRMSR under a kernel that waits for exit code 32."""

@@ -1,4 +1,4 @@
-"""VMX: exit reasons, handler tables, the order of checks in vmx_handle_exit.
+"""VMX: handlers of its own exits, the order of checks in vmx_handle_exit. table.py says which exit has which handler.
 
 Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns and its retpoline
 shortcuts (the same handlers, reached without an indirect call), and the exits of a virtualised APIC:
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.handlers import CommonHandlers, Handlers, user_code
+from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
+from fastexit.exits.table import VMX
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_EXIT_REASON_SHIFT
 from fastexit.profile import Profile, Trait
@@ -21,21 +22,8 @@ from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher
-    from fastexit.exits.exit import Exit, Handler
+    from fastexit.exits.exit import Exit
     from fastexit.vcpu import Vcpu
-
-# Exits that may happen while an event is being delivered; any other with valid vectoring information is an error. So is
-# an access to a device: up to 6.12 by its exit, in 6.18 by the emulator, which covers EPT violations as well.
-_WHILE_VECTORING = frozenset(
-    {
-        VmxExit.EXCEPTION_NMI,
-        VmxExit.EPT_VIOLATION,
-        VmxExit.PML_FULL,
-        VmxExit.APIC_ACCESS,
-        VmxExit.TASK_SWITCH,
-        VmxExit.NOTIFY,
-    }
-)
 
 _BEFORE_SIMULTANEOUS = frozenset({R.VECTOR_UD, R.VECTOR_NM, R.VECTOR_GP, R.VECTOR_PF, R.VECTOR_MC})
 
@@ -53,92 +41,15 @@ class Vmx:
     interrupt_reason = int(VmxExit.EXTERNAL_INTERRUPT)
     forced_reason = int(VmxExit.PREEMPTION_TIMER)
     hypercall_reason = int(VmxExit.VMCALL)
-    lengths = {
-        int(VmxExit.MSR_WRITE): R.INSN_LEN_WRMSR,
-        int(VmxExit.MSR_READ): R.INSN_LEN_WRMSR,
-        int(VmxExit.MSR_WRITE_IMM): R.INSN_LEN_WRMSR_IMM,
-        int(VmxExit.MSR_READ_IMM): R.INSN_LEN_WRMSR_IMM,
-        int(VmxExit.HLT): R.INSN_LEN_HLT,
-        int(VmxExit.CPUID): 2,
-        int(VmxExit.INVD): 2,
-        int(VmxExit.WBINVD): 2,
-        int(VmxExit.PAUSE_INSTRUCTION): 2,
-        int(VmxExit.VMCALL): 3,
-        int(VmxExit.CR_ACCESS): R.INSN_LEN_MOV_CR,
-    }
-    l0_wants = frozenset(
-        int(reason)
-        for reason in (
-            VmxExit.EXTERNAL_INTERRUPT,
-            VmxExit.PREEMPTION_TIMER,
-            VmxExit.EPT_VIOLATION,
-            VmxExit.EPT_MISCONFIG,
-            VmxExit.MCE_DURING_VMENTRY,
-            VmxExit.VMFUNC,
-            VmxExit.PML_FULL,
-            VmxExit.BUS_LOCK,
-            VmxExit.NOTIFY,
-        )
-    )
-    shortcuts = frozenset(
-        int(reason)
-        for reason in (
-            VmxExit.MSR_WRITE,
-            VmxExit.MSR_WRITE_IMM,
-            VmxExit.PREEMPTION_TIMER,
-            VmxExit.INTERRUPT_WINDOW,
-            VmxExit.EXTERNAL_INTERRUPT,
-            VmxExit.HLT,
-            VmxExit.EPT_MISCONFIG,
-        )
-    )
+    rows = VMX
     hardware = "apicv"
-    user_exits = {
-        VmxExit.TRIPLE_FAULT: KvmExit.SHUTDOWN,
-        VmxExit.IO_INSTRUCTION: KvmExit.IO,
-        VmxExit.EPT_VIOLATION: KvmExit.MMIO,
-        VmxExit.BUS_LOCK: KvmExit.X86_BUS_LOCK,
-    }
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
         self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
         self.common = common
-        self.fast_run: dict[int, Handler] = {
-            self.wrmsr_reason: common.fast_wrmsr,
-            int(VmxExit.PREEMPTION_TIMER): common.fast_preemption_timer,
-            int(VmxExit.HLT): common.fast_hlt,
-            int(VmxExit.INVD): common.fast_invd,
-        }
-        self.fast_irqoff = {self.wrmsr_reason: common.fast_irqoff}
-        self.handlers = Handlers(
-            common.memory,
-            {
-                VmxExit.MSR_WRITE: common.wrmsr,
-                VmxExit.MSR_READ: common.rdmsr,
-                VmxExit.EPT_MISCONFIG: common.apic_page,
-                VmxExit.EPT_VIOLATION: self._ept_violation,
-                VmxExit.APIC_ACCESS: self._apic_access,
-                VmxExit.APIC_WRITE: self._apic_write,
-                VmxExit.EOI_INDUCED: self._eoi_induced,
-                VmxExit.TPR_BELOW_THRESHOLD: self._tpr_below_threshold,
-                VmxExit.EXTERNAL_INTERRUPT: common.nothing,
-                VmxExit.INTERRUPT_WINDOW: common.interrupt_window,
-                VmxExit.NMI_WINDOW: common.nmi_window,
-                VmxExit.EXCEPTION_NMI: self._exception,
-                VmxExit.PREEMPTION_TIMER: common.preemption_timer,
-                VmxExit.HLT: common.hlt,
-                VmxExit.VMCALL: common.hypercall,
-                VmxExit.CR_ACCESS: self._cr_access,
-                VmxExit.CPUID: common.skip_instruction,
-                VmxExit.INVD: common.skip_instruction,
-                VmxExit.WBINVD: common.skip_instruction,
-                VmxExit.PAUSE_INSTRUCTION: common.skip_instruction,
-            },
-        )
-        if profile.traits & Trait.MSR_IMM:
-            self.fast_run[int(VmxExit.MSR_WRITE_IMM)] = common.fast_wrmsr
-            self.handlers.data[int(VmxExit.MSR_WRITE_IMM)] = common.wrmsr
-            self.handlers.data[int(VmxExit.MSR_READ_IMM)] = common.rdmsr
+        self.fast_run = bound_handlers(self, common, profile, "fast")
+        self.fast_irqoff = bound_handlers(self, common, profile, "irqoff")
+        self.handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
 
     def _cr_access(self, v: Vcpu, exit: Exit) -> int:
         """handle_cr for CR8 (qualification bits 3:0 number, 5:4 type: 0 to, 1 from); other registers are the MMU's."""
@@ -224,6 +135,8 @@ class Vmx:
             return code | user_code(KvmExit.INTERNAL_ERROR)
         if exit.failed_entry:
             return code | user_code(KvmExit.FAIL_ENTRY)
-        if exit.info2 & R.VECTORING_INFO_VALID and exit.reason not in _WHILE_VECTORING:
+        # An access to a device during delivery is an error too: up to 6.12 by its exit, in 6.18 by the emulator, which
+        # covers EPT violations as well.
+        if exit.info2 & R.VECTORING_INFO_VALID and not self.rows[exit.reason].vectoring:
             return code | user_code(KvmExit.INTERNAL_ERROR)
         return loop.generic(v, exit, code)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BELOW = "layout", "outcome", "profile", "reasons", "regs"
+BELOW = "exits.table", "layout", "outcome", "profile", "reasons", "regs"
 """The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
 CODE_OPTIONS = "NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"
@@ -126,7 +126,7 @@ def _hash_sources() -> bytes | None:
         for source in (
             *sorted(package.glob("jit/*.py")),
             *sorted(package.glob("kernels/*.py")),
-            *(package / f"{name}.py" for name in BELOW),
+            *(package / f"{name.replace('.', '/')}.py" for name in BELOW),
         ):
             text = source.read_bytes()
             digest.update(f"{source.name} {len(text)}\n".encode() + text)

@@ -8,7 +8,7 @@ from ..jit.atomics import prefetch
 from ..jit.declare import inlined, kernel
 from . import typed as k
 from . import unicast
-from .loop import OP_MMIO_READ, OP_MMIO_WRITE, OP_NONE, OP_RDMSR, behind_unicast, operation, run_exit
+from .loop import behind_unicast, find_row, run_exit
 from .pi import process_notification
 from .shared import hot, own, vec
 
@@ -40,8 +40,8 @@ def first_bad(m, exits, n):
         if exits[at] & k.LOW32 >= m[k.H_NVCPUS]:
             return k.U(i)
         info = exits[at + k.ONE] >> k.U(32)
-        op = operation(m, exits[at] >> k.U(32), info)
-        if op == OP_MMIO_WRITE or op == OP_MMIO_READ:
+        op = find_row(m, exits[at] >> k.U(32), info) & k.ROW_OPERATION
+        if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
             length = info & ~k.MMIO_WRITE
             if exits[at + k.ONE] & k.LOW32 > k.U(0xFFF) or (length != k.ONE and length != k.U(2) and length != k.U(4)):
                 return k.U(i)
@@ -120,10 +120,11 @@ def run(m, exits, outcomes, first, n):
         if reason == k.NOTIFICATION:
             outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
         else:
-            op = operation(m, reason, info)
-            if op == OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+            row = find_row(m, reason, info)
+            op = row & k.ROW_OPERATION
+            if op == k.OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
                 return i
-            outcomes[out] = run_exit(m, v, op, reason, msr, exits[at + k.U(2)], info)
-            if op == OP_RDMSR or op == OP_MMIO_READ:
+            outcomes[out] = run_exit(m, v, row, reason, msr, exits[at + k.U(2)], info)
+            if op == k.OP_RDMSR or op == k.OP_MMIO_READ:
                 outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
         i = i + k.ONE

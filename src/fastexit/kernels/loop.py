@@ -2,11 +2,17 @@
 
 Models: what exits/dispatcher.py models, function by function, under the same names and in the same order, on the same
 words; a test compares the names, and property tests compare the two byte by byte. steps.py has the steps that both
-call, batch.py runs many exits through this loop, cdoor.py opens it to C.
+call, batch.py runs many exits through this loop, cdoor.py opens it to C. ``row`` is the exit's row of exits/table.py in
+one word.
 
 Not modelled here: exits of L2, failed entries, vectoring information, and exits without a compiled handler. The Python
 dispatcher does those.
 """
+
+import numpy as np
+
+from fastexit.exits.table import SVM, VMX, packed, packed_rows
+from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
 from ..jit.declare import kernel
@@ -21,49 +27,50 @@ from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .shared import hot, own
 
-OP_NONE, OP_WRMSR, OP_RDMSR, OP_MMIO_WRITE, OP_MMIO_READ, OP_NOTHING, OP_HLT, OP_TIMER = (k.U(i) for i in range(8))
+VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
+"""exits/table.py as the loop has it, by exit reason: operation, instruction length, shortcut; 0 for what it leaves to
+Python."""
+WRMSR_ROW = k.U(packed(VMX[VmxExit.MSR_WRITE]))
 IN_GUEST, AROUND = k.ZERO, k.NONE
 """Result of vcpu_enter_guest other than a USER code: in the guest, or once more around the loop of vcpu_run."""
 
 
 @kernel("u8(words, u8, u8)")
-def operation(m, reason, info):
-    """Find what an exit asks for; OP_NONE when nothing compiled knows it."""
-    mmio = OP_MMIO_WRITE if info & k.MMIO_WRITE else OP_MMIO_READ
+def find_row(m, reason, info):
+    """Find an exit's row with the operation that it asks for; 0, OP_NONE, when nothing compiled knows it."""
     if m[k.H_CONFIG] & k.CONFIG_SVM:
-        if reason == k.SVM_MSR:
-            return OP_WRMSR if info else OP_RDMSR
-        if reason == k.SVM_NPF:
-            return mmio
-        if reason == k.SVM_HLT:
-            return OP_HLT
-        return OP_NOTHING if reason == k.SVM_INTERRUPT else OP_NONE
-    if reason == k.VMX_MSR_WRITE:
-        return OP_WRMSR
-    if reason == k.VMX_MSR_READ:
-        return OP_RDMSR
-    if reason == k.VMX_EPT_MISCONFIG:
-        return mmio
-    if reason == k.VMX_HLT:
-        return OP_HLT
-    if reason == k.VMX_PREEMPTION_TIMER:
-        return OP_TIMER
-    return OP_NOTHING if reason == k.VMX_EXTERNAL_INTERRUPT else OP_NONE
+        row = SVM_ROWS[reason] if reason < k.U(len(SVM_ROWS)) else k.ZERO
+    else:
+        row = VMX_ROWS[reason] if reason < k.U(len(VMX_ROWS)) else k.ZERO
+    if not row & k.ROW_BY_INFO:
+        return row
+    if row & k.ROW_OPERATION == k.OP_MSR:
+        op = k.OP_WRMSR if info else k.OP_RDMSR
+    else:
+        op = k.OP_MMIO_WRITE if info & k.MMIO_WRITE else k.OP_MMIO_READ
+    return row & ~k.ROW_OPERATION | op
+
+
+@kernel("u8(u8)")
+def _length(row):
+    """Give the length of the instruction that exits."""
+    return row >> k.ROW_LENGTH_SHIFT
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
-def _fast_stage(m, v, op, msr, value):
+def _fast_stage(m, v, row, msr, value):
     """Call the fast handler of an exit, wherever this generation hooks it; refuse everything else."""
-    if op == OP_HLT:
+    op = row & k.ROW_OPERATION
+    if op == k.OP_HLT:
         return hlt(m, v)
-    if op == OP_TIMER:
+    if op == k.OP_TIMER:
         return preemption_timer(m, v)
-    if op != OP_WRMSR:
+    if op != k.OP_WRMSR:
         return refuse(k.RF_NOT_AN_MSR_WRITE)
     if m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_TRAITS] & k.T_SVM_EXIT_32:
         refusal = k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF
         return refuse(refusal)
-    return fast_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
+    return fast_wrmsr(m, v, msr, value, _length(row))
 
 
 @kernel("u8(words)")
@@ -77,15 +84,15 @@ def traces_late(m):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
-def run_exit(m, v, op, reason, msr, value, info):
+def run_exit(m, v, row, reason, msr, value, info):
     """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         start_run(m, v)
-    code = vendor_run(m, v, op, reason, msr, value, info)
+    code = vendor_run(m, v, row, reason, msr, value, info)
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
-        return after_run(m, v, op, reason, msr, value, info, code)
+        return after_run(m, v, row, reason, msr, value, info, code)
     # The timer's next period may have run out as well.
-    again = exit_at_once(m, v) if op == OP_TIMER else IN_GUEST
+    again = exit_at_once(m, v) if row & k.ROW_OPERATION == k.OP_TIMER else IN_GUEST
     return code if again == IN_GUEST else code | go_on(m, v, again)
 
 
@@ -146,22 +153,22 @@ def out_of_guest(m, v):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
-def vendor_run(m, v, op, reason, msr, value, info):
+def vendor_run(m, v, row, reason, msr, value, info):
     """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
     if not traces_late(m):
-        trace_exit(m, v, op, reason, info)
+        trace_exit(m, v, row, reason, info)
     if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
         return k.ZERO
-    code = reenter(m, v, _fast_stage(m, v, op, msr, value))
+    code = reenter(m, v, _fast_stage(m, v, row, msr, value))
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
         steps.trace_reentry(m, v)
     return code
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
-def after_run(m, v, op, reason, msr, value, info, code):
+def after_run(m, v, row, reason, msr, value, info, code):
     """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""
-    code = leave_and_handle(m, v, op, reason, msr, value, info, code)
+    code = leave_and_handle(m, v, row, reason, msr, value, info, code)
     return code | go_on(m, v, code & k.CODE_USER if code & k.CODE_USER else AROUND)
 
 
@@ -177,16 +184,16 @@ def go_on(m, v, user):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
-def leave_and_handle(m, v, op, reason, msr, value, info, code):
+def leave_and_handle(m, v, row, reason, msr, value, info, code):
     """Steps 13-20 of an exit that did not re-enter: its outcome code."""
     guest_mode_outside(m, v)
-    code = handle_exit_irqoff(m, v, op, msr, value, code)
+    code = handle_exit_irqoff(m, v, row, msr, value, code)
     irq_window(m, v)
     guest_time_stop(m, v)
     srcu_lock(m, v)
     sync_from_vapic(m, v)
     if code & k.CODE_COMPLETION != k.COMPLETION_USERSPACE:
-        code = handle_exit(m, v, op, reason, msr, value, info, code)
+        code = handle_exit(m, v, row, reason, msr, value, info, code)
         m[own(m, v) + k.K_IMMEDIATE] = k.ZERO
     return code
 
@@ -199,9 +206,9 @@ def guest_mode_outside(m, v):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
-def handle_exit_irqoff(m, v, op, msr, value, code):
+def handle_exit_irqoff(m, v, row, msr, value, code):
     """Step 14: the vendor's handler with IRQs still off; the seed, 5.6 and 5.7 handle WRMSR here."""
-    return _fast_stage(m, v, op, msr, value) if m[k.H_TRAITS] & k.T_HOOK_IRQOFF else code
+    return _fast_stage(m, v, row, msr, value) if m[k.H_TRAITS] & k.T_HOOK_IRQOFF else code
 
 
 @kernel("u8(words, u8)")
@@ -245,45 +252,47 @@ def return_to_user(m, v, code):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
-def handle_exit(m, v, op, reason, msr, value, info, code):
+def handle_exit(m, v, row, reason, msr, value, info, code):
     """Step 20: the generic handler unless the fast path was there already."""
     if traces_late(m):
-        trace_exit(m, v, op, reason, info)
-    return generic(m, v, op, msr, value, info, code)
+        trace_exit(m, v, row, reason, info)
+    return generic(m, v, row, msr, value, info, code)
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
-def generic(m, v, op, msr, value, info, code):
+def generic(m, v, row, msr, value, info, code):
     """The tail of both vendors' handle_exit: completion, or one of the generic handlers that are compiled."""
     completion = code & k.CODE_COMPLETION
     if completion == k.COMPLETION_SKIP:
         # The skip's verdict is ignored, as it was from the seed to 5.7: a KVM_EXIT_DEBUG is lost.
-        skip(m, v, k.INSN_LEN_WRMSR)
+        skip(m, v, _length(row))
         return code
     if completion != k.COMPLETION_NONE:
         return code
-    if op == OP_RDMSR and not m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
-        # Every other exit here has a retpoline shortcut.
+    if not row & k.ROW_SHORTCUT or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
+        # Everything else is an indirect call, which a retpoline makes dear.
         m[own(m, v) + k.K_INDIRECT_CALLS] = m[own(m, v) + k.K_INDIRECT_CALLS] + k.ONE
-    if op == OP_WRMSR:
-        return code | emulate_wrmsr(m, v, msr, value, k.INSN_LEN_WRMSR)
-    if op == OP_RDMSR:
-        return code | emulate_rdmsr(m, v, msr, k.INSN_LEN_WRMSR)
-    if op == OP_HLT:
+    op = row & k.ROW_OPERATION
+    if op == k.OP_WRMSR:
+        return code | emulate_wrmsr(m, v, msr, value, _length(row))
+    if op == k.OP_RDMSR:
+        return code | emulate_rdmsr(m, v, msr, _length(row))
+    if op == k.OP_HLT:
         return code | emulate_halt(m, v)
-    if op == OP_TIMER:
+    if op == k.OP_TIMER:
         return code | handle_preemption_timer(m, v)
-    if op == OP_NOTHING:
-        return code
-    length = info & ~k.MMIO_WRITE
-    code = code | (mmio_write(m, v, msr, length, value) if op == OP_MMIO_WRITE else mmio_read(m, v, msr, length))
-    return code if code & k.CODE_USER else code | skip(m, v, k.ZERO)
+    if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
+        length = info & ~k.MMIO_WRITE
+        code = code | (mmio_write(m, v, msr, length, value) if op == k.OP_MMIO_WRITE else mmio_read(m, v, msr, length))
+        return code if code & k.CODE_USER else code | skip(m, v, _length(row))
+    return code
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
-def trace_exit(m, v, op, reason, info):
+def trace_exit(m, v, row, reason, info):
     """kvm_exit. An access to the page has its length in ``info``, which no kernel prints."""
-    mmio = op == OP_MMIO_WRITE or op == OP_MMIO_READ
+    op = row & k.ROW_OPERATION
+    mmio = op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ
     return steps.trace_exit(m, v, reason, k.ZERO if mmio else info, k.ZERO, k.ZERO)
 
 
@@ -345,12 +354,12 @@ def exit_at_once(m, v):
     KVM forces an exit by the preemption timer, or by a host interrupt where there is none.
     """
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
-    op = OP_NOTHING if svm else OP_TIMER
     reason = k.SVM_INTERRUPT if svm else k.VMX_PREEMPTION_TIMER
+    row = find_row(m, reason, k.ZERO)
     while steps.exits_at_once(m, v):
-        code = vendor_run(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO)
+        code = vendor_run(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO)
         if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
-            code = leave_and_handle(m, v, op, reason, k.ZERO, k.ZERO, k.ZERO, code)
+            code = leave_and_handle(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO, code)
             return code & k.CODE_USER if code & k.CODE_USER else AROUND
     return IN_GUEST
 
@@ -388,4 +397,4 @@ def behind_unicast(m, v, code, value):
     code = reenter(m, v, code)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
         return code
-    return after_run(m, v, OP_WRMSR, k.VMX_MSR_WRITE, k.MSR_X2APIC_ICR, value, k.ZERO, code)
+    return after_run(m, v, WRMSR_ROW, k.VMX_MSR_WRITE, k.MSR_X2APIC_ICR, value, k.ZERO, code)

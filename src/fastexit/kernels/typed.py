@@ -1,4 +1,4 @@
-"""Every number of regs, reasons, layout, outcome and profile as uint64, for kernels.
+"""Every number of regs, reasons, layout, outcome, profile and exits/table.py as uint64, for kernels.
 
 numba types ``uint64 & 0xff`` as int64; a mask that is a uint64 itself keeps the unsigned type through the expression.
 Kernels therefore write ``k.ICR_BUSY``, never a bare literal, wherever bit 63 may be set. Values are frozen into
@@ -8,6 +8,7 @@ compiled code; the kernel cache notices an edit in any of them.
 import numpy as np
 
 from fastexit import layout, outcome, profile, reasons, regs
+from fastexit.exits import table
 
 U = np.uint64
 
@@ -20,12 +21,14 @@ def _typed(namespace: dict) -> dict:
     }
 
 
-globals().update(_typed(vars(regs)) | _typed(vars(reasons)) | _typed(vars(layout)) | _typed(vars(outcome)))
+for _module in regs, reasons, layout, outcome, table:
+    globals().update(_typed(vars(_module)))
 globals().update({f"T_{trait.name}": U(trait.value) for trait in profile.Trait})
 globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.Refusal})
 globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
 globals().update({f"VMX_{reason.name}": U(reason.value) for reason in reasons.VmxExit})
 globals().update({f"SVM_{reason.name}": U(reason.value) for reason in reasons.SvmExit})
+globals().update({f"OP_{op.name}": U(op.value) for op in table.Op})
 globals().update({f"INHIBIT_{reason.name}": U(1 << reason.value) for reason in regs.Inhibit})
 globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER_SHIFT) for reason in reasons.KvmExit})
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastexit import regs as R
+from fastexit.exits.table import OLDEST, SVM, VMX
 from fastexit.profile import PROFILES
-from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, SvmExit, VmxExit
+from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit
 
 ORDER = {kernel: position for position, kernel in enumerate(PROFILES)}
 """Generation -> its position, oldest first."""
@@ -25,42 +26,12 @@ def since(table: dict[str, Any], kernel: int) -> Any:
     return entry
 
 
-_SVM_NAMES = {
-    **{reason: reason.name.lower() for reason in SvmExit},
-    **{
-        0x40 + vector: f"{name} excp"
-        for vector, name in zip(
-            (0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19),
-            "DE DB BP OF BR UD NM DF TS NP SS GP PF MF AC MC XF".split(),
-            strict=True,
-        )
-    },
-    SvmExit.READ_TR: "read_rt",
-    SvmExit.WRITE_TR: "write_rt",
-    SvmExit.VMMCALL: "hypercall",
-    SvmExit.IDLE_HLT: "idle-halt",
-    SvmExit.ERR: "invalid_guest_state",
-}
-_SVM_SINCE = {
-    SvmExit.WRITE_EFER_TRAP: "6.1",
-    SvmExit.WRITE_CR0_TRAP: "6.1",
-    SvmExit.WRITE_CR4_TRAP: "6.1",
-    SvmExit.WRITE_CR8_TRAP: "6.1",
-    SvmExit.INVPCID: "6.1",
-    SvmExit.VMGEXIT: "6.1",
-    SvmExit.IDLE_HLT: "6.18",
-}
-_VMX_NAMES = {reason: reason.name for reason in VmxExit if reason != VmxExit.OTHER_SMI}
-_VMX_SINCE = {
-    VmxExit.SIPI_SIGNAL: "6.1",
-    VmxExit.BUS_LOCK: "6.1",
-    VmxExit.NOTIFY: "6.1",
-    VmxExit.MSR_READ_IMM: "6.18",
-    VmxExit.MSR_WRITE_IMM: "6.18",
-}
-_VMX_RENAMED = {(VmxExit.INTERRUPT_WINDOW, "seed-v3"): "PENDING_INTERRUPT"}
 _USER_SINCE = {KvmExit.X86_RDMSR: "6.1", KvmExit.X86_WRMSR: "6.1"}
-_USER_NAMES = {reason: f"KVM_EXIT_{reason.name}" for reason in KvmExit if reason != KvmExit.X86_BUS_LOCK}
+_USER_NAMES = {
+    int(reason): {_USER_SINCE.get(reason, OLDEST): f"KVM_EXIT_{reason.name}"}
+    for reason in KvmExit
+    if reason != KvmExit.X86_BUS_LOCK
+}
 _INHIBITS = {
     "5.6": (
         R.Inhibit.DISABLED,
@@ -86,18 +57,17 @@ _INHIBITS = {
 }
 
 
-def _symbol(number: int, names: dict[Any, str], first: dict[Any, str], kernel: int) -> str:
+def _symbol(number: int, names: dict[str, str], kernel: int) -> str:
     """__print_symbolic: the name, or hex where this generation's table has none."""
-    known = number in names and ORDER[first.get(number, "seed-v3")] <= kernel
-    return names[number] if known else f"0x{number:x}"
+    return since(names, kernel) or f"0x{number:x}"
 
 
 def reason_text(reason: int, svm: bool, kernel: int) -> str:
     """An exit reason as kvm_exit prints it: the name, on VMX with the flags of the upper half behind it."""
     if svm:
-        return _symbol(reason, _SVM_NAMES, _SVM_SINCE, kernel)
+        return _symbol(reason, SVM[reason].names(), kernel)
     basic, upper = reason & 0xFFFF, reason & 0xFFFF_0000
-    words = [_VMX_RENAMED.get((basic, list(ORDER)[kernel])) or _symbol(basic, _VMX_NAMES, _VMX_SINCE, kernel)]
+    words = [_symbol(basic, VMX[basic].names(), kernel)]
     if upper & VMX_FAILED_VMENTRY:
         words.append("FAILED_VMENTRY")
     if upper & ~VMX_FAILED_VMENTRY:
@@ -107,7 +77,7 @@ def reason_text(reason: int, svm: bool, kernel: int) -> str:
 
 def user_text(reason: int, kernel: int) -> str:
     """A KVM_EXIT_* reason as kvm_userspace_exit prints it."""
-    return _symbol(reason, _USER_NAMES, _USER_SINCE, kernel)
+    return _symbol(reason, _USER_NAMES.get(reason, {}), kernel)
 
 
 def inhibits(kernel: int) -> tuple[R.Inhibit, ...]:
