@@ -151,8 +151,6 @@ VMX = Table(
     ],
     spelled=str,
 )
-"""VMX: a generation that knows no handler for an exit leaves with KVM_EXIT_INTERNAL_ERROR, except where ``user`` says
-otherwise."""
 
 _EXCEPTIONS = {
     0: "DE", 1: "DB", 3: "BP", 4: "OF", 5: "BR", 6: "UD", 7: "NM", 8: "DF", 10: "TS", 11: "NP", 12: "SS", 13: "GP",

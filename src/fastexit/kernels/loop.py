@@ -355,8 +355,8 @@ def exit_at_once(m, v):
     """
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
     reason = k.SVM_INTERRUPT if svm else k.VMX_PREEMPTION_TIMER
-    row = find_row(m, reason, k.ZERO)
     while steps.exits_at_once(m, v):
+        row = find_row(m, reason, k.ZERO)
         code = vendor_run(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO)
         if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
             code = leave_and_handle(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO, code)
