@@ -5,7 +5,9 @@ What needs the kernel's tracepoints skips where there are none and says why.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +79,10 @@ def child(code: str) -> subprocess.Popen[str]:
     return process
 
 
-OPEN = "from fastexit.kvm.tracefs import KernelTrace\nimport time\n"
+OPEN = """import signal, time
+from fastexit.kvm.tracefs import KernelTrace
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has inherited that it is ignored
+"""
 
 
 def test_lines_of_interest() -> None:
@@ -319,8 +324,49 @@ def refused(code: str) -> str:
 
 
 def test_refuses_who_is_not_root() -> None:
+    """A mounted tracefs denies permission, a mount is not permitted; no module is loaded behind setuid, whose file an
+    ordinary user may be unable to read."""
     leave = "os.getuid() or os.setuid(65534)\n"
-    assert "no usable tracefs: Operation not permitted; it takes root" in refused(leave)
+    assert re.fullmatch(
+        "no usable tracefs: (Operation not permitted|Permission denied); it takes root\n", refused(leave)
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
+@pytest.mark.parametrize("call", ["open", "mkdir"])
+def test_says_that_it_takes_root(call: str, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether the directory is closed, or open and nothing can be made in it."""
+    for name in tracefs.EVENTS:
+        (tmp_path / "tracing" / "events" / "kvm" / name).mkdir(parents=True)
+    (tmp_path / "tracing" / "instances").mkdir()
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"nodev {tmp_path}/tracing tracefs rw 0 0\n")
+    monkeypatch.setattr(tracefs, "MOUNTS", mounts)
+
+    def refuse(*_args: object, **_options: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as closed:
+        closed.setattr(tracefs.os, call, refuse)
+        with pytest.raises(TraceUnavailable) as error:
+            KernelTrace()
+    assert str(error.value) == f"no usable tracefs: {os.strerror(number)}; it takes root"
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "back\\slash", "tab\there", "Spuren \u00e4\u00f6"])
+def test_a_mounted_tracefs_is_found_by_any_name(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """/proc/self/mounts writes blanks, tabs and backslashes in octal, and every other byte as it is."""
+    place = tmp_path / name
+    place.mkdir()
+    escaped = "".join(f"\\{ord(c):03o}" if c in " \t\\" else c for c in str(place))
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"nodev {escaped} tracefs rw 0 0\n")
+    monkeypatch.setattr(tracefs, "MOUNTS", mounts)
+    fd = tracefs._tracefs()
+    try:
+        assert os.path.samestat(os.fstat(fd), place.stat())
+    finally:
+        os.close(fd)
 
 
 def test_refuses_a_kernel_without_tracefs() -> None:

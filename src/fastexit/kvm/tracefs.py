@@ -36,6 +36,8 @@ _CLOEXEC = 1
 
 _READ_BYTES = 1 << 16
 _NAME = re.compile(r"fastexit-(\d+)-\d+")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+"""How the kernel writes a blank, a tab, a line end or a backslash of a mounted directory's name."""
 _THREAD = re.compile(r".*-(\d+) +\[\d+\]", re.DOTALL)
 _LOST = re.compile(r"CPU:\d+ \[LOST (?:(\d+) )?EVENTS\]")
 _OPTIONS = ("disable_on_free", "overwrite", "markers", "norecord-cmd", "noevent-fork")
@@ -104,7 +106,7 @@ class KernelTrace:
             self._finalizer()
             if isinstance(error, TraceUnavailable):
                 raise
-            raise TraceUnavailable(error.errno, f"no usable tracefs: {error.strerror}") from error
+            raise _unavailable(error) from error
         except BaseException:
             self._finalizer()
             raise
@@ -272,10 +274,10 @@ def _tracefs() -> int:
     A second mount can reset the owner and the mode of the first one's files on older kernels.
     """
     try:
-        for mount in MOUNTS.read_text().splitlines():
-            _, place, kind, *_ = mount.split(" ")
-            if kind == "tracefs":
-                return _directory(place.encode().decode("unicode_escape"))
+        for mount in filter(None, MOUNTS.read_bytes().split(b"\n")):
+            _, place, kind, *_ = mount.split(b" ")
+            if kind == b"tracefs":
+                return _directory(_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), place))
         context = _call(_FSOPEN, _ffi.from_buffer(b"tracefs\0"), _CLOEXEC)
         try:
             _call(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, _ffi.NULL, _ffi.NULL, 0)
@@ -283,9 +285,14 @@ def _tracefs() -> int:
         finally:
             os.close(context)
     except OSError as error:
-        hint = {errno.EPERM: "; it takes root", errno.EACCES: "; it takes root", errno.ENODEV: "; none in this kernel"}
-        text = f"no usable tracefs: {os.strerror(error.errno)}{hint.get(error.errno, '')}"
-        raise TraceUnavailable(error.errno, text) from None
+        raise _unavailable(error) from None
+
+
+def _unavailable(error: OSError) -> TraceUnavailable:
+    """The kernel's refusal in one line, with what it takes where that is known."""
+    hint = {errno.EPERM: "; it takes root", errno.EACCES: "; it takes root", errno.ENODEV: "; none in this kernel"}
+    text = f"no usable tracefs: {os.strerror(error.errno)}{hint.get(error.errno, '')}"
+    return TraceUnavailable(error.errno, text)
 
 
 def _call(number: int, *arguments: Any) -> int:
@@ -296,7 +303,7 @@ def _call(number: int, *arguments: Any) -> int:
     return result
 
 
-def _directory(path: str, root: int | None = None) -> int:
+def _directory(path: str | bytes, root: int | None = None) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
 
 
