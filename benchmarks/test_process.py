@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bars import ROOT, Record
 
+from fastexit.trace import BUNDLED
+
 ROUNDS = 9
-TRACE = ROOT / "examples" / "traces" / "linux-6.1-4vcpu-x2apic.trace.xz"
 
 IMPORT = """
 import sys, time
@@ -147,7 +148,7 @@ def _lengthened(times: int) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in lzma.open(TRACE).read().split(b"\n") if line and not line.startswith(b"#")]
+    lines = [line for line in lzma.open(BUNDLED).read().split(b"\n") if line and not line.startswith(b"#")]
     cut = [line.partition(b": ") for line in lines]
     stamps = [head.rpartition(b" ") for head, _, _ in cut]
     span = float(stamps[-1][2]) - float(stamps[0][2]) + 1

@@ -17,15 +17,15 @@ import verified
 import fastexit as fx
 from fastexit.insight.walk import MODELLED, walk
 from fastexit.profile import PROFILES, Trait
+from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
 
 ROOT = Path(__file__).resolve().parents[1]
-TRACE = ROOT / "examples" / "traces" / "linux-6.1-4vcpu-x2apic.trace.xz"
 
 
 def generations() -> str:
     """The table that README opens with: one row a kernel generation, by walking and replaying."""
-    report = replay(TRACE)
+    report = replay(BUNDLED)
     (vm,) = report.vms
     taken = {generation.kernel: generation for generation in vm.generations}
     rows = [

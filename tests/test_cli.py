@@ -14,6 +14,7 @@ import pytest
 import fastexit as fx
 from fastexit.cli import main
 from fastexit.insight.compare import Comparison
+from fastexit.trace import BUNDLED
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
 HEAD = 6000
@@ -318,7 +319,7 @@ def test_demo_of_a_trace_without_ipis_has_no_picture(capsys: pytest.CaptureFixtu
     """The first lines of a boot: no second vCPU yet."""
     pytest.importorskip("matplotlib")
     silent = tmp_path / "silent.txt"
-    with lzma.open(TRACES / "linux-6.1-4vcpu-x2apic.trace.xz", "rt") as source:
+    with lzma.open(BUNDLED, "rt") as source:
         silent.write_text("".join(line for line, _ in zip(source, range(300), strict=False)))
     assert main(["demo", "--trace", str(silent), "--output", str(tmp_path / "out")]) == 0
     assert "there is nothing to draw" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import fastexit as fx
-from fastexit.trace import TraceError
+from fastexit.trace import BUNDLED, TraceError
 from fastexit.trace import replay as replay_module
 from fastexit.trace.generations import Generations
 from fastexit.trace.render import render
@@ -24,7 +24,7 @@ from fastexit.trace.replay import replay
 from fastexit.trace.report import IcrClass, Mismatch, Report
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
-X2APIC = TRACES / "linux-6.1-4vcpu-x2apic.trace.xz"
+X2APIC = BUNDLED
 XAPIC = TRACES / "linux-6.1-4vcpu-xapic.trace.xz"
 SYNTHETIC = TRACES / "synthetic-guest-4vcpu.txt.gz"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from fastexit.trace import TraceError, accesses, files
+from fastexit.trace import BUNDLED, TraceError, accesses, files
 from fastexit.trace.events import Kind, parse
 from fastexit.trace.reader import Batch, TraceReader
 from fastexit.trace.threads import Survey, Vm
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
-X2APIC = TRACES / "linux-6.1-4vcpu-x2apic.trace.xz"
+X2APIC = BUNDLED
 XAPIC = TRACES / "linux-6.1-4vcpu-xapic.trace.xz"
 SYNTHETIC = TRACES / "synthetic-guest-4vcpu.txt.gz"
 

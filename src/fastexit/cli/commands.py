@@ -211,22 +211,15 @@ def replay(args: argparse.Namespace) -> int:
     return 0 if report.exact else 1
 
 
-def _bundled_trace() -> str:
-    name = "linux-6.1-4vcpu-x2apic.trace.xz"
-    for root in (Path.cwd(), *Path(__file__).resolve().parents):
-        if (root / "examples" / "traces" / name).is_file():
-            return str(root / "examples" / "traces" / name)
-    raise UsageError(f"{name} is not here: run from a checkout of the project, or name a trace with --trace")
-
-
 def demo(args: argparse.Namespace) -> int:
     """``fastexit demo``."""
     from fastexit.cli.show import comparison_table, console, profile_table, walk_table
     from fastexit.insight.compare import DOORS, compare, compare_until_ipi
     from fastexit.insight.walk import walk
     from fastexit.regs import icr
+    from fastexit.trace import BUNDLED
 
-    trace = _bundled_trace() if args.trace is None else args.trace
+    trace = str(BUNDLED) if args.trace is None else args.trace
     if not args.output:
         raise UsageError("--output needs the name of a directory, not ''")
     drawing = _can_draw()

@@ -5,11 +5,11 @@ together, guest.py and guestvcpu.py feed a Machine and compare, generations.py a
 runs it all; report.py is what comes out, render.py prints it, heatmap.py draws it.
 
 >>> from fastexit.trace.replay import replay
->>> report = replay("guest.trace.xz")  # doctest: +SKIP
+>>> report = replay(BUNDLED)  # doctest: +SKIP
 >>> report.ipi.exact, report.ipi.total  # doctest: +SKIP
 (3664, 3664)
 """
 
-from fastexit.trace.files import TraceError
+from fastexit.trace.files import BUNDLED, TraceError
 
-__all__ = ["TraceError"]
+__all__ = ["BUNDLED", "TraceError"]

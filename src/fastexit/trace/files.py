@@ -13,7 +13,11 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
+
+BUNDLED = Path(__file__).parents[1] / "data" / "linux-6.1-4vcpu-x2apic.trace.xz"
+"""The trace that comes with the package: a Linux 6.1 guest on 4 vCPUs in x2APIC mode, from reset to power-off."""
 
 CHUNK_BYTES = 1 << 18
 _RAW_BYTES = 1 << 13
