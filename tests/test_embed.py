@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -31,8 +33,8 @@ compiled = pytest.mark.skipif(INTERPRETED or BOUNDS, reason="a host wants kernel
 def compile_host(target: Path, *sources: Path | str, library: Path) -> Path:
     """A program that links the library by what cflags and libs print."""
     line = [*build.compiler(), "-O1", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    line += [*build.cflags(library).split(), f"-I{ROOT / 'native'}", *map(str, sources)]
-    line += ["-o", str(target), *build.libs(library).split()]
+    line += [*shlex.split(build.cflags(library)), f"-I{ROOT / 'native'}", *map(str, sources)]
+    line += ["-o", str(target), *shlex.split(build.libs(library))]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
@@ -347,6 +349,57 @@ def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     demo = compile_host(tmp_path / "demo", tmp_path / "main.c", library=tmp_path / "fx")
     done = run_host(demo)
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+@compiled
+def test_the_lines_of_the_page_work_in_a_folder_with_a_space(library: Path, tmp_path: Path) -> None:
+    """All that docs/embedding.md has a shell do; with pkg-config and cmake where those are here."""
+    page = (ROOT / "docs" / "embedding.md").read_text()
+    blocks = dict(re.findall(r"```(c|text|cmake)\n(.*?)```", page, flags=re.DOTALL))
+    first, build_and_run, others = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    folder = tmp_path / "two words"
+    tool = folder / "venv" / "bin" / "fastexit"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fastexit "$@"\n')
+    tool.chmod(0o755)
+    (folder / "main.c").write_text(blocks["c"])
+    (folder / "CMakeLists.txt").write_text(blocks["cmake"])
+
+    def shell(lines: str) -> str:
+        done = subprocess.run(["sh", "-ec", lines], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    if not shutil.which("cc"):
+        pytest.skip("no cc")
+    shell(first.splitlines()[-1])
+    assert shell(build_and_run) == blocks["text"]
+    with_pkg_config, with_cmake = others.splitlines()
+    if shutil.which("pkg-config"):
+        shell(f"rm demo; {with_pkg_config}")
+        assert shell("./demo") == blocks["text"]
+    if shutil.which("cmake"):
+        shell(with_cmake)
+        assert shell("./build/demo") == blocks["text"]
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", 'a "name"', "$HOME", "back\\slash", "a;b & c"])
+def test_options_are_words_for_a_shell(name: str, tmp_path: Path) -> None:
+    """What cflags and libs print, after eval, names the very folder."""
+    place = tmp_path / name
+    place.mkdir()
+    (place / build.LIBRARY).touch()
+    for options, words in (
+        (build.cflags(place), [f"-I{place}"]),
+        (build.libs(place), [f"-L{place}", f"-Wl,-rpath,{place}", "-lfastexit"]),
+    ):
+        said = subprocess.run(
+            ["sh", "-c", 'eval set -- "$1"; printf \'%s\\n\' "$@"', "sh", options],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.splitlines() == words
 
 
 def test_what_is_missing_is_one_line(
