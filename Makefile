@@ -8,7 +8,7 @@ BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input b
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long test-pythons lint clean
 .PHONY: embed-test verify verify-mutants bench bench-check bench-instructions
 
 help: ## this list
@@ -46,8 +46,10 @@ test-bounds: compile-bounds ## a part of the suite with every array access check
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
 
+test-pythons: $(STAMP) ## a part of the suite on each Python from 3.11 to 3.14 that is here, minutes each; names the missing
+	@$(PY) .ci/pythons.py
+
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
-	@for extra in sim unicorn; do $(PY) -m pip install -qq --disable-pip-version-check -e ".[$$extra]" || true; done
 	@$(PY) examples/embed_test.py
 
 verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md
