@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pictures = draw(rows, args.output, f"Modelled IPI latency by kernel generation: cost profile {costs}, {posted}")
     except ModuleNotFoundError:
-        missing = "pictures need matplotlib: pip install 'fastexit[plot]'"
+        missing = "pictures need matplotlib: pip install matplotlib"
     if args.json:
         json.dump({"costs": costs, "seed": args.seed, "rows": rows, "pictures": pictures}, sys.stdout, indent=1)
         print()

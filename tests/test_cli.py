@@ -279,7 +279,7 @@ def test_replay_refuses_a_picture_without_matplotlib_before_the_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refused(capsys, "replay", "t", "--picture", str(tmp_path / "picture"))
-    assert said == "fastexit: --picture: pictures need matplotlib: pip install 'fastexit[plot]'"
+    assert said == "fastexit: --picture: pictures need matplotlib: pip install matplotlib"
 
 
 @pytest.mark.usefixtures("no_work")
@@ -301,7 +301,7 @@ def test_demo_without_matplotlib_does_everything_else(
     out = capsys.readouterr().out
     assert all(f"{number}. " in out for number in range(1, 6))
     assert "no mismatch" in out
-    assert "pictures need matplotlib: pip install 'fastexit[plot]'" in out
+    assert "pictures need matplotlib: pip install matplotlib" in out
     assert not (tmp_path / "out").exists()
 
 

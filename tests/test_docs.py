@@ -88,3 +88,35 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test", "bench"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def of_an_index(text: str) -> list[str]:
+    """Words that make pip fetch fastexit by its name, which anyone may take as long as no index has it."""
+    words = [word for line in re.findall(r"pip3? install([^\n`#]*)", text) for word in line.split()]
+    return [word for word in words if re.match(r"[\"'(]*fastexit\b", word)] + re.findall(r"(?<![\w/])fastexit\[", text)
+
+
+def test_nobody_is_sent_to_an_index_for_fastexit() -> None:
+    """It is installed from a path: docs, error messages and examples name no package that is not ours."""
+    places = ["src", "docs", "examples", "native", "benchmarks", ".ci"]
+    files = [
+        path for place in places for path in (ROOT / place).rglob("*") if path.suffix in (".py", ".md", ".c", ".h")
+    ]
+    files += [*ROOT.glob("*.md"), ROOT / "Makefile"]
+    assert {path.name: found for path in files if (found := of_an_index(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("pip install 'fastexit[plot]'", 2),
+        ("pip install fastexit", 1),
+        ("pip install -U fastexit==0.1", 1),
+        ("the extra fastexit[sim]", 1),
+        ("pip install '/path/to/fastexit[sim]'", 0),
+        ("pip install . # fastexit", 0),
+        ("pip install matplotlib", 0),
+    ],
+)
+def test_an_index_is_seen(text: str, found: int) -> None:
+    assert len(of_an_index(text)) == found

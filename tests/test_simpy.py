@@ -17,7 +17,7 @@ from fastexit.adapters import simpy as adapter
 from fastexit.adapters.simpy import Cpu, Simulation
 
 ROOT = Path(__file__).parents[1]
-needs_simpy = pytest.mark.skipif(adapter.simpy is None, reason="SimPy is missing: pip install 'fastexit[sim]'")
+needs_simpy = pytest.mark.skipif(adapter.simpy is None, reason="SimPy is missing: pip install simpy")
 COSTS = "skylake-retpoline"
 MACHINES = [(kernel, vendor, apicv) for kernel in fx.profiles() for vendor in ("vmx", "svm") for apicv in (True, False)]
 LVTT, DEADLINE, VECTOR = 0x832, 0x6E0, 0xFD
@@ -36,7 +36,7 @@ def example() -> Any:
 
 def test_missing_simpy_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "simpy", None)
-    with pytest.raises(ImportError, match=re.escape("needs SimPy: pip install 'fastexit[sim]'")):
+    with pytest.raises(ImportError, match=re.escape("needs SimPy: pip install simpy")):
         Simulation(machine())
 
 

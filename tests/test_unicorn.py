@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("unicorn", reason="unicorn is not installed (the extra fastexit[unicorn])")
+pytest.importorskip("unicorn", reason="unicorn is not installed")
 
 import fastexit as fx
 import unicorn_guest as G
@@ -460,4 +460,4 @@ def test_missing_unicorn_is_one_line() -> None:
     code = "import sys; sys.modules['unicorn'] = None\nimport fastexit.adapters.unicorn"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ImportError: unicorn is not installed: pip install 'fastexit[unicorn]'"
+    assert done.stderr.splitlines()[-1] == "ImportError: unicorn is not installed: pip install unicorn"

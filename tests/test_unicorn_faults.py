@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-pytest.importorskip("unicorn", reason="unicorn is not installed (the extra fastexit[unicorn])")
+pytest.importorskip("unicorn", reason="unicorn is not installed")
 
 from unicorn import x86_const
 

@@ -63,7 +63,7 @@ class Simulation:
 
     def __init__(self, machine: Machine, env: Any = None, *, jitter: float = 0.0, seed: int = 0) -> None:
         if simpy is None:
-            raise ImportError("fastexit.adapters.simpy needs SimPy: pip install 'fastexit[sim]'")
+            raise ImportError("fastexit.adapters.simpy needs SimPy: pip install simpy")
         if machine.costs is None:
             raise ValueError("a simulation needs time: make the machine with costs")
         if not 0 <= jitter < 1:

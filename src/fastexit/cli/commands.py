@@ -132,7 +132,7 @@ def _replay_file(path: str, quiet: bool, **options: Any) -> Any:
         return replay(path, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
 
 
-NO_MATPLOTLIB = "pictures need matplotlib: pip install 'fastexit[plot]'"
+NO_MATPLOTLIB = "pictures need matplotlib: pip install matplotlib"
 
 
 def _can_draw() -> bool:

@@ -25,7 +25,7 @@ from fastexit.machine import Machine
 try:
     import unicorn as _unicorn  # noqa: F401
 except ImportError:
-    raise ImportError("unicorn is not installed: pip install 'fastexit[unicorn]'") from None
+    raise ImportError("unicorn is not installed: pip install unicorn") from None
 
 from fastexit.adapters.unicorn.cpu import UnicornCpu
 from fastexit.adapters.unicorn.gate import GuestError, idt
