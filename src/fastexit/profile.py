@@ -235,8 +235,10 @@ def profiles() -> tuple[str, ...]:
 
 
 def profile(name: str) -> Profile:
-    """The profile of that name; ValueError lists the known ones."""
+    """The profile of that name; TypeError for what is no name, ValueError lists the known ones."""
+    if not isinstance(name, str):
+        raise TypeError(f"kernel is {type(name).__name__}, not a string such as {profiles()[-1]!r}")
     try:
         return PROFILES[name]
-    except (KeyError, TypeError):
+    except KeyError:
         raise ValueError(f"unknown kernel {name!r}: one of {', '.join(PROFILES)}") from None

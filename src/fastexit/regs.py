@@ -10,6 +10,7 @@ KVM prints them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
@@ -71,12 +72,17 @@ class Layout:
         return {n: (value & f.mask) >> f.lsb for n, f in self.fields.items() if not n.startswith("_")}
 
     def encode(self, values: Mapping[str, int]) -> int:
-        """The register value with these fields; ValueError when a value does not fit its field."""
+        """The register value with these fields; TypeError or ValueError when a value does not fit its field."""
         word = 0
         for name, value in values.items():
             field = self.fields[name]
+            if type(value) is not int:
+                try:
+                    value = operator.index(value)
+                except TypeError:
+                    raise TypeError(f"{name} is {type(value).__name__}, not an integer") from None
             if not 0 <= value < (1 << field.width):
-                raise ValueError(f"{name}={shown(value)} does not fit {field.width} bits")
+                raise ValueError(f"{name}={shown(value)} does not fit {field.width} bit{'s' * (field.width > 1)}")
             word |= value << field.lsb
         return word
 
@@ -140,34 +146,53 @@ XAPIC_BROADCAST = 0xFF
 X2APIC_BROADCAST = 0xFFFF_FFFF
 
 
+def _named(value: IntEnum | int | str, kind: type[IntEnum], what: str) -> int:
+    """A member of an enumeration as a number; a name is one of its members in any case, with - or _."""
+    if not isinstance(value, str):
+        return value
+    names = {member.name.lower().replace("_", "-"): member for member in kind}
+    try:
+        return names[value.lower().replace("_", "-")]
+    except KeyError:
+        raise ValueError(f"unknown {what} {value[:40]!r}: one of {', '.join(names)}") from None
+
+
+def _flag(value: bool | int) -> int:
+    """A truth value as a bit, numpy's among them; what is none stays what it is, and does not fit one bit."""
+    return int(value) if value in (0, 1) else value
+
+
 def icr(
     dest: int = 0,
     vector: int = 0,
     *,
-    delivery: DeliveryMode | int = DeliveryMode.Fixed,
+    delivery: DeliveryMode | int | str = DeliveryMode.Fixed,
     logical: bool = False,
     level: bool = False,
     trigger_level: bool = False,
-    shorthand: Shorthand | int = Shorthand.NONE,
+    shorthand: Shorthand | int | str = Shorthand.NONE,
     busy: bool = False,
 ) -> int:
     """The 64-bit x2APIC ICR value of one IPI (SDM 10.12.9).
 
     ``dest`` is the 32-bit destination (0xFFFFFFFF broadcasts), ``vector`` 0..255. ``level`` is the assert bit 14,
-    ``trigger_level`` the trigger mode bit 15. ValueError when a value does not fit its field.
+    ``trigger_level`` the trigger mode bit 15. ``delivery`` and ``shorthand`` may also be names: "nmi", "all-but-self".
+    TypeError or ValueError when a value does not fit its field.
 
     >>> hex(icr(dest=1, vector=0xFD))
     '0x1000000fd'
+    >>> hex(icr(vector=0xFD, shorthand="all-but-self"))
+    '0xc00fd'
     """
     return ICR.encode(
         {
             "VECTOR": vector,
-            "DM": int(delivery),
-            "DEST_MODE": int(logical),
-            "BUSY": int(busy),
-            "LEVEL": int(level),
-            "TRIGGER": int(trigger_level),
-            "SHORTHAND": int(shorthand),
+            "DM": _named(delivery, DeliveryMode, "delivery mode"),
+            "DEST_MODE": _flag(logical),
+            "BUSY": _flag(busy),
+            "LEVEL": _flag(level),
+            "TRIGGER": _flag(trigger_level),
+            "SHORTHAND": _named(shorthand, Shorthand, "shorthand"),
             "DEST": dest,
         }
     )

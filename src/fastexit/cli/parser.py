@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
@@ -91,9 +93,22 @@ def _kernels(text: str) -> list[str]:
     return names
 
 
+class _Parser(argparse.ArgumentParser):
+    """Name the choice that a misspelt word is nearest to: argparse itself does that from Python 3.14 on, when asked."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            choices = [str(choice) for choice in action.choices or ()]
+            for near in get_close_matches(str(value), choices, n=1):
+                error.message += f": did you mean {near}?"
+            raise
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastexit",
         description="KVM's interrupt exits: what happens when a vCPU exits on WRMSR, in seven kernel generations.",
         epilog=_EPILOG,
