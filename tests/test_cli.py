@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_replay_with_a_mismatch_ends_with_1(
     assert forged.read_text() != text
     assert main(["replay", str(forged), "--quiet"]) == 1
     assert "dst 3 vec 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [("--quiet",), ("--json",)])
+def test_replay_of_a_cut_file_ends_with_a_line_that_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """What is left is replayed, and nobody takes that for the whole file: exit code 1 has its reason on stderr."""
+    path = tmp_path / "cut.xz"
+    path.write_bytes(BUNDLED.read_bytes()[:20_000])
+    assert main(["replay", str(path), *options]) == 1
+    said = capsys.readouterr()
+    assert re.match(rf"fastexit: {re.escape(str(path))}:\d+: the compressed stream is cut short: ", said.err)
+    assert said.err.count("\n") == 1
+    if options == ("--json",):
+        assert json.loads(said.out)["mismatches"] == []
+    else:
+        assert said.out.splitlines()[-1].rstrip() == "no mismatch in what could be read"
 
 
 def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path) -> None:

@@ -191,6 +191,14 @@ def _pictures(report: Any, base: str) -> list[str]:
     return [str(path) for path in save(report, base)]
 
 
+def _replayed(report: Any) -> int:
+    """The exit code of a report; the tables show mismatches, and damage of the file is said once more behind them."""
+    if report.problems:
+        more = len(report.problems) - 1
+        complain(f"{report.problems[0]}{f' (and {more} more: see above)' if more else ''}")
+    return 0 if report.exact else 1
+
+
 def replay(args: argparse.Namespace) -> int:
     """``fastexit replay``; 1 when the file is damaged or a line was not predicted."""
     if args.picture is not None:
@@ -200,7 +208,7 @@ def replay(args: argparse.Namespace) -> int:
     report = _replay_file(args.trace, args.quiet or args.json, **options)
     if args.json:
         _print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
-        return 0 if report.exact else 1
+        return _replayed(report)
     from fastexit.cli.show import console
     from fastexit.trace.render import render
 
@@ -208,7 +216,7 @@ def replay(args: argparse.Namespace) -> int:
     render(report, out)
     for path in _pictures(report, args.picture) if args.picture else ():
         out.print(f"picture: {path}", markup=False, soft_wrap=True)
-    return 0 if report.exact else 1
+    return _replayed(report)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -252,7 +260,7 @@ def demo(args: argparse.Namespace) -> int:
                 "pictures": pictures,
             }
         )
-        return 0 if report.exact else 1
+        return _replayed(report)
     from fastexit.trace.render import render
 
     out = console()
@@ -267,7 +275,7 @@ def demo(args: argparse.Namespace) -> int:
     out.rule("5. Who interrupts whom")
     for line in [f"picture: {path}" for path in pictures] or [no_pictures]:
         out.print(line, markup=False, soft_wrap=True)
-    return 0 if report.exact else 1
+    return _replayed(report)
 
 
 def _verified(args: argparse.Namespace) -> Any:

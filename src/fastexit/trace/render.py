@@ -145,7 +145,7 @@ def _generations(vm: VmReport) -> Table:
 
 def _mismatches(report: Report, console: Console) -> None:
     if not report.mismatches:
-        console.print("\n[green]no mismatch[/]")
+        console.print("\nno mismatch in what could be read" if report.problems else "\n[green]no mismatch[/]")
         return
     console.print()
     table = _table(
