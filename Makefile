@@ -66,9 +66,9 @@ verify-mutants: $(STAMP) ## faults planted into the model, each of which verify 
 	@$(PY) docs/verified.py build/verify/mutants.json
 	@$(PY) docs/generate.py
 
-bench: $(STAMP) ## all benchmarks: against C, fast beside generic path; writes build/bench/ and docs/results.md
-	@$(PYTEST) benchmarks --benchmark-enable --benchmark-only --benchmark-time-unit=us \
-		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+bench: $(STAMP) ## pytest benchmarks: against C, fast beside generic path; writes build/bench/ and docs/results.md
+	@rm -f build/bench/results.json
+	@$(PYTEST) benchmarks --benchmark-columns=min,median,iqr,rounds
 	@$(PY) benchmarks/report.py
 
 bench-check: $(STAMP) ## fails when the last make bench missed a bar

@@ -20,7 +20,7 @@ ALL_SIZES = tuple(f"N = {n}" for n in SIZES)
 class Bar(NamedTuple):
     """``bar`` is what must hold, ``aim`` what is wanted; ``most``: values must not exceed it, else not fall short.
 
-    ``cases``: each of them must have been measured. ``compiler``: without a C compiler that cannot be.
+    ``cases``: each of them must have been measured. ``compiler``: where C cannot be compiled, that cannot be.
     """
 
     what: str
@@ -99,10 +99,14 @@ class Record:
         self.curves.setdefault(curve, {})[n] = ns
 
     def skip(self, row: str, why: str) -> None:
-        """A row that this machine cannot measure, for lack of a C compiler."""
+        """A row that this machine cannot measure, for lack of a C compiler or of what it needs."""
         if not BARS[row].compiler:
             raise KeyError(row)
         self.skipped[row] = why
+
+    def content(self) -> dict[str, Any]:
+        """What the run measured."""
+        return {"values": self.values, "curves": self.curves, "skipped": self.skipped}
 
     def write(self, path: Path = RESULTS) -> None:
         """As JSON, with what it depends on."""
@@ -117,8 +121,19 @@ class Record:
             "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs",
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine, "values": self.values, "curves": self.curves, "skipped": self.skipped}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine, **self.content()}, indent=1) + "\n")
+
+
+def excused(content: dict) -> dict[str, str]:
+    """Rows that were skipped, and why. That C cannot be compiled is the only excuse there is."""
+    return {row: why for row, why in content["skipped"].items() if BARS[row].compiler}
+
+
+def unmeasured(content: dict) -> list[tuple[str, str]]:
+    """Row and case of each value that a run lacks without an excuse."""
+    seen = {(entry["row"], entry["case"]) for entry in content["values"]}
+    wanted = [(row, case) for row, bar in BARS.items() if row not in excused(content) for case in bar.cases]
+    return [case for case in wanted if case not in seen]
 
 
 def _cpu() -> str:

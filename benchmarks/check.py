@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from bars import BARS, RESULTS
+from bars import BARS, RESULTS, excused, unmeasured
 
 
 def missed(content: dict) -> list[str]:
@@ -19,20 +19,13 @@ def missed(content: dict) -> list[str]:
         if bar.misses(entry["value"]):
             limit = f"at {'most' if bar.most else 'least'} {bar.bar:,g}"
             lines.append(f"row {entry['row']}, {entry['case']}: {entry['value']:,.4g} {bar.unit}, {limit}: {bar.what}")
-    seen = {(entry["row"], entry["case"]) for entry in content["values"]}
-    wanted = [(row, case) for row, bar in BARS.items() if row not in excused(content) for case in bar.cases]
-    return lines + [f"row {row}, {case}: not measured" for row, case in wanted if (row, case) not in seen]
-
-
-def excused(content: dict) -> dict[str, str]:
-    """Rows that were skipped, and why. Lack of a C compiler is the only excuse there is."""
-    return {row: why for row, why in content["skipped"].items() if BARS[row].compiler}
+    return lines + [f"row {row}, {case}: not measured" for row, case in unmeasured(content)]
 
 
 def main() -> int:
     """Exit status."""
     if not RESULTS.exists():
-        print("no results: run make bench first", file=sys.stderr)
+        print("no results of a whole run: run make bench first", file=sys.stderr)
         return 1
     content = json.loads(RESULTS.read_text())
     lines = missed(content)

@@ -13,22 +13,27 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bars import Record
+from bars import Record, unmeasured
 
 import fastexit
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm() -> None:
+    if numba.config.DISABLE_JIT:
+        pytest.exit("benchmarks time compiled kernels: unset NUMBA_DISABLE_JIT", returncode=pytest.ExitCode.USAGE_ERROR)
     fastexit.warmup()
 
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[Record]:
-    """Values of the whole run; written to build/bench/results.json at its end."""
+    """Values of the whole run, written to build/bench/results.json when no row is missing at its end.
+
+    A run of a part of the benchmarks leaves the results of the last whole run alone.
+    """
     values = Record()
     yield values
-    if values.values:
+    if not unmeasured(values.content()):
         values.write()
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import cffi
 import streams
-from lower_bound import LowerBound
+from lower_bound import LowerBound, extension
 
 SIDES = "fast", "fast one owner", "generic", "bound", "bound one owner"
 LENGTHS = 500, 2_500
 VCPUS = 64
-DIRECTORY = Path(__file__).parents[1] / "build" / "native"
 
 
-def marks() -> ModuleType:
+def marks() -> Any:
     """Valgrind's client requests: start() counts from 0, stop() writes what was counted to a file of its own."""
     name = "fastexit_marks"
     ffi = cffi.FFI()
@@ -27,13 +24,7 @@ def marks() -> ModuleType:
         "static void start(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }\n"
         "static void stop(void) { CALLGRIND_DUMP_STATS; CALLGRIND_STOP_INSTRUMENTATION; }\n",
     )
-    built = next(DIRECTORY.glob(f"{name}.*.so"), None) or ffi.compile(tmpdir=str(DIRECTORY))
-    spec = importlib.util.spec_from_file_location(name, built)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.lib
+    return extension(ffi, name).lib
 
 
 def main() -> None:

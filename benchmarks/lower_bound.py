@@ -23,8 +23,29 @@ NATIVE = ROOT / "native"
 ARCH = os.environ.get("FASTEXIT_BOUND_ARCH", "native")
 FLAGS = ["-O3", f"-march={ARCH}"]
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
-AVAILABLE = shutil.which(COMPILER) is not None
+HEADERS = Path(sysconfig.get_path("include"))
+BUILT = ROOT / "build" / "native"
 SENDER_WORDS = 8
+
+
+def missing(compiler: str = COMPILER, headers: Path = HEADERS) -> str:
+    """Say what an extension cannot be compiled without, if it is not here."""
+    if shutil.which(compiler) is None:
+        return f"no C compiler ({compiler})"
+    return "" if (headers / "Python.h").exists() else f"no Python.h in {headers}: install Python's headers"
+
+
+def extension(ffi: cffi.FFI, name: str) -> ModuleType:
+    """Import an extension from build/, and compile it first if this Python has not done so before."""
+    built = BUILT / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not built.exists():
+        ffi.compile(tmpdir=str(BUILT))
+    spec = importlib.util.spec_from_file_location(name, built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _declarations(path: Path) -> str:
@@ -46,17 +67,10 @@ def library() -> ModuleType:
     made_of = b"".join(path.read_bytes() for path in sources) + repr((FLAGS, _cpu())).encode()
     digest = hashlib.sha256(made_of).hexdigest()[:12]
     name = f"fastexit_lower_bound_{digest}"
-    directory = ROOT / "build" / "native"
     ffi = cffi.FFI()
     ffi.cdef("".join(_declarations(path) for path in sources))
     ffi.set_source(name, '#include "lower_bound.c"', include_dirs=[str(NATIVE)], extra_compile_args=FLAGS)
-    built = next(directory.glob(f"{name}.*.so"), None) or ffi.compile(tmpdir=str(directory))
-    spec = importlib.util.spec_from_file_location(name, built)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return extension(ffi, name)
 
 
 def _aligned(words: int) -> np.ndarray:

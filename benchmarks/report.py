@@ -103,7 +103,7 @@ def figure(content: dict) -> None:
 def main() -> int:
     """Exit status."""
     if not RESULTS.exists():
-        print("no results: run make bench first", file=sys.stderr)
+        print("no results of a whole run: run make bench first", file=sys.stderr)
         return 1
     content = json.loads(RESULTS.read_text())
     (DOCS / "results.md").write_text(table(content))

@@ -116,7 +116,8 @@ AVIC_TARGETS = 250
 """On SVM: a vCPU whose id AVIC's tables have no entry for would switch AVIC off for the whole machine."""
 
 
-def _fresh_targets(door: str, vendor: str) -> int:
+def fresh_targets(door: str, vendor: str) -> int:
+    """How many exits of one pass through a door can have a target of their own."""
     return min(DOORS[door].exits, AVIC_TARGETS) if vendor == "svm" else DOORS[door].exits
 
 
@@ -142,7 +143,7 @@ def _check_fresh(machine: Machine, codes: Iterable[int], n: int) -> None:
 def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time whole exits of one kernel at one door ("python" or "batch"), fast and generic in turn."""
     make, _, passes = DOORS[door]
-    n = _fresh_targets(door, vendor)
+    n = fresh_targets(door, vendor)
     machine = booted(kernel, vendor, n + 1)
     through = make(machine, unicasts(machine, n))
     consume(machine)
@@ -160,13 +161,24 @@ def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) ->
     return _timed(kernel, f"{door}, whole exit", machine, go, rounds)
 
 
+def step_of_ipi(kernel: str, vendor: str, *, fastpath: bool) -> str:
+    """Name the Dispatcher method in which the IPI of an ICR write leaves, as a walk shows it.
+
+    ValueError when no IPI leaves.
+    """
+    walked = walk(R.MSR_X2APIC_ICR, R.icr(dest=1, vector=0xFD), kernel=kernel, vendor=vendor, fastpath=fastpath)
+    if walked.ipi_step is None:
+        raise ValueError(f"no IPI leaves on kernel {kernel}, vendor {vendor}")
+    return STEPS[walked.ipi_step].method
+
+
 def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time from the exit until the IPI has left, in the Python dispatcher: what the patch set out to shorten.
 
     Up to 6.1 a fast exit still does the rest of the exit afterwards, so its whole time says little. The clock stops
     when the step returns in which, as a walk shows, the IPI leaves; that step differs between the two sides.
     """
-    n = _fresh_targets("python", vendor)
+    n = fresh_targets("python", vendor)
     machine = booted(kernel, vendor, n + 1)
     loop, v = machine.dispatcher, machine.vcpus[0]
     values = [int(value) for value in unicasts(machine, n)["value"]]
@@ -182,12 +194,7 @@ def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> 
 
         setattr(loop, method, stamped)
 
-    steps = {}
-    for side in (True, False):
-        walked = walk(R.MSR_X2APIC_ICR, R.icr(dest=1, vector=0xFD), kernel=kernel, vendor=vendor, fastpath=side)
-        if walked.ipi_step is None:
-            raise ValueError(f"no IPI leaves on kernel {kernel}, vendor {vendor}")
-        steps[side] = STEPS[walked.ipi_step].method
+    steps = {side: step_of_ipi(kernel, vendor, fastpath=side) for side in (True, False)}
 
     def through() -> tuple[int, list[int]]:
         spent, codes = 0, []
