@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -73,3 +77,45 @@ def test_a_comparison_gives_medians() -> None:
     for row in (c.compare("6.18", "batch", rounds=3), c.compare_until_ipi("5.7", rounds=3)):
         assert min(row.fast_ns, row.generic_ns, row.ratio) > 0
     assert row.door == "python, until the IPI left"
+
+
+class BusyClock:
+    """The clock of a process that loses its CPU to others at the end of each time slice."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.now = 0
+        self.left = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now
+
+    def spend(self, ns: int) -> None:
+        """Compute for so long."""
+        self.now += ns
+        self.left -= ns
+        while self.left < 0:
+            self.now += self.rng.randint(6_000_000, 15_000_000)
+            self.left += self.rng.randint(2_800_000, 3_200_000)
+
+
+@pytest.mark.parametrize("door", c.DOORS)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_busy_machine_changes_no_verdict(monkeypatch: pytest.MonkeyPatch, door: str, seed: int) -> None:
+    """Three of four slices go to other processes; the ratio is what it is on a quiet machine."""
+    clock = BusyClock(seed)
+    exits_ns = {True: {"python": 4_000, "batch": 60}[door], False: {"python": 4_500, "batch": 67.5}[door]}
+
+    def make(machine: SimpleNamespace, exits: np.ndarray) -> Callable[[], None]:
+        return lambda: clock.spend(int(exits_ns[machine.fastpath] * len(exits)))
+
+    monkeypatch.setattr(c, "time", clock)
+    monkeypatch.setattr(c, "booted", lambda kernel, vendor, vcpus: SimpleNamespace(fastpath=True))
+    monkeypatch.setattr(c, "unicasts", lambda machine, n: np.zeros(n))
+    monkeypatch.setattr(c, "consume", lambda machine: clock.spend(250_000))
+    monkeypatch.setattr(c, "_check_fresh", lambda machine, codes, n: None)
+    at_full_length = {"python": (1_000, 1), "batch": (4_000, 6)}[door]  # interpreted kernels have shorter ones
+    monkeypatch.setitem(
+        c.DOORS, door, c.DOORS[door]._replace(make=make, exits=at_full_length[0], passes=at_full_length[1])
+    )
+    assert c.compare("6.18", door, rounds=41).ratio == pytest.approx(1.125, rel=0.01)

@@ -1,10 +1,12 @@
 """Fast against generic on the same machine, interleaved: the quick form of the benchmark suite.
 
-Both sides are this library's real paths. One machine, the same exits, one door; only Machine.fastpath differs. A round
-times the fast side and the generic side back to back and gives one ratio, so that a noisy neighbour hits both; the
-median of all rounds counts. Every timed IPI is a fresh one: each exit has a target of its own that nobody has posted
-to, and the targets are emptied, untimed, before they are used again. Otherwise nearly all exits would find the
-descriptor's ON bit set, and what is timed would be the way out of the post.
+Both sides are this library's real paths. One machine, the same exits, one door; only Machine.fastpath differs. The fast
+side and the generic side are timed back to back, each first in its turn, and each such pair gives one ratio; the median
+of all pairs counts. A timing takes a fraction of a millisecond, far less than a scheduler's time slice: on a busy
+machine most pairs are spared by other processes, and the median is one of those. Every timed IPI is a fresh one: each
+exit has a target of its own that nobody has posted to, and the targets are emptied, untimed, before they are used
+again. Otherwise nearly all exits would find the descriptor's ON bit set, and what is timed would be the way out of the
+post.
 
 What the two sides are made of differs from door to door, and a ratio says no more than that:
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +37,7 @@ from fastexit.outcome import CODE_EFFECTS_SHIFT, Effect
 
 
 class Comparison(NamedTuple):
-    """One kernel at one door: median ns per exit of each side, and the median over rounds of generic / fast."""
+    """One kernel at one door: median ns per exit of each side, and the median over pairs of generic / fast."""
 
     kernel: str
     door: str
@@ -98,16 +100,20 @@ def _batch_door(machine: Machine, exits: np.ndarray) -> Callable[[], np.ndarray]
 
 
 class Door(NamedTuple):
-    """A way in: what makes the callable that takes exits through it, how many exits, and how often for one timing."""
+    """A way in: what makes the callable that takes exits through it, how many exits, how many in one timing.
+
+    A round takes all exits through the door on either side, ``passes`` times.
+    """
 
     make: Callable[[Machine, np.ndarray], Callable[[], Iterable[int]]]
     exits: int
+    at_once: int
     passes: int
 
 
 DOORS: dict[str, Door] = {
-    "python": Door(_python_door, 1_000 if declare.JIT else 20, 1),
-    "batch": Door(_batch_door, 4_000 if declare.JIT else 20, 6 if declare.JIT else 1),
+    "python": Door(_python_door, 1_000 if declare.JIT else 20, 40, 1),
+    "batch": Door(_batch_door, 4_000 if declare.JIT else 20, 4_000, 6 if declare.JIT else 1),
 }
 """Door by name. Exits are few with interpreted kernels, whose times mean nothing but which take them all the same."""
 
@@ -121,14 +127,16 @@ def fresh_targets(door: str, vendor: str) -> int:
     return min(DOORS[door].exits, AVIC_TARGETS) if vendor == "svm" else DOORS[door].exits
 
 
-def _timed(kernel: str, door: str, machine: Machine, go: Callable[[], float], rounds: int) -> Comparison:
-    """Rounds of go(), which returns ns an exit: the fast side, then the generic side. The first round warms both up."""
-    fast, generic = [], []
-    for _ in range(rounds + 1):
-        for side, times in ((True, fast), (False, generic)):
+def _timed(
+    kernel: str, door: str, machine: Machine, gos: Sequence[Callable[[], float]], rounds: int, passes: int = 1
+) -> Comparison:
+    """Pairs of go(), which returns ns an exit: both sides, each first in its turn. The first round warms both up."""
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for i, go in enumerate(list(gos) * passes * (rounds + 1)):
+        for side in (True, False) if i % 2 else (False, True):
             machine.fastpath = side
-            times.append(go())
-    del fast[0], generic[0]
+            times[side].append(go())
+    fast, generic = (times[side][len(gos) * passes :] for side in (True, False))
     ratios = [g / f for f, g in zip(fast, generic, strict=True)]
     return Comparison(kernel, door, *(statistics.median(values) for values in (fast, generic, ratios)))
 
@@ -142,23 +150,26 @@ def _check_fresh(machine: Machine, codes: Iterable[int], n: int) -> None:
 
 def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time whole exits of one kernel at one door ("python" or "batch"), fast and generic in turn."""
-    make, _, passes = DOORS[door]
+    make, _, at_once, passes = DOORS[door]
     n = fresh_targets(door, vendor)
     machine = booted(kernel, vendor, n + 1)
-    through = make(machine, unicasts(machine, n))
+    exits = unicasts(machine, n)
     consume(machine)
-    _check_fresh(machine, through(), n)
+    _check_fresh(machine, make(machine, exits)(), n)
 
-    def go() -> float:
-        spent = 0
-        for _ in range(passes):
+    def timing(part: np.ndarray) -> Callable[[], float]:
+        through = make(machine, part)
+
+        def go() -> float:
             consume(machine)
             start = time.perf_counter_ns()
             through()
-            spent += time.perf_counter_ns() - start
-        return spent / (passes * n)
+            return (time.perf_counter_ns() - start) / len(part)
 
-    return _timed(kernel, f"{door}, whole exit", machine, go, rounds)
+        return go
+
+    gos = [timing(exits[at : at + at_once]) for at in range(0, n, at_once)]
+    return _timed(kernel, f"{door}, whole exit", machine, gos, rounds, passes)
 
 
 def step_of_ipi(kernel: str, vendor: str, *, fastpath: bool) -> str:
@@ -196,13 +207,13 @@ def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> 
 
     steps = {side: step_of_ipi(kernel, vendor, fastpath=side) for side in (True, False)}
 
-    def through() -> tuple[int, list[int]]:
-        spent, codes = 0, []
+    def through() -> tuple[list[int], list[int]]:
+        spent, codes = [], []
         for value in values:
             exit = Exit(loop.vendor.wrmsr_reason, R.MSR_X2APIC_ICR, value, loop.vendor.wrmsr_info1, length=2)
             start = time.perf_counter_ns()
             code = loop.run_exit(v, exit)
-            spent += left[0] - start
+            spent.append(left[0] - start)
             codes.append(code)
         return spent, codes
 
@@ -211,8 +222,8 @@ def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> 
         stamp(steps[machine.fastpath])
         spent, _ = through()
         delattr(loop, steps[machine.fastpath])
-        return spent / n
+        return statistics.median(spent)
 
     consume(machine)
     _check_fresh(machine, through()[1], n)
-    return _timed(kernel, "python, until the IPI left", machine, go, rounds)
+    return _timed(kernel, "python, until the IPI left", machine, [go], rounds)
