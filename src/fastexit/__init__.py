@@ -49,7 +49,7 @@ _NAMES = {
     "batch_cycles": "costs.batch",
 }
 
-__all__ = [*_NAMES, "kvm", "warmup"]
+__all__ = [*_NAMES, "kvm", "warmup", "workload"]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,6 +57,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"fastexit.{_NAMES[name]}"), name)
     elif name == "kvm":
         value = import_module("fastexit.kvm")
+    elif name == "workload":
+        value = import_module("fastexit.insight.workload")
     elif name == "warmup":
         import_module("fastexit.machine")
         value = import_module("fastexit.jit.declare").warmup

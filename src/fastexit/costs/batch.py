@@ -9,6 +9,7 @@ behind an exit that did not re-enter had to do.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastexit.profile import Trait
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
+    from fastexit.vcpu import Vcpu
 
 _BEFORE_SRCU = frozenset({Refusal.SWITCHED_OFF, Refusal.FAILED_VMENTRY, Refusal.NESTED, Refusal.NO_NEXT_RIP})
 _NONE = (math.nan, math.nan)
@@ -55,6 +57,7 @@ def batch_cycles(
     if len(exits) and int(exits["vcpu"].max()) >= len(machine.vcpus):
         raise ValueError(f"vCPU {exits['vcpu'].max()} of {len(machine.vcpus)}")
     assert profile is not None
+    _warn_of_strangers(machine)
     keys = np.empty((len(exits), 3), dtype=np.uint64)
     keys[:, 0] = exits["reason"].astype(np.uint64) << np.uint64(32) | exits["msr"]
     keys[:, 1] = exits["info"].astype(np.uint64) << np.uint64(1) | _concerns_sender(machine, exits)
@@ -63,6 +66,20 @@ def batch_cycles(
     table = np.array([_cycles(machine, profile, *row, quiet) for row in found.tolist()]).reshape(-1, 2)
     place = place.reshape(-1)
     return table[place, 0], table[place, 1]
+
+
+def _warn_of_strangers(machine: Machine) -> None:
+    """Say that vCPUs were never in the guest: an IPI to one notifies nobody, so it costs less than one between vCPUs
+    that run.
+    """
+    strangers = sum(1 for v in machine.vcpus if not machine.mem[v.own + L.K_EXITS] and not _has_run(machine, v))
+    if strangers:
+        what = f"{strangers} of {len(machine.vcpus)} vCPUs {'has' if strangers == 1 else 'have'} never run"
+        warnings.warn(f"{what}: IPIs to them notify nobody (fastexit.workload enters them first)", RuntimeWarning, 3)
+
+
+def _has_run(machine: Machine, v: Vcpu) -> bool:
+    return bool(machine.mem[v.own + L.K_IN_RUN]) or machine.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE
 
 
 def _concerns_sender(machine: Machine, exits: np.ndarray) -> np.ndarray:
