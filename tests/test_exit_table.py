@@ -45,6 +45,8 @@ def test_a_row_names_what_there_is(vendor: str, row: Row) -> None:
     assert row.work in WORKS
     assert {row.since, *(row.renamed or ())[:1]} <= set(PROFILES)
     assert 0 <= row.length < 16
+    if row.handler == "operation":
+        assert row.operation
     if row.operation:
         assert row.handler
         assert not row.trait

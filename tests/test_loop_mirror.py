@@ -18,6 +18,7 @@ ELSEWHERE = {
 """Methods of the dispatcher whose compiled twin is no function of the loop, and where it is."""
 ONLY_COMPILED = {
     "find_row": "vendor.rows in Python",
+    "operate": "vendor.handlers in Python",
     "traces_late": "an attribute of the vendor in Python",
     "behind_unicast": "the end of unicast.send",
 }

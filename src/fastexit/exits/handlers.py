@@ -145,9 +145,9 @@ class CommonHandlers:
         """kvm_emulate_halt."""
         return load("emulate_halt")(self.handle, v.index)
 
-    def preemption_timer(self, v: Vcpu, exit: Exit) -> int:
-        """handle_preemption_timer."""
-        return load("handle_preemption_timer")(self.handle, v.index)
+    def operation(self, v: Vcpu, exit: Exit) -> int:
+        """The operation of the exit's row in table.py: what ``operate`` of kernels/loop.py does for it."""
+        return load("operate")(self.handle, v.index, exit.reason, exit.msr, exit.value, exit.info1, exit.length)
 
     def hypercall(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_hypercall; RAX is v.read_data afterwards."""

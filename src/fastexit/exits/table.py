@@ -2,8 +2,9 @@
 
 One table, because a reason's name, length, handlers, compiled operation and cost belong together. It is data: vmx.py
 and svm.py bind the handlers, kernels/loop.py does the operations, costs/meter.py knows the work, tracepoints/names.py
-prints the names. A new exit needs its number in reasons.py, a row here and the handler that the row names; a compiled
-twin needs an operation as well, in ``Op`` and in ``generic`` of kernels/loop.py.
+prints the names. A new exit needs its number in reasons.py, a row here and the handler that the row names. For the
+compiled loop it needs an operation, in ``Op`` and in ``operate`` of kernels/loop.py; with the handler "operation" the
+Python dispatcher takes the same one.
 
 Sources: kvm_vmx_exit_handlers, svm_exit_handlers, VMX_EXIT_REASONS, SVM_EXIT_REASONS, vmx_exit_handlers_fastpath,
 svm_exit_handlers_fastpath, nested_vmx_l0_wants_exit, nested_svm_exit_special.
@@ -130,7 +131,7 @@ VMX = Table(
         Row(_V.EOI_INDUCED, handler="_eoi_induced", work="lapic"),
         Row(_V.EPT_VIOLATION, handler="_ept_violation", l0_wants=True, vectoring=True, user=_K.MMIO, work="page"),
         Row(_V.EPT_MISCONFIG, handler="apic_page", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
-        Row(_V.PREEMPTION_TIMER, handler="preemption_timer", fast="fast_preemption_timer",
+        Row(_V.PREEMPTION_TIMER, handler="operation", fast="fast_preemption_timer",
             fast_trait=_T.PREEMPTION_TIMER_FAST, operation=Op.TIMER, shortcut=True, l0_wants=True, work="timer"),
         Row(_V.WBINVD, length=2, handler=_SKIP),
         Row(_V.APIC_WRITE, handler="_apic_write", work="apic_write"),

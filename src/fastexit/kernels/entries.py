@@ -81,7 +81,6 @@ _ON_ONE_VCPU = {
         "leave_smm": events.leave_smm,
         "process_nmi": events.process_nmi,
         "process_smi": events.process_smi,
-        "handle_preemption_timer": fastpath.handle_preemption_timer,
         "emulate_halt": halt.emulate_halt,
         "init_blocked": halt.init_blocked,
         "nested_changed": inhibit.nested_changed,
@@ -230,6 +229,17 @@ def fast_irqoff(handle, v, msr_index, value):
     """The fast handler alone, as handle_exit_irqoff of the first generations called it."""
     m = open_words(handle, k.WORDS)
     return fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8, u8, u8)", nogil=False)
+def operate(handle, v, reason, msr, value, info, length):
+    """Do what an exit with an operation asks for; the instruction is ``length`` bytes long."""
+    m = open_words(handle, k.WORDS)
+    if v >= m[k.H_NVCPUS]:
+        return NO_VCPU
+    row = loop.find_row(m, reason, info) & k.ROW_OPERATION | length << k.ROW_LENGTH_SHIFT
+    return loop.operate(m, v, row, msr, value, info)
 
 
 @entry

@@ -15,7 +15,7 @@ from fastexit.exits.table import SVM, VMX, packed, packed_rows
 from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
-from ..jit.declare import kernel
+from ..jit.declare import inlined, kernel
 from . import steps
 from . import typed as k
 from .events import inject_events
@@ -71,6 +71,26 @@ def _fast_stage(m, v, row, msr, value):
         refusal = k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF
         return refuse(refusal)
     return fast_wrmsr(m, v, msr, value, _length(row))
+
+
+@inlined
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def operate(m, v, row, msr, value, info):
+    """Do what an exit asks for, as its generic handler does: an outcome code."""
+    op = row & k.ROW_OPERATION
+    if op == k.OP_WRMSR:
+        return emulate_wrmsr(m, v, msr, value, _length(row))
+    if op == k.OP_RDMSR:
+        return emulate_rdmsr(m, v, msr, _length(row))
+    if op == k.OP_HLT:
+        return emulate_halt(m, v)
+    if op == k.OP_TIMER:
+        return handle_preemption_timer(m, v)
+    if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
+        length = info & ~k.MMIO_WRITE
+        code = mmio_write(m, v, msr, length, value) if op == k.OP_MMIO_WRITE else mmio_read(m, v, msr, length)
+        return code if code & k.CODE_USER else code | skip(m, v, _length(row))
+    return k.ZERO
 
 
 @kernel("u8(words)")
@@ -261,7 +281,7 @@ def handle_exit(m, v, row, reason, msr, value, info, code):
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def generic(m, v, row, msr, value, info, code):
-    """The tail of both vendors' handle_exit: completion, or one of the generic handlers that are compiled."""
+    """The tail of both vendors' handle_exit: completion, or the operation that is the generic handler."""
     completion = code & k.CODE_COMPLETION
     if completion == k.COMPLETION_SKIP:
         # The skip's verdict is ignored, as it was from the seed to 5.7: a KVM_EXIT_DEBUG is lost.
@@ -272,20 +292,7 @@ def generic(m, v, row, msr, value, info, code):
     if not row & k.ROW_SHORTCUT or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
         # Everything else is an indirect call, which a retpoline makes dear.
         m[own(m, v) + k.K_INDIRECT_CALLS] = m[own(m, v) + k.K_INDIRECT_CALLS] + k.ONE
-    op = row & k.ROW_OPERATION
-    if op == k.OP_WRMSR:
-        return code | emulate_wrmsr(m, v, msr, value, _length(row))
-    if op == k.OP_RDMSR:
-        return code | emulate_rdmsr(m, v, msr, _length(row))
-    if op == k.OP_HLT:
-        return code | emulate_halt(m, v)
-    if op == k.OP_TIMER:
-        return code | handle_preemption_timer(m, v)
-    if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
-        length = info & ~k.MMIO_WRITE
-        code = code | (mmio_write(m, v, msr, length, value) if op == k.OP_MMIO_WRITE else mmio_read(m, v, msr, length))
-        return code if code & k.CODE_USER else code | skip(m, v, _length(row))
-    return code
+    return code | operate(m, v, row, msr, value, info)
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
