@@ -1,8 +1,8 @@
 """Run a part of the suite on every Python that the project supports and this machine has: ``make test-pythons``.
 
-Interpreters come from PATH, from ~/.pyenv/versions and from $PYTHONS, paths of more. Each gets an environment in
-build/pythons/, which is set up once. What is missing is named. Exit code 1 when the project cannot be installed or a
-test fails, or when nothing could be tried.
+Interpreters come from PATH, from ~/.pyenv/versions and from $PYTHONS, paths of more with colons between. Each gets an
+environment in build/pythons/, which is set up once. What is missing is named. Exit code 1 when the project cannot be
+installed or a test fails, or when nothing could be tried.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def interpreters() -> dict[Interpreter, Path]:
     places = [Path(place) for place in os.environ.get("PATH", "").split(os.pathsep) if place]
     places += sorted((Path.home() / ".pyenv" / "versions").glob("*/bin"))
     called = [place / f"python3.{minor}" for place in places for minor in MINORS]
-    called += [Path(path) for path in os.environ.get("PYTHONS", "").split()]
+    called += [Path(path) for path in os.environ.get("PYTHONS", "").split(os.pathsep) if path]
     found: dict[Interpreter, Path] = {}
     for python in called:
         if (which := identity(python)) is not None:
