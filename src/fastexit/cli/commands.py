@@ -195,7 +195,7 @@ def _replayed(report: Any) -> int:
     """The exit code of a report; the tables show mismatches, and damage of the file is said once more behind them."""
     if report.problems:
         more = len(report.problems) - 1
-        complain(f"{report.problems[0]}{f' (and {more} more: see above)' if more else ''}")
+        complain(f"{report.problems[0]}{f' (and {more} more)' if more else ''}")
     return 0 if report.exact else 1
 
 
