@@ -159,6 +159,11 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["replay", "t", "--picture", ""], "--picture needs the name of a file, not ''"),
         (["replay", "t", "--picture", "/"], "--picture needs the name of a file, not '/'"),
         (["demo", "--output", ""], "--output needs the name of a directory, not ''"),
+        (["walk", "--kernels", "6.1,,6.12"], "'6.1,,6.12' has an empty name: kernels separated by single commas"),
+        (["walk", "--kernels", "6.1,"], "'6.1,' has an empty name"),
+        (["walk", "--kernels", ""], "'' has an empty name"),
+        (["walk", "--kernels", "6.1,6.12, 6.1"], "'6.1,6.12, 6.1' names 6.1 twice"),
+        (["walk", "--mode", ""], "unknown delivery mode ''"),
         (["play"], "invalid choice: 'play'"),
         (["wlak"], "did you mean walk?"),
         (["embed", "biuld"], "did you mean build?"),
@@ -169,6 +174,49 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
     assert said in refused(capsys, *args)
+
+
+ICR_OPTIONS = (
+    ["--dest", "1"],
+    ["--dest", "0"],
+    ["--vector", "0"],
+    ["--mode", "Fixed"],
+    ["--logical"],
+    ["--shorthand", "none"],
+)
+
+
+@pytest.mark.parametrize("option", ICR_OPTIONS, ids=" ".join)
+def test_walk_refuses_options_that_another_makes_void(capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    """Given is given, also with the value that would be the default."""
+    said = refused(capsys, "walk", "--value", "0x1000000fd", *option)
+    assert said == f"fastexit: --value is the whole value, so {option[0]} says nothing: leave one of them out"
+    said = refused(capsys, "walk", "--msr", "0x6e0", *option)
+    assert said == f"fastexit: {option[0]} describes the ICR, not MSR 0x6e0: say with --value what to write"
+
+
+@pytest.mark.parametrize("shorthand", ["self", "all", "all-but-self"])
+def test_a_shorthand_has_no_destination(capsys: pytest.CaptureFixture[str], shorthand: str) -> None:
+    said = refused(capsys, "walk", "--shorthand", shorthand, "--dest", "0")
+    assert said == f"fastexit: --shorthand {shorthand} has no destination: leave out --dest"
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ([], 0x1_0000_00FD),
+        (["--dest", "0"], 0xFD),
+        (["--dest", "2", "--vector", "0x31", "--mode", "lowprio", "--logical"], 0x2_0000_0931),
+        (["--shorthand", "none", "--dest", "3"], 0x3_0000_00FD),
+        (["--shorthand", "all-but-self", "--logical"], 0xC_08FD),
+        (["--value", "0x2000"], 0x2000),
+        (["--msr", "0x6e0", "--value", "0"], 0),
+        (["--msr", "0x830", "--vector", "0x40"], 0x1_0000_0040),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_walk_writes(capsys: pytest.CaptureFixture[str], options: list[str], value: int) -> None:
+    assert run_json(capsys, "walk", "--kernels", "6.18", *options)["value"] == value
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

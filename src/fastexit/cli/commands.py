@@ -15,6 +15,9 @@ from fastexit import __version__
 from fastexit.checks import quoted
 from fastexit.profile import PROFILES
 
+SHORTHANDS = ("none", "self", "all", "all-but-self")
+"""Names of the ICR's destination shorthands, by number."""
+
 
 class UsageError(Exception):
     """Wrong arguments or input: one line for stderr, exit code 2."""
@@ -68,16 +71,26 @@ def _print_json(value: Any) -> None:
 
 
 def _icr_value(args: argparse.Namespace) -> int:
-    from fastexit.regs import DeliveryMode, icr
+    """The value that is written: --value, or the ICR that the other options describe. No option may be void."""
+    from fastexit.regs import MSR_X2APIC_ICR, DeliveryMode, icr
 
+    described = [name for name in ("dest", "vector", "mode", "logical", "shorthand") if getattr(args, name) is not None]
     if args.value is not None:
+        if described:
+            raise UsageError(f"--value is the whole value, so --{described[0]} says nothing: leave one of them out")
         return args.value
+    if described and args.msr != MSR_X2APIC_ICR:
+        raise UsageError(f"--{described[0]} describes the ICR, not MSR {args.msr:#x}: say with --value what to write")
+    shorthand = 0 if args.shorthand is None else SHORTHANDS.index(args.shorthand)
+    if shorthand and args.dest is not None:
+        raise UsageError(f"--shorthand {args.shorthand} has no destination: leave out --dest")
     modes = {mode.name.lower(): mode for mode in DeliveryMode}
-    if args.mode.lower() not in modes:
+    mode = DeliveryMode.Fixed if args.mode is None else modes.get(args.mode.lower())
+    if mode is None:
         raise UsageError(f"unknown delivery mode {quoted(args.mode)}: one of {' '.join(m.name for m in DeliveryMode)}")
-    shorthand = ("none", "self", "all", "all-but-self").index(args.shorthand)
-    dest = args.dest if shorthand == 0 else 0
-    return icr(dest, args.vector, delivery=modes[args.mode.lower()], logical=args.logical, shorthand=shorthand)
+    dest = 0 if shorthand else 1 if args.dest is None else args.dest
+    vector = 0xFD if args.vector is None else args.vector
+    return icr(dest, vector, delivery=mode, logical=bool(args.logical), shorthand=shorthand)
 
 
 def _costs(name: str | None) -> Any:

@@ -84,12 +84,17 @@ def _count(text: str) -> int:
 
 
 def _kernels(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
+    """Different kernels, separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    for number, name in enumerate(names):
+        if not name:
+            raise argparse.ArgumentTypeError(
+                f"{quoted(text)} has an empty name: kernels separated by single commas, such as 5.8,6.18"
+            )
         if name not in PROFILES:
             raise argparse.ArgumentTypeError(f"unknown kernel {quoted(name)}: one of {', '.join(profiles())}")
-    if not names:
-        raise argparse.ArgumentTypeError("no kernel given")
+        if name in names[:number]:
+            raise argparse.ArgumentTypeError(f"{quoted(text)} names {name} twice: name each kernel once")
     return names
 
 
@@ -135,11 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--vcpus", type=_how_many, default=4, help="default: 4")
     walk.add_argument("--msr", type=_number, default=0x830, help="default: 0x830, the x2APIC ICR")
     walk.add_argument("--value", type=_number, help="EDX:EAX; or describe the ICR:")
-    walk.add_argument("--dest", type=_number, default=1, help="destination (default: 1)")
-    walk.add_argument("--vector", type=_number, default=0xFD, help="vector (default: 0xfd, RESCHEDULE)")
-    walk.add_argument("--mode", default="Fixed", help="Fixed LowPrio SMI Res3 NMI INIT SIPI ExtINT")
-    walk.add_argument("--logical", action="store_true", help="logical destination mode")
-    walk.add_argument("--shorthand", default="none", choices=("none", "self", "all", "all-but-self"))
+    # No defaults here: commands.walk has to know which of them were given.
+    walk.add_argument("--dest", type=_number, help="destination (default: 1)")
+    walk.add_argument("--vector", type=_number, help="vector (default: 0xfd, RESCHEDULE)")
+    walk.add_argument("--mode", help="Fixed LowPrio SMI Res3 NMI INIT SIPI ExtINT (default: Fixed)")
+    walk.add_argument("--logical", action="store_true", default=None, help="logical destination mode")
+    walk.add_argument("--shorthand", choices=commands.SHORTHANDS, help="default: none; the others have no --dest")
     walk.add_argument("--costs", metavar="NAME|FILE", help="modelled cycles: a cost profile or a TOML file")
     machine_options(walk)
 
