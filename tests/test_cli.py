@@ -164,6 +164,8 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["walk", "--kernels", ""], "'' has an empty name"),
         (["walk", "--kernels", "6.1,6.12, 6.1"], "'6.1,6.12, 6.1' names 6.1 twice"),
         (["walk", "--mode", ""], "unknown delivery mode ''"),
+        (["replay", "t", "--mismatches", "some"], "'some' is neither a number from 0 on nor 'all'"),
+        (["replay", "t", "--mismatches", "-1"], "'-1' is neither a number from 0 on nor 'all'"),
         (["play"], "invalid choice: 'play'"),
         (["wlak"], "did you mean walk?"),
         (["embed", "biuld"], "did you mean build?"),
@@ -217,6 +219,25 @@ def test_a_shorthand_has_no_destination(capsys: pytest.CaptureFixture[str], shor
 )
 def test_what_walk_writes(capsys: pytest.CaptureFixture[str], options: list[str], value: int) -> None:
     assert run_json(capsys, "walk", "--kernels", "6.18", *options)["value"] == value
+
+
+@pytest.mark.parametrize(("shown", "rows"), [([], 50), (["--mismatches", "3"], 3), (["--mismatches", "0"], 0)])
+def test_replay_shows_as_many_mismatches_as_asked_for(
+    capsys: pytest.CaptureFixture[str], small_trace: Path, shown: list[str], rows: int
+) -> None:
+    """Replayed with APICv, which the recording host had not, every fault and most targets are wrong."""
+    args = ["replay", str(small_trace), "--kernel", "5.7", "--apicv"]
+    assert main([*args, "--json", "--mismatches", "all"]) == 1
+    everything = json.loads(capsys.readouterr().out)
+    assert everything["mismatched"] == len(everything["mismatches"]) > 50
+    assert main([*args, "--json", *shown]) == 1
+    some = json.loads(capsys.readouterr().out)
+    assert some["mismatched"] == everything["mismatched"]
+    assert some["mismatches"] == everything["mismatches"][:rows]
+    assert main([*args, "--quiet", *shown]) == 1
+    out = capsys.readouterr().out
+    said = f"left out: {some['mismatched'] - rows:,} (--mismatches N or all)" if rows else "none shown (--mismatches N"
+    assert said in out
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

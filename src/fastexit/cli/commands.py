@@ -18,6 +18,9 @@ from fastexit.profile import PROFILES
 SHORTHANDS = ("none", "self", "all", "all-but-self")
 """Names of the ICR's destination shorthands, by number."""
 
+MISMATCHES = 50
+"""Mismatches that are shown when nothing else is asked for."""
+
 
 class UsageError(Exception):
     """Wrong arguments or input: one line for stderr, exit code 2."""
@@ -217,7 +220,12 @@ def replay(args: argparse.Namespace) -> int:
     if args.picture is not None:
         _check_picture(args.picture)
     _compile()
-    options = {"kernel": args.kernel, "vendor": args.vendor, "apicv": args.apicv}
+    options = {
+        "kernel": args.kernel,
+        "vendor": args.vendor,
+        "apicv": args.apicv,
+        "mismatches": args.mismatches,
+    }
     report = _replay_file(args.trace, args.quiet or args.json, **options)
     if args.json:
         _print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
@@ -251,7 +259,7 @@ def demo(args: argparse.Namespace) -> int:
             raise UsageError(f"--output: cannot create {args.output!r}: {error.strerror}") from None
         _check_writable(args.output, "--output")
     _compile()
-    report = _replay_file(trace, args.json, vendor="vmx", apicv=False)
+    report = _replay_file(trace, args.json, mismatches=MISMATCHES)
     walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
     kernels = ("seed-v3", "5.8", "6.18")
     rows = [compare(kernel, door) for kernel in kernels for door in DOORS]

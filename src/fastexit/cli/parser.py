@@ -98,6 +98,19 @@ def _kernels(text: str) -> list[str]:
     return names
 
 
+def _mismatches(text: str) -> int | None:
+    """How many mismatches are shown; None for all."""
+    if text == "all":
+        return None
+    try:
+        value = _number(text)
+    except argparse.ArgumentTypeError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is neither a number from 0 on nor 'all'")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     """Name the choice that a misspelt word is nearest to: argparse itself does that from Python 3.14 on, when asked."""
 
@@ -158,6 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--kernel", choices=profiles(), default="6.18", help="the kernel that recorded (default: 6.18)")
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
+    replay.add_argument(
+        "--mismatches",
+        type=_mismatches,
+        default=commands.MISMATCHES,
+        metavar="N|all",
+        help=f"how many mismatches are shown; all are counted (default: {commands.MISMATCHES})",
+    )
 
     verify = command("verify", commands.verify, "Random operations on the model and on /dev/kvm, compared after each.")
     verify.add_argument("--ops", type=_count, metavar="N", help="operations (default: 100000, or as many as fit)")

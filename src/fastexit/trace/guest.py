@@ -10,8 +10,11 @@ from fastexit.trace.accesses import Lane
 from fastexit.trace.events import Event
 from fastexit.trace.generations import Generations
 from fastexit.trace.guestvcpu import TIMER, GuestVcpu
-from fastexit.trace.report import Mismatch, VmReport
+from fastexit.trace.report import Mismatch, Mismatches, VmReport
 from fastexit.trace.threads import Vm
+
+MOST_ASSUMPTIONS = 50
+"""So many assumptions about a VM are said one by one; the rest is counted."""
 
 
 class Recorded(NamedTuple):
@@ -28,7 +31,7 @@ class Guest:
     """
 
     def __init__(
-        self, vm: Vm, *, kernel: str, vendor: str, apicv: bool, recorded: Recorded, mismatches: list[Mismatch]
+        self, vm: Vm, *, kernel: str, vendor: str, apicv: bool, recorded: Recorded, mismatches: Mismatches
     ) -> None:
         ids = list(vm.vcpus)
         irqchip = "split" if vm.split else "full"
@@ -36,6 +39,7 @@ class Guest:
         threads = {vcpu: str(clues.task) if clues else "" for vcpu, clues in vm.vcpus.items()}
         self.report = VmReport(vm.number, threads, irqchip, assumptions=list(vm.assumed))
         self.recorded = recorded
+        self._unsaid = 0
         self.machine = Machine(
             apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api, threads=False
         )
@@ -94,18 +98,23 @@ class Guest:
 
     def differs(self, line: int, event: str, recorded: str, predicted: str) -> None:
         """One more mismatch."""
-        self._mismatches.append(Mismatch(line, event, self.report.number, recorded, predicted))
+        self._mismatches.add(Mismatch(line, event, self.report.number, recorded, predicted))
 
     def assume(self, what: str) -> None:
-        """One more assumption."""
-        self.report.assumptions.append(what)
+        """One more assumption; a damaged trace may need one at every line, and the first of them say enough."""
+        if len(self.report.assumptions) < MOST_ASSUMPTIONS:
+            self.report.assumptions.append(what)
+        else:
+            self._unsaid += 1
 
     def finish(self) -> VmReport:
         """The VM's report, complete."""
         report = self.report
         report.host_eois = sum(lane.traced_eois - lane.guest_eois for lane in self.lanes.values() if lane.traced_eois)
+        if self._unsaid:
+            report.assumptions.append(f"{self._unsaid:,} more things like these, left out here")
         if report.taken_back:
-            self.assume(
+            report.assumptions.append(
                 f"{report.taken_back:,} ICR values are taken back from kvm_apic_ipi lines, as the writes were not "
                 "recorded: these lines agree by construction"
             )

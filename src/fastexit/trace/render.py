@@ -16,7 +16,7 @@ _THREADS = 8
 
 
 def render(report: Report, console: Console) -> None:
-    """Prints the whole report; every mismatch has its line."""
+    """Prints the whole report; every mismatch that it keeps has its line."""
     rate = report.lines / report.seconds if report.seconds else 0.0
     console.print(
         f"[bold]{escape(Path(report.path).name)}[/]: {report.lines:,} lines, "
@@ -144,12 +144,17 @@ def _generations(vm: VmReport) -> Table:
 
 
 def _mismatches(report: Report, console: Console) -> None:
-    if not report.mismatches:
+    if not report.mismatched:
         console.print("\nno mismatch in what could be read" if report.problems else "\n[green]no mismatch[/]")
         return
     console.print()
+    all_of_them = f"{report.mismatched:,} mismatch{'es' if report.mismatched > 1 else ''}"
+    more = report.mismatched - len(report.mismatches)
+    if not report.mismatches:
+        console.print(f"[red]{all_of_them}[/], none shown (--mismatches N or all)")
+        return
     table = _table(
-        f"{len(report.mismatches):,} mismatch{'es' if len(report.mismatches) > 1 else ''}",
+        all_of_them + (f", the first {len(report.mismatches):,} of them" if more else ""),
         "#line",
         "#VM",
         "event",
@@ -159,6 +164,8 @@ def _mismatches(report: Report, console: Console) -> None:
     for m in report.mismatches:
         table.add_row(*_row(m))
     console.print(table)
+    if more:
+        console.print(f"left out: {more:,} (--mismatches N or all)")
 
 
 def _row(m: Mismatch) -> tuple[str, ...]:

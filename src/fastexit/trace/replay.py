@@ -10,12 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from fastexit.checks import integer
 from fastexit.trace.accesses import Assembler, Lane
 from fastexit.trace.events import Event, Kind
 from fastexit.trace.files import TraceError
 from fastexit.trace.guest import Device, Guest, Recorded
 from fastexit.trace.reader import Batch, Task, TraceReader
-from fastexit.trace.report import Report
+from fastexit.trace.report import Mismatches, Report
 from fastexit.trace.threads import Survey
 
 KEPT_LINES = 1 << 19
@@ -33,6 +34,7 @@ def replay(
     kernel: str = "6.18",
     vendor: str = "vmx",
     apicv: bool = False,
+    mismatches: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Replays an ftrace, trace-cmd or perf text through the model and compares.
@@ -43,10 +45,14 @@ def replay(
             reported for all of them.
         vendor: "vmx" or "svm".
         apicv: interrupts are posted.
+        mismatches: how many are kept in the report, the first by line. None: all.
         progress: called as ``progress(done, total)`` now and then.
 
-    Raises TraceError, one line, when the trace cannot be replayed; ValueError for a wrong ``kernel`` or ``vendor``.
+    Raises TraceError, one line, when the trace cannot be replayed; ValueError for a wrong ``kernel`` or ``vendor``, or
+    a negative number of mismatches.
     """
+    if mismatches is not None:
+        integer(mismatches, "number of mismatches")
     began = time.perf_counter()
     reader = TraceReader(path)
     report = Report(reader.path, kernel, vendor, apicv)
@@ -67,10 +73,11 @@ def replay(
 
     vms = survey.vms(again)
     recorded = Recorded(Kind.IPI in survey.kinds, survey.kinds >= {Kind.IPI, Kind.ACCEPT})
+    found = Mismatches(mismatches)
     guests: list[Guest] = []
     lanes: dict[Task, Lane] = {}
     for vm in vms:
-        guest = Guest(vm, kernel=kernel, vendor=vendor, apicv=apicv, recorded=recorded, mismatches=report.mismatches)
+        guest = Guest(vm, kernel=kernel, vendor=vendor, apicv=apicv, recorded=recorded, mismatches=found)
         guests.append(guest)
         lanes |= {clues.task: guest.lanes[vcpu] for vcpu, clues in vm.vcpus.items() if clues}
         lanes |= {task: Lane(Device(guest), -1, guest.lanes) for task in vm.others}
@@ -91,7 +98,7 @@ def replay(
             report.notes.append(f"no {name} line in the trace: nothing to compare with, deliveries are the model's")
     if assembler.strays:
         report.notes.append(f"{assembler.strays:,} interrupts came from threads of no VM in particular: left out")
-    report.mismatches.sort(key=lambda m: m.line)
+    report.mismatches, report.mismatched = found.first(), found.count
     report.vms = [guest.finish() for guest in guests]
     report.seconds = time.perf_counter() - began
     done.at(2 * reader.size)

@@ -61,6 +61,33 @@ class Mismatch(NamedTuple):
     predicted: str
 
 
+class Mismatches:
+    """Collects mismatches in bounded memory: the first ``wanted`` of them by line (None: all), and how many there are.
+
+    >>> found = Mismatches(1)
+    >>> for line in 3, 2, 9:
+    ...     found.add(Mismatch(line, "kvm_eoi", 1, "", ""))
+    >>> found.count, [m.line for m in found.first()]
+    (3, [2])
+    """
+
+    def __init__(self, wanted: int | None) -> None:
+        self.count = 0
+        self._wanted = wanted
+        self._found: list[Mismatch] = []
+
+    def add(self, mismatch: Mismatch) -> None:
+        """One more; they come almost in order of lines."""
+        self.count += 1
+        self._found.append(mismatch)
+        if self._wanted is not None and len(self._found) > 2 * self._wanted:
+            self._found = self.first()
+
+    def first(self) -> list[Mismatch]:
+        """The wanted ones, by line."""
+        return sorted(self._found, key=lambda m: m.line)[: self._wanted]
+
+
 @dataclass
 class Lines:
     """Lines of one kind: how many the trace has, and how many of them the model predicts exactly."""
@@ -180,7 +207,7 @@ class Report:
         path, kernel, vendor, apicv: what was replayed, and as what.
         lines, events: lines in the file, and how many of them are events of the kvm system by name.
         vms: one VmReport each.
-        mismatches: every one of them, by line.
+        mismatches: the first of them by line, as many as replay() was asked to keep; ``mismatched`` counts all.
         problems: damage of the file. notes: oddities that leave the result good.
         seconds: time the replay took.
     """
@@ -193,6 +220,7 @@ class Report:
     events: Counter[str] = field(default_factory=Counter)
     vms: list[VmReport] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
+    mismatched: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -210,7 +238,7 @@ class Report:
     @property
     def exact(self) -> bool:
         """True when the file is sound and the model predicts every line that it can predict."""
-        return not self.mismatches and not self.problems
+        return not self.mismatched and not self.problems
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -225,6 +253,7 @@ class Report:
             "kvm_apic_ipi": self.ipi.as_dict(),
             "kvm_apic_accept_irq_by_ipi": self.accepted.as_dict(),
             "vms": [vm.as_dict() for vm in self.vms],
+            "mismatched": self.mismatched,
             "mismatches": [m._asdict() for m in self.mismatches],
             "problems": self.problems,
             "notes": self.notes,
