@@ -1,4 +1,4 @@
-"""Replay: all mismatches are counted, the first by line are kept, and what is left out is said."""
+"""Replay: all mismatches are counted, the first by line are kept, and doubt about whose they are is said."""
 
 from __future__ import annotations
 
@@ -99,6 +99,21 @@ def test_what_is_left_out_is_said(forged: list[str], replayed: Callable[..., Rep
 def test_a_negative_number_is_refused(bare: list[str], replayed: Callable[..., Report]) -> None:
     with pytest.raises(ValueError, match="number of mismatches -0x1 is out of range"):
         replayed(bare[:100], mismatches=-1)
+
+
+def test_interrupts_of_no_vm_put_mismatches_in_doubt(bare: list[str], replayed: Callable[..., Report]) -> None:
+    """Left out alone, or lines that differ alone, say nothing about which thread belongs where; both together do."""
+    stamp = f"     kworker/0:1-99      [000] ..... {bare[-1].split(': ')[0].split()[-1]}"
+    stray = [f"{stamp}: kvm_apic_accept_irq: apicid 1 vec 52 (Fixed|edge)\n"] * 3
+    wrong = bare[20].replace("dst 1 vec 64", "dst 2 vec 64")
+    assert wrong != bare[20]
+    forged = [*bare[:20], wrong, *bare[21:]]
+    for lines, left_out, mismatched in ((bare + stray, 3, 0), (forged, 0, 1), (forged + stray, 3, 1)):
+        report = replayed(lines)
+        assert (report.left_out, report.mismatched) == (left_out, mismatched)
+        assert report.doubtful == bool(left_out and mismatched) == report.as_dict()["doubtful"]
+        doubt = "doubtful: which thread belongs to which VM: 3 interrupts of no VM in particular were left out"
+        assert (doubt in printed(report)) == report.doubtful
 
 
 def test_assumptions_end_somewhere(

@@ -454,15 +454,35 @@ def test_seconds_may_grow_a_digit(write: Callable[..., Path]) -> None:
     assert read(write(lines * 1))[0].problems == []
 
 
-def test_skimming_still_finds_late_threads(
-    guest: list[str], monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
+def numbered(batches: Iterator[Batch]) -> list[tuple[int, int | None, str]]:
+    """Every line as its number, its thread's id and its event."""
+    return [
+        (batch.first + i, task.pid if task else None, repr(event))
+        for batch in batches
+        for i, (task, event) in enumerate(zip(batch.tasks, batch.events, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "torn"])
+@pytest.mark.parametrize("chunk", [300, 4096, 1 << 18])
+def test_the_same_batches_once_more(
+    guest: list[str], monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path], chunk: int, end: str
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK_BYTES", 4096)
-    reader = TraceReader(write(guest))
-    batches = list(reader.batches(skim=lambda: True))
-    assert {task.pid for batch in batches for task in batch.tasks if task} == {*range(25233, 25243)} - {25235, 25240}
-    assert reader.lines == len(guest)
-    assert len(batches) < 20
+    """Kept from the first pass or read again, whole or damaged: lines, threads and events are the same."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
+    lines = [*guest[:700], "CPU:1 [LOST 234 EVENTS]\n", "hello\n", guest[2], *guest[3234:3600]]
+    lines[-1] = {"": lines[-1].rstrip(), "\n": lines[-1], "torn": lines[-1][:30]}[end]
+    reader = TraceReader(write([line for line in lines if "# entries" not in line] if end == "" else lines))
+    batches = list(reader.batches())
+    found = reader.lines, reader.events, list(reader.problems), list(reader.notes)
+    expected = numbered(batches)
+    assert expected[0][0] == 1
+    assert len(expected) == len(lines) - (end == "torn") - 2 * (end == "")
+    for kept in range(0, len(batches) + 1, max(1, len(batches) // 3)):
+        told: list[int] = []
+        assert numbered(reader.again(batches[:kept], told.append)) == expected
+        assert sum(told) == reader.size
+        assert (reader.lines, reader.events, reader.problems, reader.notes) == found
 
 
 def test_a_write_that_never_ends_does_not_stop_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,13 +133,17 @@ def _belongs(ipi: Event, accept: Event) -> bool:
 
 
 class Assembler:
-    """Turns lines into calls of sinks. ``lanes`` finds a thread's lane; ``eois``: the trace has kvm_eoi lines."""
+    """Turns lines into calls of sinks. ``lanes`` finds a thread's lane; ``eois``: the trace has kvm_eoi lines.
+
+    ``strays`` counts the accept lines, ``stray_deadlines`` the TSC_DEADLINE writes of threads that have no lane.
+    """
 
     def __init__(self, lanes: dict[Task, Lane], *, eois: bool) -> None:
         self._lanes = lanes
         self._eois = eois
         self._held: deque[list[Any]] = deque()
         self.strays = 0
+        self.stray_deadlines = 0
 
     def feed(self, batch: Batch) -> None:
         """A batch of lines."""
@@ -154,6 +158,7 @@ class Assembler:
             lane = lane_of(task)  # type: ignore[arg-type]
             if lane is None:
                 self.strays += kind == _ACCEPT
+                self.stray_deadlines += kind == _DEADLINE
                 continue
             if lane.reset:
                 lane.reset = False

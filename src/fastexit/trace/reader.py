@@ -29,7 +29,6 @@ _LINE = re.compile(
 _LOST = re.compile(rb"CPU:? ?\d+ \[(?:LOST )?(\d*) ?EVENTS(?: DROPPED)?\]")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d+)/(\d+)")
 _BINARY = b"\0"
-_SPACE = ord(" ")
 
 
 @dataclass(eq=False, slots=True)
@@ -56,14 +55,14 @@ class Batch(NamedTuple):
 
 
 class TraceReader:
-    """One trace file. `batches()` may be called several times; each call reads the file from its beginning.
+    """One trace file: `batches()` reads it and looks for damage, `again()` gives the same batches once more.
 
     Attributes:
         path: as given.
         size: bytes on disk, the total that ``progress`` counts towards.
-        lines: lines seen by the last complete pass.
+        lines: lines seen by `batches()`.
         events: event lines among them, of any event system.
-        problems: damage, one line each, with line numbers; filled by the last pass.
+        problems: damage, one line each, with line numbers.
         notes: oddities that do not put the result in doubt.
 
     Raises TraceError as TraceFile does.
@@ -79,19 +78,14 @@ class TraceReader:
         self.notes: list[str] = []
         self._known: dict[bytes, Event] = {}
         self._beginnings: dict[tuple[bytes, ...], Event] = {}
-        self._tasks: dict[bytes, Task] = {}
+        self._tasks: dict[bytes, Task] = {}  # by what stands before the CPU, with the blank behind it
         self._by_pid: dict[int, Task] = {}
         # A line is cut at these places, counted from the end of its time stamp: behind the thread, before the time.
         self._behind = self._stamp = 0
         self._widths: dict[int, int] = {}
 
-    def batches(
-        self, progress: Callable[[int], object] | None = None, skim: Callable[[], bool] | None = None
-    ) -> Iterator[Batch]:
-        """The whole file as batches of lines; ``progress(n)`` is called as n more bytes on disk are consumed.
-
-        Where ``skim()`` is true, only batches with a thread not seen before are given; the others are not looked into.
-        """
+    def batches(self, progress: Callable[[int], object] | None = None) -> Iterator[Batch]:
+        """The whole file as batches of lines; ``progress(n)`` is called as n more bytes on disk are consumed."""
         self.lines = self.events = 0
         self.problems = []
         self.notes = []
@@ -100,38 +94,76 @@ class TraceReader:
         self._promised = -1
         self._clock: dict[int, float] = {}
         self._latest = b""
+        self._unended: list[bytes] = []
+        self._read = 0
         for text in self._file.chunks(progress):
-            lines = text.replace(b"\r", b"").split(b"\n")
-            if b"\0" in text:
-                lines = [_BINARY if b"\0" in line else line for line in lines]
-            if skim and skim() and {line.partition(b" [")[0] for line in lines} <= self._tasks.keys():
-                self.lines += len(lines)
-                self.events += len(lines)
-            else:
-                yield self._batch(lines)
+            yield self._seen(_lines(text))
         tail = self._file.tail
         whole = not self._file.cut and (self._promised < 0 or self.events + 1 == self._promised)
         if whole and _LINE.fullmatch(tail):
             self.notes.append("the last line has no end; it was taken as whole")
             self._file.tail = b""
-            yield self._batch([tail])
+            self._unended = [tail]
+            yield self._seen([tail])
+        self._read = self.lines
         self._finish()
 
-    def _batch(self, lines: list[bytes]) -> Batch:
+    def again(self, kept: list[Batch], progress: Callable[[int], object] | None = None) -> Iterator[Batch]:
+        """What a complete `batches()` gave, once more: its first batches from ``kept``, the rest from the file.
+
+        Everything else stays as `batches()` found it: damage is looked for once. The file is not touched when
+        ``kept`` has all of it.
+        """
+        if kept and kept[-1].first + len(kept[-1].events) > self._read:
+            yield from self._given(kept, progress)
+            return
+        found = self.problems, self.notes
+        self.problems, self.notes = [], []
+        try:
+            first = 1
+            for number, text in enumerate(self._file.chunks(progress)):
+                batch = kept[number] if number < len(kept) else self._batch(first, _lines(text))
+                first += len(batch.events)
+                yield batch
+            if self._unended:
+                yield self._batch(first, self._unended)
+        finally:
+            self.problems, self.notes = found
+
+    def _given(self, kept: list[Batch], progress: Callable[[int], object] | None) -> Iterator[Batch]:
+        """The batches of a file that was kept as a whole, with progress as if it were read."""
+        told = 0
+        for batch in kept:
+            yield batch
+            if progress:
+                done = self.size * (batch.first - 1 + len(batch.events)) // self._read
+                progress(done - told)
+                told = done
+
+    def _seen(self, lines: list[bytes]) -> Batch:
+        """A batch of lines that are new, counted and in order of time."""
+        first = self.lines + 1
+        stamps: list[bytes] = []
+        batch = self._batch(first, lines, stamps)
+        self.lines += len(lines)
+        self.events += len(lines) - batch.tasks.count(None)
+        self._check_clock(first, lines, batch.tasks, stamps)
+        return batch
+
+    def _batch(self, first: int, lines: list[bytes], stamps: list[bytes] | None = None) -> Batch:
+        """Lines from number ``first`` on; ``stamps`` takes the time stamp of each."""
         known = self._known.get
         beginnings = self._beginnings.get
         task_of = self._tasks.get
         behind, stamp = self._behind, self._stamp
-        first = self.lines + 1
         tasks: list[Task | None] = []
         events: list[Event] = []
-        stamps: list[bytes] = []
-        add_task, add_event, add_stamp = tasks.append, events.append, stamps.append
+        add_task, add_event, add_stamp = tasks.append, events.append, None if stamps is None else stamps.append
         for line in lines:
             head, _, body = line.partition(b": ")
             task = task_of(head[:behind])
             event = known(body)
-            if task is None or head[behind] != _SPACE:
+            if task is None:
                 task, event, head = self._look(line, first + len(tasks))
                 behind, stamp = self._behind, self._stamp
             elif event is None:
@@ -140,20 +172,18 @@ class TraceReader:
                     event = self._learn(body, first + len(tasks), line)
             add_task(task)
             add_event(event)
-            add_stamp(head[stamp:])
-        self.lines += len(lines)
-        self.events += len(lines) - tasks.count(None)
-        self._check_clock(first, lines, tasks, stamps)
+            if add_stamp:
+                add_stamp(head[stamp:])
         return Batch(first, tasks, events)
 
     def _look(self, line: bytes, number: int) -> tuple[Task | None, Event, bytes]:
         """A line that is not cut where the one before it was: its thread, event, and what stands before the event."""
         who, _, rest = line.partition(b" [")
         head, _, body = rest.partition(b": ")
-        task = self._tasks.get(who)
+        task = self._tasks.get(who + b" ")
         stamp = self._widths.get(len(head))
         if task is not None and stamp is not None:
-            self._behind, self._stamp = -len(head) - 2, stamp
+            self._behind, self._stamp = -len(head) - 1, stamp
             event = self._known.get(body) or self._learn(body, number, line)
             return task, event, head
         match = _LINE.fullmatch(line) if len(line) <= _LONGEST_LINE else None
@@ -165,8 +195,8 @@ class TraceReader:
         time, text = match["time"], match["body"]
         if text == body.lstrip() and head.endswith(b" " + time):
             self._widths[len(head)] = self._stamp = -len(time) - 1
-            self._behind = -len(head) - 2
-            self._tasks[who] = task
+            self._behind = -len(head) - 1
+            self._tasks[who + b" "] = task
             text = body
         return task, self._learn(text, number, line), b" " + time
 
@@ -263,6 +293,12 @@ class TraceReader:
                 f"the header counts {self._promised:,} events, the file holds {self.events:,}: filtered or cut at a "
                 "line end"
             )
+
+
+def _lines(text: bytes) -> list[bytes]:
+    """The lines of a text without its last line end; a line with zero bytes is no text."""
+    lines = text.replace(b"\r", b"").split(b"\n")
+    return [_BINARY if b"\0" in line else line for line in lines] if b"\0" in text else lines
 
 
 def _and_more(n: int) -> str:

@@ -25,6 +25,12 @@ def render(report: Report, console: Console) -> None:
         f"in {report.seconds:.2f} s ({rate:,.0f} lines/s)",
         soft_wrap=True,
     )
+    if report.doubtful:
+        console.print(
+            f"[red]doubtful:[/] which thread belongs to which VM: {_count(report.left_out, 'interrupt')} of no VM in "
+            "particular were left out, and lines differ",
+            soft_wrap=True,
+        )
     for problem in report.problems:
         console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True)
     for note in report.notes:

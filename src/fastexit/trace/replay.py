@@ -1,26 +1,26 @@
 """A trace through the model: every APIC access is fed to it, and what KVM printed is compared line by line.
 
-Two passes over the file, in constant memory: the first finds threads, VMs and initial state, the second feeds.
+Two passes over the whole file, in constant memory: the first finds threads, VMs and initial state, the second feeds. A
+VM may appear at any line, so the first pass leaves nothing out.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from fastexit.checks import integer
 from fastexit.trace.accesses import Assembler, Lane
-from fastexit.trace.events import Event, Kind
+from fastexit.trace.events import Kind
 from fastexit.trace.files import TraceError
 from fastexit.trace.guest import Device, Guest, Recorded
 from fastexit.trace.reader import Batch, Task, TraceReader
 from fastexit.trace.report import Mismatches, Report
 from fastexit.trace.threads import Survey
 
-KEPT_LINES = 1 << 19
-"""Files up to this many lines are parsed once and kept between the passes; longer ones are read twice."""
+KEPT_LINES = 1 << 20
+"""About so many lines from the beginning are kept between the passes; the rest of a longer file is parsed twice."""
 
 _COMPARED = {"kvm_apic_ipi": Kind.IPI, "kvm_apic_accept_irq": Kind.ACCEPT}
 
@@ -58,20 +58,14 @@ def replay(
     report = Report(reader.path, kernel, vendor, apicv)
     done = _Work(2 * reader.size, progress)
     survey = Survey(reader.path)
-    kept: list[Batch] | None = []
-    for batch in reader.batches(done.add, skim=lambda: reader.lines > KEPT_LINES and survey.settled):
+    kept: list[Batch] = []
+    for batch in reader.batches(done.add):
         survey.learn(batch)
-        if reader.lines > KEPT_LINES:
-            kept = None
-        elif kept is not None:
+        if batch.first <= KEPT_LINES:
             kept.append(batch)
     if survey.empty:
         raise TraceError(_no_events(reader))
-
-    def again() -> Iterator[Batch]:
-        return iter(kept) if kept is not None else reader.batches()
-
-    vms = survey.vms(again)
+    vms = survey.vms(lambda: reader.again(kept))
     recorded = Recorded(Kind.IPI in survey.kinds, survey.kinds >= {Kind.IPI, Kind.ACCEPT})
     found = Mismatches(mismatches)
     guests: list[Guest] = []
@@ -82,22 +76,13 @@ def replay(
         lanes |= {clues.task: guest.lanes[vcpu] for vcpu, clues in vm.vcpus.items() if clues}
         lanes |= {task: Lane(Device(guest), -1, guest.lanes) for task in vm.others}
     assembler = Assembler(lanes, eois=Kind.EOI in survey.kinds)
-    counts: Counter[Event] = Counter()
-    for batch in again() if kept is not None else reader.batches(done.add):
-        counts.update(batch.events)
+    for batch in reader.again(kept, done.add):
         assembler.feed(batch)
-        if len(counts) > KEPT_LINES:
-            _by_name(report, counts)
-        if kept is not None:
-            done.at(reader.size + reader.size * (batch.first + len(batch.events) - 1) // reader.lines)
     assembler.finish()
-    _by_name(report, counts)
+    report.events = survey.events
     report.lines, report.problems, report.notes = reader.lines, reader.problems, reader.notes
-    for name, kind in _COMPARED.items():
-        if kind not in survey.kinds:
-            report.notes.append(f"no {name} line in the trace: nothing to compare with, deliveries are the model's")
-    if assembler.strays:
-        report.notes.append(f"{assembler.strays:,} interrupts came from threads of no VM in particular: left out")
+    report.left_out = assembler.strays
+    report.notes += _notes(survey, assembler)
     report.mismatches, report.mismatched = found.first(), found.count
     report.vms = [guest.finish() for guest in guests]
     report.seconds = time.perf_counter() - began
@@ -122,12 +107,18 @@ class _Work:
             self._progress(done, self._total)
 
 
-def _by_name(report: Report, counts: Counter[Event]) -> None:
-    """Events by name: different events share a name, and lines that are none have an empty one."""
-    for event, n in counts.items():
-        if event.name:
-            report.events[event.name] += n
-    counts.clear()
+def _notes(survey: Survey, assembler: Assembler) -> list[str]:
+    """What the trace lacks, and what of it has no place."""
+    notes = [
+        f"no {name} line in the trace: nothing to compare with, deliveries are the model's"
+        for name, kind in _COMPARED.items()
+        if kind not in survey.kinds
+    ]
+    if n := assembler.strays:
+        notes.append(f"{n:,} interrupts came from threads of no VM in particular: left out")
+    if n := assembler.stray_deadlines:
+        notes.append(f"{n:,} TSC_DEADLINE writes came from threads whose VM and vCPU no line tells: left out")
+    return notes
 
 
 def _no_events(reader: TraceReader) -> str:

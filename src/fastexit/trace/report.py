@@ -208,6 +208,7 @@ class Report:
         lines, events: lines in the file, and how many of them are events of the kvm system by name.
         vms: one VmReport each.
         mismatches: the first of them by line, as many as replay() was asked to keep; ``mismatched`` counts all.
+        left_out: interrupts that came from threads of no VM in particular.
         problems: damage of the file. notes: oddities that leave the result good.
         seconds: time the replay took.
     """
@@ -221,6 +222,7 @@ class Report:
     vms: list[VmReport] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     mismatched: int = 0
+    left_out: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -240,6 +242,11 @@ class Report:
         """True when the file is sound and the model predicts every line that it can predict."""
         return not self.mismatched and not self.problems
 
+    @property
+    def doubtful(self) -> bool:
+        """True when lines differ and interrupts belong to no VM: threads may stand at the wrong VM, or at none."""
+        return bool(self.mismatched and self.left_out)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
         return {
@@ -255,6 +262,8 @@ class Report:
             "vms": [vm.as_dict() for vm in self.vms],
             "mismatched": self.mismatched,
             "mismatches": [m._asdict() for m in self.mismatches],
+            "left_out": self.left_out,
+            "doubtful": self.doubtful,
             "problems": self.problems,
             "notes": self.notes,
         }

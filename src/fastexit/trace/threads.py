@@ -36,7 +36,7 @@ class Clues:
 
     task: Task
     named: Counter[int] = field(default_factory=Counter)
-    """vCPU ids that its own lines name -> in how many batches."""
+    """vCPU ids that its own lines name -> in how many lines."""
     vcpu: int | None = None
     """The one of them that it is."""
     accepted: set[int] = field(default_factory=set)
@@ -89,15 +89,16 @@ class Vm:
 
 
 class Survey:
-    """Collects clues from batches; `vms()` draws the conclusions.
+    """Collects clues from the whole trace, batch by batch; `vms()` draws the conclusions.
 
-    ``path`` is for messages only; ``kinds`` has the kinds of events that occur.
+    ``path`` is for messages only; ``kinds`` has the kinds of events that occur, ``events`` their lines by name.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.clues: dict[Task, Clues] = {}
         self.kinds: set[int] = set()
+        self.events: Counter[str] = Counter()
         self._seen = 0
 
     @property
@@ -105,27 +106,24 @@ class Survey:
         """True as long as no kvm event was seen."""
         return not self._seen
 
-    @property
-    def settled(self) -> bool:
-        """True when more lines of the threads seen so far would teach nothing."""
-        return all(c.named and c.x2apic is not None for c in self.clues.values() if c.apic)
-
     def learn(self, batch: Batch) -> None:
-        """Looks at each distinct (thread, event) of a batch once, in order."""
-        for task, event in dict.fromkeys(zip(batch.tasks, batch.events, strict=True)):
+        """Looks at each distinct (thread, event) of a batch once, in order of its first line."""
+        for (task, event), n in Counter(zip(batch.tasks, batch.events, strict=True)).items():
+            if event.name:
+                self.events[event.name] += n
             if task is None or not event.kind:
                 continue
             self._seen += 1
             clues = self.clues.get(task)
             if clues is None:
                 clues = self.clues[task] = Clues(task)
+            if event.kind in _OWN_VCPU and event.a >= 0:
+                clues.named[event.a] += n
             self._look(clues, event)
 
     def _look(self, clues: Clues, event: Event) -> None:
         kind = event.kind
         self.kinds.add(kind)
-        if kind in _OWN_VCPU and event.a >= 0:
-            clues.named[event.a] += 1
         mode = _mode_before(event)
         if not clues.apic and (kind in _APIC or mode is not None):
             clues.apic = True
@@ -138,7 +136,7 @@ class Survey:
             if event.a in _LEARNED - (_OF_THE_MODE if clues.moved else set()) - clues.written:
                 clues.registers.setdefault(event.a, event.b)
             if event.a == R.APIC_LVR:
-                clues.split = bool(event.b & R.LVR_DIRECTED_EOI)
+                clues.split = clues.split or bool(event.b & R.LVR_DIRECTED_EOI)
         elif kind == Kind.APIC_WRITE:
             clues.written.add(event.a)
             if clues.running is None and event.a in _NEEDS_ENABLED | _SETS_UP:
