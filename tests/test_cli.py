@@ -166,6 +166,7 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["walk", "--mode", ""], "unknown delivery mode ''"),
         (["replay", "t", "--mismatches", "some"], "'some' is neither a number from 0 on nor 'all'"),
         (["replay", "t", "--mismatches", "-1"], "'-1' is neither a number from 0 on nor 'all'"),
+        (["replay", "t", "--hv-timer", "maybe"], "invalid choice: 'maybe'"),
         (["play"], "invalid choice: 'play'"),
         (["wlak"], "did you mean walk?"),
         (["embed", "biuld"], "did you mean build?"),
@@ -221,6 +222,11 @@ def test_what_walk_writes(capsys: pytest.CaptureFixture[str], options: list[str]
     assert run_json(capsys, "walk", "--kernels", "6.18", *options)["value"] == value
 
 
+def test_replay_refuses_a_preemption_timer_on_svm(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "replay", "t", "--hv-timer", "yes", "--vendor", "svm")
+    assert said == "fastexit: --hv-timer yes and --vendor svm: SVM has no preemption timer, leave one of them out"
+
+
 @pytest.mark.parametrize(("shown", "rows"), [([], 50), (["--mismatches", "3"], 3), (["--mismatches", "0"], 0)])
 def test_replay_shows_as_many_mismatches_as_asked_for(
     capsys: pytest.CaptureFixture[str], small_trace: Path, shown: list[str], rows: int
@@ -238,6 +244,16 @@ def test_replay_shows_as_many_mismatches_as_asked_for(
     out = capsys.readouterr().out
     said = f"left out: {some['mismatched'] - rows:,} (--mismatches N or all)" if rows else "none shown (--mismatches N"
     assert said in out
+
+
+@pytest.mark.parametrize(("timer", "used"), [("yes", True), ("no", False), ("trace", True)])
+def test_replay_takes_the_host_s_preemption_timer(
+    capsys: pytest.CaptureFixture[str], small_trace: Path, timer: str, used: bool
+) -> None:
+    """This trace has no line that tells, so "trace" is an assumption."""
+    report = run_json(capsys, "replay", str(small_trace), "--hv-timer", timer)
+    came_from = "assumed" if timer == "trace" else "option"
+    assert report["vms"][0]["tsc_deadline"]["preemption_timer"] == {"used": used, "from": came_from}
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,6 @@ def test_what_each_generation_takes(reports: dict[Path, Report]) -> None:
         assert shares[kernel] == (3399, {shorthand: 253, not_fixed: 12})
     assert shares["6.18"] == (3411, {shorthand: 253})
     assert vm.deadlines == 15_061
-    assert vm.deadline_fast == ["5.8", "6.1", "6.12", "6.18"]
 
 
 def test_what_each_generation_takes_of_every_kind(reports: dict[Path, Report]) -> None:

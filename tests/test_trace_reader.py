@@ -181,7 +181,8 @@ def test_every_line_shape_says_the_same(guest: list[str], shape: str, write: Cal
         ("kvm_inj_virq: IRQ 0xec", Kind.INJECT, (-1, 0xEC, 0)),
         ("kvm_inj_virq: IRQ 0xec [reinjected]", Kind.INJECT, (-1, 0xEC, 1)),
         ("kvm_inj_virq: irq 253", Kind.INJECT, (-1, 253, 0)),
-        ("kvm_hv_timer_state: vcpu_id 1f hv_timer 0", Kind.VCPU, (31, 0, 0)),
+        ("kvm_hv_timer_state: vcpu_id 1f hv_timer 0", Kind.HV_TIMER, (31, 0, 0)),
+        ("kvm_hv_timer_state: vcpu_id 1f hv_timer 1", Kind.HV_TIMER, (31, 1, 0)),
         ("sched_switch: prev_comm=a prev_pid=1 ==> next_comm=b", Kind.OTHER, (-1, 0, 0)),
     ],
 )
@@ -199,6 +200,9 @@ def test_payloads(body: str, kind: Kind, fields: tuple[int, int, int]) -> None:
         "kvm_eoi: apicid",
         "kvm_mmio: mmio 3",
         "kvm_msr: 8",
+        "kvm_hv_timer_state: vcpu_id",
+        "kvm_hv_timer_state: vcpu_id 1 hv_timer 2",
+        "kvm_hv_timer_state: vcpu_id kvm hv_timer 0",
     ],
 )
 def test_broken_payloads_are_unreadable(body: str) -> None:

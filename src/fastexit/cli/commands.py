@@ -219,11 +219,14 @@ def replay(args: argparse.Namespace) -> int:
     """``fastexit replay``; 1 when the file is damaged or a line was not predicted."""
     if args.picture is not None:
         _check_picture(args.picture)
+    if args.hv_timer == "yes" and args.vendor == "svm":
+        raise UsageError("--hv-timer yes and --vendor svm: SVM has no preemption timer, leave one of them out")
     _compile()
     options = {
         "kernel": args.kernel,
         "vendor": args.vendor,
         "apicv": args.apicv,
+        "hv_timer": {"yes": True, "no": False, "trace": None}[args.hv_timer],
         "mismatches": args.mismatches,
     }
     report = _replay_file(args.trace, args.quiet or args.json, **options)

@@ -27,7 +27,8 @@ _EPILOG = """examples:
   fastexit embed build -o fx                     a shared library for simulators in C
 
 Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_ipi -e kvm:kvm_apic_accept_irq \\
-               -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio, then trace-cmd report > guest.trace
+               -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio -e kvm:kvm_hv_timer_state,
+               then trace-cmd report > guest.trace
 """
 
 
@@ -171,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--kernel", choices=profiles(), default="6.18", help="the kernel that recorded (default: 6.18)")
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
+    replay.add_argument(
+        "--hv-timer",
+        choices=("yes", "no", "trace"),
+        default="trace",
+        help="the host could use the VMX preemption timer (default: trace, as its kvm_hv_timer_state lines say)",
+    )
     replay.add_argument(
         "--mismatches",
         type=_mismatches,

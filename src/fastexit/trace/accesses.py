@@ -28,9 +28,23 @@ _SENDERS = (_ICR, _SELF_IPI)
 _INIT = R.DM_INIT << R.ICR_DM_SHIFT
 _LOWEST = R.DM_LOWEST << R.ICR_DM_SHIFT
 
-(_VCPU, _SOURCE, _ACCEPT, _MARK, _IPI, _WRITE, _READ, _EOI, _MSR, _RDMSR, _MMIO, _RDMMIO, _INJECT, _DEADLINE) = (
-    int(kind) for kind in Kind if kind != Kind.OTHER
-)
+(
+    _VCPU,
+    _HV_TIMER,
+    _SOURCE,
+    _ACCEPT,
+    _MARK,
+    _IPI,
+    _WRITE,
+    _READ,
+    _EOI,
+    _MSR,
+    _RDMSR,
+    _MMIO,
+    _RDMMIO,
+    _INJECT,
+    _DEADLINE,
+) = (int(kind) for kind in Kind if kind != Kind.OTHER)
 
 
 class Via(IntEnum):

@@ -21,28 +21,30 @@ class Kind(IntEnum):
     """Nothing to do with the APIC, or not readable."""
     VCPU = 1
     """Says which vCPU a thread is, nothing else; ``a`` is the vCPU id."""
-    SOURCE = 2
+    HV_TIMER = 2
+    """kvm_hv_timer_state: ``a`` is the vCPU id, ``b`` 1 when the VMX preemption timer serves the vCPU's timer."""
+    SOURCE = 3
     """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, IOAPIC, PIC or a hypercall."""
-    ACCEPT = 3
+    ACCEPT = 4
     """``a`` vCPU id, ``b`` vector, delivery and trigger mode in their ICR bits."""
-    MARK = 4
+    MARK = 5
     """``a`` vCPU id or -1."""
-    IPI = 5
+    IPI = 6
     """``a`` destination, ``b`` low 32 ICR bits, as far as the line shows them."""
-    APIC_WRITE = 6
+    APIC_WRITE = 7
     """``a`` register offset, ``b`` value."""
-    APIC_READ = 7
-    EOI = 8
+    APIC_READ = 8
+    EOI = 9
     """``a`` vCPU id, ``b`` vector or -1."""
-    MSR_WRITE = 9
+    MSR_WRITE = 10
     """An x2APIC MSR or APICBASE: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
-    MSR_READ = 10
-    MMIO_WRITE = 11
+    MSR_READ = 11
+    MMIO_WRITE = 12
     """``a`` guest physical address, ``b`` value, ``c`` length."""
-    MMIO_READ = 12
-    INJECT = 13
+    MMIO_READ = 13
+    INJECT = 14
     """kvm_inj_virq: ``b`` vector, ``c`` 1 when it is no new interrupt."""
-    DEADLINE = 14
+    DEADLINE = 15
     """A write of the TSC deadline MSR."""
 
 
@@ -83,6 +85,7 @@ _APIC = re.compile(rb"apic_(read|write) (\w+) = 0x([0-9a-f]+)")
 _MSR = re.compile(rb"msr_(read|write) ([0-9a-f]+) = 0x([0-9a-f]+)( \(#GP\))?")
 _MMIO = re.compile(rb"mmio (unsatisfied-read|read|write) len (\d+) gpa 0x([0-9a-f]+) val 0x([0-9a-f]+)")
 _VCPU = re.compile(rb"vcpu[ =]?(\d+)")
+_HV_TIMER = re.compile(rb"vcpu_id ([0-9a-f]+) hv_timer ([01])\s*")
 _INJECT = re.compile(rb"(?:IRQ 0x([0-9a-f]+)|irq (\d+))")
 
 
@@ -169,9 +172,9 @@ def _vcpu(name: str, payload: bytes) -> Event:
     return _EVENTS[Kind.VCPU, name, int(match[1]) if match else -1, 0, 0, ""]
 
 
-def _hv_timer(name: str, payload: bytes) -> Event:
-    word = payload.split(b" ", 2)
-    return _EVENTS[Kind.VCPU, name, int(word[1], 16) if len(word) > 1 else -1, 0, 0, ""]
+def _hv_timer(name: str, payload: bytes) -> Event | None:
+    match = _HV_TIMER.fullmatch(payload)
+    return _EVENTS[Kind.HV_TIMER, name, int(match[1], 16), int(match[2]), 0, ""] if match else None
 
 
 def _inject(name: str, payload: bytes) -> Event:

@@ -12,7 +12,7 @@ from collections import Counter
 import fastexit.layout as L
 from fastexit.machine import Machine
 from fastexit.outcome import Path, Refusal
-from fastexit.profile import profiles
+from fastexit.profile import PROFILES, Trait, profiles
 from fastexit.regs import APIC_ICR, ICR_VECTOR, MSR_TSC_DEADLINE, X2APIC_BROADCAST, XAPIC_BROADCAST
 from fastexit.trace.report import Generation
 
@@ -26,9 +26,12 @@ Answer = tuple[str, ...]
 
 
 class Generations:
-    """Asks every generation about the ICR writes of one VM; ``machine`` is the one that is being replayed."""
+    """Asks every generation about the fast WRMSRs of one VM; ``machine`` is the one that is being replayed.
 
-    def __init__(self, machine: Machine, ids: list[int], irqchip: str, x2apic_api: int) -> None:
+    ``hv_timer``: the host can use the VMX preemption timer.
+    """
+
+    def __init__(self, machine: Machine, ids: list[int], irqchip: str, x2apic_api: int, hv_timer: bool) -> None:
         self._machine = machine
         self._probes = [
             Machine(
@@ -38,6 +41,7 @@ class Generations:
                 apicv=machine.apicv,
                 irqchip=irqchip,
                 x2apic_api=x2apic_api,
+                hv_timer=hv_timer,
                 threads=False,
             )
             for kernel in profiles()
@@ -112,3 +116,7 @@ class Generations:
             if probe.vcpus[0].wrmsr(MSR_TSC_DEADLINE, 0).refusal == Refusal.NONE:
                 taken.append(probe.kernel)
         return taken
+
+    def deadline_with_timer(self) -> list[str]:
+        """The generations that take a TSC_DEADLINE write fast only where the preemption timer can serve it."""
+        return [probe.kernel for probe in self._probes if PROFILES[probe.kernel].traits & Trait.TSCDL_HV_TIMER]

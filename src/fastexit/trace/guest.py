@@ -27,11 +27,20 @@ class Recorded(NamedTuple):
 class Guest:
     """One VM of the trace on a Machine.
 
-    ``lanes`` has a lane for each vCPU id, ``mismatches`` is where differences go, ``recorded`` says what can differ.
+    ``lanes`` has a lane for each vCPU id, ``mismatches`` is where differences go, ``recorded`` says what can differ;
+    ``hv_timer`` is None where the trace's lines say whether the host used the VMX preemption timer.
     """
 
     def __init__(
-        self, vm: Vm, *, kernel: str, vendor: str, apicv: bool, recorded: Recorded, mismatches: Mismatches
+        self,
+        vm: Vm,
+        *,
+        kernel: str,
+        vendor: str,
+        apicv: bool,
+        hv_timer: bool | None,
+        recorded: Recorded,
+        mismatches: Mismatches,
     ) -> None:
         ids = list(vm.vcpus)
         irqchip = "split" if vm.split else "full"
@@ -43,13 +52,31 @@ class Guest:
         self.machine = Machine(
             apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api, threads=False
         )
-        self.generations = Generations(self.machine, ids, irqchip, api)
+        self._decide_hv_timer(vm, hv_timer, vendor)
+        self.generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer)
         self.lanes: dict[int, Lane] = {}
         self._mismatches = mismatches
         self.vcpus = [GuestVcpu(self, v) for v in self.machine.vcpus]
         for vcpu in self.vcpus:
             self.lanes[vcpu.v.vcpu_id] = vcpu.lane
         self.report.start = self._start(vm)
+
+    def _decide_hv_timer(self, vm: Vm, told: bool | None, vendor: str) -> None:
+        """Whether the host can use the preemption timer, and who says so."""
+        report = self.report
+        if vendor == "svm":
+            report.hv_timer, report.hv_timer_from = False, "vendor"
+        elif told is not None:
+            report.hv_timer, report.hv_timer_from = told, "option"
+        elif vm.hv_timer is not None:
+            report.hv_timer, report.hv_timer_from = vm.hv_timer, "trace"
+        else:
+            report.hv_timer, report.hv_timer_from = True, "assumed"  # as KVM does on VMX, unless it is switched off
+        if vm.hv_timer is not None and vm.hv_timer is not report.hv_timer:
+            self.assume(
+                f"the host {'used' if report.hv_timer else 'did not use'} the VMX preemption timer, against the "
+                "kvm_hv_timer_state lines of the trace"
+            )
 
     def _start(self, vm: Vm) -> str:
         """Puts every APIC into the state that the trace implies; says what that was."""
@@ -121,6 +148,11 @@ class Guest:
         report.generations = self.generations.result()
         if report.deadlines:
             report.deadline_fast = self.generations.deadline_fast()
+            report.deadline_with_timer = self.generations.deadline_with_timer()
+            if report.hv_timer_from == "assumed":
+                report.assumptions.append(
+                    "the host used the VMX preemption timer, as the trace has no kvm_hv_timer_state line"
+                )
         return report
 
 

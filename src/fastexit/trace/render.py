@@ -13,6 +13,15 @@ from fastexit.trace.report import Lines, Mismatch, Report, VmReport, vector_name
 
 _VECTORS = 16
 _THREADS = 8
+_HV_TIMER = {
+    ("trace", True): "this host used (a kvm_hv_timer_state line says hv_timer 1)",
+    ("trace", False): "this host did not use (every kvm_hv_timer_state line says hv_timer 0)",
+    ("option", True): "this host used (--hv-timer yes)",
+    ("option", False): "this host did not use (--hv-timer no)",
+    ("vendor", False): "SVM does not have",
+    ("assumed", True): "this host is assumed to have used (no kvm_hv_timer_state line; --hv-timer no if it did not)",
+}
+"""(VmReport.hv_timer_from, hv_timer) in words."""
 
 
 def render(report: Report, console: Console) -> None:
@@ -64,6 +73,9 @@ def _vm(vm: VmReport, console: Console, *, alone: bool) -> None:
     if vm.deadlines:
         fast = ", ".join(vm.deadline_fast) or "none"
         console.print(f"{vm.deadlines:,} TSC_DEADLINE writes besides, taken fast by: {fast}")
+        needs = ", ".join(vm.deadline_with_timer)
+        whether = _HV_TIMER[vm.hv_timer_from, vm.hv_timer]
+        console.print(f"{needs}: the fast path needs the preemption timer, which {whether}", soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -34,6 +34,7 @@ def replay(
     kernel: str = "6.18",
     vendor: str = "vmx",
     apicv: bool = False,
+    hv_timer: bool | None = None,
     mismatches: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -45,12 +46,16 @@ def replay(
             reported for all of them.
         vendor: "vmx" or "svm".
         apicv: interrupts are posted.
+        hv_timer: the host could use the VMX preemption timer, without which older generations do not take
+            TSC_DEADLINE fast. None: as kvm_hv_timer_state lines say; where a VM has none, it could on VMX.
         mismatches: how many are kept in the report, the first by line. None: all.
         progress: called as ``progress(done, total)`` now and then.
 
-    Raises TraceError, one line, when the trace cannot be replayed; ValueError for a wrong ``kernel`` or ``vendor``, or
-    a negative number of mismatches.
+    Raises TraceError, one line, when the trace cannot be replayed; ValueError for a wrong ``kernel`` or ``vendor``, for
+    a preemption timer on SVM, and for a negative number of mismatches.
     """
+    if hv_timer and vendor == "svm":
+        raise ValueError("hv_timer=True: SVM has no preemption timer")
     if mismatches is not None:
         integer(mismatches, "number of mismatches")
     began = time.perf_counter()
@@ -71,7 +76,9 @@ def replay(
     guests: list[Guest] = []
     lanes: dict[Task, Lane] = {}
     for vm in vms:
-        guest = Guest(vm, kernel=kernel, vendor=vendor, apicv=apicv, recorded=recorded, mismatches=found)
+        guest = Guest(
+            vm, kernel=kernel, vendor=vendor, apicv=apicv, hv_timer=hv_timer, recorded=recorded, mismatches=found
+        )
         guests.append(guest)
         lanes |= {clues.task: guest.lanes[vcpu] for vcpu, clues in vm.vcpus.items() if clues}
         lanes |= {task: Lane(Device(guest), -1, guest.lanes) for task in vm.others}

@@ -147,6 +147,9 @@ class VmReport:
         reads: register reads, the running timer count left out.
         generations: one for each profile.
         deadlines: TSC_DEADLINE writes, and ``deadline_fast`` the profiles that take them fast.
+        deadline_with_timer: the profiles that take them fast only where the VMX preemption timer can serve them.
+        hv_timer: the host can use the preemption timer, as ``hv_timer_from`` says: "trace" (its kvm_hv_timer_state
+            lines), "option", "vendor" (SVM has none), or "assumed".
     """
 
     number: int
@@ -169,6 +172,9 @@ class VmReport:
     generations: list[Generation] = field(default_factory=list)
     deadlines: int = 0
     deadline_fast: list[str] = field(default_factory=list)
+    deadline_with_timer: list[str] = field(default_factory=list)
+    hv_timer: bool = False
+    hv_timer_from: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -195,7 +201,12 @@ class VmReport:
             "kvm_eoi": {**self.eoi.as_dict(), "by_recorded_host": self.host_eois},
             "register_reads": self.reads.as_dict(),
             "fast_path": [{**g._asdict(), "share": g.share} for g in self.generations],
-            "tsc_deadline": {"writes": self.deadlines, "fast_in": self.deadline_fast},
+            "tsc_deadline": {
+                "writes": self.deadlines,
+                "fast_in": self.deadline_fast,
+                "with_preemption_timer": self.deadline_with_timer,
+                "preemption_timer": {"used": self.hv_timer, "from": self.hv_timer_from},
+            },
         }
 
 

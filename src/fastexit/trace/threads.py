@@ -22,7 +22,7 @@ _PAGE = R.APIC_DEFAULT_PHYS_BASE >> 12
 _LEARNED = {R.APIC_TASKPRI, R.APIC_LDR, R.APIC_DFR, R.APIC_SPIV, R.APIC_ICR, R.APIC_TDCR}
 _LEARNED |= set(range(R.APIC_LVTT, R.APIC_LVTERR + 1, 0x10))
 _OF_THE_MODE = {R.APIC_LDR, R.APIC_ICR}
-_OWN_VCPU = {Kind.VCPU, Kind.MARK, Kind.EOI}
+_OWN_VCPU = {Kind.VCPU, Kind.HV_TIMER, Kind.MARK, Kind.EOI}
 _APIC = {Kind.APIC_WRITE, Kind.APIC_READ, Kind.IPI, Kind.EOI}
 _NEEDS_ENABLED = {R.APIC_EOI, R.APIC_ICR, R.APIC_SELF_IPI}
 _SETS_UP = {R.APIC_SPIV, R.APIC_ID, R.APIC_LDR, R.APIC_DFR}
@@ -56,6 +56,9 @@ class Clues:
     """VERSION says that EOI broadcasts can be suppressed: split irqchip."""
     moved: bool = False
     """It wrote APICBASE, and what depends on the mode changed."""
+    hv_timer: bool | None = None
+    """True when a kvm_hv_timer_state line shows the VMX preemption timer in use, False when all of them show it unused.
+    """
     init_sent: dict[int, int] = field(default_factory=dict)
     """vCPU id -> order of the first INIT it sent there."""
 
@@ -80,6 +83,16 @@ class Vm:
     def split(self) -> bool:
         """True when the guest saw a split irqchip."""
         return any(c.split for c in self.vcpus.values() if c)
+
+    @property
+    def hv_timer(self) -> bool | None:
+        """Whether the VM's host used the VMX preemption timer, or None when no kvm_hv_timer_state line tells.
+
+        One line with hv_timer 1 is enough: a host that can use it prints 0 as well, when the vCPU blocks or the target
+        is in the past. It is asked for the whole VM, because KVM decides by module parameters and disabled exits.
+        """
+        seen = [c.hv_timer for c in self.vcpus.values() if c and c.hv_timer is not None]
+        return any(seen) if seen else None
 
     def was_reset(self, vcpu: int) -> bool:
         """True when the first thing the trace shows of this vCPU is an INIT, which makes earlier state irrelevant."""
@@ -145,6 +158,8 @@ class Survey:
             clues.running = True
         elif kind == Kind.MSR_WRITE and event.a == R.MSR_APICBASE:
             clues.moved = True
+        elif kind == Kind.HV_TIMER:
+            clues.hv_timer = bool(clues.hv_timer or event.b)
         if clues.x2apic is None:
             clues.x2apic = mode
 
