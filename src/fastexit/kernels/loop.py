@@ -61,16 +61,15 @@ def _length(row):
 def _fast_stage(m, v, row, msr, value):
     """Call the fast handler of an exit, wherever this generation hooks it; refuse everything else."""
     op = row & k.ROW_OPERATION
+    if op == k.OP_WRMSR:
+        if m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_TRAITS] & k.T_SVM_EXIT_32:
+            return refuse(k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF)
+        return fast_wrmsr(m, v, msr, value, _length(row))
     if op == k.OP_HLT:
         return hlt(m, v)
     if op == k.OP_TIMER:
         return preemption_timer(m, v)
-    if op != k.OP_WRMSR:
-        return refuse(k.RF_NOT_AN_MSR_WRITE)
-    if m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_TRAITS] & k.T_SVM_EXIT_32:
-        refusal = k.RF_SVM_EXIT_CODE if m[k.H_CONFIG] & k.CONFIG_FASTPATH else k.RF_SWITCHED_OFF
-        return refuse(refusal)
-    return fast_wrmsr(m, v, msr, value, _length(row))
+    return refuse(k.RF_NOT_AN_MSR_WRITE)
 
 
 @inlined
