@@ -32,7 +32,7 @@ H_NVCPUS = 6  # owner; vCPUs that are visible
 H_MAP = 7  # map writer (release store); word index of the map in use
 H_MAP_LOCK = 8  # remote
 H_MAP_DIRTY = 9  # remote; 0 clean, 1 dirty, 2 being rebuilt
-H_PROFILE = 10  # owner; index into profile.PROFILES
+H_PROFILE = 10  # owner; Profile.number of the kernel generation
 H_MAXPHYADDR = 11  # owner
 H_LOST_LOWEST = 12  # remote store; set once lowest-priority hashing chose an empty slot
 H_TRACE_HEAD = 13  # remote; records written since the last clear
@@ -230,30 +230,28 @@ TRACE = KVM + MAX_VCPUS * KVM_STRIDE
 TRACE_STRIDE = 8
 TRACE_CAPACITY = 1 << 17
 
-(
-    TP_ENTRY,
-    TP_EXIT,
-    TP_MSR_READ,
-    TP_MSR_WRITE,
-    TP_APIC_READ,
-    TP_APIC_WRITE,
-    TP_APIC_IPI,
-    TP_ACCEPT_IRQ,
-    TP_APICV_ACCEPT_IRQ,
-    TP_EOI,
-    TP_MSI_SET_IRQ,
-    TP_INJ_VIRQ,
-    TP_PV_EOI,
-    TP_FAST_MMIO,
-    TP_HV_TIMER_STATE,
-    TP_WAIT_LAPIC_EXPIRE,
-    TP_APICV_INHIBIT_CHANGED,
-    TP_AVIC_INCOMPLETE_IPI,
-    TP_AVIC_DOORBELL,
-    TP_AVIC_KICK_VCPU_SLOWPATH,
-    TP_USERSPACE_EXIT,
-    TP_PI_IRTE_UPDATE,
-) = range(1, 23)
+TP_ENTRY = 1
+TP_EXIT = 2
+TP_MSR_READ = 3
+TP_MSR_WRITE = 4
+TP_APIC_READ = 5
+TP_APIC_WRITE = 6
+TP_APIC_IPI = 7
+TP_ACCEPT_IRQ = 8
+TP_APICV_ACCEPT_IRQ = 9
+TP_EOI = 10
+TP_MSI_SET_IRQ = 11
+TP_INJ_VIRQ = 12
+TP_PV_EOI = 13
+TP_FAST_MMIO = 14
+TP_HV_TIMER_STATE = 15
+TP_WAIT_LAPIC_EXPIRE = 16
+TP_APICV_INHIBIT_CHANGED = 17
+TP_AVIC_INCOMPLETE_IPI = 18
+TP_AVIC_DOORBELL = 19
+TP_AVIC_KICK_VCPU_SLOWPATH = 20
+TP_USERSPACE_EXIT = 21
+TP_PI_IRTE_UPDATE = 22
 """Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints/text.py prints them)."""
 
 WORDS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
