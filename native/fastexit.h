@@ -74,7 +74,7 @@ enum {
 
 enum { FX_VMX = 0, FX_SVM = 1 };
 
-/* The generation to be like. 0: the newest. */
+/* The generation to be like. 0: the newest. Each has its number for good, so they are not in order of age. */
 enum {
     FX_KERNEL_DEFAULT = 0,
     FX_KERNEL_SEED_V3 = 1,

@@ -24,7 +24,7 @@ from fastexit.jit import declare
         ({"vcpus": 4097}, Status.E_RANGE, "vcpus is 4097"),
         ({"vcpus": 0xFFFF_FFFF}, Status.E_RANGE, "vcpus is 4294967295"),
         ({"vendor": 2}, Status.E_RANGE, "vendor 2"),
-        ({"kernel": 8}, Status.E_RANGE, "kernel 8"),
+        ({"kernel": 1 << 16}, Status.E_RANGE, "kernel 65536 is none of FX_KERNEL_*"),
         ({"reserved": 1}, Status.E_RANGE, "reserved 1"),
         ({"flags": 1 << 31 | Open.QUIET}, Status.E_RANGE, "flags"),
         ({"flags": Open.NO_X2APIC | Open.BOOT_X2APIC | Open.QUIET}, Status.E_RANGE, "x2APIC"),

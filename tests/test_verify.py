@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from fastexit.kvm.operations import Op, describe
 from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import TraceUnavailable
 from fastexit.kvm.twins import Setup, Twins
+from fastexit.profile import profiles
 from fastexit.tracepoints.ring import Trace
 from real_kvm import kvm
 
@@ -276,10 +278,14 @@ def test_the_command_line_knows_every_kind() -> None:
 
 
 def test_generations_of_releases() -> None:
-    assert generation("6.18.44-fc") == "6.18"
-    assert generation("6.17.1") == "6.12"
-    assert generation("7.2") == "6.18"
-    assert generation("4.19.0") == "5.6"
+    """A release is of the newest generation that is not newer; those before the first one count as the first."""
+    numbered = [name for name in profiles() if name[0].isdigit()]
+    for name, newer in itertools.pairwise(numbered):
+        major, minor = map(int, newer.split("."))
+        assert generation(f"{name}.44-fc") == name
+        assert generation(f"{major}.{minor - 1}.99") == name
+    assert generation("99.1") == numbered[-1]
+    assert generation("4.19.0") == numbered[0]
 
 
 def test_every_operation_can_be_told() -> None:

@@ -109,7 +109,7 @@ static void open_badly(fx_machine *closed)
     switch (some(8)) {
     case 0: config.vcpus = some(2) ? 0 : 4097 + some(UINT_MAX - 4097); break;
     case 1: config.vendor = 2 + some(1000); break;
-    case 2: config.kernel = 8 + some(1000); break;
+    case 2: config.kernel = 1u << 16 | some(1000); break;
     case 3: config.flags |= 1u << (18 + some(14)); break;
     case 4: config.boot_cpu_id = 4096 + some(1000000); break;
     case 5: config.maxphyaddr = 53 + some(1000); break;

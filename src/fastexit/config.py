@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, one_of
-from fastexit.profile import PROFILES, profile
+from fastexit.profile import profile
 
 _U32 = 0xFFFF_FFFF
 _MAX_BUS_NS = (1 << 63) // (_U32 * 128)
@@ -111,7 +111,7 @@ class Config:
             L.H_TRAITS: int(profile(self.kernel).traits),
             L.H_API: self.x2apic_api,
             L.H_MAP: L.MAP0,
-            L.H_PROFILE: list(PROFILES).index(self.kernel),
+            L.H_PROFILE: profile(self.kernel).number,
             L.H_MAXPHYADDR: self.maxphyaddr,
             L.H_TSC_KHZ: self.tsc_khz,
             L.H_BUS_NS: self.bus_cycle_ns,

@@ -33,7 +33,7 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
-from fastexit.profile import PROFILES
+from fastexit.profile import NEWEST, numbered
 from fastexit.snapshot import pack, unpack
 from fastexit.tracepoints.ring import Trace
 from fastexit.vcpu import Vcpu
@@ -51,7 +51,7 @@ class Machine:
 
     Args:
         vcpus: number of vCPUs, ids 0..n-1; or give ``apic_ids``, one x2APIC id (0..4095) a vCPU in creation order.
-        kernel: the generation to be like; ``fastexit.profiles()`` lists them.
+        kernel: the generation to be like; ``fastexit.profiles()`` lists them, and the last one is the default.
         vendor: "vmx" or "svm".
         apicv: posted interrupts (VMX) or AVIC (SVM) in use.
         irqchip: "full" (in-kernel IOAPIC) or "split".
@@ -86,7 +86,7 @@ class Machine:
         vcpus: int | None = None,
         *,
         apic_ids: Iterable[int] | None = None,
-        kernel: str = "6.18",
+        kernel: str = NEWEST,
         vendor: str = "vmx",
         apicv: bool = True,
         irqchip: str = "full",
@@ -145,7 +145,7 @@ class Machine:
     def _assemble(self, costs: CostProfile | None) -> None:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
-        self.profile = list(PROFILES.values())[self.mem[L.H_PROFILE]]
+        self.profile = numbered(self.mem[L.H_PROFILE])
         common = CommonHandlers(self.mem, self.handle)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.costs = costs
@@ -466,6 +466,9 @@ class Machine:
     @classmethod
     def restore(cls, data: bytes, costs: str | CostProfile | None = None) -> Machine:
         """A machine from its snapshot; ValueError says what is wrong with the bytes.
+
+        The kernel generation is the snapshot's. What it does is what this version of fastexit knows of it, which may be
+        more than the version knew that took the snapshot.
 
         Handlers are the built-in ones; ioeventfds (``fast_mmio``) and remapping entries of assigned devices are user
         space's, which makes them anew; ``costs`` are Machine's, which no snapshot has.

@@ -2,101 +2,113 @@
 
 Profiles are data over one compiled kernel: a row becomes a word of Trait bits in the machine's header, and kernels
 test bits. The rows follow the source trees that they name.
+
+A generation has a place and a number. The place is that of its row: rows stand oldest first, and `since` compares
+places. The number is what snapshots and the C door keep, so it is written in the row and never changes, whatever rows
+come before it later.
 """
 
 from __future__ import annotations
 
-from enum import IntFlag, auto
-from typing import NamedTuple
+from collections.abc import Mapping
+from enum import IntFlag, unique
+from typing import NamedTuple, TypeVar
+
+_Entry = TypeVar("_Entry")
 
 
+@unique
 class Trait(IntFlag):
-    """A behaviour that differs between generations."""
+    """A behaviour that differs between generations.
+
+    Traits are grouped by subject, and each has a fixed bit: a new one stands in its group and takes the lowest bit that
+    no other has. The machine's header keeps them in one word, which has room for 64.
+    """
 
     # -- where the fast handler runs
-    HOOK_IRQOFF = auto()
+    HOOK_IRQOFF = 1 << 0
     """handle_exit_irqoff, with mode OUTSIDE_GUEST_MODE already; otherwise the vendor's run function, IN_GUEST_MODE."""
-    SKIP_LATE = auto()
+    SKIP_LATE = 1 << 1
     """The instruction is skipped in handle_exit (SKIP_EMUL_INS), not by the fast handler."""
-    SKIP_AFTER_TRACE = auto()
+    SKIP_AFTER_TRACE = 1 << 2
     """The handler traces kvm_msr first and skips then; otherwise it skips first."""
-    SKIP_HONOURED = auto()
+    SKIP_HONOURED = 1 << 3
     """A skip that asks for user space (KVM_EXIT_DEBUG) is honoured; before, it was lost."""
-    ICR_REENTERS = auto()
+    ICR_REENTERS = 1 << 4
     """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
-    GUARD_L2 = auto()
+    GUARD_L2 = 1 << 5
     """The handler declines while the vCPU runs L2."""
-    SRCU_IN_FASTPATH = auto()
+    SRCU_IN_FASTPATH = 1 << 6
     """SRCU is taken around the fast WRMSR handler."""
-    SVM_EXIT_32 = auto()
+    SVM_EXIT_32 = 1 << 7
     """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
-    SVM_NEXT_RIP = auto()
+    SVM_NEXT_RIP = 1 << 8
     """SVM needs NRIPS and a next RIP: without SRCU nothing may be decoded."""
 
     # -- what is fast
-    ICR_ANY_RESOLVED = auto()
+    ICR_ANY_RESOLVED = 1 << 9
     """Whatever the map-based resolver can finish, traced behind the delivery; otherwise physical and Fixed only."""
-    ICR_NO_SHORTHAND = auto()
-    ICR_NO_BROADCAST = auto()
-    ICR_NO_RESERVED = auto()
-    TSCDL_HV_TIMER = auto()
+    ICR_NO_SHORTHAND = 1 << 10
+    ICR_NO_BROADCAST = 1 << 11
+    ICR_NO_RESERVED = 1 << 12
+    TSCDL_HV_TIMER = 1 << 13
     """TSC_DEADLINE is fast when the VMX preemption timer can be used."""
-    TSCDL_ALWAYS = auto()
-    PREEMPTION_TIMER_FAST = auto()
+    TSCDL_ALWAYS = 1 << 14
+    PREEMPTION_TIMER_FAST = 1 << 15
     """The VMX preemption timer's exit is handled in the vendor's run function."""
-    FORCED_EXIT_HANDLED = auto()
+    FORCED_EXIT_HANDLED = 1 << 16
     """An exit that KVM forced by the preemption timer is EXIT_HANDLED there; before, its generic handler ate it."""
-    HLT_FAST = auto()
-    INVD_FAST = auto()
-    MSR_IMM = auto()
+    HLT_FAST = 1 << 17
+    INVD_FAST = 1 << 18
+    MSR_IMM = 1 << 19
     """WRMSR and RDMSR with an immediate are known; the write is fast."""
 
     # -- what a register write does
-    ICR_RESERVED_GP = auto()
+    ICR_RESERVED_GP = 1 << 20
     """Reserved ICR bits fault in x2APIC mode."""
-    MSR_UPPER_GP = auto()
+    MSR_UPPER_GP = 1 << 21
     """Bits 63:32 of an x2APIC register other than the ICR fault, and SELF_IPI checks bits 31:8."""
-    SELF_IPI_WRITES_ICR = auto()
-    ICR_SPLIT = auto()
+    SELF_IPI_WRITES_ICR = 1 << 22
+    ICR_SPLIT = 1 << 23
     """x2APIC ICR stored as 0x300/0x310 on every vendor."""
-    ICR_SPLIT_SVM = auto()
+    ICR_SPLIT_SVM = 1 << 24
     """x2APIC ICR stored as 0x300/0x310 on SVM only; else 64 bits at 0x300."""
-    LOWEST_REWRITE_FIRST = auto()
+    LOWEST_REWRITE_FIRST = 1 << 25
     """Lowest priority to physical 0xFF becomes Fixed before the resolver, not after it."""
 
-    TIMER_NO_CATCH_UP = auto()
+    TIMER_NO_CATCH_UP = 1 << 26
     """A periodic timer that is late by more than a period goes on from now."""
 
     # -- posted interrupts
-    PI_KICK = auto()
+    PI_KICK = 1 << 27
     """A target that is not in guest mode is kicked; later kernels only wake it."""
-    PI_EMPTY_LOSES_RVI = auto()
+    PI_EMPTY_LOSES_RVI = 1 << 28
     """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
 
     # -- APICv inhibits
-    INHIBITS = auto()
+    INHIBITS = 1 << 29
     """APICv can be inhibited for a whole machine, by user space's reasons and by SVM's interrupt windows."""
-    INHIBIT_ID_BASE = auto()
+    INHIBIT_ID_BASE = 1 << 30
     """A modified xAPIC id or a moved APIC page inhibits APICv; every change of an inhibit is traced, not only the ones
     that switch APICv."""
-    INHIBIT_MAP = auto()
+    INHIBIT_MAP = 1 << 31
     """The APIC map inhibits APICv, for as long as it is dropped or useless; a change of the APIC's mode requests an
     update instead of making it at once."""
 
     # -- order of tracepoints
-    TRACE_ICR2_FIRST = auto()
+    TRACE_ICR2_FIRST = 1 << 32
     """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
-    TRACE_WRITE_FIRST = auto()
+    TRACE_WRITE_FIRST = 1 << 33
     """Fast path traces the raw ICR write before the IPI."""
-    TRACE_EXIT_LATE_VMX = auto()
+    TRACE_EXIT_LATE_VMX = 1 << 34
     """kvm_exit comes from handle_exit, after the fast handler."""
-    TRACE_EXIT_LATE_SVM = auto()
-    TRACE_REENTRY = auto()
+    TRACE_EXIT_LATE_SVM = 1 << 35
+    TRACE_REENTRY = 1 << 36
     """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
-    TRACE_DOORBELL = auto()
+    TRACE_DOORBELL = 1 << 37
     """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
 
-    MMIO_NOT_VECTORING = auto()
+    MMIO_NOT_VECTORING = 1 << 38
     """An access to a device during the delivery of an event is an error on both vendors, whichever exit it takes."""
 
 
@@ -110,11 +122,16 @@ _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
 class Profile(NamedTuple):
     """A kernel generation.
 
-    ``name`` is what Machine(kernel=...) takes, ``tree`` the source tree whose behaviour it follows, ``traits`` its
-    behaviour and ``summary`` what its fast path takes, in words.
+    ``name`` is what Machine(kernel=...) takes, ``number`` what a machine's header and a snapshot have for it (the C
+    door's FX_KERNEL_* is one more, for 0 is its default), ``tree`` the source tree whose behaviour it follows,
+    ``traits`` its behaviour and ``summary`` what its fast path takes, in words.
+
+    A number is given once and for all. A new generation takes the lowest that was never in use, wherever its row
+    stands, and the number of one that is taken out is not used again.
     """
 
     name: str
+    number: int
     tree: str
     traits: Trait
     summary: str
@@ -125,24 +142,28 @@ PROFILES: dict[str, Profile] = {
     for p in (
         Profile(
             "seed-v3",
+            0,
             "patch v3, 20 Nov 2019, on 5.4",
             _OLD_REGISTERS | _IRQOFF | _T.SVM_EXIT_32 | _T.TRACE_WRITE_FIRST | _T.LOWEST_REWRITE_FIRST,
             "Fixed + physical, any shorthand, broadcast too; no L2 guard; wrong exit code on SVM",
         ),
         Profile(
             "5.6",
+            1,
             "5.6.4",
             _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _T.ICR_NO_SHORTHAND | _T.TRACE_WRITE_FIRST | _T.INHIBITS,
             "Fixed + physical, no shorthand; broadcast too",
         ),
         Profile(
             "5.7",
+            2,
             "5.7.6",
             _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _UNICAST | _T.INHIBITS,
             "Fixed + physical unicast",
         ),
         Profile(
             "5.8",
+            3,
             "5.8.18",
             _OLD_REGISTERS
             | _T.GUARD_L2
@@ -155,6 +176,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             "6.1",
+            4,
             "6.1.20",
             _T.GUARD_L2
             | _T.TRACE_REENTRY
@@ -171,6 +193,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             "6.12",
+            5,
             "6.12.0",
             _T.GUARD_L2
             | _T.SRCU_IN_FASTPATH
@@ -194,6 +217,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             "6.18",
+            6,
             "6.18.26",
             _T.GUARD_L2
             | _T.TRACE_REENTRY
@@ -225,11 +249,50 @@ PROFILES: dict[str, Profile] = {
 }
 
 
+ORDER = {name: place for place, name in enumerate(PROFILES)}
+"""Generation -> its place, oldest first. Only for comparing: a generation that is put in later moves the places."""
+
+OLDEST = next(iter(PROFILES))
+
+NEWEST = next(reversed(PROFILES))
+"""The generation that a machine is like when nobody names one."""
+
+
+def since(kernel: str, first: str) -> bool:
+    """Tell whether a generation is ``first`` or a later one. KeyError for a name that is no generation's.
+
+    >>> since("6.18", "6.12"), since("6.12", "6.12"), since("5.8", "6.12")
+    (True, True, False)
+    """
+    return ORDER[kernel] >= ORDER[first]
+
+
+def as_of(table: Mapping[str, _Entry], kernel: str) -> _Entry | None:
+    """Look up what holds in a generation, in a table of what came when.
+
+    That is the entry of the latest generation in the table that is not later than ``kernel``; None without one.
+
+    >>> as_of({"5.6": "old", "6.1": "new"}, "5.8")
+    'old'
+    """
+    held = [first for first in table if since(kernel, first)]
+    return table[max(held, key=ORDER.__getitem__)] if held else None
+
+
+def numbered(number: int) -> Profile:
+    """The profile with that number; ValueError lists the numbers that there are."""
+    for known in PROFILES.values():
+        if known.number == number:
+            return known
+    numbers = ", ".join(f"{known.number} ({known.name})" for known in PROFILES.values())
+    raise ValueError(f"unknown kernel number {number}: one of {numbers}")
+
+
 def profiles() -> tuple[str, ...]:
     """Names of the kernel generations, oldest first.
 
-    >>> profiles()[0], profiles()[-1]
-    ('seed-v3', '6.18')
+    >>> profiles()[0]
+    'seed-v3'
     """
     return tuple(PROFILES)
 

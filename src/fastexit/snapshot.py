@@ -2,6 +2,10 @@
 
 Bytes that come back are believed only after every word that kernels use as an index, a shift or a lock has been
 checked: the checksum guards against damage, not against a forger.
+
+A snapshot names the kernel generation by its fixed number, and what that generation does is not taken from the bytes:
+traits are those of the row in profile.py. So a snapshot of an older fastexit stays readable when a row has been mended
+since, and the machine then behaves as the row of today says.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.config import latest_clock
-from fastexit.profile import PROFILES
+from fastexit.profile import Profile, numbered
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
@@ -63,11 +67,13 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         at += r.stop - r.start
     fixed, tables, hot, vec, _, kvm = parts
     _check_header(fixed, n)
+    generation = _generation(int(fixed[L.H_PROFILE]))
     _check_tables(tables, n)
     _check(_VEC, vec.reshape(n, L.VEC_STRIDE))
     _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
+    words[L.H_TRAITS] = generation.traits
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
 
@@ -108,14 +114,13 @@ _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_MAP, _among(L.MAP0, L.MAP1), "the map in use"),
     (L.H_MAP_LOCK, _among(0), "the map's lock"),
     (L.H_MAP_DIRTY, _up_to(1), "the map's state"),
-    (L.H_PROFILE, _up_to(len(PROFILES) - 1), "the kernel"),
     (L.H_MAXPHYADDR, _between(32, 52), "MAXPHYADDR"),
     (L.H_LOST_LOWEST, _up_to(1), "a lost interrupt"),
     (L.H_TSC_KHZ, _between(1, 10_000_000), "the TSC's frequency"),
     (L.H_BUS_NS, _between(1, (1 << 63) // (_U32 * 128)), "the APIC bus cycle"),
     (L.H_MIN_PERIOD_NS, _up_to(1_000_000_000), "the shortest period"),
     (L.H_TIMER_ADVANCE_NS, _up_to(_U32), "the timer's advance"),
-    (L.H_INHIBITS, _bits((1 << len(R.Inhibit)) - 1), "an APICv inhibit"),
+    (L.H_INHIBITS, _bits(sum(1 << reason for reason in R.Inhibit)), "an APICv inhibit"),
     (L.H_DISABLED_EXITS, _up_to(15), "a disabled exit"),
     (L.H_USER_MSR, _up_to(7), "a reason for MSR exits"),
     (L.H_FILTER_RANGES, _up_to(L.FILTER_RANGES), "the number of filter ranges"),
@@ -189,13 +194,18 @@ def _check(table: tuple[tuple[int, _Check, str], ...], rows: np.ndarray) -> None
 def _check_header(words: np.ndarray, n: int) -> None:
     _check(_HEADER, words[None, : L.HEADER_WORDS])
     _require(int(words[L.H_NOW]) <= latest_clock(int(words[L.H_TSC_KHZ])), "the clock")
-    profile = list(PROFILES.values())[int(words[L.H_PROFILE])]
-    _require(int(words[L.H_TRAITS]) == profile.traits, "the kernel's traits")
     _require(n > 0 and int(words[L.H_NVCPUS]) == n, "the number of vCPUs")
     maps = words[L.MAP0 : L.MAP1 + L.MAP_WORDS].reshape(2, L.MAP_WORDS)
     _check(_MAP, maps)
     slots = np.ascontiguousarray(maps[:, L.MAP_SLOTS :]).view(np.uint16)
     _require(int(slots.max()) <= n, "a slot of the map")
+
+
+def _generation(number: int) -> Profile:
+    try:
+        return numbered(number)
+    except ValueError as unknown:
+        raise ValueError(f"snapshot is damaged, or of a newer fastexit: {unknown}") from None
 
 
 def _check_tables(words: np.ndarray, n: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import quoted
-from fastexit.profile import PROFILES
+from fastexit.profile import NEWEST, PROFILES
 
 SHORTHANDS = ("none", "self", "all", "all-but-self")
 """Names of the ICR's destination shorthands, by number."""
@@ -263,8 +263,8 @@ def demo(args: argparse.Namespace) -> int:
         _check_writable(args.output, "--output")
     _compile()
     report = _replay_file(trace, args.json, mismatches=MISMATCHES)
-    walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", "6.18")]
-    kernels = ("seed-v3", "5.8", "6.18")
+    walks = [walk(0x830, icr(dest=1, vector=0xFD), kernel=kernel) for kernel in ("seed-v3", NEWEST)]
+    kernels = ("seed-v3", "5.8", NEWEST)
     rows = [compare(kernel, door) for kernel in kernels for door in DOORS]
     rows += [compare_until_ipi(kernel) for kernel in kernels]
     pictures, no_pictures = [], "" if drawing else NO_MATPLOTLIB

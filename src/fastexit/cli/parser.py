@@ -16,10 +16,10 @@ from typing import Any
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
 from fastexit.cli import commands
-from fastexit.profile import PROFILES, profiles
+from fastexit.profile import NEWEST, PROFILES, profiles
 
-_EPILOG = """examples:
-  fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside 6.18
+_EPILOG = f"""examples:
+  fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside {NEWEST}
   fastexit walk --shorthand all-but-self --kernels 5.7,6.18
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="fastexit",
-        description="KVM's interrupt exits: what happens when a vCPU exits on WRMSR, in seven kernel generations.",
+        description="KVM's interrupt exits: what happens when a vCPU exits on WRMSR, by kernel generation.",
         epilog=_EPILOG,
         formatter_class=raw,
     )
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     walk = command("walk", commands.walk, "One WRMSR exit of vCPU 0, step by step through vcpu_enter_guest.")
     walk.add_argument(
-        "--kernels", type=_kernels, default=["seed-v3", "6.18"], metavar="A,B", help="default: seed-v3,6.18"
+        "--kernels", type=_kernels, default=["seed-v3", NEWEST], metavar="A,B", help=f"default: seed-v3,{NEWEST}"
     )
     walk.add_argument("--generic", action="store_true", help="also with the fast path switched off")
     walk.add_argument("--vcpus", type=_how_many, default=4, help="default: 4")
@@ -169,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--picture", metavar="BASE", help="write BASE.png and BASE.svg: sender x target heat map")
     replay.add_argument("--quiet", action="store_true", help="no progress bar")
-    replay.add_argument("--kernel", choices=profiles(), default="6.18", help="the kernel that recorded (default: 6.18)")
+    replay.add_argument(
+        "--kernel", choices=profiles(), default=NEWEST, help=f"the kernel that recorded (default: {NEWEST})"
+    )
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
     replay.add_argument(

@@ -12,7 +12,7 @@ from fastexit import regs as R
 from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit, Vendor
 from fastexit.outcome import OUTCOMES, Effect, Outcome
-from fastexit.profile import PROFILES
+from fastexit.profile import since
 
 _KVM, _APIC, _SMP = "6.1", "6.12", None
 """First generation whose pointers are static calls: KVM's own since 5.12, the host's APIC driver since 6.6; smp_ops
@@ -41,10 +41,8 @@ _TIMER_REGISTERS = (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR)
 
 def pointer_calls(kernel: str) -> dict[str, int]:
     """POINTERS, counted as far as they still are pointers in that generation."""
-    order = list(PROFILES)
-    at = order.index(kernel)
     return {
-        stage: sum(1 for since in calls if since is None or at < order.index(since))
+        stage: sum(1 for first in calls if first is None or not since(kernel, first))
         for stage, calls in POINTERS.items()
     }
 

@@ -161,21 +161,23 @@ def keywords(config: Any) -> dict[str, Any]:
 
     ``config`` has the struct's fields as attributes.
     """
-    kernels = ("", *PROFILES)
+    kernels = {0: _DEFAULTS["kernel"]} | {known.number + 1: name for name, known in PROFILES.items()}
     flags = int(config.flags)
     unknown = flags & ~sum(Open)
     for name, value, known in (
         ("vendor", config.vendor, len(VENDORS)),
-        ("kernel", config.kernel, len(kernels)),
         ("reserved", config.reserved, 1),
     ):
         if value >= known:
             raise ValueError(f"fx_config.{name} {value} is out of range 0..{known - 1}")
+    if config.kernel not in kernels:
+        known_numbers = ", ".join(map(str, sorted(kernels)))
+        raise ValueError(f"fx_config.kernel {config.kernel} is none of FX_KERNEL_*: {known_numbers}")
     if unknown:
         raise ValueError(f"fx_config.flags has bits that are unknown: {unknown:#x}")
     on = Open(flags)
     given: dict[str, Any] = {
-        "kernel": kernels[config.kernel] or _DEFAULTS["kernel"],
+        "kernel": kernels[config.kernel],
         "vendor": VENDORS[config.vendor],
         "apicv": Open.NO_APICV not in on,
         "irqchip": "split" if Open.SPLIT_IRQCHIP in on else "full",

@@ -17,10 +17,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from fastexit import regs as R
-from fastexit.profile import PROFILES, Trait
+from fastexit.profile import OLDEST, Trait
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
-
-OLDEST = next(iter(PROFILES))
 
 
 class Op(IntEnum):

@@ -16,6 +16,7 @@ from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit
 from fastexit.machine import Machine
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, OUTCOMES, Outcome
+from fastexit.profile import NEWEST
 from fastexit.vcpu import Vcpu
 
 
@@ -172,7 +173,7 @@ def walk(
     msr: int,
     value: int,
     *,
-    kernel: str = "6.18",
+    kernel: str = NEWEST,
     vendor: str = "vmx",
     apicv: bool = True,
     fastpath: bool = True,

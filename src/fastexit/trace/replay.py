@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from fastexit.checks import integer
+from fastexit.profile import NEWEST
 from fastexit.trace.accesses import Assembler, Lane
 from fastexit.trace.events import Kind
 from fastexit.trace.files import TraceError
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], object]
 def replay(
     path: str | os.PathLike[str],
     *,
-    kernel: str = "6.18",
+    kernel: str = NEWEST,
     vendor: str = "vmx",
     apicv: bool = False,
     hv_timer: bool | None = None,

@@ -6,25 +6,10 @@ APICV_INHIBIT_REASONS. A number that a generation has no name for prints as hex.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastexit import regs as R
-from fastexit.exits.table import OLDEST, SVM, VMX
-from fastexit.profile import PROFILES
+from fastexit.exits.table import SVM, VMX
+from fastexit.profile import OLDEST, as_of
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit
-
-ORDER = {kernel: position for position, kernel in enumerate(PROFILES)}
-"""Generation -> its position, oldest first."""
-
-
-def since(table: dict[str, Any], kernel: int) -> Any:
-    """What holds in a generation: the last entry from it or from an older one; None when there is none."""
-    entry = None
-    for first, value in table.items():
-        if ORDER[first] <= kernel:
-            entry = value
-    return entry
-
 
 _USER_SINCE = {KvmExit.X86_RDMSR: "6.1", KvmExit.X86_WRMSR: "6.1"}
 _USER_NAMES = {
@@ -57,12 +42,12 @@ _INHIBITS = {
 }
 
 
-def _symbol(number: int, names: dict[str, str], kernel: int) -> str:
+def _symbol(number: int, names: dict[str, str], kernel: str) -> str:
     """__print_symbolic: the name, or hex where this generation's table has none."""
-    return since(names, kernel) or f"0x{number:x}"
+    return as_of(names, kernel) or f"0x{number:x}"
 
 
-def reason_text(reason: int, svm: bool, kernel: int) -> str:
+def reason_text(reason: int, svm: bool, kernel: str) -> str:
     """An exit reason as kvm_exit prints it: the name, on VMX with the flags of the upper half behind it."""
     if svm:
         return _symbol(reason, SVM[reason].names(), kernel)
@@ -75,11 +60,11 @@ def reason_text(reason: int, svm: bool, kernel: int) -> str:
     return " ".join(words)
 
 
-def user_text(reason: int, kernel: int) -> str:
+def user_text(reason: int, kernel: str) -> str:
     """A KVM_EXIT_* reason as kvm_userspace_exit prints it."""
     return _symbol(reason, _USER_NAMES.get(reason, {}), kernel)
 
 
-def inhibits(kernel: int) -> tuple[R.Inhibit, ...]:
+def inhibits(kernel: str) -> tuple[R.Inhibit, ...]:
     """The APICv inhibit reasons of a generation, by the bit that it prints."""
-    return since(_INHIBITS, kernel) or ()
+    return as_of(_INHIBITS, kernel) or ()

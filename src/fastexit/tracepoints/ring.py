@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastexit import layout as L
-from fastexit.tracepoints.names import since
+from fastexit.profile import as_of
 from fastexit.tracepoints.text import ARGUMENTS, LATENCY_FLAGS, Source, formats, text
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Trace:
     def __init__(self, machine: Machine) -> None:
         self._mem = machine.mem
         self._words = machine.words
-        kernel = machine.mem[L.H_PROFILE]
+        kernel = machine.kernel
         svm = bool(machine.mem[L.H_CONFIG] & L.CONFIG_SVM)
         self._source = Source(kernel, svm, self._descriptor)
         self._formats = formats(kernel)
-        self._flags = since(LATENCY_FLAGS, kernel)
+        self._flags = as_of(LATENCY_FLAGS, kernel)
 
     @property
     def enabled(self) -> bool:

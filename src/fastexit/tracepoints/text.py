@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.tracepoints.names import ORDER, inhibits, reason_text, since, user_text
+from fastexit.profile import as_of, since
+from fastexit.tracepoints.names import inhibits, reason_text, user_text
 
 _U32 = 0xFFFF_FFFF
 _EINTR = 4
@@ -22,9 +23,9 @@ Fields = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """Where a record comes from: ``kernel`` is the position of the machine's generation in PROFILES."""
+    """Where a record comes from: ``kernel`` is the machine's generation."""
 
-    kernel: int
+    kernel: str
     svm: bool
     descriptor: Callable[[int], int]
     """vCPU id -> place of its posted-interrupt descriptor, in bytes."""
@@ -117,9 +118,9 @@ LATENCY_FLAGS = {"seed-v3": "....", "6.1": "....."}
 """The flags in front of a time stamp: 5.13 added one for migrate-disable."""
 
 
-def formats(kernel: int) -> dict[int, str]:
+def formats(kernel: str) -> dict[int, str]:
     """Event -> format, for the events that a generation has."""
-    found = {event: since(table, kernel) for event, table in FORMATS.items()}
+    found = {event: as_of(table, kernel) for event, table in FORMATS.items()}
     return {event: text for event, text in found.items() if text is not None}
 
 
@@ -213,7 +214,7 @@ def _inhibit(source: Source, a: list[int]) -> Fields | None:
     if a[0] not in known:
         return None
     held = [reason for reason in known if a[2] >> reason & 1]
-    if source.kernel < ORDER["6.1"] and [reason for reason in held if reason != a[0]]:
+    if not since(source.kernel, "6.1") and [reason for reason in held if reason != a[0]]:
         return None
     return {
         "change": "set" if a[1] else "cleared",
@@ -237,7 +238,7 @@ def _userspace(source: Source, a: list[int]) -> Fields:
 def _irte(source: Source, a: list[int]) -> Fields | None:
     """An entry that goes to no single vCPU names -1; that had no line before 6.18."""
     target = a[1] >> 32
-    if target == _U32 and source.kernel < ORDER["6.18"]:
+    if target == _U32 and not since(source.kernel, "6.18"):
         return None
     return {
         "state": "enabled and being updated" if a[0] >> 32 else "disabled",
