@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+import generations
+
 if TYPE_CHECKING:
     import embedded
 
@@ -21,6 +23,8 @@ INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 BOUNDS = os.environ.get("NUMBA_BOUNDSCHECK", "0") not in ("", "0")
 
 os.environ.setdefault("FASTEXIT_CACHE_DIR", str(ROOT / "build" / "kernel-cache"))
+
+generations.put_in(os.environ.get("FASTEXIT_TEST_ROWS", ""))
 
 EXAMPLES = 25 if INTERPRETED else 100
 settings.register_profile("fastexit", deadline=None, derandomize=True, database=None, max_examples=EXAMPLES)

@@ -371,7 +371,7 @@ class RunLoop:
     def fast_wrmsr(self, msr: int, value: int) -> str:
         """Whether this generation handles the write early, and how that ends if nothing interferes."""
         m = self.m
-        if not m.fastpath or (m.svm and m.kernel == "seed-v3"):
+        if not m.fastpath or (m.svm and m.generation < m.at("5.6")):
             return "none"
         if msr == r.MSR_TSC_DEADLINE:
             if m.generation >= m.at("6.18") or (m.generation >= m.at("5.8") and self.v.timer.can_use_hv()):
@@ -379,9 +379,9 @@ class RunLoop:
             return "none"
         if msr != r.MSR_X2APIC_ICR or not self.v.x2apic or not self._fast_icr(value):
             return "none"
-        if m.generation <= m.at("5.7"):
+        if m.generation < m.at("5.8"):
             return "skip"
-        return "handled" if m.generation <= m.at("6.1") else "reenter"
+        return "handled" if m.generation < m.at("6.12") else "reenter"
 
     def _fast_icr(self, value: int) -> bool:
         m = self.m

@@ -15,6 +15,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+import fastexit as fx
 import oracle
 import oracle_apic
 from fastexit import regs as r
@@ -77,7 +78,7 @@ def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed:
     """A machine of any generation, vendor and set of capabilities; ``fixed`` pins some of them."""
     drawn: dict[str, Any] = {
         "apic_ids": random_ids(rng, least, most),
-        "kernel": rng.choice(oracle.KERNELS),
+        "kernel": rng.choice(fx.profiles()),
         "vendor": rng.choice(("vmx", "svm")),
         "apicv": rng.random() < 0.5,
         "irqchip": rng.choice(("full", "split")),
@@ -94,7 +95,7 @@ def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed:
 configs: st.SearchStrategy[Config] = st.builds(
     Config,
     apic_ids=st.lists(st.sampled_from(ID_POOL), min_size=1, max_size=6, unique=True).map(tuple),
-    kernel=st.sampled_from(oracle.KERNELS),
+    kernel=st.sampled_from(fx.profiles()),
     vendor=st.sampled_from(("vmx", "svm")),
     apicv=st.booleans(),
     irqchip=st.sampled_from(("full", "split")),

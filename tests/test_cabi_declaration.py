@@ -19,6 +19,7 @@ from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
 from fastexit.jit import declare
 from fastexit.profile import PROFILES
+from generations import ON_TRIAL
 
 
 def constants(prefix: str) -> dict[str, int]:
@@ -80,10 +81,22 @@ def test_statuses_and_flags() -> None:
     assert set(re.findall(r"FX_(\w+) = ", flags)) == set(Open.__members__)
 
 
+def test_numbers_are_written_out() -> None:
+    """An enumerator without a number would get another one when a line is put in before it."""
+    text = re.sub(r"/\*.*?\*/", "", "".join(map(cabi.declarations, (*cabi.HEADERS, cabi.SHIM))), flags=re.DOTALL)
+    enums = re.findall(r"enum\s*\w*\s*\{(.*?)\}", text, flags=re.DOTALL)
+    enumerators = [line.strip() for body in enums for line in body.split(",") if line.strip()]
+    assert len(enumerators) > 100
+    assert [
+        line for line in enumerators if not re.fullmatch(r"FXP?_\w+ = (-?\d+|0x[0-9a-fA-F]+u?|1 << \d+)", line)
+    ] == []
+
+
 def test_enums_are_pythons() -> None:
     known = constants("FX_")
-    names = [name.upper().replace(".", "_").replace("-", "_") for name in PROFILES]
-    assert [known[f"KERNEL_{name}"] for name in names] == list(range(1, len(names) + 1))
+    numbers = {name: row.number + 1 for name, row in PROFILES.items() if name not in ON_TRIAL}
+    kernels = {f"KERNEL_{name.upper().replace('.', '_').replace('-', '_')}": n for name, n in numbers.items()}
+    assert {name: n for name, n in known.items() if name.startswith("KERNEL_")} == {"KERNEL_DEFAULT": 0} | kernels
     assert [known["VMX"], known["SVM"]] == [cabi.VENDORS.index("vmx"), cabi.VENDORS.index("svm")]
     assert {name: known[name] for name in fx.Effect.__members__ if name != "NONE"} == {
         e.name: e.value for e in fx.Effect if e

@@ -10,6 +10,8 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.profile import since
+from generations import kernels
 
 VENDORS = ("vmx", "svm")
 IF = 1 << 9
@@ -41,7 +43,7 @@ def test_msr_instructions_with_an_immediate(kernel: str) -> None:
     v = m.vcpus[0]
     rip = v.rip
     out = v.exit(fx.VmxExit.MSR_WRITE_IMM, msr=0x830, value=fx.icr(dest=1, vector=0x41))
-    if kernel != "6.18":
+    if not since(kernel, "6.18"):
         assert out.user is fx.KvmExit.INTERNAL_ERROR
         return
     assert (out.path, out.accepted, v.rip - rip) == (fx.Path.FAST, 1, 9)
@@ -59,8 +61,8 @@ def test_invd(kernel: str, vendor: str) -> None:
     v = m.vcpus[0]
     rip = v.rip
     out = v.exit(reason(m, "INVD"))
-    assert out.path is (fx.Path.FAST if kernel == "6.18" else fx.Path.SLOW)
-    assert out.reentered is (kernel == "6.18")
+    assert out.path is (fx.Path.FAST if since(kernel, "6.18") else fx.Path.SLOW)
+    assert out.reentered is since(kernel, "6.18")
     assert v.rip - rip == 2
 
 
@@ -391,7 +393,7 @@ def test_msr_write_during_delivery() -> None:
     assert m.trace.lines()[-1] == "kvm_userspace_exit: reason KVM_EXIT_INTERNAL_ERROR (17)"
 
 
-@pytest.mark.parametrize("kernel", ["5.8", "6.1", "6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("5.8"))
 @pytest.mark.parametrize(("vendor", "name"), [("vmx", "EPT_MISCONFIG"), ("vmx", "EPT_VIOLATION"), ("svm", "NPF")])
 def test_device_access_during_delivery(vendor: str, name: str, kernel: str) -> None:
     """A stack in a device: 6.18 refuses on every way, before only the misconfiguration was looked at."""
@@ -400,7 +402,7 @@ def test_device_access_during_delivery(vendor: str, name: str, kernel: str) -> N
     m.fast_mmio.add(DEVICE)
     info = {"intr_info" if vendor == "svm" else "info2": 0x8000_0041}
     out = v.exit(reason(m, name, name), gpa=DEVICE, **info)
-    error = kernel == "6.18" or name == "EPT_MISCONFIG"
+    error = since(kernel, "6.18") or name == "EPT_MISCONFIG"
     assert (out.user is fx.KvmExit.INTERNAL_ERROR) is error
 
 

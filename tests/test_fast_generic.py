@@ -16,6 +16,7 @@ import fastexit as fx
 import oracle
 import strategies as s
 from fastexit import regs as r
+from fastexit.profile import since
 from pair import EXITS
 
 EXAMPLES = 25 if s.JIT else 4
@@ -108,7 +109,7 @@ def compare(config: s.Config, rng: random.Random) -> int:
     return taken
 
 
-@pytest.mark.parametrize("kernel", oracle.KERNELS)
+@pytest.mark.parametrize("kernel", fx.profiles())
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 def test_fast_is_generic(kernel: str, vendor: str, apicv: bool) -> None:
@@ -124,7 +125,7 @@ def test_fast_is_generic(kernel: str, vendor: str, apicv: bool) -> None:
         taken += compare(config, rng)
 
     run()
-    if kernel == "seed-v3" and vendor == "svm":
+    if vendor == "svm" and not since(kernel, "5.6"):
         assert taken == 0, "its SVM hook tests for the wrong exit code"
     else:
         assert taken > 0, "nothing was handled fast, so nothing was compared"

@@ -10,11 +10,13 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.profile import since
+from generations import kernels
 
 ICR, TPR, LVTT, TMICT, TDCR, DEADLINE = 0x830, 0x808, 0x832, 0x838, 0x83E, 0x6E0
 TICK = 0xEC
 PERIODIC, DEADLINE_MODE = r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE
-FAST_TIMER = ("5.8", "6.1", "6.12", "6.18")
+FAST_TIMER = kernels("5.8")
 """Generations whose run function handles the exit, and the TSC_DEADLINE write, by itself."""
 TIMER_EXIT = "reason PREEMPTION_TIMER"
 
@@ -137,7 +139,7 @@ def test_late_periodic_exit(kernel: str) -> None:
     start(v, 300_000, PERIODIC)
     assert len(m.set_time(1_000_000)) == 1
     assert m.set_time(1_000_000) == []
-    assert m.next_timer() == (1_300_000 if kernel == "6.18" else 1_200_000)
+    assert m.next_timer() == (1_300_000 if since(kernel, "6.18") else 1_200_000)
 
 
 def test_next_timer_moves_on() -> None:
@@ -276,7 +278,7 @@ def test_forced_exit(kernel: str, vendor: str) -> None:
     assert v.requests == 0
     entries = lines(m, "kvm_entry")
     assert len(entries) == 2
-    if kernel in ("6.12", "6.18"):
+    if since(kernel, "6.12"):
         assert [line.endswith("[immediate exit]") for line in entries] == [True, False]
     if vendor == "vmx":
         assert len(lines(m, TIMER_EXIT)) == 1
@@ -419,7 +421,7 @@ def test_deadline_fast_path(kernel: str, hv_timer: bool) -> None:
     m = booted(kernel, hv_timer=hv_timer)
     v = m.vcpus[1]
     out = start(v, 300_000, DEADLINE_MODE)
-    fast = kernel == "6.18" or (hv_timer and kernel in FAST_TIMER)
+    fast = since(kernel, "6.18") or (hv_timer and kernel in FAST_TIMER)
     assert out.reentered is fast
     if not fast:
         assert out.refusal is (fx.Refusal.NO_HV_TIMER if kernel in FAST_TIMER else fx.Refusal.MSR)

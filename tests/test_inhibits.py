@@ -10,27 +10,31 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
+from fastexit.profile import as_of, since
+from generations import kernels
 
 Inhibit = r.Inhibit
 ICR, APICBASE = 0x830, 0x1B
 XAPIC, X2APIC = 0xFEE0_0800, 0xFEE0_0C00
-SINCE_6_1 = ("6.1", "6.12", "6.18")
-SINCE_6_12 = ("6.12", "6.18")
+SINCE_6_1 = kernels("6.1")
+ONLY_6_1 = kernels("6.1", before="6.12")
 
 USER = {Inhibit.DISABLED, Inhibit.HYPERV}
 USER_6_1 = USER | {Inhibit.ABSENT, Inhibit.BLOCKIRQ, Inhibit.APIC_ID_MODIFIED, Inhibit.APIC_BASE_MODIFIED}
 SVM_5_6 = {Inhibit.NESTED, Inhibit.IRQWIN, Inhibit.PIT_REINJ, Inhibit.PHYSICAL_ID_TOO_BIG}
 COUNTING = {
-    ("vmx", "seed-v3"): set(),
-    ("vmx", "5.8"): USER,
-    ("vmx", "6.1"): USER_6_1,
-    ("vmx", "6.12"): USER_6_1 | {Inhibit.PHYSICAL_ID_ALIASED},
-    ("vmx", "6.18"): USER_6_1 | {Inhibit.PHYSICAL_ID_ALIASED},
-    ("svm", "seed-v3"): {Inhibit.PHYSICAL_ID_TOO_BIG},
-    ("svm", "5.8"): USER | SVM_5_6,
-    ("svm", "6.1"): USER_6_1 | SVM_5_6 | {Inhibit.SEV},
-    ("svm", "6.12"): set(Inhibit),
-    ("svm", "6.18"): set(Inhibit),
+    "vmx": {
+        "seed-v3": set(),
+        "5.6": USER,
+        "6.1": USER_6_1,
+        "6.12": USER_6_1 | {Inhibit.PHYSICAL_ID_ALIASED},
+    },
+    "svm": {
+        "seed-v3": {Inhibit.PHYSICAL_ID_TOO_BIG},
+        "5.6": USER | SVM_5_6,
+        "6.1": USER_6_1 | SVM_5_6 | {Inhibit.SEV},
+        "6.12": set(Inhibit),
+    },
 }
 
 
@@ -76,15 +80,17 @@ def inhibit_lines(m: fx.Machine) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- which count
 
 
-@pytest.mark.parametrize(("vendor", "kernel"), COUNTING)
+@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("vendor", COUNTING)
 def test_reasons_that_count(vendor: str, kernel: str) -> None:
     """Each vendor and generation knows its own reasons; others are ignored, without a trace line."""
     m = machine(vendor, kernel)
+    counting = as_of(COUNTING[vendor], kernel)
     m.trace.enable()
     for reason in Inhibit:
         before = m.inhibits
         m.set_inhibit(reason)
-        counts = reason in COUNTING[vendor, kernel]
+        counts = reason in counting
         assert (reason in m.inhibits) is counts, reason
         assert m.inhibits >= before
         if not counts:
@@ -164,7 +170,7 @@ def test_only_the_first_and_the_last_reason_matter(kernel: str) -> None:
         assert m.set_inhibit(reason, on) == (fx.Effect.KICK if switches else fx.Effect.NONE)
         assert all(bool(v.requests) is switches for v in m.vcpus)
         records = [a[:3].tolist() for e, _, a in m.trace.records() if e == L.TP_APICV_INHIBIT_CHANGED]
-        assert records == ([[reason, on, inhibits]] if switches or kernel != "5.8" else [])
+        assert records == ([[reason, on, inhibits]] if switches or since(kernel, "6.1") else [])
 
 
 def test_what_was_posted_is_not_lost() -> None:
@@ -270,9 +276,9 @@ def test_modified_id(kernel: str) -> None:
     """An id of its own inhibits too, since 6.1; 6.1 never forgives it."""
     m = xapic(kernel=kernel)
     m.vcpus[1].mmio_write(r.APIC_ID, 7 << 24)
-    assert m.inhibits == (set() if kernel == "5.8" else {Inhibit.APIC_ID_MODIFIED})
+    assert m.inhibits == ({Inhibit.APIC_ID_MODIFIED} if since(kernel, "6.1") else set())
     m.vcpus[1].mmio_write(r.APIC_ID, 1 << 24)
-    assert m.inhibits == ({Inhibit.APIC_ID_MODIFIED} if kernel == "6.1" else set())
+    assert m.inhibits == ({Inhibit.APIC_ID_MODIFIED} if kernel in ONLY_6_1 else set())
 
 
 @pytest.mark.parametrize("kernel", SINCE_6_1)
@@ -306,7 +312,7 @@ def test_useless_logical_map(kernel: str, vendor: str, register: int, value: int
     """A logical map that is no use inhibits AVIC, not VMX's APICv, which delivers by KVM's map."""
     m = xapic(vendor, kernel)
     m.vcpus[1].mmio_write(register, value)
-    inhibited = vendor == "svm" and kernel == "6.18"
+    inhibited = vendor == "svm" and since(kernel, "6.12")
     assert m.inhibits == ({Inhibit.LOGICAL_ID_ALIASED} if inhibited else set())
     m.vcpus[1].set_msr(APICBASE, XAPIC & ~r.APICBASE_EN)
     assert m.inhibits == set()
@@ -320,7 +326,7 @@ def test_moved_page(kernel: str, vendor: str) -> None:
     v = m.vcpus[1]
     v.set_msr(APICBASE, 0xFED0_0000)
     assert m.inhibits == set(), "moved while disabled"
-    want = set() if kernel == "5.8" else {Inhibit.APIC_BASE_MODIFIED}
+    want = {Inhibit.APIC_BASE_MODIFIED} if since(kernel, "6.1") else set()
     v.set_msr(APICBASE, 0xFED0_0800)
     assert m.inhibits == want
     v.set_msr(APICBASE, XAPIC)
@@ -343,11 +349,11 @@ def test_mode_change(kernel: str, apicv: bool) -> None:
     v = m.vcpus[1]
     v.set_msr(APICBASE, v.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD))
     assert v.requests == (
-        r.REQ_APICV_UPDATE if kernel in SINCE_6_12 else r.REQ_EVENT if kernel == "6.1" and apicv else 0
+        r.REQ_APICV_UPDATE if since(kernel, "6.12") else r.REQ_EVENT if kernel in ONLY_6_1 and apicv else 0
     )
-    assert v.apicv is (apicv and kernel != "6.1")
+    assert v.apicv is (apicv and kernel not in ONLY_6_1)
     run(v)
-    assert v.apicv is (apicv and kernel == "5.8"), "no APICv for an APIC that is disabled"
+    assert v.apicv is (apicv and not since(kernel, "6.1")), "no APICv for an APIC that is disabled"
     assert m.vcpus[0].apicv is apicv
     v.set_msr(APICBASE, XAPIC)
     run(v)
@@ -403,7 +409,7 @@ def test_irq_window(kernel: str) -> None:
     v = m.vcpus[1]
     declare.load("irq_window")(m.handle, v.index, 1)
     assert m.inhibits == {Inhibit.IRQWIN}
-    assert v.apicv is (kernel != "5.8")
+    assert v.apicv is since(kernel, "6.1")
     for vcpu in m.vcpus:
         run(vcpu)
         assert not vcpu.apicv

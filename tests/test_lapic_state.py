@@ -10,9 +10,10 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from generations import kernels
 
 KERNELS = fx.profiles()
-OLD = ("seed-v3", "5.6", "5.7", "5.8")
+OLD = kernels(before="6.1")
 INIT = 5
 EN, EXTD, BSP = 1 << 11, 1 << 10, 1 << 8
 LVTS = (0x320, 0x330, 0x340, 0x350, 0x360, 0x370)
@@ -133,20 +134,19 @@ def test_init_clears_both_icr_halves_in_old_kernels(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "vendor", "words"),
+    ("generations", "vendor", "words"),
     [
         (OLD, "vmx", {0x300: 0x41, 0x310: 0x12345}),
         (OLD, "svm", {0x300: 0x41, 0x310: 0x12345}),
-        (("6.1",), "vmx", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
-        (("6.1",), "svm", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
-        (("6.12", "6.18"), "vmx", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
-        (("6.12", "6.18"), "svm", {0x300: 0x41, 0x310: 0x12345}),
+        (kernels("6.1"), "vmx", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
+        (kernels("6.1", before="6.12"), "svm", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
+        (kernels("6.12"), "svm", {0x300: 0x41, 0x310: 0x12345}),
     ],
 )
 @pytest.mark.parametrize("fast", [True, False])
-def test_where_the_icr_lies(kernels: tuple[str, ...], vendor: str, words: dict[int, int], fast: bool) -> None:
+def test_where_the_icr_lies(generations: tuple[str, ...], vendor: str, words: dict[int, int], fast: bool) -> None:
     """Two halves in old kernels and on AMD's since 6.12, one word at 0x300 otherwise, which leaks into 0x304."""
-    for kernel in kernels:
+    for kernel in generations:
         m = booted(kernel=kernel, vendor=vendor)
         m.fastpath = fast
         v = m.vcpus[0]

@@ -8,13 +8,15 @@ import pytest
 
 import fastexit as fx
 from fastexit import regs as r
-from fastexit.profile import profile
+from fastexit.profile import as_of, profile, since
+from generations import kernels
 
-KERNELS = ("seed-v3", "5.6", "5.7", "5.8", "6.1", "6.12", "6.18")
+KERNELS = fx.profiles()
 VENDORS = ("vmx", "svm")
 ICR, DEADLINE = 0x830, 0x6E0
 
-BEFORE_6_12 = ("seed-v3", "5.6", "5.7", "5.8", "6.1")
+BEFORE_6_12 = kernels(before="6.12")
+SINCE_6_18 = kernels("6.18")
 WRITES: dict[str, tuple[int, tuple[str, ...]]] = {
     "unicast": (fx.icr(dest=1, vector=0xFD), KERNELS),
     "unicast, assert": (fx.icr(dest=1, vector=0xFD, level=True), KERNELS),
@@ -26,40 +28,34 @@ WRITES: dict[str, tuple[int, tuple[str, ...]]] = {
     "0xff is no broadcast": (fx.icr(dest=0xFF, vector=0xFD), KERNELS),
     "reserved bit 13": (fx.icr(dest=1, vector=0xFD) | 1 << 13, BEFORE_6_12),
     "reserved bit 20": (fx.icr(dest=1, vector=0xFD) | 1 << 20, BEFORE_6_12),
-    "broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD), ("seed-v3", "5.6")),
+    "broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD), kernels(before="5.7")),
     "logical broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD, logical=True), ()),
-    "self": (fx.icr(vector=0xFD, shorthand=1), ("seed-v3", "6.18")),
-    "all": (fx.icr(vector=0xFD, shorthand=2), ("seed-v3",)),
-    "all but self": (fx.icr(vector=0xFD, shorthand=3), ("seed-v3",)),
-    "logical": (fx.icr(dest=0x6, vector=0xFD, logical=True), ("6.18",)),
-    "lowest priority": (fx.icr(dest=0x6, vector=0xFD, logical=True, delivery=1), ("6.18",)),
-    "lowest priority, physical": (fx.icr(dest=1, vector=0xFD, delivery=1), ("6.18",)),
-    "SMI": (fx.icr(dest=1, delivery=2), ("6.18",)),
-    "remote read": (fx.icr(dest=1, delivery=3), ("6.18",)),
-    "NMI": (fx.icr(dest=1, delivery=4), ("6.18",)),
-    "INIT": (fx.icr(dest=1, delivery=5, level=True), ("6.18",)),
-    "SIPI": (fx.icr(dest=1, vector=0x9A, delivery=6), ("6.18",)),
-    "ExtINT": (fx.icr(dest=1, vector=0xFD, delivery=7), ("6.18",)),
+    "self": (fx.icr(vector=0xFD, shorthand=1), (*kernels(before="5.6"), *SINCE_6_18)),
+    "all": (fx.icr(vector=0xFD, shorthand=2), kernels(before="5.6")),
+    "all but self": (fx.icr(vector=0xFD, shorthand=3), kernels(before="5.6")),
+    "logical": (fx.icr(dest=0x6, vector=0xFD, logical=True), SINCE_6_18),
+    "lowest priority": (fx.icr(dest=0x6, vector=0xFD, logical=True, delivery=1), SINCE_6_18),
+    "lowest priority, physical": (fx.icr(dest=1, vector=0xFD, delivery=1), SINCE_6_18),
+    "SMI": (fx.icr(dest=1, delivery=2), SINCE_6_18),
+    "remote read": (fx.icr(dest=1, delivery=3), SINCE_6_18),
+    "NMI": (fx.icr(dest=1, delivery=4), SINCE_6_18),
+    "INIT": (fx.icr(dest=1, delivery=5, level=True), SINCE_6_18),
+    "SIPI": (fx.icr(dest=1, vector=0x9A, delivery=6), SINCE_6_18),
+    "ExtINT": (fx.icr(dest=1, vector=0xFD, delivery=7), SINCE_6_18),
     "NMI to all but self": (fx.icr(delivery=4, shorthand=3), ()),
 }
 COMPLETIONS = {
     "seed-v3": fx.Fastpath.SKIP_EMUL_INS,
-    "5.6": fx.Fastpath.SKIP_EMUL_INS,
-    "5.7": fx.Fastpath.SKIP_EMUL_INS,
     "5.8": fx.Fastpath.EXIT_HANDLED,
-    "6.1": fx.Fastpath.EXIT_HANDLED,
     "6.12": fx.Fastpath.REENTER_GUEST,
-    "6.18": fx.Fastpath.REENTER_GUEST,
 }
+"""How a fast ICR write ends, from which generation on."""
 FIRST_STEP_AFTER_THE_IPI = {
     "seed-v3": "irq_window",
-    "5.6": "irq_window",
-    "5.7": "irq_window",
     "5.8": "guest_mode_outside",
-    "6.1": "guest_mode_outside",
     "6.12": None,
-    "6.18": None,
 }
+"""From which generation on which step is the first that finds the IPI gone; None: it has left before any step."""
 STEPS = ("guest_mode_outside", "handle_exit_irqoff", "irq_window", "srcu_lock", "handle_exit", "vcpu_enter_guest")
 
 
@@ -94,9 +90,8 @@ def first_step_that_sees_the_ipi(m: fx.Machine, monkeypatch: pytest.MonkeyPatch)
     return next((name for name, posted in seen if posted), None)
 
 
-def test_seven_generations() -> None:
-    """The profiles are the seven generations, oldest first."""
-    assert fx.profiles() == KERNELS
+def test_generations_by_name() -> None:
+    """Every name that is listed has its row."""
     assert [profile(name).name for name in KERNELS] == list(KERNELS)
 
 
@@ -110,9 +105,9 @@ def test_who_takes_a_write(vendor: str, name: str) -> None:
         v = m.vcpus[0]
         rip = v.rip
         out = v.wrmsr(ICR, value)
-        taken = kernel in takers and (kernel, vendor) != ("seed-v3", "svm")
+        taken = kernel in takers and (since(kernel, "5.6") or vendor == "vmx")
         assert out.path is (fx.Path.FAST if taken else fx.Path.SLOW), kernel
-        assert out.completion is (COMPLETIONS[kernel] if taken else fx.Fastpath.NONE), kernel
+        assert out.completion is (as_of(COMPLETIONS, kernel) if taken else fx.Fastpath.NONE), kernel
         assert (out.refusal is fx.Refusal.NONE) is taken, kernel
         faults = "reserved" in name and kernel not in BEFORE_6_12
         assert out.fault is (fx.Fault.GP if faults else None), kernel
@@ -150,7 +145,7 @@ def test_reserved_bits_are_stored(kernel: str) -> None:
     assert v.rdmsr(ICR) == fx.icr(dest=1, vector=0xFD) | 0xFFF3_2000 & ~(3 << 18)
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 @pytest.mark.parametrize("bit", [13, 16, 17, *range(20, 32)])
 def test_each_reserved_bit_faults(kernel: str, bit: int) -> None:
     """From 6.12 on each of the reserved ICR bits faults and leaves the old ICR."""
@@ -245,7 +240,7 @@ def test_tsc_deadline(vendor: str) -> None:
             v = m.vcpus[0]
             deadline_mode(v)
             out = v.wrmsr(DEADLINE, 1 << 40)
-            fast = kernel == "6.18" or (hv_timer and kernel in ("5.8", "6.1", "6.12"))
+            fast = since(kernel, "6.18") or (hv_timer and since(kernel, "5.8"))
             assert out.path is (fx.Path.FAST if fast else fx.Path.SLOW), (kernel, hv_timer)
             assert out.completion is (fx.Fastpath.REENTER_GUEST if fast else fx.Fastpath.NONE), (kernel, hv_timer)
             assert v.rdmsr(DEADLINE) == 1 << 40
@@ -253,7 +248,7 @@ def test_tsc_deadline(vendor: str) -> None:
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", KERNELS[1:])
+@pytest.mark.parametrize("kernel", kernels("5.6"))
 def test_l2_is_left_alone(kernel: str, vendor: str) -> None:
     """From 5.6 on nothing of L2's is handled fast: its exit goes to L1 and no IPI leaves."""
     m = booted(kernel, vendor)
@@ -268,15 +263,15 @@ def test_l2_is_left_alone(kernel: str, vendor: str) -> None:
 
 def test_svm_without_next_rip() -> None:
     """SVM of 6.1 and 6.18 declines without NRIPS, since it could not decode; the others do not ask."""
-    for kernel in KERNELS[1:]:
+    asks = {"5.6": False, "6.1": True, "6.12": False, "6.18": True}
+    for kernel in kernels("5.6"):
         out = booted(kernel, "svm", nrips=False).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
-        declined = kernel in ("6.1", "6.18")
-        assert out.refusal is (fx.Refusal.NO_NEXT_RIP if declined else fx.Refusal.NONE), kernel
+        assert out.refusal is (fx.Refusal.NO_NEXT_RIP if as_of(asks, kernel) else fx.Refusal.NONE), kernel
         assert out.accepted == 1, kernel
     assert booted("6.18", "vmx", nrips=False).vcpus[0].wrmsr(ICR, 0x1000000FD).path is fx.Path.FAST
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 def test_failed_entry_is_not_fast(kernel: str) -> None:
     """A VM entry that failed delivers no exit information to act on: no IPI, and the refusal says so."""
     m = booted(kernel)
@@ -303,9 +298,9 @@ def test_where_the_ipi_leaves(kernel: str, vendor: str, monkeypatch: pytest.Monk
     if vendor == "svm":
         # AVIC has no descriptor; what differs between vendors here is only whether the handler runs at all.
         out = booted(kernel, vendor).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
-        assert out.reentered is (FIRST_STEP_AFTER_THE_IPI[kernel] is None)
+        assert out.reentered is (as_of(FIRST_STEP_AFTER_THE_IPI, kernel) is None)
         return
-    assert first_step_that_sees_the_ipi(booted(kernel), monkeypatch) == FIRST_STEP_AFTER_THE_IPI[kernel]
+    assert first_step_that_sees_the_ipi(booted(kernel), monkeypatch) == as_of(FIRST_STEP_AFTER_THE_IPI, kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

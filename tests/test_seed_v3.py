@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import fastexit as fx
+from generations import kernels
 
 ICR = 0x830
 UNICAST = {"rcx": ICR, "rax": 0xFD, "rdx": 1}
@@ -128,7 +129,7 @@ def test_defect_5_broadcast_with_irqs_off() -> None:
     assert booted("5.7").vcpus[0].wrmsr(ICR, value).refusal is fx.Refusal.BROADCAST
 
 
-@pytest.mark.parametrize("kernel", ["seed-v3", "5.6", "5.7", "5.8", "6.1"])
+@pytest.mark.parametrize("kernel", kernels(before="6.12"))
 def test_defect_6_single_step_is_lost(kernel: str) -> None:
     """A debugger that steps over a fast WRMSR never hears of it; over a generic one it does."""
     m = booted(kernel)
@@ -144,7 +145,7 @@ def test_defect_6_single_step_is_lost(kernel: str) -> None:
     assert (out.path, out.user, v.rip, v.mode) == (fx.Path.SLOW, fx.KvmExit.DEBUG, rip + 4, 0)
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 def test_defect_6_is_mended_in_6_12(kernel: str) -> None:
     """From 6.12 on the fast path itself goes to user space with KVM_EXIT_DEBUG, after the IPI and the skip."""
     m = booted(kernel)

@@ -137,7 +137,7 @@ def split_life(config: s.Config, seed: int) -> None:
     assert copy.snapshot() == m.snapshot()
 
 
-@pytest.mark.parametrize("kernel", oracle.KERNELS)
+@pytest.mark.parametrize("kernel", fx.profiles())
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 @profile

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import fastexit as fx
-import oracle
 import strategies as s
 from fastexit import regs as r
 from pair import Pair
@@ -31,7 +30,7 @@ class ApicLife(RuleBasedStateMachine):
 
     @initialize(
         ids=st.lists(IDS, min_size=2, max_size=5, unique=True),
-        kernel=st.sampled_from(oracle.KERNELS),
+        kernel=st.sampled_from(fx.profiles()),
         vendor=st.sampled_from(("vmx", "svm")),
         apicv=st.booleans(),
         irqchip=st.sampled_from(("full", "split")),

@@ -11,6 +11,7 @@ import pytest
 
 import fastexit as fx
 from fastexit import layout as L
+from fastexit.profile import as_of, since
 from fastexit.trace.events import Kind
 from fastexit.trace.reader import TraceReader
 from traced import booted
@@ -432,11 +433,6 @@ vCPU 2 has the id 18. Between two entries of a table the text stays as it was.
 """
 
 
-def printed(table: dict[str, str | None], kernel: str) -> str | None:
-    """What a generation prints: the last entry from it or from an older one."""
-    return [table[known] for known in KERNELS[: KERNELS.index(kernel) + 1] if known in table][-1]
-
-
 def record(m: fx.Machine, event: int, args: tuple[int, ...], vcpu: int = 2) -> None:
     """Append a record as kernels do. Words that the event does not use hold what was there before."""
     at = L.TRACE + m.mem[L.H_TRACE_HEAD] * L.TRACE_STRIDE
@@ -459,7 +455,7 @@ def test_text_by_generation(name: str, kernel: str) -> None:
     event, args, table = EVENTS[name]
     m = fx.Machine(apic_ids=[0, 1, 18], kernel=kernel)
     record(m, event, args)
-    expected = printed(table, kernel)
+    expected = as_of(table, kernel)
     assert m.trace.lines() == [expected] * (expected is not None)
     assert len(m.trace) == 1
 
@@ -508,7 +504,7 @@ def test_reader_reads_every_line(kernel: str, tmp_path: Path) -> None:
     assert [event.name for event in events] == [line.split(":")[0] for line in m.trace.lines()]
     for name, event in zip(shown, events, strict=True):
         if name in KINDS:
-            kind, *fields = (printed(f, kernel) if isinstance(f, dict) else f for f in KINDS[name])
+            kind, *fields = (as_of(f, kernel) if isinstance(f, dict) else f for f in KINDS[name])
             assert [Kind(event.kind), event.a, event.b, event.c] == [kind, *fields], name
 
 
@@ -518,7 +514,7 @@ def test_latency_flags_by_generation(kernel: str) -> None:
     m = booted(kernel)
     m.vcpus[0].wrmsr(0x808, 0)
     flags = {text.split("]")[1].split()[0] for text in m.trace.text().splitlines()}
-    assert flags == {"....." if kernel.startswith("6") else "...."}
+    assert flags == {"....." if since(kernel, "6.1") else "...."}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from apics import (
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
+from fastexit.profile import since
 
 LEVEL = 1 << 15
 RUNNABLE, INIT_RECEIVED = fx.MpState.RUNNABLE, fx.MpState.INIT_RECEIVED
@@ -169,7 +170,7 @@ def test_trap_10_remote_read_unhalts(vendor: str) -> None:
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_trap_11_self_ipi_and_the_icr(kernel: str) -> None:
     """SELF_IPI sends without the ICR; up to 5.8 it went through ICR low, and no upper bit was looked at."""
-    old = kernel in ("seed-v3", "5.6", "5.7", "5.8")
+    old = not since(kernel, "6.1")
     m = machine(kernel=kernel)
     v = m.vcpus[0]
     sent = fx.icr(dest=1, vector=0x33)

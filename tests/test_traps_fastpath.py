@@ -8,6 +8,8 @@ import fastexit as fx
 from apics import ICR, INIT, LOWEST, NMI, REMOTE_READ, SIPI, alias, interrupted, kinds, machine, to_x2apic, vectors
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.profile import as_of, since
+from generations import kernels
 
 KERNELS = fx.profiles()
 FAST, SLOW = fx.Path.FAST, fx.Path.SLOW
@@ -15,7 +17,7 @@ VENDORS = ("vmx", "svm")
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 def test_trap_48_accept_comes_before_ipi_in_6_18s_fast_path(kernel: str, vendor: str) -> None:
     """6.18 resolves first and traces the IPI when it knows that it was fast; its slow path and older ones do not."""
     m = machine(kernel=kernel, vendor=vendor)
@@ -28,7 +30,7 @@ def test_trap_48_accept_comes_before_ipi_in_6_18s_fast_path(kernel: str, vendor:
         order[path] = [kind for kind in kinds(m) if kind in ("kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_apic")]
     generic = ["kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_apic"]
     assert order[SLOW] == generic
-    assert order[FAST] == (["kvm_apic_accept_irq", "kvm_apic_ipi", "kvm_apic"] if kernel == "6.18" else generic)
+    assert order[FAST] == (["kvm_apic_accept_irq", "kvm_apic_ipi", "kvm_apic"] if since(kernel, "6.18") else generic)
 
 
 def test_trap_48_an_exit_that_declines_is_traced_once() -> None:
@@ -40,7 +42,7 @@ def test_trap_48_an_exit_that_declines_is_traced_once() -> None:
     assert lines == ["kvm_apic_ipi"] + ["kvm_apic_accept_irq"] * 3
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 def test_trap_62_a_posted_self_ipi_reenters(kernel: str) -> None:
     """APICv: PIR and ON, no notification to the own CPU; the loop syncs PIR, RVI has it, the guest goes on."""
     m = fx.Machine(vcpus=2, kernel=kernel, apicv=True)
@@ -52,7 +54,7 @@ def test_trap_62_a_posted_self_ipi_reenters(kernel: str) -> None:
     assert (m.mem[v.vec + L.VEC_RVI], int(v.pid[4]) & r.PID_ON, v.mode) == (0x41, 0, r.IN_GUEST_MODE)
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "6.18"])
+@pytest.mark.parametrize("kernel", kernels("6.12"))
 @pytest.mark.parametrize("vendor", VENDORS)
 def test_trap_62_without_apicv_a_self_ipi_ends_the_loop(kernel: str, vendor: str) -> None:
     """IRR and an EVENT request: REENTER_GUEST becomes EXIT_HANDLED, and the whole next entry injects it."""
@@ -89,9 +91,9 @@ def test_trap_64_a_debuggers_stop_on_fast_wrmsr(kernel: str, vendor: str) -> Non
     v = m.vcpus[0]
     v.singlestep = True
     out = v.wrmsr(ICR, fx.icr(dest=1, vector=0x41))
-    fast = (kernel, vendor) != ("seed-v3", "svm")
+    fast = since(kernel, "5.6") or vendor == "vmx"
     assert (out.path is FAST) is fast
-    lost = fast and kernel not in ("6.12", "6.18")
+    lost = fast and not since(kernel, "6.12")
     assert out.user is (None if lost else fx.KvmExit.DEBUG)
     m.fastpath = False
     assert v.wrmsr(ICR, fx.icr(dest=1, vector=0x42)).user is fx.KvmExit.DEBUG
@@ -118,11 +120,9 @@ TAKEN = {
     "seed-v3": {"unicast", "absent", "broadcast", "all", "all but self", "self"},
     "5.6": {"unicast", "absent", "broadcast"},
     "5.7": {"unicast", "absent"},
-    "5.8": {"unicast", "absent"},
-    "6.1": {"unicast", "absent"},
-    "6.12": {"unicast", "absent"},
     "6.18": {"unicast", "absent", "self", "logical", *OTHER_KINDS},
 }
+"""What is fast from which generation on."""
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
@@ -135,7 +135,7 @@ def test_trap_65_multicast_is_never_fast(kernel: str, vendor: str) -> None:
     for name, fields in (FIXED_KINDS | OTHER_KINDS).items():
         if v.wrmsr(ICR, fx.icr(vector=0x41, **fields)).path is FAST:
             taken.add(name)
-    assert taken == (set() if (kernel, vendor) == ("seed-v3", "svm") else TAKEN[kernel])
+    assert taken == (as_of(TAKEN, kernel) if since(kernel, "5.6") or vendor == "vmx" else set())
 
 
 def test_trap_65_nmi_by_shorthand_is_slow_too() -> None:
@@ -155,7 +155,9 @@ def test_trap_66_an_ipi_to_nobody_is_handled_fast(kernel: str) -> None:
     out = v.wrmsr(ICR, icr)
     assert (out.path, out.accepted, out.fault, v.rip - rip) == (FAST, 0, None, 2)
     assert v.rdmsr(ICR) == icr
-    assert v.wrmsr(ICR, fx.icr(dest=77 << 16, vector=0x41, logical=True)).path is (FAST if kernel == "6.18" else SLOW)
+    assert v.wrmsr(ICR, fx.icr(dest=77 << 16, vector=0x41, logical=True)).path is (
+        FAST if since(kernel, "6.18") else SLOW
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -165,4 +167,4 @@ def test_trap_66_without_a_map_nobody_is_not_known_early(kernel: str) -> None:
     to_x2apic(m.vcpus[0])
     alias(m, 2, 1)
     out = m.vcpus[0].wrmsr(ICR, fx.icr(dest=77, vector=0x41))
-    assert (out.path, out.accepted) == (SLOW if kernel == "6.18" else FAST, -1)
+    assert (out.path, out.accepted) == (SLOW if since(kernel, "6.18") else FAST, -1)

@@ -15,6 +15,7 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.insight.compare import booted, consume
 from fastexit.jit import declare
+from fastexit.profile import since
 
 EXITS = 2_000 if declare.JIT else 120
 VCPUS = 12
@@ -74,7 +75,7 @@ def test_batch(kernel: str, threads: bool) -> None:
     got, expected = short.run(exits), long.run(exits)
     assert got.tobytes() == expected.tobytes()
     same(short, long)
-    if kernel == "6.18":
+    if since(kernel, "6.18"):
         plain = (exits["msr"] == 0x830) & (got["path"] == fx.Path.FAST)
         assert plain.sum() > EXITS // 5
 

@@ -1,0 +1,37 @@
+"""Kernel generations as tests ask for them, so that what a test says stays true when a row is put between two others.
+
+FASTEXIT_TEST_ROWS proves it. It names rows on trial, each a copy of another row under a new name. A copy stands right
+behind its original, and all tests have to pass with it:
+
+    FASTEXIT_TEST_ROWS=5.5=seed-v3,5.9=5.8,6.3=6.1,9.9=6.18 python -m pytest -m "not long"
+
+Only tests know of such rows. They are in no document and no header, and a Python that a test starts is without them.
+"""
+
+from __future__ import annotations
+
+from fastexit import profile
+from fastexit.profile import PROFILES, since
+
+ON_TRIAL: list[str] = []
+"""Names of the rows on trial."""
+
+
+def put_in(rows: str) -> None:
+    """Put rows on trial in; before any other module of fastexit is imported, for some look at the rows then."""
+    names = list(PROFILES)
+    for number, row in enumerate(filter(None, rows.split(",")), 1000):
+        name, _, original = row.partition("=")
+        PROFILES[name] = PROFILES[original]._replace(name=name, number=number)
+        names.insert(names.index(original) + 1, name)
+        ON_TRIAL.append(name)
+    ordered = {name: PROFILES[name] for name in names}
+    PROFILES.clear()
+    PROFILES.update(ordered)
+    profile.ORDER.update((name, place) for place, name in enumerate(names))
+    profile.NEWEST = names[-1]
+
+
+def kernels(first: str = "seed-v3", *, before: str | None = None) -> tuple[str, ...]:
+    """The generations from ``first`` on that are older than ``before``, oldest first."""
+    return tuple(name for name in PROFILES if since(name, first) and (before is None or not since(name, before)))
