@@ -14,6 +14,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.profile import Trait, profile
 from fastexit.snapshot import _rows
 
 HEAD = struct.Struct("<8sIIII")
@@ -329,11 +330,28 @@ def test_forged_words(word: int, value: int) -> None:
 
 def test_traits_are_the_rows() -> None:
     """What a generation does is not taken from the bytes: its row may have been mended since they were written."""
+    where = Trait.ICR_SPLIT | Trait.ICR_SPLIT_SVM
     for kernel in fx.profiles():
         m = lived_in(kernel)
-        for traits in (0, m.profile.traits ^ 1, TOP):
+        for traits in (m.profile.traits & where, m.profile.traits | TOP & ~where):
             copy = fx.Machine.restore(forged(m.snapshot(), put(L.H_TRAITS, traits)))
             assert (copy.kernel, copy.snapshot()) == (kernel, m.snapshot())
+
+
+@pytest.mark.parametrize(
+    ("vendor", "written", "row"), [("svm", "6.1", "6.12"), ("svm", "6.12", "6.1"), ("vmx", "5.8", "6.1")]
+)
+def test_icr_is_found_where_the_row_has_it_now(vendor: str, written: str, row: str) -> None:
+    """As if a generation's row had been ``written`` and is ``row`` today: guests read the same ICR in either mode."""
+    m = lived_in(written, vendor)
+    sent = m.vcpus[0].get_msr(0x830)
+    m.vcpus[3].mmio_write(0x310, 5 << 24)
+    copy = fx.Machine.restore(forged(m.snapshot(), put(L.H_PROFILE, profile(row).number)))
+    assert (copy.kernel, sent >> 32) == (row, 1)
+    assert copy.vcpus[0].get_msr(0x830) == sent
+    assert copy.vcpus[0].wrmsr(0x830, fx.icr(dest=300, vector=0x77)).accepted == 1
+    assert copy.vcpus[0].get_msr(0x830) == fx.icr(dest=300, vector=0x77)
+    assert copy.vcpus[3].mmio_read(0x310) == 5 << 24
 
 
 def test_generation_that_nobody_knows() -> None:

@@ -5,7 +5,8 @@ checked: the checksum guards against damage, not against a forger.
 
 A snapshot names the kernel generation by its fixed number, and what that generation does is not taken from the bytes:
 traits are those of the row in profile.py. So a snapshot of an older fastexit stays readable when a row has been mended
-since, and the machine then behaves as the row of today says.
+since, and the machine then behaves as the row of today says. What its guest could read before it can read now: where
+the writer kept the ICR at another place, it is moved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.config import latest_clock
-from fastexit.profile import Profile, numbered
+from fastexit.profile import Profile, Trait, numbered
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
@@ -74,6 +75,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
     words[L.H_TRAITS] = generation.traits
+    _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
 
@@ -82,6 +84,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
 
 _Check = Callable[[np.ndarray], np.ndarray]
 _U32 = 0xFFFF_FFFF
+_ICR, _ICR2 = R.APIC_ICR >> 3, R.APIC_ICR2 >> 3
 
 
 def _between(least: int, most: int) -> _Check:
@@ -199,6 +202,25 @@ def _check_header(words: np.ndarray, n: int) -> None:
     _check(_MAP, maps)
     slots = np.ascontiguousarray(maps[:, L.MAP_SLOTS :]).view(np.uint16)
     _require(int(slots.max()) <= n, "a slot of the map")
+
+
+def _move_icr(words: np.ndarray, n: int, written: int) -> None:
+    """Put each x2APIC ICR to where this generation has it; ``written`` are the traits by which it was stored."""
+    svm = int(words[L.H_CONFIG]) & L.CONFIG_SVM
+
+    def split(traits: int) -> bool:
+        return bool(traits & Trait.ICR_SPLIT or (svm and traits & Trait.ICR_SPLIT_SVM))
+
+    was, now = split(written), split(int(words[L.H_TRAITS]))
+    if was == now:
+        return
+    low, half = np.uint64(_U32), np.uint64(32)
+    for v in range(n):
+        if int(words[L.HOT + v * L.HOT_STRIDE + L.HOT_FLAGS]) & L.FLAG_X2APIC:
+            page = words[L.PAGE + v * L.PAGE_STRIDE :][: L.PAGE_STRIDE]
+            value = page[_ICR] & low | page[_ICR2] << half if was else page[_ICR]
+            page[_ICR] = value & low if now else value
+            page[_ICR2] = value >> half if now else 0
 
 
 def _generation(number: int) -> Profile:
