@@ -112,7 +112,7 @@ MACHINES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "id too big": (ValueError, "APIC id 0x1000 is out of range", {"apic_ids": [4096]}),
     "id float": (TypeError, "APIC id is float", {"apic_ids": [0, 1.0]}),
     "ids a number": (TypeError, "apic_ids", {"apic_ids": 5}),
-    "kernel": (ValueError, "unknown kernel '9.9': one of seed-v3, 5.6,", {"vcpus": 1, "kernel": "9.9"}),
+    "kernel": (ValueError, "unknown kernel '4.4': one of seed-v3, ", {"vcpus": 1, "kernel": "4.4"}),
     "kernel a number": (TypeError, "kernel is float, not a string such as '6.18'", {"vcpus": 1, "kernel": 6.18}),
     "kernel a list": (TypeError, "kernel is list, not a string such as '6.18'", {"vcpus": 1, "kernel": []}),
     "vendor": (ValueError, "unknown vendor 'arm': one of vmx, svm", {"vcpus": 1, "vendor": "arm"}),
