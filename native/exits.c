@@ -1,51 +1,38 @@
 /*
- * Guest exits, messages, and what they come to: a result, and whom it asks the host to notify, kick or wake.
+ * Guest exits, messages, and what they come to: a result, and whom it asks the host to notify, kick or wake. The kernels
+ * have written that down, target by target.
  */
 #include "shim.h"
 
-#define ICR_VECTOR 0xffull
-#define ICR_MODE 0x700ull
-#define ICR_LOWEST 0x100ull
-#define ICR_LOGICAL 0x800ull
-#define ICR_SHORTHAND 0xc0000ull
-#define XAPIC_BROADCAST 0xff
-
 /* ------------------------------------------------------------------------------------------------------------ results */
 
-static inline uint64_t map_of(const uint64_t *words)
-{
-    return __atomic_load_n(&words[FX_H_MAP], __ATOMIC_ACQUIRE);
-}
-
-/*
- * The vCPU that a physical destination names, by the map that was in use when the kernel began. Another map may give the
- * id to another vCPU, and then nobody knows which of them the kernel has looked at.
- */
-static inline uint32_t named(const uint64_t *words, uint64_t at, uint64_t dest)
-{
-    const uint64_t *map = words + at;
-    const uint16_t *slots = (const uint16_t *)(map + FX_MAP_SLOTS);
-
-    if (at != map_of(words) || !map[FX_MAP_PRESENT] || dest > map[FX_MAP_MAX_ID])
-        return FX_SEVERAL;
-    return slots[FX_MAP_PHYS_SLOT + dest] ? slots[FX_MAP_PHYS_SLOT + dest] - 1u : FX_SEVERAL;
-}
-
-/* 0xff of an xAPIC or a message is everybody, and no vCPU that has this id. */
-static inline uint64_t no_broadcast(uint64_t dest)
-{
-    return dest == XAPIC_BROADCAST ? NONE : dest;
-}
-
-/* Whom the effects of an interrupt are for. */
-static uint32_t target_of(const uint64_t *words, uint64_t map, uint64_t code, uint64_t icr, uint64_t dest)
+/* Whom a result is for, by the head of its sender's list. */
+static inline uint32_t target_of(uint64_t code, uint64_t head)
 {
     if (!(code & CODE_EFFECTS))
         return FX_NOBODY;
-    if (icr & (ICR_LOGICAL | ICR_SHORTHAND) || (icr & ICR_MODE) == ICR_LOWEST || (code & CODE_ACCEPTED) != 1ull << 32)
-        return FX_SEVERAL;
-    return named(words, map, dest);
+    return head >> TARGETS_COUNT_SHIFT == 1 ? (uint32_t)(head & TARGETS_VCPU) : FX_SEVERAL;
 }
+
+/* A sender's list of targets, none of them believed: a place each in 16 bits, the first one in its head. */
+static uint32_t list_of(const uint64_t *words, uint64_t sender, uint64_t head, uint16_t *list)
+{
+    uint64_t n = head >> TARGETS_COUNT_SHIFT;
+
+    if (n > FX_MAX_VCPUS)
+        n = FX_MAX_VCPUS;
+    if (n)
+        memcpy(list, words + FX_TARGETS + sender * FX_TARGETS_STRIDE, n * sizeof *list);
+    list[0] = (uint16_t)head;
+    return (uint32_t)n;
+}
+
+/* Of the last message of this thread, which shares the host's rows with other threads. */
+static _Thread_local struct {
+    fx_machine *machine;
+    uint32_t n;
+    uint16_t list[FX_MAX_VCPUS];
+} told;
 
 static inline int32_t status_of(uint64_t code)
 {
@@ -53,8 +40,6 @@ static inline int32_t status_of(uint64_t code)
         return FX_OK;
     return code & CODE_FAULT ? FX_GP : code & CODE_USER ? FX_USER : FX_BLOCKED;
 }
-
-static int32_t op_attention(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects);
 
 static void call_each(const struct fx_hooks *hooks, uint32_t effects, uint32_t vcpu)
 {
@@ -68,63 +53,81 @@ static void call_each(const struct fx_hooks *hooks, uint32_t effects, uint32_t v
         hooks->doorbell(hooks->context, vcpu);
 }
 
-static __attribute__((noinline, cold)) void call_hooks(fx_machine *m, uint32_t effects, uint32_t target)
+/*
+ * The hooks for a vCPU's exit, or for this thread's last message where words is NULL. The list is copied first: in a hook
+ * there may be another exit, another message, or the end of the machine.
+ */
+static __attribute__((noinline, cold)) void call_hooks(fx_machine *m, const uint64_t *words, uint64_t vcpu, uint64_t head)
 {
-    struct fx_hooks hooks = m->hooks; /* a hook may close the machine */
-    uint32_t vcpu, each;
+    struct fx_hooks hooks = m->hooks;
+    uint16_t list[FX_MAX_VCPUS];
+    uint32_t n = words ? list_of(words, vcpu, head, list) : told.n;
 
-    if (target != FX_SEVERAL) {
-        call_each(&hooks, effects, target);
-        return;
-    }
-    for (uint32_t first = 0; op_attention(m, first, &vcpu, &each) == FX_OK; first = vcpu + 1)
-        call_each(&hooks, each & effects, vcpu);
+    if (!words)
+        memcpy(list, told.list, n * sizeof *list);
+    for (uint32_t i = 0; i < n; i++)
+        call_each(&hooks, list[i] >> TARGETS_EFFECT_SHIFT, list[i] & TARGETS_VCPU);
 }
 
-static inline int32_t put(fx_machine *m, struct fx_result *out, uint64_t code, uint64_t value, uint32_t vcpu,
-                          uint32_t target, uint32_t vector)
+static inline int32_t put(struct fx_result *out, uint64_t code, uint64_t value, uint32_t vcpu, uint32_t target,
+                          uint32_t vector)
 {
     uint64_t fields = code & (CODE_EFFECTS | ((1ull << EFFECTS_SHIFT) - 1));
-    int32_t status = status_of(code);
 
     memcpy(out, &fields, sizeof fields);
     out->value = value;
-    out->status = status;
     out->vcpu = vcpu;
     out->target = target;
     out->vector = vector;
-    if (__builtin_expect(m->hooked && code & CODE_EFFECTS, 0)) /* last: a hook may use this result, and close */
-        call_hooks(m, (uint32_t)(code >> EFFECTS_SHIFT & 15), target);
+    return out->status = status_of(code);
+}
+
+/* The result of a vCPU's exit. */
+static inline int32_t put_exit(fx_machine *m, const uint64_t *words, struct fx_result *out, uint64_t code, uint64_t value,
+                               uint32_t vcpu, uint32_t vector)
+{
+    uint64_t head = OWN(words, vcpu)[FX_K_TARGETS];
+    int32_t status = put(out, code, value, vcpu, target_of(code, head), vector);
+
+    if (__builtin_expect(m->hooked && code & CODE_EFFECTS, 0)) /* last: a hook may use this result */
+        call_hooks(m, words, vcpu, head);
     return status;
 }
 
 /* ------------------------------------------------------------------------------------------------------- guest exits */
 
+/* The vector of an exit that writes the ICR, else 0. */
+static inline uint32_t vector_of(const struct fx_exit *exit, int svm)
+{
+    int sends = 0;
+
+    if (exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_WRITE))
+        sends = exit->msr == FXP_MSR_X2APIC_ICR && (!svm || exit->info);
+    else if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG))
+        sends = exit->info & MMIO_WRITE && (exit->msr & ~15u) == FXP_APIC_ICR;
+    return sends ? exit->value & 0xff : 0;
+}
+
+/* What an exit that reads nothing has in its outcome's second word is no value, but what K_TARGETS says. */
+static inline int reads(const struct fx_exit *exit, int svm)
+{
+    if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG))
+        return !(exit->info & MMIO_WRITE);
+    return exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_READ) && (!svm || !exit->info);
+}
+
 /* One record of the batch door that has been checked. */
 static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, const struct fx_exit *exit,
                                              struct fx_result *out)
 {
-    /* Read first: an INIT that the vCPU takes on its way back clears ICR2. */
-    uint32_t icr2 = ((const uint32_t *)(words + FX_PAGE + (uint64_t)exit->vcpu * FX_PAGE_STRIDE))[FXP_APIC_ICR2 / 4];
-    uint64_t map = map_of(words), code, icr = 0, dest = 0;
     struct fx_outcome outcome;
-    int svm = !!is_svm(words), sent = 0;
+    uint64_t code;
+    int svm = !!is_svm(words);
 
     if (table.run(handle(words), handle(exit), handle(&outcome), 0, 1) != 1)
         return FX_UNHANDLED;
     memcpy(&code, &outcome, sizeof code);
-    if (exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_WRITE) && (!svm || exit->info)) {
-        sent = exit->msr == FXP_MSR_X2APIC_ICR;
-        icr = exit->value;
-        dest = icr >> 32;
-    } else if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG)) {
-        sent = exit->info & MMIO_WRITE && (exit->msr & ~15u) == FXP_APIC_ICR;
-        icr = exit->value;
-        dest = no_broadcast(icr2 >> 24);
-    }
-    return put(m, out, code, outcome.value, exit->vcpu,
-               sent ? target_of(words, map, code, icr, dest) : code & CODE_EFFECTS ? FX_SEVERAL : FX_NOBODY,
-               sent ? icr & ICR_VECTOR : 0);
+    return put_exit(m, words, out, code, reads(exit, svm) ? outcome.value : 0, exit->vcpu, vector_of(exit, svm));
 }
 
 static __attribute__((noinline)) int32_t any_wrmsr(fx_machine *m, uint64_t *words, uint32_t vcpu, uint32_t msr,
@@ -139,8 +142,7 @@ static __attribute__((noinline)) int32_t any_wrmsr(fx_machine *m, uint64_t *word
 
 static int32_t op_wrmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *out)
 {
-    uint64_t *words = words_of(m), code, map;
-    uint32_t target = FX_NOBODY;
+    uint64_t *words = words_of(m), code;
 
     if (!words || !out)
         return refuse(m);
@@ -148,13 +150,10 @@ static int32_t op_wrmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t val
         return FX_E_VCPU;
     if (msr != FXP_MSR_X2APIC_ICR)
         return any_wrmsr(m, words, vcpu, msr, value, out);
-    map = map_of(words);
     code = table.door_ipi(handle(words) | vcpu, value);
     if (!code)
         return any_wrmsr(m, words, vcpu, msr, value, out);
-    if (code & CODE_EFFECTS) /* it takes on physical destinations only */
-        target = code & 1ull << 32 ? named(words, map, value >> 32) : FX_SEVERAL;
-    return put(m, out, code, 0, vcpu, target, value & ICR_VECTOR);
+    return put_exit(m, words, out, code, 0, vcpu, value & 0xff);
 }
 
 static int32_t op_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *out)
@@ -234,22 +233,59 @@ static int32_t op_run(fx_machine *m, const struct fx_exit *exits, struct fx_outc
 
 /* --------------------------------------------------------------------------------------------- the world outside vCPUs */
 
+/* A row of the host's that no other thread uses; a machine of one owner needs no more than one. */
+static uint64_t take_row(uint64_t *words)
+{
+    if (!(words[FX_H_CONFIG] & FX_CONFIG_THREADS))
+        return 0;
+    for (uint64_t row = 0;; row = (row + 1) % FX_HOSTS)
+        if (!(__atomic_fetch_or(&words[FX_HOST_BUSY], 1ull << row, __ATOMIC_ACQUIRE) >> row & 1))
+            return row;
+}
+
+static void give_row_back(uint64_t *words, uint64_t row)
+{
+    if (words[FX_H_CONFIG] & FX_CONFIG_THREADS)
+        __atomic_fetch_and(&words[FX_HOST_BUSY], ~(1ull << row), __ATOMIC_RELEASE);
+}
+
 static int32_t op_inject(fx_machine *m, uint64_t address, uint32_t data, struct fx_result *out)
 {
-    uint64_t *words = words_of(m), map, code, icr, dest;
+    uint64_t *words = words_of(m), row, code, head;
+    int32_t status = FX_E_RANGE;
 
     if (!words || !out)
         return refuse(m);
-    map = map_of(words);
-    code = table.signal_msi(handle(words), address, data);
-    if (code & CODE_FAULT)
-        return FX_E_RANGE;
-    icr = (data & (ICR_VECTOR | ICR_MODE)) | (address & 4 ? ICR_LOGICAL : 0);
-    dest = address >> 12 & 0xff;
-    if (words[FX_H_API] & 1) /* KVM_X2APIC_API_USE_32BIT_IDS */
-        dest |= address >> 32 & 0xffffff00;
-    dest = no_broadcast(dest);
-    return put(m, out, code, 0, FX_NOBODY, target_of(words, map, code, icr, dest), data & ICR_VECTOR);
+    row = take_row(words);
+    code = table.signal_msi(handle(words), address, data, FX_HOST + row);
+    if (!(code & CODE_FAULT)) {
+        head = words[FX_HOST_TARGETS + row];
+        told.machine = m;
+        told.n = list_of(words, FX_HOST + row, head, told.list);
+        status = put(out, code, 0, FX_NOBODY, target_of(code, head), data & 0xff);
+    }
+    give_row_back(words, row);
+    if (status == FX_OK && m->hooked && code & CODE_EFFECTS)
+        call_hooks(m, NULL, FX_NOBODY, 0);
+    return status;
+}
+
+static int32_t op_targets(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room, uint64_t *count)
+{
+    uint64_t *words = words_of(m);
+    uint16_t list[FX_MAX_VCPUS], *from = list;
+
+    if (!words || !count || (room && !targets))
+        return refuse(m);
+    if (vcpu == FX_NOBODY)
+        *count = told.machine == m ? told.n : 0, from = told.list;
+    else if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    else
+        *count = list_of(words, vcpu, OWN(words, vcpu)[FX_K_TARGETS], list);
+    for (uint64_t i = 0; i < *count && i < room; i++)
+        targets[i] = (struct fx_target){ from[i] & TARGETS_VCPU, from[i] >> TARGETS_EFFECT_SHIFT };
+    return *count > room ? FX_MORE : FX_OK;
 }
 
 static int32_t op_notify(fx_machine *m, uint32_t vcpu)

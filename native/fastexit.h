@@ -149,7 +149,7 @@ enum {
 
 /* fx_result.target where it is no index */
 #define FX_NOBODY 0xFFFFFFFFu  /* nothing to do for anybody */
-#define FX_SEVERAL 0xFFFFFFFEu /* more than one vCPU, or not one by its physical id: attention() walks them */
+#define FX_SEVERAL 0xFFFFFFFEu /* more than one vCPU: targets() has them, each with its effects */
 
 /* What one exit, message or timer came to. */
 struct fx_result {
@@ -165,6 +165,12 @@ struct fx_result {
     uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message */
     uint32_t target;
     uint32_t vector; /* that the ICR or the message named, sent or not; else 0 */
+};
+
+/* A vCPU, and what the host has to do for it. */
+struct fx_target {
+    uint32_t vcpu;
+    uint32_t effects; /* FX_NOTIFY | ... */
 };
 
 /*
@@ -237,9 +243,9 @@ struct fx_ops {
     /* Any exit that the batch door knows. */
     int32_t (*exit)(fx_machine *m, const struct fx_exit *exit, struct fx_result *result);
     /* n exits of any vCPUs, in order: FX_OK, or FX_UNHANDLED at exits[*done]. FX_E_VCPU and FX_E_RANGE say the same of a
-     * bad one, and none has run; FX_E_SIZE: no array has so many. The arrays do not overlap. Hooks are not called,
-     * outcomes have no targets: attention() tells. [vcpu] for all vCPUs it names. Exits need not be trusted: they may
-     * change while they run, which undoes no check. */
+     * bad one, and none has run; FX_E_SIZE: no array has so many. The arrays do not overlap. Hooks are not called;
+     * fx_outcome.value says whom effects are for, and targets() has all of them for the last exit of each vCPU. [vcpu]
+     * for all vCPUs it names. Exits need not be trusted: they may change while they run, which undoes no check. */
     int32_t (*run)(fx_machine *m, const struct fx_exit *exits, struct fx_outcome *outcomes, uint64_t n,
                    uint64_t *done);
 
@@ -249,7 +255,7 @@ struct fx_ops {
     int32_t (*notify)(fx_machine *m, uint32_t vcpu);
     /* The next vCPU, from index first on, for which something is to be done: FX_OK or FX_NOTHING. What a thread is
      * about to do already may be told once more, which does no harm. Here also are the kicks that no result names: of an
-     * APICv inhibit that an INIT, a reset or an ioctl has changed. [any] */
+     * APICv inhibit that an entry, an INIT or an ioctl has changed. [any] */
     int32_t (*attention)(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects);
 
     /* The guest's CPU: deliverable vector; IRR to ISR; end of interrupt. FX_OK and the vector, or FX_NOTHING. [vcpu] */
@@ -270,7 +276,7 @@ struct fx_ops {
     /* User space's ioctls: KVM_SET_MSRS, KVM_GET_MSRS, FX_E_RANGE where they stop; KVM_GET_LAPIC and KVM_SET_LAPIC of
      * 1024 bytes (FX_E_SIZE), FX_E_RANGE for EINVAL. They take the vCPU out of the guest, FX_E_RANGE too: enter() or its
      * next exit. Of a page that set_lapic refuses, SVR has been applied even so, as in KVM. What they ask of other
-     * vCPUs attention() tells. [alone] */
+     * vCPUs targets() tells. [alone] */
     int32_t (*set_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value);
     int32_t (*get_msr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value);
     int32_t (*get_lapic)(fx_machine *m, uint32_t vcpu, void *page, uint64_t size);
@@ -297,6 +303,12 @@ struct fx_ops {
     int32_t (*region)(fx_machine *m, uint32_t which, struct fx_region *region);
 
     int32_t (*close)(fx_machine *m); /* fx_close */
+
+    /* Whom the effects of a vCPU's last exit, enter() or ioctl are for, or with FX_NOBODY those of this thread's last
+     * inject() to this machine, in the order of sending: *count of them, the first ones, as far as there is room, in
+     * targets. FX_MORE: there are more than room. A vCPU that accepted and needs nothing is not among them. NULL in a
+     * library that is older. [vcpu] */
+    int32_t (*targets)(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room, uint64_t *count);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
@@ -328,6 +340,7 @@ FX_SAME_SIZE(fx_exit, 24);
 FX_SAME_SIZE(fx_outcome, 16);
 FX_SAME_SIZE(fx_config, 72);
 FX_SAME_SIZE(fx_result, 32);
+FX_SAME_SIZE(fx_target, 8);
 FX_SAME_SIZE(fx_cpu, 40);
 #undef FX_SAME_SIZE
 

@@ -21,16 +21,10 @@ enum {
 /* Where the rest of a machine is, in words from its first one. */
 enum {
     FX_H_CONFIG = 3,   /* owner */
-    FX_H_API = 5,      /* owner */
     FX_H_NVCPUS = 6,   /* owner */
-    FX_H_MAP = 7,      /* map writer: word index of the map in use */
     FX_H_NOW = 16,     /* owner */
     FX_H_TSC_KHZ = 17, /* owner */
     FX_H_STAGE = 256,  /* owner, 128 words */
-    FX_MAP_PRESENT = 0,
-    FX_MAP_MAX_ID = 1,
-    FX_MAP_SLOTS = 8, /* 16 bits each: vCPU index + 1 */
-    FX_MAP_PHYS_SLOT = 128,
     FX_MAP_SCRATCH = 2640,
     FX_FILTER = 3704,
     FX_PID_TABLE = 7168,
@@ -50,18 +44,26 @@ enum {
     FX_K_RIP = 8,
     FX_K_RFLAGS = 9,
     FX_K_SHADOW = 11,
+    FX_K_TARGETS = 13,
     FX_K_INTERRUPT = 39,
     FX_K_CS = 26,
     FX_K_MSR_DATA = 27,
     FX_K_IN_RUN = 46,
     FX_K_USER_EXIT = 80,
     FX_K_ISR = 88,
-    FX_WORDS = 2076672
+    FX_TARGETS = 2076672, /* a sender's own row */
+    FX_TARGETS_STRIDE = 1024,
+    FX_HOST = 4096, /* senders that are no vCPU, and their rows */
+    FX_HOSTS = 64,
+    FX_HOST_TARGETS = 6336512,
+    FX_HOST_BUSY = 6336576, /* remote */
+    FX_WORDS = 6336584
 };
 
 enum {
     FX_CONFIG_SVM = 1,
     FX_CONFIG_APICV = 2,
+    FX_CONFIG_THREADS = 4,
     FX_FLAG_X2APIC = 2,
     FX_FLAG_APICV = 8
 };
@@ -94,7 +96,10 @@ struct fx_exit {
     uint64_t value;  /* EDX:EAX, or the data written */
 };
 
-/* One result; code overlays the bytes from completion to flags. */
+/*
+ * One result; code overlays the bytes from completion to flags. value is what a read returned; of any other exit it says
+ * whom the effects in flags are for: value >> 32 targets, the first is vCPU value & 0xfff with value >> 12 & 15.
+ */
 struct fx_outcome {
     uint8_t completion;
     uint8_t path;

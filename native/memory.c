@@ -64,6 +64,8 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
         memcpy(at, words + rows[i].first, rows[i].words * 8);
         at += rows[i].words * 8;
     }
+    for (uint64_t v = 0; v < n; v++) /* lists of targets are in no snapshot */
+        memset(at - (n - v) * FX_KVM_STRIDE * 8 + FX_K_TARGETS * 8, 0, 8);
     head.vcpus = (uint32_t)n;
     head.bytes = (uint32_t)bytes;
     head.crc = crc32_of((unsigned char *)buffer + sizeof head, bytes);

@@ -35,6 +35,7 @@ static const struct fx_ops calls = {
     .restore = fx_restore,
     .region = op_region,
     .close = fx_close,
+    .targets = op_targets,
 };
 
 /* ------------------------------------------------------------------------------------------------ structs that grow */

@@ -15,7 +15,6 @@
 enum {
     FXP_MSR_X2APIC_ICR = 0x830,
     FXP_APIC_ICR = 0x300,
-    FXP_APIC_ICR2 = 0x310,
     FXP_LAPIC_PAGE_BYTES = 0x400,
     FXP_VMX_EXTERNAL_INTERRUPT = 1,
     FXP_VMX_MSR_READ = 31,
@@ -34,7 +33,7 @@ struct fxp_table {
     uint64_t (*door_ipi)(uint64_t handle_and_vcpu, uint64_t icr);
     uint64_t (*run)(uint64_t handle, uint64_t exits, uint64_t outcomes, uint64_t first, uint64_t n);
     uint64_t (*first_bad)(uint64_t handle, uint64_t exits, uint64_t n);
-    uint64_t (*signal_msi)(uint64_t handle, uint64_t address, uint64_t data);
+    uint64_t (*signal_msi)(uint64_t handle, uint64_t address, uint64_t data, uint64_t sender);
     uint64_t (*process_notification)(uint64_t handle, uint64_t v);
     uint64_t (*pending)(uint64_t handle, uint64_t v);
     uint64_t (*ack)(uint64_t handle, uint64_t v);
@@ -65,11 +64,15 @@ CFFI_DLLEXPORT int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *wor
 #define MOST_MACHINES 4096
 
 #define CODE_FAULT 0x0000000000ff0000ull
-#define CODE_ACCEPTED 0x0000ffff00000000ull
 #define CODE_USER 0x00ff000000000000ull
 #define CODE_EFFECTS 0x0f00000000000000ull
 #define CODE_BLOCKED 0x4000000000000000ull
 #define EFFECTS_SHIFT 56
+
+/* outcome.TARGETS: what a sender's list begins with; the low 16 bits are a target in the rest of it, too. */
+#define TARGETS_VCPU 0xfffu
+#define TARGETS_EFFECT_SHIFT 12
+#define TARGETS_COUNT_SHIFT 32
 
 #define HOT(words, v) ((words) + FX_HOT + (uint64_t)(v)*FX_HOT_STRIDE)
 #define OWN(words, v) ((words) + FX_KVM + (uint64_t)(v)*FX_KVM_STRIDE)

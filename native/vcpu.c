@@ -82,7 +82,7 @@ static int32_t op_enter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
         return refuse(m);
     if (vcpu >= words[FX_H_NVCPUS])
         return FX_E_VCPU;
-    return put(m, out, table.door_run(handle(words), vcpu), 0, vcpu, FX_NOBODY, 0);
+    return put_exit(m, words, out, table.door_run(handle(words), vcpu), 0, vcpu, 0);
 }
 
 static int32_t op_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
@@ -190,6 +190,7 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
 {
     uint64_t *words = words_of(m), v;
     struct fx_exit exit = { 0, FXP_VMX_PREEMPTION_TIMER, 0, 0, 0 };
+    struct fx_result *out;
 
     if (!words || !count || (room && !results))
         return refuse(m);
@@ -203,7 +204,13 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
         if (*count == room)
             return FX_MORE;
         code = table.fire_timer(handle(words), v);
-        put(m, &results[(*count)++], code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
+        out = &results[(*count)++];
+        put(out, code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
+        if (m->hooked && out->effects) { /* for its own vCPU, and in no list */
+            struct fx_hooks hooks = m->hooks;
+
+            call_each(&hooks, out->effects, (uint32_t)v);
+        }
     }
     for (v = 0; (v = table.hv_timer_exit(handle(words), v)) != NONE;) {
         if (*count == room)

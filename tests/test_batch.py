@@ -116,24 +116,33 @@ def storm(seed: int, vendor: str, n: int = EXITS) -> np.ndarray:
 
 
 def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
-    """One exit through the single door: its outcome code (None where that door gives none) and the value read."""
+    """One exit through the single door: its outcome code (None where that door gives none) and its second word.
+
+    That is what was read, or whom the effects of an exit that reads nothing are for.
+    """
     on = Numbers(m.vendor)
     vcpu, reason, msr, info, value = (int(record[name]) for name in ("vcpu", "reason", "msr", "info", "value"))
     v = m.vcpus[vcpu]
     if reason == L.NOTIFICATION:
         return CODE_HARDWARE if v.hw_notify() else 0, 0
     if reason == on.wrmsr and (info or not on.svm):
-        return v.wrmsr(msr, value).code, 0
+        return v.wrmsr(msr, value).code, targets(v)
     if reason == on.rdmsr:
         try:
             return None, v.rdmsr(msr)
         except fx.GeneralProtection:
             return None, 0
     if reason == on.page and info & L.MMIO_WRITE:
-        return v.mmio_write(msr, value, info & ~L.MMIO_WRITE).code, 0
+        return v.mmio_write(msr, value, info & ~L.MMIO_WRITE).code, targets(v)
     if reason == on.page:
         return None, v.mmio_read(msr, info)
-    return v.exit(reason, msr=msr, value=value, info1=info).code, 0
+    return v.exit(reason, msr=msr, value=value, info1=info).code, targets(v)
+
+
+def targets(v: fx.Vcpu) -> int:
+    """Number of targets of the last exit and the first one, as layout.OUTCOME says."""
+    told = v.targets
+    return len(told) << 32 | told[0].effect << 12 | told[0].vcpu if told else 0
 
 
 def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> None:
@@ -399,7 +408,8 @@ def test_notification_takes_what_was_posted(handlers: bool) -> None:
     got = m.run(np.array([write, other, take, write, take], dtype=fx.EXIT))
     assert got["path"].tolist() == [fx.Path.FAST, fx.Path.FAST, fx.Path.HARDWARE, fx.Path.FAST, fx.Path.HARDWARE]
     assert got["flags"].tolist() == [fx.Effect.NOTIFY, 0, 0, fx.Effect.NOTIFY, 0]
-    assert not got["value"].any()
+    told = 1 << 32 | fx.Effect.NOTIFY << 12 | target.index
+    assert got["value"].tolist() == [told, 0, 0, told, 0]
     assert m.mem[target.hot + L.PID_CONTROL_WORD] & r.PID_ON == 0
     assert [v for v in range(256) if m.mem[L.VEC + L.VEC_STRIDE + L.VEC_IRR + (v >> 6)] >> (v & 63) & 1] == [0x41, 0xF0]
     assert m.mem[target.vec + L.VEC_RVI] == 0xF0

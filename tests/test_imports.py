@@ -21,7 +21,7 @@ LAYERS = (
     {"layout", "outcome", "profile", "exits.table"},
     {"jit"},
     {"kernels"},
-    {"checks"},
+    {"checks", "targets"},
     {"exits", "tracepoints"},
     {"config", "ioctls", "irte", "snapshot", "vcpustate"},
     {"vcpu"},

@@ -22,6 +22,7 @@ _NAMES = {
     "Machine": "machine",
     "Vcpu": "vcpu",
     "Events": "ioctls",
+    "Target": "targets",
     "Exit": "exits.exit",
     "GeneralProtection": "outcome",
     "Outcome": "outcome",

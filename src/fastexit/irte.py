@@ -10,8 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastexit.jit.declare import load
-from fastexit.layout import NONE
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, CODE_HARDWARE, Effect
+from fastexit.layout import HOST, HOST_TARGETS, NONE
+from fastexit.outcome import (
+    CODE_ACCEPTED_SHIFT,
+    CODE_EFFECTS_SHIFT,
+    CODE_GP,
+    CODE_HARDWARE,
+    TARGETS_NOTIFY,
+    Effect,
+)
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -35,6 +42,7 @@ class RemappingTable:
 
     def __init__(self, machine: Machine) -> None:
         self._handle = machine.handle
+        self._mem = machine.mem
         self._entries: dict[int, Irte] = {}
 
     def update(self, host_irq: int, gsi: int, address: int, data: int) -> Irte:
@@ -54,5 +62,7 @@ class RemappingTable:
         if entry is None:
             raise ValueError(f"host interrupt {host_irq} has no remapping entry: pi_update_irte makes one")
         if entry.vcpu is None:
-            return load("signal_msi")(self._handle, entry.address, entry.data)
-        return _NOTIFIED if load("hardware_post")(self._handle, entry.vcpu, entry.vector) else _POSTED
+            return load("signal_msi")(self._handle, entry.address, entry.data, HOST)
+        notify = load("hardware_post")(self._handle, entry.vcpu, entry.vector)
+        self._mem[HOST_TARGETS] = TARGETS_NOTIFY | entry.vcpu if notify else 0
+        return _NOTIFIED if notify else _POSTED

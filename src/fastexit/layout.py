@@ -144,6 +144,7 @@ KVM = PAGE + MAX_VCPUS * PAGE_STRIDE
 KVM_STRIDE = 96
 K_VCPU_ID = 0  # owner
 K_APIC_BASE = 1  # owner
+K_PENDING_DB = 2  # owner; DR6 bits of a queued #DB
 K_ISR_COUNT = 3  # owner
 K_ISR_CACHE = 4  # owner; vector or NONE
 K_ARB_PRIO = 5  # remote
@@ -154,7 +155,7 @@ K_RFLAGS = 9  # owner
 K_GUEST_DEBUG = 10  # owner; KVM_GUESTDBG_*
 K_SHADOW = 11  # owner; interrupt shadow
 K_EXITS = 12  # owner; stat.exits
-K_PENDING_DB = 13  # owner; DR6 bits of a queued #DB
+K_TARGETS = 13  # owner; whom its last exit or ioctl was for: outcome.TARGETS
 K_EXCEPTION = 14  # owner; vector + 1 of the exception to inject
 K_EXPIRED_DEADLINE = 15  # owner; expired_tscdeadline, 0: none to wait for
 K_SIPI_VECTOR = 16  # remote store; written before the SIPI bit
@@ -254,7 +255,19 @@ TP_USERSPACE_EXIT = 21
 TP_PI_IRTE_UPDATE = 22
 """Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints/text.py prints them)."""
 
-WORDS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
+# ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot
+TARGETS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
+"""A row for each sender: the vCPUs, then HOST and those behind it. Only the sender writes its row. Target i is in bits
+16 * (i % 4) of word i / 4, as the low 16 bits of outcome.TARGETS have it; target 0 is in the sender's head."""
+TARGETS_STRIDE = MAX_VCPUS // 4
+HOST = MAX_VCPUS
+"""Sender of what no vCPU sends. Calls that go on at the same time take one of HOSTS each, from here on."""
+HOSTS = 64
+SENDERS = HOST + HOSTS
+HOST_TARGETS = TARGETS + SENDERS * TARGETS_STRIDE  # heads of the host's rows, as K_TARGETS is a vCPU's
+HOST_BUSY = HOST_TARGETS + HOSTS  # remote; which of them are taken, in bits from 0 on
+
+WORDS = HOST_BUSY + 8
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
@@ -286,7 +299,9 @@ OUTCOME = np.dtype(
     }
 )
 """One result of Machine.run: ``code`` is outcome.CODE, the next seven fields are its bytes (``flags`` holds the
-effects in bits 3:0, blocked in bit 6), ``value`` is what a read returned."""
+effects in bits 3:0, blocked in bit 6). ``value`` is what a read returned; of any other exit it says whom the effects
+are for: ``value >> 32`` targets, of which the first is vCPU ``value & 0xFFF`` with the Effect ``value >> 12 & 15``
+(outcome.TARGETS). The others are in Vcpu.targets until the same vCPU's next exit."""
 
 EXIT_WORDS = EXIT.itemsize // 8
 OUTCOME_WORDS = OUTCOME.itemsize // 8

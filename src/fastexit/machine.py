@@ -35,6 +35,7 @@ from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import NEWEST, numbered
 from fastexit.snapshot import pack, unpack
+from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
 from fastexit.vcpu import Vcpu
 
@@ -227,6 +228,14 @@ class Machine:
         """APICs that accepted the IPI of the last set_msr; -1 when the slow scan matched nobody."""
         return (self.last_host_code >> CODE_ACCEPTED_SHIFT & 0xFFFF ^ 0x8000) - 0x8000
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Whom the effects of the last signal_msi, device_interrupt or set_inhibit are for, in the order of sending.
+
+        As Vcpu.targets, which has those of a vCPU's exits. Threads that make such calls share this list.
+        """
+        return told(self.mem, L.HOST)
+
     # ----------------------------------------------------------------------------------------------- VM ioctls
 
     def add_vcpu(self, vcpu_id: int) -> Vcpu:
@@ -265,7 +274,7 @@ class Machine:
         self.mem[L.H_API] = (kept & ~either if flags & either else kept) | int(flags)
 
     def set_inhibit(self, reason: R.Inhibit | int, on: bool = True) -> Effect:
-        """kvm_set_apicv_inhibit or kvm_clear_apicv_inhibit: whom the host has to kick, so that APICv goes off or on.
+        """kvm_set_apicv_inhibit or kvm_clear_apicv_inhibit: Effect.KICK if the host has to kick anybody (``targets``).
 
         Nothing happens on a machine without APICv, nor for a reason that does not count for its vendor and kernel.
         vCPUs follow at their next entry (Vcpu.apicv). ValueError for a number that is no regs.Inhibit.
@@ -276,10 +285,11 @@ class Machine:
     def signal_msi(self, address: int, data: int) -> int:
         """KVM_SIGNAL_MSI: number of APICs that accepted, 0, or -1 (EPERM: nobody matched in the slow scan).
 
-        ``address`` is 64 bits, high word included; ValueError where KVM says EINVAL.
+        ``address`` is 64 bits, high word included; ValueError where KVM says EINVAL. ``targets`` are those for which
+        the host has something to do.
         """
         address = integer(address, "MSI address", L.NONE)
-        code = load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF))
+        code = load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF), L.HOST)
         if code & CODE_GP:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         return OUTCOMES[code].accepted
@@ -395,7 +405,7 @@ class Machine:
     def device_interrupt(self, host_irq: int) -> Outcome:
         """An assigned device raises its interrupt: Path.HARDWARE when it is posted, else KVM delivers the message.
 
-        Effect.NOTIFY: the IOMMU sends ``notification`` of the vCPU that pi_update_irte named.
+        Effect.NOTIFY: the IOMMU sends ``notification`` of the vCPU that pi_update_irte named, which ``targets`` has.
         """
         return OUTCOMES[self.irtes.interrupt(integer(host_irq, "host interrupt", 0xFFFF_FFFF))]
 
@@ -405,8 +415,9 @@ class Machine:
         """Many exits in one compiled call, the GIL released: an array of layout.OUTCOME, one for each exit, in order.
 
         ``exits`` is a one-dimensional array of dtype layout.EXIT, which says what its fields mean: vcpu, reason, msr,
-        info, value. Results are those of the same exits one at a time. ValueError names the first exit that
-        lies outside the machine, and then none is run.
+        info, value. Results are those of the same exits one at a time; the ``value`` of one that reads nothing says
+        whom its effects are for (layout.OUTCOME). ValueError names the first exit that lies outside the machine, and
+        then none is run.
         """
         if not isinstance(exits, np.ndarray) or exits.dtype != L.EXIT or exits.ndim != 1:
             raise ValueError(f"exits must be a one-dimensional array of dtype fastexit.EXIT, not {_kind(exits)}")
@@ -455,7 +466,7 @@ class Machine:
         is_read = (reason == vendor.mmio_reason and not exit.write) or (
             reason == vendor.rdmsr_reason and (reason != vendor.wrmsr_reason or not info)
         )
-        outcomes[at]["value"] = v.read_data if is_read else 0
+        outcomes[at]["value"] = v.read_data if is_read else self.mem[v.own + L.K_TARGETS]
 
     # ------------------------------------------------------------------------------------------ snapshot and restore
 

@@ -126,7 +126,18 @@ CODE_EXIT = CODE.mask("_63")
 CODE_EXIT_REASON_SHIFT = 32
 MSR_WHY_UNKNOWN = 1 << CODE.shift("MSR_WHY")
 MSR_WHY_FILTER = 2 << CODE.shift("MSR_WHY")
+CODE_EFFECTS = CODE.mask("EFFECTS")
 CODE_DELIVERY = CODE.mask("EFFECTS", "ACCEPTED")
+
+TARGETS = Layout(64, VCPU=12, EFFECT=4, _31_16=16, COUNT=32)
+"""Whom an exit's effects are for: how many targets there are, and the first one with what the host has to do for it.
+The low 16 bits are a target in layout.TARGETS too, where the others are. The same vCPU may be there twice."""
+TARGETS_VCPU = TARGETS.mask("VCPU")
+TARGETS_EFFECT_SHIFT = TARGETS.shift("EFFECT")
+TARGETS_COUNT_SHIFT = TARGETS.shift("COUNT")
+TARGETS_ONE = 1 << TARGETS_COUNT_SHIFT
+TARGETS_NOTIFY = TARGETS_ONE | Effect.NOTIFY << TARGETS_EFFECT_SHIFT
+TARGETS_FROM_CODE = CODE_EFFECTS_SHIFT - TARGETS_EFFECT_SHIFT
 
 COMPLETION_NONE = Fastpath.NONE.value
 COMPLETION_REENTER = Fastpath.REENTER_GUEST.value

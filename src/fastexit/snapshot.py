@@ -36,7 +36,10 @@ def _rows(n: int) -> list[slice]:
 def pack(words: np.ndarray) -> bytes:
     """The snapshot of a machine's words. No other thread may act on the machine meanwhile."""
     n = int(words[L.H_NVCPUS])
-    body = b"".join(words[rows].tobytes() for rows in _rows(n))
+    *most, kvm = (words[rows] for rows in _rows(n))
+    kvm = kvm.copy()
+    kvm.reshape(n, L.KVM_STRIDE)[:, L.K_TARGETS] = 0  # whose list is not in it
+    body = b"".join(part.tobytes() for part in (*most, kvm))
     return _HEAD.pack(_MAGIC, L.ABI_VERSION, n, zlib.crc32(body), len(body)) + body
 
 
@@ -158,6 +161,7 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_SIPI_VECTOR, _up_to(255), "a SIPI vector"),
     (L.K_NMI_PENDING, _up_to(2), "a number of pending NMIs"),
     (L.K_SVI, _up_to(255), "SVI"),
+    (L.K_TARGETS, _among(0), "a list of targets"),
     (L.K_TIMER_MODE, _bits(_TIMER_MODES), "a timer's mode"),
     (L.K_PERIOD, _up_to(1 << 63), "a timer's period"),
     (L.K_DIVIDE, _among(*(1 << shift for shift in range(8))), "a timer's divisor"),

@@ -14,6 +14,7 @@ from fastexit.exits.exit import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, SHORT, SHORT_CODES, GeneralProtection, Outcome
+from fastexit.targets import Target, told
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -150,6 +151,17 @@ class Vcpu(VcpuIoctls):
         length = access_size(length)
         self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
         return self.read_data
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Whom the effects of the vCPU's last exit, ``hw_`` access, run() or ioctl are for, in the order of sending.
+
+        Each Target is a vCPU's index and what the host has to do for it, so the effects of all of them together are
+        Outcome.effects. A vCPU that accepted the interrupt and needs nothing is not among them. The next exit of this
+        vCPU, by whatever door, begins a new list; other vCPUs have lists of their own. Read it in the vCPU's thread. Of
+        what happens on the way of an entry, and of an INIT that the vCPU takes, nobody is told here.
+        """
+        return told(self._mem, self.index)
 
     # ---------------------------------------------------------------------- what the guest's CPU does, exit or not
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.costs.accepted import IPI_EVENTS, Before, accepting, before, records
 from fastexit.costs.meter import EFFECT_STAGES, Meter, Sent, TimedOutcome, accesses_msr, pointer_calls, work_of
 from fastexit.costs.profile import CostProfile
-from fastexit.costs.targets import IPI_EVENTS, Before, before, effect, records, targets
 from fastexit.exits.dispatcher import BLOCKED, Dispatcher
 from fastexit.exits.exit import Exit, Vendor
 from fastexit.outcome import (
@@ -30,6 +30,7 @@ from fastexit.outcome import (
     COMPLETION_NONE,
     COMPLETION_REENTER,
     COMPLETION_SKIP,
+    Effect,
 )
 from fastexit.profile import Profile
 from fastexit.vcpu import Vcpu
@@ -202,7 +203,8 @@ class TimedDispatcher(Dispatcher):
         old = self._before(v)
         code = super().loop_tail(v)
         self.meter.charge("loop_tail", "loop_tail")
-        self._accepted(v, old, "loop_tail", len(targets(v, records(self.mem, self.words, old))))
+        told = accepting(v, records(self.mem, self.words, old), old)
+        self._accepted(told, "loop_tail", len(told))
         return code
 
     def service_requests(self, v: Vcpu) -> int:
@@ -267,7 +269,7 @@ class TimedDispatcher(Dispatcher):
         return self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_APICV
 
     def _before(self, v: Vcpu) -> Before:
-        return before(self.mem, self.words, v)
+        return before(self.mem, v)
 
     def _waited(self, v: Vcpu, before: int) -> None:
         """The busy wait of an entry for a deadline that fired early, which the kernel counts in ns."""
@@ -275,15 +277,12 @@ class TimedDispatcher(Dispatcher):
         if ns:
             self.meter.add("vm_entry", "waited", 1, round(ns * self.costs.ghz))
 
-    def _accepted(self, v: Vcpu, old: Before, step: str, accepted: int, ipi: bool = False) -> None:
+    def _accepted(self, told: list[tuple[int, Effect]], step: str, accepted: int, ipi: bool = False) -> None:
         """The targets of an IPI or of a timer's tick, one behind the other, as far as they accepted.
 
         Where only some did, it was those for which there is something to do, and the first of the rest.
         """
         meter = self.meter
-        written, ids = records(self.mem, self.words, old), v.machine._ids
-        posted = {ids[vcpu_id] for event, vcpu_id in written if event == L.TP_APICV_ACCEPT_IRQ}
-        told = [(target, effect(self.mem, v, old, target, target in posted)) for target in targets(v, written)]
         quiet = accepted - sum(1 for _, needs in told if needs)
         for target, needs in told:
             if not needs:
@@ -309,12 +308,12 @@ class TimedDispatcher(Dispatcher):
         for stage in work.stages:
             meter.charge(step, stage)
         written = records(self.mem, self.words, old)
-        reached = targets(v, written)
-        if reached:
+        told = accepting(v, written, old)
+        if told:
             ipi = any(event in IPI_EVENTS for event, _ in written) or exit.reason == vendor.hypercall_reason
             avic = not any(event == L.TP_ACCEPT_IRQ for event, _ in written)
             accepted = (code >> CODE_ACCEPTED_SHIFT & 0xFFFF ^ 0x8000) - 0x8000
-            self._accepted(v, old, step, max(accepted, 0) if ipi and not avic else len(reached), ipi)
+            self._accepted(told, step, max(accepted, 0) if ipi and not avic else len(told), ipi)
         if work.timer:
             if self.mem[v.own + L.K_HV_DEADLINE] != old.hv_deadline:
                 meter.charge(step, "preemption_timer")

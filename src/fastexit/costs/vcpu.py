@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.costs.meter import Meter, Sent, TimedOutcome
-from fastexit.costs.targets import before, effect
 from fastexit.exits.exit import Exit
-from fastexit.outcome import Effect, Outcome, Path
+from fastexit.outcome import Outcome, Path
 from fastexit.vcpu import Vcpu
 
 
@@ -78,27 +75,12 @@ class TimedVcpu(Vcpu):
         if loop.mem[self.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
             loop.start_run(self)
         self.timed = None
-        words, n = loop.words, loop.mem[L.H_NVCPUS]
-        old = before(loop.mem, loop.words, self)
-        irr = words[L.VEC : L.VEC + n * L.VEC_STRIDE].copy()
         result = act()
         if self.timed is None:
             meter = Meter(loop.costs, loop.calls)
             meter.charge("hardware", "hw_ipi" if icr else "hw_access")
             if icr and isinstance(result, Outcome) and result.path is Path.HARDWARE and not result.fault:
-                changed = (
-                    (words[L.VEC : L.VEC + n * L.VEC_STRIDE] != irr)
-                    .reshape(n, -1)[:, L.VEC_IRR : L.VEC_IRR + 4]
-                    .any(axis=1)
-                )
-                if not loop.mem[L.H_CONFIG] & L.CONFIG_SVM:
-                    rows = words[L.HOT : L.HOT + n * L.HOT_STRIDE].reshape(n, -1)
-                    changed = (rows[:, L.PID_CONTROL_WORD] & ~old.rows[:, L.PID_CONTROL_WORD]) & R.PID_ON != 0
-                vmx = not loop.mem[L.H_CONFIG] & L.CONFIG_SVM  # to wherever the descriptor says, asleep or not
-                for i in np.flatnonzero(changed).tolist():
-                    needs = result.effects & Effect.NOTIFY if vmx else effect(loop.mem, self, old, i, True)
-                    if needs:
-                        meter.sent.append(Sent(i, needs, meter.spent))
+                meter.sent += [Sent(vcpu, effect, meter.spent) for vcpu, effect in self.targets]
                 if result.accepted > 0:
                     meter.ipi = meter.spent
             loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)

@@ -92,6 +92,7 @@ class Dispatcher:
         """Any exit, until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
         if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
             self.start_run(v)
+        self.mem[v.own + L.K_TARGETS] = 0
         code = self.vendor_run(v, exit)
         if code & CODE_COMPLETION != COMPLETION_REENTER:
             return self.after_run(v, exit, code)
@@ -106,6 +107,7 @@ class Dispatcher:
         """
         if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             return True
+        self.mem[v.own + L.K_TARGETS] = 0
         user = load("begin_run")(self.handle, v.index)
         if user:
             self.return_to_user(v, user)
@@ -131,8 +133,10 @@ class Dispatcher:
         """A signal takes the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as any vCPU ioctl needs.
 
         The way out is an iteration that stays in the kernel, so ticks are seen on it. It is not traced. A sleeper's
-        HOT_BLOCKED stays: whoever has something for it says WAKE, and user space calls KVM_RUN again.
+        HOT_BLOCKED stays: whoever has something for it says WAKE, and user space calls KVM_RUN again. What the ioctl
+        then does has a list of targets of its own.
         """
+        self.mem[v.own + L.K_TARGETS] = 0
         if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             self.out_of_guest(v)
             self.loop_tail(v)

@@ -54,6 +54,7 @@ class Hardware:
         loop = self.loop
         if loop.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
             loop.start_run(v)
+        loop.mem[v.own + L.K_TARGETS] = 0
         if not self.vendor.hardware:
             return loop.run_exit(v, plain)
         code = load(f"{self.vendor.hardware}_{access}")(loop.handle, v.index, *args)

@@ -1,6 +1,7 @@
 """The APIC map (kvm_apic_map): physical and logical ids to vCPUs, rebuilt whenever an id, mode or enable bit changes.
 
-Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half. Spec: SDM vol. 3A 10.6.2,
+Models: kvm_recalculate_apic_map with every rule that drops the map or its logical half, and how a destination is looked
+up in it, for IPIs, messages and remapping entries alike (kvm_apic_map_get_dest_lapic). Spec: SDM vol. 3A 10.6.2,
 10.12.10. What is wrong with a map also inhibits APICv (inhibit.py). Not modelled: RCU grace periods.
 
 A map is built in a scratch area, then copied word by word over the idle one of two copies, unchanged words left alone,
@@ -9,13 +10,16 @@ in each word what the map said before or says now, never an emptied slot: vCPUs 
 """
 
 from ..jit.atomics import compare_exchange, exchange, load_acquire, store_release
-from ..jit.declare import ctz, kernel, popcount, umax
+from ..jit.declare import ctz, kernel, popcount, umax, umin
 from . import typed as k
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
+from .match import is_broadcast, lowest_priority
 from .shared import clear_words, hot, own, replace_if
 
 CLEAN, DIRTY, IN_PROGRESS = k.ZERO, k.ONE, k.U(2)
+UNRESOLVED = k.NONE
+MEMBER_BITS = k.U(32)
 
 
 @kernel("u8(words, u8, u8)")
@@ -38,6 +42,84 @@ def phys(m, base, apic_id):
     if apic_id > m[base + k.MAP_MAX_ID]:
         return k.ZERO
     return slot(m, base, k.MAP_PHYS_SLOT + apic_id)
+
+
+@kernel("u8(u8, u8)")
+def nth_bit(bits, n):
+    """Position of the n-th set bit, counted from 0."""
+    position = k.ZERO
+    while True:
+        if (bits >> position) & k.ONE:
+            if n == k.ZERO:
+                return position
+            n = n - k.ONE
+        position = position + k.ONE
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _lowest(m, base, first, bits):
+    """Vector hashing off: which of these slots has the smallest arb_prio, the first on a tie; NONE if all are empty."""
+    best = k.NONE
+    least = k.ZERO
+    while bits:
+        i = ctz(bits)
+        bits = bits & (bits - k.ONE)
+        found = slot(m, base, first + i)
+        if found and (best == k.NONE or m[own(m, found - k.ONE) + k.K_ARB_PRIO] < least):
+            best = i
+            least = m[own(m, found - k.ONE) + k.K_ARB_PRIO]
+    return best
+
+
+@kernel("u8(words, u8, u8)")
+def _logical(m, base, dest):
+    """kvm_apic_map_get_logical_dest: slots as members() has them, or UNRESOLVED."""
+    mode = m[base + k.MAP_LOGICAL]
+    if mode == k.LOGICAL_DISABLED:
+        return UNRESOLVED
+    if mode == k.LOGICAL_SW_DISABLED:
+        return k.ZERO
+    if mode == k.LOGICAL_X2APIC:
+        cluster = (dest >> k.U(16)) << k.U(4)
+        if cluster > m[base + k.MAP_MAX_ID]:
+            return k.ZERO
+        size = umin(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
+        return k.MAP_PHYS_SLOT + cluster | (dest & ((k.ONE << size) - k.ONE)) << MEMBER_BITS
+    if mode == k.LOGICAL_FLAT:
+        return k.MAP_FLAT_SLOT | (dest & k.U(0xFF)) << MEMBER_BITS
+    first = k.MAP_CLUSTER_SLOT + (((dest >> k.U(4)) & k.U(0xF)) << k.U(2))
+    return first | (dest & k.U(0xF)) << MEMBER_BITS
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def members(m, base, src, icr, dest, hint):
+    """kvm_apic_map_get_dest_lapic without shorthands: the slots of a destination, or UNRESOLVED: the map cannot tell.
+
+    Slots are their first one in bits 31:0 and, from MEMBER_BITS on, a bit for each of up to 16 from there; member()
+    looks into one, which may be empty. Lowest priority leaves at most one of them. No bit: nobody is meant.
+    """
+    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, src, dest):
+        return UNRESOLVED
+    if not icr & k.ICR_LOGICAL:
+        return k.MAP_PHYS_SLOT + dest | k.ONE << MEMBER_BITS if dest <= m[base + k.MAP_MAX_ID] else k.ZERO
+    found = _logical(m, base, dest)
+    bits = found >> MEMBER_BITS
+    if found == UNRESOLVED or not bits or not lowest_priority(icr, hint):
+        return found
+    if m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
+        # Empty slots count: the hash may choose one, and then the interrupt is dropped.
+        chosen = nth_bit(bits, (icr & k.ICR_VECTOR) % popcount(bits))
+        if not member(m, base, found, chosen):
+            m[k.H_LOST_LOWEST] = k.ONE
+    else:
+        chosen = _lowest(m, base, found & k.LOW32, bits)
+    return found & k.LOW32 | k.ONE << MEMBER_BITS + chosen if chosen != k.NONE else k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def member(m, base, found, i):
+    """vCPU index + 1 in one of the slots that members() found, 0 when it is empty."""
+    return slot(m, base, (found & k.LOW32) + i)
 
 
 @kernel("u8(words)")
@@ -130,9 +212,12 @@ def _build(m, base):
     return modified
 
 
-@kernel("u8(words)")
-def recalculate(m):
-    """kvm_recalculate_apic_map: rebuild if something marked the map dirty. Effect code of the inhibits that change."""
+@kernel("u8(words, u8)")
+def recalculate(m, me):
+    """kvm_recalculate_apic_map: rebuild if something marked the map dirty. Effect code of the inhibits that change.
+
+    ``me`` is told whom to kick for them, as in ipi.py.
+    """
     if load_acquire(m, k.H_MAP_DIRTY) == CLEAN:
         return k.ZERO
     while replace_if(m, k.H_MAP_LOCK, k.ZERO, k.ONE):
@@ -146,7 +231,7 @@ def recalculate(m):
     exchange(m, k.H_MAP_DIRTY, IN_PROGRESS)
     modified = _build(m, k.MAP_SCRATCH)
     present = m[k.MAP_SCRATCH + k.MAP_PRESENT]
-    effects = map_rebuilt(m, present, m[k.MAP_SCRATCH + k.MAP_LOGICAL], modified)
+    effects = map_rebuilt(m, me, present, m[k.MAP_SCRATCH + k.MAP_LOGICAL], modified)
     idle = k.MAP1 if m[k.H_MAP] == k.MAP0 else k.MAP0
     for i in range(k.MAP_WORDS):
         word = k.U(i)

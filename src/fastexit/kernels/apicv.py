@@ -23,7 +23,7 @@ from .lapic import readable
 from .lapicreg import reg, set_reg, vector_slot, word
 from .pi import hardware_post
 from .pid import highest
-from .shared import clear_word_bits, hot, or_word, own, vec
+from .shared import clear_word_bits, hot, or_word, own, tell, vec
 
 FAULT = k.CODE_HARDWARE | k.CODE_GP
 INSTRUCTION_READ, INSTRUCTION_WRITE = k.ZERO, k.ONE << k.APIC_ACCESS_TYPE_SHIFT
@@ -103,8 +103,8 @@ def self_ipi_virtualization(m, v, vector):
     return k.CODE_HARDWARE | ACCEPT
 
 
-@kernel("u8(words, u8, u8)")
-def ipi_virtualization(m, vector, target):
+@kernel("u8(words, u8, u8, u8)")
+def ipi_virtualization(m, v, vector, target):
     """Post to the descriptor that the PID-pointer table has for this APIC id: the code, or 0 where the CPU exits.
 
     The table's entries are addresses, so each is checked to name a descriptor of this machine.
@@ -117,8 +117,9 @@ def ipi_virtualization(m, vector, target):
     at = (entry >> k.U(3)) - k.HOT
     if at >= k.MAX_VCPUS * k.HOT_STRIDE or at % k.HOT_STRIDE:
         return k.ZERO
-    notify = hardware_post(m, at // k.HOT_STRIDE, vector)
-    return k.CODE_HARDWARE | ACCEPT | (k.EFFECT_NOTIFY_CODE if notify else k.ZERO)
+    found = at // k.HOT_STRIDE
+    effects = k.EFFECT_NOTIFY_CODE if hardware_post(m, found, vector) else k.ZERO
+    return tell(m, v, found, k.CODE_HARDWARE | ACCEPT | effects)
 
 
 @kernel("u8(words, u8)")
@@ -172,7 +173,7 @@ def _write_icr(m, v, icr):
     retire(m, v, k.INSN_LEN_WRMSR)
     code = k.ZERO
     if not icr & (NOT_SIMPLE | k.ICR_LOGICAL):
-        code = ipi_virtualization(m, icr & k.ICR_VECTOR, icr >> k.ICR_DEST_SHIFT)
+        code = ipi_virtualization(m, v, icr & k.ICR_VECTOR, icr >> k.ICR_DEST_SHIFT)
     return code if code else exit_code(k.VMX_APIC_WRITE, k.APIC_ICR)
 
 
@@ -259,7 +260,7 @@ def _send_from_page(m, v):
     if icr & NOT_SIMPLE == SELF and vector >= LOWEST_VECTOR:
         code = self_ipi_virtualization(m, v, vector)
     elif m[k.H_CONFIG] & k.CONFIG_IPIV and not icr & (NOT_SIMPLE | k.ICR_LOGICAL):
-        code = ipi_virtualization(m, vector, reg(m, v, k.APIC_ICR2) >> k.XAPIC_DEST_SHIFT)
+        code = ipi_virtualization(m, v, vector, reg(m, v, k.APIC_ICR2) >> k.XAPIC_DEST_SHIFT)
     return code if code else exit_code(k.VMX_APIC_WRITE, k.APIC_ICR)
 
 

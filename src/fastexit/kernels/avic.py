@@ -19,12 +19,12 @@ from .accelerated import write_nodecode
 from .avictable import load as load
 from .avictable import logical_entry, max_index, update_dfr, update_ldr, x2avic_active
 from .avictable import put as put
-from .ipi import ACCEPT, combine, complete_delivery, delivery_mode, destination, send
+from .ipi import ACCEPT, combine, complete_delivery, destination, send
 from .irq import clear_isr, compute_ppr, highest_isr
 from .lapic import in_x2apic_mode
 from .lapicreg import reg, set_reg, vector_slot
-from .match import matches
-from .shared import emit, hot, or_word, own, vec
+from .match import delivery_mode, matches
+from .shared import emit, hot, or_word, own, tell, vec
 
 WRITE = k.ONE << k.AVIC_WRITE_SHIFT
 BAD, FOUND, RUNS = k.ZERO, k.ONE, k.U(2)
@@ -53,7 +53,7 @@ def _kick_by_id(m, v, vcpu_id, icr):
     if not found:
         return k.ZERO
     m[vec(m, found - k.ONE) + k.VEC_IRR_PENDING] = k.ONE
-    return complete_delivery(m, found - k.ONE, icr, v)
+    return tell(m, v, found - k.ONE, complete_delivery(m, found - k.ONE, icr, v))
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -103,7 +103,7 @@ def kick_targets(m, v, icr, index):
         target = k.U(i)
         if matches(m, target, v, low, dest):
             m[vec(m, target) + k.VEC_IRR_PENDING] = k.ONE
-            code = code | complete_delivery(m, target, low, v)
+            code = code | tell(m, v, target, complete_delivery(m, target, low, v))
     return code
 
 
@@ -197,7 +197,7 @@ def _reach(m, v, vcpu_id, vector):
         return FOUND
     if found - k.ONE == v or entry & k.AVIC_HOST_ID == m[own(m, v) + k.K_CPU] & k.AVIC_HOST_ID:
         return RUNS
-    return RUNS | (k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT)
+    return tell(m, v, found - k.ONE, RUNS | (k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT))
 
 
 @kernel("u8(words, u8, u8, u8, u8)")

@@ -68,16 +68,17 @@ def _run_unicasts(m, exits, outcomes, first, n, far):
             _look_ahead(m, exits, (i + AHEAD) * k.EXIT_WORDS)
         if reason == k.NOTIFICATION:
             code = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
+            outcomes[out + k.ONE] = k.ZERO
         elif reason == k.VMX_MSR_WRITE and exits[at + k.ONE] & k.LOW32 == k.MSR_X2APIC_ICR:
             code = unicast.send(m, v, value)
             if not code:
                 return i
             if not unicast.again(m, v):
                 code = behind_unicast(m, v, code, value)
+            outcomes[out + k.ONE] = m[own(m, v) + k.K_TARGETS]
         else:
             return i
         outcomes[out] = code
-        outcomes[out + k.ONE] = k.ZERO
         i = i + k.ONE
     return n
 
@@ -116,8 +117,8 @@ def run(m, exits, outcomes, first, n):
         info = exits[at + k.ONE] >> k.U(32)
         if v >= m[k.H_NVCPUS]:
             return i
-        outcomes[out + k.ONE] = k.ZERO
         if reason == k.NOTIFICATION:
+            outcomes[out + k.ONE] = k.ZERO
             outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
         else:
             row = find_row(m, reason, info)
@@ -125,6 +126,6 @@ def run(m, exits, outcomes, first, n):
             if op == k.OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
                 return i
             outcomes[out] = run_exit(m, v, row, reason, msr, exits[at + k.U(2)], info)
-            if op == k.OP_RDMSR or op == k.OP_MMIO_READ:
-                outcomes[out + k.ONE] = m[own(m, v) + k.K_MSR_DATA]
+            reads = op == k.OP_RDMSR or op == k.OP_MMIO_READ
+            outcomes[out + k.ONE] = m[own(m, v) + (k.K_MSR_DATA if reads else k.K_TARGETS)]
         i = i + k.ONE

@@ -186,6 +186,7 @@ def fast_exit(handle, msr_index, value):
         return fastpath.refuse(k.RF_MSR)
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         return k.CODE_NOT_IN_GUEST
+    m[shared.own(m, v) + k.K_TARGETS] = k.ZERO
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
         if not loop.traces_late(m):
@@ -317,9 +318,11 @@ def refuse_vcpu(handle):
 
 
 @entry
-@kernel("u8(u8, u8, u8)", nogil=False)
-def signal_msi(handle, address, data):
-    return msi.signal_msi(open_words(handle, k.WORDS), address, data)
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def signal_msi(handle, address, data, sender):
+    """``sender`` is a number from HOST on that no other call uses meanwhile."""
+    m = open_words(handle, k.WORDS)
+    return msi.signal_msi(m, address, data, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
 
 
 @entry
@@ -369,7 +372,8 @@ def update_irte(handle, host_irq, gsi, address, data, was_posted):
 def set_inhibit(handle, reason, on):
     """kvm_set_or_clear_apicv_inhibit of reason number 0..63; above there is none."""
     m = open_words(handle, k.WORDS)
-    return inhibit.change(m, k.ONE << reason, on) if reason < k.U(64) else k.ZERO
+    m[shared.head(m, k.HOST)] = k.ZERO
+    return inhibit.change(m, k.HOST, k.ONE << reason, on) if reason < k.U(64) else k.ZERO
 
 
 @entry

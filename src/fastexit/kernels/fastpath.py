@@ -68,7 +68,7 @@ def _icr_two_halves(m, v, icr):
         low = icr & k.LOW32 & ~k.ICR_BUSY
         code = send(m, v, low | (reg(m, v, k.APIC_ICR2) << k.U(32)))
         set_reg(m, v, k.APIC_ICR, low)
-        recalculate(m)
+        recalculate(m, k.NONE)
         return code
     icr = icr & ~k.ICR_BUSY
     code = send(m, v, icr)

@@ -19,7 +19,7 @@ from . import typed as k
 from .avictable import addressable, refresh
 from .irq import recount
 from .lapicreg import reg
-from .shared import clear_word_bits, emit, hot, make_request, or_word, own, replace_if
+from .shared import clear_word_bits, emit, hot, make_request, or_word, own, replace_if, tell
 
 EARLY = k.INHIBIT_DISABLED | k.INHIBIT_HYPERV
 EARLY_SVM = k.INHIBIT_NESTED | k.INHIBIT_IRQWIN | k.INHIBIT_PIT_REINJ
@@ -42,11 +42,12 @@ def required(m):
     return reasons
 
 
-@kernel("u8(words)")
-def _ask_all(m):
+@kernel("u8(words, u8)")
+def _ask_all(m, me):
     """kvm_make_all_cpus_request(APICV_UPDATE): Effect code KICK if a vCPU was in the guest. Nobody is woken for it.
 
-    The vCPU that runs here is never in guest mode when its APIC changes, so it is not told apart.
+    ``me`` is told whom to kick, as in ipi.py. The vCPU that runs here is never in guest mode when its APIC changes, so it
+    is not told apart.
     """
     effects = k.ZERO
     for i in range(m[k.H_NVCPUS]):
@@ -54,12 +55,12 @@ def _ask_all(m):
         make_request(m, v, k.REQ_APICV_UPDATE)
         mode = hot(m, v) + k.HOT_MODE
         if replace_if(m, mode, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) == k.IN_GUEST_MODE:
-            effects = k.EF_KICK << k.CODE_EFFECTS_SHIFT
+            effects = tell(m, me, v, k.EF_KICK << k.CODE_EFFECTS_SHIFT)
     return effects
 
 
-@kernel("u8(words, u8, u8)")
-def change(m, reason, on):
+@kernel("u8(words, u8, u8, u8)")
+def change(m, me, reason, on):
     """kvm_set_or_clear_apicv_inhibit of a reason's bit: Effect code. Traced even when nothing changes, since 6.1."""
     if not m[k.H_CONFIG] & k.CONFIG_APICV or not required(m) & reason:
         return k.ZERO
@@ -73,7 +74,7 @@ def change(m, reason, on):
     traced = k.T_INHIBITS if switches else k.T_INHIBIT_ID_BASE
     if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & traced:
         emit(m, k.TP_APICV_INHIBIT_CHANGED, k.NONE, ctz(reason), k.ONE if on else k.ZERO, new)
-    return _ask_all(m) if switches else k.ZERO
+    return _ask_all(m, me) if switches else k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -126,7 +127,7 @@ def begin(m, v):
     flags = hot(m, v) + k.HOT_FLAGS
     make_request(m, v, k.REQ_APICV_UPDATE)
     if m[k.H_CONFIG] & k.CONFIG_SVM and not addressable(m, v):
-        return change(m, k.INHIBIT_PHYSICAL_ID_TOO_BIG, k.ONE)
+        return change(m, v, k.INHIBIT_PHYSICAL_ID_TOO_BIG, k.ONE)
     m[flags] = m[flags] | k.FLAG_APICV
     return k.ZERO
 
@@ -134,15 +135,15 @@ def begin(m, v):
 # ------------------------------------------------------------------------------------------------- what the APIC does
 
 
-@kernel("u8(words, u8, u8, u8)")
-def map_rebuilt(m, present, logical, modified):
+@kernel("u8(words, u8, u8, u8, u8)")
+def map_rebuilt(m, me, present, logical, modified):
     """What a new map means: dropped, its logical half useless, an xAPIC id that is not the vCPU's. Effect code."""
     if not m[k.H_TRAITS] & k.T_INHIBIT_MAP:
         return k.ZERO
-    effects = change(m, k.INHIBIT_PHYSICAL_ID_ALIASED, k.ZERO if present else k.ONE)
+    effects = change(m, me, k.INHIBIT_PHYSICAL_ID_ALIASED, k.ZERO if present else k.ONE)
     aliased = not present or logical == k.LOGICAL_DISABLED
-    effects = effects | change(m, k.INHIBIT_LOGICAL_ID_ALIASED, k.ONE if aliased else k.ZERO)
-    return effects | change(m, k.INHIBIT_APIC_ID_MODIFIED, modified)
+    effects = effects | change(m, me, k.INHIBIT_LOGICAL_ID_ALIASED, k.ONE if aliased else k.ZERO)
+    return effects | change(m, me, k.INHIBIT_APIC_ID_MODIFIED, modified)
 
 
 @kernel("u8(words, u8)")
@@ -161,7 +162,7 @@ def id_written(m, v):
         return k.ZERO
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or not id_modified(m, v):
         return k.ZERO
-    return change(m, k.INHIBIT_APIC_ID_MODIFIED, k.ONE)
+    return change(m, v, k.INHIBIT_APIC_ID_MODIFIED, k.ONE)
 
 
 @kernel("u8(words, u8, u8)")
@@ -175,7 +176,7 @@ def base_written(m, v, changed):
             update_vcpu(m, v)
     base = m[own(m, v) + k.K_APIC_BASE]
     if base & k.APICBASE_EN and base & k.APICBASE_PAGE != k.APIC_DEFAULT_PHYS_BASE:
-        return change(m, k.INHIBIT_APIC_BASE_MODIFIED, k.ONE)
+        return change(m, v, k.INHIBIT_APIC_BASE_MODIFIED, k.ONE)
     return k.ZERO
 
 
@@ -188,7 +189,8 @@ def irq_window(m, v, on):
     """
     if not m[k.H_CONFIG] & k.CONFIG_SVM or (on and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2):
         return k.ZERO
-    effects = change(m, k.INHIBIT_IRQWIN, on)
+    # An entry that asks for a window has no outcome to say whom it kicks; the exit that closes it has.
+    effects = change(m, k.NONE if on else v, k.INHIBIT_IRQWIN, on)
     if not m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
         if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
             update_vcpu(m, v)

@@ -3,22 +3,22 @@
 Models: kvm_apic_send_ipi, kvm_irq_delivery_to_apic(_fast), __apic_accept_irq and the vendors'
 deliver_interrupt. Not modelled: nested posted interrupts (a target in L2 takes the path of its L1).
 An interrupt is (icr, dest, hint): the low 32 ICR bits, the destination already cut to the sender's mode, and the MSI's
-redirection hint. ``src`` is the sending vCPU or NONE (MSI); ``me`` is the vCPU that runs on this CPU or NONE.
+redirection hint. ``src`` is the sending vCPU or NONE (MSI). ``me`` is the vCPU that runs on this CPU, or a number from
+HOST on where none does; it has the list of whom the effects are for. NONE: no vCPU runs here, and nobody will ask.
 Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec: SDM vol. 3A 10.6.
 """
 
 from ..jit.atomics import load_acquire
-from ..jit.declare import kernel, popcount, umin
+from ..jit.declare import ctz, kernel
 from . import typed as k
-from .apicmap import phys, slot
+from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
 from .irq import set_irr
-from .match import is_broadcast, matches
+from .match import delivery_mode, lowest_priority, matches
 from .pid import post
-from .shared import clear_word_bits, emit, hot, increment, kick, make_request, or_word, own, wake
+from .shared import clear_word_bits, emit, hot, increment, kick, make_request, or_word, own, tell, wake
 
 ACCEPT = k.ONE << k.CODE_ACCEPTED_SHIFT
 NOBODY = k.CODE_ACCEPTED_NONE
-UNRESOLVED = k.NONE
 
 
 @kernel("u8(u8, u8)")
@@ -26,11 +26,6 @@ def combine(a, b):
     """Two delivery codes as one: counts add, effects unite."""
     accepted = ((a & k.CODE_ACCEPTED_NONE) + (b & k.CODE_ACCEPTED_NONE)) & k.CODE_ACCEPTED_NONE
     return accepted | ((a | b) & ~k.CODE_ACCEPTED_NONE)
-
-
-@kernel("u8(u8)")
-def delivery_mode(icr):
-    return (icr & k.ICR_DM) >> k.ICR_DM_SHIFT
 
 
 @kernel("u8(words, u8, u8)")
@@ -53,9 +48,9 @@ def _deliver_vmx(m, v, vector, me):
 
 @kernel("u8(words, u8, u8)")
 def ring_doorbell(m, v, me):
-    """avic_ring_doorbell: not to the pCPU that this is. ``me`` is the vCPU that runs here, or NONE."""
+    """avic_ring_doorbell: not to the pCPU that this is."""
     cpu = m[own(m, v) + k.K_CPU]
-    if v == me or (me != k.NONE and m[own(m, me) + k.K_CPU] == cpu):
+    if v == me or (me < k.MAX_VCPUS and m[own(m, me) + k.K_CPU] == cpu):
         return k.ZERO
     if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & k.T_TRACE_DOORBELL:
         emit(m, k.TP_AVIC_DOORBELL, me, m[own(m, v) + k.K_VCPU_ID], cpu, k.ZERO)
@@ -148,87 +143,10 @@ def accept(m, v, icr, me):
         emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     mode = delivery_mode(icr)
     if mode > k.DM_LOWEST:
-        return _accept_other(m, v, icr, me)
+        return tell(m, me, v, _accept_other(m, v, icr, me))
     if mode == k.DM_LOWEST:
         increment(m, own(m, v) + k.K_ARB_PRIO)
-    return _accept_fixed(m, v, icr, me)
-
-
-@kernel("u8(u8, u8)")
-def lowest_priority(icr, hint):
-    """kvm_lowest_prio_delivery."""
-    if hint or delivery_mode(icr) == k.DM_LOWEST:
-        return k.ONE
-    return k.ZERO
-
-
-@kernel("u8(u8, u8)")
-def nth_bit(bits, n):
-    """Position of the n-th set bit, counted from 0."""
-    position = k.ZERO
-    while True:
-        if (bits >> position) & k.ONE:
-            if n == k.ZERO:
-                return position
-            n = n - k.ONE
-        position = position + k.ONE
-
-
-@kernel("u8(words, u8, u8, u8)")
-def lowest_by_prio(m, base, first, bits):
-    """Vector hashing off: vCPU index + 1 of the smallest arb_prio among the filled slots, the first wins a tie."""
-    best = k.ZERO
-    for i in range(16):
-        if not (bits >> k.U(i)) & k.ONE:
-            continue
-        candidate = slot(m, base, first + k.U(i))
-        if not candidate:
-            continue
-        if not best or m[own(m, candidate - k.ONE) + k.K_ARB_PRIO] < m[own(m, best - k.ONE) + k.K_ARB_PRIO]:
-            best = candidate
-    return best
-
-
-@kernel("u8(words, u8, u8, u8, u8, u8)")
-def _logical_fast(m, base, icr, dest, hint, me):
-    """kvm_apic_map_get_dest_lapic for logical destinations."""
-    mode = m[base + k.MAP_LOGICAL]
-    if mode == k.LOGICAL_DISABLED:
-        return UNRESOLVED
-    if mode == k.LOGICAL_SW_DISABLED:
-        return k.ZERO
-    if mode == k.LOGICAL_X2APIC:
-        cluster = (dest >> k.U(16)) << k.U(4)
-        if cluster > m[base + k.MAP_MAX_ID]:
-            return k.ZERO
-        first = k.MAP_PHYS_SLOT + cluster
-        size = umin(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
-        bits = dest & ((k.ONE << size) - k.ONE)
-    elif mode == k.LOGICAL_FLAT:
-        first = k.MAP_FLAT_SLOT
-        bits = dest & k.U(0xFF)
-    else:
-        first = k.MAP_CLUSTER_SLOT + (((dest >> k.U(4)) & k.U(0xF)) << k.U(2))
-        bits = dest & k.U(0xF)
-    if lowest_priority(icr, hint) and bits:
-        if m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
-            # Empty slots count: the hash may choose one, and then the interrupt is dropped.
-            chosen = nth_bit(bits, (icr & k.ICR_VECTOR) % popcount(bits))
-            target = slot(m, base, first + chosen)
-            if not target:
-                m[k.H_LOST_LOWEST] = k.ONE
-        else:
-            target = lowest_by_prio(m, base, first, bits)
-        if not target:
-            return k.ZERO
-        return accept(m, target - k.ONE, icr, me)
-    code = k.ZERO
-    for i in range(16):
-        if (bits >> k.U(i)) & k.ONE:
-            target = slot(m, base, first + k.U(i))
-            if target:
-                code = combine(code, accept(m, target - k.ONE, icr, me))
-    return code
+    return tell(m, me, v, _accept_fixed(m, v, icr, me))
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
@@ -240,14 +158,17 @@ def deliver_fast(m, src, icr, dest, hint, me):
             return accept(m, src, icr, me)
         return UNRESOLVED
     base = m[k.H_MAP]
-    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, src, dest):
+    found = members(m, base, src, icr, dest, hint)
+    if found == UNRESOLVED:
         return UNRESOLVED
-    if icr & k.ICR_LOGICAL:
-        return _logical_fast(m, base, icr, dest, hint, me)
-    target = phys(m, base, dest)
-    if not target:
-        return k.ZERO
-    return accept(m, target - k.ONE, icr, me)
+    bits = found >> MEMBER_BITS
+    code = k.ZERO
+    while bits:
+        target = member(m, base, found, ctz(bits))
+        bits = bits & (bits - k.ONE)
+        if target:
+            code = combine(code, accept(m, target - k.ONE, icr, me))
+    return code
 
 
 @kernel("u8(words, u8, u8, u8)")

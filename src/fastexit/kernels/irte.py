@@ -4,51 +4,23 @@ Models: kvm_pi_update_irte, kvm_intr_is_single_vcpu with its map-based half, kvm
 kernels traced posted mode only, every time. Spec: VT-d "Interrupt Posting".
 """
 
-from ..jit.declare import ctz, kernel, popcount, umin
+from ..jit.declare import ctz, kernel, popcount
 from . import typed as k
-from .apicmap import phys, slot
-from .ipi import delivery_mode, lowest_by_prio, lowest_priority, nth_bit
-from .match import is_broadcast, matches
+from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
+from .match import delivery_mode, matches
 from .msi import as_icr, destination, redirection_hint
 from .shared import emit, hot, own
-
-
-@kernel("u8(words, u8, u8, u8, u8, u8)")
-def _one_of(m, base, icr, hint, first, bits):
-    """vCPU index + 1 in the single slot of these, or 0. Of several, lowest priority has its own way to leave one."""
-    if not bits:
-        return k.ZERO
-    if not lowest_priority(icr, hint):
-        return slot(m, base, first + ctz(bits)) if popcount(bits) == k.ONE else k.ZERO
-    if not m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
-        return lowest_by_prio(m, base, first, bits)
-    chosen = slot(m, base, first + nth_bit(bits, (icr & k.ICR_VECTOR) % popcount(bits)))
-    if not chosen:
-        m[k.H_LOST_LOWEST] = k.ONE
-    return chosen
 
 
 @kernel("u8(words, u8, u8, u8)")
 def _single_fast(m, icr, dest, hint):
     """kvm_intr_is_single_vcpu_fast: vCPU index + 1, or 0 when the map cannot tell."""
     base = m[k.H_MAP]
-    if not m[base + k.MAP_PRESENT] or is_broadcast(m, base, k.NONE, dest):
+    found = members(m, base, k.NONE, icr, dest, hint)
+    bits = found >> MEMBER_BITS
+    if found == UNRESOLVED or popcount(bits) != k.ONE:
         return k.ZERO
-    if not icr & k.ICR_LOGICAL:
-        return phys(m, base, dest)
-    mode = m[base + k.MAP_LOGICAL]
-    if mode == k.LOGICAL_X2APIC:
-        cluster = (dest >> k.U(16)) << k.U(4)
-        if cluster > m[base + k.MAP_MAX_ID]:
-            return k.ZERO
-        size = umin(m[base + k.MAP_MAX_ID] - cluster + k.ONE, k.U(16))
-        return _one_of(m, base, icr, hint, k.MAP_PHYS_SLOT + cluster, dest & ((k.ONE << size) - k.ONE))
-    if mode == k.LOGICAL_FLAT:
-        return _one_of(m, base, icr, hint, k.MAP_FLAT_SLOT, dest & k.U(0xFF))
-    if mode == k.LOGICAL_CLUSTER:
-        first = k.MAP_CLUSTER_SLOT + (((dest >> k.U(4)) & k.U(0xF)) << k.U(2))
-        return _one_of(m, base, icr, hint, first, dest & k.U(0xF))
-    return k.ZERO
+    return member(m, base, found, ctz(bits))
 
 
 @kernel("u8(words, u8, u8)")

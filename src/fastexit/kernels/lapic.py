@@ -197,7 +197,7 @@ def reg_write(m, v, offset, value):
             code = k.CODE_GP
     else:
         code = _write_lvt_or_fail(m, v, offset, value)
-    return code | recalculate(m)
+    return code | recalculate(m, v)
 
 
 @kernel("u8(words, u8, u8)")

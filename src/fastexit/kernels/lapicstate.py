@@ -77,7 +77,7 @@ def set_base(m, v, value, host):
         if old & mode == k.ZERO and value & mode == mode:
             return k.CODE_GP
     effects = _store_base(m, v, value)
-    return effects | recalculate(m)
+    return effects | recalculate(m, v)
 
 
 @kernel("u8(words, u8, u8)")
@@ -130,7 +130,7 @@ def reset(m, v, init):
     mark_dirty(m)
     update_ppr(m, v)
     restore(m, v)
-    return recalculate(m)
+    return recalculate(m, k.NONE if init else v)
 
 
 @kernel("u8(words, u8)")
@@ -194,7 +194,7 @@ def set_state(m, v):
     effects = base_written(m, v, k.ZERO)
     set_spiv(m, v, m[k.H_STAGE + (k.APIC_SPIV >> k.U(3))] & k.LOW32)
     if in_x2apic_mode(m, v) and _fix_up_stage(m, v):
-        return k.CODE_GP | effects | recalculate(m)
+        return k.CODE_GP | effects | recalculate(m, v)
     page = k.PAGE + v * k.PAGE_STRIDE
     copy_words(m, page, k.H_STAGE, k.PAGE_STRIDE)
     _store_vectors(m, v, k.APIC_ISR, own(m, v) + k.K_ISR)
@@ -202,7 +202,7 @@ def set_state(m, v):
     _store_vectors(m, v, k.APIC_IRR, vec(m, v) + k.VEC_IRR)
     effects = effects | id_written(m, v)
     mark_dirty(m)
-    effects = effects | recalculate(m)
+    effects = effects | recalculate(m, v)
     set_reg(m, v, k.APIC_LVR, version(m, v))
     compute_ppr(m, v)
     row = own(m, v)

@@ -107,6 +107,7 @@ def run_exit(m, v, row, reason, msr, value, info):
     """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         start_run(m, v)
+    m[own(m, v) + k.K_TARGETS] = k.ZERO
     code = vendor_run(m, v, row, reason, msr, value, info)
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
         return after_run(m, v, row, reason, msr, value, info, code)
@@ -120,6 +121,7 @@ def kvm_run(m, v):
     """Call KVM_RUN: 0 when the vCPU is in the guest then, CODE_BLOCKED, or the USER code of a return."""
     if load_acquire(m, hot(m, v) + k.HOT_MODE) != k.OUTSIDE_GUEST_MODE:
         return k.ZERO
+    m[own(m, v) + k.K_TARGETS] = k.ZERO
     user = steps.begin_run(m, v)
     if user:
         return_to_user(m, v, user)
@@ -145,7 +147,11 @@ def start_run(m, v):
 
 @kernel("u8(words, u8)")
 def leave_guest(m, v):
-    """Take the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as a signal does."""
+    """Take the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as a signal does.
+
+    What the ioctl then does has a list of targets of its own.
+    """
+    m[own(m, v) + k.K_TARGETS] = k.ZERO
     if load_acquire(m, hot(m, v) + k.HOT_MODE) != k.OUTSIDE_GUEST_MODE:
         out_of_guest(m, v)
         steps.loop_tail(m, v)

@@ -1,13 +1,26 @@
-"""Whom a destination means, without the APIC map.
+"""Whom a destination means, without the APIC map; how many of them, by the delivery mode.
 
-Models: kvm_apic_is_broadcast_dest, kvm_apic_match_dest, kvm_apic_mda, kvm_apic_match_physical_addr and
-kvm_apic_match_logical_addr. Spec: SDM vol. 3A 10.6.2.
+Models: kvm_lowest_prio_delivery, kvm_apic_is_broadcast_dest, kvm_apic_match_dest, kvm_apic_mda,
+kvm_apic_match_physical_addr and kvm_apic_match_logical_addr. Spec: SDM vol. 3A 10.6.2.
 """
 
 from ..jit.declare import kernel
 from . import typed as k
 from .lapicreg import reg
 from .shared import hot, own
+
+
+@kernel("u8(u8)")
+def delivery_mode(icr):
+    return (icr & k.ICR_DM) >> k.ICR_DM_SHIFT
+
+
+@kernel("u8(u8, u8)")
+def lowest_priority(icr, hint):
+    """kvm_lowest_prio_delivery."""
+    if hint or delivery_mode(icr) == k.DM_LOWEST:
+        return k.ONE
+    return k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")

@@ -6,7 +6,7 @@ Spec: SDM vol. 3A 10.11.
 from ..jit.declare import kernel
 from . import typed as k
 from .ipi import deliver
-from .shared import emit
+from .shared import emit, head
 
 
 @kernel("u8(words, u8)")
@@ -36,12 +36,13 @@ def redirection_hint(address):
     return (address >> k.U(3)) & k.ONE
 
 
-@kernel("u8(words, u8, u8)")
-def signal_msi(m, address, data):
+@kernel("u8(words, u8, u8, u8)")
+def signal_msi(m, address, data, me):
     """kvm_set_msi for KVM_SIGNAL_MSI: delivery code, or CODE_GP where the ioctl says EINVAL.
 
-    There is no sender and no running vCPU.
+    There is no sending and no running vCPU; ``me``, a number from HOST on, has the list of targets.
     """
+    m[head(m, me)] = k.ZERO
     if route_invalid(m, address):
         return k.CODE_GP
     icr = as_icr(address, data)
@@ -49,4 +50,4 @@ def signal_msi(m, address, data):
     hint = redirection_hint(address)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_MSI_SET_IRQ, k.NONE, icr, dest, hint)
-    return deliver(m, k.NONE, icr, dest, hint, k.NONE)
+    return deliver(m, k.NONE, icr, dest, hint, me)

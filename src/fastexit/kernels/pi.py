@@ -16,7 +16,7 @@ from ..jit.atomics import fence, load_acquire, store_release
 from ..jit.declare import ctz, inlined, kernel, msb, umax
 from . import typed as k
 from .pid import posted_words
-from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, vec, wake
+from .shared import clear_bits_first, clear_word_bits, hot, or_word, own, replace_if, take, tell, vec, wake
 
 INTR_INFO_VALID = k.U(1 << 31)
 
@@ -148,13 +148,13 @@ def wake_next(m, cpu, first):
     return k.NONE
 
 
-@kernel("u8(words, u8)")
-def wakeup(m, cpu):
+@kernel("u8(words, u8, u8)")
+def wakeup(m, me, cpu):
     """pi_wakeup_handler: the host took 0xF1 on this pCPU. Effect code WAKE if anybody slept."""
     code = k.ZERO
     v = wake_next(m, cpu, k.ZERO)
     while v != k.NONE:
-        code = k.EF_WAKE << k.CODE_EFFECTS_SHIFT
+        code = tell(m, me, v, k.EF_WAKE << k.CODE_EFFECTS_SHIFT)
         v = wake_next(m, cpu, v + k.ONE)
     return code
 
@@ -167,7 +167,7 @@ def external_interrupt(m, v, intr_info):
     does nothing in the host, other vectors are none of KVM's business.
     """
     if intr_info & INTR_INFO_VALID and intr_info & k.U(0xFF) == k.POSTED_INTR_WAKEUP_VECTOR:
-        return wakeup(m, load_acquire(m, control(m, v)) >> k.PID_NDST_SHIFT)
+        return wakeup(m, v, load_acquire(m, control(m, v)) >> k.PID_NDST_SHIFT)
     return k.ZERO
 
 

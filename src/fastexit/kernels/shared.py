@@ -163,13 +163,46 @@ def kick(m, v, me):
     return k.ZERO
 
 
+@kernel("u8(words, u8)")
+def head(m, me):
+    """Word that says how many targets a sender has told of, and the first of them (outcome.TARGETS)."""
+    return own(m, me) + k.K_TARGETS if me < k.MAX_VCPUS else k.HOST_TARGETS + me - k.HOST
+
+
+@kernel("u8(words, u8, u8, u8)")
+def tell(m, me, target, code):
+    """Write down what the sender's host has to do for one target, and return the code that says so.
+
+    Effects of several targets unite in an outcome's code, and what a target needed cannot be seen afterwards: others
+    act on it, too. ``me`` is the sender, or NONE where nobody will ask. Rows have a place for every vCPU; whoever is
+    beyond that has been told of before.
+    """
+    effect = code & k.CODE_EFFECTS
+    if not effect or me >= k.SENDERS:
+        return code
+    one = effect >> k.TARGETS_FROM_CODE | target & k.TARGETS_VCPU
+    at = head(m, me)
+    n = m[at] >> k.TARGETS_COUNT_SHIFT
+    if not n:
+        m[at] = k.TARGETS_ONE | one
+    elif n < k.MAX_VCPUS:
+        m[at] = m[at] + k.TARGETS_ONE
+        at = k.TARGETS + me * k.TARGETS_STRIDE + (n >> k.U(2))
+        shift = (n & k.U(3)) << k.U(4)
+        m[at] = m[at] & ~(k.U(0xFFFF) << shift) | one << shift
+    return code
+
+
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def emit(m, event, v, a, b, c):
-    """Append one record of what vCPU v (NONE: the host) did; a full ring only counts. Call only under CONFIG_TRACE."""
+    """Append one record of what vCPU v did, or the host (no vCPU's index). A full ring only counts.
+
+    Call only under CONFIG_TRACE.
+    """
     n = increment(m, k.H_TRACE_HEAD)
     if n < k.TRACE_CAPACITY:
         at = k.TRACE + n * k.TRACE_STRIDE
-        m[at] = event | ((v + k.ONE) << k.U(8))
+        m[at] = event | (v + k.ONE << k.U(8) if v < k.MAX_VCPUS else k.ZERO)
         m[at + k.U(1)] = a
         m[at + k.U(2)] = b
         m[at + k.U(3)] = c

@@ -56,6 +56,7 @@ def send(m, v, icr):
     if not m[base + k.MAP_PRESENT] or dest == k.X2APIC_BROADCAST or dest == k.XAPIC_BROADCAST:
         return k.ZERO
     code = k.SENT
+    told = k.ZERO
     found = phys(m, base, dest)
     if found:
         target = found - k.ONE
@@ -71,9 +72,14 @@ def send(m, v, icr):
         if not test_and_set(m, at + k.PID_PIR + (vector >> k.U(6)), vector & k.U(63)):
             if not test_and_set(m, at + k.PID_CONTROL_WORD, k.ZERO):
                 if load_acquire(m, at + k.HOT_MODE) != k.IN_GUEST_MODE:
-                    code = code | rouse(m, target, v)
+                    effect = rouse(m, target, v)
+                    if effect:
+                        code = code | effect
+                        told = k.TARGETS_ONE | effect >> k.TARGETS_FROM_CODE | target
                 elif target != v:
                     code = code | k.EFFECT_NOTIFY_CODE
+                    told = k.TARGETS_NOTIFY | target
+    m[mine + k.K_TARGETS] = told
     m[word(m, v, k.APIC_ICR)] = icr & ~k.ICR_BUSY
     m[mine + k.K_RIP] = m[mine + k.K_RIP] + k.INSN_LEN_WRMSR
     m[mine + k.K_SHADOW] = k.ZERO

@@ -49,4 +49,4 @@ def create(m, vcpu_id):
 def refuse(m):
     """KVM_CREATE_VCPU of an id that is taken: known only after the new vCPU's reset, which has rebuilt the map."""
     mark_dirty(m)
-    return recalculate(m)
+    return recalculate(m, k.HOST)
