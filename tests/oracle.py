@@ -112,6 +112,8 @@ class Machine:
         self.tsc_deadline = tsc_deadline
         self.maxphyaddr = maxphyaddr
         self.trace: list[str] = []
+        self.running: Vcpu | None = None  # on the CPU where an operation happens
+        self.told: list[tuple[int, str]] = []  # whom the host was asked to do something for since then, and what
         self.vcpus: list[Vcpu] = []
         self.map: ApicMap | None = None
         self.map_dirty = True
@@ -166,6 +168,8 @@ class Machine:
             )
         if switches:
             for vcpu in self.vcpus:
+                if vcpu.in_guest and not vcpu.kicked:
+                    vcpu.tell("KICK")
                 vcpu.request("APICV_UPDATE")
 
     # ----------------------------------------------------------------------------------------------------- time

@@ -97,6 +97,7 @@ class Vcpu(Doors):
         self.thread = RunLoop(self)
         self.in_guest = False
         self.kicked = False
+        self.blocked = False  # its thread sleeps, and nobody has woken it
         self.requests: set[str] = set()
         self.rip = 0xFFF0
         self.cs = 0xF000
@@ -515,38 +516,65 @@ class Vcpu(Doors):
                 self.tmr.add(irq.vector)
             else:
                 self.tmr.discard(irq.vector)
+            outstanding = bool(self.pir)
             (self.pir if self.apicv and not self.m.svm else self.irr).add(irq.vector)
             if self.apicv:
+                if self.m.svm or not outstanding:
+                    self._posted()
                 self.m.log(f"kvm_apicv_accept_irq: {what}")
             else:
-                self.request("EVENT")
+                self.rouse("EVENT")
             return 1
         if irq.mode == r.DM_SMI:
             if not self.m.smm:
                 return 0
-            self.request("SMI")
+            self.rouse("SMI")
             return 1
         if irq.mode == r.DM_REMRD:
             self.pv_unhalted = True
-            self.request("EVENT")
+            self.rouse("EVENT")
             return 1
         if irq.mode == r.DM_NMI:
             self.nmi_queued += 1
-            self.request("NMI")
+            self.rouse("NMI")
             return 1
         if irq.mode == r.DM_INIT:
             if irq.trigger_level and not irq.level:
                 return 0
             self.pending_init = True
             self.pending_sipi = False
-            self.request("EVENT")
+            self.rouse("EVENT")
             return 1
         if irq.mode == r.DM_STARTUP:
             self.sipi_vector = irq.vector
             self.pending_sipi = True
-            self.request("EVENT")
+            self.rouse("EVENT")
             return 1
         return 0  # ExtINT
+
+    def tell(self, what: str) -> None:
+        """The host has to do something for this vCPU; the one that runs here sees it anyway, unless it sleeps."""
+        if self is not self.m.running or what == "WAKE":
+            self.m.told.append((self.index, what))
+
+    def rouse(self, name: str) -> None:
+        """A request by somebody else: a sleeper is woken for it, a vCPU in the guest has to come out."""
+        if not self.wake() and self.in_guest and not self.kicked:
+            self.tell("KICK")
+        self.request(name)
+
+    def wake(self) -> bool:
+        was, self.blocked = self.blocked, False
+        if was:
+            self.tell("WAKE")
+        return was
+
+    def _posted(self) -> None:
+        """A vector waits where the CPU looks for it: one that runs the guest is told, a sleeper is woken."""
+        if self.in_guest and not self.kicked:
+            self.tell("DOORBELL" if self.m.svm else "NOTIFY")
+        else:
+            self.wake()
 
     def request(self, name: str) -> None:
         """A KVM_REQ_* and a kick: the next entry deals with it, and a vCPU that is in the guest comes out for it."""

@@ -50,6 +50,12 @@ class RunLoop:
         """KVM_RUN: until the vCPU is in the guest, sleeps, or user space has to do something."""
         if self.v.in_guest:
             return GUEST
+        self.v.blocked = False
+        state = self._run()
+        self.v.blocked = state == BLOCKED
+        return state
+
+    def _run(self) -> str | KvmExit:
         self._answer()
         if self.v.mp_state == r.MP_UNINITIALIZED:
             # not the loop's business; user space calls again after EAGAIN
@@ -88,11 +94,13 @@ class RunLoop:
         """
         if self.v.in_guest:
             return
+        self.v.blocked = False
         self._answer()
         self._awake()
         while (state := self._enter(forced=True)) != GUEST:
             if state is None:
                 self._after_iteration()
+        self.m.told.clear()
 
     def _enter(self, *, forced: bool = False) -> str | KvmExit | None:
         """One attempt to enter: "guest", a reason for user space, or None to go round again."""
@@ -255,8 +263,10 @@ class RunLoop:
         v = self.v
         v.in_guest = False
         if result.user is None:
+            told = list(self.m.told)
             self._after_iteration()
             state = self.run()
+            self.m.told = told  # what an entry asks for, no outcome says
             if isinstance(state, KvmExit):
                 result.user = state
             result.blocked = state == BLOCKED

@@ -264,7 +264,10 @@ class Timer:
             self.deliver()
             return
         self.pending = True
-        self.v.request("UNBLOCK")
+        if by_host:
+            self.v.rouse("UNBLOCK")
+        else:
+            self.v.request("UNBLOCK")
 
     def deliver(self) -> None:
         """The tick becomes LVTT's interrupt, if that is not masked."""

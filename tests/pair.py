@@ -10,7 +10,7 @@ from typing import Any
 
 import oracle
 from fastexit import regs as r
-from fastexit.outcome import Fastpath, Outcome
+from fastexit.outcome import Effect, Fastpath, Outcome
 from fastexit.reasons import SvmExit, VmxExit
 from oracle_run import GUEST, Result
 from strategies import GUEST_OPS, Config, Op, apply, describe, differences, story
@@ -34,7 +34,7 @@ class Pair:
     """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
 
     After each operation what it returned is compared: for exits the path, the fault, how many APICs accepted, why
-    user space was asked, whether the vCPU sleeps. Looking at a vCPU takes it out of the guest: a pair that is *close*
+    user space was asked, whether the vCPU sleeps; and whom they asked the host to do what for. Looking at a vCPU takes it out of the guest: a pair that is *close*
     looks at all of them after each operation, and one that is not only when it settles: between, vCPUs stay in the
     guest or asleep, where ticks and kicks find them.
     """
@@ -52,6 +52,9 @@ class Pair:
         if op == SETTLE:
             self.look()
             return
+        on_vcpu = op[0] not in ("signal_msi", "set_time", "add_vcpu", "msr_filter", "enable_x2apic_api", "boot_x2apic")
+        self.model.running = self.model.vcpus[op[1]] if on_vcpu else None
+        self.model.told.clear()
         if op[0] in GUEST_OPS:
             want, got = self._exit(op)
         elif op[0] == "run":
@@ -61,6 +64,9 @@ class Pair:
             if op[0] == "set_msr":
                 want, got = (want, self.model.vcpus[op[1]].last_accepted), (got, self.machine.last_accepted)
         self.same(got, want, describe(op))
+        if op[0] in GUEST_OPS or op[0] in ("set_msr", "signal_msi"):
+            told = self.machine.vcpus[op[1]].targets if on_vcpu else self.machine.targets
+            self.same([(vcpu, effect.name) for vcpu, effect in told], self.model.told, f"targets of {describe(op)}")
         if self.close:
             self.look()
 
@@ -113,6 +119,10 @@ class Pair:
         if name != "guest_wrmsr":
             # an IPI by other ways than the ICR is counted by nobody
             want[0].accepted = got[0].accepted
+        united = Effect.NONE
+        for _, effect in vcpu.targets:
+            united |= effect
+        self.same(united, got[0].effects, f"effects of {describe(op)}")
         return (spelt(want[0]), want[1]), (spelt(got[0]), got[1])
 
     def _read(self, name: str, vcpu: Any, arguments: list[Any]) -> Outcome:

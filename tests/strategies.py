@@ -33,6 +33,7 @@ from fastexit.kvm.values import (
     chance,
     icr,
     icr_low,
+    msi_address,
     register_value,
     word32,
 )
@@ -222,6 +223,19 @@ def hypercall_op(rng: random.Random, machine: oracle.Machine) -> Op:
     return ("hypercall", i, number, *bitmaps, least, icr, chance(rng, 0.8))
 
 
+def ipi_op(rng: random.Random, machine: oracle.Machine) -> Op:
+    """An ICR write by a guest or by user space, or a message: to one, to several, to all, by every delivery mode."""
+    i = rng.randrange(len(machine.vcpus))
+    if chance(rng, 0.15):
+        return ("signal_msi", msi_address(rng, machine), vector(rng) | rng.choice((0, 0, 0, 1, 2, 4)) << 8)
+    value = icr(rng, machine)
+    if chance(rng, 0.5):  # most often of the simple kinds, which most vCPUs accept
+        value = value & ~(r.ICR_DM | r.ICR_SHORTHAND | r.ICR_RESERVED | r.ICR_TRIGGER) | rng.choice((0, 0, 2, 3, 3)) << 18
+    if not machine.vcpus[i].x2apic:
+        return ("mmio_write", i, r.APIC_ICR, value & 0xFFFF_FFFF, 4)
+    return ("guest_wrmsr" if chance(rng, 0.9) else "set_msr", i, r.MSR_X2APIC_ICR, value)
+
+
 def extint_op(rng: random.Random, machine: oracle.Machine) -> Op:
     """KVM_INTERRUPT, where it is not refused."""
     i = rng.randrange(len(machine.vcpus))
@@ -279,6 +293,7 @@ LIVELY_OPS: dict[str, tuple[float, Callable[[random.Random, oracle.Machine], Op]
     "exits": (1, exit_op),
     "runs": (1, run_op),
     "hypercalls": (1, hypercall_op),
+    "IPIs": (1, ipi_op),
     "events": (0.5, set_events_op),
     "sregs": (0.5, set_sregs_op),
     "states": (0.3, set_mp_state_op),

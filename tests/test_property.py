@@ -70,8 +70,7 @@ def lively_config(rng: random.Random, *, hv_timer: bool, **fixed: Any) -> s.Conf
     """A machine with clocks, parameters and capabilities of all sorts."""
     return s.random_config(
         rng,
-        least=1,
-        most=4,
+        **({"least": 1, "most": 4} | fixed),
         hv_timer=hv_timer,
         smm=rng.random() < 0.3,
         vector_hashing=rng.random() < 0.7,
@@ -80,7 +79,6 @@ def lively_config(rng: random.Random, *, hv_timer: bool, **fixed: Any) -> s.Conf
         tsc_khz=rng.choice((1_000_000, 2_500_000, 1_234_567)),
         bus_cycle_ns=rng.choice((1, 10)),
         min_timer_period_us=rng.choice((200, 1)),
-        **fixed,
     )
 
 
@@ -107,6 +105,32 @@ def test_whole_lives(apicv: bool, vendor: str, close: bool, seed: int) -> None:
     rng = random.Random(seed)
     config = lively_config(rng, hv_timer=vendor == "vmx" and rng.random() < 0.5, vendor=vendor, apicv=apicv)
     live(config, rng, OPS, tuple(s.LIVELY_OPS), close=close)
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
+@profile
+@given(seed=s.seeds)
+def test_targets(apicv: bool, vendor: str, seed: int) -> None:
+    """Whom each interrupt asks the host to do what for: vCPUs in the guest, asleep, kicked already, or out of KVM_RUN."""
+    rng = random.Random(seed)
+    config = lively_config(rng, hv_timer=False, vendor=vendor, apicv=apicv, least=3, most=6)
+    live(config, rng, OPS, ("IPIs", "IPIs", "IPIs", "IPIs", "exits", "exits", "runs", "hypercalls"), close=False)
+
+
+def test_targets_are_of_every_kind() -> None:
+    """The lives of test_targets are not spent on nothing: each effect comes, alone and in company."""
+    seen: set[tuple[str, bool]] = set()
+    for seed, (vendor, apicv) in enumerate([("vmx", True), ("svm", True), ("vmx", False)] * (3 if s.JIT else 2)):
+        rng = random.Random(seed)
+        config = lively_config(rng, hv_timer=False, kernel="6.18", vendor=vendor, apicv=apicv, least=3, most=6)
+        pair = Pair(config, config.build(fx.Machine), close=False)
+        for op in s.setup_ops(rng, pair.model):
+            pair.step(op)
+        for _ in range(OPS):
+            pair.step(s.lively_op(rng, pair.model, ("IPIs", "IPIs", "exits", "runs")))
+            seen |= {(what, len(pair.model.told) > 1) for _, what in pair.model.told}
+    assert seen == {(effect.name, several) for effect in fx.Effect for several in (False, True) if effect}
 
 
 @pytest.mark.long

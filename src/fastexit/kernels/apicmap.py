@@ -10,7 +10,7 @@ in each word what the map said before or says now, never an emptied slot: vCPUs 
 """
 
 from ..jit.atomics import compare_exchange, exchange, load_acquire, store_release
-from ..jit.declare import ctz, kernel, popcount, umax, umin
+from ..jit.declare import ctz, inlined, kernel, popcount, umax, umin
 from . import typed as k
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
@@ -91,6 +91,7 @@ def _logical(m, base, dest):
     return first | (dest & k.U(0xF)) << MEMBER_BITS
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def members(m, base, src, icr, dest, hint):
     """kvm_apic_map_get_dest_lapic without shorthands: the slots of a destination, or UNRESOLVED: the map cannot tell.

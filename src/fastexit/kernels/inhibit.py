@@ -46,8 +46,8 @@ def required(m):
 def _ask_all(m, me):
     """kvm_make_all_cpus_request(APICV_UPDATE): Effect code KICK if a vCPU was in the guest. Nobody is woken for it.
 
-    ``me`` is told whom to kick, as in ipi.py. The vCPU that runs here is never in guest mode when its APIC changes, so it
-    is not told apart.
+    ``me`` is told whom to kick, as in ipi.py. The vCPU that runs here is never in guest mode when its APIC changes, so
+    it is not told apart.
     """
     effects = k.ZERO
     for i in range(m[k.H_NVCPUS]):

@@ -95,18 +95,19 @@ def _accept_fixed(m, v, icr, me):
         or_word(m, tmr, bit)
     elif is_level and not trigger:
         clear_word_bits(m, tmr, bit)
-    if m[k.H_CONFIG] & k.CONFIG_SVM:
-        return _deliver_svm(m, v, icr, me) | ACCEPT
+    config = m[k.H_CONFIG]
+    if config & k.CONFIG_SVM:
+        return tell(m, me, v, _deliver_svm(m, v, icr, me) | ACCEPT)
     effects = _deliver_vmx(m, v, vector, me)
-    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+    if config & k.CONFIG_TRACE and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
-    return effects | ACCEPT
+    return tell(m, me, v, effects | ACCEPT)
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def _signal(m, v, request, me, code):
     make_request(m, v, request)
-    return code | kick(m, v, me)
+    return tell(m, me, v, code | kick(m, v, me))
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -143,10 +144,23 @@ def accept(m, v, icr, me):
         emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     mode = delivery_mode(icr)
     if mode > k.DM_LOWEST:
-        return tell(m, me, v, _accept_other(m, v, icr, me))
+        return _accept_other(m, v, icr, me)
     if mode == k.DM_LOWEST:
         increment(m, own(m, v) + k.K_ARB_PRIO)
-    return tell(m, me, v, _accept_fixed(m, v, icr, me))
+    return _accept_fixed(m, v, icr, me)
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def _accept_each(m, base, found, icr, me):
+    """The interrupt at each of several members of the map."""
+    bits = found >> MEMBER_BITS
+    code = k.ZERO
+    while bits:
+        target = member(m, base, found, ctz(bits))
+        bits = bits & (bits - k.ONE)
+        if target:
+            code = combine(code, accept(m, target - k.ONE, icr, me))
+    return code
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
@@ -162,13 +176,10 @@ def deliver_fast(m, src, icr, dest, hint, me):
     if found == UNRESOLVED:
         return UNRESOLVED
     bits = found >> MEMBER_BITS
-    code = k.ZERO
-    while bits:
-        target = member(m, base, found, ctz(bits))
-        bits = bits & (bits - k.ONE)
-        if target:
-            code = combine(code, accept(m, target - k.ONE, icr, me))
-    return code
+    if bits & (bits - k.ONE):
+        return _accept_each(m, base, found, icr, me)
+    target = member(m, base, found, ctz(bits)) if bits else k.ZERO
+    return accept(m, target - k.ONE, icr, me) if target else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")

@@ -169,6 +169,19 @@ def head(m, me):
     return own(m, me) + k.K_TARGETS if me < k.MAX_VCPUS else k.HOST_TARGETS + me - k.HOST
 
 
+@kernel("u8(words, u8, u8)")
+def _tell_another(m, me, one):
+    """A target behind the first one."""
+    at = head(m, me)
+    n = m[at] >> k.TARGETS_COUNT_SHIFT
+    if n < k.MAX_VCPUS:
+        m[at] = m[at] + k.TARGETS_ONE
+        at = k.TARGETS + me * k.TARGETS_STRIDE + (n >> k.U(2))
+        shift = (n & k.U(3)) << k.U(4)
+        m[at] = m[at] & ~(k.U(0xFFFF) << shift) | one << shift
+    return k.ZERO
+
+
 @kernel("u8(words, u8, u8, u8)")
 def tell(m, me, target, code):
     """Write down what the sender's host has to do for one target, and return the code that says so.
@@ -178,18 +191,13 @@ def tell(m, me, target, code):
     beyond that has been told of before.
     """
     effect = code & k.CODE_EFFECTS
-    if not effect or me >= k.SENDERS:
-        return code
-    one = effect >> k.TARGETS_FROM_CODE | target & k.TARGETS_VCPU
-    at = head(m, me)
-    n = m[at] >> k.TARGETS_COUNT_SHIFT
-    if not n:
-        m[at] = k.TARGETS_ONE | one
-    elif n < k.MAX_VCPUS:
-        m[at] = m[at] + k.TARGETS_ONE
-        at = k.TARGETS + me * k.TARGETS_STRIDE + (n >> k.U(2))
-        shift = (n & k.U(3)) << k.U(4)
-        m[at] = m[at] & ~(k.U(0xFFFF) << shift) | one << shift
+    if effect and me < k.SENDERS:
+        one = effect >> k.TARGETS_FROM_CODE | target & k.TARGETS_VCPU
+        at = head(m, me)
+        if m[at]:
+            _tell_another(m, me, one)
+        else:
+            m[at] = k.TARGETS_ONE | one
     return code
 
 
