@@ -259,7 +259,7 @@ static int32_t op_inject(fx_machine *m, uint64_t address, uint32_t data, struct 
     row = take_row(words);
     code = table.signal_msi(handle(words), address, data, FX_HOST + row);
     if (!(code & CODE_FAULT)) {
-        head = words[FX_HOST_TARGETS + row];
+        head = OWN(words, FX_HOST + row)[FX_K_TARGETS];
         told.machine = m;
         told.n = list_of(words, FX_HOST + row, head, told.list);
         status = put(out, code, 0, FX_NOBODY, target_of(code, head), data & 0xff);

@@ -51,13 +51,12 @@ enum {
     FX_K_IN_RUN = 46,
     FX_K_USER_EXIT = 80,
     FX_K_ISR = 88,
-    FX_TARGETS = 2076672, /* a sender's own row */
+    FX_TARGETS = 2082816, /* a sender's own row */
     FX_TARGETS_STRIDE = 1024,
-    FX_HOST = 4096, /* senders that are no vCPU, and their rows */
+    FX_HOST = 4096, /* behind the vCPUs' rows: the host's, when it sends itself */
     FX_HOSTS = 64,
-    FX_HOST_TARGETS = 6336512,
-    FX_HOST_BUSY = 6336576, /* remote */
-    FX_WORDS = 6336584
+    FX_HOST_BUSY = 6342656, /* remote */
+    FX_WORDS = 6342664
 };
 
 enum {

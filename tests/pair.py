@@ -34,9 +34,9 @@ class Pair:
     """A library machine and the oracle, driven in step; every difference in what can be seen is an AssertionError.
 
     After each operation what it returned is compared: for exits the path, the fault, how many APICs accepted, why
-    user space was asked, whether the vCPU sleeps; and whom they asked the host to do what for. Looking at a vCPU takes it out of the guest: a pair that is *close*
-    looks at all of them after each operation, and one that is not only when it settles: between, vCPUs stay in the
-    guest or asleep, where ticks and kicks find them.
+    user space was asked, whether the vCPU sleeps; and whom an interrupt asks the host to do what for. Looking at a vCPU
+    takes it out of the guest: a pair that is *close* looks at all of them after each operation, and one that is not
+    only when it settles: between, vCPUs stay in the guest or asleep, where ticks and kicks find them.
     """
 
     def __init__(self, config: Config, machine: Any, *, close: bool = True) -> None:

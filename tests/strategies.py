@@ -229,8 +229,9 @@ def ipi_op(rng: random.Random, machine: oracle.Machine) -> Op:
     if chance(rng, 0.15):
         return ("signal_msi", msi_address(rng, machine), vector(rng) | rng.choice((0, 0, 0, 1, 2, 4)) << 8)
     value = icr(rng, machine)
-    if chance(rng, 0.5):  # most often of the simple kinds, which most vCPUs accept
-        value = value & ~(r.ICR_DM | r.ICR_SHORTHAND | r.ICR_RESERVED | r.ICR_TRIGGER) | rng.choice((0, 0, 2, 3, 3)) << 18
+    if chance(rng, 0.5):  # of the simple kinds, which most vCPUs accept
+        value &= ~(r.ICR_DM | r.ICR_SHORTHAND | r.ICR_RESERVED | r.ICR_TRIGGER)
+        value |= rng.choice((0, 0, 2, 3, 3)) << r.ICR_SHORTHAND_SHIFT
     if not machine.vcpus[i].x2apic:
         return ("mmio_write", i, r.APIC_ICR, value & 0xFFFF_FFFF, 4)
     return ("guest_wrmsr" if chance(rng, 0.9) else "set_msr", i, r.MSR_X2APIC_ICR, value)

@@ -112,7 +112,7 @@ def test_whole_lives(apicv: bool, vendor: str, close: bool, seed: int) -> None:
 @profile
 @given(seed=s.seeds)
 def test_targets(apicv: bool, vendor: str, seed: int) -> None:
-    """Whom each interrupt asks the host to do what for: vCPUs in the guest, asleep, kicked already, or out of KVM_RUN."""
+    """Whom an interrupt asks the host to do what for: vCPUs in the guest, asleep, kicked already, or out of KVM_RUN."""
     rng = random.Random(seed)
     config = lively_config(rng, hv_timer=False, vendor=vendor, apicv=apicv, least=3, most=6)
     live(config, rng, OPS, ("IPIs", "IPIs", "IPIs", "IPIs", "exits", "exits", "runs", "hypercalls"), close=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastexit.jit.declare import load
-from fastexit.layout import HOST, HOST_TARGETS, NONE
+from fastexit.layout import HOST, K_TARGETS, KVM, KVM_STRIDE, NONE
 from fastexit.outcome import (
     CODE_ACCEPTED_SHIFT,
     CODE_EFFECTS_SHIFT,
@@ -64,5 +64,5 @@ class RemappingTable:
         if entry.vcpu is None:
             return load("signal_msi")(self._handle, entry.address, entry.data, HOST)
         notify = load("hardware_post")(self._handle, entry.vcpu, entry.vector)
-        self._mem[HOST_TARGETS] = TARGETS_NOTIFY | entry.vcpu if notify else 0
+        self._mem[KVM + HOST * KVM_STRIDE + K_TARGETS] = TARGETS_NOTIFY | entry.vcpu if notify else 0
         return _NOTIFIED if notify else _POSTED

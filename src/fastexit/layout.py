@@ -226,8 +226,14 @@ K_TARGET = 84  # owner; the timer's target_expiration, ns
 K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
 K_ISR = 88  # owner; 4 words
 
+HOST = MAX_VCPUS
+"""Behind the vCPUs' rows: a row for what the host itself sends, of which K_TARGETS alone is used. Calls that go on at
+the same time take one of HOSTS each."""
+HOSTS = 64
+SENDERS = HOST + HOSTS
+
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
-TRACE = KVM + MAX_VCPUS * KVM_STRIDE
+TRACE = KVM + SENDERS * KVM_STRIDE
 TRACE_STRIDE = 8
 TRACE_CAPACITY = 1 << 17
 
@@ -257,15 +263,10 @@ TP_PI_IRTE_UPDATE = 22
 
 # ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot
 TARGETS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
-"""A row for each sender: the vCPUs, then HOST and those behind it. Only the sender writes its row. Target i is in bits
-16 * (i % 4) of word i / 4, as the low 16 bits of outcome.TARGETS have it; target 0 is in the sender's head."""
+"""A row for each sender, which alone writes it: the vCPUs, then HOST and those behind it. Target i is in the 16 bits
+from 16 * (i % 4) on of word i / 4, as the low 16 bits of outcome.TARGETS have it; target 0 is in K_TARGETS."""
 TARGETS_STRIDE = MAX_VCPUS // 4
-HOST = MAX_VCPUS
-"""Sender of what no vCPU sends. Calls that go on at the same time take one of HOSTS each, from here on."""
-HOSTS = 64
-SENDERS = HOST + HOSTS
-HOST_TARGETS = TARGETS + SENDERS * TARGETS_STRIDE  # heads of the host's rows, as K_TARGETS is a vCPU's
-HOST_BUSY = HOST_TARGETS + HOSTS  # remote; which of them are taken, in bits from 0 on
+HOST_BUSY = TARGETS + SENDERS * TARGETS_STRIDE  # remote; which of the host's rows are taken, in bits from 0 on
 
 WORDS = HOST_BUSY + 8
 BYTES = WORDS * 8

@@ -21,10 +21,7 @@ class Target(NamedTuple):
 
 def told(mem: memoryview, sender: int) -> tuple[Target, ...]:
     """Read the list of a sender (a vCPU's index, or layout.HOST): its targets in the order in which they were told."""
-    if sender < L.MAX_VCPUS:
-        head = mem[L.KVM + sender * L.KVM_STRIDE + L.K_TARGETS]
-    else:
-        head = mem[L.HOST_TARGETS + sender - L.HOST]
+    head = mem[L.KVM + sender * L.KVM_STRIDE + L.K_TARGETS]
     n = min(head >> TARGETS_COUNT_SHIFT, L.MAX_VCPUS)
     if not n:
         return ()

@@ -372,7 +372,7 @@ def update_irte(handle, host_irq, gsi, address, data, was_posted):
 def set_inhibit(handle, reason, on):
     """kvm_set_or_clear_apicv_inhibit of reason number 0..63; above there is none."""
     m = open_words(handle, k.WORDS)
-    m[shared.head(m, k.HOST)] = k.ZERO
+    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
     return inhibit.change(m, k.HOST, k.ONE << reason, on) if reason < k.U(64) else k.ZERO
 
 

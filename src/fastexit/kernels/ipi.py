@@ -9,7 +9,7 @@ Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec
 """
 
 from ..jit.atomics import load_acquire
-from ..jit.declare import ctz, kernel
+from ..jit.declare import ctz, inlined, kernel
 from . import typed as k
 from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
 from .irq import set_irr
@@ -152,7 +152,7 @@ def accept(m, v, icr, me):
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def _accept_each(m, base, found, icr, me):
-    """The interrupt at each of several members of the map."""
+    """The interrupt at each of the members of the map that a destination means."""
     bits = found >> MEMBER_BITS
     code = k.ZERO
     while bits:
@@ -175,10 +175,9 @@ def deliver_fast(m, src, icr, dest, hint, me):
     found = members(m, base, src, icr, dest, hint)
     if found == UNRESOLVED:
         return UNRESOLVED
-    bits = found >> MEMBER_BITS
-    if bits & (bits - k.ONE):
+    if found >> MEMBER_BITS != k.ONE:
         return _accept_each(m, base, found, icr, me)
-    target = member(m, base, found, ctz(bits)) if bits else k.ZERO
+    target = member(m, base, found, k.ZERO)
     return accept(m, target - k.ONE, icr, me) if target else k.ZERO
 
 
@@ -242,6 +241,7 @@ def rewrite_lowest(m, icr, dest, hint):
     return icr
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver(m, src, icr, dest, hint, me):
     """kvm_irq_delivery_to_apic: the map if it can, else the scan."""
@@ -253,6 +253,7 @@ def deliver(m, src, icr, dest, hint, me):
     return deliver_slow(m, src, rewrite_lowest(m, icr, dest, hint), dest, hint, me)
 
 
+@inlined
 @kernel("u8(words, u8, u8)")
 def send(m, v, icr):
     """kvm_apic_send_ipi for the 64-bit ICR value (ICR2 << 32 | ICR in xAPIC mode): traces, then delivers."""

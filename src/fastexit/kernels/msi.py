@@ -6,7 +6,7 @@ Spec: SDM vol. 3A 10.11.
 from ..jit.declare import kernel
 from . import typed as k
 from .ipi import deliver
-from .shared import emit, head
+from .shared import emit, own
 
 
 @kernel("u8(words, u8)")
@@ -42,7 +42,7 @@ def signal_msi(m, address, data, me):
 
     There is no sending and no running vCPU; ``me``, a number from HOST on, has the list of targets.
     """
-    m[head(m, me)] = k.ZERO
+    m[own(m, me) + k.K_TARGETS] = k.ZERO
     if route_invalid(m, address):
         return k.CODE_GP
     icr = as_icr(address, data)

@@ -6,7 +6,7 @@ kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-
 instructions.
 """
 
-from ..jit.declare import kernel, umin
+from ..jit.declare import inlined, kernel, umin
 from . import typed as k
 from .irq import update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
@@ -44,6 +44,7 @@ def _set_pv_eoi(m, v, value):
     return k.ZERO
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8)")
 def set_msr(m, v, msr, value, host):
     """kvm_set_msr_common: delivery code, with CODE_GP and MSR_WHY where it faults (for the host: the ioctl stops)."""

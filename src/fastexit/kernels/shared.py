@@ -119,7 +119,7 @@ def vec(m, v):
 
 @kernel("u8(words, u8)")
 def own(m, v):
-    """First word of KVM's own words of a vCPU."""
+    """First word of KVM's own words of a vCPU, or of a row of the host's."""
     return k.KVM + v * k.KVM_STRIDE
 
 
@@ -163,16 +163,10 @@ def kick(m, v, me):
     return k.ZERO
 
 
-@kernel("u8(words, u8)")
-def head(m, me):
-    """Word that says how many targets a sender has told of, and the first of them (outcome.TARGETS)."""
-    return own(m, me) + k.K_TARGETS if me < k.MAX_VCPUS else k.HOST_TARGETS + me - k.HOST
-
-
 @kernel("u8(words, u8, u8)")
 def _tell_another(m, me, one):
     """A target behind the first one."""
-    at = head(m, me)
+    at = own(m, me) + k.K_TARGETS
     n = m[at] >> k.TARGETS_COUNT_SHIFT
     if n < k.MAX_VCPUS:
         m[at] = m[at] + k.TARGETS_ONE
@@ -191,9 +185,11 @@ def tell(m, me, target, code):
     beyond that has been told of before.
     """
     effect = code & k.CODE_EFFECTS
-    if effect and me < k.SENDERS:
-        one = effect >> k.TARGETS_FROM_CODE | target & k.TARGETS_VCPU
-        at = head(m, me)
+    if not effect:
+        return code
+    if me < k.SENDERS:
+        one = effect >> k.TARGETS_FROM_CODE | target
+        at = own(m, me) + k.K_TARGETS
         if m[at]:
             _tell_another(m, me, one)
         else:
