@@ -280,7 +280,7 @@ def as_of(table: Mapping[str, _Entry], kernel: str) -> _Entry | None:
 
 
 def numbered(number: int) -> Profile:
-    """The profile with that number; ValueError lists the numbers that there are."""
+    """Find the profile with that number; ValueError lists the numbers that there are."""
     for known in PROFILES.values():
         if known.number == number:
             return known
