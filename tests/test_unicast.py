@@ -15,6 +15,8 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.insight.compare import booted, consume
 from fastexit.jit import declare
+from fastexit.kernels import unicast
+from fastexit.outcome import SHORT_CODES
 from fastexit.profile import since
 
 EXITS = 2_000 if declare.JIT else 120
@@ -111,3 +113,47 @@ def test_more_vcpus_than_near() -> None:
         hit = ipis & (np.arange(n) != 20)
         assert (got["accepted"] == hit).all()
         assert [v.index for v in m.vcpus if v.pid[:4].any()] == [int(value >> 32) for value in exits["value"][:n][hit]]
+
+
+# ---------------------------------------------------------------------------------- for which machines the short way is
+HEADER = {
+    "trait": (L.H_TRAITS, int(unicast.HAS), int(unicast.IRRELEVANT)),
+    "configuration": (L.H_CONFIG, int(unicast.HAS_CONFIG), int(unicast.IRRELEVANT_CONFIG)),
+}
+"""What unicast.possible reads: the word, the bits that it needs, and those that make no difference."""
+IRRELEVANT = [
+    pytest.param(word, 1 << bit, id=f"{what} {bit}")
+    for what, (word, _, irrelevant) in HEADER.items()
+    for bit in range(64)
+    if irrelevant >> bit & 1
+]
+
+
+def takes_short_way(m: fx.Machine) -> bool:
+    """Whether an IPI to a target that has taken all its vectors is sent by unicast.send."""
+    consume(m)
+    return declare.load("fast_exit")(m.vcpus[0].where, 0x830, fx.icr(dest=1, vector=0x41)) < SHORT_CODES
+
+
+@pytest.mark.parametrize("what", HEADER)
+def test_every_bit_that_is_not_known_declines(what: str) -> None:
+    """A trait or a switch that is added later may change what an ICR write does, so it has to be listed first."""
+    word, needed, irrelevant = HEADER[what]
+    m = booted("6.18", vcpus=2)
+    usual = m.mem[word]
+    assert takes_short_way(m)
+    assert usual & needed == needed
+    for bit in range(64):
+        m.mem[word] = usual ^ 1 << bit
+        assert takes_short_way(m) == bool(irrelevant >> bit & 1), f"{what} bit {bit}"
+
+
+@pytest.mark.parametrize(("word", "bit"), IRRELEVANT)
+def test_irrelevant_bits_are_irrelevant(word: int, bit: int) -> None:
+    """With any of them turned over, the short way is still the long way."""
+    short, long = (build("6.18", 5, traced, threads=True) for traced in (False, True))
+    for m in (short, long):
+        m.mem[word] ^= bit
+    exits = storm(short, 6, EXITS)
+    assert short.run(exits).tobytes() == long.run(exits).tobytes()
+    same(short, long)
