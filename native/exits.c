@@ -97,14 +97,14 @@ static inline int32_t put_exit(fx_machine *m, const uint64_t *words, struct fx_r
 /* ------------------------------------------------------------------------------------------------------- guest exits */
 
 /* The vector of an exit that writes the ICR, else 0. */
-static inline uint32_t vector_of(const struct fx_exit *exit, int svm)
+static inline uint32_t vector_of(const uint64_t *words, const struct fx_exit *exit, int svm)
 {
     int sends = 0;
 
     if (exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_WRITE))
         sends = exit->msr == FXP_MSR_X2APIC_ICR && (!svm || exit->info);
     else if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG))
-        sends = exit->info & MMIO_WRITE && (exit->msr & ~15u) == FXP_APIC_ICR;
+        sends = exit->info & MMIO_WRITE && ((exit->gpa - page_of(words, exit->vcpu)) & ~15ull) == FXP_APIC_ICR;
     return sends ? exit->value & 0xff : 0;
 }
 
@@ -127,13 +127,13 @@ static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, con
     if (table.run(handle(words), handle(exit), handle(&outcome), 0, 1) != 1)
         return FX_UNHANDLED;
     memcpy(&code, &outcome, sizeof code);
-    return put_exit(m, words, out, code, reads(exit, svm) ? outcome.value : 0, exit->vcpu, vector_of(exit, svm));
+    return put_exit(m, words, out, code, reads(exit, svm) ? outcome.value : 0, exit->vcpu, vector_of(words, exit, svm));
 }
 
 static __attribute__((noinline)) int32_t any_wrmsr(fx_machine *m, uint64_t *words, uint32_t vcpu, uint32_t msr,
                                                    uint64_t value, struct fx_result *out)
 {
-    struct fx_exit exit = { vcpu, FXP_VMX_MSR_WRITE, msr, 0, value };
+    struct fx_exit exit = { vcpu, FXP_VMX_MSR_WRITE, msr, 0, value, 0 };
 
     if (is_svm(words))
         exit.reason = FXP_SVM_MSR, exit.info = 1;
@@ -165,7 +165,7 @@ static int32_t op_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_re
         return refuse(m);
     if (vcpu >= words[FX_H_NVCPUS])
         return FX_E_VCPU;
-    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_MSR : FXP_VMX_MSR_READ, msr, 0, 0 };
+    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_MSR : FXP_VMX_MSR_READ, msr, 0, 0, 0 };
     return one(m, words, &exit, out);
 }
 
@@ -181,7 +181,8 @@ static int32_t mmio(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t leng
         return FX_E_VCPU;
     if (offset > 0xfff || (length != 1 && length != 2 && length != 4) || (length < 4 && value >> 8 * length))
         return FX_E_RANGE;
-    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG, offset, length | write, value };
+    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG, 0, length | write, value,
+                             page_of(words, vcpu) + offset };
     return one(m, words, &exit, out);
 }
 

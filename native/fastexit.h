@@ -336,7 +336,7 @@ uint32_t fx_abi_version(void);
 #define FX_SAME_SIZE(type, bytes) _Static_assert(sizeof(struct type) == (bytes), #type)
 #endif
 FX_SAME_SIZE(fx_pid, 64);
-FX_SAME_SIZE(fx_exit, 24);
+FX_SAME_SIZE(fx_exit, 32);
 FX_SAME_SIZE(fx_outcome, 16);
 FX_SAME_SIZE(fx_config, 72);
 FX_SAME_SIZE(fx_result, 32);

@@ -12,7 +12,7 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 3,
+    FX_ABI_VERSION = 4,
     FX_MAX_VCPUS = 4096,
     FX_HOT = 12288,
     FX_HOT_STRIDE = 16
@@ -90,9 +90,10 @@ struct fx_pid {
 struct fx_exit {
     uint32_t vcpu;
     uint32_t reason; /* VMX exit reason or SVM exit code */
-    uint32_t msr;    /* ECX, or the offset in the xAPIC page */
-    uint32_t info;   /* SVM: EXITINFO1; xAPIC page: access length, bit 31 for a write */
+    uint32_t msr;    /* ECX of an MSR access */
+    uint32_t info;   /* exit qualification or EXITINFO1; of an access to memory its length, bit 31 for a write */
     uint64_t value;  /* EDX:EAX, or the data written */
+    uint64_t gpa;    /* guest-physical address of an access to memory */
 };
 
 /*

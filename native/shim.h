@@ -117,6 +117,12 @@ static inline uint64_t handle(const void *memory)
     return (uint64_t)(uintptr_t)memory;
 }
 
+/* Guest-physical address of a vCPU's xAPIC page. */
+static inline uint64_t page_of(const uint64_t *words, uint64_t v)
+{
+    return OWN(words, v)[FX_K_APIC_BASE] & ~0xfffull;
+}
+
 static inline int is_svm(const uint64_t *words)
 {
     return words[FX_H_CONFIG] & FX_CONFIG_SVM;

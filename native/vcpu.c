@@ -96,7 +96,7 @@ static int32_t op_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
         return FX_E_VCPU;
     if (!__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE))
         return FX_NOTHING;
-    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_INTERRUPT : FXP_VMX_EXTERNAL_INTERRUPT, 0, 0, 0 };
+    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_INTERRUPT : FXP_VMX_EXTERNAL_INTERRUPT, 0, 0, 0, 0 };
     return one(m, words, &exit, out);
 }
 
@@ -189,7 +189,7 @@ static uint64_t latest_clock(uint64_t khz)
 static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count)
 {
     uint64_t *words = words_of(m), v;
-    struct fx_exit exit = { 0, FXP_VMX_PREEMPTION_TIMER, 0, 0, 0 };
+    struct fx_exit exit = { 0, FXP_VMX_PREEMPTION_TIMER, 0, 0, 0, 0 };
     struct fx_result *out;
 
     if (!words || !count || (room && !results))

@@ -49,7 +49,7 @@ SECONDS_OF_ONE = 100
 """After that a machine hangs: its process says where, and ends."""
 ALLOWED = (ValueError, TypeError, fx.GeneralProtection)
 HEAD = struct.Struct("<8sIIII")
-NONE, U32 = L.NONE, 0xFFFF_FFFF
+NONE, U32, U48 = L.NONE, 0xFFFF_FFFF, (1 << 48) - 1
 NO_NUMBERS = (None, "x", 1.5, b"", bytes(1024), [], [(0, 1)], {}, object())
 
 HEADER = [value for name, value in vars(L).items() if name.startswith("H_") and value != L.H_STAGE]
@@ -353,17 +353,20 @@ class Storm:
         array = np.frombuffer(block, dtype=dtype)[RECORDS - n :]
         if name == "exits":
             vendor, vcpus = self.m.dispatcher.vendor, len(self.m.vcpus)
-            usual = (vendor.wrmsr_reason, vendor.rdmsr_reason, vendor.mmio_reason)
+            usual = (vendor.wrmsr_reason, vendor.rdmsr_reason, vendor.mmio_reason, vendor.io_reason)
             for i in range(n):
                 reason = rng.choice(usual) if rng.random() < 0.6 else number(rng, "reason", vcpus)
-                info = rng.choice((0, 1, 2, 4)) | rng.choice((0, fx.MMIO_WRITE))
+                info = rng.choice((1, 2, 4, 8)) | rng.choice((0, fx.MMIO_WRITE))
                 index = rng.randrange(vcpus)
-                at = rng.randrange(0x1000) if reason == vendor.mmio_reason else likely(rng, "msr", vcpus)
+                msr = likely(rng, "msr", vcpus)
+                gpa = number(rng, "gpa", vcpus) & U48
+                if reason == vendor.io_reason:
+                    info = self.m.io_info(rng.getrandbits(16), rng.choice((1, 2, 4)), rng.random() < 0.5)
                 if hostile and rng.random() < 0.1:
-                    at, info = wild(rng), wild(rng)
+                    msr, info, gpa = wild(rng), wild(rng), wild(rng)
                 if hostile and rng.random() < 0.05:
                     index = rng.choice((vcpus, wild(rng)))
-                array[i] = (index & U32, reason & U32, at & U32, info & U32, icr(rng))
+                array[i] = (index & U32, reason & U32, msr & U32, info & U32, icr(rng), gpa)
         return array
 
     def note(self, *what: object) -> None:

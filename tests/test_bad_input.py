@@ -62,7 +62,20 @@ CALLS: dict[str, tuple[type[Exception], str, Act]] = {
     "exit rax": (ValueError, "RAX -0x1 is out of range", lambda m, v: v.exit(32, rcx=0x830, rax=-1)),
     "exit rcx": (TypeError, "RCX is float", lambda m, v: v.exit(32, rcx=1.0)),
     "exit offset": (ValueError, "offset 0x1000 is out of range", lambda m, v: v.exit(49, offset=0x1000)),
-    "exit size": (ValueError, "access size 3 is not 1, 2 or 4", lambda m, v: v.exit(49, size=3)),
+    "exit size": (ValueError, "access size 3 is not 1, 2, 4 or 8", lambda m, v: v.exit(49, size=3)),
+    "exit gpa": (ValueError, "gpa 0x1000000000000 is out of range", lambda m, v: v.exit(49, gpa=1 << 48)),
+    "exit offset and gpa": (ValueError, "not both", lambda m, v: v.exit(49, gpa=0xFEE0_0080, offset=0x80)),
+    "exit I/O size": (ValueError, "I/O instruction of 8 bytes", lambda m, v: v.exit(30, info1=7)),
+    "mem_write gpa": (ValueError, "address 0x1000000000000 is out of", lambda m, v: v.mem_write(1 << 48, 0)),
+    "mem_write value": (ValueError, "1-byte value 0x100 is out of range", lambda m, v: v.mem_write(0, 256, 1)),
+    "mem_write length": (ValueError, "access length 3 is not 1, 2, 4 or 8", lambda m, v: v.mem_write(0, 0, 3)),
+    "mem_read gpa": (TypeError, "guest-physical address is str", lambda m, v: v.mem_read("x")),
+    "mem_read length": (ValueError, "access length 0x10 is out of range", lambda m, v: v.mem_read(0, 16)),
+    "io_write port": (ValueError, "port 0x10000 is out of range", lambda m, v: v.io_write(1 << 16, 0)),
+    "io_write value": (ValueError, "2-byte value 0x10000 is out of range", lambda m, v: v.io_write(0, 1 << 16, 2)),
+    "io_read length": (ValueError, "access length 8 is not 1, 2 or 4", lambda m, v: v.io_read(0x60, 8)),
+    "complete_access": (ValueError, "no access to memory or to a port waits", lambda m, v: v.complete_access()),
+    "ioeventfd address": (ValueError, "guest-physical address -0x1 is out of", lambda m, v: m.fast_mmio.add(-1)),
     "exit length": (ValueError, "length 0x10 is out of range", lambda m, v: v.exit(10, length=16)),
     "exit info1": (ValueError, "info1 -0x1 is out of range", lambda m, v: v.exit(10, info1=-1)),
     "set_lapic short": (ValueError, "a LAPIC page is 1024 bytes, not 1023", lambda m, v: v.set_lapic(bytes(1023))),
@@ -86,7 +99,7 @@ CALLS: dict[str, tuple[type[Exception], str, Act]] = {
         lambda m, v: m.handlers.update({12: 1}),
     ),
     "handler assigned": (TypeError, "is str, not a function", lambda m, v: m.handlers.__setitem__(12, "x")),
-    "exits a list": (ValueError, "of dtype fastexit.EXIT, not list", lambda m, v: m.run([(0, 1, 0, 0, 0)])),
+    "exits a list": (ValueError, "of dtype fastexit.EXIT, not list", lambda m, v: m.run([(0, 1, 0, 0, 0, 0)])),
     "exits None": (ValueError, "of dtype fastexit.EXIT, not NoneType", lambda m, v: m.run(None)),
     "exits of integers": (ValueError, "not uint64 (6,)", lambda m, v: m.run(np.zeros(6, dtype=np.uint64))),
     "exits of outcomes": (ValueError, "must be a one-dimensional array", lambda m, v: m.run(np.zeros(2, fx.OUTCOME))),
@@ -171,12 +184,14 @@ def test_bad_machine(name: str) -> None:
 @pytest.mark.parametrize(
     ("record", "text"),
     [
-        ((3, 32, 0x830, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
-        ((0xFFFF_FFFF, 32, 0x830, 0, 0), "exit 2 is outside the machine: vCPU 4294967295 of 3"),
-        ((3, 12, 0, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
-        ((0, 49, 0x1000, 4, 0), "exit 2 is outside the machine: xAPIC page offset 0x1000, length 4"),
-        ((0, 49, 0x80, fx.MMIO_WRITE | 3, 0), "exit 2 is outside the machine: xAPIC page offset 0x80, length 3"),
-        ((0, 49, 0x80, 0, 0), "exit 2 is outside the machine: xAPIC page offset 0x80, length 0"),
+        ((3, 32, 0x830, 0, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
+        ((0xFFFF_FFFF, 32, 0x830, 0, 0, 0), "exit 2 is outside the machine: vCPU 4294967295 of 3"),
+        ((3, 12, 0, 0, 0, 0), "exit 2 is outside the machine: vCPU 3 of 3"),
+        ((0, 49, 0, 4, 0, 1 << 48), "outside the machine: access of 4 bytes to guest-physical address 0x1000000000000"),
+        ((0, 49, 0, fx.MMIO_WRITE | 3, 0, 0xFEE0_0080), "access of 3 bytes to guest-physical address 0xfee00080"),
+        ((0, 49, 0, 0, 0, 0xFEE0_0080), "exit 2 is outside the machine: access of 0 bytes"),
+        ((0, 48, 0, 16, 0, 0xFEC0_0000), "exit 2 is outside the machine: access of 16 bytes"),
+        ((0, 30, 0, 0x3F8_0002, 0, 0), "exit 2 is outside the machine: I/O instruction of no size, info 0x3f80002"),
     ],
 )
 @pytest.mark.parametrize("handlers", ["built in", "assigned"])
@@ -186,7 +201,7 @@ def test_bad_exit_in_a_batch(record: tuple[int, ...], text: str, handlers: str) 
     if handlers == "assigned":
         m.handlers[fx.VmxExit.HLT] = lambda v, exit: None
     before = m.snapshot()
-    good = (0, 32, 0x830, 0, 0x1000000FC)
+    good = (0, 32, 0x830, 0, 0x1000000FC, 0)
     fails(ValueError, text, lambda: m.run(np.array([good, good, record, good], dtype=fx.EXIT)))
     assert m.snapshot() == before
 

@@ -21,6 +21,10 @@ INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 EXITS = 60 if INTERPRETED else 400
 VENDORS = ("vmx", "svm")
 IDS = (0, 1, 2, 5, 300)
+PAGE = r.APIC_DEFAULT_PHYS_BASE
+FAST = 0xFEB0_0000
+DEVICES = (FAST, FAST + 4, 0xFEC0_0000, PAGE - 1, PAGE, PAGE + 0x30, PAGE + 0x1000, 0, (1 << 48) - 1)
+"""Addresses with an ioeventfd, with nothing, and around the page."""
 
 
 class Numbers:
@@ -33,12 +37,15 @@ class Numbers:
         self.rdmsr = int(fx.SvmExit.MSR if svm else fx.VmxExit.MSR_READ)
         self.page = int(fx.SvmExit.NPF if svm else fx.VmxExit.EPT_MISCONFIG)
         self.interrupt = int(fx.SvmExit.INTERRUPT if svm else fx.VmxExit.EXTERNAL_INTERRUPT)
+        self.memory = [self.page] if svm else [self.page, int(fx.VmxExit.EPT_VIOLATION)]
+        self.io = int(fx.SvmExit.IO if svm else fx.VmxExit.IO_INSTRUCTION)
+        self.io_infos = (0x0060_0010, 0x03F8_0021, 0xFFFF_0041) if svm else (0x0060_0000, 0x03F8_0009, 0xFFFF_0003)
         self.others = [
             int(reason)
             for reason in (
                 (fx.SvmExit.HLT, fx.SvmExit.VINTR, fx.SvmExit.CPUID, fx.SvmExit.READ_DR0, fx.SvmExit.SHUTDOWN)
                 if svm
-                else (fx.VmxExit.HLT, fx.VmxExit.INTERRUPT_WINDOW, fx.VmxExit.CPUID, fx.VmxExit.IO_INSTRUCTION, 0xFFF0)
+                else (fx.VmxExit.HLT, fx.VmxExit.INTERRUPT_WINDOW, fx.VmxExit.CPUID, fx.VmxExit.RDPMC, 0xFFF0)
             )
         ]
 
@@ -54,6 +61,7 @@ def build(kernel: str, vendor: str, apicv: bool, seed: int, **options: Any) -> f
     m.vcpus[2].singlestep = True
     m.vcpus[3].set_msr(0x1B, 0xFEE0_0800)
     m.vcpus[4].nested = True
+    m.fast_mmio.add(FAST)
     m.trace.enable()
     return m
 
@@ -72,13 +80,13 @@ def icr(rng: random.Random) -> int:
     return value | (1 << 13 if rng.random() < 0.05 else 0)
 
 
-def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int]:
+def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int, int]:
     """One exit record of any kind."""
     vcpu = rng.randrange(len(IDS))
     kind = rng.random()
     write = 1 if on.svm else 0
     if kind < 0.40:
-        return vcpu, on.wrmsr, 0x830, write, icr(rng)
+        return vcpu, on.wrmsr, 0x830, write, icr(rng), 0
     if kind < 0.60:
         msr, value = rng.choice(
             (
@@ -93,20 +101,26 @@ def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int]:
                 (rng.getrandbits(32), rng.getrandbits(64)),
             )
         )
-        return vcpu, on.wrmsr, msr, write, value
+        return vcpu, on.wrmsr, msr, write, value, 0
     if kind < 0.72:
-        return vcpu, on.rdmsr, rng.choice((0x802, 0x80A, 0x830, 0x827, 0x80B, 0x1B, 0x6E0, 0x10)), 0, 0
+        return vcpu, on.rdmsr, rng.choice((0x802, 0x80A, 0x830, 0x827, 0x80B, 0x1B, 0x6E0, 0x10)), 0, 0, 0
     if kind < 0.80:
         offset = rng.choice((0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x300, 0x310, 0x302, 0xFFF))
         value = rng.choice((0, 0x1FF, 0x41, 0xC0041, 1 << 24, rng.getrandbits(32)))
-        return vcpu, on.page, offset, L.MMIO_WRITE | 4, value
+        return vcpu, on.page, 0, L.MMIO_WRITE | 4, value, PAGE + offset
     if kind < 0.88:
-        return vcpu, on.page, rng.choice((0x20, 0x22, 0x30, 0xA0, 0x220, 0xB0, 0xFFC)), rng.choice((1, 2, 4)), 0
+        offset = rng.choice((0x20, 0x22, 0x30, 0xA0, 0x220, 0xB0, 0xFFC))
+        return vcpu, on.page, 0, rng.choice((1, 2, 4)), 0, PAGE + offset
     if kind < 0.92:
-        return vcpu, on.interrupt, 0, 0, 0
+        return vcpu, on.interrupt, 0, 0, 0, 0
     if kind < 0.95:
-        return vcpu, L.NOTIFICATION, 0, 0, 0
-    return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD
+        return vcpu, L.NOTIFICATION, 0, 0, 0, 0
+    if kind < 0.97:
+        reason, length, gpa = rng.choice(on.memory), rng.choice((1, 2, 4, 8)), rng.choice(DEVICES)
+        return vcpu, reason, 0, length | rng.choice((0, L.MMIO_WRITE)), rng.getrandbits(8 * length), gpa
+    if kind < 0.98:
+        return vcpu, on.io, 0, rng.choice(on.io_infos), rng.getrandbits(32), 0
+    return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD, 0
 
 
 def storm(seed: int, vendor: str, n: int = EXITS) -> np.ndarray:
@@ -121,7 +135,7 @@ def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
     That is what was read, or whom the effects of an exit that reads nothing are for.
     """
     on = Numbers(m.vendor)
-    vcpu, reason, msr, info, value = (int(record[name]) for name in ("vcpu", "reason", "msr", "info", "value"))
+    vcpu, reason, msr, info, value, gpa = (int(record[name]) for name in L.EXIT.names)
     v = m.vcpus[vcpu]
     if reason == L.NOTIFICATION:
         return CODE_HARDWARE if v.hw_notify() else 0, 0
@@ -133,10 +147,16 @@ def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
         except fx.GeneralProtection:
             return None, 0
     if reason == on.page and info & L.MMIO_WRITE:
-        return v.mmio_write(msr, value, info & ~L.MMIO_WRITE).code, targets(v)
+        return v.mem_write(gpa, value, info & ~L.MMIO_WRITE).code, targets(v)
     if reason == on.page:
-        return None, v.mmio_read(msr, info)
-    return v.exit(reason, msr=msr, value=value, info1=info).code, targets(v)
+        return None, v.mem_read(gpa, info)
+    if reason in on.memory:
+        write = bool(info & L.MMIO_WRITE)
+        out = v.exit(reason, gpa=gpa, size=info & ~L.MMIO_WRITE, write=write, value=value)
+        return out.code, targets(v) if write else v.read_data
+    out = v.exit(reason, msr=msr, value=value, info1=info)
+    reads = reason == on.io and not m.dispatcher.vendor.io_access(info).write
+    return out.code, v.read_data if reads else targets(v)
 
 
 def targets(v: fx.Vcpu) -> int:
@@ -168,23 +188,23 @@ def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
         assert_same(build(kernel, vendor, apicv, seed), build(kernel, vendor, apicv, seed), exits)
 
 
-def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int, int, int]:
+def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int, int, int, int]:
     """One exit record around halts and timers: they are armed, changed, run out, and the guest waits for them."""
     vcpu = rng.randrange(len(IDS))
     write = 1 if on.svm else 0
     kind = rng.random()
     if kind < 0.22:
-        return vcpu, int(fx.SvmExit.HLT if on.svm else fx.VmxExit.HLT), 0, 0, 0
+        return vcpu, int(fx.SvmExit.HLT if on.svm else fx.VmxExit.HLT), 0, 0, 0, 0
     if kind < 0.30:
-        return vcpu, int(fx.SvmExit.PAUSE if on.svm else fx.VmxExit.PAUSE_INSTRUCTION), 0, 0, 0
+        return vcpu, int(fx.SvmExit.PAUSE if on.svm else fx.VmxExit.PAUSE_INSTRUCTION), 0, 0, 0, 0
     if kind < 0.40 and not on.svm:
-        return vcpu, int(fx.VmxExit.PREEMPTION_TIMER), 0, 0, 0
+        return vcpu, int(fx.VmxExit.PREEMPTION_TIMER), 0, 0, 0, 0
     if kind < 0.50:
-        return vcpu, on.wrmsr, 0x830, write, icr(rng)
+        return vcpu, on.wrmsr, 0x830, write, icr(rng), 0
     if kind < 0.60:
-        return vcpu, on.interrupt, 0, 0, 0
+        return vcpu, on.interrupt, 0, 0, 0, 0
     if kind < 0.65:
-        return vcpu, on.rdmsr, rng.choice((0x839, 0x838, 0x6E0)), 0, 0
+        return vcpu, on.rdmsr, rng.choice((0x839, 0x838, 0x6E0)), 0, 0, 0
     mode = rng.choice((0, 0, r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE, r.LVT_TIMER_DEADLINE, 0x60000))
     msr, value = rng.choice(
         (
@@ -201,7 +221,7 @@ def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int
             (0x80F, rng.choice((0x1FF,) * 9 + (0xFF,))),
         )
     )
-    return vcpu, on.wrmsr, msr, write, value
+    return vcpu, on.wrmsr, msr, write, value, 0
 
 
 @pytest.mark.parametrize(
@@ -290,12 +310,15 @@ def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, m
         for _ in range(8):
             msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
             value = rng.choice((icr(rng), 0, rng.randrange(256), together.time + 700, rng.getrandbits(64)))
-            info = rng.choice((0, 1))
+            info, gpa = rng.choice((0, 1)), 0
             if row.operation is Op.MMIO:
-                msr = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
+                offset = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
+                gpa = rng.choice((*(PAGE + offset for _ in range(9)), *DEVICES))
                 info = rng.choice((1, 2, 4, 4)) | rng.choice((0, L.MMIO_WRITE))
                 value &= (1 << 8 * (info & 7)) - 1
-            exits.append((rng.randrange(4), int(row.reason), msr, info, value))
+            elif row.operation is Op.IO:
+                info = rng.choice(Numbers(vendor).io_infos)
+            exits.append((rng.randrange(4), int(row.reason), msr, info, value, gpa))
         records = np.array(exits, dtype=fx.EXIT)
         single.mem[L.H_HANDLERS] = 1  # as if one had been assigned: every exit goes through Python
         for i, (got, expected) in enumerate(zip(together.run(records), single.run(records), strict=True)):
@@ -356,7 +379,7 @@ def test_own_handler_is_called_from_a_batch() -> None:
         return fx.KvmExit.HLT
 
     m.handlers[fx.VmxExit.PAUSE_INSTRUCTION] = halt
-    exits = np.array([(1, 40, 0, 0, 0), (0, 32, 0x830, 0, 0x1000000FD), (0, 40, 0, 0, 0)], dtype=fx.EXIT)
+    exits = np.array([(1, 40, 0, 0, 0, 0), (0, 32, 0x830, 0, 0x1000000FD, 0), (0, 40, 0, 0, 0, 0)], dtype=fx.EXIT)
     users = [fx.OUTCOMES[int(code)].user for code in m.run(exits)["code"]]
     assert users == [fx.KvmExit.HLT, None, fx.KvmExit.HLT]
     assert seen == [(1, 0), (0, 1)]
@@ -376,7 +399,7 @@ def test_handlers_changed_by_any_dict_method(change: Any) -> None:
     """However the table was changed, the batch door obeys it."""
     m = fx.Machine(vcpus=1)
     change(m.handlers, lambda v, exit: fx.KvmExit.X86_RDMSR)
-    (code,) = m.run(np.array([(0, 31, 0x1B, 0, 0)], dtype=fx.EXIT))["code"]
+    (code,) = m.run(np.array([(0, 31, 0x1B, 0, 0, 0)], dtype=fx.EXIT))["code"]
     assert fx.OUTCOMES[int(code)].user is fx.KvmExit.X86_RDMSR
 
 
@@ -402,9 +425,9 @@ def test_notification_takes_what_was_posted(handlers: bool) -> None:
     sender, target = m.vcpus
     target.rdmsr(0x802)
     m.mem[L.H_HANDLERS] = int(handlers)
-    write = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0x41))
-    other = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0xF0))
-    take = (1, L.NOTIFICATION, 0, 0, 0)
+    write = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0x41), 0)
+    other = (0, int(fx.VmxExit.MSR_WRITE), 0x830, 0, fx.icr(dest=1, vector=0xF0), 0)
+    take = (1, L.NOTIFICATION, 0, 0, 0, 0)
     got = m.run(np.array([write, other, take, write, take], dtype=fx.EXIT))
     assert got["path"].tolist() == [fx.Path.FAST, fx.Path.FAST, fx.Path.HARDWARE, fx.Path.FAST, fx.Path.HARDWARE]
     assert got["flags"].tolist() == [fx.Effect.NOTIFY, 0, 0, fx.Effect.NOTIFY, 0]
@@ -423,7 +446,7 @@ def test_notification_outside_the_guest_does_nothing(handlers: bool) -> None:
     m.mem[L.H_HANDLERS] = int(handlers)
     m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0x41))
     before = m.snapshot()
-    (got,) = m.run(np.array([(1, L.NOTIFICATION, 0, 0, 0)], dtype=fx.EXIT))
+    (got,) = m.run(np.array([(1, L.NOTIFICATION, 0, 0, 0, 0)], dtype=fx.EXIT))
     assert (got["code"], got["value"]) == (0, 0)
     assert m.snapshot() == before
 

@@ -191,11 +191,11 @@ def test_a_bad_record_stops_a_batch_before_it_begins(door: Door) -> None:
     before = door.snapshot(m)
     exits = door.ffi.new("struct fx_exit[3]", [{"vcpu": 0, "reason": 32, "msr": 0x830, "value": 1 << 32 | 0x41}] * 3)
     outcomes = door.ffi.new("struct fx_outcome[3]")
-    exits[2].reason, exits[2].msr, exits[2].info = 49, 0x80, 3
+    exits[2].reason, exits[2].gpa, exits[2].info = 49, 0xFEE0_0080, 3
     assert (door.fx.run(m, exits, outcomes, 3, done), done[0]) == (Status.E_RANGE, 2)
     exits[1].vcpu = 2
     assert (door.fx.run(m, exits, outcomes, 3, done), done[0]) == (Status.E_VCPU, 1)
-    for n in ((1 << 64) - 1, 1 << 63, ((1 << 63) - 1) // 24 + 1):
+    for n in ((1 << 64) - 1, 1 << 63, ((1 << 63) - 1) // 32 + 1):
         assert (door.fx.run(m, exits, outcomes, n, done), done[0]) == (Status.E_SIZE, 0)
     assert door.snapshot(m) == before
     assert door.fx.run(m, exits, outcomes, 1, done) == Status.OK

@@ -32,7 +32,7 @@ def records(vendor: str, n: int, seed: int, calm: bool) -> np.ndarray:
             msr, value = rng.choice(((EOI, 0), (TPR, 0x30), (0x83F, 0x44), (DEADLINE, 4), (0x832, 0xE0), (0x777, 1)))
         elif kind < 0.55 and not calm:
             value = fx.icr(rng.randrange(4), 0x41, delivery=4)
-        out[i] = (v, reason, msr, info, value)
+        out[i] = (v, reason, msr, info, value, 0)
     return out
 
 
@@ -42,7 +42,7 @@ def both_doors(kernel: str, vendor: str, apicv: bool, calm: bool, n: int = 60) -
     outcomes = batch.run(exits)
     seen = []
     for record in exits.tolist():
-        v, reason, msr, info, value = record
+        v, reason, msr, info, value, _ = record
         seen.append(single.vcpus[v].exit(reason, msr=msr, value=value, info1=info))
     assert [out.code for out in seen] == outcomes["code"].tolist()
     return batch, exits, outcomes, seen
@@ -71,10 +71,10 @@ def test_batch_of_page_accesses_agrees(vendor: str, apicv: bool) -> None:
         offset, value = rng.choice(
             ((0x300, 0x41), (0x300, 0xC0042), (0x310, rng.randrange(4) << 24), (0xF0, 0xFF), (0xF0, 0x1FF), (0x80, 0))
         )
-        exits[i] = (rng.randrange(4), reason, offset, 4 | fx.MMIO_WRITE, value)
+        exits[i] = (rng.randrange(4), reason, 0, 4 | fx.MMIO_WRITE, value, 0xFEE0_0000 + offset)
     batch, single = (fx.Machine(vcpus=4, vendor=vendor, apicv=apicv, costs=costs) for costs in (None, RETPOLINE))
     outcomes = batch.run(exits)
-    seen = [single.vcpus[v].mmio_write(offset, value) for v, offset, value in exits[["vcpu", "msr", "value"]].tolist()]
+    seen = [single.vcpus[v].mem_write(gpa, value) for v, gpa, value in exits[["vcpu", "gpa", "value"]].tolist()]
     assert [out.code for out in seen] == outcomes["code"].tolist()
     sent, _ = fx.batch_cycles(batch, exits, outcomes, RETPOLINE)
     known = np.isfinite(sent)

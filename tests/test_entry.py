@@ -200,6 +200,6 @@ def test_wrmsr_gives_what_the_batch_door_gives(kernel: str, vendor: str) -> None
         m.vcpus[2].exit(12 if vendor == "vmx" else 0x78)
     for dest in (1, 2, 3, 0, 200, 0xFFFF_FFFF):
         value = fx.icr(dest=dest, vector=0x51)
-        record = np.array([(0, reason, 0x830, vendor == "svm", value)], dtype=fx.EXIT)
+        record = np.array([(0, reason, 0x830, vendor == "svm", value, 0)], dtype=fx.EXIT)
         assert ours.vcpus[0].wrmsr(0x830, value).code == int(theirs.run(record)["code"][0])
     assert ours.snapshot() == theirs.snapshot()

@@ -69,9 +69,9 @@ def test_names() -> None:
 
 
 def test_every_operation_is_some_exits() -> None:
-    """One that no row asks for, not even by MSR or MMIO, would be dead code in the compiled loop."""
+    """One that no row asks for, not even by MSR, MMIO or IO, would be dead code in the compiled loop."""
     used = Counter(row.operation for table in TABLES.values() for row in table.values())
-    halves = {Op.WRMSR, Op.RDMSR, Op.MMIO_WRITE, Op.MMIO_READ}
+    halves = {Op.WRMSR, Op.RDMSR, Op.MMIO_WRITE, Op.MMIO_READ, Op.IO_WRITE, Op.IO_READ}
     assert set(Op) - set(used) <= halves
 
 
@@ -90,7 +90,7 @@ def test_batch_of_a_number_beyond_the_table(vendor: str, reason: int) -> None:
     """It is no exit that anything handles, and the batch goes on behind it."""
     m = fx.Machine(vcpus=1, vendor=vendor)
     msr = m.dispatcher.vendor.rdmsr_reason
-    exits = np.array([(0, reason, 0x830, 1, 0), (0, msr, r.MSR_APICBASE, 0, 0)], dtype=fx.EXIT)
+    exits = np.array([(0, reason, 0x830, 1, 0, 0), (0, msr, r.MSR_APICBASE, 0, 0, 0)], dtype=fx.EXIT)
     first, second = m.run(exits)
     assert fx.OUTCOMES[int(first["code"])].user is fx.KvmExit.INTERNAL_ERROR
     assert second["value"] == m.vcpus[0].apic_base

@@ -444,5 +444,5 @@ def test_a_page_read_that_is_user_spaces_gives_0(vendor: str) -> None:
     assert v.mmio_read(r.APIC_LVR) == 0
     assert v.rdmsr(0x803) == r.APIC_VERSION
     reason = m.dispatcher.vendor.mmio_reason
-    (outcome,) = m.run(np.array([(0, reason, r.APIC_LVR, 4, 0)], dtype=fx.EXIT))
+    (outcome,) = m.run(np.array([(0, reason, 0, 4, 0, 0xFEE0_0000 + r.APIC_LVR)], dtype=fx.EXIT))
     assert (outcome["value"], fx.OUTCOMES[int(outcome["code"])].user) == (0, fx.KvmExit.MMIO)

@@ -39,15 +39,17 @@ def exits(rng: random.Random, config: s.Config, ops: list[s.Op]) -> np.ndarray:
     records = []
     for op in ops:
         if op[0] == "guest_wrmsr":
-            records.append((op[1], fx.SvmExit.MSR if svm else fx.VmxExit.MSR_WRITE, op[2], int(svm), op[3]))
+            records.append((op[1], fx.SvmExit.MSR if svm else fx.VmxExit.MSR_WRITE, op[2], int(svm), op[3], 0))
         elif op[0] == "mmio_write":
             page = fx.SvmExit.NPF if svm else fx.VmxExit.EPT_MISCONFIG
-            records.append((op[1], page, op[2], op[4] | fx.MMIO_WRITE, op[3]))
+            records.append((op[1], page, 0, op[4] | fx.MMIO_WRITE, op[3], r.APIC_DEFAULT_PHYS_BASE + op[2]))
         else:
             others = (fx.SvmExit.INTERRUPT, fx.SvmExit.CPUID, fx.SvmExit.HLT, fx.SvmExit.MSR)
             if not svm:
                 others = (fx.VmxExit.EXTERNAL_INTERRUPT, fx.VmxExit.CPUID, fx.VmxExit.HLT, fx.VmxExit.MSR_READ)
-            records.append((rng.randrange(len(config.apic_ids)), rng.choice(others), rng.choice(s.X2APIC_MSRS), 0, 0))
+            records.append(
+                (rng.randrange(len(config.apic_ids)), rng.choice(others), rng.choice(s.X2APIC_MSRS), 0, 0, 0)
+            )
     return np.array(records, dtype=fx.EXIT)
 
 

@@ -83,7 +83,7 @@ def test_map_rebuilt_under_fire() -> None:
     batch = np.concatenate([storm(machine, 0, [2], seed=seed) for seed in range(100)])
     changes = np.zeros(400, dtype=fx.EXIT)
     changes["vcpu"], changes["reason"] = 1, machine.dispatcher.vendor.mmio_reason
-    changes["msr"], changes["info"] = 0x20, 4 | fx.MMIO_WRITE
+    changes["gpa"], changes["info"] = 0xFEE0_0020, 4 | fx.MMIO_WRITE
     changes["value"] = [(5 + i % 2) << 24 for i in range(len(changes))]
     stop = threading.Event()
     rebuilt = 0

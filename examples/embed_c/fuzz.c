@@ -86,7 +86,7 @@ static void batch(fx_machine *m)
     uint64_t done;
 
     for (int i = 0; i < RECORDS; i++) {
-        exits[i] = (struct fx_exit){ some(VCPUS), 32, msr(), 0, value() };
+        exits[i] = (struct fx_exit){ some(VCPUS), 32, msr(), 0, value(), 0 };
         if (!some(4))
             exits[i].reason = some(80);
         if (!some(200))

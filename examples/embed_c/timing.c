@@ -83,8 +83,8 @@ int timing(double limit)
     for (uint32_t i = 0; i < IPIS; i++) {
         uint32_t from = i % TARGETS, to = (from + 1 + i / TARGETS % (TARGETS - 1)) % TARGETS;
 
-        exits[2 * i] = (struct fx_exit){ from, 32, MSR_X2APIC_ICR, 0, icr(to, 48 + i % 192) };
-        exits[2 * i + 1] = (struct fx_exit){ to, FX_NOTIFICATION, 0, 0, 0 };
+        exits[2 * i] = (struct fx_exit){ from, 32, MSR_X2APIC_ICR, 0, icr(to, 48 + i % 192), 0 };
+        exits[2 * i + 1] = (struct fx_exit){ to, FX_NOTIFICATION, 0, 0, 0, 0 };
     }
     door(m);
     least(&bound);

@@ -37,10 +37,12 @@ def member(value: Any, what: str, known: Collection[int]) -> int:
     return int(value)
 
 
-def access_size(size: Any, what: str = "access length") -> int:
-    """A size of 1, 2 or 4 bytes."""
-    if integer(size, what, 8) not in (1, 2, 4):
-        raise ValueError(f"{what} {size} is not 1, 2 or 4")
+def access_size(size: Any, what: str = "access length", most: int = 4) -> int:
+    """A size of 1, 2 or 4 bytes, or with ``most`` 8 of 8."""
+    known = tuple(n for n in (1, 2, 4, 8) if n <= most)
+    size = integer(size, what, 8)
+    if size not in known:
+        raise ValueError(f"{what} {size} is not {', '.join(map(str, known[:-1]))} or {known[-1]}")
     return size
 
 

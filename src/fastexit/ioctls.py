@@ -45,6 +45,24 @@ class UserMsr(NamedTuple):
     reason: R.MsrExit
 
 
+class UserMmio(NamedTuple):
+    """run->mmio: guest-physical address, data (of a write), length in bytes, is_write."""
+
+    gpa: int
+    data: int
+    length: int
+    write: bool
+
+
+class UserIo(NamedTuple):
+    """run->io: port, data (of a write), size in bytes, direction."""
+
+    port: int
+    data: int
+    length: int
+    write: bool
+
+
 class VcpuIoctls(VcpuState):
     """The half of Vcpu that user space sees."""
 
@@ -267,6 +285,46 @@ class VcpuIoctls(VcpuState):
         if not mem[own + L.K_MSR_REASON]:
             return None
         return UserMsr(mem[own + L.K_MSR_INDEX], mem[own + L.K_MSR_DATA], R.MsrExit(mem[own + L.K_MSR_REASON]))
+
+    def complete_access(self, data: int | None = None) -> None:
+        """User space's answer to KVM_EXIT_MMIO or KVM_EXIT_IO: the data of a read; ``read_data`` has it then.
+
+        KVM_RUN completes an access that was given none, a read with 0. The instruction ends: RIP moves by its length if
+        the exit had one. KVM_RUN returns at once, with exit_reason DEBUG, where that ends a single step. ValueError
+        when no access waits, and for data that are longer than it.
+        """
+        mem, own = self._mem, self.own
+        info = mem[own + L.K_ACCESS_INFO]
+        if not info:
+            raise ValueError("no access to memory or to a port waits for user space")
+        if data is not None:
+            if info & L.ACCESS_WRITE:
+                raise ValueError("a write has no data to give back")
+            length = info & L.ACCESS_LENGTH
+            mem[own + L.K_MSR_DATA] = integer(data, f"{length}-byte value", (1 << 8 * length) - 1)
+        code = load("complete_access")(self._handle, self.index)
+        if code & CODE_USER:
+            self._loop.return_to_user(self, code)
+
+    def _access(self, port: bool) -> tuple[int, int, int, bool] | None:
+        mem, own = self._mem, self.own
+        info = mem[own + L.K_ACCESS_INFO]
+        if not info or bool(info & L.ACCESS_PORT) != port:
+            return None
+        written = bool(info & L.ACCESS_WRITE)
+        return mem[own + L.K_ACCESS_ADDRESS], mem[own + L.K_ACCESS_DATA], info & L.ACCESS_LENGTH, written
+
+    @property
+    def user_mmio(self) -> UserMmio | None:
+        """The access to memory that waits for user space (run->mmio), or None."""
+        access = self._access(port=False)
+        return None if access is None else UserMmio(*access)
+
+    @property
+    def user_io(self) -> UserIo | None:
+        """The access to a port that waits for user space (run->io), or None."""
+        access = self._access(port=True)
+        return None if access is None else UserIo(*access)
 
     # ------------------------------------------------------------------------------------------- the host's scheduler
 

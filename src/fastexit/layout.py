@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -49,7 +49,10 @@ H_FILTER_RANGES = 24  # owner; number of MSR filter ranges
 H_FILTER_DENY = 25  # owner; 1: the filter denies what no range names
 H_BSP_ID = 26  # owner; KVM_SET_BOOT_CPU_ID
 H_NO_ACCESS_PAGE = 40  # remote store; 1: the xAPIC access page is deleted for good (AVIC, a vCPU in x2APIC mode)
+H_FAST_MMIO = 41  # owner; number of fast-MMIO ioeventfds
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
+H_FAST_MMIO_GPA = 384  # owner; FAST_MMIO words: their guest-physical addresses
+FAST_MMIO = 128
 HEADER_WORDS = 512
 
 CONFIG_SVM = 1 << 0
@@ -225,6 +228,15 @@ K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a 
 K_TARGET = 84  # owner; the timer's target_expiration, ns
 K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
 K_ISR = 88  # owner; 4 words
+K_ACCESS_ADDRESS = 92  # owner; guest-physical address or port of the last KVM_EXIT_MMIO or KVM_EXIT_IO
+K_ACCESS_DATA = 93  # owner; what it writes
+K_ACCESS_INFO = 94  # owner; ACCESS_*, 0 once completed
+
+ACCESS_LENGTH = 0xFF  # in bytes
+ACCESS_WRITE = 1 << 8
+ACCESS_PORT = 1 << 9
+ACCESS_INSN_SHIFT = 16  # length of the instruction that completes it
+ACCESS_INSN = 0xF << ACCESS_INSN_SHIFT
 
 HOST = MAX_VCPUS
 """Behind the vCPUs' rows: a row for what the host itself sends, of which K_TARGETS alone is used. Calls that go on at
@@ -277,14 +289,20 @@ VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
 # -------------------------------------------------------------------------------------------------------- batch records
 
 EXIT = np.dtype(
-    [("vcpu", "<u4"), ("reason", "<u4"), ("msr", "<u4"), ("info", "<u4"), ("value", "<u8")],
+    [("vcpu", "<u4"), ("reason", "<u4"), ("msr", "<u4"), ("info", "<u4"), ("value", "<u8"), ("gpa", "<u8")],
     align=True,
 )
 """One exit for Machine.run.
 
-``reason`` is the vendor's exit number (VmxExit or SvmExit). ``msr`` is ECX of an MSR access, or the page offset of an
-access to the xAPIC page (VMX EPT_MISCONFIG, SVM NPF). ``value`` is EDX:EAX, or the data written to the page. ``info``
-is EXITINFO1 of an SVM MSR exit (1 write, 0 read); for the page it is the access length, plus MMIO_WRITE for a write.
+``reason`` is the vendor's exit number (VmxExit or SvmExit). ``value`` is EDX:EAX, or the data that is written.
+
+MSR accesses: ``msr`` is ECX; ``info`` is EXITINFO1 of SVM's MSR exit (1 write, 0 read).
+Memory accesses (VMX EPT_MISCONFIG and EPT_VIOLATION, SVM NPF): ``gpa`` is the guest-physical address, ``info`` the
+length, 1, 2, 4 or 8 bytes, plus MMIO_WRITE for a write.
+Port accesses (VMX IO_INSTRUCTION, SVM IO): ``info`` is what the CPU says of the instruction, the port in bits 31:16
+among it: the exit qualification, regs.VMX_IO, or EXITINFO1, regs.SVM_IO; Machine.io_info makes it.
+All others: ``info`` is the exit qualification or EXITINFO1.
+
 A reason of NOTIFICATION is no exit: vector 0xF2 reaches the pCPU of ``vcpu``, as Vcpu.hw_notify has it. Its outcome is
 Path.HARDWARE when the CPU took PIR to IRR, and nothing but Path.SLOW when the host's handler got the vector.
 """

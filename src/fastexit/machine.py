@@ -17,13 +17,14 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import integer
+from fastexit.checks import access_size, integer
 from fastexit.config import Config, check_api, latest_clock
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
+from fastexit.exits.bus import Bus
 from fastexit.exits.dispatcher import Dispatcher
-from fastexit.exits.exit import Exit
+from fastexit.exits.exit import Exit, PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers
 from fastexit.exits.hardware import Hardware
 from fastexit.exits.svm import Svm
@@ -34,6 +35,7 @@ from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import NEWEST, numbered
+from fastexit.reasons import SvmExit, VmxExit
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
@@ -147,7 +149,8 @@ class Machine:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
         self.profile = numbered(self.mem[L.H_PROFILE])
-        common = CommonHandlers(self.mem, self.handle)
+        bus = Bus(self.mem, self.handle)
+        common = CommonHandlers(self.mem, self.handle, bus)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.costs = costs
         self._vcpu_class: type[Vcpu] = Vcpu if costs is None else TimedVcpu
@@ -162,7 +165,7 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
         self.lock = threading.Lock()
-        self.fast_mmio: set[int] = set()  # addresses of zero-length ioeventfds
+        self.fast_mmio = bus.fast_mmio
         self.last_host_code = 0
 
     def __repr__(self) -> str:
@@ -415,9 +418,9 @@ class Machine:
         """Many exits in one compiled call, the GIL released: an array of layout.OUTCOME, one for each exit, in order.
 
         ``exits`` is a one-dimensional array of dtype layout.EXIT, which says what its fields mean: vcpu, reason, msr,
-        info, value. Results are those of the same exits one at a time; the ``value`` of one that reads nothing says
-        whom its effects are for (layout.OUTCOME). ValueError names the first exit that lies outside the machine, and
-        then none is run.
+        info, value, gpa. Results are those of the same exits one at a time; the ``value`` of one that reads nothing
+        says whom its effects are for (layout.OUTCOME). ValueError names the first exit that lies outside the machine,
+        and then none is run.
         """
         if not isinstance(exits, np.ndarray) or exits.dtype != L.EXIT or exits.ndim != 1:
             raise ValueError(f"exits must be a one-dimensional array of dtype fastexit.EXIT, not {_kind(exits)}")
@@ -442,6 +445,11 @@ class Machine:
                 declare.unregister(source)
                 declare.unregister(target)
 
+    def io_info(self, port: int, length: int = 1, write: bool = False) -> int:
+        """``info`` of an I/O instruction's exit record: exit qualification (VMX) or EXITINFO1 (SVM)."""
+        access = PortAccess(integer(port, "port", R.IO_PORT), access_size(length), bool(write))
+        return self.dispatcher.vendor.io_info(access)
+
     @staticmethod
     def _open(array: np.ndarray) -> int:
         words = array.view(np.uint64)
@@ -456,16 +464,19 @@ class Machine:
         if vcpu >= len(self.vcpus):
             raise ValueError(f"exit {at} is outside the machine: {_describe(record, len(self.vcpus))}")
         v, vendor = self.vcpus[vcpu], self.dispatcher.vendor
-        if reason == vendor.mmio_reason:
-            size = info & ~L.MMIO_WRITE
-            exit = Exit(reason, value=value, offset=msr, size=size, write=bool(info & L.MMIO_WRITE))
+        if reason in vendor.memory_reasons:
+            size, write = info & ~L.MMIO_WRITE, bool(info & L.MMIO_WRITE)
+            exit = Exit(reason, value=value, gpa=int(record["gpa"]), size=size, write=write)
         else:
             exit = Exit(reason, msr, value, info, length=vendor.rows[reason].length)
         code = self.dispatcher.run_exit(v, exit)
         outcomes[at]["code"] = code
-        is_read = (reason == vendor.mmio_reason and not exit.write) or (
-            reason == vendor.rdmsr_reason and (reason != vendor.wrmsr_reason or not info)
-        )
+        if reason in vendor.memory_reasons:
+            is_read = not exit.write
+        elif reason == vendor.io_reason:
+            is_read = not vendor.io_access(info).write
+        else:
+            is_read = reason == vendor.rdmsr_reason and (reason != vendor.wrmsr_reason or not info)
         outcomes[at]["value"] = v.read_data if is_read else self.mem[v.own + L.K_TARGETS]
 
     # ------------------------------------------------------------------------------------------ snapshot and restore
@@ -508,7 +519,10 @@ def _kind(exits: Any) -> str:
 def _describe(record: np.void, vcpus: int) -> str:
     if record["vcpu"] >= vcpus:
         return f"vCPU {record['vcpu']} of {vcpus}"
-    return f"xAPIC page offset {int(record['msr']):#x}, length {int(record['info']) & ~L.MMIO_WRITE}"
+    if record["reason"] in (VmxExit.IO_INSTRUCTION, SvmExit.IO):
+        return f"I/O instruction of no size, info {int(record['info']):#x}"
+    length = int(record["info"]) & ~L.MMIO_WRITE
+    return f"access of {length} bytes to guest-physical address {int(record['gpa']):#x}"
 
 
 assert _entries.NO_VCPU == L.NONE

@@ -272,6 +272,7 @@ APICBASE_EN = APICBASE.mask("EN")
 APICBASE_PAGE = APICBASE.mask("BASE")
 APICBASE_RESERVED = APICBASE.reserved
 APIC_DEFAULT_PHYS_BASE = 0xFEE0_0000
+APIC_PAGE_BYTES = 0x1000
 
 LVT = Layout(32, VECTOR=8, DM=3, _11=1, STATUS=1, POLARITY=1, REMOTE_IRR=1, TRIGGER=1, MASKED=1, TIMER_MODE=2, _19=13)
 LVT_MASKED = LVT.mask("MASKED")
@@ -487,6 +488,22 @@ APIC_ACCESS_TYPE_SHIFT = APIC_ACCESS.shift("TYPE")
 APIC_ACCESS_READ = 0
 APIC_ACCESS_WRITE = 1
 APIC_ACCESS_FETCH = 2
+
+VMX_IO = Layout(64, SIZE=3, IN=1, STRING=1, REP=1, IMMEDIATE=1, _7=9, PORT=16, _32=32)
+"""Exit qualification of an I/O instruction (SDM vol. 3C, basic VM-exit information); SIZE is the number of bytes less
+1."""
+VMX_IO_SIZE = VMX_IO.mask("SIZE")
+VMX_IO_IN = VMX_IO.mask("IN")
+SVM_IO = Layout(64, IN=1, _1=1, STRING=1, REP=1, SIZE=3, ADDRESS=3, SEGMENT=3, _13=3, PORT=16, _32=32)
+"""EXITINFO1 of an I/O instruction (APM vol. 2, IOIO intercept information); SIZE and ADDRESS have a bit for each width,
+so that SIZE is the number of bytes."""
+SVM_IO_SIZE = SVM_IO.mask("SIZE")
+SVM_IO_SIZE_SHIFT = SVM_IO.shift("SIZE")
+SVM_IO_IN = SVM_IO.mask("IN")
+IO_PORT = 0xFFFF
+IO_PORT_SHIFT = 16
+assert VMX_IO.shift("PORT") == SVM_IO.shift("PORT") == IO_PORT_SHIFT
+
 INSN_LEN_WRMSR = 2
 INSN_LEN_WRMSR_IMM = 9
 INSN_LEN_HLT = 1

@@ -24,6 +24,9 @@ from fastexit.profile import Profile, Trait, numbered
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
+_READABLE = (3, L.ABI_VERSION)
+"""ABI versions of snapshots that are read. 4 gave the exit records of batches an address and left the words as they
+were; a machine of version 3 has no access that waits for user space."""
 
 
 def _rows(n: int) -> list[slice]:
@@ -53,7 +56,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     if len(data) < _HEAD.size:
         raise ValueError(f"snapshot is truncated: {len(data)} bytes")
     _, abi, n, crc, length = _HEAD.unpack_from(data)
-    if abi != L.ABI_VERSION:
+    if abi not in _READABLE:
         raise ValueError(f"snapshot has ABI version {abi}, this library has {L.ABI_VERSION}")
     body = data[_HEAD.size :]
     if len(body) != length:
@@ -80,7 +83,9 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     words[L.H_TRAITS] = generation.traits
     _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
+    words[L.H_ABI] = L.ABI_VERSION
     words[L.H_HANDLERS] = 0
+    words[L.H_FAST_MMIO] = 0
 
 
 # ------------------------------------------------------------------------------ what a word may hold, one line for each
@@ -109,11 +114,12 @@ def _among(*values: int) -> _Check:
 _CONFIG = sum(value for name, value in vars(L).items() if name.startswith("CONFIG_"))
 _TIMER_MODES = R.LVT_TIMER_PERIODIC | R.LVT_TIMER_DEADLINE
 _HFLAGS = sum(value for name, value in vars(L).items() if name.startswith("HF_"))
+_ACCESS = L.ACCESS_LENGTH | L.ACCESS_WRITE | L.ACCESS_PORT | L.ACCESS_INSN
 _FLAGS = sum(value for name, value in vars(L).items() if name.startswith("FLAG_"))
 
 _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_MAGIC, _among(L.MAGIC), "its header"),
-    (L.H_ABI, _among(L.ABI_VERSION), "its header"),
+    (L.H_ABI, _among(*_READABLE), "its header"),
     (L.H_WORDS, _among(L.WORDS), "its header"),
     (L.H_CONFIG, _bits(_CONFIG), "the configuration"),
     (L.H_API, _up_to(15), "the x2APIC API"),
@@ -176,6 +182,7 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_MSR_INDEX, _up_to(_U32), "an MSR's number"),
     (L.K_MSR_LENGTH, _up_to(15), "an instruction's length"),
     (L.K_MSR_REASON, _up_to(7), "an MSR exit's reason"),
+    (L.K_ACCESS_INFO, _bits(_ACCESS), "an access of user space's"),
     (L.K_PV_EOI_FLAG, _up_to(1), "a PV EOI flag"),
     (L.K_EXITS, _up_to(1 << 63), "a counter"),
     (L.K_SRCU_LOCKS, _up_to(1 << 63), "a counter"),

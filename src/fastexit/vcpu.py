@@ -87,9 +87,9 @@ class Vcpu(VcpuIoctls):
     def exit(self, reason: int, **info: Any) -> Outcome:
         """Any other exit, by VMX reason or SVM code.
 
-        ``info`` are the fields of exits.exit.Exit; ``rcx``, ``rax`` and ``rdx`` (or ``ecx`` ...) may stand
-        for ``msr`` and ``value``; a hypercall takes ``rax``, ``rbx``, ``rcx``, ``rdx`` and ``rsi``. ``length`` is that
-        of the instruction if one of known length exits.
+        ``info`` are the fields of exits.exit.Exit; ``offset`` in the xAPIC page may stand for ``gpa``; ``rcx``, ``rax``
+        and ``rdx`` (or ``ecx`` ...) may stand for ``msr`` and ``value``; a hypercall takes ``rax``, ``rbx``, ``rcx``,
+        ``rdx`` and ``rsi``. ``length`` is that of the instruction if one of known length exits.
         """
         reason = integer(reason, "exit reason", 0xFFFF_FFFF)
         reason, failed = self._loop.vendor.failed_entry(reason)
@@ -105,11 +105,16 @@ class Vcpu(VcpuIoctls):
         if "rax" in info or "rdx" in info:
             low = integer(info.pop("rax", 0), "RAX", L.NONE) & 0xFFFF_FFFF
             info["value"] = integer(info.pop("rdx", 0), "RDX", L.NONE) << 32 & L.NONE | low
+        if "offset" in info:
+            if "gpa" in info:
+                raise ValueError("give the offset in the xAPIC page or the guest-physical address, not both")
+            info["gpa"] = self.apic_page + integer(info.pop("offset"), "offset", R.APIC_PAGE_BYTES - 1)
         unknown = sorted(set(info) - set(Exit.__dataclass_fields__))
         if unknown:
             known = ", ".join(f for f in Exit.__dataclass_fields__ if f not in ("reason", "args"))
-            raise ValueError(f"exit information {', '.join(unknown)} is unknown: one of {known}, rcx, rax, rdx")
-        tops = {"msr": 0xFFFF_FFFF, "offset": 0xFFF, "length": 15, "intr_info": 0xFFFF_FFFF}
+            raise ValueError(f"exit information {', '.join(unknown)} is unknown: one of {known}, offset, rcx, rax, rdx")
+        tops = {"msr": 0xFFFF_FFFF, "length": 15, "intr_info": 0xFFFF_FFFF}
+        tops["gpa"] = (1 << self._mem[L.H_MAXPHYADDR]) - 1
         fields: dict[str, Any] = {
             name: value if name == "args" or type(value) is bool else integer(value, name, tops.get(name, L.NONE))
             for name, value in info.items()
@@ -121,7 +126,9 @@ class Vcpu(VcpuIoctls):
         ):
             raise ValueError(f"length {fields['length']} of an MSR access: RDMSR and WRMSR are 2 bytes long")
         exit = Exit(reason, **fields)
-        access_size(exit.size, "access size")
+        access_size(exit.size, "access size", most=8)
+        if reason == self._loop.vendor.io_reason:
+            self._loop.vendor.io_access(exit.info1)
         return OUTCOMES[self._loop.run_exit(self, exit)]
 
     def hypercall(
@@ -137,19 +144,47 @@ class Vcpu(VcpuIoctls):
         exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.rows[reason].length)
         return OUTCOMES[self._loop.run_exit(self, exit)]
 
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """A guest write to the xAPIC page at ``offset`` 0..0xFFF, ``length`` 1, 2 or 4 bytes."""
-        offset = integer(offset, "xAPIC page offset", 0xFFF)
-        length = access_size(length)
+    def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
+        """A guest's write to a device at a guest-physical address, ``length`` 1, 2, 4 or 8 bytes.
+
+        What no device of the machine claims leaves to user space: ``user_mmio`` is the access then. RIP does not move:
+        the instruction's length is unknown.
+        """
+        gpa, length = self._gpa(gpa), access_size(length, most=8)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
-        exit = Exit(self._loop.vendor.mmio_reason, value=value, offset=offset, size=length, write=True)
+        exit = Exit(self._loop.vendor.mmio_reason, value=value, gpa=gpa, size=length, write=True)
         return OUTCOMES[self._loop.run_exit(self, exit)]
 
+    def mem_read(self, gpa: int, length: int = 4) -> int:
+        """A guest's read from a device; 0 where it leaves to user space, whose answer is complete_access."""
+        gpa, length = self._gpa(gpa), access_size(length, most=8)
+        self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, gpa=gpa, size=length))
+        return self.read_data
+
+    def _gpa(self, gpa: int) -> int:
+        return integer(gpa, "guest-physical address", (1 << self._mem[L.H_MAXPHYADDR]) - 1)
+
+    def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
+        """A guest's write to its xAPIC page at ``offset`` 0..0xFFF, ``length`` 1, 2 or 4 bytes."""
+        offset = integer(offset, "xAPIC page offset", R.APIC_PAGE_BYTES - 1)
+        return self.mem_write(self.apic_page + offset, value, access_size(length))
+
     def mmio_read(self, offset: int, length: int = 4) -> int:
-        """A guest read of the xAPIC page; 0 where KVM leaves the destination as it was, or leaves it to user space."""
-        offset = integer(offset, "xAPIC page offset", 0xFFF)
+        """A guest's read from its xAPIC page; 0 where KVM leaves the destination as it was, or leaves to user space."""
+        offset = integer(offset, "xAPIC page offset", R.APIC_PAGE_BYTES - 1)
+        return self.mem_read(self.apic_page + offset, access_size(length))
+
+    def io_write(self, port: int, value: int, length: int = 1) -> Outcome:
+        """A guest's OUT of 1, 2 or 4 bytes. No device has a port: it leaves to user space, where ``user_io`` has it."""
         length = access_size(length)
-        self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, offset=offset, size=length))
+        value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
+        info1 = self.machine.io_info(port, length, write=True)
+        return OUTCOMES[self._loop.run_exit(self, Exit(self._loop.vendor.io_reason, value=value, info1=info1))]
+
+    def io_read(self, port: int, length: int = 1) -> int:
+        """A guest's IN of 1, 2 or 4 bytes; 0 where it leaves to user space, whose answer is complete_access."""
+        info1 = self.machine.io_info(port, length)
+        self._loop.run_exit(self, Exit(self._loop.vendor.io_reason, info1=info1))
         return self.read_data
 
     @property

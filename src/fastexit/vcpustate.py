@@ -60,6 +60,11 @@ class VcpuState:
         return self._mem[self.own + L.K_APIC_BASE]
 
     @property
+    def apic_page(self) -> int:
+        """Guest-physical address of its xAPIC page, as APICBASE has it, whatever the APIC's mode."""
+        return self._mem[self.own + L.K_APIC_BASE] & R.APICBASE_PAGE
+
+    @property
     def mode(self) -> int:
         """vcpu->mode: 0 outside, 1 in guest, 2 exiting."""
         return self._mem[self.hot + L.HOT_MODE]

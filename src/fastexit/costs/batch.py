@@ -59,7 +59,9 @@ def batch_cycles(
     assert profile is not None
     _warn_of_strangers(machine)
     keys = np.empty((len(exits), 3), dtype=np.uint64)
-    keys[:, 0] = exits["reason"].astype(np.uint64) << np.uint64(32) | exits["msr"]
+    mmio = exits["reason"] == machine.dispatcher.vendor.mmio_reason
+    where = np.where(mmio, exits["gpa"] & np.uint64(R.APIC_PAGE_BYTES - 1), exits["msr"])
+    keys[:, 0] = exits["reason"].astype(np.uint64) << np.uint64(32) | where
     keys[:, 1] = exits["info"].astype(np.uint64) << np.uint64(1) | _concerns_sender(machine, exits)
     keys[:, 2] = outcomes["code"]
     found, place = np.unique(keys, axis=0, return_inverse=True)
@@ -110,7 +112,7 @@ def _cycles(
         return _NONE
     mmio = reason == vendor.mmio_reason
     exit = (
-        Exit(reason, offset=msr, size=info & ~L.MMIO_WRITE, write=bool(info & L.MMIO_WRITE))
+        Exit(reason, gpa=msr, size=info & ~L.MMIO_WRITE, write=bool(info & L.MMIO_WRITE))
         if mmio
         else Exit(reason, msr, info1=info)
     )

@@ -189,7 +189,7 @@ WORKS: dict[str, Work | Callable[[Exit], Work]] = {
     "rdmsr": lambda exit: _msr(exit.msr, False),
     "wrmsr": lambda exit: _msr(exit.msr, True),
     "msr": lambda exit: _msr(exit.msr, bool(exit.info1)),
-    "page": lambda exit: _page(exit.offset, exit.write),
+    "page": lambda exit: _page(exit.gpa & 0xFFF, exit.write),
     "apic_access": lambda exit: _page(exit.info1 & 0xFFF, exit.write),
     "apic_write": _apic_write,
     "avic_access": lambda exit: Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False),

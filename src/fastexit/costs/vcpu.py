@@ -45,9 +45,13 @@ class TimedVcpu(Vcpu):
         """Vcpu.hypercall, timed."""
         return self._timed(super().hypercall(*args, **named))
 
-    def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """Vcpu.mmio_write, timed."""
-        return self._timed(super().mmio_write(offset, value, length))
+    def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
+        """Vcpu.mem_write, timed; so is mmio_write."""
+        return self._timed(super().mem_write(gpa, value, length))
+
+    def io_write(self, port: int, value: int, length: int = 1) -> Outcome:
+        """Vcpu.io_write, timed."""
+        return self._timed(super().io_write(port, value, length))
 
     def hw_wrmsr(self, msr: int, value: int) -> Outcome:
         """Vcpu.hw_wrmsr, timed: hw_ipi or hw_access where there is no exit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastexit.reasons import KvmExit
 
@@ -21,10 +21,9 @@ class Exit:
 
     ``reason`` is the vendor's exit number; ``msr`` and ``value`` are the guest's ECX and EDX:EAX. ``info1`` is the VMX
     exit qualification or SVM's EXITINFO1; ``info2`` VMX's IDT-vectoring information (bit 31: valid) or SVM's EXITINFO2;
-    ``intr_info`` VMX's VM-exit interruption information or SVM's EXITINTINFO. ``offset``, ``size`` and ``write``
-    describe an access to the xAPIC page, whose data is ``value``; ``gpa`` is the address of any other access. ``args``
-    are RAX, RBX, RCX, RDX and RSI of a hypercall, ``bits64`` whether all 64 bits of them count. ``length`` is the
-    instruction's length.
+    ``intr_info`` VMX's VM-exit interruption information or SVM's EXITINTINFO. ``gpa``, ``size`` and ``write`` describe
+    an access to memory, ``info1`` one to a port; ``value`` is the data. ``args`` are RAX, RBX, RCX, RDX and RSI of a
+    hypercall, ``bits64`` whether all 64 bits of them count. ``length`` is the instruction's length.
     """
 
     reason: int
@@ -33,7 +32,6 @@ class Exit:
     info1: int = 0
     info2: int = 0
     intr_info: int = 0
-    offset: int = 0
     gpa: int = 0
     args: tuple[int, ...] = ()
     bits64: bool = True
@@ -42,6 +40,14 @@ class Exit:
     length: int = 0
     failed_entry: bool = False
     invalid_state: bool = False
+
+
+class PortAccess(NamedTuple):
+    """What an I/O instruction does: port, size in bytes, direction."""
+
+    port: int
+    size: int
+    write: bool
 
 
 Handler = Callable[["Vcpu", Exit], "int | KvmExit | None"]
@@ -58,6 +64,8 @@ class Vendor(Protocol):
     forced_reason: int
     interrupt_reason: int
     hypercall_reason: int
+    io_reason: int
+    memory_reasons: frozenset[int]
     rows: Table
     fast_run: dict[int, Handler]
     fast_irqoff: dict[int, Handler]
@@ -66,6 +74,10 @@ class Vendor(Protocol):
     hardware: str
 
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
+
+    def io_info(self, access: PortAccess) -> int: ...
+
+    def io_access(self, info1: int) -> PortAccess: ...
 
     def failed_entry(self, reason: int) -> tuple[int, bool]: ...
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.exits.bus import NOT_MINE, Bus
 from fastexit.jit.declare import load
-from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER, CODE_USER_SHIFT, Refusal
+from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER_SHIFT, Refusal
 from fastexit.profile import Profile, Trait
 from fastexit.reasons import KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastexit.exits.exit import Exit, Handler, Vendor
+    from fastexit.exits.exit import Exit, Handler, PortAccess, Vendor
     from fastexit.vcpu import Vcpu
 
 
@@ -70,11 +71,12 @@ def bound_handlers(vendor: Vendor, common: CommonHandlers, profile: Profile, kin
 
 
 class CommonHandlers:
-    """Handlers over the kernels: MSR accesses, the xAPIC page, windows, and exits that need nothing done."""
+    """Handlers over the kernels: MSR accesses, devices, windows, and exits that need nothing done."""
 
-    def __init__(self, memory: memoryview, handle: int) -> None:
+    def __init__(self, memory: memoryview, handle: int, bus: Bus) -> None:
         self.memory = memory
         self.handle = handle
+        self.bus = bus
 
     def fast_wrmsr(self, v: Vcpu, exit: Exit) -> int:
         """Fast WRMSR handler and re-entry in the vendor's run function."""
@@ -108,23 +110,36 @@ class CommonHandlers:
         """kvm_emulate_rdmsr; the value is v.read_data."""
         return load("emulate_rdmsr")(self.handle, v.index, exit.msr, exit.length)
 
-    def apic_page(self, v: Vcpu, exit: Exit) -> int:
-        """The instruction emulator at the xAPIC page. RIP is the emulator's business and moves by ``exit.length``.
+    def mmio(self, v: Vcpu, exit: Exit) -> int:
+        """handle_ept_misconfig, npf_interception: an address that is known to be a device's.
 
-        An address at which user space listens (a fast-MMIO ioeventfd) needs no emulator: the write happened, RIP moves.
+        Where a fast-MMIO ioeventfd listens no emulator is needed: the write happened, RIP moves.
         """
         if self.cannot_emulate(v, exit):
             return user_code(KvmExit.INTERNAL_ERROR)
-        if exit.gpa:
-            if exit.gpa not in v.machine.fast_mmio:
-                return user_code(KvmExit.MMIO)
-            self._emit(L.TP_FAST_MMIO, v, exit.gpa)
-            return self.skip_instruction(v, exit)
+        if exit.gpa not in self.bus.fast_mmio:
+            return self.emulate(v, exit)
+        self._emit(L.TP_FAST_MMIO, v, exit.gpa)
+        return self.skip_instruction(v, exit)
+
+    def emulate(self, v: Vcpu, exit: Exit) -> int:
+        """The instruction emulator at a device. RIP is its business and moves by ``exit.length``."""
         if exit.write:
-            code = load("mmio_write")(self.handle, v.index, exit.offset, exit.size, exit.value)
+            code = self.bus.write(v, exit.gpa, exit.size, exit.value)
         else:
-            code = load("mmio_read")(self.handle, v.index, exit.offset, exit.size)
-        return code if code & CODE_USER else code | self.skip_instruction(v, exit)
+            code = self.bus.read(v, exit.gpa, exit.size)
+        if code != NOT_MINE:
+            return code | self.skip_instruction(v, exit)
+        return self._to_user(v, exit.gpa, exit.size, exit.write, exit)
+
+    def io(self, v: Vcpu, exit: Exit, access: PortAccess) -> int:
+        """kvm_fast_pio. No device of the model has a port."""
+        return self._to_user(v, access.port, access.size | L.ACCESS_PORT, access.write, exit)
+
+    def _to_user(self, v: Vcpu, address: int, access: int, write: bool, exit: Exit) -> int:
+        """KVM_EXIT_MMIO or KVM_EXIT_IO."""
+        access |= (L.ACCESS_WRITE if write else 0) | exit.length << L.ACCESS_INSN_SHIFT
+        return load("access_to_user")(self.handle, v.index, address, exit.value, access)
 
     def cannot_emulate(self, v: Vcpu, exit: Exit) -> bool:
         """kvm_can_emulate_event_vectoring, since 6.14: an event cannot be delivered to a stack or IDT that is a device.

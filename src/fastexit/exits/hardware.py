@@ -41,12 +41,12 @@ class Hardware:
 
     def mmio_write(self, v: Vcpu, offset: int, value: int, length: int) -> int:
         """A write to the xAPIC page."""
-        plain = Exit(self.vendor.mmio_reason, value=value, offset=offset, size=length, write=True)
+        plain = Exit(self.vendor.mmio_reason, value=value, gpa=v.apic_page + offset, size=length, write=True)
         return self._execute(v, plain, "mmio_write", offset, length, value)
 
     def mmio_read(self, v: Vcpu, offset: int, length: int) -> int:
         """A read of the xAPIC page; the value is v.read_data."""
-        plain = Exit(self.vendor.mmio_reason, offset=offset, size=length)
+        plain = Exit(self.vendor.mmio_reason, gpa=v.apic_page + offset, size=length)
         return self._execute(v, plain, "mmio_read", offset, length)
 
     def _execute(self, v: Vcpu, plain: Exit, access: str, *args: int) -> int:

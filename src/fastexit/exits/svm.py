@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.exit import Exit
+from fastexit.exits.exit import Exit, PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
 from fastexit.exits.table import SVM
 from fastexit.jit.declare import load
@@ -36,6 +36,8 @@ class Svm:
     interrupt_reason = int(SvmExit.INTERRUPT)
     forced_reason = int(SvmExit.INTERRUPT)
     hypercall_reason = int(SvmExit.VMMCALL)
+    io_reason = int(SvmExit.IO)
+    memory_reasons = frozenset({int(SvmExit.NPF)})
     rows = SVM
     hardware = "avic"
 
@@ -100,16 +102,31 @@ class Svm:
         if self.common.memory[v.hot + L.HOT_FLAGS] & L.FLAG_X2APIC:
             access = Exit(self.wrmsr_reason, R.MSR_X2APIC_BASE + (offset >> 4), exit.value, int(write))
             return self._msr(v, access)
-        within = exit.offset & ~R.AVIC_OFFSET
+        within = exit.gpa & ~R.AVIC_OFFSET & 0xFFF
         access = Exit(
             self.mmio_reason,
             value=exit.value,
-            offset=offset | within,
+            gpa=v.apic_page + (offset | within),
             size=exit.size,
             write=write,
             length=exit.length,
         )
-        return self.common.apic_page(v, access)
+        return self.common.emulate(v, access)
+
+    def _io(self, v: Vcpu, exit: Exit) -> int:
+        """io_interception."""
+        return self.common.io(v, exit, self.io_access(exit.info1))
+
+    def io_info(self, access: PortAccess) -> int:
+        """EXITINFO1 of an I/O instruction."""
+        return R.SVM_IO.encode({"SIZE": access.size, "IN": int(not access.write), "PORT": access.port})
+
+    def io_access(self, info1: int) -> PortAccess:
+        """What an EXITINFO1 says; ValueError where it names no size."""
+        size = (info1 & R.SVM_IO_SIZE) >> R.SVM_IO_SIZE_SHIFT
+        if size not in (1, 2, 4):
+            raise ValueError(f"I/O instruction of no size: of bits 6:4 of EXITINFO1, here {size:#x}, one is to be set")
+        return PortAccess(info1 >> R.IO_PORT_SHIFT & R.IO_PORT, size, not info1 & R.SVM_IO_IN)
 
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
         """The exit that the CPU makes of an access; what AVIC has no part in is the plain one."""
@@ -127,7 +144,7 @@ class Svm:
             value=plain.value,
             info1=info1,
             info2=low,
-            offset=plain.offset,
+            gpa=plain.gpa,
             size=plain.size,
             write=plain.write,
             length=plain.length,

@@ -33,10 +33,14 @@ class Op(IntEnum):
     MMIO_WRITE = 4
     MMIO_READ = 5
     MMIO = 6
-    """A write or a read of the xAPIC page, as the exit record says."""
+    """A write or a read of memory, as the exit record says."""
     NOTHING = 7
     HLT = 8
     TIMER = 9
+    IO_WRITE = 10
+    IO_READ = 11
+    IO = 12
+    """A write to or a read from a port, as the exit qualification or EXITINFO1 says."""
 
 
 class Row(NamedTuple):
@@ -118,7 +122,7 @@ VMX = Table(
         Row(_V.INVD, length=2, handler=_SKIP, fast="fast_invd", fast_trait=_T.INVD_FAST),
         Row(_V.VMCALL, length=3, handler="hypercall", work="hypercall"),
         Row(_V.CR_ACCESS, length=_MOV_CR, handler="_cr_access"),
-        Row(_V.IO_INSTRUCTION, user=_K.IO),
+        Row(_V.IO_INSTRUCTION, handler="_io", operation=Op.IO),
         Row(_V.MSR_READ, length=_MSR, handler="rdmsr", operation=Op.RDMSR, work="rdmsr"),
         Row(_V.MSR_WRITE, length=_MSR, handler="wrmsr", fast="fast_wrmsr", irqoff="fast_wrmsr_irqoff", srcu=True,
             operation=Op.WRMSR, shortcut=True, work="wrmsr"),
@@ -127,8 +131,8 @@ VMX = Table(
         Row(_V.TPR_BELOW_THRESHOLD, handler="_tpr_below_threshold", work="lapic"),
         Row(_V.APIC_ACCESS, handler="_apic_access", vectoring=True, work="apic_access"),
         Row(_V.EOI_INDUCED, handler="_eoi_induced", work="lapic"),
-        Row(_V.EPT_VIOLATION, handler="_ept_violation", l0_wants=True, vectoring=True, user=_K.MMIO, work="page"),
-        Row(_V.EPT_MISCONFIG, handler="apic_page", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
+        Row(_V.EPT_VIOLATION, handler="_ept_violation", l0_wants=True, vectoring=True, work="page"),
+        Row(_V.EPT_MISCONFIG, handler="mmio", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
         Row(_V.PREEMPTION_TIMER, handler="operation", fast="fast_preemption_timer",
             fast_trait=_T.PREEMPTION_TIMER_FAST, operation=Op.TIMER, shortcut=True, l0_wants=True, work="timer"),
         Row(_V.WBINVD, length=2, handler=_SKIP),
@@ -173,7 +177,7 @@ SVM = Table(
         Row(_S.PAUSE, length=2, handler=_SKIP),
         Row(_S.HLT, length=_HLT, handler="hlt", fast="fast_hlt", fast_trait=_T.HLT_FAST, srcu=True,
             operation=Op.HLT, shortcut=True, work="halt"),
-        Row(_S.IO, user=_K.IO),
+        Row(_S.IO, handler="_io", operation=Op.IO),
         Row(_S.MSR, length=_MSR, handler="_msr", fast="_fast_msr", irqoff="_fast_msr_irqoff", srcu=True,
             operation=Op.MSR, shortcut=True, work="msr"),
         Row(_S.SHUTDOWN, user=_K.SHUTDOWN),
@@ -185,7 +189,7 @@ SVM = Table(
         Row(_S.WRITE_CR8_TRAP, since="6.1"),
         Row(_S.INVPCID, since="6.1"),
         Row(_S.IDLE_HLT, name="idle-halt", since="6.18", length=_HLT, handler="hlt", shortcut=True, work="halt"),
-        Row(_S.NPF, handler="apic_page", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
+        Row(_S.NPF, handler="mmio", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
         Row(_S.AVIC_INCOMPLETE_IPI, handler="_incomplete_ipi", work="ipi"),
         Row(_S.AVIC_UNACCELERATED_ACCESS, handler="_unaccelerated_access", work="avic_access"),
         Row(_S.VMGEXIT, since="6.1", shortcut=True),
@@ -208,14 +212,14 @@ SVM = Table(
 ROW_OPERATION = 0xFF
 ROW_SHORTCUT = 1 << 8
 ROW_BY_INFO = 1 << 9
-"""The operation is MSR or MMIO, which the exit's information makes a read or a write."""
+"""The operation is MSR, MMIO or IO, which the exit's information makes a read or a write."""
 ROW_LENGTH_SHIFT = 16
 
 
 def packed(row: Row) -> int:
     """Put what the compiled loop needs of a row into one word: operation, shortcut, length."""
     shortcut = ROW_SHORTCUT if row.shortcut else 0
-    by_info = ROW_BY_INFO if row.operation in (Op.MSR, Op.MMIO) else 0
+    by_info = ROW_BY_INFO if row.operation in (Op.MSR, Op.MMIO, Op.IO) else 0
     return row.operation | shortcut | by_info | row.length << ROW_LENGTH_SHIFT
 
 

@@ -2,8 +2,8 @@
 
 Models: vmx_exit_handlers_fastpath, vmx_handle_exit_irqoff, vmx_handle_exit with its early returns and its retpoline
 shortcuts (the same handlers, reached without an indirect call), and the exits of a virtualised APIC:
-handle_apic_access, handle_apic_write, handle_apic_eoi_induced, handle_tpr_below_threshold, handle_ept_violation on the
-APIC's page. Not modelled: PML, virtual NMIs, bus locks.
+handle_apic_access, handle_apic_write, handle_apic_eoi_induced, handle_tpr_below_threshold, handle_ept_violation
+without a memslot. Not modelled: PML, virtual NMIs, bus locks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.exits.exit import PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
 from fastexit.exits.table import VMX
 from fastexit.jit.declare import load
@@ -41,6 +42,8 @@ class Vmx:
     interrupt_reason = int(VmxExit.EXTERNAL_INTERRUPT)
     forced_reason = int(VmxExit.PREEMPTION_TIMER)
     hypercall_reason = int(VmxExit.VMCALL)
+    io_reason = int(VmxExit.IO_INSTRUCTION)
+    memory_reasons = frozenset({int(VmxExit.EPT_MISCONFIG), int(VmxExit.EPT_VIOLATION)})
     rows = VMX
     hardware = "apicv"
 
@@ -82,7 +85,7 @@ class Vmx:
         if kind == R.APIC_ACCESS_FETCH:
             return KvmExit.INTERNAL_ERROR
         write = exit.write if kind > R.APIC_ACCESS_FETCH else kind == R.APIC_ACCESS_WRITE
-        return self.common.apic_page(v, replace(exit, offset=offset, write=write))
+        return self.common.emulate(v, replace(exit, gpa=v.apic_page + offset, write=write))
 
     def _apic_write(self, v: Vcpu, exit: Exit) -> int:
         """handle_apic_write: the instruction is done, the value in the page."""
@@ -97,11 +100,25 @@ class Vmx:
         load("tpr_below_threshold")(self.common.handle, v.index)
 
     def _ept_violation(self, v: Vcpu, exit: Exit) -> int | KvmExit:
-        """handle_ept_violation: nothing but the APIC's page is emulated here, other devices are user space's."""
-        base = self.common.memory[v.own + L.K_APIC_BASE] & R.APICBASE.mask("BASE")
-        if exit.gpa & ~_PAGE != base:
-            return KvmExit.INTERNAL_ERROR if self.common.cannot_emulate(v, exit) else KvmExit.MMIO
-        return self.common.apic_page(v, replace(exit, offset=exit.gpa & _PAGE, gpa=0))
+        """handle_ept_violation at an address without memory."""
+        if self.common.cannot_emulate(v, exit):
+            return KvmExit.INTERNAL_ERROR
+        return self.common.emulate(v, exit)
+
+    def _io(self, v: Vcpu, exit: Exit) -> int:
+        """handle_io."""
+        return self.common.io(v, exit, self.io_access(exit.info1))
+
+    def io_info(self, access: PortAccess) -> int:
+        """The exit qualification of an I/O instruction."""
+        return R.VMX_IO.encode({"SIZE": access.size - 1, "IN": int(not access.write), "PORT": access.port})
+
+    def io_access(self, info1: int) -> PortAccess:
+        """What an exit qualification says; ValueError where it names no size."""
+        size = (info1 & R.VMX_IO_SIZE) + 1
+        if size not in (1, 2, 4):
+            raise ValueError(f"I/O instruction of {size} bytes: bits 2:0 of its exit qualification are 0, 1 or 3")
+        return PortAccess(info1 >> R.IO_PORT_SHIFT & R.IO_PORT, size, not info1 & R.VMX_IO_IN)
 
     def _exception(self, v: Vcpu, exit: Exit) -> int | KvmExit | None:
         """handle_exception_nmi: an exception during the delivery of an event is an error, except where KVM is done."""

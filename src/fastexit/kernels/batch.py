@@ -6,8 +6,8 @@ exit, and the caller hands it to the Python dispatcher.
 
 from ..jit.atomics import prefetch
 from ..jit.declare import inlined, kernel
+from . import bus, unicast
 from . import typed as k
-from . import unicast
 from .loop import behind_unicast, find_row, run_exit
 from .pi import process_notification
 from .shared import hot, own, vec
@@ -18,16 +18,39 @@ AHEAD = k.U(12)
 """Records between a prefetch and its use: a few IPIs, some 100 ns."""
 
 
+VMX_ACCESSES = (k.ONE << k.VMX_EPT_MISCONFIG) | (k.ONE << k.VMX_EPT_VIOLATION) | (k.ONE << k.VMX_IO_INSTRUCTION)
+SVM_ACCESSES = (k.ONE << (k.SVM_NPF & k.U(63))) | (k.ONE << (k.SVM_IO & k.U(63)))
+"""Exits that name an address or a port, a bit for the low six bits of their numbers."""
+
+
 @kernel("u8(words, words, u8)")
 def _looks_bad(m, exits, n):
-    """0 when no record names a vCPU outside the machine or the xAPIC page: what first_bad has to look at one by one."""
-    vcpus = m[k.H_NVCPUS]
-    page = k.SVM_NPF if m[k.H_CONFIG] & k.CONFIG_SVM else k.VMX_EPT_MISCONFIG
+    """0 when no record names a vCPU outside the machine, an address or a port: what first_bad looks at one by one.
+
+    A few others look bad as well, for each record costs only what a vector unit does at once.
+    """
+    accesses = SVM_ACCESSES if m[k.H_CONFIG] & k.CONFIG_SVM else VMX_ACCESSES
+    last = m[k.H_NVCPUS] - k.ONE
+    beyond = k.ZERO
     found = k.ZERO
     for i in range(n):
         word = exits[k.U(i) * k.EXIT_WORDS]
-        found = found | k.U(word & k.LOW32 >= vcpus) | k.U(word >> k.U(32) == page)
-    return found
+        beyond = beyond | (last - (word & k.LOW32))
+        found = found | (accesses >> ((word >> k.U(32)) & k.U(63)))
+    return (beyond >> k.U(63)) | (found & k.ONE)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _outside(m, reason, info, gpa):
+    """Tell whether an exit is an access that no CPU makes: of a wrong length, or beyond MAXPHYADDR."""
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    if reason == (k.SVM_IO if svm else k.VMX_IO_INSTRUCTION):
+        return k.ZERO if bus.io_length(m, info) else k.ONE
+    if reason != k.SVM_NPF if svm else reason != k.VMX_EPT_MISCONFIG and reason != k.VMX_EPT_VIOLATION:
+        return k.ZERO
+    length = info & ~k.MMIO_WRITE
+    known = length == k.ONE or length == k.U(2) or length == k.U(4) or length == k.U(8)
+    return k.ZERO if known and not gpa >> m[k.H_MAXPHYADDR] else k.ONE
 
 
 @kernel("u8(words, words, u8)")
@@ -39,12 +62,8 @@ def first_bad(m, exits, n):
         at = k.U(i) * k.EXIT_WORDS
         if exits[at] & k.LOW32 >= m[k.H_NVCPUS]:
             return k.U(i)
-        info = exits[at + k.ONE] >> k.U(32)
-        op = find_row(m, exits[at] >> k.U(32), info) & k.ROW_OPERATION
-        if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
-            length = info & ~k.MMIO_WRITE
-            if exits[at + k.ONE] & k.LOW32 > k.U(0xFFF) or (length != k.ONE and length != k.U(2) and length != k.U(4)):
-                return k.U(i)
+        if _outside(m, exits[at] >> k.U(32), exits[at + k.ONE] >> k.U(32), exits[at + k.U(3)]):
+            return k.U(i)
     return n
 
 
@@ -125,7 +144,8 @@ def run(m, exits, outcomes, first, n):
             op = row & k.ROW_OPERATION
             if op == k.OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
                 return i
-            outcomes[out] = run_exit(m, v, row, reason, msr, exits[at + k.U(2)], info)
-            reads = op == k.OP_RDMSR or op == k.OP_MMIO_READ
+            where = exits[at + k.U(3)] if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ else msr
+            outcomes[out] = run_exit(m, v, row, reason, where, exits[at + k.U(2)], info)
+            reads = op == k.OP_RDMSR or op == k.OP_MMIO_READ or op == k.OP_IO_READ
             outcomes[out + k.ONE] = m[own(m, v) + (k.K_MSR_DATA if reads else k.K_TARGETS)]
         i = i + k.ONE

@@ -11,6 +11,7 @@ from . import (
     apicv,
     avic,
     batch,
+    bus,
     cdoor,
     events,
     fastpath,
@@ -87,6 +88,7 @@ _ON_ONE_VCPU = {
         "ack": irq.ack,
         "eoi": irq.eoi,
         "pending": irq.has_interrupt,
+        "complete_access": bus.complete,
         "take_pv_eoi": irq.take_pv_eoi,
         "get_state": lapicstate.get_state,
         "set_state": lapicstate.set_state,
@@ -140,6 +142,7 @@ _ON_ONE_VCPU = {
         "finish_run": steps.finish_run,
     },
     3: {
+        "access_to_user": bus.to_user,
         "apicv_mmio_write": apicv.mmio_write,
         "avic_mmio_write": avic.mmio_write,
         "mmio_write": lapic.mmio_write,

@@ -24,6 +24,9 @@ from .lapicreg import (
 from .shared import emit, hot, make_request, own
 from .timer import current_count, timer_mode_mask, update_lvtt, write_tdcr, write_tmict
 
+NOT_MINE = k.NONE
+"""Result of a device's access to an address that is not its own; no code has all bits set."""
+
 
 @kernel("u8(words, u8)")
 def in_x2apic_mode(m, v):
@@ -300,6 +303,12 @@ def x2apic_msr_read(m, v, msr):
     return k.ZERO
 
 
+@kernel("u8(words, u8, u8)")
+def _page_offset(m, v, gpa):
+    """apic_mmio_in_range's first half: an offset below APIC_PAGE_BYTES where the address is in the vCPU's page."""
+    return gpa - (m[own(m, v) + k.K_APIC_BASE] & k.APICBASE_PAGE)
+
+
 @kernel("u8(words, u8)")
 def _claimed(m, v):
     """apic_mmio_in_range's second half: hardware-enabled and in xAPIC mode."""
@@ -308,33 +317,40 @@ def _claimed(m, v):
 
 @kernel("u8(words)")
 def _unclaimed(m):
-    """An access that no APIC claims: into KVM_X86_QUIRK_LAPIC_MMIO_HOLE, or out to user space without it."""
-    return k.ZERO if m[k.H_CONFIG] & k.CONFIG_MMIO_HOLE else k.USER_MMIO
+    """An access to a page that no APIC is behind: into KVM_X86_QUIRK_LAPIC_MMIO_HOLE, or NOT_MINE without it."""
+    return k.ZERO if m[k.H_CONFIG] & k.CONFIG_MMIO_HOLE else NOT_MINE
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
-def mmio_write(m, v, offset, length, value):
-    """apic_mmio_write: only aligned dwords count, the rest vanishes without a fault. USER_MMIO: user space's business.
+def mmio_write(m, v, gpa, length, value):
+    """apic_mmio_write: only aligned dwords count, the rest vanishes without a fault. NOT_MINE: another device's.
 
     RIP is the caller's.
     """
+    offset = _page_offset(m, v, gpa)
+    if offset >= k.APIC_PAGE_BYTES:
+        return NOT_MINE
     if not _claimed(m, v):
         return _unclaimed(m)
     if length != k.U(4) or offset & k.U(0xF):
         return k.ZERO
-    return reg_write(m, v, offset & k.U(0xFF0), value & k.LOW32) & k.CODE_DELIVERY
+    return reg_write(m, v, offset, value & k.LOW32) & k.CODE_DELIVERY
 
 
 @kernel("u8(words, u8, u8, u8)")
-def mmio_read(m, v, offset, length):
-    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or USER_MMIO, and 0."""
+def mmio_read(m, v, gpa, length):
+    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or NOT_MINE, and 0."""
     out = own(m, v) + k.K_MSR_DATA
-    mask = (k.ONE << (length << k.U(3))) - k.ONE
-    if not _claimed(m, v):
-        user = _unclaimed(m)
-        m[out] = k.ZERO if user else mask
-        return user
     m[out] = k.ZERO
+    offset = _page_offset(m, v, gpa)
+    if offset >= k.APIC_PAGE_BYTES:
+        return NOT_MINE
+    mask = k.NONE >> (k.U(64) - (length << k.U(3)))
+    if not _claimed(m, v):
+        code = _unclaimed(m)
+        if code != NOT_MINE:
+            m[out] = mask
+        return code
     aligned = offset & k.U(0xFF0)
     if (offset & k.U(0xF)) + length > k.U(4) or not readable(m, v, aligned):
         return k.ZERO

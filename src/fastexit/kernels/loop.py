@@ -16,14 +16,13 @@ from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
 from ..jit.declare import inlined, kernel
-from . import steps
+from . import bus, steps
 from . import typed as k
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .irq import take_pv_eoi
-from .lapic import mmio_read, mmio_write
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .shared import hot, own
 
@@ -46,6 +45,8 @@ def find_row(m, reason, info):
         return row
     if row & k.ROW_OPERATION == k.OP_MSR:
         op = k.OP_WRMSR if info else k.OP_RDMSR
+    elif row & k.ROW_OPERATION == k.OP_IO:
+        op = k.OP_IO_READ if bus.io_reads(m, info) else k.OP_IO_WRITE
     else:
         op = k.OP_MMIO_WRITE if info & k.MMIO_WRITE else k.OP_MMIO_READ
     return row & ~k.ROW_OPERATION | op
@@ -86,9 +87,10 @@ def operate(m, v, row, msr, value, info):
     if op == k.OP_TIMER:
         return handle_preemption_timer(m, v)
     if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ:
-        length = info & ~k.MMIO_WRITE
-        code = mmio_write(m, v, msr, length, value) if op == k.OP_MMIO_WRITE else mmio_read(m, v, msr, length)
-        return code if code & k.CODE_USER else code | skip(m, v, _length(row))
+        access = (info & k.ACCESS_LENGTH) | (k.ACCESS_WRITE if op == k.OP_MMIO_WRITE else k.ZERO)
+        return bus.mmio(m, v, msr, access, value, _length(row))
+    if op == k.OP_IO_WRITE or op == k.OP_IO_READ:
+        return bus.io(m, v, info, value, _length(row))
     return k.ZERO
 
 
@@ -302,7 +304,7 @@ def generic(m, v, row, msr, value, info, code):
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def trace_exit(m, v, row, reason, info):
-    """kvm_exit. An access to the page has its length in ``info``, which no kernel prints."""
+    """kvm_exit. An access to memory has its length in ``info``, which no kernel prints."""
     op = row & k.ROW_OPERATION
     mmio = op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ
     return steps.trace_exit(m, v, reason, k.ZERO if mmio else info, k.ZERO, k.ZERO)

@@ -6,6 +6,7 @@ these steps one by one; loop.py strings the same steps together. events.py has w
 
 from ..jit.atomics import exchange, fence
 from ..jit.declare import kernel
+from . import bus, msr
 from . import typed as k
 from .clock import hv_in_use
 from .events import (
@@ -23,7 +24,6 @@ from .halt import runnable, set_mp_state
 from .hvtimer import hv_due
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
-from .msr import complete
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
@@ -169,8 +169,8 @@ def block(m, v):
 def begin_run(m, v):
     """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken.
 
-    An MSR access that user space left without an answer counts as done: run->msr.error was 0. The USER code if the
-    instruction's end is user space's business again.
+    What user space left without an answer counts as done: an MSR access (run->msr.error was 0), an access to memory or
+    to a port. The USER code if the instruction's end is user space's business again.
     """
     host = own(m, v)
     if m[host + k.K_IN_RUN] < ASLEEP or m[host + k.K_MP_STATE] == k.MP_RUNNABLE:
@@ -180,7 +180,9 @@ def begin_run(m, v):
     vcpu_load(m, v, m[host + k.K_CPU])
     m[host + k.K_SRCU] = k.ONE
     m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
-    return complete(m, v, k.ZERO) if m[host + k.K_MSR_REASON] else k.ZERO
+    if m[host + k.K_MSR_REASON]:
+        return msr.complete(m, v, k.ZERO)
+    return bus.complete(m, v) if m[host + k.K_ACCESS_INFO] else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")
