@@ -295,6 +295,21 @@ def random_machines(rng: random.Random, kernel: str, vendor: str) -> tuple[fx.Ma
     return pair
 
 
+def record_of(rng: random.Random, vendor: str, row: Row, now: int) -> tuple[int, int, int, int, int, int]:
+    """An exit of a row, with anything that belongs to it."""
+    msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
+    value = rng.choice((icr(rng), 0, rng.randrange(256), now + 700, rng.getrandbits(64)))
+    info, gpa = rng.choice((0, 1)), 0
+    if row.operation is Op.MMIO:
+        offset = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
+        gpa = rng.choice((*(PAGE + offset for _ in range(9)), *DEVICES))
+        info = rng.choice((1, 2, 4, 4)) | rng.choice((0, L.MMIO_WRITE))
+        value &= (1 << 8 * (info & 7)) - 1
+    elif row.operation is Op.IO:
+        info = rng.choice(Numbers(vendor).io_infos)
+    return rng.randrange(4), int(row.reason), msr, info, value, gpa
+
+
 @pytest.mark.parametrize("kernel", fx.profiles())
 @pytest.mark.parametrize(("vendor", "row"), COMPILED)
 def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,17 +323,7 @@ def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, m
         monkeypatch.setattr(together, "_run_in_python", lambda *_: pytest.fail("the batch left an exit to Python"))
         exits = []
         for _ in range(8):
-            msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
-            value = rng.choice((icr(rng), 0, rng.randrange(256), together.time + 700, rng.getrandbits(64)))
-            info, gpa = rng.choice((0, 1)), 0
-            if row.operation is Op.MMIO:
-                offset = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
-                gpa = rng.choice((*(PAGE + offset for _ in range(9)), *DEVICES))
-                info = rng.choice((1, 2, 4, 4)) | rng.choice((0, L.MMIO_WRITE))
-                value &= (1 << 8 * (info & 7)) - 1
-            elif row.operation is Op.IO:
-                info = rng.choice(Numbers(vendor).io_infos)
-            exits.append((rng.randrange(4), int(row.reason), msr, info, value, gpa))
+            exits.append(record_of(rng, vendor, row, together.time))
         records = np.array(exits, dtype=fx.EXIT)
         single.mem[L.H_HANDLERS] = 1  # as if one had been assigned: every exit goes through Python
         for i, (got, expected) in enumerate(zip(together.run(records), single.run(records), strict=True)):

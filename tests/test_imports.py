@@ -25,7 +25,7 @@ LAYERS = (
     {"exits", "tracepoints"},
     {"config", "ioctls", "irte", "snapshot", "vcpustate"},
     {"vcpu"},
-    {"costs"},
+    {"compiledvcpu", "costs"},
     {"machine"},
     {"insight"},
     {"adapters", "embed", "kvm", "trace"},

@@ -19,6 +19,7 @@ ELSEWHERE = {
 ONLY_COMPILED = {
     "find_row": "vendor.rows in Python",
     "operate": "vendor.handlers in Python",
+    "handles": "a fallback of CompiledDispatcher",
     "traces_late": "an attribute of the vendor in Python",
     "behind_unicast": "the end of unicast.send",
 }

@@ -17,12 +17,14 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import access_size, integer
+from fastexit.checks import access_size, integer, one_of
+from fastexit.compiledvcpu import CompiledVcpu
 from fastexit.config import Config, check_api, latest_clock
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
 from fastexit.exits.bus import Bus
+from fastexit.exits.compiled import CompiledDispatcher
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.exit import Exit, PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers
@@ -79,6 +81,8 @@ class Machine:
         boot_cpu_id: KVM_SET_BOOT_CPU_ID.
         costs: the name of a cost profile (``fastexit.cost_profiles()``) or a CostProfile, for outcomes that have their
             modelled time (Outcome.cycles); None: no time at all.
+        dispatcher: "python", the run loop step by step, or "compiled": any exit in one compiled call, for hosts that
+            make many single exits. Same outcomes, same bytes. No costs with it: they are seen step by step.
 
     Each vCPU is created as by KVM_CREATE_VCPU, so the last one is missing from the APIC map until a register write that
     concerns the map, such as boot_x2apic makes. ValueError for every argument out of range.
@@ -116,6 +120,7 @@ class Machine:
         disable_quirks: int = 0,
         boot_cpu_id: int = 0,
         costs: str | CostProfile | None = None,
+        dispatcher: str = "python",
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in Config.__dataclass_fields__}
         config = Config(**settings)
@@ -129,11 +134,11 @@ class Machine:
             ids = [integer(i, "APIC id", L.MAX_VCPU_ID) for i in apic_ids]
         if not ids:
             raise ValueError("a machine needs at least one vCPU")
-        costs = None if costs is None else cost_profile(costs)
+        costs = _checked(costs, dispatcher)
         self._map_memory()
         for word, value in config.header().items():
             self.mem[word] = value
-        self._assemble(costs)
+        self._assemble(costs, dispatcher)
         for vcpu_id in ids:
             self.add_vcpu(vcpu_id)
 
@@ -145,7 +150,7 @@ class Machine:
             declare.register(self.handle, self.words)
             weakref.finalize(self, declare.unregister, self.handle)
 
-    def _assemble(self, costs: CostProfile | None) -> None:
+    def _assemble(self, costs: CostProfile | None, dispatcher: str) -> None:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
         self.profile = numbered(self.mem[L.H_PROFILE])
@@ -153,12 +158,14 @@ class Machine:
         common = CommonHandlers(self.mem, self.handle, bus)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.costs = costs
-        self._vcpu_class: type[Vcpu] = Vcpu if costs is None else TimedVcpu
-        self.dispatcher = (
-            Dispatcher(self.mem, self.handle, vendor, self.profile)
-            if costs is None
-            else TimedDispatcher(self.mem, self.handle, vendor, self.profile, self.words, costs)
-        )
+        self._vcpu_class: type[Vcpu] = Vcpu
+        self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
+        if costs is not None:
+            self._vcpu_class = TimedVcpu
+            self.dispatcher = TimedDispatcher(self.mem, self.handle, vendor, self.profile, self.words, costs)
+        elif dispatcher == "compiled":
+            self._vcpu_class = CompiledVcpu
+            self.dispatcher = CompiledDispatcher(self.mem, self.handle, vendor, self.profile)
         self.hardware = Hardware(self.dispatcher)
         self.irtes = RemappingTable(self)
         self.trace = Trace(self)
@@ -486,25 +493,32 @@ class Machine:
         return pack(self.words)
 
     @classmethod
-    def restore(cls, data: bytes, costs: str | CostProfile | None = None) -> Machine:
+    def restore(cls, data: bytes, costs: str | CostProfile | None = None, *, dispatcher: str = "python") -> Machine:
         """A machine from its snapshot; ValueError says what is wrong with the bytes.
 
         The kernel generation is the snapshot's. What it does is what this version of fastexit knows of it, which may be
         more than the version knew that took the snapshot.
 
         Handlers are the built-in ones; ioeventfds (``fast_mmio``) and remapping entries of assigned devices are user
-        space's, which makes them anew; ``costs`` are Machine's, which no snapshot has.
+        space's, which makes them anew; ``costs`` and ``dispatcher`` are Machine's, which no snapshot has.
         """
-        profile = None if costs is None else cost_profile(costs)
+        profile = _checked(costs, dispatcher)
         m = cls.__new__(cls)
         m._map_memory()
         unpack(data, m.words)
-        m._assemble(profile)
+        m._assemble(profile, dispatcher)
         for index in range(m.mem[L.H_NVCPUS]):
             vcpu_id = m.mem[L.KVM + index * L.KVM_STRIDE + L.K_VCPU_ID]
             m._ids[vcpu_id] = index
             m.vcpus.append(m._vcpu_class(m, index, vcpu_id))
         return m
+
+
+def _checked(costs: str | CostProfile | None, dispatcher: str) -> CostProfile | None:
+    """The cost profile of a machine with this dispatcher."""
+    if one_of(dispatcher, "dispatcher", ("python", "compiled")) == "compiled" and costs is not None:
+        raise ValueError("costs are seen step by step: they need dispatcher='python'")
+    return None if costs is None else cost_profile(costs)
 
 
 def _kind(exits: Any) -> str:

@@ -81,8 +81,11 @@ class Vcpu(VcpuIoctls):
         msr = integer(msr, "MSR", 0xFFFF_FFFF)
         code = self._loop.run_exit(self, Exit(self._loop.vendor.rdmsr_reason, msr, length=R.INSN_LEN_WRMSR))
         if code & CODE_GP:
-            raise GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
+            raise self._faulted(msr)
         return self.read_data
+
+    def _faulted(self, msr: int) -> GeneralProtection:
+        return GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
 
     def exit(self, reason: int, **info: Any) -> Outcome:
         """Any other exit, by VMX reason or SVM code.
@@ -212,7 +215,7 @@ class Vcpu(VcpuIoctls):
         """RDMSR as the CPU executes it: its value; GeneralProtection when the guest gets #GP(0)."""
         msr = integer(msr, "MSR", 0xFFFF_FFFF)
         if self.machine.hardware.rdmsr(self, msr) & CODE_GP:
-            raise GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
+            raise self._faulted(msr)
         return self.read_data
 
     def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:

@@ -55,6 +55,8 @@ _FAILED_ENTRY = Refusal.FAILED_VMENTRY << CODE_REFUSAL_SHIFT
 class Dispatcher:
     """One machine's run loop. ``vendor`` gives the tables, ``profile`` the generation."""
 
+    kind = "python"
+
     def __init__(self, memory: memoryview, handle: int, vendor: Vendor, profile: Profile) -> None:
         self.mem = memory
         self.handle = handle
@@ -67,6 +69,10 @@ class Dispatcher:
     def _first_fast_exit(self, where: int, msr: int, value: int) -> int:
         self.fast_exit = load("fast_exit")
         return self.fast_exit(where, msr, value)
+
+    def __repr__(self) -> str:
+        vendor = "svm" if self.mem[L.H_CONFIG] & L.CONFIG_SVM else "vmx"
+        return f"<dispatcher {self.kind!r}: {vendor}, kernel {self.profile.name}>"
 
     # ------------------------------------------------------------------------------------------------ doors
 

@@ -8,9 +8,9 @@ from ..jit.atomics import prefetch
 from ..jit.declare import inlined, kernel
 from . import bus, unicast
 from . import typed as k
-from .loop import behind_unicast, find_row, run_exit
+from .loop import behind_unicast, find_row, handles, run_exit
 from .pi import process_notification
-from .shared import hot, own, vec
+from .shared import own, vec
 
 NEAR = k.U(1536)
 """So many vCPUs leave enough of a second-level cache of 1 MiB; to ask for their lines ahead would not pay."""
@@ -41,7 +41,7 @@ def _looks_bad(m, exits, n):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def _outside(m, reason, info, gpa):
+def outside(m, reason, info, gpa):
     """Tell whether an exit is an access that no CPU makes: of a wrong length, or beyond MAXPHYADDR."""
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
     if reason == (k.SVM_IO if svm else k.VMX_IO_INSTRUCTION):
@@ -62,7 +62,7 @@ def first_bad(m, exits, n):
         at = k.U(i) * k.EXIT_WORDS
         if exits[at] & k.LOW32 >= m[k.H_NVCPUS]:
             return k.U(i)
-        if _outside(m, exits[at] >> k.U(32), exits[at + k.ONE] >> k.U(32), exits[at + k.U(3)]):
+        if outside(m, exits[at] >> k.U(32), exits[at + k.ONE] >> k.U(32), exits[at + k.U(3)]):
             return k.U(i)
     return n
 
@@ -142,7 +142,7 @@ def run(m, exits, outcomes, first, n):
         else:
             row = find_row(m, reason, info)
             op = row & k.ROW_OPERATION
-            if op == k.OP_NONE or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+            if not handles(m, v, row):
                 return i
             where = exits[at + k.U(3)] if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ else msr
             outcomes[out] = run_exit(m, v, row, reason, where, exits[at + k.U(2)], info)

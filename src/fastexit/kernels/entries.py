@@ -29,6 +29,7 @@ from . import (
     pi,
     sched,
     shared,
+    single,
     steps,
     tick,
     timer,
@@ -74,6 +75,8 @@ _ON_ONE_VCPU = {
     0: {
         "door_leave": loop.leave_guest,
         "door_run": loop.kvm_run,
+        "out_of_guest": loop.out_of_guest,
+        "start_run": loop.start_run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
         "deliver_pending": apicv.deliver_pending,
         "accept_events": events.accept_events,
@@ -196,6 +199,24 @@ def fast_exit(handle, msr_index, value):
             reason = k.SVM_MSR if svm else k.VMX_MSR_WRITE
             steps.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
     return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def single_exit(handle, reason, where, info, value):
+    """``handle`` as in fast_exit."""
+    m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
+    v = handle & (k.MAX_VCPUS - k.ONE)
+    return single.run(m, v, reason, where, info, value) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def single_wrmsr(handle, msr_index, value):
+    """``handle`` as in fast_exit."""
+    m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
+    v = handle & (k.MAX_VCPUS - k.ONE)
+    return single.wrmsr(m, v, msr_index, value) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry

@@ -52,6 +52,14 @@ def find_row(m, reason, info):
     return row & ~k.ROW_OPERATION | op
 
 
+@kernel("u8(words, u8, u8)")
+def handles(m, v, row):
+    """Tell whether this loop does an exit of the row: it has an operation, no handler was replaced, L2 does not run."""
+    if not row & k.ROW_OPERATION or m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        return k.ZERO
+    return k.ONE
+
+
 @kernel("u8(u8)")
 def _length(row):
     """Give the length of the instruction that exits."""

@@ -1,0 +1,43 @@
+"""The door for single exits in one compiled call: what Machine(dispatcher="compiled") calls.
+
+Each exit goes through loop.py, as in a batch. What has no compiled handler, or one that an embedder replaced, what runs
+L2, and an access that no CPU makes is UNHANDLED, with nothing touched: the caller's Python does it, or says what is
+wrong with it.
+"""
+
+from ..jit.declare import kernel
+from . import typed as k
+from . import unicast
+from .batch import outside
+from .loop import behind_unicast, find_row, handles, run_exit
+
+UNHANDLED = k.CODE_NOT_IN_GUEST
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def run(m, v, reason, where, info, value):
+    """Any exit: its outcome code, or UNHANDLED. ``where`` is the guest-physical address, or else the MSR."""
+    row = find_row(m, reason, info)
+    if not handles(m, v, row) or outside(m, reason, info, where):
+        return UNHANDLED
+    op = row & k.ROW_OPERATION
+    if op == k.OP_MMIO_WRITE:
+        length = info & k.ACCESS_LENGTH
+        if value & ~(k.NONE >> (k.U(64) - (length << k.U(3)))):
+            return UNHANDLED
+    elif op != k.OP_MMIO_READ and where > k.LOW32:
+        return UNHANDLED
+    return run_exit(m, v, row, reason, where, value, info)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def wrmsr(m, v, msr, value):
+    """A WRMSR: its outcome code, or the short one of outcome.SHORT; or UNHANDLED."""
+    if msr == k.MSR_X2APIC_ICR and unicast.possible(m):
+        code = unicast.send(m, v, value)
+        if code:
+            if unicast.again(m, v):
+                return (code >> k.CODE_EFFECTS_SHIFT) << k.ONE | ((code >> k.CODE_ACCEPTED_SHIFT) & k.ONE)
+            return behind_unicast(m, v, code, value)
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    return run(m, v, k.SVM_MSR if svm else k.VMX_MSR_WRITE, msr, k.ONE if svm else k.ZERO, value)
