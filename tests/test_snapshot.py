@@ -194,14 +194,23 @@ def test_other_abi_version(version: int) -> None:
     refuses(data, f"snapshot has ABI version {version}, this library has {L.ABI_VERSION}")
 
 
-def test_abi_version_3() -> None:
-    """Version 4 changed the batch's exit records; the machine's words are where they were, and the new ones are 0."""
+def version_3(words: int = 2_076_672, inner: int = 3, pending_db: int = 0) -> bytes:
+    """DATA as ABI version 3 had it, with a #DB queued at vCPU 0."""
     magic, _, n, _, length = HEAD.unpack_from(DATA)
-    words = np.frombuffer(DATA, dtype=np.uint64, offset=HEAD.size).copy()
-    words[L.H_ABI] = 3
-    body = words.tobytes()
-    old = HEAD.pack(magic, 3, n, zlib.crc32(body), length) + body
-    assert fx.Machine.restore(old).snapshot() == DATA
+    body = np.frombuffer(DATA, dtype=np.uint64, offset=HEAD.size).copy()
+    body[L.H_ABI], body[L.H_WORDS] = inner, words
+    body[len(body) - n * L.KVM_STRIDE + 13] = pending_db
+    return HEAD.pack(magic, 3, n, zlib.crc32(body.tobytes()), length) + body.tobytes()
+
+
+def test_abi_version_3() -> None:
+    """Version 4 changed the batch's exit records, and the place of a queued #DB."""
+    assert fx.Machine.restore(version_3()).snapshot() == DATA
+    m = fx.Machine.restore(version_3(pending_db=r.DR6_BS))
+    v = m.vcpus[0]
+    assert (m.mem[v.own + L.K_PENDING_DB], m.mem[v.own + L.K_TARGETS]) == (r.DR6_BS, 0)
+    refuses(version_3(words=L.WORDS), "snapshot is damaged: its header")
+    refuses(version_3(inner=4), "snapshot is damaged: its header")
 
 
 @pytest.mark.parametrize("place", [HEAD.size, *(HEAD.size + end - 1 for end in PARTS), *range(30, len(DATA), 9973)])

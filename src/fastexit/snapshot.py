@@ -25,8 +25,7 @@ from fastexit.profile import Profile, Trait, numbered
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
 _READABLE = (3, L.ABI_VERSION)
-"""ABI versions of snapshots that are read. 4 gave the exit records of batches an address and left the words as they
-were; a machine of version 3 has no access that waits for user space."""
+"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0."""
 
 
 def _rows(n: int) -> list[slice]:
@@ -72,6 +71,8 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     for r in rows:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
+    if abi == 3:
+        parts[0], parts[-1] = _from_abi_3(parts[0], parts[-1])
     fixed, tables, hot, vec, _, kvm = parts
     _check_header(fixed, n)
     generation = _generation(int(fixed[L.H_PROFILE]))
@@ -83,9 +84,20 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     words[L.H_TRAITS] = generation.traits
     _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
-    words[L.H_ABI] = L.ABI_VERSION
     words[L.H_HANDLERS] = 0
     words[L.H_FAST_MMIO] = 0
+
+
+def _from_abi_3(fixed: np.ndarray, kvm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Header and KVM's words of ABI version 3 as version 4 has them: a queued #DB lay where the targets are now."""
+    words, pending_db = 2_076_672, 13
+    _require(fixed[L.H_ABI] == 3 and fixed[L.H_WORDS] == words, "its header")
+    fixed, kvm = fixed.copy(), kvm.copy()
+    fixed[L.H_ABI], fixed[L.H_WORDS] = L.ABI_VERSION, L.WORDS
+    rows = kvm.reshape(-1, L.KVM_STRIDE)
+    rows[:, L.K_PENDING_DB] = rows[:, pending_db]
+    rows[:, pending_db] = 0
+    return fixed, kvm
 
 
 # ------------------------------------------------------------------------------ what a word may hold, one line for each
@@ -119,7 +131,7 @@ _FLAGS = sum(value for name, value in vars(L).items() if name.startswith("FLAG_"
 
 _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_MAGIC, _among(L.MAGIC), "its header"),
-    (L.H_ABI, _among(*_READABLE), "its header"),
+    (L.H_ABI, _among(L.ABI_VERSION), "its header"),
     (L.H_WORDS, _among(L.WORDS), "its header"),
     (L.H_CONFIG, _bits(_CONFIG), "the configuration"),
     (L.H_API, _up_to(15), "the x2APIC API"),
