@@ -56,7 +56,7 @@ enum {
     FX_HOST = 4096, /* behind the vCPUs' rows: the host's, when it sends itself */
     FX_HOSTS = 64,
     FX_HOST_BUSY = 6342656, /* remote */
-    FX_WORDS = 6342664
+    FX_WORDS = 6343168
 };
 
 enum {

@@ -111,6 +111,15 @@ class Door:
         assert status in (0, cabi.Status.NOTHING), status
         return place[0] if status == 0 else None
 
+    def targets(self, m: Any, vcpu: int) -> list[tuple[int, int]]:
+        """Whom the last exit or ioctl of a vCPU was for, or with NOBODY the last message; asked without room first."""
+        count = self.ffi.new("uint64_t *")
+        status = self.fx.targets(m, vcpu, self.ffi.NULL, 0, count)
+        found = self.ffi.new("struct fx_target[]", count[0])
+        assert status == (cabi.Status.MORE if count[0] else 0)
+        assert self.fx.targets(m, vcpu, found, count[0], count) == 0
+        return [(target.vcpu, target.effects) for target in found]
+
     def set_time(self, m: Any, ns: int, room: int = 8) -> Iterator[Any]:
         """Every result, the buffer filled as often as it takes."""
         results, count = self.ffi.new("struct fx_result[]", room), self.ffi.new("uint64_t *")

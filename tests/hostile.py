@@ -38,7 +38,13 @@ PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 ROWS = 64
 """vCPUs that a walled machine has room for: their rows end at a page's end in every region."""
-REGIONS = ((L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE))
+REGIONS = (
+    (L.HOT, L.HOT_STRIDE),
+    (L.VEC, L.VEC_STRIDE),
+    (L.PAGE, L.PAGE_STRIDE),
+    (L.KVM, L.KVM_STRIDE),
+    (L.TARGETS, L.TARGETS_STRIDE),
+)
 GROWING = {"add_vcpu", "create_vcpu"}
 """Doors that a walled machine has no room for."""
 ARRAYS = {"exits": L.EXIT, "outcomes": L.OUTCOME}
@@ -128,6 +134,8 @@ def likely(rng: random.Random, name: str, vcpus: int) -> int:
         return rng.randrange(0x40) * 16
     if name in ("length", "size"):
         return rng.choice((1, 2, 4))
+    if name == "sender":
+        return L.HOST + rng.randrange(-1, L.HOSTS + 1)
     if "reason" in name:
         return int(rng.choice((*fx.VmxExit, *fx.SvmExit)))
     if name in ("address", "gpa"):

@@ -49,6 +49,13 @@ def check(result: object, status: int, out: fx.Outcome) -> None:
     assert status == (expected if out.fault or out.user is not None or out.blocked else Status.OK)
 
 
+def whom(door: Door, m: object, sender: int, result: object, targets: tuple[fx.Target, ...]) -> None:
+    """A result and the C door's list name the targets that Python has."""
+    assert door.targets(m, sender) == list(targets)
+    one = targets[0].vcpu if targets else NOBODY
+    assert result.target == (one if len(targets) < 2 else SEVERAL)  # type: ignore[attr-defined]
+
+
 def some_icr(rng: random.Random) -> int:
     low = rng.choice([0, R.ICR_LOGICAL, 1 << 18, 2 << 18, 3 << 18, 1 << 8, 4 << 8, 5 << 8, 6 << 8, R.ICR_TRIGGER])
     dest = rng.choice([0, 1, 2, 2, 1, 3, 0xFF, 0xFFFF_FFFF])
@@ -70,7 +77,7 @@ def step(door: Door, p: fx.Machine, c: object, rng: random.Random) -> None:
         check(result, status, out)
         assert result.vcpu == v
         assert result.vector == (value & 0xFF if msr == 0x830 else 0)
-        assert (result.target == NOBODY) == (out.effects == 0)
+        whom(door, c, v, result, cpu.targets)
     elif kind == 4:
         msr = rng.choice([0x802, 0x803, 0x808, 0x80A, 0x830, 0x839, 0x6E0, 0x123, 0x1B])
         try:
@@ -86,6 +93,7 @@ def step(door: Door, p: fx.Machine, c: object, rng: random.Random) -> None:
         out = cpu.mmio_write(offset, value, length)
         status, result = door.mmio_write(c, v, offset, length, value)
         check(result, status, out)
+        whom(door, c, v, result, cpu.targets)
     elif kind == 6:
         offset, length = rng.choice([(0x20, 4), (0x30, 4), (0x81, 1), (0x300, 4), (0xFFC, 2)])
         expected = cpu.mmio_read(offset, length)
@@ -95,6 +103,7 @@ def step(door: Door, p: fx.Machine, c: object, rng: random.Random) -> None:
         accepted = p.signal_msi(address, data)
         status, result = door.inject(c, address, data)
         assert (status, result.accepted, result.vcpu) == (Status.OK, accepted, NOBODY)
+        whom(door, c, NOBODY, result, p.targets)
     elif kind == 8:
         assert (door.fx.notify(c, v) == Status.OK) == cpu.hw_notify()
     elif kind == 9:
@@ -117,6 +126,7 @@ def step(door: Door, p: fx.Machine, c: object, rng: random.Random) -> None:
         msr, value = rng.choice([(0x80F, 0x1FF), (0x808, 0x20), (0x1B, 0xFEE0_0C00), (0x123, 0), (0x1B, 0xFEE0_0800)])
         value |= 0x100 if msr == 0x1B and v == 0 else 0
         assert (door.fx.set_msr(c, v, msr, value) == Status.OK) == cpu.set_msr(msr, value)
+        assert door.targets(c, v) == list(cpu.targets)
 
 
 @compiled
@@ -205,7 +215,7 @@ def test_a_bad_record_stops_a_batch_before_it_begins(door: Door) -> None:
 @compiled
 @pytest.mark.parametrize("x2apic", [True, False])
 def test_whom(door: Door, x2apic: bool) -> None:
-    """The target of an IPI is the vCPU that has to be notified; several are walked by attention()."""
+    """The target of an IPI is the vCPU that has to be notified; several are named by targets()."""
     m = door.open(ids=[0, 7, 3, 300], flags=Open.QUIET | (Open.BOOT_X2APIC if x2apic else 0))
     for v in range(4):
         if not x2apic:
@@ -228,12 +238,15 @@ def test_whom(door: Door, x2apic: bool) -> None:
     else:
         _, result = door.mmio_write(m, 1, 0x300, 4, 3 << 18 | 0x71)
     assert (result.effects, result.target) == (fx.Effect.NOTIFY, SEVERAL)
-    found, first = [], 0
-    vcpu, effects = door.ffi.new("uint32_t *"), door.ffi.new("uint32_t *")
-    while door.fx.attention(m, first, vcpu, effects) == Status.OK:
-        found.append((vcpu[0], effects[0]))
-        first = vcpu[0] + 1
-    assert found == [(v, fx.Effect.NOTIFY) for v in (0, 2, 3)]  # the sender has taken its own on the way
+    assert door.targets(m, 1) == notified(door, m) == [(v, fx.Effect.NOTIFY) for v in (0, 2, 3)]
+    assert door.targets(m, NOBODY) == [(1, fx.Effect.NOTIFY)]  # of the message before
+    few, count = door.ffi.new("struct fx_target[2]"), door.ffi.new("uint64_t *")
+    assert (door.fx.targets(m, 1, few, 1, count), count[0]) == (Status.MORE, 3)
+    assert [(one.vcpu, one.effects) for one in few] == [(0, fx.Effect.NOTIFY), (0, 0)]
+    assert door.fx.targets(m, 4, few, 2, count) == Status.E_VCPU
+    assert door.fx.targets(m, 1, door.ffi.NULL, 1, count) == Status.E_NULL
+    assert door.rdmsr(m, 1, 0x808 if x2apic else 0x1B)[0] == Status.OK
+    assert door.targets(m, 1) == []
     door.fx.close(m)
 
 
@@ -247,13 +260,13 @@ def notified(door: Door, m: object, first: int = 0) -> list[tuple[int, int]]:
 
 
 @compiled
-def test_a_broadcast_is_for_nobody_by_name(door: Door) -> None:
-    """0xff in a message is everybody, even where one vCPU alone accepts it and another one has the id."""
+def test_the_one_target_of_a_broadcast(door: Door) -> None:
+    """0xff in a message is everybody: one vCPU alone accepts it, and it is not the one that has the id."""
     m = door.open(ids=[0, 1, 255], flags=Open.BOOT_X2APIC | Open.QUIET)
     for v in range(3):
         assert door.wrmsr(m, v, 0x80F, 0x1FF if v == 1 else 0xFF)[0] == Status.OK
     _, result = door.inject(m, 0xFEEF_F000, 0x51)
-    assert (result.accepted, result.effects, result.target) == (1, fx.Effect.NOTIFY, SEVERAL)
+    assert (result.accepted, result.effects, result.target) == (1, fx.Effect.NOTIFY, 1)
     assert notified(door, m) == [(1, fx.Effect.NOTIFY)]
     assert door.wrmsr(m, 2, 0x80F, 0x1FF)[0] == Status.OK
     _, result = door.wrmsr(m, 0, 0x830, 0xFF << 32 | 0x51)  # by an x2APIC it is an id
@@ -272,7 +285,7 @@ def test_the_target_of_a_sender_that_is_reset_behind_its_exit(door: Door) -> Non
     _, result = door.mmio_write(m, 0, 0x300, 4, 5 << 8)
     assert (result.effects, result.target) == (fx.Effect.KICK, 1)
     status, result = door.mmio_write(m, 1, 0x300, 4, 0x51)
-    assert (status, result.effects, result.target) == (Status.BLOCKED, fx.Effect.NOTIFY, SEVERAL)
+    assert (status, result.effects, result.target) == (Status.BLOCKED, fx.Effect.NOTIFY, 3)
     assert notified(door, m) == [(3, fx.Effect.NOTIFY)]
     door.fx.close(m)
 
@@ -285,7 +298,7 @@ def test_attention_tells_what_an_ioctl_asks_of_others(door: Door) -> None:
         assert door.mmio_write(m, v, 0xF0, 4, 0x1FF)[0] == Status.OK
     assert notified(door, m) == []
     assert door.fx.set_msr(m, 0, 0x1B, 0xFEC0_0900) == Status.OK
-    assert notified(door, m) == [(1, fx.Effect.KICK), (2, fx.Effect.KICK)]
+    assert notified(door, m) == door.targets(m, 0) == [(1, fx.Effect.KICK), (2, fx.Effect.KICK)]
     assert door.fx.reenter(m, 0, door.result) == Status.NOTHING
     for v in (1, 2):
         assert door.fx.reenter(m, v, door.result) == Status.OK
@@ -358,6 +371,40 @@ def test_hooks(door: Door) -> None:
     door.wrmsr(m, 1, 0x808, 0)
     assert door.wrmsr(m, 0, 0x830, 1 << 32 | 0x51)[1].effects == fx.Effect.NOTIFY
     door.fx.close(m)
+
+
+@compiled
+def test_hooks_are_called_for_what_each_target_needs(door: Door) -> None:
+    """A sleeper is woken, who runs is notified, and who was told before is left alone; a hook may close the machine."""
+    called: list[tuple[str, int]] = []
+
+    def hook(name: str) -> object:
+        def call(_context: object, vcpu: int) -> None:
+            called.append((name, vcpu))
+            if closing and len(called) == 2:
+                door.fx.close(m)
+
+        return door.ffi.callback("void(void *, uint32_t)", call)
+
+    closing = False
+    keep = {name: hook(name) for name in ("notify", "wake", "kick")}
+    head = {"size": door.ffi.sizeof("struct fx_hooks"), "abi": L.ABI_VERSION}
+    m = door.open(door.ffi.new("struct fx_hooks *", {**head, **keep}), vcpus=5, flags=Open.BOOT_X2APIC | Open.QUIET)
+    for v in range(5):
+        assert door.wrmsr(m, v, 0x808, 0)[0] == Status.OK
+    for v in (1, 3):
+        may_wake(door, m, v)
+        assert door.exit(m, door.ffi.new("struct fx_exit *", {"vcpu": v, "reason": 12}))[0] == Status.BLOCKED
+    assert door.inject(m, 0xFEE0_2000, 0x51)[1].target == 2
+    assert door.wrmsr(m, 0, 0x830, 3 << 18 | 0x52)[1].target == SEVERAL
+    assert called == [("notify", 2), ("wake", 1), ("wake", 3), ("notify", 4)]
+    for v in (2, 4):
+        assert door.fx.notify(m, v) == Status.OK
+    called.clear()
+    closing = True
+    assert door.inject(m, 0xFEEF_F000, 0x53)[0] == Status.OK  # the two sleepers have been woken
+    assert called == [("notify", v) for v in (0, 2, 4)]
+    assert door.fx.notify(m, 0) == Status.E_MACHINE
 
 
 @compiled

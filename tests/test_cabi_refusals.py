@@ -73,7 +73,7 @@ def test_null_and_closed(door: Door) -> None:
     room = ffi.new("uint8_t[4096]")
     wild = ffi.cast("fx_machine *", int(ffi.cast("uintptr_t", m)) + 8)
     with_vcpu = {"wrmsr", "rdmsr", "mmio_write", "mmio_read", "notify", "pending", "ack", "eoi", "enter", "reenter"}
-    with_vcpu |= {"get_cpu", "set_cpu"}
+    with_vcpu |= {"get_cpu", "set_cpu", "targets"}
     with_vcpu |= {"set_msr", "get_msr", "get_lapic", "set_lapic", "reset"}
     for name, field in ffi.typeof("struct fx_ops").fields[2:]:
         if name == "restore":

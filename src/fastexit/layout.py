@@ -280,7 +280,7 @@ from 16 * (i % 4) on of word i / 4, as the low 16 bits of outcome.TARGETS have i
 TARGETS_STRIDE = MAX_VCPUS // 4
 HOST_BUSY = TARGETS + SENDERS * TARGETS_STRIDE  # remote; which of the host's rows are taken, in bits from 0 on
 
-WORDS = HOST_BUSY + 8
+WORDS = HOST_BUSY + 512
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)

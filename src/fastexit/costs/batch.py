@@ -2,8 +2,8 @@
 
 The stages are those of dispatcher.py, put together here from an outcome's code instead of being seen; tests compare
 the two.
-What a record does not tell is NaN: which targets of a multicast had to be told, which timer a write set, what the entry
-behind an exit that did not re-enter had to do.
+What a record does not tell is NaN: which target of a multicast needed what, where they needed different things, which
+timer a write set, what the entry behind an exit that did not re-enter had to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastexit import regs as R
 from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, pointer_calls, work_of
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.exits.exit import Exit
-from fastexit.outcome import OUTCOMES, Effect, Fastpath, Outcome, Path, Refusal
+from fastexit.outcome import CODE_EFFECTS, OUTCOMES, TARGETS_COUNT_SHIFT, Effect, Fastpath, Outcome, Path, Refusal
 from fastexit.profile import Trait
 
 if TYPE_CHECKING:
@@ -58,12 +58,13 @@ def batch_cycles(
         raise ValueError(f"vCPU {exits['vcpu'].max()} of {len(machine.vcpus)}")
     assert profile is not None
     _warn_of_strangers(machine)
-    keys = np.empty((len(exits), 3), dtype=np.uint64)
+    keys = np.empty((len(exits), 4), dtype=np.uint64)
     mmio = exits["reason"] == machine.dispatcher.vendor.mmio_reason
     where = np.where(mmio, exits["gpa"] & np.uint64(R.APIC_PAGE_BYTES - 1), exits["msr"])
     keys[:, 0] = exits["reason"].astype(np.uint64) << np.uint64(32) | where
     keys[:, 1] = exits["info"].astype(np.uint64) << np.uint64(1) | _concerns_sender(machine, exits)
     keys[:, 2] = outcomes["code"]
+    keys[:, 3] = np.where(outcomes["code"] & np.uint64(CODE_EFFECTS), outcomes["value"] >> TARGETS_COUNT_SHIFT, 0)
     found, place = np.unique(keys, axis=0, return_inverse=True)
     table = np.array([_cycles(machine, profile, *row, quiet) for row in found.tolist()]).reshape(-1, 2)
     place = place.reshape(-1)
@@ -99,9 +100,9 @@ def _concerns_sender(machine: Machine, exits: np.ndarray) -> np.ndarray:
 
 
 def _cycles(
-    machine: Machine, profile: CostProfile, where: int, info: int, code: int, quiet: bool
+    machine: Machine, profile: CostProfile, where: int, info: int, code: int, told: int, quiet: bool
 ) -> tuple[float, float]:
-    """The two numbers of one kind of record."""
+    """The two numbers of one kind of record, for some of whose targets, ``told`` of them, there was something to do."""
     reason, msr = where >> 32, where & 0xFFFF_FFFF
     info, concerns_sender = info >> 1, bool(info & 1)
     if reason == L.NOTIFICATION:
@@ -131,7 +132,7 @@ def _cycles(
         if srcu:
             charge("srcu_lock")
         if fast:
-            known = _handler(meter, work, out, False)
+            known = _handler(meter, work, out, told, False)
         if srcu:
             charge("srcu_unlock")
     if not out.reentered:
@@ -140,7 +141,7 @@ def _cycles(
         if fast_irqoff:
             charge("fast_check")
             if fast:
-                known = _handler(meter, work, out, False)
+                known = _handler(meter, work, out, told, False)
         if reason == vendor.interrupt_reason:
             charge("host_irq")
         for stage in ("irq_window", "guest_time_stop", "srcu_lock", "vapic_sync"):
@@ -155,7 +156,7 @@ def _cycles(
                     return _NONE
                 direct = vendor.rows[reason].shortcut and config & L.CONFIG_RETPOLINE
                 charge("dispatch_direct" if direct else "dispatch_indirect")
-                known = _handler(meter, work, out, accesses_msr(vendor, reason))
+                known = _handler(meter, work, out, told, accesses_msr(vendor, reason))
     ipi = float(meter.ipi) if known and meter.ipi is not None else math.nan
     if not known or work.timer or out.user is not None or out.blocked:
         return ipi, math.nan
@@ -189,7 +190,7 @@ def _takes_srcu(machine: Machine, exit: Exit, out: Outcome) -> bool:
     return row.srcu and (row.work != "msr" or bool(exit.info1))
 
 
-def _handler(meter: Meter, work: Work, out: Outcome, generic_msr: bool) -> bool:
+def _handler(meter: Meter, work: Work, out: Outcome, told: int, generic_msr: bool) -> bool:
     """What TimedDispatcher._work charges; False when the record does not tell."""
     if generic_msr:
         meter.charge("", "msr_access")
@@ -199,11 +200,11 @@ def _handler(meter: Meter, work: Work, out: Outcome, generic_msr: bool) -> bool:
         meter.charge("", stage)
     if "icr" in work.stages and out.accepted > 0:
         effects = [effect for effect in Effect if effect & out.effects]
-        if out.accepted > 1 and effects:
+        if len(effects) > 1 or told > out.accepted:
             return False
         meter.charge("", "accept", out.accepted)
         for effect in effects:
-            meter.charge("", EFFECT_STAGES[effect])
+            meter.charge("", EFFECT_STAGES[effect], told)
         meter.ipi = meter.spent
     if work.timer:
         return False

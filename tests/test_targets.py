@@ -1,0 +1,231 @@
+"""Whom the effects of an exit, an ioctl, a message or a device are for, and what each of them needs.
+
+test_property.py holds these lists against the oracle; here are the ways to get one, and their ends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastexit as fx
+from conftest import INTERPRETED
+from fastexit import layout as L
+from fastexit import regs as r
+from fastexit.jit.declare import load
+
+ICR = 0x830
+ALL_BUT_SELF = fx.icr(vector=0x41, shorthand=fx.Shorthand.ALL_BUT_SELF)
+NOTIFY, WAKE, KICK, DOORBELL = fx.Effect.NOTIFY, fx.Effect.WAKE, fx.Effect.KICK, fx.Effect.DOORBELL
+
+
+def running(vcpus: int = 4, **options: object) -> fx.Machine:
+    """Everybody in the guest, with APICs that accept."""
+    m = fx.Machine(vcpus=vcpus, **options)  # type: ignore[arg-type]
+    m.boot_x2apic()
+    for v in m.vcpus:
+        v.wrmsr(0x808, 0)
+    return m
+
+
+def avic() -> fx.Machine:
+    m = fx.Machine(vcpus=4, vendor="svm")
+    for v in m.vcpus:
+        v.mmio_write(r.APIC_SPIV, 0x1FF)
+    for v in m.vcpus:
+        v.mmio_write(r.APIC_TASKPRI, 0)
+    return m
+
+
+def asleep(v: fx.Vcpu) -> None:
+    while v.ack() is not None:
+        v.eoi()
+    v.rflags |= r.RFLAGS_IF
+    assert v.exit(fx.SvmExit.HLT if v.machine.vendor == "svm" else fx.VmxExit.HLT).blocked
+
+
+def test_each_target_with_what_it_needs() -> None:
+    m = running(6)
+    v = m.vcpus[0]
+    asleep(m.vcpus[2])
+    m.vcpus[4].set_msr(0x80F, 0xFF)  # discards, and is out of the guest
+    m.vcpus[5].put()
+    assert v.wrmsr(ICR, fx.icr(dest=3, vector=0x51)).effects is NOTIFY
+    assert v.targets == ((3, NOTIFY),)
+    out = v.wrmsr(ICR, ALL_BUT_SELF)
+    assert (out.accepted, out.effects) == (4, NOTIFY | WAKE)
+    assert v.targets == ((1, NOTIFY), (2, WAKE))  # 3 has been told, 5 looks when it is loaded
+    assert [type(target) for target in v.targets] == [fx.Target] * 2
+    assert v.targets[0].effect is NOTIFY
+
+
+@pytest.mark.parametrize("kernel", ["5.8", "6.18"])
+@pytest.mark.parametrize("door", ["exit", "batch", "host"])
+def test_every_exit_begins_a_list(door: str, kernel: str) -> None:
+    """A fast exit, a generic one, a read, an ioctl: what an earlier one has left is gone."""
+    m = running(kernel=kernel)
+    v = m.vcpus[0]
+    for second in (fx.icr(dest=9, vector=0x41), None):
+        v.wrmsr(ICR, fx.icr(vector=0x60 if second else 0x61, shorthand=fx.Shorthand.ALL_BUT_SELF))
+        assert len(v.targets) == 3
+        for other in m.vcpus[1:]:
+            other.hw_notify()
+        if door == "exit":
+            v.wrmsr(ICR, second) if second else v.rdmsr(0x802)
+        elif door == "host":
+            v.set_msr(ICR, second) if second else v.get_msr(0x802)
+        else:
+            reason = fx.VmxExit.MSR_WRITE if second else fx.VmxExit.MSR_READ
+            m.run(np.array([(0, reason, ICR if second else 0x802, 0, second or 0)], dtype=fx.EXIT))
+        assert v.targets == ()
+
+
+def test_senders_have_lists_of_their_own() -> None:
+    m = running()
+    for sender, dest in ((0, 1), (1, 2), (2, 3)):
+        m.vcpus[sender].wrmsr(ICR, fx.icr(dest=dest, vector=0x41))
+    assert [v.targets for v in m.vcpus] == [((1, NOTIFY),), ((2, NOTIFY),), ((3, NOTIFY),), ()]
+
+
+def test_messages() -> None:
+    m = running()
+    assert (m.signal_msi(0xFEE0_2000, 0x51), m.targets) == (1, ((2, NOTIFY),))
+    m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0x52))
+    assert m.targets == ((2, NOTIFY),)
+    assert (m.signal_msi(0xFEEF_F000, 0x51), m.targets) == (4, ((0, NOTIFY), (3, NOTIFY)))
+    assert (m.signal_msi(0xFEE0_2000, 0x51), m.targets) == (1, ())
+    with pytest.raises(ValueError, match="bits 39:32"):
+        running(x2apic_api=1).signal_msi(1 << 32, 0x51)
+
+
+def test_devices() -> None:
+    m = running(vtd_pi=True)
+    m.pi_update_irte(1, 0, 0xFEE0_3000, 0x61)
+    m.pi_update_irte(2, 1, 0xFEEF_F000, 0x62)  # to all: remapped
+    assert (m.device_interrupt(1).effects, m.targets) == (NOTIFY, ((3, NOTIFY),))
+    assert (m.device_interrupt(1).effects, m.targets) == (fx.Effect.NONE, ())
+    assert m.device_interrupt(2).accepted == 4
+    assert m.targets == ((0, NOTIFY), (1, NOTIFY), (2, NOTIFY))
+
+
+def test_inhibits() -> None:
+    """Set by user space, or by a guest that gives itself another id: everybody in the guest leaves it."""
+    m = running()
+    m.vcpus[2].put()
+    assert m.set_inhibit(r.Inhibit.ABSENT) is KICK
+    assert m.targets == ((0, KICK), (1, KICK), (3, KICK))
+    assert m.set_inhibit(r.Inhibit.ABSENT) is fx.Effect.NONE
+    assert m.targets == ()
+    m = avic()
+    out = m.vcpus[1].mmio_write(r.APIC_ID, 3 << 24)
+    assert (out.effects, m.vcpus[1].targets) == (KICK, ((0, KICK), (2, KICK), (3, KICK)))
+    m = avic()
+    assert m.vcpus[2].set_msr(r.MSR_APICBASE, 0xFEC0_0800)
+    assert m.vcpus[2].targets == ((0, KICK), (1, KICK), (3, KICK))
+
+
+def test_paravirtual_ipis() -> None:
+    m = running()
+    v = m.vcpus[0]
+    assert v.hypercall(r.HC_SEND_IPI, 0b1110, 0, 0, 0x41).effects is NOTIFY
+    assert v.targets == ((1, NOTIFY), (2, NOTIFY), (3, NOTIFY))
+    asleep(m.vcpus[2])
+    assert v.hypercall(r.HC_KICK_CPU, 0, 2).effects is WAKE
+    assert v.targets == ((2, WAKE),)
+
+
+def test_what_hardware_sends() -> None:
+    m = running(ipiv=True)
+    v = m.vcpus[1]
+    out = v.hw_wrmsr(ICR, fx.icr(dest=3, vector=0x41))
+    assert (out.path, v.targets) == (fx.Path.HARDWARE, ((3, NOTIFY),))
+    assert v.hw_wrmsr(ICR, fx.icr(dest=3, vector=0x42)).path is fx.Path.HARDWARE
+    assert v.targets == ()
+    m = avic()
+    for v in m.vcpus:
+        v.load(v.index)
+        v.mmio_write(r.APIC_TASKPRI, 0)
+    v = m.vcpus[3]
+    out = v.hw_mmio_write(r.APIC_ICR, ALL_BUT_SELF)
+    assert (out.path, out.effects) == (fx.Path.HARDWARE, DOORBELL)
+    assert v.targets == ((0, DOORBELL), (1, DOORBELL), (2, DOORBELL))
+    asleep(m.vcpus[1])
+    out = v.hw_mmio_write(r.APIC_ICR, ALL_BUT_SELF + 1)  # KVM sends once more what hardware could not send to all
+    assert (out.path, v.targets) == (fx.Path.SLOW, ((0, DOORBELL), (1, WAKE), (2, DOORBELL)))
+
+
+def test_wake_up_vector() -> None:
+    """0xF1 makes a vCPU exit: its pCPU wakes whoever blocks there."""
+    m = running(vtd_pi=True)
+    for sleeper in (1, 2):
+        m.vcpus[sleeper].load(0)
+        asleep(m.vcpus[sleeper])
+        load("hardware_post")(m.handle, sleeper, 0x51)
+    v = m.vcpus[0]
+    v.rdmsr(0x802)
+    out = v.exit(fx.VmxExit.EXTERNAL_INTERRUPT, intr_info=1 << 31 | r.POSTED_INTR_WAKEUP_VECTOR)
+    assert (out.effects, v.targets) == (WAKE, ((1, WAKE), (2, WAKE)))
+
+
+def test_batch_says_how_many_and_the_first() -> None:
+    m = running()
+    write = int(fx.VmxExit.MSR_WRITE)
+    exits = [(0, write, ICR, 0, fx.icr(dest=2, vector=0x41)), (1, write, ICR, 0, ALL_BUT_SELF), (1, 31, 0x802, 0, 0)]
+    got = m.run(np.array([*exits, exits[0]], dtype=fx.EXIT))
+    told = [(int(value) >> 32, int(value) & 0xFFF, int(value) >> 12 & 15) for value in got["value"]]
+    assert told == [(1, 2, NOTIFY), (2, 0, NOTIFY), (0, 1, 0), (0, 0, 0)]
+    assert m.vcpus[1].targets == ()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels take long for so many")
+def test_everybody_at_once() -> None:
+    """As many targets as there can be, each in its place."""
+    m = running(L.MAX_VCPUS)
+    v = m.vcpus[7]
+    assert v.wrmsr(ICR, ALL_BUT_SELF).accepted == L.MAX_VCPUS - 1
+    assert v.targets == tuple((i, NOTIFY) for i in range(L.MAX_VCPUS) if i != 7)
+    assert v.targets[-1] == (L.MAX_VCPUS - 1, NOTIFY)
+    assert m.vcpus[6].targets == m.vcpus[8].targets == m.targets == ()
+
+
+def test_snapshots_have_no_lists() -> None:
+    """What is in one is what the machine would be without its senders' lists; one that claims a list is refused."""
+    m, other = running(), running()
+    m.vcpus[0].wrmsr(ICR, ALL_BUT_SELF)
+    other.vcpus[0].wrmsr(ICR, ALL_BUT_SELF)
+    other.mem[other.vcpus[0].own + L.K_TARGETS] = 0
+    data = m.snapshot()
+    assert data == other.snapshot()
+    assert len(m.vcpus[0].targets) == 3
+    assert fx.Machine.restore(data).vcpus[0].targets == ()
+
+
+@pytest.mark.parametrize(("count", "place"), [(L.MAX_VCPUS - 1, True), (L.MAX_VCPUS, False), (0xFFFF_FFFF, False)])
+def test_a_count_that_somebody_forged(count: int, place: bool) -> None:
+    """A list ends where its row does: nothing is read or written behind it, and no sum runs over."""
+    m = running(vtd_pi=True)
+    asleep(m.vcpus[2])
+    load("hardware_post")(m.handle, 2, 0x51)
+    v, (sleeper, row) = m.vcpus[1], (m.vcpus[2], L.TARGETS + L.TARGETS_STRIDE)
+    m.mem[v.own + L.K_TARGETS] = head = count << 32 | 3
+    assert len(v.targets) == min(count, L.MAX_VCPUS)
+    woken = load("external_interrupt")(m.handle, 1, 1 << 31 | r.POSTED_INTR_WAKEUP_VECTOR)
+    assert woken == 0
+    sleeper.load(1)
+    asleep(sleeper)
+    load("hardware_post")(m.handle, 2, 0x52)
+    m.mem[v.own + L.K_TARGETS] = head
+    assert fx.OUTCOMES[load("external_interrupt")(m.handle, 1, 1 << 31 | r.POSTED_INTR_WAKEUP_VECTOR)].effects is WAKE
+    assert m.mem[v.own + L.K_TARGETS] == (head + (1 << 32) if place else head)
+    written = np.flatnonzero(m.words[L.TARGETS :]).tolist()
+    assert written == ([row + L.TARGETS_STRIDE - 1 - L.TARGETS] if place else [])
+
+
+def test_senders_that_do_not_exist() -> None:
+    m = running()
+    signal = load("signal_msi")
+    for sender in (0, L.HOST - 1, L.SENDERS, L.NONE):
+        before = m.words.copy()
+        assert signal(m.handle, 0xFEE0_2000, 0x51, sender) == L.NONE
+        assert (m.words == before).all()
+    assert signal(m.handle, 0xFEE0_2000, 0x51, L.SENDERS - 1) != L.NONE
