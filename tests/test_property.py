@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -121,9 +122,12 @@ def test_targets(apicv: bool, vendor: str, seed: int) -> None:
 def test_targets_are_of_every_kind() -> None:
     """The lives of test_targets are not spent on nothing: each effect comes, alone and in company."""
     seen: set[tuple[str, bool]] = set()
-    for seed, (vendor, apicv) in enumerate([("vmx", True), ("svm", True), ("vmx", False)] * (3 if s.JIT else 2)):
+    for seed in range(9 if s.JIT else 6):
         rng = random.Random(seed)
-        config = lively_config(rng, hv_timer=False, kernel="6.18", vendor=vendor, apicv=apicv, least=3, most=6)
+        fixed = ({"vendor": "vmx", "apicv": True}, {"vendor": "vmx", "apicv": False}, {"vendor": "svm", "apicv": True})
+        config = lively_config(rng, hv_timer=False, kernel="6.18", least=3, most=6, **fixed[seed % 3])
+        if config.vendor == "svm":  # AVIC is for xAPICs whose ids are their vCPUs'
+            config = replace(config, apic_ids=(0, 1, 2, 3), x2apic=False)
         pair = Pair(config, config.build(fx.Machine), close=False)
         for op in s.setup_ops(rng, pair.model):
             pair.step(op)

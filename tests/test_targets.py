@@ -37,6 +37,15 @@ def avic() -> fx.Machine:
     return m
 
 
+def records(*accesses: tuple[int, int, int | None]) -> np.ndarray:
+    """A batch of WRMSRs, and of RDMSRs where there is no value: vCPU, MSR, value."""
+    exits = np.zeros(len(accesses), dtype=fx.EXIT)
+    for exit, (vcpu, msr, value) in zip(exits, accesses, strict=True):
+        exit["vcpu"], exit["msr"], exit["value"] = vcpu, msr, value or 0
+        exit["reason"] = fx.VmxExit.MSR_READ if value is None else fx.VmxExit.MSR_WRITE
+    return exits
+
+
 def asleep(v: fx.Vcpu) -> None:
     while v.ack() is not None:
         v.eoi()
@@ -75,8 +84,7 @@ def test_every_exit_begins_a_list(door: str, kernel: str) -> None:
         elif door == "host":
             v.set_msr(ICR, second) if second else v.get_msr(0x802)
         else:
-            reason = fx.VmxExit.MSR_WRITE if second else fx.VmxExit.MSR_READ
-            m.run(np.array([(0, reason, ICR if second else 0x802, 0, second or 0)], dtype=fx.EXIT))
+            m.run(records((0, ICR, second) if second else (0, 0x802, None)))
         assert v.targets == ()
 
 
@@ -169,9 +177,8 @@ def test_wake_up_vector() -> None:
 
 def test_batch_says_how_many_and_the_first() -> None:
     m = running()
-    write = int(fx.VmxExit.MSR_WRITE)
-    exits = [(0, write, ICR, 0, fx.icr(dest=2, vector=0x41)), (1, write, ICR, 0, ALL_BUT_SELF), (1, 31, 0x802, 0, 0)]
-    got = m.run(np.array([*exits, exits[0]], dtype=fx.EXIT))
+    one = (0, ICR, fx.icr(dest=2, vector=0x41))
+    got = m.run(records(one, (1, ICR, ALL_BUT_SELF), (1, 0x802, None), one))
     told = [(int(value) >> 32, int(value) & 0xFFF, int(value) >> 12 & 15) for value in got["value"]]
     assert told == [(1, 2, NOTIFY), (2, 0, NOTIFY), (0, 1, 0), (0, 0, 0)]
     assert m.vcpus[1].targets == ()
