@@ -12,9 +12,9 @@ from fastexit.insight.compare import booted
 KERNEL = "6.18"
 
 
-def machine(vcpus: int, *, threads: bool = True) -> fx.Machine:
+def machine(vcpus: int, *, threads: bool = True, kernel: str = KERNEL) -> fx.Machine:
     """vCPUs in guest mode and x2APIC mode, APICv on, tracing off."""
-    return booted(KERNEL, "vmx", vcpus, threads=threads)
+    return booted(kernel, "vmx", vcpus, threads=threads)
 
 
 def ipis(m: fx.Machine, n: int, *, senders: range | None = None, targets: range | None = None, seed: int = 1):

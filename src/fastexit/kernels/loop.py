@@ -187,6 +187,7 @@ def out_of_guest(m, v):
 # ---------------------------------------------------------------------------------------- from VM exit to handle_exit
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def vendor_run(m, v, row, reason, msr, value, info):
     """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
@@ -200,6 +201,7 @@ def vendor_run(m, v, row, reason, msr, value, info):
     return code
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
 def after_run(m, v, row, reason, msr, value, info, code):
     """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""
@@ -218,6 +220,7 @@ def go_on(m, v, user):
     return vcpu_run(m, v, k.ZERO)
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
 def leave_and_handle(m, v, row, reason, msr, value, info, code):
     """Steps 13-20 of an exit that did not re-enter: its outcome code."""
