@@ -77,6 +77,13 @@ BARS = {
     "11 memory": Bar(
         "replay: peak memory at four times the length over once", "x", 1.1, 1.0, cases=("four times the length",)
     ),
+    "12": Bar(
+        "compiled dispatcher: one exit with its Outcome or value, over a bare call with 3 arguments",
+        "x",
+        8,
+        6,
+        cases=("EOI", "TPR", "read ID", "read TPR", "ICR, 5.8"),
+    ),
 }
 
 

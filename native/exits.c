@@ -113,6 +113,8 @@ static inline int reads(const struct fx_exit *exit, int svm)
 {
     if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG))
         return !(exit->info & MMIO_WRITE);
+    if (exit->reason == (svm ? FXP_SVM_IO : FXP_VMX_IO_INSTRUCTION))
+        return !!(exit->info & (svm ? SVM_IO_IN : VMX_IO_IN));
     return exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_READ) && (!svm || !exit->info);
 }
 
@@ -169,32 +171,96 @@ static int32_t op_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_re
     return one(m, words, &exit, out);
 }
 
-static int32_t mmio(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t write, uint32_t value,
-                    struct fx_result *out)
+/* An access to a device, whose length and value are looked at here, whose address by the kernel. */
+static int32_t device(fx_machine *m, uint64_t *words, struct fx_exit exit, uint32_t length, struct fx_result *out)
+{
+    if (length < 8 && exit.value >> 8 * length)
+        return FX_E_RANGE;
+    if (!table.first_bad(handle(words), handle(&exit), 1))
+        return FX_E_RANGE;
+    return one(m, words, &exit, out);
+}
+
+static int32_t memory(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, uint32_t write, uint64_t value,
+                      struct fx_result *out)
 {
     uint64_t *words = words_of(m);
-    struct fx_exit exit;
 
     if (!words || !out)
         return refuse(m);
     if (vcpu >= words[FX_H_NVCPUS])
         return FX_E_VCPU;
-    if (offset > 0xfff || (length != 1 && length != 2 && length != 4) || (length < 4 && value >> 8 * length))
+    if (length > 8)
         return FX_E_RANGE;
-    exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG, 0, length | write, value,
-                             page_of(words, vcpu) + offset };
-    return one(m, words, &exit, out);
+    return device(m, words,
+                  (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG, 0, length | write, value,
+                                    gpa },
+                  length, out);
+}
+
+static int32_t page(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t write, uint32_t value,
+                    struct fx_result *out)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (offset > 0xfff || length > 4)
+        return FX_E_RANGE;
+    return memory(m, vcpu, page_of(words, vcpu) + offset, length, write, value, out);
+}
+
+static int32_t port(fx_machine *m, uint32_t vcpu, uint32_t number, uint32_t length, int write, uint32_t value,
+                    struct fx_result *out)
+{
+    uint64_t *words = words_of(m);
+    struct fx_exit exit = { vcpu, FXP_VMX_IO_INSTRUCTION, 0, 0, value, 0 };
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (number > 0xffff || (length != 1 && length != 2 && length != 4))
+        return FX_E_RANGE;
+    exit.info = number << 16 | (length - 1) | (write ? 0 : VMX_IO_IN);
+    if (is_svm(words))
+        exit.reason = FXP_SVM_IO, exit.info = number << 16 | length << 4 | (write ? 0 : SVM_IO_IN);
+    return device(m, words, exit, length, out);
 }
 
 static int32_t op_mmio_write(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
                              struct fx_result *out)
 {
-    return mmio(m, vcpu, offset, length, MMIO_WRITE, value, out);
+    return page(m, vcpu, offset, length, MMIO_WRITE, value, out);
 }
 
 static int32_t op_mmio_read(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *out)
 {
-    return mmio(m, vcpu, offset, length, 0, 0, out);
+    return page(m, vcpu, offset, length, 0, 0, out);
+}
+
+static int32_t op_mem_write(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, uint64_t value,
+                            struct fx_result *out)
+{
+    return memory(m, vcpu, gpa, length, MMIO_WRITE, value, out);
+}
+
+static int32_t op_mem_read(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, struct fx_result *out)
+{
+    return memory(m, vcpu, gpa, length, 0, 0, out);
+}
+
+static int32_t op_io_write(fx_machine *m, uint32_t vcpu, uint32_t number, uint32_t length, uint32_t value,
+                           struct fx_result *out)
+{
+    return port(m, vcpu, number, length, 1, value, out);
+}
+
+static int32_t op_io_read(fx_machine *m, uint32_t vcpu, uint32_t number, uint32_t length, struct fx_result *out)
+{
+    return port(m, vcpu, number, length, 0, 0, out);
 }
 
 static int32_t op_exit(fx_machine *m, const struct fx_exit *exit, struct fx_result *out)

@@ -237,6 +237,7 @@ struct fx_ops {
      * FX_BLOCKED or FX_UNHANDLED. [vcpu] */
     int32_t (*wrmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *result);
     int32_t (*rdmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result);
+    /* The xAPIC page, wherever the vCPU's APICBASE has it: 1, 2 or 4 bytes. */
     int32_t (*mmio_write)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
                           struct fx_result *result);
     int32_t (*mmio_read)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
@@ -303,6 +304,17 @@ struct fx_ops {
     int32_t (*region)(fx_machine *m, uint32_t which, struct fx_region *region);
 
     int32_t (*close)(fx_machine *m); /* fx_close */
+
+    /* Guest exits, too: an access to a device by guest-physical address, of 1, 2, 4 or 8 bytes, and to a port, of 1, 2
+     * or 4. FX_USER where no device of the machine claims it: fx_result.user is KVM_EXIT_MMIO + 1 or KVM_EXIT_IO + 1,
+     * the access is the host's to do, and the vCPU's next exit or enter() says that it has. FX_E_RANGE: a length, a
+     * value longer than it, a port, an address beyond maxphyaddr. [vcpu] */
+    int32_t (*mem_write)(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, uint64_t value,
+                         struct fx_result *result);
+    int32_t (*mem_read)(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, struct fx_result *result);
+    int32_t (*io_write)(fx_machine *m, uint32_t vcpu, uint32_t port, uint32_t length, uint32_t value,
+                        struct fx_result *result);
+    int32_t (*io_read)(fx_machine *m, uint32_t vcpu, uint32_t port, uint32_t length, struct fx_result *result);
 
     /* Whom the effects of a vCPU's last exit, enter() or ioctl are for, or with FX_NOBODY those of this thread's last
      * inject() to this machine, in the order of sending: *count of them, the first ones, as far as there is room, in

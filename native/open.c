@@ -35,6 +35,10 @@ static const struct fx_ops calls = {
     .restore = fx_restore,
     .region = op_region,
     .close = fx_close,
+    .mem_write = op_mem_write,
+    .mem_read = op_mem_read,
+    .io_write = op_io_write,
+    .io_read = op_io_read,
     .targets = op_targets,
 };
 

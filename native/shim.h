@@ -17,11 +17,13 @@ enum {
     FXP_APIC_ICR = 0x300,
     FXP_LAPIC_PAGE_BYTES = 0x400,
     FXP_VMX_EXTERNAL_INTERRUPT = 1,
+    FXP_VMX_IO_INSTRUCTION = 30,
     FXP_VMX_MSR_READ = 31,
     FXP_VMX_MSR_WRITE = 32,
     FXP_VMX_EPT_MISCONFIG = 49,
     FXP_VMX_PREEMPTION_TIMER = 52,
     FXP_SVM_INTERRUPT = 0x60,
+    FXP_SVM_IO = 0x7b,
     FXP_SVM_MSR = 0x7c,
     FXP_SVM_NPF = 0x400
 };
@@ -60,6 +62,8 @@ CFFI_DLLEXPORT int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *wor
 
 #define NONE UINT64_MAX
 #define MMIO_WRITE (1u << 31)
+#define VMX_IO_IN (1u << 3) /* of the exit qualification: bits 2:0 length - 1, 31:16 port */
+#define SVM_IO_IN (1u << 0) /* of EXITINFO1: bits 6:4 length, 31:16 port */
 #define BYTES ((size_t)FX_WORDS * 8)
 #define MOST_MACHINES 4096
 

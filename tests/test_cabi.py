@@ -170,6 +170,30 @@ def test_pages_and_ioctls(door: Door) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+def test_devices_by_address(door: Door, vendor: str) -> None:
+    """mem_write and its like are those of Python: the page at APICBASE, and user space for the rest and for ports."""
+    p = fx.Machine(vcpus=2, vendor=vendor, apicv=False)
+    m = door.open(vendor=["vmx", "svm"].index(vendor), flags=Open.NO_APICV | Open.QUIET)
+    v, page = p.vcpus[0], 0xFED0_0000
+    base = page | R.APICBASE_EN | R.APICBASE_BSP
+    check(door.wrmsr(m, 0, R.MSR_APICBASE, base)[1], Status.OK, v.wrmsr(R.MSR_APICBASE, base))
+    for gpa, length in ((page + 0x30, 4), (page + 0x30, 1), (page + 0x31, 2), (page, 8), (0xFEC0_0000, 4), (0, 8)):
+        status, result = door.mem_read(m, 0, gpa, length)
+        assert result.value == v.mem_read(gpa, length)
+        assert status == (Status.USER if v.user_mmio else Status.OK)
+        assert result.user == (fx.KvmExit.MMIO + 1 if v.user_mmio else 0)
+    for gpa, length, value in ((page + 0x80, 4, 0x20), (page + 0x80, 1, 0), (0xFEC0_0000, 8, (1 << 64) - 1)):
+        check(door.mem_write(m, 0, gpa, length, value)[1], door.result.status, v.mem_write(gpa, value, length))
+    for port, length in ((0x60, 1), (0xCFC, 4), (0xFFFF, 2)):
+        status, result = door.io_read(m, 0, port, length)
+        assert (status, result.user, result.value) == (Status.USER, fx.KvmExit.IO + 1, v.io_read(port, length))
+        check(door.io_write(m, 0, port, length, 0x41)[1], Status.USER, v.io_write(port, 0x41, length))
+    assert door.snapshot(m) == p.snapshot()
+    door.fx.close(m)
+
+
+@compiled
 def test_batch(door: Door) -> None:
     """run() is Machine.run: same outcomes, same memory, stops at what has no compiled handler."""
     p, m = pair(door, {}, {})

@@ -128,6 +128,8 @@ def test_shims_code_masks_are_pythons() -> None:
         assert value == outcome.CODE.mask(name), name
     for name in ("TARGETS_VCPU", "TARGETS_EFFECT_SHIFT", "TARGETS_COUNT_SHIFT"):
         assert int(re.search(rf"#define {name} (\w+?)u?\n", text)[1], 0) == getattr(outcome, name)  # type: ignore[index]
+    for name, value in (("MMIO_WRITE", L.MMIO_WRITE), ("VMX_IO_IN", R.VMX_IO_IN), ("SVM_IO_IN", R.SVM_IO_IN)):
+        assert 1 << int(re.search(rf"#define {name} \(1u << (\d+)\)", text)[1]) == value  # type: ignore[index]
 
 
 def test_table_is_the_entries() -> None:
@@ -146,6 +148,12 @@ def test_table_is_the_entries() -> None:
 
 
 def test_every_keyword_of_a_machine_can_be_said_in_c() -> None:
-    """But ``costs``: struct fx_result carries no cycles."""
+    """But ``costs``, for struct fx_result carries no cycles, and ``dispatcher``, for C has the compiled one."""
     config = SimpleNamespace(**dict.fromkeys(cabi.CONFIG.names, 0))
-    assert {**cabi.keywords(config), "vcpus": None, "apic_ids": None, "costs": None} == cabi._DEFAULTS
+    assert {
+        **cabi.keywords(config),
+        "vcpus": None,
+        "apic_ids": None,
+        "costs": None,
+        "dispatcher": "python",
+    } == cabi._DEFAULTS

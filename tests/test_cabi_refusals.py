@@ -73,7 +73,7 @@ def test_null_and_closed(door: Door) -> None:
     room = ffi.new("uint8_t[4096]")
     wild = ffi.cast("fx_machine *", int(ffi.cast("uintptr_t", m)) + 8)
     with_vcpu = {"wrmsr", "rdmsr", "mmio_write", "mmio_read", "notify", "pending", "ack", "eoi", "enter", "reenter"}
-    with_vcpu |= {"get_cpu", "set_cpu", "targets"}
+    with_vcpu |= {"get_cpu", "set_cpu", "targets", "mem_write", "mem_read", "io_write", "io_read"}
     with_vcpu |= {"set_msr", "get_msr", "get_lapic", "set_lapic", "reset"}
     for name, field in ffi.typeof("struct fx_ops").fields[2:]:
         if name == "restore":
@@ -150,6 +150,17 @@ def test_structs_of_a_newer_header(door: Door, struct: str) -> None:
         ("mmio_write", (0, 0x80, 1, 0x100)),
         ("mmio_read", (0, 0xFFFF_FFFF, 4)),
         ("mmio_read", (0, 0x80, 8)),
+        ("mem_write", (0, 1 << 48, 4, 0)),
+        ("mem_write", (0, 0xFEE0_0080, 3, 0)),
+        ("mem_write", (0, 0xFEE0_0080, 2, 0x1_0000)),
+        ("mem_write", (0, 0xFEE0_0080, 0, 0)),
+        ("mem_read", (0, 0xFEE0_0080, 16)),
+        ("mem_read", (0, 1 << 63, 4)),
+        ("io_write", (0, 0x1_0000, 1, 0)),
+        ("io_write", (0, 0x80, 1, 0x100)),
+        ("io_write", (0, 0x80, 8, 0)),
+        ("io_read", (0, 0xFFFF_FFFF, 4)),
+        ("io_read", (0, 0x60, 0)),
     ],
 )
 def test_accesses_outside_the_page(door: Door, name: str, args: tuple) -> None:

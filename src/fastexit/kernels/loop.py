@@ -112,6 +112,7 @@ def traces_late(m):
 # ---------------------------------------------------------------------------------------------------------------- doors
 
 
+@inlined
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def run_exit(m, v, row, reason, msr, value, info):
     """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
