@@ -30,6 +30,12 @@ EXAMPLE = ROOT / "examples" / "embed_c"
 compiled = pytest.mark.skipif(INTERPRETED or BOUNDS, reason="a host wants kernels as they are meant to run")
 
 
+def first_blocks(*kinds: str) -> list[str]:
+    """The first block of each kind that docs/embedding.md has: its program, what that prints, how it is built."""
+    page = (ROOT / "docs" / "embedding.md").read_text()
+    return [re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[1] for kind in kinds]
+
+
 def compile_host(target: Path, *sources: Path | str, library: Path) -> Path:
     """A program that links the library by what cflags and libs print."""
     line = [*build.compiler(), "-O1", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"]
@@ -342,9 +348,7 @@ def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert capsys.readouterr().out.strip() == report[step]
     for name in cabi.HEADERS:
         assert (tmp_path / "fx" / name).read_bytes() == (ROOT / "native" / name).read_bytes()
-    program, shown = re.findall(
-        r"```(?:c|text)\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), flags=re.DOTALL
-    )
+    program, shown = first_blocks("c", "text")
     (tmp_path / "main.c").write_text(program)
     demo = compile_host(tmp_path / "demo", tmp_path / "main.c", library=tmp_path / "fx")
     done = run_host(demo)
@@ -355,15 +359,15 @@ def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
 def test_the_lines_of_the_page_work_in_a_folder_with_a_space(library: Path, tmp_path: Path) -> None:
     """All that docs/embedding.md has a shell do; with pkg-config and cmake where those are here."""
     page = (ROOT / "docs" / "embedding.md").read_text()
-    blocks = dict(re.findall(r"```(c|text|cmake)\n(.*?)```", page, flags=re.DOTALL))
+    program, cmake, shown = first_blocks("c", "cmake", "text")
     first, build_and_run, others = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     folder = tmp_path / "two words"
     tool = folder / "venv" / "bin" / "fastexit"
     tool.parent.mkdir(parents=True)
     tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fastexit "$@"\n')
     tool.chmod(0o755)
-    (folder / "main.c").write_text(blocks["c"])
-    (folder / "CMakeLists.txt").write_text(blocks["cmake"])
+    (folder / "main.c").write_text(program)
+    (folder / "CMakeLists.txt").write_text(cmake)
 
     def shell(lines: str) -> str:
         done = subprocess.run(["sh", "-ec", lines], cwd=folder, capture_output=True, text=True, check=False)
@@ -373,14 +377,14 @@ def test_the_lines_of_the_page_work_in_a_folder_with_a_space(library: Path, tmp_
     if not shutil.which("cc"):
         pytest.skip("no cc")
     shell(first.splitlines()[-1])
-    assert shell(build_and_run) == blocks["text"]
+    assert shell(build_and_run) == shown
     with_pkg_config, with_cmake = others.splitlines()
     if shutil.which("pkg-config"):
         shell(f"rm demo; {with_pkg_config}")
-        assert shell("./demo") == blocks["text"]
+        assert shell("./demo") == shown
     if shutil.which("cmake"):
         shell(with_cmake)
-        assert shell("./build/demo") == blocks["text"]
+        assert shell("./build/demo") == shown
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", 'a "name"', "$HOME", "back\\slash", "a;b & c"])

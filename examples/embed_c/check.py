@@ -13,16 +13,15 @@ from fastexit.embed.cabi import RESULT, Status
 RECORD = np.dtype(
     [("value", "<u8"), ("result", RESULT), ("taken", "<u4"), ("vector", "<u4"), ("ended", "<u4")], align=True
 )
-NOBODY = 0xFFFF_FFFF
+NOBODY, SEVERAL = 0xFFFF_FFFF, 0xFFFF_FFFE
 FIELDS = "completion", "path", "refusal", "accepted", "effects"
 
 
-def expected(m: fx.Machine, out: fx.Outcome, sender: int, value: int) -> tuple:
-    """A result as C has it, from the Outcome of the same exit."""
+def expected(v: fx.Vcpu, out: fx.Outcome, value: int) -> tuple:
+    """A result as C has it, from the Outcome of the same exit of a vCPU."""
     status = Status.GP if out.fault else Status.USER if out.user is not None else Status.OK
-    plain = not value & 0xC_0800 and out.accepted == 1
-    target = NOBODY if not out.effects else value >> 32 if plain else NOBODY - 1
-    fixed = (out.fault or 0, 0 if out.user is None else out.user + 1, 0, status, sender, target, value & 0xFF)
+    target = NOBODY if not v.targets else SEVERAL if len(v.targets) > 1 else v.targets[0].vcpu
+    fixed = (out.fault or 0, 0 if out.user is None else out.user + 1, 0, status, v.index, target, value & 0xFF)
     return *(getattr(out, name) for name in FIELDS), *fixed
 
 
@@ -48,7 +47,7 @@ def main(path: str) -> int:
                 print(f"IPI {i - 1} was taken differently: {taken} {vectors}, in C {before}")
                 return 1
         value, result = int(record["value"]), record["result"]
-        ours = expected(m, v.wrmsr(0x830, value), v.index, value)
+        ours = expected(v, v.wrmsr(0x830, value), value)
         theirs = (*(result[name] for name in FIELDS), *(result[f] for f in ("fault", "user", "value", "status")))
         theirs = (*theirs, *(result[name] for name in ("vcpu", "target", "vector")))
         if ours != theirs:
