@@ -15,12 +15,12 @@ U32 = (1 << 32) - 1
 def integer(value: Any, what: str, top: int = U64) -> int:
     """``value`` as an int in 0..top; TypeError or ValueError otherwise."""
     try:
-        value = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{what} is {type(value).__name__}, not an integer") from None
-    if not 0 <= value <= top:
-        raise ValueError(f"{what} {shown(value)} is out of range 0..{top:#x}")
-    return value
+    if not 0 <= number <= top:
+        raise ValueError(f"{what} {shown(number)} is out of range 0..{top:#x}")
+    return number
 
 
 def one_of(value: Any, what: str, known: tuple[str, ...]) -> str:
@@ -40,10 +40,10 @@ def member(value: Any, what: str, known: Collection[int]) -> int:
 def access_size(size: Any, what: str = "access length", most: int = 4) -> int:
     """A size of 1, 2 or 4 bytes, or with ``most`` 8 of 8."""
     known = tuple(n for n in (1, 2, 4, 8) if n <= most)
-    size = integer(size, what, 8)
-    if size not in known:
-        raise ValueError(f"{what} {size} is not {', '.join(map(str, known[:-1]))} or {known[-1]}")
-    return size
+    number = integer(size, what, 8)
+    if number not in known:
+        raise ValueError(f"{what} {number} is not {', '.join(map(str, known[:-1]))} or {known[-1]}")
+    return number
 
 
 QUOTED = 40

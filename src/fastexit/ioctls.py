@@ -7,7 +7,7 @@ as KVM's vcpu mutex would demand.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fastexit import layout as L
 from fastexit import regs as R
@@ -19,6 +19,17 @@ from fastexit.vcpustate import VcpuState
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
+
+    class Loop(Protocol):
+        """What user space's calls need of exits.dispatcher.Dispatcher; ``v`` is the Vcpu that VcpuIoctls is half of."""
+
+        def kvm_run(self, v: Any) -> bool: ...
+
+        def leave_guest(self, v: Any) -> None: ...
+
+        def out_of_guest(self, v: Any) -> None: ...
+
+        def return_to_user(self, v: Any, user: int) -> None: ...
 
 
 class Events(NamedTuple):
@@ -40,7 +51,7 @@ class Events(NamedTuple):
 class UserMsr(NamedTuple):
     """run->msr: index, data (of a write) and why the access is user space's."""
 
-    index: int
+    index: int  # type: ignore[assignment] # it hides tuple.index
     data: int
     reason: R.MsrExit
 
@@ -70,6 +81,7 @@ class VcpuIoctls(VcpuState):
 
     if TYPE_CHECKING:
         machine: Machine
+        _loop: Loop
 
     def set_msr(self, msr: int, value: int) -> bool:
         """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""

@@ -23,7 +23,7 @@ from fastexit.config import Config, check_api, latest_clock
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
-from fastexit.exits.bus import Bus
+from fastexit.exits.bus import Bus, FastMmio
 from fastexit.exits.compiled import CompiledDispatcher
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.exit import Exit, PortAccess
@@ -36,7 +36,7 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
-from fastexit.profile import NEWEST, numbered
+from fastexit.profile import NEWEST, Profile, numbered
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
@@ -143,9 +143,10 @@ class Machine:
             self.add_vcpu(vcpu_id)
 
     def _map_memory(self) -> None:
+        self.words: np.ndarray
         self._block, self.words = _allocate()
-        self.mem = memoryview(self._block).cast("Q")
-        self.handle = self.words.ctypes.data
+        self.mem: memoryview[int] = memoryview(self._block).cast("Q")
+        self.handle: int = self.words.ctypes.data
         if not declare.JIT:
             declare.register(self.handle, self.words)
             weakref.finalize(self, declare.unregister, self.handle)
@@ -153,26 +154,26 @@ class Machine:
     def _assemble(self, costs: CostProfile | None, dispatcher: str) -> None:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
-        self.profile = numbered(self.mem[L.H_PROFILE])
+        self.profile: Profile = numbered(self.mem[L.H_PROFILE])
         bus = Bus(self.mem, self.handle)
         common = CommonHandlers(self.mem, self.handle, bus)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
         self.costs = costs
         self._vcpu_class: type[Vcpu] = Vcpu
-        self.dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
+        self.dispatcher: Dispatcher = Dispatcher(self.mem, self.handle, vendor, self.profile)
         if costs is not None:
             self._vcpu_class = TimedVcpu
             self.dispatcher = TimedDispatcher(self.mem, self.handle, vendor, self.profile, self.words, costs)
         elif dispatcher == "compiled":
             self._vcpu_class = CompiledVcpu
             self.dispatcher = CompiledDispatcher(self.mem, self.handle, vendor, self.profile)
-        self.hardware = Hardware(self.dispatcher)
-        self.irtes = RemappingTable(self)
-        self.trace = Trace(self)
+        self.hardware: Hardware = Hardware(self.dispatcher)
+        self.irtes: RemappingTable = RemappingTable(self)
+        self.trace: Trace = Trace(self)
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
-        self.lock = threading.Lock()
-        self.fast_mmio = bus.fast_mmio
+        self.lock: threading.Lock = threading.Lock()
+        self.fast_mmio: FastMmio = bus.fast_mmio
         self.last_host_code = 0
 
     def __repr__(self) -> str:
@@ -216,7 +217,7 @@ class Machine:
     @property
     def handlers(self) -> Handlers:
         """Generic exit handlers by exit number; assign to extend or replace."""
-        return self.dispatcher.vendor.handlers  # type: ignore[return-value]
+        return self.dispatcher.vendor.handlers
 
     @property
     def inhibits(self) -> set[R.Inhibit]:
@@ -460,8 +461,12 @@ class Machine:
     @staticmethod
     def _open(array: np.ndarray) -> int:
         words = array.view(np.uint64)
-        # array.ctypes.data tells the same in twice the time, which short batches feel.
-        address = addressof(c_char.from_buffer(words)) if words.flags.writeable else array.ctypes.data
+        # array.ctypes.data tells the same in twice the time, which short batches feel. That an array has the buffer
+        # protocol is in numpy's stubs for Python 3.12 and later alone.
+        if words.flags.writeable:
+            address = addressof(c_char.from_buffer(words))  # type: ignore[arg-type]
+        else:
+            address = array.ctypes.data
         if not declare.JIT:
             declare.register(address, words)
         return address

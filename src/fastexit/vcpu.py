@@ -17,6 +17,7 @@ from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, SHORT, SHORT_CODES, G
 from fastexit.targets import Target, told
 
 if TYPE_CHECKING:
+    from fastexit.exits.dispatcher import Dispatcher
     from fastexit.machine import Machine
 
 
@@ -34,6 +35,12 @@ class Vcpu(VcpuIoctls):
     """One virtual CPU; ``m.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id."""
 
     __slots__ = ("_loop", "where")
+
+    if TYPE_CHECKING:
+        hot: int
+        own: int
+        where: int
+        _loop: Dispatcher
 
     def __init__(self, machine: Machine, index: int, vcpu_id: int) -> None:
         self.machine = machine

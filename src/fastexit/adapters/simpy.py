@@ -24,23 +24,28 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.costs.meter import TimedOutcome
+from fastexit.costs.profile import CostProfile
 from fastexit.costs.vcpu import TimedVcpu
 from fastexit.machine import Machine
 from fastexit.outcome import Effect, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
 
-try:
+if TYPE_CHECKING:
     import simpy
-except ModuleNotFoundError as missing:
-    if missing.name != "simpy":
-        raise
-    simpy = None
+else:
+    try:
+        import simpy
+    except ModuleNotFoundError as missing:
+        if missing.name != "simpy":
+            raise
+        simpy = None
 
 Guest = Generator[Any, Any, Any]
 Handler = Callable[["Cpu", int], "Guest | None"]
@@ -69,16 +74,16 @@ class Simulation:
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter {jitter} is no share from 0 to below 1")
         self.machine = machine
-        self.costs = machine.costs
-        self.env = simpy.Environment() if env is None else env
-        self.random = random.Random(seed)
+        self.costs: CostProfile = machine.costs
+        self.env: simpy.Environment = simpy.Environment() if env is None else env
+        self.random: random.Random = random.Random(seed)
         self.jitter = jitter
         self._alarm: float | None = None
         if not machine.vcpus[0].apic_base & R.APICBASE_EXTD:
             machine.boot_x2apic()
         for v in machine.vcpus:
             v.load(v.index)
-        self.cpus = [Cpu(self, v) for v in machine.vcpus]  # type: ignore[arg-type]
+        self.cpus: list[Cpu] = [Cpu(self, v) for v in machine.vcpus]  # type: ignore[arg-type]
         for v in machine.vcpus:
             v.rflags |= R.RFLAGS_IF
             machine.dispatcher.start_run(v)
@@ -131,10 +136,11 @@ class Cpu:
     def __init__(self, sim: Simulation, v: TimedVcpu) -> None:
         self.sim = sim
         self.v = v
-        self.index = v.index
+        self.index: int = v.index
         self.handlers: dict[int, Handler] = {}
-        self.interrupts = self.exits = 0
-        self.exit_ns = 0.0
+        self.interrupts: int = 0
+        self.exits: int = 0
+        self.exit_ns: float = 0.0
         svm = sim.machine.vendor == "svm"
         self._svm = svm
         self._interrupt_reason = SvmExit.INTERRUPT if svm else VmxExit.EXTERNAL_INTERRUPT
@@ -246,7 +252,7 @@ class Cpu:
             notification = self.v.notification
             for index in self.sim.machine.host_interrupt(notification.cpu, notification.vector):
                 cpu = self.sim.cpus[index]
-                self.sim.after(self.sim.ns(self.sim.costs["schedule"]), lambda cpu=cpu: cpu.arrive(Effect.WAKE))
+                self.sim.after(self.sim.ns(self.sim.costs["schedule"]), partial(cpu.arrive, Effect.WAKE))
 
     def _exit(self, act: Callable[[], Outcome]) -> Guest:
         """Something that may exit: its effects are on their way to their targets, its time passes."""
@@ -258,7 +264,7 @@ class Cpu:
             way = "schedule" if sent.effect & Effect.WAKE else "flight"
             target = sim.cpus[sent.vcpu]
             delay = ns(sent.cycles) + ns(sim.costs[way])
-            sim.after(delay, lambda target=target, effect=sent.effect: target.arrive(effect))
+            sim.after(delay, partial(target.arrive, sent.effect))
         if any(charge.stage in _TIMER_STAGES for charge in out.charges):
             sim.arm()
         if out.user is not None:

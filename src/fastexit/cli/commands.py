@@ -81,7 +81,7 @@ def _icr_value(args: argparse.Namespace) -> int:
     if args.value is not None:
         if described:
             raise UsageError(f"--value is the whole value, so --{described[0]} says nothing: leave one of them out")
-        return args.value
+        return int(args.value)
     if described and args.msr != MSR_X2APIC_ICR:
         raise UsageError(f"--{described[0]} describes the ICR, not MSR {args.msr:#x}: say with --value what to write")
     shorthand = 0 if args.shorthand is None else SHORTHANDS.index(args.shorthand)

@@ -240,7 +240,7 @@ def _abandon_stdout() -> None:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         args = _parser().parse_args(argv)
-        return args.run(args)
+        return int(args.run(args))
     finally:
         # Here, where a closed pipe or a full disk can still be dealt with, and not at exit; --help comes by as well.
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +67,9 @@ def batch_cycles(
     keys[:, 2] = outcomes["code"]
     keys[:, 3] = np.where(outcomes["code"] & np.uint64(CODE_EFFECTS), outcomes["value"] >> TARGETS_COUNT_SHIFT, 0)
     found, place = np.unique(keys, axis=0, return_inverse=True)
-    table = np.array([_cycles(machine, profile, *row, quiet) for row in found.tolist()]).reshape(-1, 2)
+    kinds = found.tolist()
+    rows = [_cycles(machine, profile, at, info, code, told, quiet) for at, info, code, told in kinds]
+    table = np.array(rows).reshape(-1, 2)
     place = place.reshape(-1)
     return table[place, 0], table[place, 1]
 
@@ -96,7 +99,8 @@ def _concerns_sender(machine: Machine, exits: np.ndarray) -> np.ndarray:
     mmio = exits["reason"] == machine.dispatcher.vendor.mmio_reason  # its destination is in another register
     safe = np.where(shorthand == 0, elsewhere & ~mmio, shorthand == R.Shorthand.ALL_BUT_SELF)
     posted = all(v.apicv for v in machine.vcpus) & ((value & np.uint64(_MODE)) >> np.uint64(R.ICR.shift("DM")) <= 1)
-    return (~(safe | posted)).astype(np.uint64)
+    concerns: np.ndarray = ~(safe | posted)
+    return concerns.astype(np.uint64)
 
 
 def _cycles(
@@ -119,7 +123,7 @@ def _cycles(
     )
     work = work_of(vendor, exit)
     meter = Meter(profile, pointer_calls(machine.kernel))
-    charge = lambda stage, n=1: meter.charge("", stage, n)  # noqa: E731
+    charge = partial(meter.charge, "")
     fast_run = not loop.hook_irqoff and reason in vendor.fast_run
     fast_irqoff = loop.hook_irqoff and reason in vendor.fast_irqoff
     fast = out.path is Path.FAST

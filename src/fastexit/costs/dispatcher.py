@@ -10,7 +10,7 @@ One thread at a time acts on such a machine: its trace ring is borrowed while an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from fastexit.outcome import (
 from fastexit.profile import Profile
 from fastexit.vcpu import Vcpu
 
+_Result = TypeVar("_Result")
+
 
 class TimedDispatcher(Dispatcher):
     """The run loop of a machine with costs."""
@@ -51,8 +53,8 @@ class TimedDispatcher(Dispatcher):
         super().__init__(memory, handle, vendor, profile)
         self.words = words
         self.costs = costs
-        self.calls = pointer_calls(profile.name)
-        self.meter = Meter(costs, self.calls)
+        self.calls: dict[str, int] = pointer_calls(profile.name)
+        self.meter: Meter = Meter(costs, self.calls)
         self.wrmsr_fast = False  # the one compiled call of a fast exit has no steps to charge
 
     # ---------------------------------------------------------------------------------------------- doors
@@ -76,7 +78,7 @@ class TimedDispatcher(Dispatcher):
         v.run_cycles = meter.spent  # type: ignore[attr-defined]
         return entered
 
-    def metered(self, act: Callable[[], Any]) -> tuple[Any, Meter]:
+    def metered(self, act: Callable[[], _Result]) -> tuple[_Result, Meter]:
         """What an act gives and costs. Records that nobody asked for are taken off the trace ring again."""
         mem, outer = self.mem, self.meter
         self.meter = meter = Meter(self.costs, self.calls)

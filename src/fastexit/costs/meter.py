@@ -60,7 +60,7 @@ class Charge(NamedTuple):
 
     step: str
     stage: str
-    count: int
+    count: int  # type: ignore[assignment] # it hides tuple.count
     cycles: int
 
 
@@ -113,7 +113,7 @@ class Meter:
         self.costs = costs
         self.calls = calls
         self.log: list[Charge] = []
-        self.spent = 0
+        self.spent: int = 0
         self.ipi: int | None = None
         self.sent: list[Sent] = []
 

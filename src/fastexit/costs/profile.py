@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,13 +103,13 @@ class CostProfile(Mapping[str, int]):
         self.description = description
         self.ghz = ghz
         self.ghz_source = ghz_source
-        self.costs = dict(costs)
-        self.cycles = {stage: self.costs[stage].cycles for stage in STAGES}
+        self.costs: dict[str, Cost] = dict(costs)
+        self.cycles: dict[str, int] = {stage: self.costs[stage].cycles for stage in STAGES}
 
     def __getitem__(self, stage: str) -> int:
         return self.cycles[stage]
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter(self.cycles)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastexit import layout as L
 from fastexit import regs as R
@@ -12,6 +12,11 @@ from fastexit.costs.meter import Meter, Sent, TimedOutcome
 from fastexit.exits.exit import Exit
 from fastexit.outcome import Outcome, Path
 from fastexit.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from fastexit.costs.dispatcher import TimedDispatcher
+
+_Result = TypeVar("_Result", Outcome, int)
 
 
 class TimedVcpu(Vcpu):
@@ -24,6 +29,9 @@ class TimedVcpu(Vcpu):
 
     timed: TimedOutcome | None
     run_cycles: int
+
+    if TYPE_CHECKING:
+        _loop: TimedDispatcher
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -73,7 +81,7 @@ class TimedVcpu(Vcpu):
         assert self.timed is not None
         return self.timed
 
-    def _hardware(self, act: Callable[[], Any], icr: bool) -> Any:
+    def _hardware(self, act: Callable[[], _Result], icr: bool) -> _Result:
         """An instruction that may not exit: then nothing was charged, and the CPU's own time is."""
         loop = self._loop
         if loop.mem[self.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
@@ -88,4 +96,4 @@ class TimedVcpu(Vcpu):
                 if result.accepted > 0:
                     meter.ipi = meter.spent
             loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)
-        return self.timed if isinstance(result, Outcome) else result
+        return self._timed(result) if isinstance(result, Outcome) else result

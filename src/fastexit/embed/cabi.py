@@ -195,7 +195,8 @@ def keywords(config: Any) -> dict[str, Any]:
         "pi_inject_timer": Open.PI_INJECT_TIMER in on,
         "retpoline": Open.NO_RETPOLINE not in on,
     }
-    for name in CONFIG.names[CONFIG.names.index("x2apic_api") : -1]:
+    names = CONFIG.names or ()
+    for name in names[names.index("x2apic_api") : -1]:
         given[name] = int(getattr(config, name)) or _DEFAULTS[name]
     return given
 

@@ -56,7 +56,7 @@ def _unpack(ffi: Any, data: Any, size: int, words: Any) -> None:
 def attach(ffi: Any) -> None:
     """Make the functions above known to the library whose cffi module has this ``ffi``."""
 
-    def answer(work: Callable, ffi: Any, args: tuple, line: Any, room: int) -> int:
+    def answer(work: Callable[..., object], ffi: Any, args: tuple[Any, ...], line: Any, room: int) -> int:
         try:
             work(ffi, *args)
         except _Refused as refused:
@@ -77,7 +77,7 @@ def attach(ffi: Any) -> None:
 
     for name, work in (("fxp_start", _start), ("fxp_header", _header), ("fxp_unpack", _unpack)):
 
-        def function(*args: Any, _work: Callable = work) -> int:
+        def function(*args: Any, _work: Callable[..., object] = work) -> int:
             *given, line, room = args
             return answer(_work, ffi, tuple(given), line, room)
 

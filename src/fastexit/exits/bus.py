@@ -96,7 +96,7 @@ class Bus:
     """One machine's devices, in the order in which KVM asks them."""
 
     def __init__(self, memory: memoryview, handle: int) -> None:
-        self.fast_mmio = FastMmio(memory)
+        self.fast_mmio: FastMmio = FastMmio(memory)
         self.devices: list[Device] = [LocalApic(handle), self.fast_mmio]
 
     def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:

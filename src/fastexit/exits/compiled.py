@@ -17,6 +17,8 @@ from fastexit.jit.declare import load
 from fastexit.outcome import CODE_NOT_IN_GUEST, OUTCOMES, SHORT, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastexit.exits.exit import Vendor
     from fastexit.profile import Profile
     from fastexit.vcpu import Vcpu
@@ -44,6 +46,7 @@ class CompiledDispatcher(Dispatcher):
     """One machine's run loop, compiled."""
 
     kind = "compiled"
+    fast_exit: Callable[[int, int, int], int]
 
     def __init__(self, memory: memoryview, handle: int, vendor: Vendor, profile: Profile) -> None:
         super().__init__(memory, handle, vendor, profile)

@@ -41,6 +41,8 @@ from fastexit.profile import Profile, Trait
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastexit.vcpu import Vcpu
 
 BLOCKED, AGAIN = 1, 2
@@ -62,9 +64,9 @@ class Dispatcher:
         self.handle = handle
         self.vendor = vendor
         self.profile = profile
-        self.hook_irqoff = bool(profile.traits & Trait.HOOK_IRQOFF)
-        self.fast_exit = self._first_fast_exit
-        self.wrmsr_fast = not self.hook_irqoff and vendor.wrmsr_reason in vendor.fast_run
+        self.hook_irqoff: bool = bool(profile.traits & Trait.HOOK_IRQOFF)
+        self.fast_exit: Callable[[int, int, int], int] = self._first_fast_exit
+        self.wrmsr_fast: bool = not self.hook_irqoff and vendor.wrmsr_reason in vendor.fast_run
 
     def _first_fast_exit(self, where: int, msr: int, value: int) -> int:
         self.fast_exit = load("fast_exit")

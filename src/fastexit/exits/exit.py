@@ -53,6 +53,9 @@ class PortAccess(NamedTuple):
 Handler = Callable[["Vcpu", Exit], "int | KvmExit | None"]
 """Generic handler of an exit: None (handled, run on), a KvmExit (leave to user space) or an outcome code."""
 
+FastHandler = Callable[["Vcpu", Exit], int]
+"""Fast handler of an exit: its outcome code."""
+
 
 class Vendor(Protocol):
     """What vmx.py and svm.py provide."""
@@ -67,8 +70,8 @@ class Vendor(Protocol):
     io_reason: int
     memory_reasons: frozenset[int]
     rows: Table
-    fast_run: dict[int, Handler]
-    fast_irqoff: dict[int, Handler]
+    fast_run: dict[int, FastHandler]
+    fast_irqoff: dict[int, FastHandler]
     handlers: Handlers
     trace_exit_late: bool
     hardware: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastexit import layout as L
 from fastexit import regs as R
@@ -25,7 +25,7 @@ def user_code(reason: KvmExit) -> int:
     return reason + 1 << CODE_USER_SHIFT
 
 
-class Handlers(UserDict):
+class Handlers(UserDict[int, "Handler"]):
     """exit reason -> generic handler. Assign to extend or replace: ``m.handlers[VmxExit.HLT] = handler``.
 
     A handler takes ``(vcpu, exit)`` and returns None to run on, a KvmExit to leave to user space, or what a built-in
@@ -48,7 +48,7 @@ class Handlers(UserDict):
     def __or__(self, other: Mapping[int, Handler]) -> dict[int, Handler]:  # type: ignore[override]
         return self.data | dict(other)
 
-    def __ior__(self, other: Mapping[int, Handler]) -> Handlers:  # type: ignore[override,misc]
+    def __ior__(self, other: Mapping[int, Handler]) -> Handlers:  # type: ignore[override]
         self.update(other)
         return self
 
@@ -57,12 +57,12 @@ class Handlers(UserDict):
         super().__delitem__(int(reason))
 
 
-def bound_handlers(vendor: Vendor, common: CommonHandlers, profile: Profile, kind: str) -> dict[int, Handler]:
+def bound_handlers(vendor: Vendor, common: CommonHandlers, profile: Profile, kind: str) -> dict[int, Any]:
     """Bind the methods that the rows of table.py name, as far as the generation has them: exit reason -> handler.
 
     ``kind`` is the row's field: handler, fast or irqoff. A vendor's own method goes before the common one.
     """
-    found = {}
+    found: dict[int, Any] = {}
     for reason, row in vendor.rows.items():
         name = getattr(row, kind)
         if name is not None and profile.traits & row.trait == row.trait:
@@ -185,7 +185,8 @@ class CommonHandlers:
         if vector not in R.REFLECTED_VECTORS:
             return KvmExit.EXCEPTION
         self.memory[v.own + L.K_EXCEPTION] = vector + 1
-        return self.event(v, exit)
+        self.event(v, exit)
+        return None
 
     def event(self, v: Vcpu, exit: Exit) -> None:
         """Something may be injected now: look at the next entry."""

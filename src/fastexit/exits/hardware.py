@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.exit import Exit
+from fastexit.exits.exit import Exit, Vendor
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_EXIT
 
@@ -26,7 +26,7 @@ class Hardware:
 
     def __init__(self, loop: Dispatcher) -> None:
         self.loop = loop
-        self.vendor = loop.vendor
+        self.vendor: Vendor = loop.vendor
 
     def wrmsr(self, v: Vcpu, msr: int, value: int) -> int:
         """WRMSR."""

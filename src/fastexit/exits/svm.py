@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.exit import Exit, PortAccess
+from fastexit.exits.exit import Exit, FastHandler, PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
 from fastexit.exits.table import SVM
 from fastexit.jit.declare import load
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 class Svm:
     """AMD's side of the dispatcher."""
 
-    wrmsr_reason = int(SvmExit.MSR)
-    wrmsr_info1 = 1
-    rdmsr_reason = int(SvmExit.MSR)
-    mmio_reason = int(SvmExit.NPF)
-    interrupt_reason = int(SvmExit.INTERRUPT)
-    forced_reason = int(SvmExit.INTERRUPT)
-    hypercall_reason = int(SvmExit.VMMCALL)
-    io_reason = int(SvmExit.IO)
-    memory_reasons = frozenset({int(SvmExit.NPF)})
+    wrmsr_reason: int = int(SvmExit.MSR)
+    wrmsr_info1: int = 1
+    rdmsr_reason: int = int(SvmExit.MSR)
+    mmio_reason: int = int(SvmExit.NPF)
+    interrupt_reason: int = int(SvmExit.INTERRUPT)
+    forced_reason: int = int(SvmExit.INTERRUPT)
+    hypercall_reason: int = int(SvmExit.VMMCALL)
+    io_reason: int = int(SvmExit.IO)
+    memory_reasons: frozenset[int] = frozenset({int(SvmExit.NPF)})
     rows = SVM
     hardware = "avic"
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
-        self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
+        self.trace_exit_late: bool = bool(profile.traits & Trait.TRACE_EXIT_LATE_SVM)
         self.common = common
-        self.fast_run = bound_handlers(self, common, profile, "fast")
-        self.fast_irqoff = bound_handlers(self, common, profile, "irqoff")
+        self.fast_run: dict[int, FastHandler] = bound_handlers(self, common, profile, "fast")
+        self.fast_irqoff: dict[int, FastHandler] = bound_handlers(self, common, profile, "irqoff")
         if profile.traits & Trait.SVM_EXIT_32:
             self.fast_irqoff = {int(VmxExit.MSR_WRITE): common.fast_wrmsr_irqoff, self.wrmsr_reason: self._wrong_code}
-        self.handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
+        self.handlers: Handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
 
     def _fast_msr(self, v: Vcpu, exit: Exit) -> int:
         return self.common.fast_wrmsr(v, exit) if exit.info1 else self.common.declined(v, exit)

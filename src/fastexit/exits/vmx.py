@@ -23,7 +23,7 @@ from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher
-    from fastexit.exits.exit import Exit
+    from fastexit.exits.exit import Exit, FastHandler
     from fastexit.vcpu import Vcpu
 
 _BEFORE_SIMULTANEOUS = frozenset({R.VECTOR_UD, R.VECTOR_NM, R.VECTOR_GP, R.VECTOR_PF, R.VECTOR_MC})
@@ -35,24 +35,24 @@ _QUALIFICATION = 0xFFFF_FFFF
 class Vmx:
     """Intel's side of the dispatcher."""
 
-    wrmsr_reason = int(VmxExit.MSR_WRITE)
-    wrmsr_info1 = 0
-    rdmsr_reason = int(VmxExit.MSR_READ)
-    mmio_reason = int(VmxExit.EPT_MISCONFIG)
-    interrupt_reason = int(VmxExit.EXTERNAL_INTERRUPT)
-    forced_reason = int(VmxExit.PREEMPTION_TIMER)
-    hypercall_reason = int(VmxExit.VMCALL)
-    io_reason = int(VmxExit.IO_INSTRUCTION)
-    memory_reasons = frozenset({int(VmxExit.EPT_MISCONFIG), int(VmxExit.EPT_VIOLATION)})
+    wrmsr_reason: int = int(VmxExit.MSR_WRITE)
+    wrmsr_info1: int = 0
+    rdmsr_reason: int = int(VmxExit.MSR_READ)
+    mmio_reason: int = int(VmxExit.EPT_MISCONFIG)
+    interrupt_reason: int = int(VmxExit.EXTERNAL_INTERRUPT)
+    forced_reason: int = int(VmxExit.PREEMPTION_TIMER)
+    hypercall_reason: int = int(VmxExit.VMCALL)
+    io_reason: int = int(VmxExit.IO_INSTRUCTION)
+    memory_reasons: frozenset[int] = frozenset({int(VmxExit.EPT_MISCONFIG), int(VmxExit.EPT_VIOLATION)})
     rows = VMX
     hardware = "apicv"
 
     def __init__(self, profile: Profile, common: CommonHandlers) -> None:
-        self.trace_exit_late = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
+        self.trace_exit_late: bool = bool(profile.traits & Trait.TRACE_EXIT_LATE_VMX)
         self.common = common
-        self.fast_run = bound_handlers(self, common, profile, "fast")
-        self.fast_irqoff = bound_handlers(self, common, profile, "irqoff")
-        self.handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
+        self.fast_run: dict[int, FastHandler] = bound_handlers(self, common, profile, "fast")
+        self.fast_irqoff: dict[int, FastHandler] = bound_handlers(self, common, profile, "irqoff")
+        self.handlers: Handlers = Handlers(common.memory, bound_handlers(self, common, profile, "handler"))
 
     def _cr_access(self, v: Vcpu, exit: Exit) -> int:
         """handle_cr for CR8 (qualification bits 3:0 number, 5:4 type: 0 to, 1 from); other registers are the MMU's."""

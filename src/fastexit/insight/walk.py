@@ -217,9 +217,9 @@ def _share_out(visits: list[Visit], outcome: Any) -> int:
         visit.cycles = 0
     elsewhere = 0
     for charge in outcome.charges:
-        visit = at.get(charge.step)
-        if visit is None:
+        bearer = at.get(charge.step)
+        if bearer is None:
             elsewhere += charge.cycles
         else:
-            visit.cycles = (visit.cycles or 0) + charge.cycles
+            bearer.cycles = (bearer.cycles or 0) + charge.cycles
     return elsewhere

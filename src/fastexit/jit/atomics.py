@@ -9,35 +9,35 @@ C code does to the same words. Interpreted, they are plain Python and atomic tow
 import numpy as np
 
 
-def fetch_or(m, i, value):
+def fetch_or(m: np.ndarray, i: np.uint64, value: np.uint64) -> np.uint64:
     """Set the bits of value."""
     old = m[i]
     m[i] = old | value
     return old
 
 
-def fetch_and(m, i, value):
+def fetch_and(m: np.ndarray, i: np.uint64, value: np.uint64) -> np.uint64:
     """Keep the bits of value only."""
     old = m[i]
     m[i] = old & value
     return old
 
 
-def fetch_add(m, i, value):
+def fetch_add(m: np.ndarray, i: np.uint64, value: np.uint64) -> np.uint64:
     """Add value, modulo 2**64."""
     old = m[i]
     m[i] = np.uint64((int(old) + int(value)) & 0xFFFF_FFFF_FFFF_FFFF)
     return old
 
 
-def exchange(m, i, value):
+def exchange(m: np.ndarray, i: np.uint64, value: np.uint64) -> np.uint64:
     """Replace the word."""
     old = m[i]
     m[i] = value
     return old
 
 
-def compare_exchange(m, i, old, new):
+def compare_exchange(m: np.ndarray, i: np.uint64, old: np.uint64, new: np.uint64) -> np.uint64:
     """Replace the word by new if it is old. It happened if and only if the result equals old."""
     was = m[i]
     if was == old:
@@ -45,13 +45,13 @@ def compare_exchange(m, i, old, new):
     return was
 
 
-def test_and_set_bit(m, i, bit):
+def test_and_set_bit(m: np.ndarray, i: np.uint64, bit: np.uint64) -> np.uint64:
     """Set bit 0..63 (taken modulo 64); 1 if it was set already, else 0."""
     bit = bit & np.uint64(63)
     return (fetch_or(m, i, np.uint64(1) << bit) >> bit) & np.uint64(1)
 
 
-def test_and_clear_bit(m, i, bit):
+def test_and_clear_bit(m: np.ndarray, i: np.uint64, bit: np.uint64) -> np.uint64:
     """Clear bit 0..63 (taken modulo 64); 1 if it was set, else 0."""
     bit = bit & np.uint64(63)
     return (fetch_and(m, i, ~(np.uint64(1) << bit)) >> bit) & np.uint64(1)
@@ -60,23 +60,23 @@ def test_and_clear_bit(m, i, bit):
 test_and_set_bit.__test__ = test_and_clear_bit.__test__ = False  # their names are KVM's, not pytest's
 
 
-def load_acquire(m, i):
+def load_acquire(m: np.ndarray, i: np.uint64) -> np.uint64:
     """Read the word; nothing that follows moves before the read."""
     return m[i]
 
 
-def store_release(m, i, value):
+def store_release(m: np.ndarray, i: np.uint64, value: np.uint64) -> None:
     """Write the word; nothing that precedes moves behind the write."""
     m[i] = value
 
 
-def prefetch(m, i):
+def prefetch(m: np.ndarray, i: np.uint64) -> None:
     """Ask for the cache line of word i, which need not lie in the array: nothing is read and nothing can fault."""
 
 
-def fence_after_atomic():
+def fence_after_atomic() -> None:
     """Full barrier behind one of the atomics above that change a word; on x86-64 they are one already."""
 
 
-def fence():
+def fence() -> np.uint64:
     """Full barrier: every access before it is seen before every access behind it."""

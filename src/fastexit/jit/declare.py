@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
 
     name: str
     signature: str
-    python: Callable
+    python: Callable[..., Any]
     function: Any
     nogil: bool
 
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 class Callee:
     """What a kernel is to other kernels. ``build`` tells numba what to make of it, once there is one to compile."""
 
-    def __init__(self, python: Callable, name: str) -> None:
+    def __init__(self, python: Callable[..., Any], name: str) -> None:
         update_wrapper(self, python)
         self._name = name
         self.inline = False
@@ -60,14 +60,14 @@ CALLEES: dict[Callee, Kernel] = {}
 ENTRIES: dict[str, Kernel] = {}
 
 
-def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable], Any]:
+def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Declare a kernel: ``@kernel("u8(words, u8)")``. Nothing is compiled yet; other kernels may call the result.
 
     Giving up the GIL and taking it back is most of the cost of a short call from Python: an entry that does one exit
     says ``nogil=False``. Called from another kernel there is no difference.
     """
 
-    def declare(function: Callable) -> Any:
+    def declare(function: Callable[..., Any]) -> Any:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
         declared = Kernel(name, signature, function, Callee(function, name) if JIT else function, nogil)
         KERNELS.append(declared)
@@ -94,7 +94,7 @@ def entry(function: Any) -> Any:
 
 
 @cache
-def load(name: str) -> Callable[..., Any]:
+def load(name: str) -> Callable[..., int]:
     """The fastest callable for an entry, compiled or read from the cache now.
 
     Give it ints: TypeError for anything else, OverflowError for what is beyond 64 bits. An index or an address is
@@ -258,32 +258,32 @@ def unregister(handle: int) -> None:
     ADDRESSES.pop(handle, None)
 
 
-def open_words(handle, n):
+def open_words(handle: np.uint64, n: np.uint64) -> np.ndarray:
     """The n 64-bit words at an address. Nothing is checked: a wrong address is a wild pointer."""
     return ADDRESSES[int(handle)][: int(n)]
 
 
-def msb(x):
+def msb(x: np.uint64) -> np.uint64:
     """Index of the highest set bit. x is not 0."""
     return np.uint64(int(x).bit_length() - 1)
 
 
-def ctz(x):
+def ctz(x: np.uint64) -> np.uint64:
     """Index of the lowest set bit. x is not 0."""
-    x = int(x)
-    return np.uint64((x & -x).bit_length() - 1)
+    word = int(x)
+    return np.uint64((word & -word).bit_length() - 1)
 
 
-def popcount(x):
+def popcount(x: np.uint64) -> np.uint64:
     """Number of set bits."""
     return np.uint64(int(x).bit_count())
 
 
-def umax(a, b):
+def umax(a: np.uint64, b: np.uint64) -> np.uint64:
     """The larger of two words. numba would make a library of its own for max."""
     return a if a > b else b
 
 
-def umin(a, b):
+def umin(a: np.uint64, b: np.uint64) -> np.uint64:
     """The smaller of two words."""
     return a if a < b else b

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llvmlite import ir as llvm
 from numba.core import cgutils
@@ -61,7 +62,7 @@ def emit_python(module: llvm.Module, name: str, kernel: llvm.Function, raises: b
     builder.ret(builder.call(_api(module, "PyLong_FromUnsignedLongLong", _OBJECT, _WORD), [result]))
 
 
-def call(builder: llvm.IRBuilder, kernel: llvm.Function, words: list, raises: bool = False) -> tuple:
+def call(builder: llvm.IRBuilder, kernel: llvm.Function, words: list[Any], raises: bool = False) -> tuple[Any, Any]:
     """Status and result of a kernel, called as numba has it: result and error by pointer, then the arguments."""
     result, error = (argument.type for argument in kernel.args[:2])
     slot = cgutils.alloca_once(builder, result.pointee)

@@ -17,29 +17,29 @@ from numba.np.arrayobj import populate_array
 
 from . import atomics, declare
 
-WORDS = types.uint64[::1] if declare.BOUNDSCHECK else types.CPointer(types.uint64)
+WORDS: Any = types.uint64[::1] if declare.BOUNDSCHECK else types.CPointer(types.uint64)
 """What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
 an array, which knows its size, where bounds are checked."""
 
-X86_64 = llvmlite.binding.get_process_triple().startswith("x86_64")
+X86_64: bool = llvmlite.binding.get_process_triple().startswith("x86_64")
 ORDER = "seq_cst"
 
 
-def parse(signature: str) -> tuple[tuple, Any]:
+def parse(signature: str) -> tuple[tuple[Any, ...], Any]:
     """Argument types and result of a signature, in which ``words`` is a block of 64-bit words."""
     return sigutils.normalize_signature(eval(signature, {"words": WORDS, **vars(types)}))
 
 
-def lowers(function: Callable, signature: str) -> Callable[[Callable], Callable]:
+def lowers(function: Callable[..., Any], signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Say what a kernel's call of a plain function becomes: ``@lowers(msb, "u8(u8)")`` above an emitter of LLVM code.
 
     The emitter takes ``(context, builder, *values)``. Called from Python the function stays what it is.
     """
     args, result = parse(signature)
 
-    def declare(emit: Callable) -> Callable:
+    def declare(emit: Callable[..., Any]) -> Callable[..., Any]:
         @type_callable(function)
-        def typing(_context: Any) -> Callable:
+        def typing(_context: Any) -> Callable[..., Any]:
             def typer(*_given: Any) -> Any:
                 return result(*args)
 

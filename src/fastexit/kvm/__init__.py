@@ -15,7 +15,16 @@ True
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
+    from fastexit.kvm.host import Host as Host
+    from fastexit.kvm.host import KvmUnavailable as KvmUnavailable
+    from fastexit.kvm.oracle import Oracle as Oracle
+    from fastexit.kvm.tracefs import KernelTrace as KernelTrace
+    from fastexit.kvm.tracefs import TraceLost as TraceLost
+    from fastexit.kvm.tracefs import TraceUnavailable as TraceUnavailable
+    from fastexit.kvm.vcpu import OracleVcpu as OracleVcpu
 
 _NAMES = {
     "Oracle": "oracle",
@@ -26,14 +35,14 @@ _NAMES = {
     "TraceLost": "tracefs",
     "TraceUnavailable": "tracefs",
 }
-__all__ = [*_NAMES]
 
+if not TYPE_CHECKING:  # a checker that saw these would take any name for a right one
+    __all__ = [*_NAMES]
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'fastexit.kvm' has no attribute {name!r}")
-    return getattr(import_module(f"fastexit.kvm.{_NAMES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in _NAMES:
+            raise AttributeError(f"module 'fastexit.kvm' has no attribute {name!r}")
+        return getattr(import_module(f"fastexit.kvm.{_NAMES[name]}"), name)
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES])
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,7 +62,7 @@ class Memory:
     """A VM's memory from 0: code, a stack, and an interrupt vector table whose handlers report themselves."""
 
     def __init__(self, vm: int) -> None:
-        self.bytes = mmap.mmap(-1, MEMORY_BYTES)
+        self.bytes: mmap.mmap = mmap.mmap(-1, MEMORY_BYTES)
         for vector in range(16, 256):
             at = VECTOR_HANDLERS_AT + 4 * vector
             self._handler(vector, at, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
@@ -114,7 +114,7 @@ class Guest:
         """Whether segments are as flatten left them: an INIT changes them."""
         sregs = K.ffi.new("struct kvm_sregs *")
         K.call(self._fd, K.GET_SREGS, sregs)
-        return sregs.segments[0].base == 0 and sregs.segments[0].limit == 0xFFFF_FFFF
+        return bool(sregs.segments[0].base == 0 and sregs.segments[0].limit == 0xFFFF_FFFF)
 
     def execute(
         self, code: bytes, *, rax: int = 0, rcx: int = 0, rdx: int = 0, rdi: int = 0, interrupts: bool = False
@@ -168,7 +168,7 @@ class Guest:
         """
         state = K.ffi.new("struct kvm_mp_state *")
         halted = False
-        run = partial(self.execute, HLT, interrupts=interrupts)
+        run: Callable[[], Stopped] = partial(self.execute, HLT, interrupts=interrupts)
         while True:
             try:
                 with alarm(seconds):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from fastexit import regs as r
 from fastexit.kvm import operations as ops
@@ -26,7 +26,7 @@ class GuestTwins(Twins):
     """
 
     kind = "guest"
-    last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
+    last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     about = "MOV to and from the xAPIC page in all sizes, WRMSR and RDMSR, carried out by guests in real mode"
 
     @classmethod

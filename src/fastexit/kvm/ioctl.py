@@ -11,7 +11,7 @@ from typing import Any
 
 from cffi import FFI
 
-ffi = FFI()
+ffi: Any = FFI()
 ffi.cdef(
     """
     int ioctl(int fd, unsigned long request, void *argument);
@@ -73,7 +73,7 @@ ffi.cdef(
     };
     """
 )
-_libc = ffi.dlopen(None)
+_libc: Any = ffi.dlopen(None)
 
 _KVM = 0xAE
 
@@ -138,7 +138,7 @@ def call(fd: int, request: int, argument: Any = None) -> int:
         argument = ffi.NULL
     elif type(argument) is int:
         argument = ffi.cast("void *", argument)
-    result = _libc.ioctl(fd, request, argument)
+    result: int = _libc.ioctl(fd, request, argument)
     if result < 0:
         error = ffi.errno
         raise OSError(error, os.strerror(error))

@@ -57,7 +57,7 @@ class Oracle:
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         ids = list(apic_ids) if apic_ids is not None else list(range(integer(vcpus, "number of vCPUs", 4096)))
-        self.host = H.running()
+        self.host: H.Host = H.running()
         self._check(ids, one_of(irqchip, "irqchip", ("full", "split")), x2apic_api, bus_cycle_ns, disable_quirks, cmci)
         self.keywords: dict[str, Any] = self.host.keywords() | {
             "irqchip": irqchip,
@@ -76,8 +76,8 @@ class Oracle:
         self._finalizer = weakref.finalize(self, self._held.release)
         try:
             with H.opened() as system:
-                self.fd = self._held.file(K.call(system, K.CREATE_VM))
-                self.run_bytes = K.call(system, K.GET_VCPU_MMAP_SIZE)
+                self.fd: int = self._held.file(K.call(system, K.CREATE_VM))
+                self.run_bytes: int = K.call(system, K.GET_VCPU_MMAP_SIZE)
                 self._cpuid = _guest_cpuid(system, x2apic, tsc_deadline, maxphyaddr)
             if irqchip == "split":
                 K.enable_cap(self.fd, K.CAP_SPLIT_IRQCHIP, IOAPIC_PINS)

@@ -58,7 +58,7 @@ class Program:
         self._out()
         return WENT_ON if vector is None else vector
 
-    def wrmsr(self, msr: int, value: int) -> KvmExit | str | None:
+    def wrmsr(self, msr: int, value: int) -> KvmExit | int | str | None:
         """WRMSR: "#GP", the exit with which it is user space's, or None."""
         self._enter()
         outcome = self.v.wrmsr(msr, value)
@@ -118,7 +118,7 @@ class Program:
                 v.eoi()
         return vector
 
-    def _end(self, outcome: Outcome) -> KvmExit | str | None:
+    def _end(self, outcome: Outcome) -> KvmExit | int | str | None:
         self._again(outcome)
         if outcome.user is not None and outcome.user != KvmExit.IOAPIC_EOI:
             return outcome.user

@@ -10,7 +10,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from fastexit import regs as r
 from fastexit.kvm.host import Host
@@ -47,15 +47,16 @@ class RunTwins(Twins):
 
     kind = "runs"
     traceable = False
-    last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
+    last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 100
+    planned: list[Op]
     about = "interrupts that guests take, KVM_INTERRUPT, HLT, MSR filters and MSRs of user space, KVM_EXIT_IOAPIC_EOI"
 
     def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
         super().__init__(setup, witness)
         self.ends: Counter[str] = Counter()
-        self.split = setup.irqchip == "split"
-        self.routed = setup.apic_ids.index(0) if self.split else 0
+        self.split: bool = setup.irqchip == "split"
+        self.routed: int = setup.apic_ids.index(0) if self.split else 0
         self.model.fastpath = self.real.host.fastpath
 
     @classmethod
@@ -238,6 +239,7 @@ def real_run(machine: Oracle, op: Op) -> tuple[Any, list[int]]:
     """What a program came to, in the words of `Program`, and the EOIs for user space's IOAPIC."""
     name, i, *arguments = op
     vcpu = machine.vcpus[i]
+    got: Any
     vcpu.ioapic_eois.clear()
     if name == "halt":
         got = vcpu.halt(interrupts=arguments[0])

@@ -11,7 +11,7 @@ import random
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from fastexit import layout as L
 from fastexit import regs as r
@@ -59,17 +59,18 @@ class TimerTwins(Twins):
 
     kind = "timers"
     traceable = False
-    last_questions = Twins.last_questions[:-1]  # the code segment is the programs'
+    last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 100
-    about = (
+    planned: list[Op]
+    about: ClassVar[str] = (
         "TMICT, TMCCT, TDCR, LVTT, TSC deadlines, KVM_SET_LAPIC's restart, SVR, APICBASE, INIT, ticks at KVM_RUN; "
         f"TMCCT within {LATE_NS // 1_000_000} ms beside the time between the two sides' turns"
     )
 
     def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
         super().__init__(setup, witness)
-        self.apart = 0
-        self.finest = [1 << 30] * len(self.vcpus)
+        self.apart: int = 0
+        self.finest: list[int] = [1 << 30] * len(self.vcpus)
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
@@ -84,7 +85,7 @@ class TimerTwins(Twins):
 
     def model_keywords(self) -> dict[str, Any]:
         """The model's TSC is the real one."""
-        self.khz = self.real.vcpus[0].tsc_khz
+        self.khz: int = self.real.vcpus[0].tsc_khz
         return super().model_keywords() | {"tsc_khz": self.khz}
 
     def beginning(self, rng: random.Random) -> Iterator[Op]:

@@ -29,7 +29,7 @@ MOUNTS = Path("/proc/self/mounts")
 
 _ffi = FFI()
 _ffi.cdef("long syscall(long number, ...);")
-_libc = _ffi.dlopen(None)
+_libc: Any = _ffi.dlopen(None)
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
 _CLOEXEC = 1
@@ -88,7 +88,7 @@ class KernelTrace:
         self._finalizer = weakref.finalize(self, self._held.release)
         try:
             root = self._held.keep(_tracefs())
-            self.events = _known(root, events)
+            self.events: tuple[str, ...] = _known(root, events)
             remove_stale(root)
             self._instance = self._held.make(root)
             # before anything else that is kept open: what is left behind by a killed process shall cost nothing
@@ -291,13 +291,13 @@ def _tracefs() -> int:
 def _unavailable(error: OSError) -> TraceUnavailable:
     """The kernel's refusal in one line, with what it takes where that is known."""
     hint = {errno.EPERM: "; it takes root", errno.EACCES: "; it takes root", errno.ENODEV: "; none in this kernel"}
-    text = f"no usable tracefs: {os.strerror(error.errno)}{hint.get(error.errno, '')}"
-    return TraceUnavailable(error.errno, text)
+    code = error.errno or 0
+    return TraceUnavailable(code, f"no usable tracefs: {os.strerror(code)}{hint.get(code, '')}")
 
 
 def _call(number: int, *arguments: Any) -> int:
     """One system call: what it returns; OSError with the kernel's errno."""
-    result = _libc.syscall(number, *(_ffi.cast("long", a) if isinstance(a, int) else a for a in arguments))
+    result: int = _libc.syscall(number, *(_ffi.cast("long", a) if isinstance(a, int) else a for a in arguments))
     if result < 0:
         raise OSError(_ffi.errno, os.strerror(_ffi.errno))
     return result

@@ -95,7 +95,8 @@ class View:
         return self.reg(r.APIC_ID) >> r.XAPIC_DEST_SHIFT
 
     def reg(self, offset: int) -> int:
-        return struct.unpack_from("<I", self.page, offset)[0]
+        value: int = struct.unpack_from("<I", self.page, offset)[0]
+        return value
 
     def get_lapic(self) -> bytes:
         return self.page
@@ -125,19 +126,19 @@ class Twins:
         self.witness = witness
         self.history: list[Op] = []
         self.planned: list[Op] = []
-        self.pages = 0
-        self.trace_lines = 0
-        self.x2apic = setup.x2apic
-        self.real = Oracle(**setup.keywords())
+        self.pages: int = 0
+        self.trace_lines: int = 0
+        self.x2apic: bool = setup.x2apic
+        self.real: Oracle = Oracle(**setup.keywords())
         try:
-            self.model = Machine(**self.model_keywords())
+            self.model: Machine = Machine(**self.model_keywords())
         except BaseException:
             self.real.close()
             raise
         self.model.set_time(BOOTED_NS)
         if witness is not None and not self.real.host.fastpath:
             self.model.fastpath = False  # whose lines come in another order
-        self.vcpus = [View(vcpu.vcpu_id) for vcpu in self.model.vcpus]
+        self.vcpus: list[View] = [View(vcpu.vcpu_id) for vcpu in self.model.vcpus]
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:

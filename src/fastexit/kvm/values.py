@@ -32,8 +32,11 @@ FAR_DEADLINE = 1 << 52
 class SeenVcpu(Protocol):
     """What has to be known of a vCPU to hit it."""
 
-    id: int
-    apic_base: int
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def apic_base(self) -> int: ...
 
     @property
     def x2apic(self) -> bool: ...
@@ -53,8 +56,11 @@ class SeenVcpu(Protocol):
 class Seen(Protocol):
     """What has to be known of a machine; ``x2apic``: its guest's CPUID offers it."""
 
-    vcpus: Sequence[SeenVcpu]
-    x2apic: bool
+    @property
+    def vcpus(self) -> Sequence[SeenVcpu]: ...
+
+    @property
+    def x2apic(self) -> bool: ...
 
 
 def chance(rng: random.Random, probability: float) -> bool:

@@ -63,7 +63,8 @@ class OracleVcpu:
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes."""
         K.call(self.fd, K.GET_LAPIC, self._page)
-        return self._page_bytes[:]
+        page: bytes = self._page_bytes[:]
+        return page
 
     def set_lapic(self, data: bytes) -> None:
         """KVM_SET_LAPIC of 1024 bytes; ValueError where KVM says EINVAL."""
@@ -147,17 +148,17 @@ class OracleVcpu:
     @property
     def apic_base(self) -> int:
         """IA32_APICBASE."""
-        return self._sregs().apic_base
+        return int(self._sregs().apic_base)
 
     @property
     def cr8(self) -> int:
         """CR8: bits 7:4 of TPR."""
-        return self._sregs().cr8
+        return int(self._sregs().cr8)
 
     @property
     def cs(self) -> int:
         """Selector of the code segment: 0xF000 after INIT, the SIPI vector times 0x100 after SIPI."""
-        return self._sregs().segments[0].selector
+        return int(self._sregs().segments[0].selector)
 
     @property
     def tsc_khz(self) -> int:

@@ -127,15 +127,15 @@ class Lane:
     __slots__ = ("guest_eois", "loose", "mates", "open", "reset", "sink", "source", "traced_eois", "vcpu")
 
     def __init__(self, sink: Sink, vcpu: int, mates: dict[int, Lane]) -> None:
-        self.sink = sink
-        self.vcpu = vcpu
-        self.mates = mates
+        self.sink: Sink = sink
+        self.vcpu: int = vcpu
+        self.mates: dict[int, Lane] = mates
         self.open: Access | None = None
         self.loose: list[list[Any]] = []
-        self.source = ""
-        self.reset = False
-        self.traced_eois = 0
-        self.guest_eois = 0
+        self.source: str = ""
+        self.reset: bool = False
+        self.traced_eois: int = 0
+        self.guest_eois: int = 0
 
 
 def _belongs(ipi: Event, accept: Event) -> bool:
@@ -156,8 +156,8 @@ class Assembler:
         self._lanes = lanes
         self._eois = eois
         self._held: deque[list[Any]] = deque()
-        self.strays = 0
-        self.stray_deadlines = 0
+        self.strays: int = 0
+        self.stray_deadlines: int = 0
 
     def feed(self, batch: Batch) -> None:
         """A batch of lines."""

@@ -58,12 +58,12 @@ class Event:
     __slots__ = ("a", "b", "c", "kind", "name", "text")
 
     def __init__(self, kind: Kind, name: str, a: int = -1, b: int = 0, c: int = 0, text: str = "") -> None:
-        self.kind = int(kind)
-        self.name = name
-        self.a = a
-        self.b = b
-        self.c = c
-        self.text = text
+        self.kind: int = int(kind)
+        self.name: str = name
+        self.a: int = a
+        self.b: int = b
+        self.c: int = c
+        self.text: str = text
 
     def __repr__(self) -> str:
         return f"Event({Kind(self.kind).name}, {self.name}: {self.text or (self.a, self.b, self.c)})"

@@ -74,9 +74,9 @@ class TraceFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fsdecode(path)
-        self.cut = ""
-        self.tail = b""
+        self.path: str = os.fsdecode(path)
+        self.cut: str = ""
+        self.tail: bytes = b""
         self._spool = -1
         try:
             with open(self.path, "rb") as file:
@@ -90,7 +90,7 @@ class TraceFile:
                 elif not stat.S_ISREG(kind):
                     raise TraceError(f"{self.path}: a device, not a trace: pass a file or a pipe")
             with self._open() as file:
-                self.size = os.fstat(file.fileno()).st_size
+                self.size: int = os.fstat(file.fileno()).st_size
                 magic = file.read(16)
         except OSError as error:
             raise TraceError(f"{self.path}: cannot be read ({error.strerror}): check the path") from None

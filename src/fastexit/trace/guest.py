@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 from fastexit import regs as R
 from fastexit.machine import Machine
@@ -46,17 +47,17 @@ class Guest:
         irqchip = "split" if vm.split else "full"
         api = R.X2API_32BIT_IDS | R.X2API_NO_BROADCAST_QUIRK if max(ids) > 0xFE else 0
         threads = {vcpu: str(clues.task) if clues else "" for vcpu, clues in vm.vcpus.items()}
-        self.report = VmReport(vm.number, threads, irqchip, assumptions=list(vm.assumed))
+        self.report: VmReport = VmReport(vm.number, threads, irqchip, assumptions=list(vm.assumed))
         self.recorded = recorded
         self._unsaid = 0
-        self.machine = Machine(
+        self.machine: Machine = Machine(
             apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api, threads=False
         )
         self._decide_hv_timer(vm, hv_timer, vendor)
-        self.generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer)
+        self.generations: Generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer)
         self.lanes: dict[int, Lane] = {}
         self._mismatches = mismatches
-        self.vcpus = [GuestVcpu(self, v) for v in self.machine.vcpus]
+        self.vcpus: list[GuestVcpu] = [GuestVcpu(self, v) for v in self.machine.vcpus]
         for vcpu in self.vcpus:
             self.lanes[vcpu.v.vcpu_id] = vcpu.lane
         self.report.start = self._start(vm)
@@ -168,4 +169,11 @@ class Device:
     def nothing(self, *args: object) -> None:
         """Whatever else such a thread shows."""
 
-    write = read = eoi = silent_eoi = inject = apicbase = deadline = ran = nothing
+    write: ClassVar[Callable[..., None]] = nothing
+    read: ClassVar[Callable[..., None]] = nothing
+    eoi: ClassVar[Callable[..., None]] = nothing
+    silent_eoi: ClassVar[Callable[..., None]] = nothing
+    inject: ClassVar[Callable[..., None]] = nothing
+    apicbase: ClassVar[Callable[..., None]] = nothing
+    deadline: ClassVar[Callable[..., None]] = nothing
+    ran: ClassVar[Callable[..., None]] = nothing

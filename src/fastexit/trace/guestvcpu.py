@@ -37,8 +37,8 @@ class GuestVcpu:
 
     def __init__(self, guest: Guest, v: Vcpu) -> None:
         self.v = v
-        self.x2apic = False
-        self.lane = Lane(self, v.vcpu_id, guest.lanes)
+        self.x2apic: bool = False
+        self.lane: Lane = Lane(self, v.vcpu_id, guest.lanes)
         self._guest = guest
         self._report = guest.report
         self._eois = guest.report.eoi

@@ -70,10 +70,10 @@ class TraceReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = TraceFile(path)
-        self.path = self._file.path
-        self.size = self._file.size
-        self.lines = 0
-        self.events = 0
+        self.path: str = self._file.path
+        self.size: int = self._file.size
+        self.lines: int = 0
+        self.events: int = 0
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._known: dict[bytes, Event] = {}

@@ -72,7 +72,7 @@ class Mismatches:
     """
 
     def __init__(self, wanted: int | None) -> None:
-        self.count = 0
+        self.count: int = 0
         self._wanted = wanted
         self._found: list[Mismatch] = []
 

@@ -39,6 +39,10 @@ _CR8_REGISTERS = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{
 class UnicornCpu(Interruptible):
     """One CPU of a UnicornHost: ``host.cpus[i]``. ``uc`` is its engine, ``vcpu`` its APIC."""
 
+    started: bool
+    asleep: bool
+    poked: bool
+
     def __init__(self, host: UnicornHost, index: int) -> None:
         super().__init__(host, index)
         self._hardware = host.machine.hardware

@@ -31,8 +31,8 @@ class Engine:
     def __init__(self, host: UnicornHost, index: int) -> None:
         self.host = host
         self.index = index
-        self.words = (ctypes.c_uint64 * H.WORDS)()
-        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self.words: ctypes.Array[ctypes.c_uint64] = (ctypes.c_uint64 * H.WORDS)()
+        self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._engine = self.uc._uch
         self._register = ctypes.c_uint64()
         self._register_address = ctypes.byref(self._register)
@@ -73,7 +73,8 @@ class Engine:
 
     def efer(self) -> int:
         """IA32_EFER."""
-        return self.uc.msr_read(MSR_EFER)
+        value: int = self.uc.msr_read(MSR_EFER)
+        return value
 
     def table(self, name: str) -> tuple[int, int, int]:
         """Selector, base and limit of GDTR, IDTR or TR."""
@@ -134,7 +135,7 @@ class Engine:
         """uc_hook_add with machine code as its callback, for which the binding has no word; Unicorn's error, or 0."""
         everywhere = ctypes.c_uint64(1), ctypes.c_uint64(0)
         handle = ctypes.c_size_t()
-        return uclib.uc_hook_add(
+        error: int = uclib.uc_hook_add(
             self._engine,
             ctypes.byref(handle),
             kind,
@@ -143,6 +144,7 @@ class Engine:
             *everywhere,
             *more,
         )
+        return error
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
         self._trap = vector
@@ -176,7 +178,7 @@ class Engine:
 
     def _carry_out(self, rip: int, n: int) -> None:
         """Carry out ``n`` instructions that do not count, the first one whatever it is."""
-        kept = list(self.words[: H.SELF])
+        kept: list[Any] = list(self.words[: H.SELF])
         self.words[H.LIMIT] = self.words[H.COUNT] + n
         self.words[H.ARMED], self.words[H.PASS] = 0, 1
         self.write("RIP", rip)

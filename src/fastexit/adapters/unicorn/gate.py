@@ -17,7 +17,7 @@ from fastexit.checks import integer
 from fastexit.regs import RFLAGS_IF, VECTOR_GP
 
 if TYPE_CHECKING:
-    from fastexit.adapters.unicorn.cpu import UnicornCpu
+    from fastexit.adapters.unicorn.engine import Engine
 
 TF, NT, RF, VM, AC = 1 << 8, 1 << 14, 1 << 16, 1 << 17, 1 << 18
 DE, DB, BP, OF, UD, DF, TS, NP, SS, PF, AC_FAULT = 0, 1, 3, 4, 6, 8, 10, 11, 12, 14, 17
@@ -72,7 +72,7 @@ class Fault(Exception):
         self.error = error
 
 
-def take(cpu: UnicornCpu, event: Event, vector: int, error: int | None = None) -> None:
+def take(cpu: Engine, event: Event, vector: int, error: int | None = None) -> None:
     """Push the frame and go to the handler; faults on the way are taken instead. GuestError: a triple fault."""
     first = vector
     while True:
@@ -91,7 +91,7 @@ def take(cpu: UnicornCpu, event: Event, vector: int, error: int | None = None) -
             event = Event.EXCEPTION
 
 
-def _through_gate(cpu: UnicornCpu, event: Event, vector: int, error: int | None) -> None:
+def _through_gate(cpu: Engine, event: Event, vector: int, error: int | None) -> None:
     flags, rip = cpu.read("EFLAGS"), cpu.read("RIP")
     if event is Event.EXCEPTION and vector not in TRAPS:
         flags |= RF
@@ -103,14 +103,14 @@ def _through_gate(cpu: UnicornCpu, event: Event, vector: int, error: int | None)
         _real_mode(cpu, vector, flags, rip)
 
 
-def _descriptor(cpu: UnicornCpu, vector: int, size: int) -> bytes:
+def _descriptor(cpu: Engine, vector: int, size: int) -> bytes:
     _, base, limit = cpu.table("IDTR")
     if vector * size + size - 1 > limit:
         raise Fault(VECTOR_GP, vector << 3 | IDT)
     return cpu.linear_read(base + vector * size, size)
 
 
-def _check(cpu: UnicornCpu, vector: int, attributes: int, selector: int, wants: int) -> None:
+def _check(cpu: Engine, vector: int, attributes: int, selector: int, wants: int) -> None:
     """``wants``: the L and D bits, 54:53, of the code segment's descriptor."""
     if attributes & 0x1F not in (INTERRUPT_GATE, TRAP_GATE):
         raise Fault(VECTOR_GP, vector << 3 | IDT)
@@ -146,7 +146,7 @@ def canonical(linear: int) -> bool:
     return linear >> 47 in (0, 0x1_FFFF)
 
 
-def _long_mode(cpu: UnicornCpu, vector: int, error: int | None, flags: int, rip: int) -> None:
+def _long_mode(cpu: Engine, vector: int, error: int | None, flags: int, rip: int) -> None:
     low, selector, stack, attributes, middle, high, _ = struct.unpack("<HHBBHII", _descriptor(cpu, vector, 16))
     _check(cpu, vector, attributes, selector, 1)
     handler = high << 32 | middle << 16 | low
@@ -171,7 +171,7 @@ def _long_mode(cpu: UnicornCpu, vector: int, error: int | None, flags: int, rip:
     cpu.write("RIP", handler)
 
 
-def _protected(cpu: UnicornCpu, vector: int, error: int | None, flags: int, eip: int) -> None:
+def _protected(cpu: Engine, vector: int, error: int | None, flags: int, eip: int) -> None:
     low, selector, _, attributes, high = struct.unpack("<HHBBH", _descriptor(cpu, vector, 8))
     _check(cpu, vector, attributes, selector, 2)
     values = [flags, cpu.read("CS"), eip]
@@ -184,7 +184,7 @@ def _protected(cpu: UnicornCpu, vector: int, error: int | None, flags: int, eip:
     cpu.write("RIP", high << 16 | low)
 
 
-def _real_mode(cpu: UnicornCpu, vector: int, flags: int, ip: int) -> None:
+def _real_mode(cpu: Engine, vector: int, flags: int, ip: int) -> None:
     offset, selector = struct.unpack("<HH", _descriptor(cpu, vector, 4))
     esp = cpu.read("RSP")
     sp = esp - 6 & 0xFFFF

@@ -65,7 +65,7 @@ def _c_function(library: Any, name: str, *arguments: Any) -> Any:
     found = getattr(library, name, None)
     if found is None:
         raise ImportError(f"this unicorn has no {name}: unicorn 2.1.4 or newer is needed")
-    return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(ctypes.cast(found, ctypes.c_void_p).value)
+    return ctypes.cast(found, ctypes.CFUNCTYPE(ctypes.c_int, *arguments))
 
 
 @cache
@@ -86,7 +86,7 @@ def native() -> Native:
     why_cr8_write, why_cr8_read = int(Stop.CR8_WRITE), int(Stop.CR8_READ)
 
     @cfunc(types.void(word, word, types.uint32, block))
-    def on_instruction(uc, address, size, s):
+    def on_instruction(uc: Any, address: Any, size: Any, s: Any) -> None:
         if s[WHY] != 0:
             return  # a stop is under way, and this instruction is not carried out
         if s[COUNT] >= s[LIMIT]:
@@ -187,7 +187,7 @@ def native() -> Native:
         s[COUNT] += 1
 
     @cfunc(types.int32(word, block))
-    def on_name(uc, place):
+    def on_name(uc: Any, place: Any) -> int:
         why = place[0]
         s = types.int64(why) + types.int64(NAMES)
         if place[RUNNING - s] == 0 or place[WHY - s] != 0 or place[LET - s] != 0:
@@ -196,4 +196,6 @@ def native() -> Native:
         emu_stop(uc)
         return 1
 
+    assert on_instruction.address is not None
+    assert on_name.address is not None
     return Native(on_instruction.address, on_name.address, (on_instruction, on_name, emu_stop, translate))

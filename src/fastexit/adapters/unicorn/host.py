@@ -29,7 +29,7 @@ except ImportError:
 
 from fastexit.adapters.unicorn.cpu import UnicornCpu
 from fastexit.adapters.unicorn.gate import GuestError, idt
-from fastexit.adapters.unicorn.hook import Stop, native
+from fastexit.adapters.unicorn.hook import Native, Stop, native
 from fastexit.adapters.unicorn.interrupts import Counters
 
 __all__ = ["Counters", "Ended", "GuestError", "Stop", "UnicornCpu", "UnicornHost", "idt"]
@@ -68,7 +68,7 @@ class UnicornHost:
             raise TypeError(f"machine is {type(machine).__name__}, not a fastexit.Machine")
         if machine in _HAVE_A_HOST:
             raise ValueError("the machine has a host already: make another machine")
-        self.memory_bytes = integer(memory, "memory", MOST_MEMORY)
+        self.memory_bytes: int = integer(memory, "memory", MOST_MEMORY)
         if not memory or memory % PAGE:
             raise ValueError(f"memory {memory:#x} is not a whole number of pages of {PAGE:#x} bytes")
         for name, value in (("quantum", quantum), ("mips", mips)):
@@ -77,17 +77,17 @@ class UnicornHost:
         self.machine = machine
         self.quantum = quantum
         self.mips = mips
-        self.native = native()
+        self.native: Native = native()
         self._block = mmap.mmap(-1, memory)
-        self.memory = memoryview(self._block)
-        self.memory_address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
+        self.memory: memoryview[int] = memoryview(self._block)
+        self.memory_address: int = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
         self._firmware = mmap.mmap(-1, firmware.BYTES)
         self._firmware[:] = bytes(firmware.image())
         self._firmware_view = memoryview(self._firmware)
-        self.firmware_address = ctypes.addressof(ctypes.c_char.from_buffer(self._firmware))
-        self.clock = 0
+        self.firmware_address: int = ctypes.addressof(ctypes.c_char.from_buffer(self._firmware))
+        self.clock: int = 0
         self._began = machine.time
-        self.cpus = [UnicornCpu(self, index) for index in range(len(machine.vcpus))]
+        self.cpus: list[UnicornCpu] = [UnicornCpu(self, index) for index in range(len(machine.vcpus))]
         _HAVE_A_HOST.add(machine)
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ from fastexit.reasons import SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
+    from fastexit.vcpu import Vcpu
 
 WAITS = frozenset({R.MP_UNINITIALIZED, R.MP_INIT_RECEIVED})
 UNTOLD = ERROR_CODE | {DE}
@@ -53,11 +54,11 @@ class Interruptible(Engine):
 
     def __init__(self, host: UnicornHost, index: int) -> None:
         super().__init__(host, index)
-        self.vcpu = host.machine.vcpus[index]
-        self.counters = Counters()
-        self.started = False
-        self.asleep = False
-        self.poked = True
+        self.vcpu: Vcpu = host.machine.vcpus[index]
+        self.counters: Counters = Counters()
+        self.started: bool = False
+        self.asleep: bool = False
+        self.poked: bool = True
         self._mem, self._own, self._hot = host.machine.mem, self.vcpu.own, self.vcpu.hot
         svm = host.machine.vendor == "svm"
         self._window = SvmExit.VINTR if svm else VmxExit.INTERRUPT_WINDOW
