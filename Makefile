@@ -77,12 +77,16 @@ bench-check: $(STAMP) ## fails when the last make bench missed a bar
 bench-instructions: $(STAMP) ## fails when an IPI takes more instructions than it did; needs valgrind
 	@$(PY) benchmarks/instructions.py
 
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff, mypy, and that no public name is without a type
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@mkdir -p build
+	@PYTHONPATH=src $(PY) -m basedpyright --verifytypes fastexit --ignoreexternal --pythonpath $(PY) \
+		>build/types.txt || { sed -n '/^Symbols used/,$$p' build/types.txt; exit 1; }
 
 clean: ## remove everything that was made here
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.cfg
