@@ -55,10 +55,11 @@ class Timer:
         return ticks * self.m.bus_cycle_ns * self.divide
 
     def current_count(self) -> int:
-        """TMCCT."""
-        if self.in_deadline_mode or not self.v.reg(r.APIC_TMICT) or not self.period:
+        """TMCCT: at the ns in which a period begins it is whole, since a real clock has moved on by the first read."""
+        left = self.target - self.m.now
+        if self.in_deadline_mode or not self.v.reg(r.APIC_TMICT) or not self.period or left <= 0:
             return 0
-        left = max(0, self.target - self.m.now) % self.period
+        left = left % self.period or self.period
         return left // (self.m.bus_cycle_ns * self.divide) & 0xFFFF_FFFF
 
     def allowed_modes(self) -> int:

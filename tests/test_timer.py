@@ -51,6 +51,11 @@ def ticked(v: fx.Vcpu) -> bool:
     return got
 
 
+def saved_count(v: fx.Vcpu) -> int:
+    """TMCCT of KVM_GET_LAPIC's page."""
+    return struct.unpack_from("<I", v.get_lapic(), r.APIC_TMCCT)[0]
+
+
 def start(v: fx.Vcpu, count: int, mode: int = 0) -> None:
     v.wrmsr(LVTT, mode | TICK)
     v.wrmsr(DEADLINE if mode == DEADLINE_MODE else TMICT, count)
@@ -91,10 +96,63 @@ def test_periodic(kernel: str) -> None:
         m.set_time(n * 300_000 - 1)
         assert not ticked(v)
         assert len(m.set_time(n * 300_000)) == 1
-        assert v.rdmsr(TMCCT) == 0, "300000 of 300000 left, which is a full period"
+        assert v.rdmsr(TMCCT) == 300_000, "a full period is left, not none"
         m.set_time(n * 300_000 + 100_000)
         assert v.rdmsr(TMCCT) == 200_000
         assert ticked(v)
+
+
+@pytest.mark.parametrize("hv_timer", [False, True], ids=["hrtimer", "preemption timer"])
+@pytest.mark.parametrize("mode", [0, PERIODIC], ids=["one-shot", "periodic"])
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_count_begins_whole(kernel: str, mode: int, hv_timer: bool) -> None:
+    """At the ns of its start a count reads as it was written, however it is read: 0 would say that it has run out."""
+    m = booted(kernel, hv_timer=hv_timer)
+    (v,) = m.vcpus
+    m.set_time(12_345)
+    start(v, 300_000, mode)
+    assert v.hv_timer is hv_timer
+    assert v.rdmsr(TMCCT) == 300_000
+    assert v.get_msr(TMCCT) == 300_000
+    assert saved_count(v) == 300_000
+    m.set_time(12_346)
+    assert (v.get_msr(TMCCT), saved_count(v)) == (299_999, 299_999)
+    v.run()
+    m.set_time(312_345)
+    left = 300_000 if mode else 0
+    assert v.rdmsr(TMCCT) == left
+    assert saved_count(v) == left
+
+
+@pytest.mark.parametrize("tdcr", [BY_ONE, 0, 0xA])
+@pytest.mark.parametrize("bus_cycle_ns", [1, 10])
+def test_count_begins_whole_in_any_unit(bus_cycle_ns: int, tdcr: int) -> None:
+    """Divisor and bus cycle scale the time and not the count, to the largest one and in the xAPIC page."""
+    m = booted(bus_cycle_ns=bus_cycle_ns)
+    (v,) = m.vcpus
+    v.wrmsr(TDCR, tdcr)
+    for count in (1, 2, 0xFFFF_FFFF):
+        start(v, count)
+        assert (v.rdmsr(TMCCT), saved_count(v)) == (count, count)
+    v.set_msr(r.MSR_APICBASE, 0xFEE0_0900)
+    v.set_msr(r.MSR_APICBASE, 0xFEE0_0100 | r.APICBASE_EN)
+    v.mmio_write(r.APIC_TMICT, 700)
+    assert v.mmio_read(r.APIC_TMCCT) == 700
+
+
+def test_count_of_several_whole_periods() -> None:
+    """A stretched period that became one-shot may leave many of the new period: each of them begins whole."""
+    m = booted()
+    (v,) = m.vcpus
+    start(v, 1000, PERIODIC)
+    v.wrmsr(LVTT, TICK)
+    v.wrmsr(TDCR, 0)  # by 2: 200 us become 400, and a period 2
+    assert m.next_timer() == 400_000
+    assert (v.rdmsr(TMCCT), saved_count(v)) == (1000, 1000)
+    m.set_time(1)
+    assert v.rdmsr(TMCCT) == 999
+    m.set_time(2000)
+    assert v.rdmsr(TMCCT) == 1000
 
 
 @pytest.mark.parametrize("khz", [1_000_000, 2_500_000, 333, 1])
@@ -443,7 +501,7 @@ def test_restored_timer_goes_on(mode: int, left: int, first: int) -> None:
     m.set_time(1000)
     v.set_lapic(page_of(v, LVTT=mode | TICK, TMICT=300_000, TMCCT=left))
     assert m.next_timer() == 1000 + first
-    assert v.rdmsr(TMCCT) == first % 300_000
+    assert v.rdmsr(TMCCT) == first
     m.set_time(1000 + first)
     assert ticked(v)
     assert m.next_timer() == (1000 + first + 300_000 if mode else None)
@@ -466,6 +524,25 @@ def test_saved_and_restored() -> None:
     there.set_time(5_000_000)
     there.vcpus[0].set_lapic(here.vcpus[0].get_lapic())
     assert there.next_timer() == 5_200_000
+
+
+@pytest.mark.parametrize("mode", [0, PERIODIC], ids=["one-shot", "periodic"])
+def test_saved_when_it_began_and_restored(mode: int) -> None:
+    """A page that was saved at the ns of a start, or of a tick, goes on with the whole count elsewhere."""
+    here, there = booted(), booted()
+    (v,) = here.vcpus
+    start(v, 300_000, mode)
+    if mode:
+        here.set_time(300_000)
+        assert ticked(v)
+    there.set_time(5_000_000)
+    (other,) = there.vcpus
+    other.set_lapic(v.get_lapic())
+    assert there.next_timer() == 5_300_000
+    assert other.get_msr(TMCCT) == 300_000
+    assert not ticked(other)
+    assert len(there.set_time(5_300_000)) == 1
+    assert ticked(other)
 
 
 def test_snapshot_keeps_the_timer() -> None:

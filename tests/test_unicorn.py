@@ -323,6 +323,27 @@ def test_periodic_timer_interrupts_what_runs() -> None:
     assert 1_200_000 <= host.machine.time < 1_202_000
 
 
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_count_runs_down_from_the_whole(machine: dict[str, object]) -> None:
+    """A guest that measures its timer by a loop reads the whole count, and less after some rounds; never 0, "over"."""
+    arm = wrmsr(0x83E, 0xB) + wrmsr(0x832, 0x1_0000) + wrmsr(0x838, 0xFFFF_FFFF)
+    spin = b"\xb9" + G.word(300) + b"\xff\xc9\x75\xfc"  # mov ecx, 300; dec ecx; jnz
+    host = guest(arm + G.rdmsr(0x839, 0x500) + spin + G.rdmsr(0x839, 0x508) + STOP, quantum=100, **machine)
+    assert host.run(lambda host: host.cpus[0].asleep, instructions=LONG) is Ended.UNTIL
+    assert read(host, 0x500) == 0xFFFF_FFFF
+    assert 500 <= 0xFFFF_FFFF - read(host, 0x508) <= 700
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_count_is_whole_in_the_handler_of_a_tick(machine: dict[str, object]) -> None:
+    timer = wrmsr(0x83E, 0xB) + wrmsr(0x832, 0x2_0000 | IPI) + wrmsr(0x838, 400_000)
+    host = guest(timer + STI + SPIN, **machine)
+    host.load(0xF000, G.rdmsr(0x839, 0x500) + wrmsr(G.X2APIC_EOI, 0) + STOP)
+    host.load(G.IDT, idt({IPI: 0xF000}))
+    assert host.run(lambda host: read(host, 0x500), instructions=LONG) is Ended.UNTIL
+    assert 399_000 < read(host, 0x500) <= 400_000
+
+
 # ------------------------------------------------------------------------------------------ how code is looked at
 
 

@@ -247,14 +247,20 @@ def write_tdcr(m, v, value):
 
 @kernel("u8(words, u8)")
 def current_count(m, v):
-    """TMCCT as a read computes it. apic_get_tmcct."""
+    """Compute TMCCT for a read. apic_get_tmcct.
+
+    A whole period that is left reads as the full count. KVM's remainder would be 0, which means "expired", but its
+    clock has always moved on between the start of a count and the first read; here the clock may stand still.
+    """
     row = own(m, v)
     period = m[row + k.K_PERIOD]
     if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or not reg(m, v, k.APIC_TMICT) or not period:
         return k.ZERO
     target, now = m[row + k.K_TARGET], m[k.H_NOW]
-    left = target - now if target > now else k.ZERO
-    return (left % period // (m[k.H_BUS_NS] * m[row + k.K_DIVIDE])) & k.LOW32
+    if target <= now:
+        return k.ZERO
+    left = (target - now - k.ONE) % period + k.ONE
+    return (left // (m[k.H_BUS_NS] * m[row + k.K_DIVIDE])) & k.LOW32
 
 
 @kernel("u8(words, u8)")
