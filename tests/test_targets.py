@@ -68,6 +68,17 @@ def test_each_target_with_what_it_needs() -> None:
     assert v.targets[0].effect is NOTIFY
 
 
+def test_a_sleeper_of_the_short_way() -> None:
+    """One exit, one target, which sleeps: the wake-up is its, too."""
+    m = running()
+    asleep(m.vcpus[2])
+    out = m.vcpus[0].wrmsr(ICR, fx.icr(dest=2, vector=0x51))
+    assert (out.reentered, out.effects, m.vcpus[0].targets) == (True, WAKE, ((2, WAKE),))
+    asleep(m.vcpus[3])
+    (got,) = m.run(records((0, ICR, fx.icr(dest=3, vector=0x51))))
+    assert (int(got["value"]) >> 32, int(got["value"]) & 0xFFFF) == (1, WAKE << 12 | 3)
+
+
 @pytest.mark.parametrize("kernel", ["5.8", "6.18"])
 @pytest.mark.parametrize("door", ["exit", "batch", "host"])
 def test_every_exit_begins_a_list(door: str, kernel: str) -> None:
@@ -160,6 +171,43 @@ def test_what_hardware_sends() -> None:
     asleep(m.vcpus[1])
     out = v.hw_mmio_write(r.APIC_ICR, ALL_BUT_SELF + 1)  # KVM sends once more what hardware could not send to all
     assert (out.path, v.targets) == (fx.Path.SLOW, ((0, DOORBELL), (1, WAKE), (2, DOORBELL)))
+    asleep(m.vcpus[1])
+    v.hw_mmio_write(r.APIC_ICR2, 1 << 24)
+    out = v.hw_mmio_write(r.APIC_ICR, 0x43)
+    assert (out.effects, v.targets) == (WAKE, ((1, WAKE),))
+
+
+def test_what_an_entry_asks_for_is_in_no_list() -> None:
+    """An outcome says nothing of it: an interrupt window that AVIC is inhibited for, the map that an INIT changes."""
+    m = fx.Machine(vcpus=3, vendor="svm", irqchip="split")
+    for v in m.vcpus:
+        v.mmio_write(r.APIC_SPIV, 0x1FF)
+    v = m.vcpus[1]
+    v.mmio_write(r.APIC_LVT0, r.LVT0_BOOT)
+    for other in m.vcpus:
+        other.exit(fx.SvmExit.INTERRUPT)
+    v.interrupt(0x31)
+    assert v.run()
+    assert (m.vcpus[2].mode, v.targets, m.inhibits) == (r.EXITING_GUEST_MODE, (), {r.Inhibit.IRQWIN})
+    for other in m.vcpus:
+        other.exit(fx.SvmExit.INTERRUPT)
+    v.rflags |= r.RFLAGS_IF
+    out = v.exit(fx.SvmExit.VINTR)  # the window opens, and the outcome says so
+    assert (out.effects, v.targets, m.inhibits) == (KICK, ((0, KICK), (2, KICK)), set())
+
+    m = avic()
+    for i, ldr in enumerate((1, 2, 2, 4)):
+        m.vcpus[i].mmio_write(r.APIC_LDR, ldr << 24)
+    assert m.inhibits == {r.Inhibit.LOGICAL_ID_ALIASED}
+    for v in m.vcpus:
+        v.exit(fx.SvmExit.INTERRUPT)
+    m.vcpus[0].mmio_write(r.APIC_ICR2, 2 << 24)
+    m.vcpus[0].mmio_write(r.APIC_ICR, fx.icr(delivery=fx.DeliveryMode.INIT, level=True))
+    assert m.vcpus[0].targets == ((2, KICK),)
+    out = m.vcpus[2].exit(fx.SvmExit.INTERRUPT)
+    assert (out.blocked, out.effects, m.vcpus[2].targets) == (True, fx.Effect.NONE, ())
+    assert m.inhibits == set()
+    assert m.vcpus[3].mode == r.EXITING_GUEST_MODE
 
 
 def test_wake_up_vector() -> None:

@@ -92,6 +92,7 @@ def test_one_at_a_time(kernel: str) -> None:
             assert a.hw_notify() == b.hw_notify()
         else:
             assert a.wrmsr(0x830, int(record["value"])) == b.wrmsr(0x830, int(record["value"])), record
+            assert a.targets == b.targets, record
     same(short, long)
 
 
