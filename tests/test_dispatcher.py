@@ -292,22 +292,22 @@ def test_deleted_handler_leaves_to_user_space() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "reason", "user"),
+    ("vendor", "reason", "info", "user"),
     [
-        ("vmx", fx.VmxExit.TRIPLE_FAULT, fx.KvmExit.SHUTDOWN),
-        ("vmx", fx.VmxExit.IO_INSTRUCTION, fx.KvmExit.IO),
-        ("vmx", fx.VmxExit.EPT_VIOLATION, fx.KvmExit.MMIO),
-        ("vmx", 0xFFFF, fx.KvmExit.INTERNAL_ERROR),
-        ("svm", fx.SvmExit.SHUTDOWN, fx.KvmExit.SHUTDOWN),
-        ("svm", fx.SvmExit.IO, fx.KvmExit.IO),
-        ("svm", 0x555, fx.KvmExit.INTERNAL_ERROR),
+        ("vmx", fx.VmxExit.TRIPLE_FAULT, 0, fx.KvmExit.SHUTDOWN),
+        ("vmx", fx.VmxExit.IO_INSTRUCTION, 0, fx.KvmExit.IO),  # OUT of a byte
+        ("vmx", fx.VmxExit.EPT_VIOLATION, 0, fx.KvmExit.MMIO),
+        ("vmx", 0xFFFF, 0, fx.KvmExit.INTERNAL_ERROR),
+        ("svm", fx.SvmExit.SHUTDOWN, 0, fx.KvmExit.SHUTDOWN),
+        ("svm", fx.SvmExit.IO, 1 << 4, fx.KvmExit.IO),
+        ("svm", 0x555, 0, fx.KvmExit.INTERNAL_ERROR),
     ],
 )
-def test_exit_without_handler(vendor: str, reason: int, user: fx.KvmExit) -> None:
+def test_exit_without_handler(vendor: str, reason: int, info: int, user: fx.KvmExit) -> None:
     """What the model does not handle goes to user space with KVM's reason, RIP unmoved."""
     v = booted(vendor=vendor).vcpus[0]
     rip = v.rip
-    out = v.exit(reason)
+    out = v.exit(reason, info1=info)
     assert (out.user, out.path, v.mode, v.rip) == (user, fx.Path.SLOW, OUTSIDE, rip)
 
 
