@@ -19,6 +19,7 @@ from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
 from fastexit.jit import declare
 from fastexit.profile import PROFILES
+from fastexit.settings import SETTINGS
 from generations import ON_TRIAL
 
 
@@ -147,13 +148,24 @@ def test_table_is_the_entries() -> None:
         assert [kind.cname for kind in (*function.args, function.result)] == ["uint64_t"] * (len(args) + 1), name
 
 
-def test_every_keyword_of_a_machine_can_be_said_in_c() -> None:
-    """But ``costs``, for struct fx_result carries no cycles, and ``dispatcher``, for C has the compiled one."""
-    config = SimpleNamespace(**dict.fromkeys(cabi.CONFIG.names, 0))
-    assert {
-        **cabi.keywords(config),
-        "vcpus": None,
-        "apic_ids": None,
-        "costs": None,
-        "dispatcher": "python",
-    } == cabi._DEFAULTS
+def test_every_setting_of_a_machine_can_be_said_in_c() -> None:
+    """A struct of zeros is a machine of defaults; every flag is a setting's, every number a field of the struct."""
+    zeros = dict.fromkeys(cabi.CONFIG.names, 0)
+    assert cabi.keywords(SimpleNamespace(**zeros)) == {"vendor": "vmx"}
+    flags = [flag for setting in SETTINGS.values() for flag in setting.flags]
+    assert sorted([*flags, "BOOT_X2APIC", "QUIET"]) == sorted(Open.__members__)
+    said: list[tuple[dict[str, int], dict[str, object]]] = [({"kernel": 1}, {"kernel": "seed-v3"})]
+    for name, setting in SETTINGS.items():
+        said += [({"flags": Open[flag]}, {name: value}) for flag, value in setting.flags.items()]
+        if type(setting.default) is int:
+            said.append(({name: 7}, {name: 7}))
+    for fields, settings in said:
+        assert cabi.keywords(SimpleNamespace(**zeros | fields)) == {"vendor": "vmx"} | settings
+    assert {name for _, settings in said for name in settings} | {"vendor"} == SETTINGS.keys()
+    assert cabi.keywords(SimpleNamespace(**zeros | {"vendor": 1})) == {"vendor": "svm"}
+
+
+def test_ipiv_counts_where_both_flags_are_set() -> None:
+    """FX_IPIV has always won over FX_NO_IPIV."""
+    zeros = dict.fromkeys(cabi.CONFIG.names, 0)
+    assert cabi.keywords(SimpleNamespace(**zeros | {"flags": Open.IPIV | Open.NO_IPIV}))["ipiv"] is True

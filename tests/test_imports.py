@@ -23,7 +23,7 @@ LAYERS = (
     {"kernels"},
     {"checks", "targets"},
     {"exits", "tracepoints"},
-    {"config", "ioctls", "irte", "snapshot", "vcpustate"},
+    {"config", "ioctls", "irte", "settings", "snapshot", "vcpustate"},
     {"vcpu"},
     {"compiledvcpu", "costs"},
     {"machine"},

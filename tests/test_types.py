@@ -20,6 +20,8 @@ LOADED_OTHERWISE = {"kvm": "kvm", "workload": "insight.workload", "warmup": "jit
 WRONG = [
     ("fx.Machine(vcpu=2)", "call-arg"),
     ("fx.Machine(vcpus='two')", "arg-type"),
+    ("fx.Machine(vcpus=2, kernal='6.18')", "call-arg"),
+    ("fx.Machine(vcpus=2, hv_timer='on')", "arg-type"),
     ("m.boot_x2apc()", "attr-defined"),
     ("v.wrmsr(0x830)", "call-arg"),
     ("v.wrmsr('ICR', 0)", "arg-type"),

@@ -6,12 +6,13 @@ the host's own interrupts and those of assigned devices.
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import threading
 import weakref
 from collections.abc import Iterable
 from ctypes import addressof, c_char
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
 from fastexit.compiledvcpu import CompiledVcpu
-from fastexit.config import Config, check_api, latest_clock
+from fastexit.config import check_api, header, latest_clock
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
@@ -36,8 +37,9 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
-from fastexit.profile import NEWEST, Profile, numbered
+from fastexit.profile import Profile, numbered
 from fastexit.reasons import SvmExit, VmxExit
+from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
@@ -51,41 +53,21 @@ def _allocate() -> tuple[mmap.mmap, np.ndarray]:
     return block, np.frombuffer(block, dtype=np.uint64)
 
 
+@documented
 class Machine:
     """A virtual machine: vCPUs, their local APICs, the APIC map.
 
     Args:
         vcpus: number of vCPUs, ids 0..n-1; or give ``apic_ids``, one x2APIC id (0..4095) a vCPU in creation order.
-        kernel: the generation to be like; ``fastexit.profiles()`` lists them, and the last one is the default.
-        vendor: "vmx" or "svm".
-        apicv: posted interrupts (VMX) or AVIC (SVM) in use.
-        irqchip: "full" (in-kernel IOAPIC) or "split".
-        x2apic_api: KVM_CAP_X2APIC_API flags (regs.X2ApicApi).
-        x2apic, tsc_deadline: what the guest's CPUID offers.
-        threads: other threads may act on this machine while one runs a vCPU (atomics); False: it has one owner.
-        vector_hashing: KVM's module parameter; lowest priority goes by vector instead of by arb_prio.
-        cmci, smm: a host whose MCG_CAP has CMCI_P, a kernel with CONFIG_KVM_SMM.
-        nrips: SVM saves the next RIP.
-        hv_timer: the VMX preemption timer can be used; None means on VMX.
-        ipiv: IPI virtualisation (VMX), or AVIC's IsRunning bits in use (SVM); None means on SVM only.
-        vtd_pi: devices can post interrupts (VMX); x2avic: AVIC in x2APIC mode too (SVM).
-        pi_inject_timer: KVM's module parameter; timers are posted from the host's interrupt where nothing else can.
-        retpoline: a kernel with CONFIG_MITIGATION_RETPOLINE: common exits are handled without an indirect call.
-        maxphyaddr: guest physical address bits, which limit APICBASE.
-        tsc_khz: guest TSC ticks a millisecond of the machine's clock.
-        bus_cycle_ns: APIC bus cycle (KVM_CAP_X86_APIC_BUS_CYCLES_NS).
-        min_timer_period_us: KVM's module parameter; shorter periodic timers are stretched.
-        timer_advance_ns: deadline timers fire that early and the entry waits (KVM begins with 1000); 0: off.
-        disable_exits: KVM_CAP_X86_DISABLE_EXITS (regs.DisableExits).
-        disable_quirks: KVM_CAP_DISABLE_QUIRKS; bits 0 (LINT0_REENABLED) and 2 (LAPIC_MMIO_HOLE) matter here.
-        boot_cpu_id: KVM_SET_BOOT_CPU_ID.
         costs: the name of a cost profile (``fastexit.cost_profiles()``) or a CostProfile, for outcomes that have their
             modelled time (Outcome.cycles); None: no time at all.
         dispatcher: "python", the run loop step by step, or "compiled": any exit in one compiled call, for hosts that
             make many single exits. Same outcomes, same bytes. No costs with it: they are seen step by step.
+        {settings}
 
     Each vCPU is created as by KVM_CREATE_VCPU, so the last one is missing from the APIC map until a register write that
-    concerns the map, such as boot_x2apic makes. ValueError for every argument out of range.
+    concerns the map, such as boot_x2apic makes. ValueError for every argument out of range, TypeError for a keyword
+    that is none. fastexit.settings.Settings declares the ``settings``.
     """
 
     def __init__(
@@ -93,37 +75,12 @@ class Machine:
         vcpus: int | None = None,
         *,
         apic_ids: Iterable[int] | None = None,
-        kernel: str = NEWEST,
-        vendor: str = "vmx",
-        apicv: bool = True,
-        irqchip: str = "full",
-        x2apic_api: int = 0,
-        x2apic: bool = True,
-        tsc_deadline: bool = True,
-        threads: bool = True,
-        vector_hashing: bool = True,
-        cmci: bool = False,
-        smm: bool = False,
-        nrips: bool = True,
-        hv_timer: bool | None = None,
-        ipiv: bool | None = None,
-        vtd_pi: bool = False,
-        x2avic: bool = False,
-        pi_inject_timer: bool = False,
-        retpoline: bool = True,
-        maxphyaddr: int = 48,
-        tsc_khz: int = 1_000_000,
-        bus_cycle_ns: int = 1,
-        min_timer_period_us: int = 200,
-        timer_advance_ns: int = 0,
-        disable_exits: int = 0,
-        disable_quirks: int = 0,
-        boot_cpu_id: int = 0,
         costs: str | CostProfile | None = None,
         dispatcher: str = "python",
+        **settings: Unpack[Settings],
     ) -> None:
-        settings = {name: value for name, value in locals().items() if name in Config.__dataclass_fields__}
-        config = Config(**settings)
+        refuse_unknown(settings, inspect.signature(Machine).parameters)
+        words = header(settings)
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         if vcpus is not None:
@@ -136,7 +93,7 @@ class Machine:
             raise ValueError("a machine needs at least one vCPU")
         costs = _checked(costs, dispatcher)
         self._map_memory()
-        for word, value in config.header().items():
+        for word, value in words.items():
             self.mem[word] = value
         self._assemble(costs, dispatcher)
         for vcpu_id in ids:

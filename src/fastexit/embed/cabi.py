@@ -5,19 +5,18 @@ A test compares all of it with the header and with the signatures of the kernels
 
 from __future__ import annotations
 
-import inspect
 from enum import IntEnum, IntFlag
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastexit import layout as L
-from fastexit.config import Config
+from fastexit.config import header as config_header
 from fastexit.jit import declare
 from fastexit.kernels import entries as _entries
-from fastexit.machine import Machine
 from fastexit.profile import PROFILES
+from fastexit.settings import SETTINGS, Settings
 
 NATIVE = Path(__file__).parent / "native"
 HEADERS = "fastexit_layout.h", "fastexit.h"
@@ -139,8 +138,7 @@ RESULT = np.dtype(
 )
 """struct fx_result."""
 
-VENDORS = "vmx", "svm"
-_DEFAULTS = {name: p.default for name, p in inspect.signature(Machine).parameters.items()}
+VENDORS = SETTINGS["vendor"].choices
 
 
 def declarations(name: str) -> str:
@@ -156,12 +154,12 @@ def addresses() -> dict[str, int]:
     return {name: declare.address(name) for name in ENTRIES}
 
 
-def keywords(config: Any) -> dict[str, Any]:
-    """Machine's keywords for a struct fx_config, but for vCPUs. ValueError for numbers that the header does not know.
+def keywords(config: Any) -> Settings:
+    """Machine's settings for a struct fx_config, those that it leaves at their defaults left out.
 
-    ``config`` has the struct's fields as attributes.
+    ValueError for numbers that the header does not know. ``config`` has the struct's fields as attributes.
     """
-    kernels = {0: _DEFAULTS["kernel"]} | {known.number + 1: name for name, known in PROFILES.items()}
+    kernels = {known.number + 1: name for name, known in PROFILES.items()}
     flags = int(config.flags)
     unknown = flags & ~sum(Open)
     for name, value, known in (
@@ -170,35 +168,22 @@ def keywords(config: Any) -> dict[str, Any]:
     ):
         if value >= known:
             raise ValueError(f"fx_config.{name} {value} is out of range 0..{known - 1}")
-    if config.kernel not in kernels:
-        known_numbers = ", ".join(map(str, sorted(kernels)))
+    if config.kernel and config.kernel not in kernels:
+        known_numbers = ", ".join(map(str, [0, *sorted(kernels)]))
         raise ValueError(f"fx_config.kernel {config.kernel} is none of FX_KERNEL_*: {known_numbers}")
     if unknown:
         raise ValueError(f"fx_config.flags has bits that are unknown: {unknown:#x}")
     on = Open(flags)
-    given: dict[str, Any] = {
-        "kernel": kernels[config.kernel],
-        "vendor": VENDORS[config.vendor],
-        "apicv": Open.NO_APICV not in on,
-        "irqchip": "split" if Open.SPLIT_IRQCHIP in on else "full",
-        "x2apic": Open.NO_X2APIC not in on,
-        "tsc_deadline": Open.NO_TSC_DEADLINE not in on,
-        "threads": Open.ONE_OWNER not in on,
-        "vector_hashing": Open.NO_VECTOR_HASHING not in on,
-        "cmci": Open.CMCI in on,
-        "smm": Open.SMM in on,
-        "nrips": Open.NO_NRIPS not in on,
-        "hv_timer": False if Open.NO_HV_TIMER in on else None,
-        "ipiv": True if Open.IPIV in on else False if Open.NO_IPIV in on else None,
-        "vtd_pi": Open.VTD_PI in on,
-        "x2avic": Open.X2AVIC in on,
-        "pi_inject_timer": Open.PI_INJECT_TIMER in on,
-        "retpoline": Open.NO_RETPOLINE not in on,
-    }
-    names = CONFIG.names or ()
-    for name in names[names.index("x2apic_api") : -1]:
-        given[name] = int(getattr(config, name)) or _DEFAULTS[name]
-    return given
+    given: dict[str, Any] = {"vendor": VENDORS[config.vendor]}
+    if config.kernel:
+        given["kernel"] = kernels[config.kernel]
+    for name, setting in SETTINGS.items():
+        for flag, value in setting.flags.items():
+            if Open[flag] in on:
+                given[name] = value
+        if type(setting.default) is int and (number := int(getattr(config, name))):
+            given[name] = number
+    return cast(Settings, given)
 
 
 def header(config: Any, ids: list[int]) -> dict[int, int]:
@@ -210,7 +195,7 @@ def header(config: Any, ids: list[int]) -> dict[int, int]:
             raise ValueError(f"APIC id {max(ids)} is out of range 0..{L.MAX_VCPU_ID}")
         if len(set(ids)) < len(ids):
             raise ValueError("an APIC id is there twice (EEXIST)")
-    return Config(**keywords(config)).header()
+    return config_header(keywords(config))
 
 
 assert _entries.NO_VCPU == L.NONE
