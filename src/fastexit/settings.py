@@ -1,7 +1,8 @@
 """Settings: each of a machine's switches and numbers, declared once.
 
 From the declaration come Machine's keywords and their documentation, the checks, the bits of the header's H_CONFIG and
-what fx_config.flags of the C door mean. A new one is an entry here, its bit in layout.py and its flag in fastexit.h.
+what fx_config.flags of the C door mean. A new one is an entry here, its bit in layout.py, and its flag in fastexit.h
+and embed/cabi.py's Open, for those numbers never change.
 """
 
 from __future__ import annotations
