@@ -116,6 +116,12 @@ def memory(m: fx.Machine) -> list[np.ndarray]:
     return [m.words[: L.MAP_SCRATCH], m.words[L.FILTER : L.TRACE]]
 
 
+def forget_targets(m: fx.Machine) -> None:
+    """Empty the lists of whom the last exits were for, which no snapshot carries."""
+    rows = m.words[L.KVM : L.KVM + L.SENDERS * L.KVM_STRIDE].reshape(L.SENDERS, L.KVM_STRIDE)
+    rows[:, L.K_TARGETS] = 0
+
+
 def split_life(config: s.Config, seed: int) -> None:
     """Lives half a life, takes a snapshot, and lives the other half twice."""
     rng = random.Random(seed)
@@ -125,6 +131,7 @@ def split_life(config: s.Config, seed: int) -> None:
     for op in ops[:cut]:
         act(m, op)
     copy = fx.Machine.restore(m.snapshot())
+    forget_targets(m)
     for machine in (m, copy):
         machine.trace.clear()
         machine.trace.enable()
