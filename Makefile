@@ -9,7 +9,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long test-pythons lint clean
-.PHONY: embed-test verify verify-mutants bench bench-check bench-instructions
+.PHONY: docs embed-test verify verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -76,6 +76,11 @@ bench-check: $(STAMP) ## fails when the last make bench missed a bar
 
 bench-instructions: $(STAMP) ## fails when an IPI takes more instructions than it did; needs valgrind
 	@$(PY) benchmarks/instructions.py
+
+docs: compile ## the documentation, into build/docs; a dead link is an error
+	@$(PY) -m pip install -qq --disable-pip-version-check -e '.[docs]'
+	@$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(STAMP) ## ruff, mypy, and that no public name is without a type
 	@$(PY) -m ruff check .

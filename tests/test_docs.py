@@ -82,6 +82,15 @@ def test_readme_batch_runs() -> None:
     assert [set(ipi.cycles_ipi), set(ipi.cycles)] == [{n} for n in said]
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("for-*.md")), ids=lambda page: page.stem)
+def test_pages_for_readers_run(page: Path) -> None:
+    """Every Python block of a page for one kind of reader runs as it stands, from a fresh start."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
 def test_make_targets_exist() -> None:
     """Every `make TARGET` that README names is in the Makefile."""
     makefile = (ROOT / "Makefile").read_text()

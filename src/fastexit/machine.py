@@ -234,7 +234,7 @@ class Machine:
     def enable_x2apic_api(self, flags: R.X2ApicApi | int) -> None:
         """KVM_ENABLE_CAP of KVM_CAP_X2APIC_API, late: flags are added, and nothing is recomputed because of them.
 
-        ENABLE_ and DISABLE_SUPPRESS_EOI_BROADCAST replace each other. ValueError where KVM says EINVAL.
+        ``ENABLE_`` and ``DISABLE_SUPPRESS_EOI_BROADCAST`` replace each other. ValueError where KVM says EINVAL.
         """
         check_api(flags, "split" if self._config(L.CONFIG_SPLIT_IRQCHIP) else "full")
         kept = self.mem[L.H_API]

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class KvmExit(IntEnum):
-    """Reasons for which KVM_RUN returns to user space, by KVM's names without the KVM_EXIT_ prefix."""
+    """Reasons for which KVM_RUN returns to user space, by KVM's names without the ``KVM_EXIT_`` prefix."""
 
     UNKNOWN = 0
     EXCEPTION = 1

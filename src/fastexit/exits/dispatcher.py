@@ -1,9 +1,9 @@
 """The run loop of one vCPU in pure Python: vcpu_enter_guest and vcpu_run, from a VM exit to the next VM entry.
 
-Models: the order of facts that a kernel engineer knows from arch/x86/kvm/x86.c, one method a step, each of which really
-changes the state it is about: requests, IRQ flag, mode, SRCU, preemption, guest time, statistics. A vCPU rests in
-guest mode between two exits; so an exit runs the second half of one iteration and, unless the fast path goes straight
-back, the first half of the next. Work on the APIC itself is done by the compiled kernels.
+Models: vcpu_run and vcpu_enter_guest of arch/x86/kvm/x86.c, one method a step, each of which really changes the state
+it is about: requests, IRQ flag, mode, SRCU, preemption, guest time, statistics. insight/walk.STEPS numbers the steps. A
+vCPU rests in guest mode between two exits; so an exit runs the second half of one iteration and, unless the fast path
+goes straight back, the first half of the next. Work on the APIC itself is done by the compiled kernels.
 
 Not modelled: MMU, FPU, debug registers, PMU and steal-time steps (no state that an interrupt exit could see).
 vmx.py and svm.py hold what differs between vendors.
