@@ -210,7 +210,7 @@ def test_trap_13_the_ipi_leaves_before_the_icr_is_written(kernel: str, x2apic: b
     if x2apic:
         x2apic_msr_write(words, index, np.uint64(ICR), np.uint64(1 << 32 | 0x41))
     else:
-        mmio_write(words, index, np.uint64(r.APIC_ICR), np.uint64(4), np.uint64(0x41))
+        mmio_write(words, index, np.uint64(v.apic_base & ~0xFFF | r.APIC_ICR), np.uint64(4), np.uint64(0x41))
     assert log == ["IRR", "ICR"]
     assert vectors(m.vcpus[1]) == {0x41}
 
