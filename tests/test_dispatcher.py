@@ -22,6 +22,8 @@ IN_THE_GUEST = {"mode": IN_GUEST, "irqs_off": 1, "srcu": 0, "preempt_off": 1, "g
 
 
 def booted(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = True, **options: Any) -> fx.Machine:
+    """A machine with the Python dispatcher, whose steps these tests watch, whatever the suite runs with."""
+    options.setdefault("dispatcher", "python")
     m = fx.Machine(vcpus=4, kernel=kernel, vendor=vendor, apicv=apicv, **options)
     m.boot_x2apic()
     return m
