@@ -202,7 +202,6 @@ class Dispatcher:
         self.sync_from_vapic(v)
         if code & CODE_COMPLETION != COMPLETION_USERSPACE:
             code = self.handle_exit(v, exit, code)
-            self.mem[v.own + L.K_IMMEDIATE] = 0
         return code
 
     def guest_mode_outside(self, v: Vcpu) -> None:

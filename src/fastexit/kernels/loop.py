@@ -233,7 +233,6 @@ def leave_and_handle(m, v, row, reason, msr, value, info, code):
     sync_from_vapic(m, v)
     if code & k.CODE_COMPLETION != k.COMPLETION_USERSPACE:
         code = handle_exit(m, v, row, reason, msr, value, info, code)
-        m[own(m, v) + k.K_IMMEDIATE] = k.ZERO
     return code
 
 
