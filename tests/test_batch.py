@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -12,164 +11,19 @@ import numpy as np
 import pytest
 
 import fastexit as fx
+from conftest import INTERPRETED
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.exits.table import SVM, VMX, Op, Row
-from fastexit.outcome import CODE_HARDWARE
-
-INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-EXITS = 60 if INTERPRETED else 400
-VENDORS = ("vmx", "svm")
-IDS = (0, 1, 2, 5, 300)
-PAGE = r.APIC_DEFAULT_PHYS_BASE
-FAST = 0xFEB0_0000
-DEVICES = (FAST, FAST + 4, 0xFEC0_0000, PAGE - 1, PAGE, PAGE + 0x30, PAGE + 0x1000, 0, (1 << 48) - 1)
-"""Addresses with an ioeventfd, with nothing, and around the page."""
-
-
-class Numbers:
-    """A vendor's exit numbers."""
-
-    def __init__(self, vendor: str) -> None:
-        svm = vendor == "svm"
-        self.svm = svm
-        self.wrmsr = int(fx.SvmExit.MSR if svm else fx.VmxExit.MSR_WRITE)
-        self.rdmsr = int(fx.SvmExit.MSR if svm else fx.VmxExit.MSR_READ)
-        self.page = int(fx.SvmExit.NPF if svm else fx.VmxExit.EPT_MISCONFIG)
-        self.interrupt = int(fx.SvmExit.INTERRUPT if svm else fx.VmxExit.EXTERNAL_INTERRUPT)
-        self.memory = [self.page] if svm else [self.page, int(fx.VmxExit.EPT_VIOLATION)]
-        self.io = int(fx.SvmExit.IO if svm else fx.VmxExit.IO_INSTRUCTION)
-        self.io_infos = (0x0060_0010, 0x03F8_0021, 0xFFFF_0041) if svm else (0x0060_0000, 0x03F8_0009, 0xFFFF_0003)
-        self.others = [
-            int(reason)
-            for reason in (
-                (fx.SvmExit.HLT, fx.SvmExit.VINTR, fx.SvmExit.CPUID, fx.SvmExit.READ_DR0, fx.SvmExit.SHUTDOWN)
-                if svm
-                else (fx.VmxExit.HLT, fx.VmxExit.INTERRUPT_WINDOW, fx.VmxExit.CPUID, fx.VmxExit.RDPMC, 0xFFF0)
-            )
-        ]
-
-
-def build(kernel: str, vendor: str, apicv: bool, seed: int, **options: Any) -> fx.Machine:
-    """A machine whose vCPUs differ in mode, interrupt flag and single stepping; the same for the same arguments."""
-    rng = random.Random(seed)
-    m = fx.Machine(apic_ids=IDS, kernel=kernel, vendor=vendor, apicv=apicv, smm=True, **options)
-    m.boot_x2apic()
-    for v in m.vcpus:
-        v.rflags |= rng.choice((0, r.RFLAGS_IF))
-    m.vcpus[1].rflags |= r.RFLAGS_TF
-    m.vcpus[2].singlestep = True
-    m.vcpus[3].set_msr(0x1B, 0xFEE0_0800)
-    m.vcpus[4].nested = True
-    m.fast_mmio.add(FAST)
-    m.trace.enable()
-    return m
-
-
-def icr(rng: random.Random) -> int:
-    value = fx.icr(
-        dest=rng.choice((*IDS, 7, 0xFF, 0xFFFF_FFFF, 0x10003, 3)),
-        vector=rng.choice((5, 0x20, 0x31, 0x80, 0xEC, 0xFD)),
-        delivery=rng.choice((0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7)),
-        logical=rng.random() < 0.2,
-        level=rng.random() < 0.5,
-        trigger_level=rng.random() < 0.1,
-        shorthand=rng.choice((0, 0, 0, 0, 1, 2, 3)),
-        busy=rng.random() < 0.1,
-    )
-    return value | (1 << 13 if rng.random() < 0.05 else 0)
-
-
-def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int, int]:
-    """One exit record of any kind."""
-    vcpu = rng.randrange(len(IDS))
-    kind = rng.random()
-    write = 1 if on.svm else 0
-    if kind < 0.40:
-        return vcpu, on.wrmsr, 0x830, write, icr(rng), 0
-    if kind < 0.60:
-        msr, value = rng.choice(
-            (
-                (0x80B, 0),
-                (0x808, rng.randrange(256)),
-                (0x80F, rng.choice((0x1FF, 0x1FF, 0xFF))),
-                (0x832, rng.choice((0xEC, 0x400EC, 0x200EC))),
-                (0x6E0, rng.choice((0, 1 << 62))),
-                (0x1B, 0xFEE0_0000 | rng.choice((0xD00, 0xC00, 0x800, 0))),
-                (0x83F, 0x41),
-                (0x80D, 1),
-                (rng.getrandbits(32), rng.getrandbits(64)),
-            )
-        )
-        return vcpu, on.wrmsr, msr, write, value, 0
-    if kind < 0.72:
-        return vcpu, on.rdmsr, rng.choice((0x802, 0x80A, 0x830, 0x827, 0x80B, 0x1B, 0x6E0, 0x10)), 0, 0, 0
-    if kind < 0.80:
-        offset = rng.choice((0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x300, 0x310, 0x302, 0xFFF))
-        value = rng.choice((0, 0x1FF, 0x41, 0xC0041, 1 << 24, rng.getrandbits(32)))
-        return vcpu, on.page, 0, L.MMIO_WRITE | 4, value, PAGE + offset
-    if kind < 0.88:
-        offset = rng.choice((0x20, 0x22, 0x30, 0xA0, 0x220, 0xB0, 0xFFC))
-        return vcpu, on.page, 0, rng.choice((1, 2, 4)), 0, PAGE + offset
-    if kind < 0.92:
-        return vcpu, on.interrupt, 0, 0, 0, 0
-    if kind < 0.95:
-        return vcpu, L.NOTIFICATION, 0, 0, 0, 0
-    if kind < 0.97:
-        reason, length, gpa = rng.choice(on.memory), rng.choice((1, 2, 4, 8)), rng.choice(DEVICES)
-        return vcpu, reason, 0, length | rng.choice((0, L.MMIO_WRITE)), rng.getrandbits(8 * length), gpa
-    if kind < 0.98:
-        return vcpu, on.io, 0, rng.choice(on.io_infos), rng.getrandbits(32), 0
-    return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD, 0
-
-
-def storm(seed: int, vendor: str, n: int = EXITS) -> np.ndarray:
-    rng = random.Random(seed)
-    on = Numbers(vendor)
-    return np.array([one(rng, on) for _ in range(n)], dtype=fx.EXIT)
-
-
-def alone(m: fx.Machine, record: np.void) -> tuple[int | None, int]:
-    """One exit through the single door: its outcome code (None where that door gives none) and its second word.
-
-    That is what was read, or whom the effects of an exit that reads nothing are for.
-    """
-    on = Numbers(m.vendor)
-    vcpu, reason, msr, info, value, gpa = (int(record[name]) for name in L.EXIT.names)
-    v = m.vcpus[vcpu]
-    if reason == L.NOTIFICATION:
-        return CODE_HARDWARE if v.hw_notify() else 0, 0
-    if reason == on.wrmsr and (info or not on.svm):
-        return v.wrmsr(msr, value).code, targets(v)
-    if reason == on.rdmsr:
-        try:
-            return None, v.rdmsr(msr)
-        except fx.GeneralProtection:
-            return None, 0
-    if reason == on.page and info & L.MMIO_WRITE:
-        return v.mem_write(gpa, value, info & ~L.MMIO_WRITE).code, targets(v)
-    if reason == on.page:
-        return None, v.mem_read(gpa, info)
-    if reason in on.memory:
-        write = bool(info & L.MMIO_WRITE)
-        out = v.exit(reason, gpa=gpa, size=info & ~L.MMIO_WRITE, write=write, value=value)
-        return out.code, targets(v) if write else v.read_data
-    out = v.exit(reason, msr=msr, value=value, info1=info)
-    reads = reason == on.io and not m.dispatcher.vendor.io_access(info).write
-    return out.code, v.read_data if reads else targets(v)
-
-
-def targets(v: fx.Vcpu) -> int:
-    """Number of targets of the last exit and the first one, as layout.OUTCOME says."""
-    told = v.targets
-    return len(told) << 32 | told[0].effect << 12 | told[0].vcpu if told else 0
+from fastexit.exits.table import Row
+from fastexit.jit import declare
+from storms import COMPILED, EXITS, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
 
 
 def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> None:
     """Runs the exits both ways; outcomes, values, traces and every byte of the machines agree."""
     outcomes = together.run(exits)
     for i, record in enumerate(exits):
-        code, value = alone(single, record)
+        code, value = alone(single, record, by_number=i % 2 == 0)
         if code is not None:
             got = fx.OUTCOMES[int(outcomes[i]["code"])]
             assert got == fx.OUTCOMES[code], f"exit {i}: {record} gave {got}, alone {fx.OUTCOMES[code]}"
@@ -183,45 +37,23 @@ def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
     """A storm of all kinds of exits over unlike vCPUs: the same outcomes, trace lines and bytes either way."""
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         exits = storm(seed, vendor)
-        assert_same(build(kernel, vendor, apicv, seed), build(kernel, vendor, apicv, seed), exits)
+        machines = [build(kernel, vendor, apicv, seed) for _ in range(2)]
+        rng = random.Random(seed)
+        for first in range(0, EXITS, EXITS // 4):
+            assert_same(*machines, exits[first : first + EXITS // 4])
+            between(rng, machines)
 
 
-def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int, int, int, int]:
-    """One exit record around halts and timers: they are armed, changed, run out, and the guest waits for them."""
-    vcpu = rng.randrange(len(IDS))
-    write = 1 if on.svm else 0
-    kind = rng.random()
-    if kind < 0.22:
-        return vcpu, int(fx.SvmExit.HLT if on.svm else fx.VmxExit.HLT), 0, 0, 0, 0
-    if kind < 0.30:
-        return vcpu, int(fx.SvmExit.PAUSE if on.svm else fx.VmxExit.PAUSE_INSTRUCTION), 0, 0, 0, 0
-    if kind < 0.40 and not on.svm:
-        return vcpu, int(fx.VmxExit.PREEMPTION_TIMER), 0, 0, 0, 0
-    if kind < 0.50:
-        return vcpu, on.wrmsr, 0x830, write, icr(rng), 0
-    if kind < 0.60:
-        return vcpu, on.interrupt, 0, 0, 0, 0
-    if kind < 0.65:
-        return vcpu, on.rdmsr, rng.choice((0x839, 0x838, 0x6E0)), 0, 0, 0
-    mode = rng.choice((0, 0, r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE, r.LVT_TIMER_DEADLINE, 0x60000))
-    msr, value = rng.choice(
-        (
-            (0x832, mode | rng.choice((0xEC, 0xEC, 0x41, r.LVT_MASKED | 0xEC))),
-            (0x838, rng.choice((0, 1, 500, 100_000, 0xFFFF_FFFF))),
-            (0x838, rng.choice((500, 100_000))),
-            (0x838, rng.choice((500, 100_000))),
-            (0x838, rng.choice((500, 100_000))),
-            (0x83E, rng.choice((0, 3, 0xB))),
-            (0x6E0, rng.choice((0, 1, now + 700, now + 200_000, now + (1 << 38), 1 << 62))),
-            (0x6E0, now + rng.choice((700, 200_000))),
-            (0x808, rng.choice((0, 0, 0xF0))),
-            (0x80B, 0),
-            (0x80F, rng.choice((0x1FF,) * 9 + (0xFF,))),
-        )
-    )
-    return vcpu, on.wrmsr, msr, write, value, 0
+def run_out(together: fx.Machine, single: fx.Machine, now: int) -> np.ndarray:
+    """Moves the clocks alone; the exits of those whose preemption timers have run out by then, perhaps long ago."""
+    together.mem[L.H_NOW] = single.mem[L.H_NOW] = now
+    exits, index = [], declare.load("hv_timer_exit")(together.handle, 0)
+    while index != L.NONE:
+        exits.append((index, int(fx.VmxExit.PREEMPTION_TIMER), 0, 0, 0, 0))
+        index = declare.load("hv_timer_exit")(together.handle, index + 1)
+    return np.array(exits, dtype=fx.EXIT)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +77,12 @@ def test_batch_with_timers(kernel: str, vendor: str, options: dict[str, Any]) ->
     for _ in range(3 if INTERPRETED else 30):
         exits = np.array([timer_exit(rng, on, together.time) for _ in range(12)], dtype=fx.EXIT)
         assert_same(together, single, exits)
+        between(rng, (together, single))
         assert together.next_timer() == single.next_timer()
         later = together.next_timer() or 0
         now = max(together.time, min(later, together.time + 2_000_000)) + rng.choice((0, 0, 1, 400_000))
+        if rng.random() < 0.5:
+            assert_same(together, single, run_out(together, single, now))
         happened = together.set_time(now)
         assert happened == single.set_time(now)
         for index, out in happened:
@@ -259,31 +94,13 @@ def test_batch_with_timers(kernel: str, vendor: str, options: dict[str, Any]) ->
     assert together.snapshot() == single.snapshot()
 
 
-COMPILED = [
-    pytest.param(vendor, row, id=f"{vendor}-{row.name}")
-    for vendor, table in (("vmx", VMX), ("svm", SVM))
-    for row in table.values()
-    if row.operation
-]
-
-
 def random_machines(rng: random.Random, kernel: str, vendor: str) -> tuple[fx.Machine, fx.Machine]:
     """Two equal machines, of any configuration that matters to an exit, and anywhere in what their vCPUs are doing."""
-    options = {
-        "apicv": rng.random() < 0.5,
-        "retpoline": rng.random() < 0.5,
-        "timer_advance_ns": rng.choice((0, 300)),
-        "disable_exits": rng.choice((0, r.EXITS_HLT)),
-        "irqchip": rng.choice(("full", "split")),
-    }
-    seed, fastpath = rng.randrange(1000), rng.random() < 0.8
+    apicv, seed = rng.random() < 0.5, rng.randrange(1000)
     before = storm(seed, vendor, 20)
-    pair = build(kernel, vendor, seed=seed, **options), build(kernel, vendor, seed=seed, **options)
+    pair = build(kernel, vendor, apicv, seed), build(kernel, vendor, apicv, seed)
     for m in pair:
         words = random.Random(seed)
-        m.fastpath = fastpath
-        for v in m.vcpus[:4]:
-            v.set_msr(r.MSR_KVM_PV_EOI_EN, words.choice((0, 0x1000 | r.PV_EOI_ENABLED)))
         m.run(before)
         for v in m.vcpus[:4]:
             v.set_msr(0x832, r.LVT_TIMER_DEADLINE | 0xEC)
@@ -293,21 +110,6 @@ def random_machines(rng: random.Random, kernel: str, vendor: str) -> tuple[fx.Ma
                 v.run()
                 m.mem[v.own + L.K_FORCE_EXIT] = 1
     return pair
-
-
-def record_of(rng: random.Random, vendor: str, row: Row, now: int) -> tuple[int, int, int, int, int, int]:
-    """An exit of a row, with anything that belongs to it."""
-    msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
-    value = rng.choice((icr(rng), 0, rng.randrange(256), now + 700, rng.getrandbits(64)))
-    info, gpa = rng.choice((0, 1)), 0
-    if row.operation is Op.MMIO:
-        offset = rng.choice((0x20, 0x80, 0xB0, 0x300, 0x310, 0x380, 0x302, 0xFFC))
-        gpa = rng.choice((*(PAGE + offset for _ in range(9)), *DEVICES))
-        info = rng.choice((1, 2, 4, 4)) | rng.choice((0, L.MMIO_WRITE))
-        value &= (1 << 8 * (info & 7)) - 1
-    elif row.operation is Op.IO:
-        info = rng.choice(Numbers(vendor).io_infos)
-    return rng.randrange(4), int(row.reason), msr, info, value, gpa
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())
@@ -335,12 +137,32 @@ def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, m
         assert together.snapshot() == single.snapshot()
 
 
+@pytest.mark.parametrize("lvtt", [0xEC, r.LVT_MASKED | 0xEC], ids=["ticks", "masked"])
+@pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_a_period_that_ran_out_behind_a_tick(kernel: str, apicv: bool, lvtt: int) -> None:
+    """A preemption timer that is late by periods takes the guest out once more before its first instruction."""
+    together, single = machines = [fx.Machine(vcpus=1, kernel=kernel, apicv=apicv) for _ in range(2)]
+    for m in machines:
+        m.boot_x2apic()
+        m.trace.enable()
+        (v,) = m.vcpus
+        for msr, value in ((0x83E, 0xB), (0x832, r.LVT_TIMER_PERIODIC | lvtt), (0x838, 300_000)):
+            v.wrmsr(msr, value)
+    for now, ran_out in ((1_000_000, 1), (1_100_000, 0), (5_000_000, 1)):
+        exits = run_out(together, single, now)
+        assert len(exits) == ran_out
+        assert_same(together, single, exits)
+        assert (together.next_timer() or 0) > now
+
+
 @pytest.mark.parametrize("vendor", VENDORS)
-def test_batch_of_another_configuration(vendor: str) -> None:
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_batch_of_another_configuration(kernel: str, vendor: str) -> None:
     """One owner, split irqchip, 32-bit ids, no hashing, no MMIO hole, no fast path: still the same."""
     options = {"threads": False, "irqchip": "split", "x2apic_api": 3, "vector_hashing": False, "cmci": True}
     options |= {"disable_quirks": r.QUIRK_LAPIC_MMIO_HOLE}
-    machines = [build("6.18", vendor, True, 3, **options) for _ in range(2)]
+    machines = [build(kernel, vendor, True, 3, **options) for _ in range(2)]
     for m in machines:
         m.fastpath = False
     assert_same(*machines, storm(3, vendor))

@@ -19,7 +19,7 @@ from fastexit import regs as r
 from fastexit.exits.compiled import CompiledDispatcher
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.table import Row
-from test_batch import COMPILED, VENDORS, Numbers, alone, build, icr, record_of, storm, timer_exit
+from storms import COMPILED, VENDORS, Numbers, alone, build, icr, record_of, storm, timer_exit
 
 PAGE = r.APIC_DEFAULT_PHYS_BASE
 
