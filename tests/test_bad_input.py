@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastexit as fx
+from fastexit import layout as L
 
 Act = Callable[[fx.Machine, fx.Vcpu], Any]
 
@@ -204,6 +205,42 @@ def test_bad_exit_in_a_batch(record: tuple[int, ...], text: str, handlers: str) 
     good = (0, 32, 0x830, 0, 0x1000000FC, 0)
     fails(ValueError, text, lambda: m.run(np.array([good, good, record, good], dtype=fx.EXIT)))
     assert m.snapshot() == before
+
+
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+def test_bad_page_access_alone_in_a_batch(vendor: str) -> None:
+    """No other record has to draw attention to it."""
+    m = lived_in(vendor=vendor)
+    page, before = int(m.dispatcher.vendor.mmio_reason), m.snapshot()
+    for record in ((0, page, 0x1000, 4, 0), (0, page, 0x80, 3, 0), (0, page, 0x80, fx.MMIO_WRITE, 0)):
+        for exits in ([record], [(1, page, 0x80, 4, 0), record]):
+            text = f"exit {len(exits) - 1} is outside the machine: xAPIC page offset {record[2]:#x}"
+            fails(ValueError, text, lambda exits=exits: m.run(np.array(exits, dtype=fx.EXIT)))
+            assert m.snapshot() == before
+
+
+@pytest.mark.parametrize("record", [(3, 32, 0x830, 0, 0x1000000FC), (3, 31, 0x802, 0, 0), (3, L.NOTIFICATION, 0, 0, 0)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_records_that_change_behind_the_check(
+    record: tuple[int, ...], traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The array may belong to another thread too: each vCPU index is looked at again where it is used."""
+    m, twin = lived_in(), lived_in()
+    if traced:
+        m.trace.enable()
+        twin.trace.enable()
+    good = (0, 32, 0x830, 0, 0x1000000FC)
+    exits = np.array([good, (0, int(fx.VmxExit.PAUSE_INSTRUCTION), 0, 0, 0), good, good, good], dtype=fx.EXIT)
+    twin.run(exits[:3])
+    by_python = m._run_in_python
+
+    def hand(*arguments: Any) -> None:
+        by_python(*arguments)
+        exits[3] = record
+
+    monkeypatch.setattr(m, "_run_in_python", hand)
+    fails(ValueError, "exit 3 is outside the machine: vCPU 3 of 3", lambda: m.run(exits))
+    assert m.snapshot() == twin.snapshot()
 
 
 def test_numbers_of_other_types_are_numbers() -> None:
