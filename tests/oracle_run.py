@@ -349,14 +349,14 @@ class RunLoop:
         v = self.v
         self.skip(INSN_LEN["hlt"])
         v.set_mp(r.MP_RUNNABLE if v.pv_unhalted or self._has_events() else r.MP_HALTED)
-        if self.m.generation >= self.m.at("6.12"):
+        if self.m.fastpath and self.m.generation >= self.m.at("6.12"):
             return self._finish_fast(Result("reenter" if v.mp_state == r.MP_RUNNABLE else "handled"))
         return self._finish(Result())
 
     def preemption_timer(self) -> Result:
         """VMX: the timer that the CPU counted for the guest ran out."""
         self.v.timer.hv_exit()
-        if self.m.generation >= self.m.at("5.8"):
+        if self.m.fastpath and self.m.generation >= self.m.at("5.8"):
             return self._finish_fast(Result("reenter"))
         return self._finish(Result())
 

@@ -50,7 +50,7 @@ GUEST_OPS = ("guest_wrmsr", "guest_rdmsr", "mmio_write", "mmio_read", "hlt", "ho
 
 @dataclass(frozen=True)
 class Config:
-    """What a machine is built from; the names are Machine's keywords."""
+    """What a machine is built from; the names are Machine's keywords, and ``fastpath``."""
 
     apic_ids: tuple[int, ...]
     kernel: str = "6.18"
@@ -70,9 +70,14 @@ class Config:
     tsc_khz: int = 1_000_000
     bus_cycle_ns: int = 1
     min_timer_period_us: int = 200
+    fastpath: bool = True
 
     def build(self, factory: Callable[..., Any]) -> Any:
-        return factory(**(asdict(self) | {"apic_ids": list(self.apic_ids)}))
+        options = asdict(self) | {"apic_ids": list(self.apic_ids)}
+        fastpath = options.pop("fastpath")
+        machine = factory(**options)
+        machine.fastpath = fastpath
+        return machine
 
 
 def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed: Any) -> Config:
@@ -87,6 +92,7 @@ def random_config(rng: random.Random, *, least: int = 2, most: int = 6, **fixed:
         "x2apic": rng.random() < 0.9,
         "tsc_deadline": rng.random() < 0.7,
         "disable_quirks": rng.choice((0, 0, 0, r.QUIRK_LINT0_REENABLED)),
+        "fastpath": rng.random() < 0.85,
     }
     if chance(rng, 0.1):
         drawn["boot_cpu_id"] = rng.choice((fixed | drawn)["apic_ids"])
@@ -103,6 +109,7 @@ configs: st.SearchStrategy[Config] = st.builds(
     x2apic_api=st.integers(0, 3),
     x2apic=st.booleans(),
     tsc_deadline=st.booleans(),
+    fastpath=st.booleans(),
 )
 """The same machines, for tests that want hypothesis to shrink them."""
 

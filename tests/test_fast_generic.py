@@ -121,7 +121,9 @@ def test_fast_is_generic(kernel: str, vendor: str, apicv: bool) -> None:
         nonlocal taken
         rng = random.Random(seed)
         hv_timer = vendor == "vmx" and rng.random() < 0.5
-        config = s.random_config(rng, kernel=kernel, vendor=vendor, apicv=apicv, x2apic=True, hv_timer=hv_timer)
+        config = s.random_config(
+            rng, kernel=kernel, vendor=vendor, apicv=apicv, x2apic=True, hv_timer=hv_timer, fastpath=True
+        )
         taken += compare(config, rng)
 
     run()

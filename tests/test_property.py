@@ -36,7 +36,7 @@ profile = settings(
 
 def play(config: s.Config, rng: random.Random, operations: int) -> None:
     """Drives a pair through a random life; a difference is reported with the shortest sequence that shows it."""
-    factory = partial(fx.Machine, threads=rng.random() < 0.5)
+    factory = partial(fx.Machine, threads=rng.random() < 0.5, retpoline=rng.random() < 0.5)
     pair = Pair(config, config.build(factory))
     late = [i for i in s.ID_POOL if i not in config.apic_ids]
     try:
@@ -53,7 +53,7 @@ def play(config: s.Config, rng: random.Random, operations: int) -> None:
 
 def live(config: s.Config, rng: random.Random, operations: int, names: Sequence[str], *, close: bool) -> None:
     """As play, with all that LIVELY_OPS has; pairs that are not close settle now and then."""
-    factory = partial(fx.Machine, threads=rng.random() < 0.5)
+    factory = partial(fx.Machine, threads=rng.random() < 0.5, retpoline=rng.random() < 0.5)
     pair = Pair(config, config.build(factory), close=close)
     try:
         for op in s.setup_ops(rng, pair.model):
