@@ -151,6 +151,18 @@ def test_a_late_host_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kvm
+def test_a_count_that_reads_0_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 is as far from the whole count as it looks: a timer of seconds has not begun again."""
+    truth = TimerTwins.same_count
+
+    def reads_0(self: TimerTwins, i: int, expected: int, got: int) -> None:
+        truth(self, i, 0 if expected > 1 << 31 else expected, got)
+
+    monkeypatch.setattr(TimerTwins, "same_count", reads_0)
+    assert not v.verify(60, seed=1, only="timers").agreed
+
+
+@kvm
 def test_so_late_is_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many differences that never show again are none of the clock's: the run does not agree."""
     truth = TimerTwins.same_count

@@ -259,8 +259,8 @@ class TimerTwins(Twins):
         # Rescaling keeps the counts that they were apart.
         self.finest[i] = min(self.finest[i], tick)
         apart = abs(expected - got)
-        if mem[own + L.K_PERIOD]:
-            # One of them may have begun the next period.
+        if 0 < mem[own + L.K_PERIOD] <= SHORT_NS:
+            # One of them may have begun the next period. A long one has not: its 0 is far from the whole count.
             apart = min(apart, abs(mem[own + L.K_PERIOD] // tick - apart))
         between = self.since(self.ticks(self.model.time))
         if apart > (LATE_NS + self.apart + between) // self.finest[i]:
