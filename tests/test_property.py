@@ -122,7 +122,7 @@ def test_targets(apicv: bool, vendor: str, seed: int) -> None:
 def test_targets_are_of_every_kind() -> None:
     """The lives of test_targets are not spent on nothing: each effect comes, alone and in company."""
     seen: set[tuple[str, bool]] = set()
-    for seed in range(9 if s.JIT else 6):
+    for seed in range(9 if s.JIT else 18):
         rng = random.Random(seed)
         fixed = ({"vendor": "vmx", "apicv": True}, {"vendor": "vmx", "apicv": False}, {"vendor": "svm", "apicv": True})
         config = lively_config(rng, hv_timer=False, kernel="6.18", least=3, most=6, **fixed[seed % 3])

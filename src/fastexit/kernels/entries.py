@@ -163,7 +163,8 @@ for _more, _named in _ON_ONE_VCPU.items():
 def _reenter(m, v, code):
     code = fastpath.reenter(m, v, code)
     if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        if m[k.H_CONFIG] & k.CONFIG_TRACE or m[shared.own(m, v) + k.K_EXPIRED_DEADLINE]:
+        host = shared.own(m, v)
+        if m[k.H_CONFIG] & k.CONFIG_TRACE or m[host + k.K_EXPIRED_DEADLINE] or m[host + k.K_FORCE_EXIT]:
             steps.trace_reentry(m, v)
     return code
 
