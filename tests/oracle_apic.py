@@ -805,7 +805,7 @@ class Vcpu(Doors):
         if not inside_nmi:
             self.nmi_masked = False
         self.smm = False
-        self.request("EVENT")
+        self.requests.add("EVENT")  # its own thread's: nobody is kicked for it
 
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
