@@ -10,6 +10,7 @@ import pytest
 
 import fastexit as fx
 from fastexit import layout as L
+from fastexit.profile import NEWEST
 
 Act = Callable[[fx.Machine, fx.Vcpu], Any]
 
@@ -127,8 +128,8 @@ MACHINES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "id float": (TypeError, "APIC id is float", {"apic_ids": [0, 1.0]}),
     "ids a number": (TypeError, "apic_ids", {"apic_ids": 5}),
     "kernel": (ValueError, "unknown kernel '4.4': one of seed-v3, ", {"vcpus": 1, "kernel": "4.4"}),
-    "kernel a number": (TypeError, "kernel is float, not a string such as '6.18'", {"vcpus": 1, "kernel": 6.18}),
-    "kernel a list": (TypeError, "kernel is list, not a string such as '6.18'", {"vcpus": 1, "kernel": []}),
+    "kernel a number": (TypeError, f"kernel is float, not a string such as '{NEWEST}'", {"vcpus": 1, "kernel": 6.18}),
+    "kernel a list": (TypeError, f"kernel is list, not a string such as '{NEWEST}'", {"vcpus": 1, "kernel": []}),
     "vendor": (ValueError, "unknown vendor 'arm': one of vmx, svm", {"vcpus": 1, "vendor": "arm"}),
     "vendor a list": (ValueError, "unknown vendor ['vmx']: one of vmx, svm", {"vcpus": 1, "vendor": ["vmx"]}),
     "irqchip": (ValueError, "unknown irqchip 'none': one of full, split", {"vcpus": 1, "irqchip": "none"}),
