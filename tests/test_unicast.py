@@ -20,7 +20,7 @@ from fastexit.kernels import unicast
 from fastexit.outcome import SHORT_CODES
 from fastexit.profile import since
 
-EXITS = 2_000 if declare.JIT else 120
+EXITS = 2_000 if declare.JIT and not declare.BOUNDSCHECK else 120
 AT_ONCE = 15
 VCPUS = 12
 TICK = 0x60
