@@ -37,7 +37,7 @@ def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
     """A storm of all kinds of exits over unlike vCPUs: the same outcomes, trace lines and bytes either way."""
-    for seed in (1, 2, 3):
+    for seed in (1,) if INTERPRETED else (1, 2, 3):
         exits = storm(seed, vendor)
         machines = [build(kernel, vendor, apicv, seed) for _ in range(2)]
         rng = random.Random(seed)

@@ -19,7 +19,7 @@ from fastexit.jit import declare
 from fastexit.outcome import CODE_BLOCKED, CODE_USER
 from storms import VENDORS, Numbers, between, build, icr, one, timer_exit
 
-CALLS = 80 if INTERPRETED else 400
+CALLS = 40 if INTERPRETED else 300
 
 
 def same_ipi(rng: random.Random, ours: fx.Vcpu, door: fx.Vcpu) -> bool:
