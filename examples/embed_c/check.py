@@ -33,7 +33,7 @@ def main(path: str) -> int:
     size = int.from_bytes(data[at : at + 8], "little")
     snapshot, pages = data[at + 8 : at + 8 + size], data[at + 8 + size :]
 
-    m = fx.Machine(vcpus=2)
+    m = fx.Machine(vcpus=2, kernel=fx.Machine.restore(snapshot).kernel)  # the C door's default
     m.boot_x2apic()
     for v in m.vcpus:
         v.wrmsr(0x808, 0)
