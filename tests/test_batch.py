@@ -16,7 +16,8 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.exits.table import Row
 from fastexit.jit import declare
-from storms import COMPILED, EXITS, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
+from fastexit.kernels.loop import SVM_ROWS, VMX_ROWS
+from storms import COMPILED, EXITS, PV_EOI, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
 
 
 def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> None:
@@ -154,6 +155,34 @@ def test_a_period_that_ran_out_behind_a_tick(kernel: str, apicv: bool, lvtt: int
         assert len(exits) == ran_out
         assert_same(together, single, exits)
         assert (together.next_timer() or 0) > now
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_a_guest_ends_its_interrupt_by_pv_eoi(kernel: str, vendor: str) -> None:
+    """The next exit, by whichever door, takes the interrupt out of service; any later one finds nothing to take."""
+    machines = [fx.Machine(vcpus=1, kernel=kernel, vendor=vendor, apicv=False) for _ in range(2)]
+    for m in machines:
+        m.boot_x2apic()
+        (v,) = m.vcpus
+        v.rflags |= r.RFLAGS_IF
+        assert v.set_msr(r.MSR_KVM_PV_EOI_EN, PV_EOI)
+        assert m.signal_msi(0xFEE0_0000, 0x41) == 1
+        assert v.run()
+        assert (v.injected, v.pv_eoi) == (0x41, True)
+        v.pv_eoi = False
+    read = Numbers(vendor).rdmsr, 0x812, 0, 0, 0  # ISR, of vectors 0x40 to 0x5F
+    assert_same(*machines, np.array([(0, *read)] * 2, dtype=fx.EXIT))
+    assert machines[0].vcpus[0].read_data == 0
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_reasons_behind_the_last_of_the_table(vendor: str) -> None:
+    """No row is looked for where there is none."""
+    behind = len(SVM_ROWS if vendor == "svm" else VMX_ROWS)
+    machines = [build("6.18", vendor, True, 9) for _ in range(2)]
+    reasons = (behind, behind + 1, 0xFFF0, 0x7FFF_FFFF)
+    assert_same(*machines, np.array([(0, reason, 0, 0, 0, 0) for reason in reasons], dtype=fx.EXIT))
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
