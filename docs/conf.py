@@ -6,7 +6,7 @@ import fastexit
 
 project = "fastexit"
 author = "the fastexit authors"
-copyright = "2019-2026, the fastexit authors"
+copyright = "2026, the fastexit authors"
 release = version = fastexit.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
