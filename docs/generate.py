@@ -16,9 +16,10 @@ import verified
 
 import fastexit as fx
 from fastexit.insight.walk import MODELLED, walk
-from fastexit.profile import PROFILES, Trait
+from fastexit.profile import PROFILES
 from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
+from fastexit.traits import Trait
 
 ROOT = Path(__file__).resolve().parents[1]
 

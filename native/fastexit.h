@@ -83,7 +83,12 @@ enum {
     FX_KERNEL_5_8 = 4,
     FX_KERNEL_6_1 = 5,
     FX_KERNEL_6_12 = 6,
-    FX_KERNEL_6_18 = 7
+    FX_KERNEL_6_18 = 7,
+    FX_KERNEL_5_10 = 8,
+    FX_KERNEL_5_15 = 9,
+    FX_KERNEL_6_6 = 10,
+    FX_KERNEL_6_8 = 11,
+    FX_KERNEL_7_3 = 12
 };
 
 /* fx_config.flags */

@@ -12,7 +12,8 @@ import pytest
 import fastexit as fx
 from fastexit.insight import compare as c
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER
-from fastexit.profile import PROFILES, Trait, since
+from fastexit.profile import PROFILES, since
+from fastexit.traits import Trait
 
 N = 20
 

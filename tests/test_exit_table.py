@@ -17,7 +17,8 @@ from fastexit.exits.handlers import CommonHandlers
 from fastexit.exits.svm import Svm
 from fastexit.exits.table import OLDEST, SVM, VMX, Op, Row, Table, packed, packed_rows
 from fastexit.exits.vmx import Vmx
-from fastexit.profile import PROFILES, Trait
+from fastexit.profile import PROFILES
+from fastexit.traits import Trait
 
 TABLES = {"vmx": VMX, "svm": SVM}
 EXCEPTIONS = range(0x40, 0x60)

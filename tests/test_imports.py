@@ -17,7 +17,7 @@ PACKAGE = Path(fastexit.__file__).parent
 ORACLE = sorted(Path(__file__).parent.glob("oracle*.py"))
 
 LAYERS = (
-    {"reasons", "regs"},
+    {"reasons", "regs", "traits"},
     {"layout", "outcome", "profile", "exits.table"},
     {"jit"},
     {"kernels"},

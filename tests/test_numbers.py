@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import fastexit as fx
 from fastexit import layout, outcome, profile, reasons, regs
 from fastexit import layout as L
-from fastexit.profile import NEWEST, PROFILES, Trait, as_of, numbered, since
+from fastexit.profile import NEWEST, PROFILES, as_of, numbered, since
+from fastexit.traits import RULES, Trait
 from generations import ON_TRIAL
 
 HERE = Path(__file__).parent
@@ -37,21 +39,26 @@ def test_a_number_is_one_generations() -> None:
         numbered(1 << 16)
 
 
-def test_traits_are_single_bits_of_a_word() -> None:
-    """Kernels test them in one word of the header."""
+def test_traits_are_single_bits_of_two_words() -> None:
+    """Kernels test them in two words of the header."""
     for trait in Trait:
         assert trait.value.bit_count() == 1, f"Trait.{trait.name} is {trait.value:#x}, not one bit"
-        bit = trait.value.bit_length() - 1
-        assert bit < 64, (
-            f"Trait.{trait.name} is bit {bit}, and H_TRAITS ends with bit 63: the header needs a second word of traits "
-            "(layout.py, Config.header, snapshot.unpack), and kernels/typed.py names for its bits"
-        )
+        assert trait.value.bit_length() <= 128, f"Trait.{trait.name}: H_RULES ends with bit 127"
+
+
+@pytest.mark.parametrize("module", sorted((Path(fx.__file__).parent / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_a_bit_is_tested_in_its_word(module: Path) -> None:
+    """k.T_... are bits of H_TRAITS and k.R_... bits of H_RULES; one that is tested in the other word is another's."""
+    for number, line in enumerate(module.read_text().splitlines(), 1):
+        assert not re.search(r"H_TRAITS\]\s*&[^|)]*\bk\.R_", line), f"line {number}: {line}"
+        assert not re.search(r"H_RULES\]\s*&[^|)]*\bk\.T_", line), f"line {number}: {line}"
 
 
 def test_a_machine_has_its_generations_number() -> None:
     for name, known in PROFILES.items():
         m = fx.Machine(vcpus=1, kernel=name)
-        assert (m.kernel, m.mem[L.H_PROFILE], m.mem[L.H_TRAITS]) == (name, known.number, known.traits)
+        traits = int(m.mem[L.H_TRAITS]) | int(m.mem[L.H_RULES]) << RULES
+        assert (m.kernel, m.mem[L.H_PROFILE], traits) == (name, known.number, known.traits)
 
 
 @pytest.mark.parametrize("module", [layout, outcome, profile, reasons, regs], ids=lambda module: module.__name__)

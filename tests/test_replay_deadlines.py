@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastexit.profile import PROFILES, Trait
+from fastexit.profile import PROFILES
 from fastexit.trace import BUNDLED
 from fastexit.trace.render import render
 from fastexit.trace.replay import replay
 from fastexit.trace.report import Report
+from fastexit.traits import Trait
 
 ALWAYS = [p.name for p in PROFILES.values() if p.traits & Trait.TSCDL_ALWAYS]
 WITH_TIMER = [p.name for p in PROFILES.values() if p.traits & Trait.TSCDL_HV_TIMER]

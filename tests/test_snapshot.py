@@ -14,8 +14,9 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.profile import Trait, profile
+from fastexit.profile import profile
 from fastexit.snapshot import _rows
+from fastexit.traits import Trait
 
 HEAD = struct.Struct("<8sIIII")
 

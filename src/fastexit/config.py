@@ -10,9 +10,10 @@ from typing import Any
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import integer, one_of
+from fastexit.checks import U64, integer, one_of
 from fastexit.profile import profile
 from fastexit.settings import SETTINGS, Settings
+from fastexit.traits import RULES
 
 _MAX_CLOCK = (1 << 63) - 1
 
@@ -42,7 +43,8 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_ABI: L.ABI_VERSION,
         L.H_WORDS: L.WORDS,
         L.H_CONFIG: bits,
-        L.H_TRAITS: int(generation.traits),
+        L.H_TRAITS: generation.traits & U64,
+        L.H_RULES: generation.traits >> RULES,
         L.H_API: chosen["x2apic_api"],
         L.H_MAP: L.MAP0,
         L.H_PROFILE: generation.number,

@@ -11,112 +11,85 @@ come before it later.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntFlag, unique
 from typing import NamedTuple, TypeVar
+
+from fastexit.traits import Trait
 
 _Entry = TypeVar("_Entry")
 
 
-@unique
-class Trait(IntFlag):
-    """A behaviour that differs between generations.
-
-    Traits are grouped by subject, and each has a fixed bit: a new one stands in its group and takes the lowest bit that
-    no other has. The machine's header keeps them in one word, which has room for 64.
-    """
-
-    # -- where the fast handler runs
-    HOOK_IRQOFF = 1 << 0
-    """handle_exit_irqoff, with mode OUTSIDE_GUEST_MODE already; otherwise the vendor's run function, IN_GUEST_MODE."""
-    SKIP_LATE = 1 << 1
-    """The instruction is skipped in handle_exit (SKIP_EMUL_INS), not by the fast handler."""
-    SKIP_AFTER_TRACE = 1 << 2
-    """The handler traces kvm_msr first and skips then; otherwise it skips first."""
-    SKIP_HONOURED = 1 << 3
-    """A skip that asks for user space (KVM_EXIT_DEBUG) is honoured; before, it was lost."""
-    ICR_REENTERS = 1 << 4
-    """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
-    GUARD_L2 = 1 << 5
-    """The handler declines while the vCPU runs L2."""
-    SRCU_IN_FASTPATH = 1 << 6
-    """SRCU is taken around the fast WRMSR handler."""
-    SVM_EXIT_32 = 1 << 7
-    """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
-    SVM_NEXT_RIP = 1 << 8
-    """SVM needs NRIPS and a next RIP: without SRCU nothing may be decoded."""
-
-    # -- what is fast
-    ICR_ANY_RESOLVED = 1 << 9
-    """Whatever the map-based resolver can finish, traced behind the delivery; otherwise physical and Fixed only."""
-    ICR_NO_SHORTHAND = 1 << 10
-    ICR_NO_BROADCAST = 1 << 11
-    ICR_NO_RESERVED = 1 << 12
-    TSCDL_HV_TIMER = 1 << 13
-    """TSC_DEADLINE is fast when the VMX preemption timer can be used."""
-    TSCDL_ALWAYS = 1 << 14
-    PREEMPTION_TIMER_FAST = 1 << 15
-    """The VMX preemption timer's exit is handled in the vendor's run function."""
-    FORCED_EXIT_HANDLED = 1 << 16
-    """An exit that KVM forced by the preemption timer is EXIT_HANDLED there; before, its generic handler ate it."""
-    HLT_FAST = 1 << 17
-    INVD_FAST = 1 << 18
-    MSR_IMM = 1 << 19
-    """WRMSR and RDMSR with an immediate are known; the write is fast."""
-
-    # -- what a register write does
-    ICR_RESERVED_GP = 1 << 20
-    """Reserved ICR bits fault in x2APIC mode."""
-    MSR_UPPER_GP = 1 << 21
-    """Bits 63:32 of an x2APIC register other than the ICR fault, and SELF_IPI checks bits 31:8."""
-    SELF_IPI_WRITES_ICR = 1 << 22
-    ICR_SPLIT = 1 << 23
-    """x2APIC ICR stored as 0x300/0x310 on every vendor."""
-    ICR_SPLIT_SVM = 1 << 24
-    """x2APIC ICR stored as 0x300/0x310 on SVM only; else 64 bits at 0x300."""
-    LOWEST_REWRITE_FIRST = 1 << 25
-    """Lowest priority to physical 0xFF becomes Fixed before the resolver, not after it."""
-
-    TIMER_NO_CATCH_UP = 1 << 26
-    """A periodic timer that is late by more than a period goes on from now."""
-
-    # -- posted interrupts
-    PI_KICK = 1 << 27
-    """A target that is not in guest mode is kicked; later kernels only wake it."""
-    PI_EMPTY_LOSES_RVI = 1 << 28
-    """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
-
-    # -- APICv inhibits
-    INHIBITS = 1 << 29
-    """APICv can be inhibited for a whole machine, by user space's reasons and by SVM's interrupt windows."""
-    INHIBIT_ID_BASE = 1 << 30
-    """A modified xAPIC id or a moved APIC page inhibits APICv; every change of an inhibit is traced, not only the ones
-    that switch APICv."""
-    INHIBIT_MAP = 1 << 31
-    """The APIC map inhibits APICv, for as long as it is dropped or useless; a change of the APIC's mode requests an
-    update instead of making it at once."""
-
-    # -- order of tracepoints
-    TRACE_ICR2_FIRST = 1 << 32
-    """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
-    TRACE_WRITE_FIRST = 1 << 33
-    """Fast path traces the raw ICR write before the IPI."""
-    TRACE_EXIT_LATE_VMX = 1 << 34
-    """kvm_exit comes from handle_exit, after the fast handler."""
-    TRACE_EXIT_LATE_SVM = 1 << 35
-    TRACE_REENTRY = 1 << 36
-    """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
-    TRACE_DOORBELL = 1 << 37
-    """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
-
-    MMIO_NOT_VECTORING = 1 << 38
-    """An access to a device during the delivery of an event is an error on both vendors, whichever exit it takes."""
-
-
 _T = Trait
 
+# What many rows have, by when it came or went.
 _OLD_REGISTERS = _T.SELF_IPI_WRITES_ICR | _T.ICR_SPLIT | _T.TRACE_ICR2_FIRST | _T.PI_KICK
 _IRQOFF = _T.HOOK_IRQOFF | _T.SKIP_LATE | _T.TRACE_EXIT_LATE_VMX | _T.TRACE_EXIT_LATE_SVM
 _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
+_UNTIL_5_8 = _T.HV_ONE_SHOT_NEVER_WAITS | _T.POSTS_TIMER_ANYWAY | _T.DEADLINE_READ_DISABLED
+_UNTIL_5_10 = _T.NV_BEFORE_BLOCKING
+_UNTIL_5_15 = _T.WAIT_TRACED_LATE | _T.AVIC_OLD
+_UNTIL_6_1 = (
+    _T.MAP_BY_VOTES
+    | _T.ID_KEPT_ON_LEAVING
+    | _T.SMI_ALWAYS
+    | _T.X2APIC_READS_UNCHECKED
+    | _T.SET_LAPIC_STORES_BASE
+    | _T.ID_FROM_PAGE
+)
+_FROM_5_8 = _T.TMCCT_RESTORED | _T.TICK_POSTED_AT_ONCE
+_FROM_5_10 = _FROM_5_8 | _T.TDCR_MASKED | _T.SMI_FOLDED | _T.LVTPC_MASKED
+_FROM_5_15 = (
+    _FROM_5_10
+    | _T.HV_TIMER_CANCELLED
+    | _T.INHIBIT_REQUESTS_EVENT
+    | _T.APICV_AT_ENTRY
+    | _T.REENTRY_COUNTED
+    | _T.MSR_UPPER_GP
+    | _T.TRACE_REENTRY
+)
+_FROM_6_1 = (
+    _FROM_5_15
+    | _T.ONE_SHOT_RESTORES_EXPIRED
+    | _T.INHIBITS
+    | _T.INHIBIT_ID_BASE
+    | _T.TRACE_DOORBELL
+    | _T.GUARD_L2
+    | _T.PREEMPTION_TIMER_FAST
+)
+_FROM_6_6 = _FROM_6_1 | _T.NMI_COUNTED | _T.INHIBIT_MAP
+_FROM_6_18 = (
+    _FROM_6_6
+    | _T.SVM_NEXT_RIP
+    | _T.ICR_ANY_RESOLVED
+    | _T.ICR_NO_RESERVED
+    | _T.ICR_REENTERS
+    | _T.SKIP_HONOURED
+    | _T.SKIP_AFTER_TRACE
+    | _T.TSCDL_ALWAYS
+    | _T.FORCED_EXIT_HANDLED
+    | _T.HLT_FAST
+    | _T.INVD_FAST
+    | _T.MSR_IMM
+    | _T.TIMER_NO_CATCH_UP
+    | _T.ICR_RESERVED_GP
+    | _T.ICR_SPLIT_SVM
+    | _T.MMIO_NOT_VECTORING
+    | _T.LVTPC_KEPT_ON_AMD
+    | _T.NMI_MASK_OVER_INIT
+    | _T.MP_STATE_CHECKED_IN_RUN
+    | _T.SN_ON_EVERY_PUT
+)
+
+
+class Stable(NamedTuple):
+    """A change between two stable releases of one series: what ``release`` brought, and what went with it.
+
+    The traits of the row are those of its ``tree``. A machine that names an earlier release than ``release`` has
+    ``removed`` instead of ``added``.
+    """
+
+    release: str
+    added: Trait = Trait(0)
+    removed: Trait = Trait(0)
 
 
 class Profile(NamedTuple):
@@ -124,7 +97,8 @@ class Profile(NamedTuple):
 
     ``name`` is what Machine(kernel=...) takes, ``number`` what a machine's header and a snapshot have for it (the C
     door's FX_KERNEL_* is one more, for 0 is its default), ``tree`` the source tree whose behaviour it follows,
-    ``traits`` its behaviour and ``summary`` what its fast path takes, in words.
+    ``traits`` its behaviour, ``summary`` what its fast path takes, in words, and ``stable`` what changed
+    within its series, for machines that name a release.
 
     A number is given once and for all. A new generation takes the lowest that was never in use, wherever its row
     stands, and the number of one that is taken out is not used again.
@@ -135,6 +109,7 @@ class Profile(NamedTuple):
     tree: str
     traits: Trait
     summary: str
+    stable: tuple[Stable, ...] = ()
 
 
 PROFILES: dict[str, Profile] = {
@@ -143,22 +118,57 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "seed-v3",
             0,
-            "patch v3, 20 Nov 2019, on 5.4",
-            _OLD_REGISTERS | _IRQOFF | _T.SVM_EXIT_32 | _T.TRACE_WRITE_FIRST | _T.LOWEST_REWRITE_FIRST,
+            "patch v3, 20 Nov 2019, on 5.4.286",
+            _OLD_REGISTERS
+            | _IRQOFF
+            | _T.SVM_EXIT_32
+            | _T.TRACE_WRITE_FIRST
+            | _T.LOWEST_REWRITE_FIRST
+            | _T.LVTPC_MASKED
+            | _T.LATCHED_INIT_WITH_SMM
+            | _T.MODE_KEEPS_HV_TIMER
+            | _UNTIL_5_8
+            | _UNTIL_5_10
+            | _UNTIL_5_15
+            | _UNTIL_6_1,
             "Fixed + physical, any shorthand, broadcast too; no L2 guard; wrong exit code on SVM",
         ),
         Profile(
             "5.6",
             1,
             "5.6.4",
-            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _T.ICR_NO_SHORTHAND | _T.TRACE_WRITE_FIRST | _T.INHIBITS,
+            _OLD_REGISTERS
+            | _IRQOFF
+            | _T.GUARD_L2
+            | _T.ICR_NO_SHORTHAND
+            | _T.TRACE_WRITE_FIRST
+            | _T.INHIBITS
+            | _T.CR8_KEEPS_TPR_BIT_2
+            | _T.DEADLINE_WRITTEN_DISABLED
+            | _T.READ_ACROSS_TRACED
+            | _UNTIL_5_8
+            | _UNTIL_5_10
+            | _UNTIL_5_15
+            | _UNTIL_6_1,
             "Fixed + physical, no shorthand; broadcast too",
         ),
         Profile(
             "5.7",
             2,
             "5.7.6",
-            _OLD_REGISTERS | _IRQOFF | _T.GUARD_L2 | _UNICAST | _T.INHIBITS,
+            _OLD_REGISTERS
+            | _IRQOFF
+            | _T.GUARD_L2
+            | _UNICAST
+            | _T.INHIBITS
+            | _T.CR8_KEEPS_TPR_BIT_2
+            | _T.DEADLINE_WRITTEN_DISABLED
+            | _T.READ_ACROSS_TRACED
+            | _T.MAP_DIRTY_BY_SVR
+            | _UNTIL_5_8
+            | _UNTIL_5_10
+            | _UNTIL_5_15
+            | _UNTIL_6_1,
             "Fixed + physical unicast",
         ),
         Profile(
@@ -171,79 +181,139 @@ PROFILES: dict[str, Profile] = {
             | _T.TSCDL_HV_TIMER
             | _T.PREEMPTION_TIMER_FAST
             | _T.INHIBITS
-            | _T.TRACE_EXIT_LATE_SVM,
+            | _T.TRACE_EXIT_LATE_SVM
+            | _T.CR8_KEEPS_TPR_BIT_2
+            | _T.READ_ACROSS_TRACED
+            | _T.RESTORE_CLEARS_PIR_LAST
+            | _UNTIL_5_8
+            | _UNTIL_5_10
+            | _UNTIL_5_15
+            | _UNTIL_6_1
+            | _FROM_5_8,
             "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
         ),
         Profile(
-            "6.1",
-            4,
-            "6.1.20",
-            _T.GUARD_L2
-            | _T.TRACE_REENTRY
+            "5.10",
+            7,
+            "5.10.262",
+            _T.ICR_SPLIT
+            | _T.TRACE_ICR2_FIRST
+            | _T.PI_KICK
+            | _T.GUARD_L2
             | _UNICAST
             | _T.TSCDL_HV_TIMER
             | _T.PREEMPTION_TIMER_FAST
             | _T.SVM_NEXT_RIP
-            | _T.MSR_UPPER_GP
             | _T.INHIBITS
-            | _T.INHIBIT_ID_BASE
-            | _T.TRACE_DOORBELL
-            | _T.TRACE_EXIT_LATE_SVM,
+            | _T.TRACE_EXIT_LATE_SVM
+            | _T.RESTORE_CLEARS_PIR_LAST
+            | _T.PI_NOTIFIES_SELF
+            | _UNTIL_5_10
+            | _UNTIL_5_15
+            | _UNTIL_6_1
+            | _FROM_5_10,
             "as 5.8; SVM only with a next RIP",
+        ),
+        Profile(
+            "5.15",
+            8,
+            "5.15.148",
+            _T.ICR_SPLIT
+            | _T.TRACE_ICR2_FIRST
+            | _T.PI_KICK
+            | _T.GUARD_L2
+            | _UNICAST
+            | _T.TSCDL_HV_TIMER
+            | _T.PREEMPTION_TIMER_FAST
+            | _T.SVM_NEXT_RIP
+            | _T.INHIBITS
+            | _T.TRACE_EXIT_LATE_SVM
+            | _T.RESTORE_CLEARS_PIR_LAST
+            | _T.PI_NOTIFIES_SELF
+            | _UNTIL_5_15
+            | _UNTIL_6_1
+            | _FROM_5_15,
+            "as 5.10",
+        ),
+        Profile(
+            "6.1",
+            4,
+            "6.1.192",
+            _UNICAST
+            | _T.ICR_NO_RESERVED
+            | _T.ICR_RESERVED_GP
+            | _T.ICR_SPLIT_SVM
+            | _T.TSCDL_HV_TIMER
+            | _T.SVM_NEXT_RIP
+            | _T.FORCED_EXIT_HANDLED
+            | _T.TIMER_NO_CATCH_UP
+            | _T.TRACE_EXIT_LATE_SVM
+            | _T.LVTPC_KEPT_ON_AMD
+            | _T.AVIC_MANY_SCANNED
+            | _UNTIL_6_1
+            | _FROM_6_1,
+            "Fixed + physical unicast with reserved bits clear; TSC_DEADLINE with the preemption timer",
+        ),
+        Profile(
+            "6.6",
+            9,
+            "6.6.87",
+            _UNICAST
+            | _T.SRCU_IN_FASTPATH
+            | _T.ICR_NO_RESERVED
+            | _T.ICR_RESERVED_GP
+            | _T.ICR_SPLIT_SVM
+            | _T.TSCDL_HV_TIMER
+            | _T.LVTPC_KEPT_ON_AMD
+            | _T.AVIC_ID_REFUSED
+            | _FROM_6_6,
+            "as 6.1; SRCU taken around it",
+        ),
+        Profile(
+            "6.8",
+            10,
+            "6.8.0",
+            _UNICAST | _T.SRCU_IN_FASTPATH | _T.TSCDL_HV_TIMER | _T.ID_FROM_PAGE | _T.AVIC_ID_REFUSED | _FROM_6_6,
+            "as 6.6, reserved bits or not",
         ),
         Profile(
             "6.12",
             5,
-            "6.12.0",
-            _T.GUARD_L2
+            "6.12.118",
+            _UNICAST
             | _T.SRCU_IN_FASTPATH
-            | _T.TRACE_REENTRY
-            | _UNICAST
             | _T.ICR_NO_RESERVED
+            | _T.ICR_RESERVED_GP
+            | _T.ICR_SPLIT_SVM
             | _T.ICR_REENTERS
             | _T.SKIP_HONOURED
             | _T.TSCDL_HV_TIMER
-            | _T.PREEMPTION_TIMER_FAST
+            | _T.SVM_NEXT_RIP
             | _T.FORCED_EXIT_HANDLED
+            | _T.TIMER_NO_CATCH_UP
             | _T.HLT_FAST
-            | _T.ICR_RESERVED_GP
-            | _T.MSR_UPPER_GP
-            | _T.ICR_SPLIT_SVM
-            | _T.INHIBITS
-            | _T.INHIBIT_ID_BASE
-            | _T.INHIBIT_MAP
-            | _T.TRACE_DOORBELL,
+            | _T.LVTPC_KEPT_ON_AMD
+            | _T.NMI_MASK_OVER_INIT
+            | _T.CR8_WITH_PPR
+            | _T.TICK_ONLY_IN_RUN
+            | _T.AVIC_ID_REFUSED
+            | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
         ),
         Profile(
             "6.18",
             6,
-            "6.18.26",
-            _T.GUARD_L2
-            | _T.TRACE_REENTRY
-            | _T.SVM_NEXT_RIP
-            | _T.ICR_ANY_RESOLVED
-            | _T.ICR_NO_RESERVED
-            | _T.ICR_REENTERS
-            | _T.SKIP_HONOURED
-            | _T.SKIP_AFTER_TRACE
-            | _T.TSCDL_ALWAYS
-            | _T.PREEMPTION_TIMER_FAST
-            | _T.FORCED_EXIT_HANDLED
-            | _T.HLT_FAST
-            | _T.INVD_FAST
-            | _T.MSR_IMM
-            | _T.TIMER_NO_CATCH_UP
-            | _T.ICR_RESERVED_GP
-            | _T.MSR_UPPER_GP
-            | _T.ICR_SPLIT_SVM
-            | _T.PI_EMPTY_LOSES_RVI
-            | _T.INHIBITS
-            | _T.INHIBIT_ID_BASE
-            | _T.INHIBIT_MAP
-            | _T.TRACE_DOORBELL
-            | _T.MMIO_NOT_VECTORING,
+            "6.18.35",
+            _FROM_6_18,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
+            stable=(Stable("6.18.35", removed=_T.PI_EMPTY_LOSES_RVI),),
+        ),
+        Profile(
+            "7.3",
+            11,
+            "7.3.4",
+            _FROM_6_18 | _T.TICK_ONLY_IN_RUN | _T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
+            "as 6.18",
         ),
     )
 }

@@ -19,8 +19,10 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.checks import U64
 from fastexit.config import latest_clock
-from fastexit.profile import Profile, Trait, numbered
+from fastexit.profile import Profile, numbered
+from fastexit.traits import RULES, Trait
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
@@ -81,7 +83,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
-    words[L.H_TRAITS] = generation.traits
+    words[L.H_TRAITS], words[L.H_RULES] = generation.traits & U64, generation.traits >> RULES
     _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0

@@ -19,7 +19,7 @@ from fastexit.profile import PROFILES
 
 def profile_table() -> Table:
     """The kernel generations: tree, what is fast, where."""
-    from fastexit.profile import Trait
+    from fastexit.traits import Trait
 
     table = Table(title="Kernel generations", box=box.SIMPLE_HEAVY)
     for column in ("kernel", "tree", "handler runs in", "then", "fast WRMSRs"):

@@ -21,7 +21,7 @@ from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, point
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.exits.exit import Exit
 from fastexit.outcome import CODE_EFFECTS, OUTCOMES, TARGETS_COUNT_SHIFT, Effect, Fastpath, Outcome, Path, Refusal
-from fastexit.profile import Trait
+from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine

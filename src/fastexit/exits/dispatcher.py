@@ -37,8 +37,9 @@ from fastexit.outcome import (
     Outcome,
     Refusal,
 )
-from fastexit.profile import Profile, Trait
+from fastexit.profile import Profile
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
+from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from collections.abc import Callable

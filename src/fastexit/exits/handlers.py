@@ -10,8 +10,9 @@ from fastexit import regs as R
 from fastexit.exits.bus import NOT_MINE, Bus
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_REFUSAL_SHIFT, CODE_USER_SHIFT, Refusal
-from fastexit.profile import Profile, Trait
+from fastexit.profile import Profile
 from fastexit.reasons import KvmExit, VmxExit
+from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,8 +18,9 @@ from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, us
 from fastexit.exits.table import SVM
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_EXIT, CODE_EXIT_REASON_SHIFT, CODE_REFUSAL_SHIFT, Refusal
-from fastexit.profile import Profile, Trait
+from fastexit.profile import Profile
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
+from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher

@@ -17,8 +17,9 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from fastexit import regs as R
-from fastexit.profile import OLDEST, Trait
+from fastexit.profile import OLDEST
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
+from fastexit.traits import Trait
 
 
 class Op(IntEnum):

@@ -18,8 +18,9 @@ from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, us
 from fastexit.exits.table import VMX
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_EXIT_REASON_SHIFT
-from fastexit.profile import Profile, Trait
+from fastexit.profile import Profile
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
+from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher

@@ -1,4 +1,4 @@
-"""Every number of regs, reasons, layout, outcome, profile and exits/table.py as uint64, for kernels.
+"""Every number of regs, reasons, layout, outcome, traits and exits/table.py as uint64, for kernels.
 
 numba types ``uint64 & 0xff`` as int64; a mask that is a uint64 itself keeps the unsigned type through the expression.
 Kernels therefore write ``k.ICR_BUSY``, never a bare literal, wherever bit 63 may be set. Values are frozen into
@@ -7,8 +7,9 @@ compiled code; the kernel cache notices an edit in any of them.
 
 import numpy as np
 
-from fastexit import layout, outcome, profile, reasons, regs
+from fastexit import layout, outcome, reasons, regs
 from fastexit.exits import table
+from fastexit.traits import RULES, Trait
 
 U = np.uint64
 
@@ -23,7 +24,8 @@ def _typed(namespace: dict) -> dict:
 
 for _module in regs, reasons, layout, outcome, table:
     globals().update(_typed(vars(_module)))
-globals().update({f"T_{trait.name}": U(trait.value) for trait in profile.Trait})
+globals().update({f"T_{trait.name}": U(trait.value) for trait in Trait if trait.value >> RULES == 0})
+globals().update({f"R_{trait.name}": U(trait.value >> RULES) for trait in Trait if trait.value >> RULES})
 globals().update({f"RF_{refusal.name}": U(refusal.value) for refusal in outcome.Refusal})
 globals().update({f"EF_{effect.name}": U(effect.value) for effect in outcome.Effect if effect})
 globals().update({f"VMX_{reason.name}": U(reason.value) for reason in reasons.VmxExit})

@@ -73,6 +73,49 @@ IRRELEVANT = (
 """Traits that make no difference here: of other exits, of values that are declined, of traces, of the other vendor, and
 PI_KICK, which pid.rouse looks at. A generation with any other trait, one that is not listed yet included, is declined.
 """
+IRRELEVANT_RULES = (
+    k.R_TDCR_MASKED
+    | k.R_CR8_KEEPS_TPR_BIT_2
+    | k.R_LVTPC_MASKED
+    | k.R_LVTPC_KEPT_ON_AMD
+    | k.R_X2APIC_READS_UNCHECKED
+    | k.R_MAP_BY_VOTES
+    | k.R_ID_FROM_PAGE
+    | k.R_ID_KEPT_ON_LEAVING
+    | k.R_MAP_DIRTY_BY_SVR
+    | k.R_NMI_COUNTED
+    | k.R_SMI_FOLDED
+    | k.R_NMI_MASK_OVER_INIT
+    | k.R_MP_STATE_CHECKED_IN_RUN
+    | k.R_SMI_ALWAYS
+    | k.R_LATCHED_INIT_WITH_SMM
+    | k.R_INHIBIT_REQUESTS_EVENT
+    | k.R_APICV_AT_ENTRY
+    | k.R_TMCCT_RESTORED
+    | k.R_ONE_SHOT_RESTORES_EXPIRED
+    | k.R_TICK_POSTED_AT_ONCE
+    | k.R_TICK_ONLY_IN_RUN
+    | k.R_HV_TIMER_CANCELLED
+    | k.R_HV_ONE_SHOT_NEVER_WAITS
+    | k.R_WAIT_TRACED_LATE
+    | k.R_POSTS_TIMER_ANYWAY
+    | k.R_DEADLINE_READ_DISABLED
+    | k.R_DEADLINE_WRITTEN_DISABLED
+    | k.R_MODE_KEEPS_HV_TIMER
+    | k.R_SET_LAPIC_STORES_BASE
+    | k.R_RESTORE_CLEARS_PIR_LAST
+    | k.R_SN_ON_EVERY_PUT
+    | k.R_NV_BEFORE_BLOCKING
+    | k.R_CR8_WITH_PPR
+    | k.R_AVIC_MANY_SCANNED
+    | k.R_AVIC_OLD
+    | k.R_X2AVIC_WRITES_EXIT
+    | k.R_AVIC_ID_REFUSED
+    | k.R_REENTRY_COUNTED
+    | k.R_IRQWIN_COUNTED
+    | k.R_READ_ACROSS_TRACED
+)
+"""The same for the rules: PI_NOTIFIES_SELF is the one that an IPI would see."""
 PLAIN = ~(k.HIGH32 | k.ICR_VECTOR | k.ICR_LEVEL | k.ICR_BUSY)
 """ICR bits that make it another kind of interrupt."""
 TARGET = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
@@ -84,7 +127,7 @@ def possible(m):
     """Tell whether this machine leaves nothing to choose. An allow-list: what is not known here is declined."""
     if m[k.H_CONFIG] & ~IRRELEVANT_CONFIG != HAS_CONFIG or m[k.H_TRAITS] & ~IRRELEVANT != HAS:
         return k.ZERO
-    return k.ONE
+    return k.ZERO if m[k.H_RULES] & ~IRRELEVANT_RULES else k.ONE
 
 
 @inlined

@@ -12,9 +12,10 @@ from collections import Counter
 import fastexit.layout as L
 from fastexit.machine import Machine
 from fastexit.outcome import Path, Refusal
-from fastexit.profile import PROFILES, Trait, profiles
+from fastexit.profile import PROFILES, profiles
 from fastexit.regs import APIC_ICR, ICR_VECTOR, MSR_TSC_DEADLINE, X2APIC_BROADCAST, XAPIC_BROADCAST
 from fastexit.trace.report import Generation
+from fastexit.traits import Trait
 
 _MMIO = "write to the xAPIC page: "
 _PAGE = -1

@@ -1,0 +1,206 @@
+"""What differs between kernel generations: one bit a behaviour.
+
+profile.py says which generation has which. A kernel tests bits and never a version.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag, unique
+
+RULES = 64
+"""Number of the first bit that the header keeps in H_RULES."""
+
+
+@unique
+class Trait(IntFlag):
+    """A behaviour that differs between generations.
+
+    Traits are grouped by subject, and each has a fixed bit: a new one stands in its group and takes the lowest bit that
+    no other has. The machine's header keeps them in two words, each with room for 64: H_TRAITS, which a fast exit looks
+    at, and H_RULES for all others. Kernels know the bits of the first one as ``k.T_...``, those of the second one,
+    from RULES on, as ``k.R_...``.
+    """
+
+    # -- where the fast handler runs
+    HOOK_IRQOFF = 1 << 0
+    """handle_exit_irqoff, with mode OUTSIDE_GUEST_MODE already; otherwise the vendor's run function, IN_GUEST_MODE."""
+    SKIP_LATE = 1 << 1
+    """The instruction is skipped in handle_exit (SKIP_EMUL_INS), not by the fast handler."""
+    SKIP_AFTER_TRACE = 1 << 2
+    """The handler traces kvm_msr first and skips then; otherwise it skips first."""
+    SKIP_HONOURED = 1 << 3
+    """A skip that asks for user space (KVM_EXIT_DEBUG) is honoured; before, it was lost."""
+    ICR_REENTERS = 1 << 4
+    """A fast ICR write re-enters the guest; otherwise it is EXIT_HANDLED (or SKIP_EMUL_INS)."""
+    GUARD_L2 = 1 << 5
+    """The handler declines while the vCPU runs L2."""
+    SRCU_IN_FASTPATH = 1 << 6
+    """SRCU is taken around the fast WRMSR handler."""
+    SVM_EXIT_32 = 1 << 7
+    """SVM compares its exit code with VMX's 32, which is a DR0 read there."""
+    SVM_NEXT_RIP = 1 << 8
+    """SVM needs NRIPS and a next RIP: without SRCU nothing may be decoded."""
+
+    # -- what is fast
+    ICR_ANY_RESOLVED = 1 << 9
+    """Whatever the map-based resolver can finish, traced behind the delivery; otherwise physical and Fixed only."""
+    ICR_NO_SHORTHAND = 1 << 10
+    ICR_NO_BROADCAST = 1 << 11
+    ICR_NO_RESERVED = 1 << 12
+    TSCDL_HV_TIMER = 1 << 13
+    """TSC_DEADLINE is fast when the VMX preemption timer can be used."""
+    TSCDL_ALWAYS = 1 << 14
+    PREEMPTION_TIMER_FAST = 1 << 15
+    """The VMX preemption timer's exit is handled in the vendor's run function."""
+    FORCED_EXIT_HANDLED = 1 << 16
+    """An exit that KVM forced by the preemption timer is EXIT_HANDLED there; before, its generic handler ate it."""
+    HLT_FAST = 1 << 17
+    INVD_FAST = 1 << 18
+    MSR_IMM = 1 << 19
+    """WRMSR and RDMSR with an immediate are known; the write is fast."""
+
+    # -- what a register write does
+    ICR_RESERVED_GP = 1 << 20
+    """Reserved ICR bits fault in x2APIC mode."""
+    MSR_UPPER_GP = 1 << 21
+    """Bits 63:32 of an x2APIC register other than the ICR fault, and SELF_IPI checks bits 31:8."""
+    SELF_IPI_WRITES_ICR = 1 << 22
+    ICR_SPLIT = 1 << 23
+    """x2APIC ICR stored as 0x300/0x310 on every vendor."""
+    ICR_SPLIT_SVM = 1 << 24
+    """x2APIC ICR stored as 0x300/0x310 on SVM only; else 64 bits at 0x300."""
+    LOWEST_REWRITE_FIRST = 1 << 25
+    """Lowest priority to physical 0xFF becomes Fixed before the resolver, not after it."""
+
+    TIMER_NO_CATCH_UP = 1 << 26
+    """A periodic timer that is late by more than a period goes on from now."""
+
+    # -- posted interrupts
+    PI_KICK = 1 << 27
+    """A target that is not in guest mode is kicked; later kernels only wake it."""
+    PI_EMPTY_LOSES_RVI = 1 << 28
+    """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
+
+    # -- APICv inhibits
+    INHIBITS = 1 << 29
+    """APICv can be inhibited for a whole machine, by user space's reasons and by SVM's interrupt windows."""
+    INHIBIT_ID_BASE = 1 << 30
+    """A modified xAPIC id or a moved APIC page inhibits APICv; every change of an inhibit is traced, not only the ones
+    that switch APICv."""
+    INHIBIT_MAP = 1 << 31
+    """The APIC map inhibits APICv, for as long as it is dropped or useless; a change of the APIC's mode requests an
+    update instead of making it at once."""
+
+    # -- order of tracepoints
+    TRACE_ICR2_FIRST = 1 << 32
+    """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""
+    TRACE_WRITE_FIRST = 1 << 33
+    """Fast path traces the raw ICR write before the IPI."""
+    TRACE_EXIT_LATE_VMX = 1 << 34
+    """kvm_exit comes from handle_exit, after the fast handler."""
+    TRACE_EXIT_LATE_SVM = 1 << 35
+    TRACE_REENTRY = 1 << 36
+    """kvm_entry comes from the vendor's run function, so that every re-entry has its line."""
+    TRACE_DOORBELL = 1 << 37
+    """AVIC's doorbells and its scan for an IPI's targets have tracepoints."""
+
+    MMIO_NOT_VECTORING = 1 << 38
+    """An access to a device during the delivery of an event is an error on both vendors, whichever exit it takes."""
+
+    # -- rules of registers
+    TDCR_MASKED = 1 << 64
+    """TDCR keeps its three bits alone; before, whatever was written read back."""
+    CR8_KEEPS_TPR_BIT_2 = 1 << 65
+    """CR8 writes, KVM_SET_SREGS among them, leave bit 2 of the old TPR standing (kvm_lapic_set_tpr)."""
+    LVTPC_MASKED = 1 << 66
+    """A performance interrupt masks LVTPC when it is delivered."""
+    LVTPC_KEPT_ON_AMD = 1 << 67
+    """Where LVTPC_MASKED holds: for guests whose CPUID is Intel-compatible alone."""
+    X2APIC_READS_UNCHECKED = 1 << 68
+    """x2APIC virtualisation lets reads of all 256 MSRs through, those of no register as well: no exit and no fault."""
+
+    # -- the APIC map and ids
+    MAP_BY_VOTES = 1 << 69
+    """The map has no logical half unless the APICs that are enabled agree on one mode, and aliases do not drop it."""
+    ID_FROM_PAGE = 1 << 70
+    """KVM_SET_LAPIC in x2APIC mode takes the id from the page; otherwise it is always the vCPU's."""
+    ID_KEPT_ON_LEAVING = 1 << 71
+    """A host that takes x2APIC mode away leaves the 32-bit id in the register."""
+    MAP_DIRTY_BY_SVR = 1 << 72
+    """KVM_SET_LAPIC rebuilds the map only if SVR's enable bit changed."""
+
+    # -- events and states
+    NMI_COUNTED = 1 << 74
+    """KVM_GET_VCPU_EVENTS shows how many NMIs wait, and KVM_SET_VCPU_EVENTS limits them; before, one bit was kept."""
+    SMI_FOLDED = 1 << 75
+    """KVM_GET_VCPU_EVENTS shows an SMI that is only requested."""
+    NMI_MASK_OVER_INIT = 1 << 76
+    """SVM: NMIs that are masked stay masked over an INIT."""
+    MP_STATE_CHECKED_IN_RUN = 1 << 77
+    """KVM_SET_MP_STATE and KVM_SET_VCPU_EVENTS take an INIT_RECEIVED that is blocked; KVM_RUN refuses it."""
+    SMI_ALWAYS = 1 << 78
+    """There is no CONFIG_KVM_SMM: an SMI is always accepted."""
+    LATCHED_INIT_WITH_SMM = 1 << 79
+    """KVM_SET_VCPU_EVENTS reads latched_init only together with smm, and leaving SMM keeps a latched INIT."""
+    INHIBIT_REQUESTS_EVENT = 1 << 96
+    """APICv that goes off requests an EVENT, so that IRR is looked at."""
+    APICV_AT_ENTRY = 1 << 97
+    """A change of inhibits is a request to every vCPU; before, a running one changed at once."""
+
+    # -- timers
+    TMCCT_RESTORED = 1 << 80
+    """KVM_GET_LAPIC computes TMCCT, and KVM_SET_LAPIC goes on from it; before, from TMICT."""
+    ONE_SHOT_RESTORES_EXPIRED = 1 << 81
+    """KVM_SET_LAPIC of a one-shot timer with TMCCT 0 ticks at once; before, the whole period began again."""
+    TICK_POSTED_AT_ONCE = 1 << 82
+    """With APICv a timer that runs out posts its vector where it runs out; before, in the loop's tail."""
+    TICK_ONLY_IN_RUN = 1 << 83
+    """A timer that runs out during an ioctl stays pending, APICv or not."""
+    HV_TIMER_CANCELLED = 1 << 84
+    """TMICT 0 and a change of LVTT's mode cancel a running preemption timer and a pending tick; before, the hrtimer."""
+    HV_ONE_SHOT_NEVER_WAITS = 1 << 85
+    """The preemption timer of a one-shot is cancelled before it expires, so no entry waits for it."""
+    WAIT_TRACED_LATE = 1 << 86
+    """kvm_wait_lapic_expire is traced behind the exit, once an entry."""
+    POSTS_TIMER_ANYWAY = 1 << 87
+    """pi_inject_timer posts timers also of vCPUs whose MWAIT and HLT exits are there."""
+    DEADLINE_READ_DISABLED = 1 << 88
+    """TSC_DEADLINE reads its value with the APIC disabled."""
+    DEADLINE_WRITTEN_DISABLED = 1 << 89
+    """TSC_DEADLINE is written with the APIC disabled."""
+    MODE_KEEPS_HV_TIMER = 1 << 90
+    """A change of LVTT to deadline mode leaves the preemption timer of a one-shot running."""
+
+    # -- KVM_SET_LAPIC
+    SET_LAPIC_STORES_BASE = 1 << 91
+    """KVM_SET_LAPIC stores APICBASE once more."""
+    RESTORE_CLEARS_PIR_LAST = 1 << 92
+    """KVM_SET_LAPIC and reset clear PIR and ON at their end, with what was posted meanwhile."""
+
+    # -- descriptors
+    SN_ON_EVERY_PUT = 1 << 93
+    """vCPUs that are put and do not block have SN set; before, only those whose thread was preempted."""
+    NV_BEFORE_BLOCKING = 1 << 94
+    """The wake-up vector is set before the thread blocks, whatever RFLAGS.IF says, and taken back when it wakes."""
+    PI_NOTIFIES_SELF = 1 << 95
+    """A vCPU that posts to itself notifies its own pCPU."""
+
+    # -- SVM
+    CR8_WITH_PPR = 1 << 98
+    """The intercept of CR8 writes follows every update of PPR."""
+    AVIC_MANY_SCANNED = 1 << 99
+    """An incomplete IPI to several logical targets always goes to the scan of all vCPUs."""
+    AVIC_OLD = 1 << 100
+    """AVIC of the first kernels: doorbells by the table's IsRunning bit, incomplete IPIs only wake."""
+    X2AVIC_WRITES_EXIT = 1 << 101
+    """x2AVIC lets TPR, EOI, SELF_IPI and ICR through; writes of other registers exit as WRMSR."""
+    AVIC_ID_REFUSED = 1 << 102
+    """A vCPU whose id is beyond AVIC's table cannot be made; otherwise it inhibits AVIC."""
+
+    # -- counters, windows, traces
+    REENTRY_COUNTED = 1 << 103
+    """stat.exits counts fast re-entries."""
+    IRQWIN_COUNTED = 1 << 104
+    """Interrupt windows that inhibit APICv are counted for the whole VM."""
+    READ_ACROSS_TRACED = 1 << 106
+    """A read of the xAPIC page over a register's end has its kvm_apic line all the same."""
