@@ -22,6 +22,7 @@ LAYERS = (
     {"jit"},
     {"kernels"},
     {"checks", "targets"},
+    {"releases"},
     {"exits", "tracepoints"},
     {"config", "ioctls", "irte", "settings", "snapshot", "vcpustate"},
     {"vcpu"},

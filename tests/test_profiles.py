@@ -8,7 +8,8 @@ import pytest
 
 import fastexit as fx
 from fastexit import regs as r
-from fastexit.profile import as_of, profile, since
+from fastexit.profile import as_of, since
+from fastexit.releases import generation
 from generations import kernels
 
 KERNELS = fx.profiles()
@@ -92,7 +93,7 @@ def first_step_that_sees_the_ipi(m: fx.Machine, monkeypatch: pytest.MonkeyPatch)
 
 def test_generations_by_name() -> None:
     """Every name that is listed has its row."""
-    assert [profile(name).name for name in KERNELS] == list(KERNELS)
+    assert [generation(name).name for name in KERNELS] == list(KERNELS)
 
 
 @pytest.mark.parametrize("name", WRITES)

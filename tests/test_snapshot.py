@@ -14,7 +14,7 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.profile import profile
+from fastexit.releases import generation
 from fastexit.snapshot import _rows
 from fastexit.traits import Trait
 
@@ -367,7 +367,7 @@ def test_icr_is_found_where_the_row_has_it_now(vendor: str, written: str, row: s
     m = lived_in(written, vendor)
     sent = m.vcpus[0].get_msr(0x830)
     m.vcpus[3].mmio_write(0x310, 5 << 24)
-    copy = fx.Machine.restore(forged(m.snapshot(), put(L.H_PROFILE, profile(row).number)))
+    copy = fx.Machine.restore(forged(m.snapshot(), put(L.H_PROFILE, generation(row).number)))
     assert (copy.kernel, sent >> 32) == (row, 1)
     assert copy.vcpus[0].get_msr(0x830) == sent
     assert copy.vcpus[0].wrmsr(0x830, fx.icr(dest=300, vector=0x77)).accepted == 1

@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.regs import Shorthand as Shorthand
     from fastexit.regs import X2ApicApi as X2ApicApi
     from fastexit.regs import icr as icr
+    from fastexit.releases import generation as generation
     from fastexit.targets import Target as Target
     from fastexit.vcpu import Vcpu as Vcpu
 
@@ -78,6 +79,7 @@ _NAMES = {
     "OUTCOME": "layout",
     "MMIO_WRITE": "layout",
     "profiles": "profile",
+    "generation": "releases",
     "CostProfile": "costs.profile",
     "cost_profiles": "costs.profile",
     "TimedOutcome": "costs.meter",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.checks import U64, integer, one_of
-from fastexit.profile import profile
+from fastexit.checks import U64, integer, one_of, quoted
+from fastexit.profile import PROFILES, Profile, numbered
+from fastexit.releases import generation, has_fast_path, release
 from fastexit.settings import SETTINGS, Settings
 from fastexit.traits import RULES
 
@@ -37,17 +40,20 @@ def header(settings: Settings) -> dict[int, int]:
     ):
         if not chosen["disable_quirks"] & quirk:
             bits |= bit
-    generation = profile(chosen["kernel"])
+    kernel = chosen["kernel"]
+    known = generation(kernel)
+    if not has_fast_path(kernel):
+        bits &= ~L.CONFIG_FASTPATH
     return {
         L.H_MAGIC: L.MAGIC,
         L.H_ABI: L.ABI_VERSION,
         L.H_WORDS: L.WORDS,
         L.H_CONFIG: bits,
-        L.H_TRAITS: generation.traits & U64,
-        L.H_RULES: generation.traits >> RULES,
+        L.H_TRAITS: known.traits & U64,
+        L.H_RULES: known.traits >> RULES,
         L.H_API: chosen["x2apic_api"],
         L.H_MAP: L.MAP0,
-        L.H_PROFILE: generation.number,
+        L.H_PROFILE: known.number,
         L.H_MAXPHYADDR: chosen["maxphyaddr"],
         L.H_TSC_KHZ: chosen["tsc_khz"],
         L.H_BUS_NS: chosen["bus_cycle_ns"],
@@ -56,11 +62,36 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_DISABLED_EXITS: chosen["disable_exits"],
         L.H_BSP_ID: chosen["boot_cpu_id"],
         L.H_INHIBITS: 0 if chosen["apicv"] else 1 << R.Inhibit.DISABLED,
-    }
+    } | ({} if kernel in PROFILES else release_words(kernel))
+
+
+def release_words(release: str) -> dict[int, int]:
+    """The header words that keep the text of a release."""
+    text = release.removeprefix("v").encode("ascii").ljust(8 * L.RELEASE_WORDS, b"\0")
+    return {L.H_RELEASE + n: int.from_bytes(text[8 * n : 8 * n + 8], "little") for n in range(L.RELEASE_WORDS)}
+
+
+def release_of(words: np.ndarray) -> str:
+    """The release that a machine's header names, or nothing. ValueError for bytes that are none."""
+    text = words[L.H_RELEASE : L.H_RELEASE + L.RELEASE_WORDS].tobytes().rstrip(b"\0").decode("latin-1")
+    if text and release(text) is None:
+        raise ValueError(f"{quoted(text)} is no kernel release")
+    return text
+
+
+def profile_of(words: np.ndarray) -> Profile:
+    """The generation of a machine's header, with the traits of the release that it names. ValueError for none."""
+    known, text = numbered(int(words[L.H_PROFILE])), release_of(words)
+    if not text:
+        return known
+    found = generation(text)
+    if found.number != known.number:
+        raise ValueError(f"kernel release {text} is not of generation {known.name}")
+    return found
 
 
 def _check(chosen: dict[str, Any]) -> None:
-    profile(chosen["kernel"])
+    generation(chosen["kernel"])
     for name, setting in SETTINGS.items():
         if setting.choices:
             one_of(chosen[name], name, setting.choices)

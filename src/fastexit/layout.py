@@ -49,6 +49,7 @@ H_FILTER_RANGES = 24  # owner; number of MSR filter ranges
 H_FILTER_DENY = 25  # owner; 1: the filter denies what no range names
 H_BSP_ID = 26  # owner; KVM_SET_BOOT_CPU_ID
 H_RULES = 27  # owner; the bits of traits.Trait from RULES on
+H_RELEASE = 28  # owner; RELEASE_WORDS words: the release that was asked for, ASCII, where it is no generation's name
 H_NO_ACCESS_PAGE = 40  # remote store; 1: the xAPIC access page is deleted for good (AVIC, a vCPU in x2APIC mode)
 H_FAST_MMIO = 41  # owner; number of fast-MMIO ioeventfds
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
@@ -238,6 +239,9 @@ ACCESS_WRITE = 1 << 8
 ACCESS_PORT = 1 << 9
 ACCESS_INSN_SHIFT = 16  # length of the instruction that completes it
 ACCESS_INSN = 0xF << ACCESS_INSN_SHIFT
+
+RELEASE_WORDS = 8
+"""Room for a release's text in the header."""
 
 HOST = MAX_VCPUS
 """Behind the vCPUs' rows: a row for what the host itself sends, of which K_TARGETS alone is used. Calls that go on at

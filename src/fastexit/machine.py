@@ -20,7 +20,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
 from fastexit.compiledvcpu import CompiledVcpu
-from fastexit.config import check_api, header, latest_clock
+from fastexit.config import check_api, header, latest_clock, profile_of, release_of
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
@@ -37,7 +37,7 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
-from fastexit.profile import Profile, numbered
+from fastexit.profile import Profile
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
@@ -111,7 +111,7 @@ class Machine:
     def _assemble(self, costs: CostProfile | None, dispatcher: str) -> None:
         """The Python objects around the memory, from what its header says."""
         config = self.mem[L.H_CONFIG]
-        self.profile: Profile = numbered(self.mem[L.H_PROFILE])
+        self.profile: Profile = profile_of(self.words)
         bus = Bus(self.mem, self.handle)
         common = CommonHandlers(self.mem, self.handle, bus)
         vendor = (Svm if config & L.CONFIG_SVM else Vmx)(self.profile, common)
@@ -145,6 +145,11 @@ class Machine:
     def kernel(self) -> str:
         """Name of the kernel generation."""
         return self.profile.name
+
+    @property
+    def release(self) -> str:
+        """The kernel release that was asked for, without a leading v; else the generation's name."""
+        return release_of(self.words) or self.profile.name
 
     @property
     def vendor(self) -> str:

@@ -365,13 +365,3 @@ def profiles() -> tuple[str, ...]:
     'seed-v3'
     """
     return tuple(PROFILES)
-
-
-def profile(name: str) -> Profile:
-    """The profile of that name; TypeError for what is no name, ValueError lists the known ones."""
-    if not isinstance(name, str):
-        raise TypeError(f"kernel is {type(name).__name__}, not a string such as {profiles()[-1]!r}")
-    try:
-        return PROFILES[name]
-    except KeyError:
-        raise ValueError(f"unknown kernel {name!r}: one of {', '.join(PROFILES)}") from None

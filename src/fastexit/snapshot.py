@@ -20,8 +20,8 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import U64
-from fastexit.config import latest_clock
-from fastexit.profile import Profile, numbered
+from fastexit.config import latest_clock, profile_of
+from fastexit.profile import Profile
 from fastexit.traits import RULES, Trait
 
 _HEAD = struct.Struct("<8sIIII")
@@ -77,13 +77,13 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         parts[0], parts[-1] = _from_abi_3(parts[0], parts[-1])
     fixed, tables, hot, vec, _, kvm = parts
     _check_header(fixed, n)
-    generation = _generation(int(fixed[L.H_PROFILE]))
+    known = _generation(fixed)
     _check_tables(tables, n)
     _check(_VEC, vec.reshape(n, L.VEC_STRIDE))
     _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
-    words[L.H_TRAITS], words[L.H_RULES] = generation.traits & U64, generation.traits >> RULES
+    words[L.H_TRAITS], words[L.H_RULES] = known.traits & U64, known.traits >> RULES
     _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
@@ -248,9 +248,9 @@ def _move_icr(words: np.ndarray, n: int, written: int) -> None:
             page[_ICR2] = value >> half if now else 0
 
 
-def _generation(number: int) -> Profile:
+def _generation(words: np.ndarray) -> Profile:
     try:
-        return numbered(number)
+        return profile_of(words)
     except ValueError as unknown:
         raise ValueError(f"snapshot is damaged, or of a newer fastexit: {unknown}") from None
 

@@ -18,7 +18,10 @@ from fastexit import regs as R
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
 from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
-from fastexit.profile import PROFILES
+from fastexit.profile import OLDEST
+from fastexit.releases import FIRST
+from fastexit.releases import generation as generation_of
+from fastexit.releases import release as numbers
 
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")
@@ -107,14 +110,9 @@ def _module() -> str:
 
 
 def generation(release: str) -> str:
-    """The newest generation that is not newer than a kernel release; the oldest one for older kernels."""
-
-    def number(text: str) -> tuple[int, ...]:
-        parts = text.split("-")[0].split(".")[:2]
-        return tuple(int(part) for part in parts if part.isdigit())
-
-    named = [name for name in PROFILES if name[0].isdigit()]
-    return max((name for name in named if number(name) <= number(release)), key=number, default=named[0])
+    """The newest generation that is not newer than a kernel release; the oldest one for what is older or unknown."""
+    asked = numbers(release)
+    return OLDEST if asked is None or asked.series < FIRST else generation_of(release).name
 
 
 @contextmanager
