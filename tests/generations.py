@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from fastexit import profile
 from fastexit.profile import PROFILES, since
+from fastexit.traits import Trait
 
 ON_TRIAL: list[str] = []
 """Names of the rows on trial."""
@@ -35,3 +36,8 @@ def put_in(rows: str) -> None:
 def kernels(first: str = "seed-v3", *, before: str | None = None) -> tuple[str, ...]:
     """The generations from ``first`` on that are older than ``before``, oldest first."""
     return tuple(name for name in PROFILES if since(name, first) and (before is None or not since(name, before)))
+
+
+def having(trait: Trait) -> tuple[str, ...]:
+    """The generations whose row has a trait, oldest first: stable kernels may have what a later series has not."""
+    return tuple(name for name, known in PROFILES.items() if known.traits & trait)

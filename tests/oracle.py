@@ -82,10 +82,13 @@ class Machine:
         self.kernel = kernel
         self.generation = generation = self.at(kernel)
         self.icr_always_split = generation < self.at("6.1")
-        self.icr_split = self.icr_always_split or (generation >= self.at("6.12") and vendor == "svm")
-        self.icr_reserved_faults = generation >= self.at("6.12")
+        self.self_ipi_by_icr = generation < self.at("5.10")
+        self.upper_halves_fault = generation >= self.at("5.15")
+        # later than 6.8, and in stable kernels of the two series before it that users have
+        self.icr_reserved_faults = generation >= self.at("6.1") and generation != self.at("6.8")
+        self.icr_split = self.icr_always_split or (self.icr_reserved_faults and vendor == "svm")
         self.lowest_broadcast_rewritten_early = generation < self.at("5.6")
-        self.periodic_skips = generation >= self.at("6.18")
+        self.periodic_skips = generation >= self.at("6.12") or generation == self.at("6.1")
         self.fastpath = fastpath
         self.svm = vendor == "svm"
         self.vector_hashing = vector_hashing
@@ -104,7 +107,7 @@ class Machine:
         self.apicv = apicv
         self.inhibits: set[r.Inhibit] = set()
         self.inhibits_by_guest = generation >= self.at("6.1")
-        self.inhibits_by_map = generation >= self.at("6.12")
+        self.inhibits_by_map = generation >= self.at("6.6")
         self.inhibits_that_count = self._inhibits_that_count()
         self.split_irqchip = irqchip == "split"
         self.x2apic_api = x2apic_api

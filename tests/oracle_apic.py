@@ -332,11 +332,13 @@ class Vcpu(Doors):
             return False
         offset = (msr - r.MSR_X2APIC_BASE) << 4
         if self.m.icr_always_split:
-            # these kernels write the destination as a register of its own first and look at no upper half elsewhere
+            # these kernels write the destination as a register of its own first, and the oldest look at no upper half
             if offset == r.APIC_ICR2:
                 return False
             if offset == r.APIC_ICR:
                 self._write_reg(r.APIC_ICR2, value >> 32)
+            if offset != r.APIC_ICR and value >> 32 and self.m.upper_halves_fault:
+                return False
             return self._write_reg(offset, value & 0xFFFF_FFFF)
         if offset == r.APIC_ICR:
             return self._write_x2apic_icr(value)
@@ -445,7 +447,7 @@ class Vcpu(Doors):
         elif offset == r.APIC_SELF_IPI:
             if not self.x2apic:
                 return False
-            if self.m.icr_always_split:
+            if self.m.self_ipi_by_icr:
                 self._write_reg(r.APIC_ICR, r.SH_SELF << r.ICR_SHORTHAND_SHIFT | value & 0xFF)
             elif value > 0xFF:
                 return False

@@ -398,7 +398,7 @@ class RunLoop:
         generation = m.generation
         shorthand = (value & r.ICR_SHORTHAND) >> r.ICR_SHORTHAND_SHIFT
         mode = (value & r.ICR_DM) >> r.ICR_DM_SHIFT
-        if generation >= m.at("6.12") and value & r.ICR_RESERVED:
+        if m.icr_reserved_faults and value & r.ICR_RESERVED:
             return False
         if generation >= m.at("6.18"):
             irq = self.v.irq_of(value & 0xFFFF_FFFF, value >> r.ICR_DEST_SHIFT)

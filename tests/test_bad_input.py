@@ -127,7 +127,7 @@ MACHINES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "id too big": (ValueError, "APIC id 0x1000 is out of range", {"apic_ids": [4096]}),
     "id float": (TypeError, "APIC id is float", {"apic_ids": [0, 1.0]}),
     "ids a number": (TypeError, "apic_ids", {"apic_ids": 5}),
-    "kernel": (ValueError, "unknown kernel '4.4': one of seed-v3, ", {"vcpus": 1, "kernel": "4.4"}),
+    "kernel": (ValueError, "kernel 4.4 is too old: known are releases from 5.4 to ", {"vcpus": 1, "kernel": "4.4"}),
     "kernel a number": (TypeError, f"kernel is float, not a string such as '{NEWEST}'", {"vcpus": 1, "kernel": 6.18}),
     "kernel a list": (TypeError, f"kernel is list, not a string such as '{NEWEST}'", {"vcpus": 1, "kernel": []}),
     "vendor": (ValueError, "unknown vendor 'arm': one of vmx, svm", {"vcpus": 1, "vendor": "arm"}),

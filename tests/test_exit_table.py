@@ -141,5 +141,6 @@ def test_which_fast_handlers_take_srcu(vendor: str, kernel: str, row: Row) -> No
     v.run()
     before = m.mem[v.own + L.K_SRCU_LOCKS]
     out = v.exit(row.reason, msr=0x830, value=fx.icr(dest=1, vector=0x41), info1=1)
-    takes = row.srcu and bool(PROFILES[kernel].traits & Trait.SRCU_IN_FASTPATH)
+    traits, wanted = PROFILES[kernel].traits, row.trait | row.fast_trait
+    takes = row.srcu and traits & wanted == wanted and bool(traits & Trait.SRCU_IN_FASTPATH)
     assert m.mem[v.own + L.K_SRCU_LOCKS] - before == (not out.reentered) + takes

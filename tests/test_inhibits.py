@@ -17,7 +17,7 @@ Inhibit = r.Inhibit
 ICR, APICBASE = 0x830, 0x1B
 XAPIC, X2APIC = 0xFEE0_0800, 0xFEE0_0C00
 SINCE_6_1 = kernels("6.1")
-ONLY_6_1 = kernels("6.1", before="6.12")
+ONLY_6_1 = kernels("6.1", before="6.6")
 
 USER = {Inhibit.DISABLED, Inhibit.HYPERV}
 USER_6_1 = USER | {Inhibit.ABSENT, Inhibit.BLOCKIRQ, Inhibit.APIC_ID_MODIFIED, Inhibit.APIC_BASE_MODIFIED}
@@ -27,13 +27,13 @@ COUNTING = {
         "seed-v3": set(),
         "5.6": USER,
         "6.1": USER_6_1,
-        "6.12": USER_6_1 | {Inhibit.PHYSICAL_ID_ALIASED},
+        "6.6": USER_6_1 | {Inhibit.PHYSICAL_ID_ALIASED},
     },
     "svm": {
         "seed-v3": {Inhibit.PHYSICAL_ID_TOO_BIG},
         "5.6": USER | SVM_5_6,
         "6.1": USER_6_1 | SVM_5_6 | {Inhibit.SEV},
-        "6.12": set(Inhibit),
+        "6.6": set(Inhibit),
     },
 }
 
@@ -312,7 +312,7 @@ def test_useless_logical_map(kernel: str, vendor: str, register: int, value: int
     """A logical map that is no use inhibits AVIC, not VMX's APICv, which delivers by KVM's map."""
     m = xapic(vendor, kernel)
     m.vcpus[1].mmio_write(register, value)
-    inhibited = vendor == "svm" and since(kernel, "6.12")
+    inhibited = vendor == "svm" and since(kernel, "6.6")
     assert m.inhibits == ({Inhibit.LOGICAL_ID_ALIASED} if inhibited else set())
     m.vcpus[1].set_msr(APICBASE, XAPIC & ~r.APICBASE_EN)
     assert m.inhibits == set()
@@ -349,7 +349,7 @@ def test_mode_change(kernel: str, apicv: bool) -> None:
     v = m.vcpus[1]
     v.set_msr(APICBASE, v.apic_base & ~(r.APICBASE_EN | r.APICBASE_EXTD))
     assert v.requests == (
-        r.REQ_APICV_UPDATE if since(kernel, "6.12") else r.REQ_EVENT if kernel in ONLY_6_1 and apicv else 0
+        r.REQ_APICV_UPDATE if since(kernel, "6.6") else r.REQ_EVENT if kernel in ONLY_6_1 and apicv else 0
     )
     assert v.apicv is (apicv and kernel not in ONLY_6_1)
     run(v)

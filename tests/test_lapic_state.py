@@ -10,7 +10,8 @@ import pytest
 import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
-from generations import kernels
+from fastexit.traits import Trait
+from generations import having, kernels
 
 KERNELS = fx.profiles()
 OLD = kernels(before="6.1")
@@ -139,8 +140,8 @@ def test_init_clears_both_icr_halves_in_old_kernels(kernel: str) -> None:
         (OLD, "vmx", {0x300: 0x41, 0x310: 0x12345}),
         (OLD, "svm", {0x300: 0x41, 0x310: 0x12345}),
         (kernels("6.1"), "vmx", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
-        (kernels("6.1", before="6.12"), "svm", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
-        (kernels("6.12"), "svm", {0x300: 0x41, 0x310: 0x12345}),
+        (kernels("6.8", before="6.12"), "svm", {0x300: 0x41, 0x304: 0x12345, 0x310: 0x12345}),
+        (having(Trait.ICR_SPLIT_SVM), "svm", {0x300: 0x41, 0x310: 0x12345}),
     ],
 )
 @pytest.mark.parametrize("fast", [True, False])

@@ -10,13 +10,14 @@ import fastexit as fx
 from fastexit import regs as r
 from fastexit.profile import as_of, since
 from fastexit.releases import generation
-from generations import kernels
+from fastexit.traits import Trait
+from generations import having, kernels
 
 KERNELS = fx.profiles()
 VENDORS = ("vmx", "svm")
 ICR, DEADLINE = 0x830, 0x6E0
 
-BEFORE_6_12 = kernels(before="6.12")
+STORES_RESERVED = tuple(name for name in KERNELS if name not in having(Trait.ICR_RESERVED_GP))
 SINCE_6_18 = kernels("6.18")
 WRITES: dict[str, tuple[int, tuple[str, ...]]] = {
     "unicast": (fx.icr(dest=1, vector=0xFD), KERNELS),
@@ -27,8 +28,8 @@ WRITES: dict[str, tuple[int, tuple[str, ...]]] = {
     "nobody's id": (fx.icr(dest=77, vector=0xFD), KERNELS),
     "id above the map": (fx.icr(dest=0x12345, vector=0xFD), KERNELS),
     "0xff is no broadcast": (fx.icr(dest=0xFF, vector=0xFD), KERNELS),
-    "reserved bit 13": (fx.icr(dest=1, vector=0xFD) | 1 << 13, BEFORE_6_12),
-    "reserved bit 20": (fx.icr(dest=1, vector=0xFD) | 1 << 20, BEFORE_6_12),
+    "reserved bit 13": (fx.icr(dest=1, vector=0xFD) | 1 << 13, STORES_RESERVED),
+    "reserved bit 20": (fx.icr(dest=1, vector=0xFD) | 1 << 20, STORES_RESERVED),
     "broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD), kernels(before="5.7")),
     "logical broadcast": (fx.icr(dest=0xFFFF_FFFF, vector=0xFD, logical=True), ()),
     "self": (fx.icr(vector=0xFD, shorthand=1), (*kernels(before="5.6"), *SINCE_6_18)),
@@ -110,7 +111,7 @@ def test_who_takes_a_write(vendor: str, name: str) -> None:
         assert out.path is (fx.Path.FAST if taken else fx.Path.SLOW), kernel
         assert out.completion is (as_of(COMPLETIONS, kernel) if taken else fx.Fastpath.NONE), kernel
         assert (out.refusal is fx.Refusal.NONE) is taken, kernel
-        faults = "reserved" in name and kernel not in BEFORE_6_12
+        faults = "reserved" in name and kernel not in STORES_RESERVED
         assert out.fault is (fx.Fault.GP if faults else None), kernel
         assert v.rip == rip + (0 if faults else 2), kernel
 
@@ -138,15 +139,15 @@ def test_path_does_not_change_who_accepts(name: str, accepted: int) -> None:
             assert booted(kernel, vendor).vcpus[0].wrmsr(ICR, WRITES[name][0]).accepted == accepted, (kernel, vendor)
 
 
-@pytest.mark.parametrize("kernel", BEFORE_6_12)
+@pytest.mark.parametrize("kernel", STORES_RESERVED)
 def test_reserved_bits_are_stored(kernel: str) -> None:
-    """Before 6.12 reserved ICR bits are kept and read back; the busy bit never is."""
+    """Where they do not fault, reserved ICR bits are kept and read back; the busy bit never is."""
     v = booted(kernel).vcpus[0]
     v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD, busy=True) | 0xFFF3_2000 & ~(3 << 18))
     assert v.rdmsr(ICR) == fx.icr(dest=1, vector=0xFD) | 0xFFF3_2000 & ~(3 << 18)
 
 
-@pytest.mark.parametrize("kernel", kernels("6.12"))
+@pytest.mark.parametrize("kernel", having(Trait.ICR_RESERVED_GP))
 @pytest.mark.parametrize("bit", [13, 16, 17, *range(20, 32)])
 def test_each_reserved_bit_faults(kernel: str, bit: int) -> None:
     """From 6.12 on each of the reserved ICR bits faults and leaves the old ICR."""
@@ -263,8 +264,8 @@ def test_l2_is_left_alone(kernel: str, vendor: str) -> None:
 
 
 def test_svm_without_next_rip() -> None:
-    """SVM of 6.1 and 6.18 declines without NRIPS, since it could not decode; the others do not ask."""
-    asks = {"5.6": False, "6.1": True, "6.12": False, "6.18": True}
+    """SVM declines without NRIPS where it could not decode otherwise; 5.6 to 5.8, 6.6 and 6.8 do not ask."""
+    asks = {"5.6": False, "5.10": True, "6.6": False, "6.12": True}
     for kernel in kernels("5.6"):
         out = booted(kernel, "svm", nrips=False).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
         assert out.refusal is (fx.Refusal.NO_NEXT_RIP if as_of(asks, kernel) else fx.Refusal.NONE), kernel

@@ -170,7 +170,7 @@ def test_trap_10_remote_read_unhalts(vendor: str) -> None:
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_trap_11_self_ipi_and_the_icr(kernel: str) -> None:
     """SELF_IPI sends without the ICR; up to 5.8 it went through ICR low, and no upper bit was looked at."""
-    old = not since(kernel, "6.1")
+    old = not since(kernel, "5.10")
     m = machine(kernel=kernel)
     v = m.vcpus[0]
     sent = fx.icr(dest=1, vector=0x33)

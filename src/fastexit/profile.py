@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from fastexit.traits import Trait
+from fastexit.traits import OLDEST, Trait
 
 _Entry = TypeVar("_Entry")
 
@@ -116,7 +116,7 @@ PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
         Profile(
-            "seed-v3",
+            OLDEST,
             0,
             "patch v3, 20 Nov 2019, on 5.4.286",
             _OLD_REGISTERS
@@ -321,8 +321,6 @@ PROFILES: dict[str, Profile] = {
 
 ORDER = {name: place for place, name in enumerate(PROFILES)}
 """Generation -> its place, oldest first. Only for comparing: a generation that is put in later moves the places."""
-
-OLDEST = next(iter(PROFILES))
 
 NEWEST = next(reversed(PROFILES))
 """The generation that a machine is like when nobody names one."""

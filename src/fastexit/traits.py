@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from enum import IntFlag, unique
 
+OLDEST = "seed-v3"
+"""The first generation: what holds "from the beginning" holds from it on."""
+
 RULES = 64
 """Number of the first bit that the header keeps in H_RULES."""
 
@@ -63,7 +66,7 @@ class Trait(IntFlag):
     ICR_RESERVED_GP = 1 << 20
     """Reserved ICR bits fault in x2APIC mode."""
     MSR_UPPER_GP = 1 << 21
-    """Bits 63:32 of an x2APIC register other than the ICR fault, and SELF_IPI checks bits 31:8."""
+    """Bits 63:32 of an x2APIC register other than the ICR fault."""
     SELF_IPI_WRITES_ICR = 1 << 22
     ICR_SPLIT = 1 << 23
     """x2APIC ICR stored as 0x300/0x310 on every vendor."""

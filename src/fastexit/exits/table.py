@@ -17,9 +17,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from fastexit import regs as R
-from fastexit.profile import OLDEST
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
-from fastexit.traits import Trait
+from fastexit.traits import OLDEST, Trait
 
 
 class Op(IntEnum):

@@ -18,10 +18,10 @@ from fastexit import regs as R
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
 from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
-from fastexit.profile import OLDEST
 from fastexit.releases import FIRST
 from fastexit.releases import generation as generation_of
 from fastexit.releases import release as numbers
+from fastexit.traits import OLDEST
 
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")

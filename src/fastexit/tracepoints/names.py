@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from fastexit import regs as R
 from fastexit.exits.table import SVM, VMX
-from fastexit.profile import OLDEST, as_of
+from fastexit.profile import as_of
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit
+from fastexit.traits import OLDEST
 
 _USER_SINCE = {KvmExit.X86_RDMSR: "6.1", KvmExit.X86_WRMSR: "6.1"}
 _USER_NAMES = {
