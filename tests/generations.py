@@ -10,7 +10,9 @@ Only tests know of such rows. They are in no document and no header, and a Pytho
 
 from __future__ import annotations
 
-from fastexit import profile
+from typing import Any
+
+from fastexit import offers, profile
 from fastexit.profile import PROFILES, since
 from fastexit.traits import Trait
 
@@ -41,3 +43,25 @@ def kernels(first: str = "seed-v3", *, before: str | None = None) -> tuple[str, 
 def having(trait: Trait) -> tuple[str, ...]:
     """The generations whose row has a trait, oldest first: stable kernels may have what a later series has not."""
     return tuple(name for name, known in PROFILES.items() if known.traits & trait)
+
+
+def offered(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Machine's keywords without what this generation does not offer, and without vCPU ids that it does not take."""
+    usual = {"x2apic_api": 0, "bus_cycle_ns": 1, "cmci": False, "ipiv": None, "x2avic": False, "disable_exits": 0}
+    chosen = usual | {"vendor": "vmx"} | options | {"kernel": kernel}
+    left = dict(options)
+    for offer in offers.OFFERS:
+        if offer.keyword in left and offer.asked(chosen) and offers.lacks(kernel, offer.since):
+            masks = {"x2apic_api": ~offers.LATER_API, "disable_exits": 15}
+            mask = masks.get(offer.keyword)
+            left[offer.keyword] = usual[offer.keyword] if mask is None else left[offer.keyword] & mask
+    if "apic_ids" in left:
+        most = offers.room(kernel).ids
+        left["apic_ids"] = type(left["apic_ids"])(i for i in left["apic_ids"] if i < most) or type(left["apic_ids"])(
+            [0]
+        )
+    return left
+
+
+FILTERS = kernels(offers.MSR_FILTER_SINCE)
+"""Generations with KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR."""

@@ -33,6 +33,7 @@ from fastexit import regs as r
 from fastexit.exits.exit import Exit
 from fastexit.jit import declare
 from fastexit.kernels import entries as entries
+from generations import offered
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -281,7 +282,8 @@ class Storm:
             options[switch] = rng.random() < 0.7
         if options["apicv"]:
             options |= {"ipiv": rng.random() < 0.5, ("x2avic" if svm else "vtd_pi"): rng.random() < 0.5}
-        m = fx.Machine(apic_ids=ids, vendor=vendor, **options)
+        options |= {"apic_ids": ids, "vendor": vendor, "boot_cpu_id": options["boot_cpu_id"]}
+        m = fx.Machine(**offered(options["kernel"], options))
         if options["x2apic"] and rng.random() < 0.7:
             m.boot_x2apic()
         if rng.random() < 0.6:

@@ -18,6 +18,7 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.exits.table import SVM, VMX, Op, Row
 from fastexit.outcome import CODE_HARDWARE
+from generations import FILTERS
 
 EXITS = 60 if INTERPRETED else 400
 VENDORS = ("vmx", "svm")
@@ -84,7 +85,9 @@ def build(
     if rng.random() < 0.8:
         m.vcpus[3].set_msr(r.MSR_APICBASE, 0xFEE0_0800)  # to xAPIC mode
     m.vcpus[4].nested = rng.random() < 0.5
-    m.user_space_msr = rng.choice((0, r.MsrExit.INVAL | r.MsrExit.UNKNOWN))
+    reasons = rng.choice((0, r.MsrExit.INVAL | r.MsrExit.UNKNOWN))
+    if m.kernel in FILTERS:
+        m.user_space_msr = reasons
     m.fast_mmio.add(FAST)
     if rng.random() < 0.8 if traced is None else traced:
         m.trace.enable()

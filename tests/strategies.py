@@ -40,6 +40,7 @@ from fastexit.kvm.values import (
 from fastexit.kvm.values import X2APIC_MSRS as X2APIC_MSRS
 from fastexit.kvm.values import differences as differences
 from fastexit.kvm.values import vector as vector
+from generations import FILTERS, offered
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 """Without the JIT a kernel costs some hundred times more, so tests take fewer examples."""
@@ -71,6 +72,10 @@ class Config:
     bus_cycle_ns: int = 1
     min_timer_period_us: int = 200
     fastpath: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in offered(self.kernel, asdict(self)).items():
+            object.__setattr__(self, name, value)
 
     def build(self, factory: Callable[..., Any]) -> Any:
         options = asdict(self) | {"apic_ids": list(self.apic_ids)}
@@ -333,6 +338,8 @@ def apply(machine: Any, op: Op) -> Any:
         machine.set_time(args[0])
         return None
     if name == "msr_filter":
+        if machine.kernel not in FILTERS:
+            return None
         default_deny, ranges, machine.user_space_msr = args
         machine.set_msr_filter(
             default_deny,

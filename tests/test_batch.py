@@ -17,6 +17,7 @@ from fastexit import regs as r
 from fastexit.exits.table import Row
 from fastexit.jit import declare
 from fastexit.kernels.loop import SVM_ROWS, VMX_ROWS
+from generations import offered
 from storms import COMPILED, EXITS, PV_EOI, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
 
 
@@ -191,7 +192,7 @@ def test_batch_of_another_configuration(kernel: str, vendor: str) -> None:
     """One owner, split irqchip, 32-bit ids, no hashing, no MMIO hole, no fast path: still the same."""
     options = {"threads": False, "irqchip": "split", "x2apic_api": 3, "vector_hashing": False, "cmci": True}
     options |= {"disable_quirks": r.QUIRK_LAPIC_MMIO_HOLE}
-    machines = [build(kernel, vendor, True, 3, **options) for _ in range(2)]
+    machines = [build(kernel, vendor, True, 3, **offered(kernel, options)) for _ in range(2)]
     for m in machines:
         m.fastpath = False
     assert_same(*machines, storm(3, vendor))

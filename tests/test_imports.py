@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels"},
     {"checks", "targets"},
     {"releases"},
+    {"offers"},
     {"exits", "tracepoints"},
     {"config", "ioctls", "irte", "settings", "snapshot", "vcpustate"},
     {"vcpu"},

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastexit import layout as L
+from fastexit import offers
 from fastexit import regs as R
 from fastexit.checks import U64, integer, one_of, quoted
 from fastexit.profile import PROFILES, Profile, numbered
@@ -96,6 +97,7 @@ def _check(chosen: dict[str, Any]) -> None:
         if setting.choices:
             one_of(chosen[name], name, setting.choices)
     check_api(chosen["x2apic_api"], chosen["irqchip"])
+    offers.check(chosen)
     for name, vendor, why in (
         ("hv_timer", "vmx", "SVM has no preemption timer"),
         ("vtd_pi", "vmx", "VT-d posts to VMX's descriptors"),

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from fastexit import layout as L
+from fastexit import offers
 from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
 from fastexit.compiledvcpu import CompiledVcpu
@@ -37,7 +38,7 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
-from fastexit.profile import Profile
+from fastexit.profile import NEWEST, Profile
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
@@ -84,7 +85,8 @@ class Machine:
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         if vcpus is not None:
-            ids = list(range(integer(vcpus, "number of vCPUs", L.MAX_VCPUS)))
+            most = offers.room(settings.get("kernel", NEWEST)).vcpus
+            ids = list(range(integer(vcpus, "number of vCPUs", min(most, L.MAX_VCPUS))))
         else:
             if not isinstance(apic_ids, Iterable):
                 raise TypeError(f"apic_ids is {type(apic_ids).__name__}, not a list of ids")
@@ -216,8 +218,11 @@ class Machine:
 
         ValueError for an id that is taken, and the map has been rebuilt even so.
         """
-        vcpu_id = integer(vcpu_id, "APIC id", L.MAX_VCPU_ID)
+        room = offers.room(self.release)
+        vcpu_id = integer(vcpu_id, "APIC id", min(room.ids - 1, L.MAX_VCPU_ID))
         with self.lock:
+            if len(self.vcpus) >= room.vcpus:
+                raise ValueError(f"a VM of kernel {self.release} has at most {room.vcpus} vCPUs (EINVAL)")
             if vcpu_id in self._ids:
                 load("refuse_vcpu")(self.handle)
                 raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
@@ -242,6 +247,8 @@ class Machine:
         ``ENABLE_`` and ``DISABLE_SUPPRESS_EOI_BROADCAST`` replace each other. ValueError where KVM says EINVAL.
         """
         check_api(flags, "split" if self._config(L.CONFIG_SPLIT_IRQCHIP) else "full")
+        if flags & offers.LATER_API:
+            offers.require(self.release, offers.LATER_API_SINCE, f"x2apic_api={int(flags)}")
         kept = self.mem[L.H_API]
         either = R.X2API_SUPPRESS_EOI | R.X2API_NO_SUPPRESS_EOI
         self.mem[L.H_API] = (kept & ~either if flags & either else kept) | int(flags)
@@ -278,6 +285,7 @@ class Machine:
         never filtered, and fast paths do not ask. ValueError where KVM says EINVAL: denying all by default without a
         range, too.
         """
+        offers.require(self.release, offers.MSR_FILTER_SINCE, "set_msr_filter")
         rows = []
         for flags, first, bits in ranges:
             flags = integer(flags, "flags of a filter range", R.MSR_FILTER_READ | R.MSR_FILTER_WRITE)
@@ -309,6 +317,7 @@ class Machine:
 
     @user_space_msr.setter
     def user_space_msr(self, reasons: int) -> None:
+        offers.require(self.release, offers.MSR_FILTER_SINCE, "user_space_msr")
         self.mem[L.H_USER_MSR] = integer(reasons, "user_space_msr", 7)
 
     # ---------------------------------------------------------------------------------------------------------- time

@@ -438,6 +438,7 @@ class DisableExits(IntFlag):
     HLT = 2
     PAUSE = 4
     CSTATE = 8
+    APERFMPERF = 16
 
 
 EXITS_MWAIT = DisableExits.MWAIT.value

@@ -107,6 +107,18 @@ def generation(kernel: str) -> Profile:
     return found._replace(traits=traits)
 
 
+def numbers(kernel: str) -> tuple[int, int, int]:
+    """A release's three numbers, to be compared. A generation counts as its tree, and so does a name of its series
+    that tells no patch level; that of another series counts as its first release.
+    """
+    known = generation(kernel)
+    asked = release(kernel)
+    if asked is not None and (asked.patch is not None or asked.series != series_of(known.name)):
+        return asked.major, asked.minor, asked.patch or 0
+    tree = release(known.tree.split()[-1])
+    return (0, 0, 0) if tree is None else (tree.major, tree.minor, tree.patch or 0)
+
+
 def has_fast_path(kernel: str) -> bool:
     """Tell whether a kernel has the fast path by itself. 5.4 and 5.5 are as the patch found them, without it."""
     asked = None if kernel in PROFILES else release(kernel)

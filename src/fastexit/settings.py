@@ -155,7 +155,7 @@ class Settings(TypedDict, total=False):
             0, "deadline timers fire that early and the entry waits (KVM begins with 1000); 0: off.", limits=(0, U32)
         ),
     ]
-    disable_exits: Annotated[int, Setting(0, "KVM_CAP_X86_DISABLE_EXITS (regs.DisableExits).", limits=(0, 15))]
+    disable_exits: Annotated[int, Setting(0, "KVM_CAP_X86_DISABLE_EXITS (regs.DisableExits).", limits=(0, 31))]
     disable_quirks: Annotated[
         int,
         Setting(
