@@ -87,6 +87,7 @@ class Machine:
         # later than 6.8, and in stable kernels of the two series before it that users have
         self.icr_reserved_faults = generation >= self.at("6.1") and generation != self.at("6.8")
         self.icr_split = self.icr_always_split or (self.icr_reserved_faults and vendor == "svm")
+        self.id_from_page = generation < self.at("6.6") or generation == self.at("6.8")
         self.lowest_broadcast_rewritten_early = generation < self.at("5.6")
         self.periodic_skips = generation >= self.at("6.12") or generation == self.at("6.1")
         self.fastpath = fastpath
@@ -276,6 +277,9 @@ class Machine:
             return
         self.map_dirty = False
         present = [v for v in self.vcpus if v.hw_enabled]
+        if self.generation < self.at("6.6"):
+            self.map = self._map_up_to_6_1(present)
+            return
         new: ApicMap | None = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
         modified = False
         for vcpu in present:
@@ -289,6 +293,35 @@ class Machine:
             self.inhibit(r.Inhibit.PHYSICAL_ID_ALIASED, new is None)
             self.inhibit(r.Inhibit.LOGICAL_ID_ALIASED, new is None or new.logical_mode == r.LOGICAL_DISABLED)
             self.inhibit(r.Inhibit.APIC_ID_MODIFIED, modified)
+
+    @staticmethod
+    def _map_up_to_6_1(present: list[Vcpu]) -> ApicMap:
+        """The map of the kernels that never drop one: what does not agree has no logical half, aliases hide others."""
+        new = ApicMap(max_apic_id=max([0xFF, *(v.id for v in present)]))
+        modes: set[int] = set()
+        for vcpu in present:
+            if vcpu.x2apic or vcpu.id > 0xFF:
+                new.phys[vcpu.id] = vcpu
+            if not vcpu.x2apic:
+                new.phys.setdefault(vcpu.xapic_id, vcpu)
+            ldr = vcpu.reg(r.APIC_LDR)
+            if not vcpu.sw_enabled:
+                continue
+            if vcpu.x2apic:
+                modes.add(r.LOGICAL_X2APIC)
+            elif ldr:
+                modes.add(r.LOGICAL_FLAT if vcpu.reg(r.APIC_DFR) == r.DFR_FLAT else r.LOGICAL_CLUSTER)
+            logical = ldr if vcpu.x2apic else ldr >> 24
+            if modes == {r.LOGICAL_X2APIC}:
+                first = (logical >> 16) * 16
+                there = [first + bit for bit in bits_of(logical & 0xFFFF) if first + bit <= new.max_apic_id]
+                new.phys.update(dict.fromkeys(there[:1], vcpu))
+            elif modes == {r.LOGICAL_FLAT}:
+                new.flat.update(dict.fromkeys(bits_of(logical)[:1], vcpu))
+            elif modes == {r.LOGICAL_CLUSTER}:
+                new.cluster.update({(logical >> 4, bit): vcpu for bit in bits_of(logical & 0xF)[:1]})
+        new.logical_mode = modes.pop() if len(modes) == 1 else r.LOGICAL_DISABLED
+        return new
 
     def _enter_physical(self, new: ApicMap, vcpu: Vcpu) -> bool:
         if self.x2apic_api & r.X2API_32BIT_IDS:

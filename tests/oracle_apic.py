@@ -264,8 +264,9 @@ class Vcpu(Doors):
         self.put(r.APIC_ID, (apic_id & 0xFF) << r.XAPIC_DEST_SHIFT)
         self.m.map_dirty = True
 
-    def _x2apic_ldr(self) -> int:
-        return (self.id >> 4) << 16 | 1 << (self.id & 15)
+    @staticmethod
+    def _x2apic_ldr(apic_id: int) -> int:
+        return (apic_id >> 4) << 16 | 1 << (apic_id & 15)
 
     # ------------------------------------------------------------------------------------------------- APICBASE
 
@@ -279,9 +280,9 @@ class Vcpu(Doors):
         if changed & r.APICBASE_EXTD:
             if value & r.APICBASE_EXTD:
                 self.put(r.APIC_ID, self.id)
-                self.put(r.APIC_LDR, self._x2apic_ldr())
+                self.put(r.APIC_LDR, self._x2apic_ldr(self.id))
                 self.m.map_dirty = True
-            elif value & r.APICBASE_EN:
+            elif value & r.APICBASE_EN and self.m.generation >= self.m.at("6.6"):
                 self._set_xapic_id(self.id)
         if changed & ENABLED_BITS:
             self._mode_changed()
@@ -709,7 +710,7 @@ class Vcpu(Doors):
         page[r.APIC_TMCCT] = self.timer.current_count()
         if self.x2apic:
             if not self.m.x2apic_api & r.X2API_32BIT_IDS:
-                page[r.APIC_ID] = self.id << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
+                page[r.APIC_ID] = self.reg(r.APIC_ID) << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
             page[r.APIC_ICR2] = page[self._icr_high_at()]
         return struct.pack("<256I", *page.values())
 
@@ -720,19 +721,23 @@ class Vcpu(Doors):
         self.thread.leave()
         page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
         self.pir.clear()
-        self._inhibit_moved_page()
+        if self.m.generation < self.m.at("6.12"):
+            self._inhibit_moved_page()
         self._set_svr(page[r.APIC_SPIV])
         if self.x2apic:
-            if self.m.x2apic_api & r.X2API_32BIT_IDS and page[r.APIC_ID] != self.id:
+            long_ids = self.m.x2apic_api & r.X2API_32BIT_IDS
+            if long_ids and page[r.APIC_ID] != self.id:
                 self.m.rebuild_map()
                 raise ValueError(f"APIC ID {page[r.APIC_ID]:#x} is not {self.id:#x}")
-            page[r.APIC_ID] = self.id
-            page[r.APIC_LDR] = self._x2apic_ldr()
+            taken = self.m.id_from_page and not long_ids
+            page[r.APIC_ID] = page[r.APIC_ID] >> r.XAPIC_DEST_SHIFT if taken else self.id
+            page[r.APIC_LDR] = self._x2apic_ldr(page[r.APIC_ID])
             page[self._icr_high_at()] = page[r.APIC_ICR2]
         for offset, value in page.items():
             self.put(offset, value)
         self._inhibit_modified_id()
-        self.m.map_dirty = True
+        if not self.m.at("5.7") <= self.m.generation < self.m.at("5.8"):
+            self.m.map_dirty = True
         self.m.rebuild_map()
         self._set_version()
         self._update_ppr()

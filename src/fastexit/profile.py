@@ -27,14 +27,8 @@ _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
 _UNTIL_5_8 = _T.HV_ONE_SHOT_NEVER_WAITS | _T.POSTS_TIMER_ANYWAY | _T.DEADLINE_READ_DISABLED
 _UNTIL_5_10 = _T.NV_BEFORE_BLOCKING
 _UNTIL_5_15 = _T.WAIT_TRACED_LATE | _T.AVIC_OLD
-_UNTIL_6_1 = (
-    _T.MAP_BY_VOTES
-    | _T.ID_KEPT_ON_LEAVING
-    | _T.SMI_ALWAYS
-    | _T.X2APIC_READS_UNCHECKED
-    | _T.SET_LAPIC_STORES_BASE
-    | _T.ID_FROM_PAGE
-)
+_UNTIL_6_1 = _T.MAP_BY_VOTES | _T.ID_KEPT_ON_LEAVING | _T.SMI_ALWAYS | _T.X2APIC_READS_UNCHECKED | _T.ID_FROM_PAGE
+_UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE
 _FROM_5_8 = _T.TMCCT_RESTORED | _T.TICK_POSTED_AT_ONCE
 _FROM_5_10 = _FROM_5_8 | _T.TDCR_MASKED | _T.SMI_FOLDED | _T.LVTPC_MASKED
 _FROM_5_15 = (
@@ -130,7 +124,8 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
-            | _UNTIL_6_1,
+            | _UNTIL_6_1
+            | _UNTIL_6_8,
             "Fixed + physical, any shorthand, broadcast too; no L2 guard; wrong exit code on SVM",
         ),
         Profile(
@@ -149,7 +144,8 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
-            | _UNTIL_6_1,
+            | _UNTIL_6_1
+            | _UNTIL_6_8,
             "Fixed + physical, no shorthand; broadcast too",
         ),
         Profile(
@@ -168,7 +164,8 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
-            | _UNTIL_6_1,
+            | _UNTIL_6_1
+            | _UNTIL_6_8,
             "Fixed + physical unicast",
         ),
         Profile(
@@ -189,6 +186,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_8
             | _FROM_5_8,
             "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
         ),
@@ -211,6 +209,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_8
             | _FROM_5_10,
             "as 5.8; SVM only with a next RIP",
         ),
@@ -232,6 +231,7 @@ PROFILES: dict[str, Profile] = {
             | _T.PI_NOTIFIES_SELF
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_8
             | _FROM_5_15,
             "as 5.10",
         ),
@@ -251,6 +251,7 @@ PROFILES: dict[str, Profile] = {
             | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_MANY_SCANNED
             | _UNTIL_6_1
+            | _UNTIL_6_8
             | _FROM_6_1,
             "Fixed + physical unicast with reserved bits clear; TSC_DEADLINE with the preemption timer",
         ),
@@ -266,6 +267,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TSCDL_HV_TIMER
             | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_ID_REFUSED
+            | _UNTIL_6_8
             | _FROM_6_6,
             "as 6.1; SRCU taken around it",
         ),
@@ -273,7 +275,13 @@ PROFILES: dict[str, Profile] = {
             "6.8",
             10,
             "6.8.0",
-            _UNICAST | _T.SRCU_IN_FASTPATH | _T.TSCDL_HV_TIMER | _T.ID_FROM_PAGE | _T.AVIC_ID_REFUSED | _FROM_6_6,
+            _UNICAST
+            | _T.SRCU_IN_FASTPATH
+            | _T.TSCDL_HV_TIMER
+            | _T.ID_FROM_PAGE
+            | _T.AVIC_ID_REFUSED
+            | _UNTIL_6_8
+            | _FROM_6_6,
             "as 6.6, reserved bits or not",
         ),
         Profile(

@@ -4,6 +4,8 @@ Models: kvm_recalculate_apic_map with every rule that drops the map or its logic
 up in it, for IPIs, messages and remapping entries alike (kvm_apic_map_get_dest_lapic). Spec: SDM vol. 3A 10.6.2,
 10.12.10. What is wrong with a map also inhibits APICv (inhibit.py). Not modelled: RCU grace periods.
 
+Differs by generation (MAP_BY_VOTES): up to 6.1 no map is ever dropped and no alias is looked for.
+
 A map is built in a scratch area, then copied word by word over the idle one of two copies, unchanged words left alone,
 and published with one store. A reader that two rebuilds overtake so finds
 in each word what the map said before or says now, never an emptied slot: vCPUs that nobody touched stay reachable.
@@ -20,6 +22,7 @@ from .shared import clear_words, hot, own, replace_if
 CLEAN, DIRTY, IN_PROGRESS = k.ZERO, k.ONE, k.U(2)
 UNRESOLVED = k.NONE
 MEMBER_BITS = k.U(32)
+VOTE_X2APIC, VOTE_FLAT, VOTE_CLUSTER = k.ONE, k.U(2), k.U(4)
 
 
 @kernel("u8(words, u8, u8)")
@@ -131,11 +134,14 @@ def mark_dirty(m):
 
 @kernel("u8(words, u8, u8)")
 def _enter_physical(m, base, v):
-    """kvm_recalculate_phys_map for one vCPU: 1 when the whole map has to go."""
+    """kvm_recalculate_phys_map for one vCPU: 1 when the whole map has to go.
+
+    With 32-bit ids, and always up to 6.1, x2APIC ids come before xAPIC ids, of which the first one counts.
+    """
     vcpu_id = m[own(m, v) + k.K_VCPU_ID]
     x2apic = m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC
     xapic_id = reg(m, v, k.APIC_ID) >> k.U(24)
-    if m[k.H_API] & k.X2API_32BIT_IDS:
+    if m[k.H_API] & k.X2API_32BIT_IDS or m[k.H_RULES] & k.R_MAP_BY_VOTES:
         if x2apic or vcpu_id > k.XAPIC_BROADCAST:
             set_slot(m, base, k.MAP_PHYS_SLOT + vcpu_id, v + k.ONE)
         if not x2apic and slot(m, base, k.MAP_PHYS_SLOT + xapic_id) == k.ZERO:
@@ -186,6 +192,40 @@ def _enter_logical(m, base, v):
     return k.ZERO
 
 
+@kernel("u8(u8)")
+def _elected(votes):
+    """The logical mode that all votes are for. No vote elects none either: then only the scan can tell."""
+    if votes == VOTE_X2APIC:
+        return k.LOGICAL_X2APIC
+    if votes == VOTE_FLAT:
+        return k.LOGICAL_FLAT
+    return k.LOGICAL_CLUSTER if votes == VOTE_CLUSTER else k.LOGICAL_DISABLED
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _vote(m, base, v, votes):
+    """The logical half up to 6.1, for one vCPU: all votes with its own.
+
+    It takes the slot of its lowest LDR bit from whoever had it, by the mode that the votes so far elect: in x2APIC mode
+    that is a physical slot, so an LDR that is not the id's (a page from KVM_SET_LAPIC) hides another vCPU. An LDR of 0
+    is a vote in x2APIC mode alone.
+    """
+    flags = m[hot(m, v) + k.HOT_FLAGS]
+    if not flags & k.FLAG_SW:
+        return votes
+    ldr = reg(m, v, k.APIC_LDR)
+    if flags & k.FLAG_X2APIC:
+        votes = votes | VOTE_X2APIC
+    elif ldr:
+        ldr = ldr >> k.U(24)
+        votes = votes | (VOTE_FLAT if reg(m, v, k.APIC_DFR) == k.DFR_FLAT else VOTE_CLUSTER)
+    m[base + k.MAP_LOGICAL] = _elected(votes)
+    found = _logical(m, base, ldr)
+    if found != UNRESOLVED and found >> MEMBER_BITS:
+        set_slot(m, base, (found & k.LOW32) + ctz(found >> MEMBER_BITS), v + k.ONE)
+    return votes
+
+
 @kernel("u8(words, u8)")
 def _build(m, base):
     """A map of what the vCPUs are now, at base; MAP_PRESENT only if no rule drops it. 1 when an xAPIC id was modified,
@@ -199,8 +239,10 @@ def _build(m, base):
         if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
             top = umax(top, m[own(m, v) + k.K_VCPU_ID])
     m[base + k.MAP_MAX_ID] = top
-    m[base + k.MAP_LOGICAL] = k.LOGICAL_SW_DISABLED
+    by_votes = m[k.H_RULES] & k.R_MAP_BY_VOTES
+    m[base + k.MAP_LOGICAL] = k.LOGICAL_DISABLED if by_votes else k.LOGICAL_SW_DISABLED
     modified = k.ZERO
+    votes = k.ZERO
     for i in range(n):
         v = k.U(i)
         if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
@@ -208,7 +250,10 @@ def _build(m, base):
         modified = modified | id_modified(m, v)
         if _enter_physical(m, base, v):
             return modified
-        _enter_logical(m, base, v)
+        if by_votes:
+            votes = _vote(m, base, v, votes)
+        else:
+            _enter_logical(m, base, v)
     m[base + k.MAP_PRESENT] = k.ONE
     return modified
 

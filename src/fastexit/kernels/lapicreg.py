@@ -83,8 +83,7 @@ def version(m, v):
     return value
 
 
-@kernel("u8(words, u8)")
-def x2apic_ldr(m, v):
+@kernel("u8(u8)")
+def x2apic_ldr(apic_id):
     """The logical id that hardware derives from the x2APIC id (SDM 10.12.10.2)."""
-    vcpu_id = m[own(m, v) + k.K_VCPU_ID]
-    return ((vcpu_id >> k.U(4)) << k.U(16)) | (k.ONE << (vcpu_id & k.U(15)))
+    return ((apic_id >> k.U(4)) << k.U(16)) | (k.ONE << (apic_id & k.U(15)))

@@ -33,7 +33,10 @@ def _set_xapic_id(m, v):
 
 @kernel("u8(words, u8, u8)")
 def _store_base(m, v, value):
-    """__kvm_apic_set_base: what the change of EN and EXTD does to ID, LDR and APICv. Effect code."""
+    """__kvm_apic_set_base: what the change of EN and EXTD does to ID, LDR and APICv. Effect code.
+
+    Where the id is kept (ID_KEPT_ON_LEAVING), the map is, too: it still has the vCPU in x2APIC mode.
+    """
     row = own(m, v)
     old = m[row + k.K_APIC_BASE]
     m[row + k.K_APIC_BASE] = value
@@ -47,9 +50,9 @@ def _store_base(m, v, value):
     if changed & k.APICBASE_EXTD:
         if value & k.APICBASE_EXTD:
             set_reg(m, v, k.APIC_ID, m[row + k.K_VCPU_ID])
-            set_reg(m, v, k.APIC_LDR, x2apic_ldr(m, v))
+            set_reg(m, v, k.APIC_LDR, x2apic_ldr(m[row + k.K_VCPU_ID]))
             mark_dirty(m)
-        elif value & k.APICBASE_EN:
+        elif value & k.APICBASE_EN and not m[k.H_RULES] & k.R_ID_KEPT_ON_LEAVING:
             _set_xapic_id(m, v)
     effects = base_written(m, v, changed)
     if changed & (k.APICBASE_EN | k.APICBASE_EXTD):
@@ -160,13 +163,16 @@ def get_state(m, v):
 @kernel("u8(words, u8)")
 def _fix_up_stage(m, v):
     """kvm_apic_state_fixup for a set: ID, LDR and ICR of a page that is meant for x2APIC mode; CODE_GP for EINVAL."""
-    row = own(m, v)
+    apic_id = m[own(m, v) + k.K_VCPU_ID]
     at = k.H_STAGE + (k.APIC_ID >> k.U(3))
-    if m[k.H_API] & k.X2API_32BIT_IDS and m[at] & k.LOW32 != m[row + k.K_VCPU_ID]:
-        return k.CODE_GP
-    m[at] = (m[at] & k.HIGH32) | m[row + k.K_VCPU_ID]
+    if m[k.H_API] & k.X2API_32BIT_IDS:
+        if m[at] & k.LOW32 != apic_id:
+            return k.CODE_GP
+    elif m[k.H_RULES] & k.R_ID_FROM_PAGE:
+        apic_id = (m[at] & k.LOW32) >> k.U(24)
+    m[at] = (m[at] & k.HIGH32) | apic_id
     at = k.H_STAGE + (k.APIC_LDR >> k.U(3))
-    m[at] = (m[at] & k.HIGH32) | x2apic_ldr(m, v)
+    m[at] = (m[at] & k.HIGH32) | x2apic_ldr(apic_id)
     if not icr_is_split(m):
         at = k.H_STAGE + (k.APIC_ICR >> k.U(3))
         high = m[k.H_STAGE + (k.APIC_ICR2 >> k.U(3))] & k.LOW32
@@ -191,7 +197,7 @@ def set_state(m, v):
     """
     if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV:
         clear_pid(m, v)
-    effects = base_written(m, v, k.ZERO)
+    effects = base_written(m, v, k.ZERO) if m[k.H_RULES] & k.R_SET_LAPIC_STORES_BASE else k.ZERO
     set_spiv(m, v, m[k.H_STAGE + (k.APIC_SPIV >> k.U(3))] & k.LOW32)
     if in_x2apic_mode(m, v) and _fix_up_stage(m, v):
         return k.CODE_GP | effects | recalculate(m, v)
@@ -201,7 +207,8 @@ def set_state(m, v):
     _store_vectors(m, v, k.APIC_TMR, hot(m, v) + k.HOT_TMR)
     _store_vectors(m, v, k.APIC_IRR, vec(m, v) + k.VEC_IRR)
     effects = effects | id_written(m, v)
-    mark_dirty(m)
+    if not m[k.H_RULES] & k.R_MAP_DIRTY_BY_SVR:
+        mark_dirty(m)
     effects = effects | recalculate(m, v)
     set_reg(m, v, k.APIC_LVR, version(m, v))
     compute_ppr(m, v)
