@@ -101,7 +101,7 @@ enum {
     FX_NO_TSC_DEADLINE = 1 << 5,  /* CPUID does not offer it */
     FX_NO_VECTOR_HASHING = 1 << 6,
     FX_CMCI = 1 << 7,
-    FX_SMM = 1 << 8,
+    FX_SMM = 1 << 8,              /* the default */
     FX_NO_NRIPS = 1 << 9,
     FX_NO_HV_TIMER = 1 << 10,     /* VMX without its preemption timer */
     FX_IPIV = 1 << 11,            /* VMX: IPI virtualisation */
@@ -110,7 +110,8 @@ enum {
     FX_X2AVIC = 1 << 14,
     FX_PI_INJECT_TIMER = 1 << 15,
     FX_NO_RETPOLINE = 1 << 16,
-    FX_QUIET = 1 << 17            /* errors are not printed; fx_last_error() has them */
+    FX_QUIET = 1 << 17,           /* errors are not printed; fx_last_error() has them */
+    FX_NO_SMM = 1 << 18           /* no CONFIG_KVM_SMM, which up to 6.1 every kernel has */
 };
 
 /* What a machine is made of. size and abi first; 0 in any other field is the default. */

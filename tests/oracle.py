@@ -68,7 +68,7 @@ class Machine:
         tsc_deadline: bool = True,
         maxphyaddr: int = 48,
         vector_hashing: bool = True,
-        smm: bool = False,
+        smm: bool = True,
         hv_timer: bool | None = None,
         pi_inject_timer: bool = False,
         tsc_khz: int = 1_000_000,
@@ -87,13 +87,15 @@ class Machine:
         # later than 6.8, and in stable kernels of the two series before it that users have
         self.icr_reserved_faults = generation >= self.at("6.1") and generation != self.at("6.8")
         self.icr_split = self.icr_always_split or (self.icr_reserved_faults and vendor == "svm")
+        # since SVM has virtual NMIs, KVM counts NMIs and keeps the mask of SVM apart from what INIT clears
+        self.nmis_counted = generation >= self.at("6.4")
         self.id_from_page = generation < self.at("6.6") or generation == self.at("6.8")
         self.lowest_broadcast_rewritten_early = generation < self.at("5.6")
         self.periodic_skips = generation >= self.at("6.12") or generation == self.at("6.1")
         self.fastpath = fastpath
         self.svm = vendor == "svm"
         self.vector_hashing = vector_hashing
-        self.smm = smm
+        self.smm = smm or generation < self.at("6.2")
         self.hv_timer = vendor == "vmx" if hv_timer is None else hv_timer
         self.pi_inject_timer = pi_inject_timer
         self.now = 0

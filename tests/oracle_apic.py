@@ -179,7 +179,8 @@ class Vcpu(Doors):
         self.pv_eoi_msr = 0  # nothing here enables it
         if init:
             self.nmi_queued = self.nmi_pending = 0
-            self.nmi_masked = self.nmi_injected = self.smi_pending = self.interrupt_injected = False
+            self.nmi_masked &= self.m.svm and self.m.nmis_counted
+            self.nmi_injected = self.smi_pending = self.interrupt_injected = False
             self.exception = None
             self.rip, self.cs, self.rflags, self.shadow = 0xFFF0, 0xF000, r.RFLAGS_FIXED, 0
         else:
@@ -758,7 +759,8 @@ class Vcpu(Doors):
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE."""
         self.thread.leave()
-        blocked = self.smi_pending or not self.init_allowed()  # an SMI goes before an INIT
+        # an SMI goes before an INIT; later kernels leave it to KVM_RUN
+        blocked = self.m.generation < self.m.at("6.17") and (self.smi_pending or not self.init_allowed())
         if state in (r.MP_INIT_RECEIVED, r.MP_SIPI_RECEIVED) and blocked:
             raise ValueError("EINVAL")
         if state == r.MP_SIPI_RECEIVED:
@@ -770,7 +772,7 @@ class Vcpu(Doors):
 
     def set_mp(self, state: int) -> None:
         self.mp_state = state
-        if state == r.MP_RUNNABLE:
+        if state == r.MP_RUNNABLE and self.m.generation >= self.m.at("6.15"):
             self.pv_unhalted = False
 
     def init_allowed(self) -> bool:
@@ -796,7 +798,7 @@ class Vcpu(Doors):
         most = 1 if self.nmi_masked or self.nmi_injected else MAX_PENDING_NMIS
         self.nmi_pending = min(self.nmi_pending + self.nmi_queued, most)
         self.nmi_queued = 0
-        if self.nmi_pending:
+        if self.nmi_pending or not self.m.nmis_counted:
             self.request("EVENT")
 
     def enter_smm(self) -> None:
@@ -818,11 +820,12 @@ class Vcpu(Doors):
         """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
         self.thread.leave()
         self.process_nmi()
+        seen = self.m.generation >= self.m.at("5.10") and "SMI" in self.requests
         return Events(
-            self.nmi_pending,
+            self.nmi_pending if self.m.nmis_counted else min(self.nmi_pending, 1),
             int(self.pending_init),
             self.nmi_masked,
-            self.smi_pending or "SMI" in self.requests,
+            self.smi_pending or seen,
             self.exception,
         )
 
@@ -842,9 +845,12 @@ class Vcpu(Doors):
         self.thread.leave()
         self.process_nmi()
         if nmi_pending is not None:
-            self.nmi_pending, self.nmi_queued = 0, nmi_pending
-            if nmi_pending:
-                self.request("NMI")
+            if self.m.nmis_counted:
+                self.nmi_pending, self.nmi_queued = 0, nmi_pending
+                if nmi_pending:
+                    self.request("NMI")
+            else:
+                self.nmi_pending = nmi_pending
         self.nmi_masked = nmi_masked
         self.nmi_injected = self.interrupt_injected = False
         self.exception = None
@@ -853,7 +859,8 @@ class Vcpu(Doors):
         if smm is not None:
             self.smm = smm
             self.smi_pending = False
-            self.pending_init = latched_init
+            if smm or self.m.generation >= self.m.at("5.6"):
+                self.pending_init = latched_init
         self.request("EVENT")
 
     def set_sregs(self, *, apic_base: int, cr8: int) -> None:

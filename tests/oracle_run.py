@@ -55,8 +55,16 @@ class RunLoop:
         self.v.blocked = state == BLOCKED
         return state
 
+    def refused(self) -> bool:
+        """Waiting for SIPI where it is blocked is not possible; a sleeper is not asked, for it is in KVM_RUN."""
+        v = self.v
+        waits = v.mp_state == r.MP_INIT_RECEIVED and not v.init_allowed() and not self.sleeping
+        return waits and self.m.generation >= self.m.at("6.17")
+
     def _run(self) -> str | KvmExit:
         self._answer()
+        if self.refused():
+            raise ValueError("EINVAL")
         if self.v.mp_state == r.MP_UNINITIALIZED:
             # not the loop's business; user space calls again after EAGAIN
             if self.runnable():
@@ -235,6 +243,7 @@ class RunLoop:
         v.accept_events()
         if v.mp_state in (r.MP_HALTED, r.MpState.AP_RESET_HOLD):
             v.set_mp(r.MP_RUNNABLE)
+            v.pv_unhalted = False
         if v.mp_state == r.MP_RUNNABLE:
             return None
         # a vCPU that waits for SIPI has nothing to do with an NMI: the thread goes round and round
@@ -349,6 +358,8 @@ class RunLoop:
         v = self.v
         self.skip(INSN_LEN["hlt"])
         v.set_mp(r.MP_RUNNABLE if v.pv_unhalted or self._has_events() else r.MP_HALTED)
+        if v.mp_state == r.MP_RUNNABLE:
+            v.pv_unhalted = False
         if self.m.fastpath and self.m.generation >= self.m.at("6.12"):
             return self._finish_fast(Result("reenter" if v.mp_state == r.MP_RUNNABLE else "handled"))
         return self._finish(Result())

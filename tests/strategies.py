@@ -64,7 +64,7 @@ class Config:
     boot_cpu_id: int = 0
     disable_quirks: int = 0
     vector_hashing: bool = True
-    smm: bool = False
+    smm: bool = True
     hv_timer: bool = False
     pi_inject_timer: bool = False
     disable_exits: int = 0
@@ -217,7 +217,8 @@ def run_op(rng: random.Random, machine: oracle.Machine) -> Op:
 def run_of(machine: oracle.Machine, i: int) -> Op:
     """KVM_RUN; not of a vCPU that waits for SIPI with an NMI in hand, whose thread would go round and round."""
     vcpu = machine.vcpus[i]
-    if vcpu.mp_state in (r.MP_INIT_RECEIVED, r.MP_UNINITIALIZED) and vcpu.thread.runnable():
+    waits = vcpu.mp_state in (r.MP_INIT_RECEIVED, r.MP_UNINITIALIZED) and vcpu.thread.runnable()
+    if waits and not vcpu.thread.refused():
         return ("set_mp_state", i, r.MP_RUNNABLE)
     return ("run", i)
 

@@ -179,7 +179,7 @@ def test_a_page_with_a_new_id(kernel: str, toggles: bool) -> None:
 
 @pytest.mark.parametrize("kernel", kernels("6.1"))
 def test_the_base_is_stored_again(kernel: str) -> None:
-    """KVM_SET_LAPIC stored APICBASE once more, and so inhibited APICv again for a moved page; seen in its trace line."""
+    """KVM_SET_LAPIC stores APICBASE once more, so a moved page inhibits APICv again: one line more of the trace."""
     m = machine(0, x2apic=False, kernel=kernel, apicv=True)
     v = m.vcpus[0]
     assert v.set_msr(BASE, 0xFEF0_0000 | r.APICBASE_EN | r.APICBASE_BSP)

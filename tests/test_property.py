@@ -74,7 +74,7 @@ def lively_config(rng: random.Random, *, hv_timer: bool, **fixed: Any) -> s.Conf
         rng,
         **({"least": 1, "most": 4} | fixed),
         hv_timer=hv_timer,
-        smm=rng.random() < 0.3,
+        smm=rng.random() < 0.7,
         vector_hashing=rng.random() < 0.7,
         pi_inject_timer=rng.random() < 0.3,
         disable_exits=rng.choice((0, 0, r.EXITS_MWAIT, r.EXITS_HLT, r.EXITS_MWAIT | r.EXITS_HLT)),

@@ -224,8 +224,8 @@ def test_boot_lint0_is_a_quirk() -> None:
 
 
 def test_set_mp_state() -> None:
-    """SIPI_RECEIVED is INIT_RECEIVED and a pending SIPI; both are refused behind a blocked INIT or a pending SMI."""
-    m = booted()
+    """SIPI_RECEIVED is INIT_RECEIVED and a pending SIPI; 6.12 refuses both behind a blocked INIT or a pending SMI."""
+    m = booted(kernel="6.12")
     v = m.vcpus[1]
     v.set_events(sipi_vector=0x77)
     v.set_mp_state(r.MpState.SIPI_RECEIVED)
@@ -282,7 +282,7 @@ def test_set_events_refuses_smm() -> None:
     v = booted(smm=False).vcpus[1]
     with pytest.raises(ValueError, match="no CONFIG_KVM_SMM"):
         v.set_events(smm=True)
-    v = booted().vcpus[1]
+    v = booted(kernel="6.12").vcpus[1]
     v.set_mp_state(r.MpState.INIT_RECEIVED)
     with pytest.raises(ValueError, match="waits for SIPI"):
         v.set_events(smm=True)

@@ -228,7 +228,7 @@ def test_trap_27_smi_without_smm_reaches_nobody(smm: bool) -> None:
 
 def test_trap_47_acceptance_is_traced_before_it_is_decided() -> None:
     """The accept line appears for ExtINT, for a software-disabled target, for an SMI nobody handles."""
-    m = machine()
+    m = machine(smm=False)
     m.vcpus[1].set_msr(SVR, 0xFF)
     m.trace.enable()
     for mode, vector, name in ((0, 0x41, "Fixed"), (7, 0, "ExtINT"), (SMI, 0, "SMI")):

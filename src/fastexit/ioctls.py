@@ -15,6 +15,7 @@ from fastexit.checks import integer, member
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, Effect
 from fastexit.reasons import KvmExit
+from fastexit.traits import Trait
 from fastexit.vcpustate import VcpuState
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 class Events(NamedTuple):
     """KVM_GET_VCPU_EVENTS as far as interrupts go.
 
-    ``nmi_pending`` counts at most two (one while NMIs are masked); ``latched_init`` is a pending INIT; ``exception`` is
-    the vector waiting to be injected, or None; ``interrupt`` the vector whose delivery was cut short, or None.
+    ``nmi_pending`` counts at most two (one while NMIs are masked; 0 or 1 up to 6.1); ``latched_init`` is a pending INIT;
+    ``exception`` is the vector waiting to be injected, or None; ``interrupt`` the vector whose delivery was cut short,
+    or None.
     """
 
     nmi_pending: int
@@ -83,6 +85,9 @@ class VcpuIoctls(VcpuState):
         machine: Machine
         _loop: Loop
 
+    def _rule(self, trait: Trait) -> bool:
+        return bool(self.machine.profile.traits & trait)
+
     def set_msr(self, msr: int, value: int) -> bool:
         """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
         msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
@@ -125,9 +130,13 @@ class VcpuIoctls(VcpuState):
         """KVM_RUN: True when the vCPU is in the guest then; False when it waits, or KVM_RUN has returned already.
 
         It waits for INIT or SIPI, or for what ends a halt; ``exit_reason`` is None then. The answer to Effect.WAKE: the
-        thread looks again, runs what is pending, and sleeps again if it still waits.
+        thread looks again, runs what is pending, and sleeps again if it still waits. ValueError where KVM says EINVAL:
+        from 6.18 on for a vCPU that waits for SIPI where INIT is blocked.
         """
-        return self._loop.kvm_run(self)
+        runs = self._loop.kvm_run(self)
+        if not runs and self.exit_reason is KvmExit.UNKNOWN:
+            raise ValueError("KVM_RUN: the vCPU waits for SIPI, and INIT is blocked (EINVAL)")
+        return runs
 
     @property
     def exit_reason(self) -> KvmExit | None:
@@ -153,10 +162,13 @@ class VcpuIoctls(VcpuState):
         return R.MpState(state)
 
     def set_mp_state(self, state: int) -> None:
-        """KVM_SET_MP_STATE; SIPI_RECEIVED becomes INIT_RECEIVED and a pending SIPI. ValueError for EINVAL."""
+        """KVM_SET_MP_STATE; SIPI_RECEIVED becomes INIT_RECEIVED and a pending SIPI.
+
+        ValueError for EINVAL: up to 6.12 for either of them where INIT is blocked. Later run() says so.
+        """
         state = member(state, "mp_state", list(R.MpState))
         self._loop.leave_guest(self)
-        waits = state in (R.MP_INIT_RECEIVED, R.MP_SIPI_RECEIVED)
+        waits = state in (R.MP_INIT_RECEIVED, R.MP_SIPI_RECEIVED) and not self._rule(Trait.MP_STATE_CHECKED_IN_RUN)
         blocked = load("init_blocked")(self._handle, self.index) or self._mem[self.own + L.K_SMI_PENDING]
         if waits and blocked:
             raise ValueError(f"mp_state {R.MpState(state).name}: INIT is blocked, or an SMI goes first (EINVAL)")
@@ -170,15 +182,16 @@ class VcpuIoctls(VcpuState):
         """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
         self._loop.leave_guest(self)
         mem, own = self._mem, self.own
+        counted = self._rule(Trait.NMI_COUNTED)
         load("process_nmi")(self._handle, self.index)
-        if mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI:
+        if mem[self.hot + L.HOT_REQUESTS] & R.REQ_SMI and self._rule(Trait.SMI_FOLDED):
             load("clear_request")(self._handle, self.index, R.REQ_SMI)
             load("process_smi")(self._handle, self.index)
         exception = mem[own + L.K_EXCEPTION]
         again = mem[own + L.K_REINJECT]
         external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
         return Events(
-            nmi_pending=mem[own + L.K_NMI_PENDING],
+            nmi_pending=mem[own + L.K_NMI_PENDING] if counted else int(mem[own + L.K_NMI_PENDING] > 0),
             nmi_masked=bool(mem[own + L.K_NMI_MASKED]),
             smi_pending=bool(mem[own + L.K_SMI_PENDING]),
             latched_init=bool(mem[own + L.K_PENDING_EVENTS] & R.PENDING_INIT),
@@ -205,7 +218,8 @@ class VcpuIoctls(VcpuState):
 
         ``exception`` and ``interrupt`` have no such flag: None is that there is none, whatever was queued before.
         ``smm`` makes the four SMM fields valid, ``latched_init`` among them: it sets or clears a pending INIT. The SIPI
-        vector alone is no SIPI. ValueError where KVM says EINVAL.
+        vector alone is no SIPI. Up to 6.1 ``nmi_pending`` is as it was given, later it is limited when it is looked at.
+        ValueError where KVM says EINVAL.
         """
         mem, own = self._mem, self.own
         if nmi_pending is not None:
@@ -218,9 +232,10 @@ class VcpuIoctls(VcpuState):
             raise ValueError("exception 2 is the NMI, which is no exception (EINVAL)")
         if interrupt is not None:
             interrupt = integer(interrupt, "vector", 0xFF)
-        if (smm or smi_pending) and not mem[L.H_CONFIG] & L.CONFIG_SMM:
+        if (smm or smi_pending) and not (mem[L.H_CONFIG] & L.CONFIG_SMM or self._rule(Trait.SMI_ALWAYS)):
             raise ValueError("SMM: this kernel has no CONFIG_KVM_SMM (EINVAL)")
-        if smm is not None and (smm or smi_pending) and mem[own + L.K_MP_STATE] == R.MP_INIT_RECEIVED:
+        waits = mem[own + L.K_MP_STATE] == R.MP_INIT_RECEIVED and not self._rule(Trait.MP_STATE_CHECKED_IN_RUN)
+        if smm is not None and (smm or smi_pending) and waits:
             raise ValueError("SMM: the vCPU waits for SIPI, where SMIs are latched (EINVAL)")
         self._loop.leave_guest(self)
         load("process_nmi")(self._handle, self.index)
@@ -229,7 +244,9 @@ class VcpuIoctls(VcpuState):
         mem[own + L.K_REINJECT] = 0 if interrupt is None else R.VECTORING_INFO_VALID | interrupt
         if shadow is not None:
             mem[own + L.K_SHADOW] = shadow
-        if nmi_pending is not None:
+        if nmi_pending is not None and not self._rule(Trait.NMI_COUNTED):
+            mem[own + L.K_NMI_PENDING] = nmi_pending
+        elif nmi_pending is not None:
             mem[own + L.K_NMI_PENDING] = 0
             mem[own + L.K_NMI_QUEUED] = nmi_pending
             if nmi_pending:
@@ -241,7 +258,8 @@ class VcpuIoctls(VcpuState):
             flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI)
             mem[own + L.K_HFLAGS] = flags | (L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0) if smm else 0)
             mem[own + L.K_SMI_PENDING] = int(bool(smi_pending))
-            load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))
+            if smm or not self._rule(Trait.LATCHED_INIT_WITH_SMM):
+                load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))
         load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     def set_sregs(self, *, apic_base: int | None = None, cr8: int | None = None) -> None:

@@ -482,6 +482,7 @@ VECTOR_DB, VECTOR_BP, VECTOR_UD, VECTOR_NM, VECTOR_GP, VECTOR_PF, VECTOR_AC, VEC
 REFLECTED_VECTORS = frozenset({VECTOR_DB, VECTOR_UD, VECTOR_NM, VECTOR_GP, VECTOR_PF, VECTOR_AC})
 """Exceptions that KVM intercepts for a reason of its own and gives back to the guest."""
 EINTR = 4
+EINVAL = 22
 
 APIC_ACCESS = Layout(64, OFFSET=12, TYPE=4, _16=48)
 """Exit qualification of an APIC-access exit; the type of access is one of APIC_ACCESS_*."""

@@ -93,7 +93,15 @@ class Settings(TypedDict, total=False):
         ),
     ]
     cmci: Annotated[bool, Setting(False, "a host whose MCG_CAP has CMCI_P.", bit=L.CONFIG_CMCI, flags={"CMCI": True})]
-    smm: Annotated[bool, Setting(False, "a kernel with CONFIG_KVM_SMM.", bit=L.CONFIG_SMM, flags={"SMM": True})]
+    smm: Annotated[
+        bool,
+        Setting(
+            True,
+            "a kernel with CONFIG_KVM_SMM, as distributions build theirs; up to 6.1 every kernel has it.",
+            bit=L.CONFIG_SMM,
+            flags={"NO_SMM": False, "SMM": True},
+        ),
+    ]
     nrips: Annotated[bool, Setting(True, "SVM saves the next RIP.", bit=L.CONFIG_NRIPS, flags={"NO_NRIPS": False})]
     hv_timer: Annotated[
         bool | None,

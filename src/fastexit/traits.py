@@ -134,7 +134,8 @@ class Trait(IntFlag):
 
     # -- events and states
     NMI_COUNTED = 1 << 74
-    """KVM_GET_VCPU_EVENTS shows how many NMIs wait, and KVM_SET_VCPU_EVENTS limits them; before, one bit was kept."""
+    """KVM_GET_VCPU_EVENTS shows how many NMIs wait, and KVM_SET_VCPU_EVENTS queues its number, to be limited; before, the
+    one showed a bit, and the other's number was pending as it was."""
     SMI_FOLDED = 1 << 75
     """KVM_GET_VCPU_EVENTS shows an SMI that is only requested."""
     NMI_MASK_OVER_INIT = 1 << 76
@@ -142,7 +143,9 @@ class Trait(IntFlag):
     MP_STATE_CHECKED_IN_RUN = 1 << 77
     """KVM_SET_MP_STATE and KVM_SET_VCPU_EVENTS take an INIT_RECEIVED that is blocked; KVM_RUN refuses it."""
     SMI_ALWAYS = 1 << 78
-    """There is no CONFIG_KVM_SMM: an SMI is always accepted."""
+    """There is no CONFIG_KVM_SMM yet: every kernel has SMM."""
+    UNHALT_KEPT = 1 << 107
+    """A PV kick waits until a halt uses it up; later, whatever makes a vCPU run uses it up."""
     LATCHED_INIT_WITH_SMM = 1 << 79
     """KVM_SET_VCPU_EVENTS reads latched_init only together with smm, and leaving SMM keeps a latched INIT."""
     INHIBIT_REQUESTS_EVENT = 1 << 96

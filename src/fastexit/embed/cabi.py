@@ -93,6 +93,7 @@ class Open(IntFlag):
     PI_INJECT_TIMER = 1 << 15
     NO_RETPOLINE = 1 << 16
     QUIET = 1 << 17
+    NO_SMM = 1 << 18
 
 
 CONFIG = np.dtype(

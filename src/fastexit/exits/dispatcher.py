@@ -117,7 +117,7 @@ class Dispatcher:
         if self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE:
             return True
         self.mem[v.own + L.K_TARGETS] = 0
-        user = load("begin_run")(self.handle, v.index)
+        user = load("begin_run")(self.handle, v.index) or load("pre_run")(self.handle, v.index)
         if user:
             self.return_to_user(v, user)
             return False
@@ -243,9 +243,10 @@ class Dispatcher:
             load("take_pv_eoi")(self.handle, v.index)
 
     def return_to_user(self, v: Vcpu, code: int) -> None:
-        """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR."""
+        """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR, UNKNOWN is -EINVAL."""
         reason = ((code & CODE_USER) >> CODE_USER_SHIFT) - 1
-        load("finish_run")(self.handle, v.index, reason, R.EINTR if reason == KvmExit.INTR else 0)
+        errno = {KvmExit.INTR: R.EINTR, KvmExit.UNKNOWN: R.EINVAL}.get(KvmExit(reason), 0)
+        load("finish_run")(self.handle, v.index, reason, errno)
 
     def handle_exit(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 20: the vendor's checks, then the generic handler unless the fast path was there already."""

@@ -31,6 +31,8 @@ def reset_vcpu(m, v, power):
     if not power:
         state = k.MP_RUNNABLE if m[row + k.K_APIC_BASE] & k.APICBASE_BSP else k.MP_INIT_RECEIVED
         return set_mp_state(m, v, state)
+    m[row + k.K_NMI_MASKED] = k.ZERO
+    m[row + k.K_PV_UNHALTED] = k.ZERO
     m[row + k.K_EXTINT] = k.ZERO
     m[row + k.K_TSC_DEADLINE] = k.ZERO
     m[row + k.K_HV_DEADLINE] = k.NONE

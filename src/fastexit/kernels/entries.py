@@ -102,6 +102,7 @@ _ON_ONE_VCPU = {
         "enter": steps.enter,
         "exits_at_once": steps.exits_at_once,
         "loop_tail": steps.loop_tail,
+        "pre_run": steps.pre_run,
         "service_requests": steps.service_requests,
         "vm_entry": steps.vm_entry,
         "wake_up": steps.wake_up,

@@ -28,12 +28,17 @@ SMM_ENTRY_RIP = k.U(0x8000)
 
 @kernel("u8(words, u8)")
 def process_nmi(m, v):
-    """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked or one is being delivered."""
+    """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked or one is being delivered.
+
+    Up to 6.1 it asks for an EVENT even where none is pending.
+    """
     row = own(m, v)
     injecting = m[row + k.K_REINJECT] & (INTR_INFO_VALID | INTR_TYPE) == INTR_INFO_VALID | INTR_TYPE_NMI
     limit = k.ONE if m[row + k.K_NMI_MASKED] or injecting else k.U(2)
     m[row + k.K_NMI_PENDING] = umin(m[row + k.K_NMI_PENDING] + take(m, row + k.K_NMI_QUEUED), limit)
-    return make_request(m, v, k.REQ_EVENT)
+    if m[row + k.K_NMI_PENDING] or not m[k.H_RULES] & k.R_NMI_COUNTED:
+        make_request(m, v, k.REQ_EVENT)
+    return k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -77,7 +82,8 @@ def leave_smm(m, v):
 def reset_vcpu_init(m, v):
     """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, queued events gone, RIP at the reset vector.
 
-    An L2 that INIT could interrupt without L1 (SVM) is forgotten. KVM_INTERRUPT's vector stays: it is the PIC's.
+    An L2 that INIT could interrupt without L1 (SVM) is forgotten. KVM_INTERRUPT's vector stays: it is the PIC's. SVM's
+    NMI mask was one of the flags that INIT clears; since it has a word of its own, it stays.
     """
     row = own(m, v)
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
@@ -86,7 +92,8 @@ def reset_vcpu_init(m, v):
     reset(m, v, k.ONE)
     make_request(m, v, k.REQ_EVENT)
     m[row + k.K_NMI_PENDING] = k.ZERO
-    m[row + k.K_NMI_MASKED] = k.ZERO
+    if not (m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_RULES] & k.R_NMI_MASK_OVER_INIT):
+        m[row + k.K_NMI_MASKED] = k.ZERO
     m[row + k.K_SMI_PENDING] = k.ZERO
     m[row + k.K_EXCEPTION] = k.ZERO
     m[row + k.K_PENDING_DB] = k.ZERO

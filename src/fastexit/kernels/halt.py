@@ -100,10 +100,18 @@ def runnable(m, v):
 
 @kernel("u8(words, u8, u8)")
 def set_mp_state(m, v, state):
-    """kvm_set_mp_state: a vCPU that runs has used up its unhalt."""
+    """kvm_set_mp_state: a vCPU that runs has used up its unhalt, or (UNHALT_KEPT) only one that has left a halt."""
     m[own(m, v) + k.K_MP_STATE] = state
-    if state == k.MP_RUNNABLE:
+    if state == k.MP_RUNNABLE and not m[k.H_RULES] & k.R_UNHALT_KEPT:
         m[own(m, v) + k.K_PV_UNHALTED] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def end_halt(m, v):
+    """A vCPU goes on behind its HLT, or never slept for it."""
+    m[own(m, v) + k.K_MP_STATE] = k.MP_RUNNABLE
+    m[own(m, v) + k.K_PV_UNHALTED] = k.ZERO
     return k.ZERO
 
 
@@ -111,5 +119,8 @@ def set_mp_state(m, v, state):
 def emulate_halt(m, v):
     """kvm_emulate_halt: HALTED unless something is pending; the USER code of the skip."""
     user = skip(m, v, k.INSN_LEN_HLT)
-    set_mp_state(m, v, k.MP_RUNNABLE if has_events(m, v) else k.MP_HALTED)
+    if has_events(m, v):
+        end_halt(m, v)
+    else:
+        m[own(m, v) + k.K_MP_STATE] = k.MP_HALTED
     return user

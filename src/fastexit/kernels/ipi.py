@@ -132,7 +132,7 @@ def _accept_other(m, v, icr, me):
     if mode == k.DM_REMRD:
         m[row + k.K_PV_UNHALTED] = k.ONE
         return _signal(m, v, k.REQ_EVENT, me, ACCEPT)
-    if mode == k.DM_SMI and m[k.H_CONFIG] & k.CONFIG_SMM:
+    if mode == k.DM_SMI and (m[k.H_CONFIG] & k.CONFIG_SMM or m[k.H_RULES] & k.R_SMI_ALWAYS):
         return _signal(m, v, k.REQ_SMI, me, ACCEPT)
     return k.ZERO
 

@@ -134,6 +134,8 @@ def kvm_run(m, v):
         return k.ZERO
     m[own(m, v) + k.K_TARGETS] = k.ZERO
     user = steps.begin_run(m, v)
+    if not user:
+        user = steps.pre_run(m, v)
     if user:
         return_to_user(m, v, user)
         return user
@@ -284,9 +286,10 @@ def sync_from_vapic(m, v):
 
 @kernel("u8(words, u8, u8)")
 def return_to_user(m, v, code):
-    """Return from KVM_RUN for the USER field of an outcome code; a signal makes it -EINTR."""
-    reason = ((code & k.CODE_USER) >> k.CODE_USER_SHIFT) - k.ONE
-    return steps.finish_run(m, v, reason, k.EINTR if code & k.CODE_USER == k.USER_INTR else k.ZERO)
+    """Return from KVM_RUN for the USER field of an outcome code; a signal makes it -EINTR, UNKNOWN is -EINVAL."""
+    user = code & k.CODE_USER
+    errno = k.EINTR if user == k.USER_INTR else k.EINVAL if user == k.USER_UNKNOWN else k.ZERO
+    return steps.finish_run(m, v, (user >> k.CODE_USER_SHIFT) - k.ONE, errno)
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")

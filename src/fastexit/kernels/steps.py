@@ -20,7 +20,7 @@ from .events import (
     ready_for_user,
 )
 from .fastpath import exit_requested
-from .halt import runnable, set_mp_state
+from .halt import end_halt, init_blocked, runnable
 from .hvtimer import hv_due
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
@@ -105,7 +105,7 @@ def _leave_halt(m, v):
     accept_events(m, v)
     state = m[own(m, v) + k.K_MP_STATE]
     if state == k.MP_HALTED or state == k.MP_AP_RESET_HOLD:
-        set_mp_state(m, v, k.MP_RUNNABLE)
+        end_halt(m, v)
     return k.ZERO
 
 
@@ -183,6 +183,20 @@ def begin_run(m, v):
     if m[host + k.K_MSR_REASON]:
         return msr.complete(m, v, k.ZERO)
     return bus.complete(m, v) if m[host + k.K_ACCESS_INFO] else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def pre_run(m, v):
+    """kvm_x86_vcpu_pre_run, behind begin_run: 0, or USER_UNKNOWN where KVM_RUN fails with EINVAL.
+
+    User space may say that a vCPU waits for SIPI where INIT is blocked, and only KVM_RUN minds. A sleeper that goes on
+    has been inside all the time.
+    """
+    host = own(m, v)
+    if not m[k.H_RULES] & k.R_MP_STATE_CHECKED_IN_RUN or m[host + k.K_IN_RUN] >= ASLEEP:
+        return k.ZERO
+    waits = m[host + k.K_MP_STATE] == k.MP_INIT_RECEIVED
+    return k.USER_UNKNOWN if waits and init_blocked(m, v) else k.ZERO
 
 
 @kernel("u8(words, u8, u8, u8)")
