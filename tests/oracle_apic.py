@@ -374,10 +374,11 @@ class Vcpu(Doors):
         if not self.hw_enabled or self.x2apic:
             return (1 << 8 * length) - 1
         byte = offset % 16
-        if byte + length > 4 or offset > r.APIC_SELF_IPI:
+        beyond = byte + length > 4
+        if offset > r.APIC_SELF_IPI or (beyond and not self.m.reads_beyond):
             return None
         value = self._read_reg(offset - byte, traced_as=offset)
-        if value is None or length not in (1, 2, 4):
+        if value is None or beyond or length not in (1, 2, 4):
             return None
         return value >> 8 * byte & (1 << 8 * length) - 1
 
@@ -498,7 +499,7 @@ class Vcpu(Doors):
     def local_interrupt(self, lvt: int) -> int:
         """A local source signals its LVT entry; KVM masks that of the performance counters when it does."""
         accepted = self.deliver_local(lvt)
-        if accepted and lvt == r.APIC_LVTPC and not self.m.svm:
+        if accepted and lvt == r.APIC_LVTPC and self.m.lvtpc_masked:
             self.put(lvt, self.reg(lvt) | r.LVT_MASKED)
         return accepted
 
@@ -869,7 +870,8 @@ class Vcpu(Doors):
         if not self._write_base(apic_base, host=True):
             raise ValueError("EINVAL")
         if not cr8 >> 4:
-            self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4)
+            rest = self.reg(r.APIC_TASKPRI) & 4 if self.m.tpr_bit_2_stays else 0
+            self.put(r.APIC_TASKPRI, cr8 << 4 | rest)
             self._update_ppr()
         if self.apic_base & r.APICBASE_BSP and self.rip == 0xFFF0 and self.cs == 0xF000:
             self.set_mp(r.MP_RUNNABLE)  # user space of old did not do so when it reset the boot CPU

@@ -82,7 +82,8 @@ class Timer:
         self._start(value)
 
     def write_divide(self, value: int) -> None:
-        self.v.put(r.APIC_TDCR, value & r.TDCR_WRITABLE)
+        old_kernel = self.v.m.generation < self.v.m.at("5.10")
+        self.v.put(r.APIC_TDCR, value if old_kernel else value & r.TDCR_WRITABLE)
         old = self.divide
         self._read_divide()
         if self.divide != old and self.period:

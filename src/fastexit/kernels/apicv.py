@@ -3,13 +3,13 @@
 Models: virtualised reads and writes of the APIC-access page and of x2APIC MSRs, TPR, PPR, EOI, self-IPI and IPI
 virtualisation, delivery of virtual interrupts; with the controls that KVM sets while APICv is active (use TPR shadow,
 APIC-register virtualisation, virtual-interrupt delivery, process posted interrupts), its MSR bitmap (reads of every
-register that KVM has but TMCCT, writes of TPR, EOI and SELF_IPI, of ICR with IPI virtualisation) and its EOI-exit
-bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is accelerated.py's.
+register that KVM has but TMCCT, before 6.3 of all 256 MSRs but TMCCT, writes of TPR, EOI and SELF_IPI, of ICR with
+IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is accelerated.py's.
 Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
 
 Without APICv every access exits, the page by EPT_MISCONFIG: a host without flexpriority. Not modelled: TPR shadow on
 its own, the single-step trap of an instruction that does not exit, accesses of L2 (all exit), the APIC-access page that
-shows through as memory in x2APIC mode, reads of invalid MSRs that kernels before 6.3 let through.
+shows through as memory in x2APIC mode.
 
 An access returns ``CODE_HARDWARE``, with CODE_GP or effects, when the CPU has done it; else ``CODE_EXIT``, the exit
 reason in bits 47:32 and the exit qualification in bits 31:0. APIC_WRITE and EOI_INDUCED are trap-like: the instruction
@@ -156,7 +156,12 @@ def deliver_pending(m, v):
 
 @kernel("u8(words, u8, u8)")
 def page_word(m, v, offset):
-    """Eight bytes of the virtual-APIC page at an aligned offset: of the ICR both halves, wherever KVM keeps them."""
+    """Eight bytes of the virtual-APIC page at an aligned offset: of the ICR both halves, wherever KVM keeps them.
+
+    KVM has registers in the page's first KiB alone.
+    """
+    if offset > k.APIC_SELF_IPI:
+        return k.ZERO
     if offset >= k.APIC_ISR and offset < k.APIC_ESR:
         return vector_slot(m, v, offset)
     if offset == k.APIC_PROCPRI:
@@ -209,7 +214,8 @@ def rdmsr(m, v, msr):
     """RDMSR as the guest executes it."""
     if virtualized(m, v, k.FLAG_X2APIC) and msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
         offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
-        if offset != k.APIC_TMCCT and readable(m, v, offset):
+        anything = m[k.H_RULES] & k.R_X2APIC_READS_UNCHECKED
+        if offset != k.APIC_TMCCT and (anything or readable(m, v, offset)):
             m[own(m, v) + k.K_MSR_DATA] = page_word(m, v, offset)
             return retire(m, v, k.INSN_LEN_WRMSR)
     return exit_code(k.VMX_MSR_READ, k.ZERO)

@@ -339,7 +339,10 @@ def mmio_write(m, v, gpa, length, value):
 
 @kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, gpa, length):
-    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or NOT_MINE, and 0."""
+    """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or NOT_MINE, and 0.
+
+    5.6 to 5.8 read over the register's end: what was on KVM's stack is 0 here.
+    """
     out = own(m, v) + k.K_MSR_DATA
     m[out] = k.ZERO
     offset = _page_offset(m, v, gpa)
@@ -352,7 +355,10 @@ def mmio_read(m, v, gpa, length):
             m[out] = mask
         return code
     aligned = offset & k.U(0xFF0)
-    if (offset & k.U(0xF)) + length > k.U(4) or not readable(m, v, aligned):
+    across = (offset & k.U(0xF)) + length > k.U(4)
+    if across and (not m[k.H_RULES] & k.R_READ_ACROSS_TRACED or offset > k.APIC_SELF_IPI):
+        return k.ZERO
+    if not readable(m, v, aligned):
         return k.ZERO
     value = reg_read(m, v, aligned, offset)
     m[out] = (value >> ((offset & k.U(0xF)) << k.U(3))) & mask

@@ -173,10 +173,11 @@ def complete(m, v, error):
 
 @kernel("u8(words, u8, u8)")
 def set_cr8(m, v, value):
-    """kvm_set_cr8: the four bits become TPR[7:4] and TPR[3:0] is lost; CODE_GP for any other bit."""
+    """kvm_set_cr8: the four bits become TPR[7:4] and TPR[3:0] is lost, but for bit 2 of old; CODE_GP for others."""
     if value & ~k.U(0xF):
         return k.CODE_GP
-    set_reg(m, v, k.APIC_TASKPRI, value << k.U(4))
+    kept = k.U(4) if m[k.H_RULES] & k.R_CR8_KEEPS_TPR_BIT_2 else k.ZERO
+    set_reg(m, v, k.APIC_TASKPRI, value << k.U(4) | reg(m, v, k.APIC_TASKPRI) & kept)
     update_ppr(m, v)
     return k.ZERO
 

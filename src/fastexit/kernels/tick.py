@@ -15,6 +15,14 @@ ADJUST_MIN, ADJUST_MAX, ADJUST_STEP = k.U(100), k.U(10_000), k.U(8)
 ADVANCE_INIT_NS, ADVANCE_MAX_NS = k.U(1000), k.U(5000)
 
 
+@kernel("u8(words)")
+def _masks_itself(m):
+    """Whether LVTPC is masked by its own delivery, as Intel's is; the guest's CPU model is taken to be the vendor's."""
+    rules = m[k.H_RULES]
+    kept = m[k.H_CONFIG] & k.CONFIG_SVM and rules & k.R_LVTPC_KEPT_ON_AMD
+    return k.ONE if rules & k.R_LVTPC_MASKED and not kept else k.ZERO
+
+
 @kernel("u8(words, u8, u8, u8)")
 def local_deliver(m, v, offset, me):
     """kvm_apic_local_deliver: the interrupt of an LVT entry; delivery code, 0 from a masked entry."""
@@ -22,8 +30,7 @@ def local_deliver(m, v, offset, me):
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or lvt & k.LVT_MASKED:
         return k.ZERO
     code = accept(m, v, (lvt & (k.ICR_VECTOR | k.ICR_DM | k.ICR_TRIGGER)) | k.ICR_LEVEL, me)
-    if offset == k.APIC_LVTPC and code & k.CODE_ACCEPTED_NONE and not m[k.H_CONFIG] & k.CONFIG_SVM:
-        # Only Intel's APIC masks the entry when it delivers; the guest's CPU model is taken to be the vendor's.
+    if offset == k.APIC_LVTPC and code & k.CODE_ACCEPTED_NONE and _masks_itself(m):
         set_reg(m, v, offset, lvt | k.LVT_MASKED)
     return code
 

@@ -224,7 +224,7 @@ def write_tdcr(m, v, value):
     """TDCR: a running timer keeps the count that remains, so its time changes by the ratio of the divisors."""
     row = own(m, v)
     old = m[row + k.K_DIVIDE]
-    set_reg(m, v, k.APIC_TDCR, value & k.TDCR_WRITABLE)
+    set_reg(m, v, k.APIC_TDCR, value & k.TDCR_WRITABLE if m[k.H_RULES] & k.R_TDCR_MASKED else value)
     update_divide(m, v)
     new = m[row + k.K_DIVIDE]
     if new == old or not m[row + k.K_PERIOD]:
