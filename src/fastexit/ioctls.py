@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 class Events(NamedTuple):
     """KVM_GET_VCPU_EVENTS as far as interrupts go.
 
-    ``nmi_pending`` counts at most two (one while NMIs are masked; 0 or 1 up to 6.1); ``latched_init`` is a pending INIT;
-    ``exception`` is the vector waiting to be injected, or None; ``interrupt`` the vector whose delivery was cut short,
-    or None.
+    ``nmi_pending`` counts at most two (one while NMIs are masked, and up to 6.1 always); ``latched_init`` is a pending
+    INIT; ``exception`` is the vector waiting to be injected, or None; ``interrupt`` the vector whose delivery was cut
+    short, or None.
     """
 
     nmi_pending: int

@@ -134,8 +134,8 @@ class Trait(IntFlag):
 
     # -- events and states
     NMI_COUNTED = 1 << 74
-    """KVM_GET_VCPU_EVENTS shows how many NMIs wait, and KVM_SET_VCPU_EVENTS queues its number, to be limited; before, the
-    one showed a bit, and the other's number was pending as it was."""
+    """KVM_GET_VCPU_EVENTS shows how many NMIs wait, and KVM_SET_VCPU_EVENTS queues its number, to be limited; before,
+    the one showed a bit, and the other's number was pending as it was."""
     SMI_FOLDED = 1 << 75
     """KVM_GET_VCPU_EVENTS shows an SMI that is only requested."""
     NMI_MASK_OVER_INIT = 1 << 76

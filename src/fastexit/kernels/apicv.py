@@ -4,7 +4,8 @@ Models: virtualised reads and writes of the APIC-access page and of x2APIC MSRs,
 virtualisation, delivery of virtual interrupts; with the controls that KVM sets while APICv is active (use TPR shadow,
 APIC-register virtualisation, virtual-interrupt delivery, process posted interrupts), its MSR bitmap (reads of every
 register that KVM has but TMCCT, before 6.3 of all 256 MSRs but TMCCT, writes of TPR, EOI and SELF_IPI, of ICR with
-IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is accelerated.py's.
+IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is
+accelerated.py's.
 Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
 
 Without APICv every access exits, the page by EPT_MISCONFIG: a host without flexpriority. Not modelled: TPR shadow on
