@@ -110,6 +110,9 @@ class Machine:
         self.boot_cpu_id = boot_cpu_id
         self.user_space_msr = 0
         self.msr_filter: tuple[bool, list[MsrRange]] | None = None
+        self.cr8_follows_ppr = generation == self.at("6.12") or generation >= self.at("7.3")
+        self.cr8_follows_avic = generation == self.at("6.1") or generation >= self.at("6.12")
+        self.avic_keeps_v_tpr = generation < self.at("5.10") or kernel in ("5.15", "6.6", "6.8")
         self.apicv = apicv
         self.inhibits: set[r.Inhibit] = set()
         self.inhibits_by_guest = generation >= self.at("6.1")

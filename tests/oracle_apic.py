@@ -127,6 +127,10 @@ class Vcpu(Doors):
         self.mp_state = r.MP_RUNNABLE if self.is_boot_cpu else r.MP_UNINITIALIZED
         self.last_accepted = 0
         self.apicv = machine.apicv
+        self.cr8_intercepted = False
+        self.v_tpr = 0
+        self.irr_pending = False
+        self.requests.add("EVENT")
         if machine.apicv:
             self.requests.add("APICV_UPDATE")
         if machine.apicv and machine.svm and apic_id > AVIC_MAX_ID:
@@ -215,12 +219,18 @@ class Vcpu(Doors):
         self.arb_prio = 0
         self._update_ppr()
         self.m.rebuild_map()
+        self.v_tpr = 0
+        if not self.apicv:
+            self.cr8_intercepted = True
+        elif self.m.cr8_follows_avic:
+            self.cr8_intercepted = False
 
     def _set_version(self) -> None:
         advertised = self.m.x2apic and self.m.split_irqchip and not self.m.x2apic_api & r.X2API_NO_SUPPRESS_EOI
         self.put(r.APIC_LVR, r.APIC_VERSION | (r.LVR_DIRECTED_EOI if advertised else 0))
 
     def _recount_isr(self) -> None:
+        self.irr_pending = True
         self.isr_count = 1 if self.apicv else len(self.isr)
         self.isr_cache = None
 
@@ -234,6 +244,8 @@ class Vcpu(Doors):
         if active != self.apicv:
             self.apicv = active
             self._recount_isr()
+            if self.m.cr8_follows_avic:
+                self.cr8_intercepted = not active
             if not active:
                 self.request("EVENT")
 
@@ -523,6 +535,7 @@ class Vcpu(Doors):
                 self.tmr.discard(irq.vector)
             outstanding = bool(self.pir)
             (self.pir if self.apicv and not self.m.svm else self.irr).add(irq.vector)
+            self.irr_pending = True
             if self.apicv:
                 if self.m.svm or not outstanding:
                     self._posted()
@@ -631,6 +644,30 @@ class Vcpu(Doors):
             self.sync_pir()  # looking for something that became deliverable looks at posted interrupts too
             if max(self.irr, default=0) & 0xF0 > self.reg(r.APIC_PROCPRI):
                 self.requests.add("EVENT")
+                return
+        if self.m.cr8_follows_ppr:
+            self.update_cr8_intercept()
+
+    def update_cr8_intercept(self) -> None:
+        """SVM without AVIC: CR8 writes exit while the TPR holds back what waits most urgently."""
+        if not self.apicv:
+            waiting = max(self.irr, default=None) if self.irr_pending else None
+            self.cr8_intercepted = waiting is not None and self.reg(r.APIC_TASKPRI) & 0xF0 >= waiting & 0xF0
+
+    def load_v_tpr(self) -> None:
+        """A VM entry."""
+        if not (self.apicv and self.m.avic_keeps_v_tpr):
+            self.v_tpr = self.reg(r.APIC_TASKPRI) >> 4 & 0xF
+
+    def store_v_tpr(self) -> None:
+        """A VM exit: SVM's four bits are the TPR, unless CR8 writes exit anyway."""
+        if self.m.svm and not self.cr8_intercepted:
+            self._set_cr8(self.v_tpr)
+
+    def _set_cr8(self, cr8: int) -> None:
+        rest = self.reg(r.APIC_TASKPRI) & 4 if self.m.tpr_bit_2_stays else 0
+        self.put(r.APIC_TASKPRI, (cr8 & 0xF) << 4 | rest)
+        self._update_ppr()
 
     def pending(self) -> int | None:
         """The vector that could be injected now."""
@@ -647,6 +684,8 @@ class Vcpu(Doors):
         if vector is None:
             return None
         self.irr.discard(vector)
+        if not self.apicv:
+            self.irr_pending = bool(self.irr)
         if vector not in self.isr:
             self.isr.add(vector)
             if not self.apicv:
@@ -748,6 +787,8 @@ class Vcpu(Doors):
         self._recount_isr()
         self.arb_prio = 0
         self.request("EVENT")
+        if not self.m.cr8_follows_ppr:
+            self.update_cr8_intercept()
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE, which first carries out a pending INIT or SIPI."""
@@ -870,9 +911,9 @@ class Vcpu(Doors):
         if not self._write_base(apic_base, host=True):
             raise ValueError("EINVAL")
         if not cr8 >> 4:
-            rest = self.reg(r.APIC_TASKPRI) & 4 if self.m.tpr_bit_2_stays else 0
-            self.put(r.APIC_TASKPRI, cr8 << 4 | rest)
-            self._update_ppr()
+            self._set_cr8(cr8)
+        if not self.m.cr8_follows_ppr:
+            self.update_cr8_intercept()
         if self.apic_base & r.APICBASE_BSP and self.rip == 0xFFF0 and self.cs == 0xF000:
             self.set_mp(r.MP_RUNNABLE)  # user space of old did not do so when it reset the boot CPU
 

@@ -110,6 +110,11 @@ class RunLoop:
                 self._after_iteration()
         self.m.told.clear()
 
+    def exit(self) -> None:
+        """The guest leaves by itself, wherever it was before."""
+        self.force()
+        self.v.store_v_tpr()
+
     def _enter(self, *, forced: bool = False) -> str | KvmExit | None:
         """One attempt to enter: "guest", a reason for user space, or None to go round again."""
         v = self.v
@@ -134,6 +139,8 @@ class RunLoop:
             if v.mp_state == r.MP_INIT_RECEIVED and not forced:
                 return None
             behind = self._inject()
+            if v.hw_enabled and v.sw_enabled:
+                v.update_cr8_intercept()
         if v.hw_enabled and v.sw_enabled:
             v.sync_pir()
         if v.requests:
@@ -143,6 +150,7 @@ class RunLoop:
         if forced:
             v.mp_state = r.MP_RUNNABLE
         v.in_guest, v.kicked = True, False
+        v.load_v_tpr()
         if v.interrupt_injected and (behind or v.timer.hv_due()):
             v.rflags &= ~r.RFLAGS_IF  # delivered before the guest leaves again
         v.exception = None
@@ -150,6 +158,7 @@ class RunLoop:
         v.interrupt_injected = False
         if behind:
             v.request("EVENT")
+            v.store_v_tpr()
             v.in_guest = False
             return None
         return self._exits_at_once()
@@ -259,6 +268,7 @@ class RunLoop:
     def leave(self) -> None:
         """A signal takes the thread out of KVM_RUN, as every ioctl on the vCPU needs it."""
         if self.v.in_guest:
+            self.v.store_v_tpr()
             self.v.in_guest = False
             self._after_iteration()
         elif self.sleeping:
@@ -288,6 +298,7 @@ class RunLoop:
             if v.hw_enabled and v.sw_enabled:
                 v.sync_pir()
             if not v.requests:
+                v.load_v_tpr()
                 return result
             result.completion = "handled"
         return self._finish(result)
@@ -431,22 +442,22 @@ class Doors:
         return self.thread.run()
 
     def wrmsr(self: Vcpu, msr: int, value: int) -> Result:
-        self.thread.force()
+        self.thread.exit()
         return self.thread.wrmsr(msr, value)
 
     def rdmsr(self: Vcpu, msr: int) -> tuple[Result, int | None]:
-        self.thread.force()
+        self.thread.exit()
         return self.thread.rdmsr(msr)
 
     def page_write(self: Vcpu, offset: int, value: int, length: int = 4) -> Result:
-        self.thread.force()
+        self.thread.exit()
         claimed = not self._nobody_there()
         if claimed:
             self.store(offset, value, length)
         return self.thread.page(claimed=claimed)
 
     def page_read(self: Vcpu, offset: int, length: int = 4) -> tuple[Result, int | None]:
-        self.thread.force()
+        self.thread.exit()
         claimed = not self._nobody_there()
         value = self.load(offset, length) if claimed else None
         return self.thread.page(claimed=claimed), value
@@ -455,16 +466,16 @@ class Doors:
         return bool(self.m.disable_quirks & r.QUIRK_LAPIC_MMIO_HOLE) and (not self.hw_enabled or self.x2apic)
 
     def hlt(self: Vcpu) -> Result:
-        self.thread.force()
+        self.thread.exit()
         return self.thread.hlt()
 
     def host_interrupt(self: Vcpu) -> Result:
         """The exit that the host's own interrupts make."""
-        self.thread.force()
+        self.thread.exit()
         return self.thread.other()
 
     def hypercall(self: Vcpu, nr: int, a0: int, a1: int, a2: int, a3: int, bits64: bool = True) -> tuple[Result, int]:
-        self.thread.force()
+        self.thread.exit()
         return self.thread.hypercall(nr, a0, a1, a2, a3, bits64=bits64)
 
     def complete_msr(self: Vcpu, *, error: bool = False) -> None:
@@ -494,7 +505,7 @@ class Doors:
 
     def run_through(self: Vcpu) -> None:
         """KVM_RUN of a guest that does nothing but leave to user space: no iteration ends inside the kernel."""
-        self.thread.force()
+        self.thread.exit()
         self.in_guest = False
 
     def next_interrupt(self: Vcpu) -> int | None:
@@ -505,8 +516,10 @@ class Doors:
         """A guest that halts: the vector that ended it, "went on" behind the HLT, or "asleep"."""
         self.taken.clear()
         self.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF * interrupts
-        self.thread.force()
+        self.thread.exit()
         asleep = not self.taken and self.thread.hlt().blocked
+        if self.in_guest and not self.taken:
+            self.store_v_tpr()
         self.in_guest = False
         self.rflags = r.RFLAGS_FIXED
         if asleep:

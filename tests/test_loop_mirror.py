@@ -14,6 +14,7 @@ ELSEWHERE = {
     "reflect_to_l1": "no exit of L2 reaches the compiled loop",
     "skip": "msr.skip",
     "inject_events": "events.inject_events",
+    "sync_cr8_to_lapic": "cr8.sync_cr8_to_lapic",
 }
 """Methods of the dispatcher whose compiled twin is no function of the loop, and where it is."""
 ONLY_COMPILED = {

@@ -277,7 +277,7 @@ FORGED_MAP: dict[str, tuple[int, ...]] = {
     "MAP_LOGICAL": (5, TOP),
     "MAP_SLOTS": (5, 0xFFFF, 0xFFFF_FFFF_FFFF_FFFF),
 }
-FORGED_HOT: dict[str, tuple[int, ...]] = {"HOT_MODE": (4, TOP), "HOT_FLAGS": (1 << 5, TOP), "HOT_BLOCKED": (2, TOP)}
+FORGED_HOT: dict[str, tuple[int, ...]] = {"HOT_MODE": (4, TOP), "HOT_FLAGS": (1 << 6, TOP), "HOT_BLOCKED": (2, TOP)}
 FORGED_KVM: dict[str, tuple[int, ...]] = {
     "K_VCPU_ID": (1, 300, 4096, 1 << 40, TOP),
     "K_ISR_CACHE": (256, 1 << 20, TOP - 1),

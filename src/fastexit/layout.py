@@ -127,6 +127,7 @@ FLAG_X2APIC = 1 << 1  # APICBASE.EXTD
 FLAG_SW = 1 << 2  # SVR bit 8
 FLAG_APICV = 1 << 3  # APICv active on this vCPU
 FLAG_L2 = 1 << 4  # in guest mode of a nested guest
+FLAG_CR8_FREE = 1 << 5  # SVM: CR8 writes are not intercepted, so every exit writes V_TPR back to TPR
 
 HF_SMM = 1 << 0  # in system management mode
 HF_SMM_INSIDE_NMI = 1 << 1  # NMIs were masked already when the SMI came
@@ -222,6 +223,7 @@ K_SMI_COUNT = 72  # owner
 K_SMM_RIP = 73  # owner; saved by the SMI
 K_SMM_RFLAGS = 74  # owner
 K_AVIC_LDR = 77  # owner; LDR that the AVIC logical table holds for it
+K_V_TPR = 78  # owner; the VMCB's V_TPR + 1 where entries do not load it, 0: it is TPR[7:4]
 K_PREEMPTED = 79  # owner; sched_out found it runnable
 K_USER_EXIT = 80  # owner; run->exit_reason + 1 of the last return from KVM_RUN, 0: it runs
 K_HV_EXITED = 81  # owner; clock + 1 at which the preemption timer exited last

@@ -70,6 +70,7 @@ _FROM_6_18 = (
     | _T.LVTPC_KEPT_ON_AMD
     | _T.MP_STATE_CHECKED_IN_RUN
     | _T.SN_ON_EVERY_PUT
+    | _T.CR8_FOLLOWS_AVIC
 )
 
 
@@ -120,6 +121,7 @@ PROFILES: dict[str, Profile] = {
             | _T.LVTPC_MASKED
             | _T.LATCHED_INIT_WITH_SMM
             | _T.MODE_KEEPS_HV_TIMER
+            | _T.V_TPR_KEPT_BY_AVIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
@@ -140,6 +142,7 @@ PROFILES: dict[str, Profile] = {
             | _T.CR8_KEEPS_TPR_BIT_2
             | _T.DEADLINE_WRITTEN_DISABLED
             | _T.READ_ACROSS_TRACED
+            | _T.V_TPR_KEPT_BY_AVIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
@@ -160,6 +163,7 @@ PROFILES: dict[str, Profile] = {
             | _T.DEADLINE_WRITTEN_DISABLED
             | _T.READ_ACROSS_TRACED
             | _T.MAP_DIRTY_BY_SVR
+            | _T.V_TPR_KEPT_BY_AVIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
@@ -181,6 +185,7 @@ PROFILES: dict[str, Profile] = {
             | _T.CR8_KEEPS_TPR_BIT_2
             | _T.READ_ACROSS_TRACED
             | _T.RESTORE_CLEARS_PIR_LAST
+            | _T.V_TPR_KEPT_BY_AVIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
@@ -228,6 +233,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_EXIT_LATE_SVM
             | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
+            | _T.V_TPR_KEPT_BY_AVIC
             | _UNTIL_5_15
             | _UNTIL_6_1
             | _UNTIL_6_8
@@ -249,6 +255,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_EXIT_LATE_SVM
             | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_MANY_SCANNED
+            | _T.CR8_FOLLOWS_AVIC
             | _UNTIL_6_1
             | _UNTIL_6_8
             | _FROM_6_1,
@@ -267,6 +274,7 @@ PROFILES: dict[str, Profile] = {
             | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_ID_REFUSED
             | _UNTIL_6_8
+            | _T.V_TPR_KEPT_BY_AVIC
             | _FROM_6_6,
             "as 6.1; SRCU taken around it",
         ),
@@ -280,6 +288,7 @@ PROFILES: dict[str, Profile] = {
             | _T.ID_FROM_PAGE
             | _T.AVIC_ID_REFUSED
             | _UNTIL_6_8
+            | _T.V_TPR_KEPT_BY_AVIC
             | _FROM_6_6,
             "as 6.6, reserved bits or not",
         ),
@@ -302,6 +311,7 @@ PROFILES: dict[str, Profile] = {
             | _T.LVTPC_KEPT_ON_AMD
             | _T.UNHALT_KEPT
             | _T.CR8_WITH_PPR
+            | _T.CR8_FOLLOWS_AVIC
             | _T.TICK_ONLY_IN_RUN
             | _T.AVIC_ID_REFUSED
             | _FROM_6_6,

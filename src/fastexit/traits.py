@@ -193,7 +193,11 @@ class Trait(IntFlag):
 
     # -- SVM
     CR8_WITH_PPR = 1 << 98
-    """The intercept of CR8 writes follows every update of PPR."""
+    """The intercept of CR8 writes follows every update of PPR; before, KVM_SET_LAPIC, KVM_SET_SREGS and entries."""
+    CR8_FOLLOWS_AVIC = 1 << 120
+    """CR8 writes are intercepted when AVIC goes off and free when it comes; before, they stayed as they were."""
+    V_TPR_KEPT_BY_AVIC = 1 << 121
+    """An entry with AVIC active does not load V_TPR, so a TPR that KVM has written is lost at the next exit."""
     AVIC_MANY_SCANNED = 1 << 99
     """An incomplete IPI to several logical targets always goes to the scan of all vCPUs."""
     AVIC_OLD = 1 << 100

@@ -159,6 +159,7 @@ class Dispatcher:
 
     def out_of_guest(self, v: Vcpu) -> None:
         """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
+        self.sync_cr8_to_lapic(v)
         self.guest_mode_outside(v)
         self.irq_window(v)
         self.guest_time_stop(v)
@@ -169,6 +170,7 @@ class Dispatcher:
 
     def vendor_run(self, v: Vcpu, exit: Exit) -> int:
         """Step 11 behind VMEXIT: kvm_exit, an event cut short queued again, then the fast handler if there is one."""
+        self.sync_cr8_to_lapic(v)
         if not self.vendor.trace_exit_late:
             self.trace_exit(v, exit)
         cut_short = self.vendor.cut_short(exit)
@@ -178,6 +180,11 @@ class Dispatcher:
         if fast is not None and not exit.failed_entry:
             return fast(v, exit)
         return _NO_FAST_HANDLER if fast is None else _FAILED_ENTRY
+
+    def sync_cr8_to_lapic(self, v: Vcpu) -> None:
+        """SVM: TPR is what the VMCB's four bits of it say."""
+        if self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_CR8_FREE:
+            load("sync_cr8_to_lapic")(self.handle, v.index)
 
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Steps 13-20, the loop's tail and the next entry: everything that a fast re-entry avoids."""

@@ -319,6 +319,8 @@ def _store(m, v, offset, value):
     """A register write that hardware takes or traps: the value is in the backing page before anybody looks at it."""
     if offset == k.APIC_TASKPRI:
         set_reg(m, v, offset, value & k.U(0xFF))
+        if m[k.H_RULES] & k.R_V_TPR_KEPT_BY_AVIC:
+            m[own(m, v) + k.K_V_TPR] = ((value >> k.U(4)) & k.U(0xF)) + k.ONE
         compute_ppr(m, v)
         return k.CODE_HARDWARE
     if offset == k.APIC_EOI:

@@ -120,6 +120,35 @@ def put(m, v, blocking):
     return stop_running(m, v, blocking)
 
 
+# ------------------------------------------------------------------------------------------------------------- the VMCB
+
+
+@kernel("u8(words, u8)")
+def _switch_cr8(m, v):
+    """avic_activate_vmcb, avic_deactivate_vmcb: CR8 writes are intercepted without AVIC and free with it; or, in older
+    generations, as they were. FLAG_APICV.
+    """
+    at = hot(m, v) + k.HOT_FLAGS
+    active = m[at] & k.FLAG_APICV
+    if m[k.H_RULES] & k.R_CR8_FOLLOWS_AVIC:
+        m[at] = m[at] | k.FLAG_CR8_FREE if active else m[at] & ~k.FLAG_CR8_FREE
+    if not active:
+        m[own(m, v) + k.K_V_TPR] = k.ZERO
+    return active
+
+
+@kernel("u8(words, u8)")
+def init_vmcb(m, v):
+    """init_vmcb, by the vCPU's creation and by INIT, as far as TPR goes. Behind the APIC's own reset."""
+    if not m[k.H_CONFIG] & k.CONFIG_SVM:
+        return k.ZERO
+    if not _switch_cr8(m, v):
+        m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_CR8_FREE
+    elif m[k.H_RULES] & k.R_V_TPR_KEPT_BY_AVIC:
+        m[own(m, v) + k.K_V_TPR] = k.ONE
+    return k.ZERO
+
+
 # -------------------------------------------------------------------------------------------------------- logical table
 
 
@@ -199,6 +228,7 @@ def restore(m, v):
 def refresh(m, v):
     """avic_refresh_apicv_exec_ctrl: AVIC was just switched on or off for this vCPU, which is loaded and runs."""
     restore(m, v)
+    _switch_cr8(m, v)
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         return start_running(m, v, m[own(m, v) + k.K_CPU])
     return stop_running(m, v, k.ZERO)

@@ -13,6 +13,7 @@ from . import (
     batch,
     bus,
     cdoor,
+    cr8,
     events,
     fastpath,
     halt,
@@ -76,6 +77,7 @@ _ON_ONE_VCPU = {
         "door_leave": loop.leave_guest,
         "door_run": loop.kvm_run,
         "out_of_guest": loop.out_of_guest,
+        "sync_cr8_to_lapic": cr8.sync_cr8_to_lapic,
         "start_run": loop.start_run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
         "deliver_pending": apicv.deliver_pending,
@@ -123,7 +125,7 @@ _ON_ONE_VCPU = {
         "clear_request": shared.clear_request,
         "complete_msr": msr.complete,
         "get_msr": msr.get_msr,
-        "set_cr8": msr.set_cr8,
+        "set_cr8": cr8.set_sregs_cr8,
         "skip": msr.skip,
         "external_interrupt": pi.external_interrupt,
         "pi_load": pi.load,
@@ -195,9 +197,10 @@ def fast_exit(handle, msr_index, value):
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         return k.CODE_NOT_IN_GUEST
     m[shared.own(m, v) + k.K_TARGETS] = k.ZERO
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+    if m[k.H_CONFIG] & (k.CONFIG_TRACE | k.CONFIG_SVM):
         svm = m[k.H_CONFIG] & k.CONFIG_SVM
-        if not loop.traces_late(m):
+        cr8.sync_cr8_to_lapic(m, v)
+        if m[k.H_CONFIG] & k.CONFIG_TRACE and not loop.traces_late(m):
             reason = k.SVM_MSR if svm else k.VMX_MSR_WRITE
             steps.trace_exit(m, v, reason, k.ONE if svm else k.ZERO, k.ZERO, k.ZERO)
     return _reenter(m, v, fastpath.wrmsr(m, v, msr_index, value, k.INSN_LEN_WRMSR))

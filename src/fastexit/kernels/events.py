@@ -8,9 +8,10 @@ shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, 
 
 from ..jit.declare import kernel, umin
 from . import typed as k
+from .avictable import init_vmcb
 from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
 from .inhibit import irq_window, nested_changed
-from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi
+from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi, update_cr8_intercept
 from .lapicstate import reset
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take
 
@@ -90,6 +91,7 @@ def reset_vcpu_init(m, v):
         m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_L2
         nested_changed(m, v)
     reset(m, v, k.ONE)
+    init_vmcb(m, v)
     make_request(m, v, k.REQ_EVENT)
     m[row + k.K_NMI_PENDING] = k.ZERO
     if not (m[k.H_CONFIG] & k.CONFIG_SVM and m[k.H_RULES] & k.R_NMI_MASK_OVER_INIT):
@@ -373,5 +375,6 @@ def inject_events(m, v):
         _ask_for_window(m, v)
     enabled = k.FLAG_HW | k.FLAG_SW
     if m[hot(m, v) + k.HOT_FLAGS] & enabled == enabled:
+        update_cr8_intercept(m, v)
         offer_pv_eoi(m, v)
     return k.ZERO

@@ -10,7 +10,7 @@ Spec: SDM vol. 3A 10.8.3-10.8.5.
 from ..jit.declare import kernel
 from . import typed as k
 from .lapicreg import reg, set_reg
-from .pid import highest, sync_pir_to_irr
+from .pid import highest, highest_irr, sync_pir_to_irr
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take, vec
 
 
@@ -57,10 +57,29 @@ def deliverable(m, v):
 
 
 @kernel("u8(words, u8)")
+def update_cr8_intercept(m, v):
+    """kvm_lapic_update_cr8_intercept: SVM intercepts CR8 writes while TPR holds back the highest vector in IRR.
+
+    Not while AVIC is active, nor in L2, whose TPR is taken to be L1's business (V_INTR_MASKING).
+    """
+    at = hot(m, v) + k.HOT_FLAGS
+    if not m[k.H_CONFIG] & k.CONFIG_SVM or m[at] & (k.FLAG_APICV | k.FLAG_L2):
+        return k.ZERO
+    top = highest_irr(m, v)
+    if top != k.NONE and reg(m, v, k.APIC_TASKPRI) & k.U(0xF0) >= top & k.U(0xF0):
+        m[at] = m[at] & ~k.FLAG_CR8_FREE
+    else:
+        m[at] = m[at] | k.FLAG_CR8_FREE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
 def update_ppr(m, v):
     """apic_update_ppr: a PPR that went down may let an interrupt through, which asks for an EVENT."""
     if compute_ppr(m, v) and deliverable(m, v) != k.NONE:
         make_request(m, v, k.REQ_EVENT)
+    elif m[k.H_RULES] & k.R_CR8_WITH_PPR:
+        update_cr8_intercept(m, v)
     return k.ZERO
 
 

@@ -9,7 +9,7 @@ from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .avictable import restore
 from .inhibit import base_written, id_written
-from .irq import compute_ppr, recount, update_ppr
+from .irq import compute_ppr, recount, update_cr8_intercept, update_ppr
 from .lapic import (
     in_x2apic_mode,
     lvt_count,
@@ -211,7 +211,10 @@ def set_state(m, v):
         mark_dirty(m)
     effects = effects | recalculate(m, v)
     set_reg(m, v, k.APIC_LVR, version(m, v))
-    compute_ppr(m, v)
+    if m[k.H_RULES] & k.R_CR8_WITH_PPR and m[k.H_CONFIG] & k.CONFIG_SVM:
+        update_ppr(m, v)
+    else:
+        compute_ppr(m, v)
     row = own(m, v)
     cancel(m, v)
     m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
@@ -224,4 +227,6 @@ def set_state(m, v):
     restore(m, v)
     m[row + k.K_ARB_PRIO] = k.ZERO
     make_request(m, v, k.REQ_EVENT)
+    if not m[k.H_RULES] & k.R_CR8_WITH_PPR:
+        update_cr8_intercept(m, v)
     return effects

@@ -18,6 +18,7 @@ from ..jit.atomics import load_acquire
 from ..jit.declare import inlined, kernel
 from . import bus, steps
 from . import typed as k
+from .cr8 import sync_cr8_to_lapic
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
@@ -180,6 +181,7 @@ def leave_guest(m, v):
 @kernel("u8(words, u8)")
 def out_of_guest(m, v):
     """Steps 13-18: the host has the pCPU again, the vCPU's thread is still inside KVM_RUN."""
+    sync_cr8_to_lapic(m, v)
     guest_mode_outside(m, v)
     irq_window(m, v)
     guest_time_stop(m, v)
@@ -194,6 +196,7 @@ def out_of_guest(m, v):
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def vendor_run(m, v, row, reason, msr, value, info):
     """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
+    sync_cr8_to_lapic(m, v)
     if not traces_late(m):
         trace_exit(m, v, row, reason, info)
     if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:

@@ -9,7 +9,7 @@ from .avictable import addressable
 from .inhibit import begin
 from .lapicstate import reset
 from .pi import publish
-from .shared import hot, own
+from .shared import hot, make_request, own
 
 
 @kernel("u8(words, u8)")
@@ -41,6 +41,10 @@ def create(m, vcpu_id):
     if addressable(m, v):
         avictable.create(m, v)
     reset(m, v, k.ZERO)
+    make_request(m, v, k.REQ_EVENT)
+    avictable.init_vmcb(m, v)
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV and m[k.H_CONFIG] & k.CONFIG_SVM:
+        m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] | k.FLAG_CR8_FREE  # a VMCB begins with no intercepts
     store_release(m, k.H_NVCPUS, v + k.ONE)
     return v
 

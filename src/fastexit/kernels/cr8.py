@@ -1,0 +1,43 @@
+"""SVM's virtual TPR: the VMCB has four bits of it, which every exit writes back to the APIC.
+
+Models: sync_cr8_to_lapic, sync_lapic_to_cr8, and who says whether CR8 writes are intercepted: init_vmcb, AVIC's
+(de)activation, KVM_SET_LAPIC and KVM_SET_SREGS; irq.update_cr8_intercept has the rule. What an entry loads is TPR[7:4],
+so V_TPR has a word of its own only where KVM does not load it while AVIC is active. Not modelled: an L1 that leaves
+V_INTR_MASKING clear, whose L2 would have L1's TPR.
+"""
+
+from ..jit.declare import inlined, kernel
+from . import typed as k
+from .irq import update_cr8_intercept
+from .lapicreg import reg
+from .msr import set_cr8
+from .shared import hot, own
+
+
+@kernel("u8(words, u8)")
+def write_back(m, v):
+    """sync_cr8_to_lapic where V_TPR counts: TPR[3:0], and all that a page from user space had above bit 7, is lost."""
+    row = own(m, v)
+    apart = m[row + k.K_V_TPR]
+    cr8 = apart - k.ONE if apart else (reg(m, v, k.APIC_TASKPRI) >> k.U(4)) & k.U(0xF)
+    kept = m[k.H_RULES] & k.R_V_TPR_KEPT_BY_AVIC and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV
+    m[row + k.K_V_TPR] = cr8 + k.ONE if kept else k.ZERO
+    return set_cr8(m, v, cr8)
+
+
+@inlined
+@kernel("u8(words, u8)")
+def sync_cr8_to_lapic(m, v):
+    """Behind every VM exit, before anybody looks at it; nothing on VMX and in L2."""
+    if m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_CR8_FREE | k.FLAG_L2) == k.FLAG_CR8_FREE:
+        return write_back(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def set_sregs_cr8(m, v, cr8):
+    """KVM_SET_SREGS's CR8; CODE_GP where it is refused, which the ioctl ignores."""
+    code = set_cr8(m, v, cr8)
+    if not m[k.H_RULES] & k.R_CR8_WITH_PPR:
+        update_cr8_intercept(m, v)
+    return code
