@@ -94,7 +94,6 @@ class Machine:
         self.lvtpc_masked = not (self.tpr_bit_2_stays or kept_on_amd)
         self.id_from_page = generation < self.at("6.6") or generation == self.at("6.8")
         self.lowest_broadcast_rewritten_early = generation < self.at("5.6")
-        self.periodic_skips = generation >= self.at("6.12") or generation == self.at("6.1")
         self.fastpath = fastpath
         self.svm = vendor == "svm"
         self.vector_hashing = vector_hashing
@@ -123,6 +122,7 @@ class Machine:
         self.x2apic = x2apic
         self.tsc_deadline = tsc_deadline
         self.maxphyaddr = maxphyaddr
+        self.clears_pir_last = self.at("5.8") <= generation < self.at("6.1")
         self.trace: list[str] = []
         self.running: Vcpu | None = None  # on the CPU where an operation happens
         self.told: list[tuple[int, str]] = []  # whom the host was asked to do something for since then, and what

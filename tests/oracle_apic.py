@@ -179,7 +179,8 @@ class Vcpu(Doors):
     # -------------------------------------------------------------------------------------------- reset and INIT
 
     def _reset(self, *, init: bool) -> None:
-        self.pir.clear()
+        if not self.m.clears_pir_last or self.apicv:
+            self.pir.clear()
         self.pv_eoi_msr = 0  # nothing here enables it
         if init:
             self.nmi_queued = self.nmi_pending = 0
@@ -748,7 +749,7 @@ class Vcpu(Doors):
             bitmap = sum(1 << v for v in vectors)
             for word in range(8):
                 page[base + 0x10 * word] = bitmap >> 32 * word & 0xFFFF_FFFF
-        page[r.APIC_TMCCT] = self.timer.current_count()
+        page[r.APIC_TMCCT] = self.timer.saved_count()
         if self.x2apic:
             if not self.m.x2apic_api & r.X2API_32BIT_IDS:
                 page[r.APIC_ID] = self.reg(r.APIC_ID) << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
@@ -761,7 +762,8 @@ class Vcpu(Doors):
             raise ValueError(f"a register page has {r.LAPIC_PAGE_BYTES} bytes, got {len(data)}")
         self.thread.leave()
         page = dict(zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", data)))
-        self.pir.clear()
+        if not self.m.clears_pir_last:
+            self.pir.clear()
         if self.m.generation < self.m.at("6.12"):
             self._inhibit_moved_page()
         self._set_svr(page[r.APIC_SPIV])
@@ -783,7 +785,8 @@ class Vcpu(Doors):
         self._set_version()
         self._update_ppr()
         self.timer.restore(page[r.APIC_TMCCT])
-        self.put(r.APIC_TMCCT, 0)
+        if self.m.clears_pir_last and self.apicv:
+            self.pir.clear()
         self._recount_isr()
         self.arb_prio = 0
         self.request("EVENT")

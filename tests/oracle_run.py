@@ -41,6 +41,7 @@ class RunLoop:
         self.m = vcpu.m
         self.sleeps_on_hv = False  # sleeping, with the host counting for the preemption timer
         self.sleeping = False
+        self.in_kvm_run = False  # not between two calls, in an ioctl
         self.msr_asked = 0  # why user space was asked about the last MSR, MSR_EXIT_*
         self.user: KvmExit | None = None
 
@@ -50,6 +51,7 @@ class RunLoop:
         """KVM_RUN: until the vCPU is in the guest, sleeps, or user space has to do something."""
         if self.v.in_guest:
             return GUEST
+        self.in_kvm_run = True
         self.v.blocked = False
         state = self._run()
         self.v.blocked = state == BLOCKED
@@ -102,6 +104,7 @@ class RunLoop:
         """
         if self.v.in_guest:
             return
+        self.in_kvm_run = True
         self.v.blocked = False
         self._answer()
         self._awake()
@@ -274,6 +277,7 @@ class RunLoop:
         elif self.sleeping:
             self._awake()
             self._after_iteration()
+        self.in_kvm_run = False
 
     # -------------------------------------------------------------------------------------------------------- exits
 

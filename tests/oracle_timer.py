@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from oracle import Vcpu
 
 U64 = (1 << 64) - 1
+COUNTS = (r.TIMER_ONE_SHOT, r.TIMER_PERIODIC)
 PREEMPTION_RATE = 5
 """The preemption timer counts once every 2**5 TSC ticks, as on every Intel CPU so far."""
 
@@ -49,7 +50,18 @@ class Timer:
     @property
     def counts(self) -> bool:
         """Mode 3 is neither of the modes that count down TMICT."""
-        return self.mode in (r.TIMER_ONE_SHOT, r.TIMER_PERIODIC)
+        return self.mode in COUNTS
+
+    def _since(self, kernel: str) -> bool:
+        return self.m.generation >= self.m.at(kernel)
+
+    def _switched(self, *kernels: str) -> bool:
+        """What came with the first of these generations, went with the second, came again with the third, ..."""
+        return sum(map(self._since, kernels)) % 2 == 1
+
+    def _skips(self) -> bool:
+        """Periods that are over are forgotten; older stable kernels took that over."""
+        return self._switched("5.10", "6.6", "6.12")
 
     def _ns(self, ticks: int) -> int:
         return ticks * self.m.bus_cycle_ns * self.divide
@@ -70,7 +82,7 @@ class Timer:
 
     def _can_post(self) -> bool:
         polls = self.m.disable_exits & (r.EXITS_MWAIT | r.EXITS_HLT)
-        return self.m.pi_inject_timer and self.v.apicv and bool(polls)
+        return self.m.pi_inject_timer and self.v.apicv and (bool(polls) or not self._since("5.10"))
 
     # --------------------------------------------------------------------------------------------- register writes
 
@@ -97,13 +109,21 @@ class Timer:
             self._restart()
 
     def write_deadline(self, value: int) -> None:
-        if self.v.hw_enabled and self.in_deadline_mode:
-            self.hrtimer = None
-            self.deadline = value
-            self._start()
+        old = not self._since("5.10")
+        dropped = self.counts if old else not self.in_deadline_mode
+        if dropped or not (self.v.hw_enabled or self._switched("5.6", "5.8")):
+            return
+        self.hrtimer = None
+        self.deadline = value
+        self._start()
 
     def read_deadline(self) -> int:
-        return self.deadline if self.v.hw_enabled and self.in_deadline_mode else 0
+        shown = self.v.hw_enabled or not self._since("5.10")
+        return self.deadline if shown and self.in_deadline_mode else 0
+
+    def saved_count(self) -> int:
+        """What KVM_GET_LAPIC shows as TMCCT."""
+        return self.current_count() if self._since("5.8") else self.v.reg(r.APIC_TMCCT)
 
     def mode_changed(self) -> None:
         """LVTT has a new value: by a write, a mask, a reset or a whole page."""
@@ -112,6 +132,8 @@ class Timer:
             return
         if (mode == r.TIMER_DEADLINE) != self.in_deadline_mode:
             self._cancel()
+            if self._since("5.6"):
+                self.hv_at = None
             self.v.put(r.APIC_TMICT, 0)
             self.period = 0
             self.deadline = 0
@@ -132,7 +154,11 @@ class Timer:
         self._cancel()
         self.mode_changed()
         self._read_divide()
+        if not self._since("5.8"):
+            self._start()
+            return
         self._start(remaining, restored=True)
+        self.v.put(r.APIC_TMCCT, 0)
 
     def _read_divide(self) -> None:
         tdcr = self.v.reg(r.APIC_TDCR)
@@ -146,8 +172,9 @@ class Timer:
 
     def _cancel(self) -> None:
         self.hrtimer = None
-        self.hv_at = None
-        self.pending = False
+        if self._since("5.15"):
+            self.hv_at = None
+            self.pending = False
 
     def _start(self, count: int = 0, *, restored: bool = False) -> None:
         self.pending = False
@@ -159,7 +186,9 @@ class Timer:
             self._stretch()
             lasts = self.period
             if restored:
-                lasts = self._ns(count) or (self.period if self.periodic else 0)
+                lasts = self._ns(count)
+                if not lasts and (self.periodic or not self._since("6.1")):
+                    lasts = self.period
                 lasts = min(lasts, self.period)
             self.deadline = min(self.m.tsc() + self.m.cycles(lasts), U64)
             self.target = self.m.now + lasts
@@ -236,6 +265,10 @@ class Timer:
         self._expire(by_host=True)
         if self.periodic:
             self._next_period()
+            while self.target <= self.m.now and not self._skips():
+                # it runs out for each of them; one tick waits already, or one vector
+                self.target += max(1, (self.m.now - self.target) // self.period) * self.period
+                self.deadline = self.m.tsc() + self.m.cycles(self.target - self.m.now)
             self.hrtimer = self.target
 
     def hv_due(self) -> bool:
@@ -245,6 +278,8 @@ class Timer:
         """The preemption timer ran out in the guest."""
         if self.hv_at is None:
             return
+        if not self._since("5.10"):
+            self.hv_at = None
         self._expire(by_host=False)
         self.hv_at = None
         if self.periodic and self.period:
@@ -253,18 +288,17 @@ class Timer:
 
     def _next_period(self) -> None:
         self.target += self.period
-        if self.target < self.m.now:
-            if self.m.periodic_skips:
-                self.target = self.m.now
-            else:
-                # one by one; what is between makes no further tick, because one is pending
-                self.target += ((self.m.now - self.target) // self.period + 1) * self.period
-        self.deadline = min(self.m.tsc() + self.m.cycles(self.target - self.m.now), U64)
+        if self.target < self.m.now and self._skips():
+            self.target = self.m.now
+        ahead = self.target - self.m.now
+        # a distance below zero is taken as unsigned
+        self.deadline = min(self.m.tsc() + self.m.cycles(ahead), U64) if ahead >= 0 else U64
 
     def _expire(self, *, by_host: bool) -> None:
         if self.pending:
             return
-        if (self.v.apicv and not by_host) or (self._can_post() and self.v.in_guest and not self.v.kicked):
+        in_guest = self.v.in_guest and not self.v.kicked
+        if (not by_host and self._taken_at_once()) or (self._can_post() and in_guest):
             self.deliver()
             return
         self.pending = True
@@ -272,6 +306,12 @@ class Timer:
             self.v.rouse("UNBLOCK")
         else:
             self.v.request("UNBLOCK")
+
+    def _taken_at_once(self) -> bool:
+        """Whether APICv takes a tick of the vCPU's own thread; an ioctl is not its thread's run."""
+        if not self.v.apicv or not self._since("5.8"):
+            return False
+        return self.v.thread.in_kvm_run or not self._switched("6.1", "6.6", "6.12", "6.18", "7.3")
 
     def deliver(self) -> None:
         """The tick becomes LVTT's interrupt, if that is not masked."""

@@ -231,6 +231,7 @@ K_AVIC_DFR = 82  # owner; DFR by which the AVIC logical table holds K_AVIC_LDR
 K_AVIC_ENTRY = 83  # owner; KVM's copy of its AVIC physical entry, GA_LOG and a true IsRunning included
 K_TARGET = 84  # owner; the timer's target_expiration, ns
 K_MSR_LENGTH = 85  # owner; length of the instruction that K_MSR_INDEX belongs to
+K_WAIT_DELTA = 87  # owner; advance_expire_delta that is still to be traced, less 2**63; 0: none
 K_ISR = 88  # owner; 4 words
 K_ACCESS_ADDRESS = 92  # owner; guest-physical address or port of the last KVM_EXIT_MMIO or KVM_EXIT_IO
 K_ACCESS_DATA = 93  # owner; what it writes

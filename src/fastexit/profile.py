@@ -24,8 +24,13 @@ _T = Trait
 _OLD_REGISTERS = _T.SELF_IPI_WRITES_ICR | _T.ICR_SPLIT | _T.TRACE_ICR2_FIRST | _T.PI_KICK
 _IRQOFF = _T.HOOK_IRQOFF | _T.SKIP_LATE | _T.TRACE_EXIT_LATE_VMX | _T.TRACE_EXIT_LATE_SVM
 _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
-_UNTIL_5_8 = _T.HV_ONE_SHOT_NEVER_WAITS | _T.POSTS_TIMER_ANYWAY | _T.DEADLINE_READ_DISABLED
-_UNTIL_5_10 = _T.NV_BEFORE_BLOCKING
+_UNTIL_5_8 = (
+    _T.HV_TIMER_CANCELLED_FIRST
+    | _T.POSTS_TIMER_ANYWAY
+    | _T.DEADLINE_READ_DISABLED
+    | _T.DEADLINE_WRITTEN_IN_MODE_3
+)
+_UNTIL_5_10 = _T.NV_BEFORE_BLOCKING | _T.SET_LAPIC_KEEPS_WAIT
 _UNTIL_5_15 = _T.WAIT_TRACED_LATE | _T.AVIC_OLD
 _UNTIL_6_1 = _T.MAP_BY_VOTES | _T.ID_KEPT_ON_LEAVING | _T.SMI_ALWAYS | _T.X2APIC_READS_UNCHECKED | _T.ID_FROM_PAGE
 _UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE | _T.UNHALT_KEPT
@@ -210,17 +215,26 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_EXIT_LATE_SVM
             | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
+            | _T.TIMER_NO_CATCH_UP
+            | _T.FILTER_RANGES_COUNTED
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
             | _UNTIL_6_8
             | _FROM_5_10,
             "as 5.8; SVM only with a next RIP",
+            stable=(
+                Stable("5.10.115", removed=_T.SELF_IPI_WRITES_ICR | _T.POSTS_TIMER_ANYWAY),
+                Stable("5.10.170", added=_T.SVM_NEXT_RIP),
+                Stable("5.10.183", added=_T.FILTER_RANGES_COUNTED),
+                Stable("5.10.199", added=_T.LVTPC_MASKED),
+                Stable("5.10.248", added=_T.TIMER_NO_CATCH_UP),
+            ),
         ),
         Profile(
             "5.15",
             8,
-            "5.15.148",
+            "5.15.202",
             _T.ICR_SPLIT
             | _T.TRACE_ICR2_FIRST
             | _T.PI_KICK
@@ -234,11 +248,19 @@ PROFILES: dict[str, Profile] = {
             | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
             | _T.V_TPR_KEPT_BY_AVIC
+            | _T.TIMER_NO_CATCH_UP
+            | _T.LVTPC_KEPT_ON_AMD
             | _UNTIL_5_15
             | _UNTIL_6_1
             | _UNTIL_6_8
             | _FROM_5_15,
             "as 5.10",
+            # First releases that were read; the changes came with one between it and the one that was read before.
+            stable=(
+                Stable("5.15.107", added=_T.SVM_NEXT_RIP),
+                Stable("5.15.148", added=_T.REENTRY_COUNTED),
+                Stable("5.15.202", added=_T.TIMER_NO_CATCH_UP | _T.LVTPC_KEPT_ON_AMD),
+            ),
         ),
         Profile(
             "6.1",
@@ -256,10 +278,24 @@ PROFILES: dict[str, Profile] = {
             | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_MANY_SCANNED
             | _T.CR8_FOLLOWS_AVIC
+            | _T.TICK_ONLY_IN_RUN
             | _UNTIL_6_1
             | _UNTIL_6_8
             | _FROM_6_1,
             "Fixed + physical unicast with reserved bits clear; TSC_DEADLINE with the preemption timer",
+            stable=(
+                Stable("6.1.14", added=_T.SVM_NEXT_RIP),
+                Stable("6.1.16", added=_T.MSR_UPPER_GP),
+                Stable("6.1.33", added=_T.REENTRY_COUNTED),
+                Stable("6.1.60", added=_T.LVTPC_MASKED),
+                Stable("6.1.66", removed=_T.RESTORE_CLEARS_PIR_LAST),
+                Stable("6.1.88", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("6.1.107", added=_T.ONE_SHOT_RESTORES_EXPIRED),
+                Stable("6.1.113", added=_T.ICR_NO_RESERVED | _T.ICR_RESERVED_GP),
+                Stable("6.1.149", added=_T.ICR_SPLIT_SVM | _T.FORCED_EXIT_HANDLED),
+                Stable("6.1.160", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.1.184", added=_T.TICK_ONLY_IN_RUN),
+            ),
         ),
         Profile(
             "6.6",
@@ -316,6 +352,12 @@ PROFILES: dict[str, Profile] = {
             | _T.AVIC_ID_REFUSED
             | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
+            stable=(
+                Stable("6.12.53", added=_T.SVM_NEXT_RIP),
+                Stable("6.12.64", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.12.101", added=_T.TICK_ONLY_IN_RUN),
+                Stable("6.12.114", added=_T.CR8_WITH_PPR, removed=_T.SET_LAPIC_STORES_BASE),
+            ),
         ),
         Profile(
             "6.18",

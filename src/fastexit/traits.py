@@ -163,23 +163,28 @@ class Trait(IntFlag):
     TICK_ONLY_IN_RUN = 1 << 83
     """A timer that runs out during an ioctl stays pending, APICv or not."""
     HV_TIMER_CANCELLED = 1 << 84
-    """TMICT 0 and a change of LVTT's mode cancel a running preemption timer and a pending tick; before, the hrtimer."""
-    HV_ONE_SHOT_NEVER_WAITS = 1 << 85
-    """The preemption timer of a one-shot is cancelled before it expires, so no entry waits for it."""
+    """TMICT and KVM_SET_LAPIC stop a preemption timer that runs, and a change to or from deadline mode drops a tick that
+    waits; before, only the hrtimer was cancelled (cancel_apic_timer)."""
+    HV_TIMER_CANCELLED_FIRST = 1 << 85
+    """The preemption timer is given up before its tick, so that no entry waits for one that TMICT counted."""
     WAIT_TRACED_LATE = 1 << 86
-    """kvm_wait_lapic_expire is traced behind the exit, once an entry."""
+    """kvm_wait_lapic_expire is traced behind the exit, once for all entries of an iteration; before the wait, now."""
     POSTS_TIMER_ANYWAY = 1 << 87
     """pi_inject_timer posts timers also of vCPUs whose MWAIT and HLT exits are there."""
     DEADLINE_READ_DISABLED = 1 << 88
     """TSC_DEADLINE reads its value with the APIC disabled."""
     DEADLINE_WRITTEN_DISABLED = 1 << 89
     """TSC_DEADLINE is written with the APIC disabled."""
+    DEADLINE_WRITTEN_IN_MODE_3 = 1 << 105
+    """TSC_DEADLINE is written where LVTT has the reserved mode; the preemption timer then counts down to it."""
     MODE_KEEPS_HV_TIMER = 1 << 90
     """A change of LVTT to deadline mode leaves the preemption timer of a one-shot running."""
 
     # -- KVM_SET_LAPIC
     SET_LAPIC_STORES_BASE = 1 << 91
     """KVM_SET_LAPIC stores APICBASE once more."""
+    SET_LAPIC_KEEPS_WAIT = 1 << 111
+    """KVM_SET_LAPIC leaves the deadline for which the next entry has to wait."""
     RESTORE_CLEARS_PIR_LAST = 1 << 92
     """KVM_SET_LAPIC and reset clear PIR and ON at their end, with what was posted meanwhile."""
 
@@ -210,6 +215,8 @@ class Trait(IntFlag):
     # -- counters, windows, traces
     REENTRY_COUNTED = 1 << 103
     """stat.exits counts fast re-entries."""
+    FILTER_RANGES_COUNTED = 1 << 112
+    """stat.exits counts each range of the MSR filter that does not decide: its increment went astray in a backport."""
     IRQWIN_COUNTED = 1 << 104
     """Interrupt windows that inhibit APICv are counted for the whole VM."""
     READ_ACROSS_TRACED = 1 << 106

@@ -233,9 +233,11 @@ class Dispatcher:
         mem[own + L.K_IRQ_WINDOWS] += 1
 
     def guest_time_stop(self, v: Vcpu) -> None:
-        """Step 16: guest time ends, preemption is on again."""
+        """Step 16: guest time ends, preemption is on again; a wait before the entry is traced here up to 5.15."""
         mem, own = self.mem, v.own
         mem[own + L.K_GUEST_TIME] = 0
+        if mem[own + L.K_WAIT_DELTA]:
+            load("trace_wait")(self.handle, v.index)
         mem[own + L.K_PREEMPT_OFF] = 0
 
     def srcu_lock(self, v: Vcpu) -> None:

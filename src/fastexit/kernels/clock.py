@@ -61,7 +61,8 @@ def can_post(m, v):
     """kvm_can_post_timer_interrupt: a guest that is never interrupted gets its ticks posted by another CPU."""
     if not m[k.H_CONFIG] & k.CONFIG_PI_INJECT_TIMER or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         return k.ZERO
-    return k.ONE if m[k.H_DISABLED_EXITS] & (k.EXITS_MWAIT | k.EXITS_HLT) else k.ZERO
+    polls = m[k.H_DISABLED_EXITS] & (k.EXITS_MWAIT | k.EXITS_HLT)
+    return k.ONE if polls or m[k.H_RULES] & k.R_POSTS_TIMER_ANYWAY else k.ZERO
 
 
 @kernel("u8(words, u8)")

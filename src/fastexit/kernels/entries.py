@@ -108,6 +108,7 @@ _ON_ONE_VCPU = {
         "service_requests": steps.service_requests,
         "vm_entry": steps.vm_entry,
         "wake_up": steps.wake_up,
+        "trace_wait": tick.trace_wait,
         "fire_timer": timer.fire,
     },
     1: {

@@ -265,5 +265,6 @@ def reenter(m, v, code):
             sync_pir_to_irr(m, v)
     if exit_requested(m, v):
         return (code & ~k.CODE_COMPLETION) | k.COMPLETION_HANDLED
-    m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
+    if m[k.H_RULES] & k.R_REENTRY_COUNTED:
+        m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
     return code

@@ -83,12 +83,18 @@ def set_base(m, v, value, host):
     return effects | recalculate(m, v)
 
 
+@kernel("u8(words, u8)")
+def _clear_pid(m, v):
+    """vmx_apicv_pre_state_restore, earlier vmx_apicv_post_state_restore: what was posted is gone."""
+    return clear_pid(m, v) if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV else k.ZERO
+
+
 @kernel("u8(words, u8, u8)")
 def reset(m, v, init):
     """kvm_lapic_reset: RESET (vCPU creation) or, with init, the INIT flavour that keeps mode, ID and x2APIC LDR."""
     row = own(m, v)
-    if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV:
-        clear_pid(m, v)
+    if not m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST:
+        _clear_pid(m, v)
     # The hrtimer only: a preemption timer that counts goes on, and its tick waits for LVTT to be unmasked.
     m[row + k.K_HRTIMER] = k.NONE
     if not init:
@@ -132,6 +138,8 @@ def reset(m, v, init):
     m[row + k.K_ATTENTION] = k.ZERO
     mark_dirty(m)
     update_ppr(m, v)
+    if m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        _clear_pid(m, v)
     restore(m, v)
     return recalculate(m, k.NONE if init else v)
 
@@ -147,8 +155,9 @@ def get_state(m, v):
         at = k.H_STAGE + (offset >> k.U(3))
         m[at] = (m[at] & k.HIGH32) | vector_slot(m, v, offset)
         offset = offset + k.U(16)
-    at = k.H_STAGE + (k.APIC_TMCCT >> k.U(3))
-    m[at] = (m[at] & k.HIGH32) | current_count(m, v)
+    if m[k.H_RULES] & k.R_TMCCT_RESTORED:
+        at = k.H_STAGE + (k.APIC_TMCCT >> k.U(3))
+        m[at] = (m[at] & k.HIGH32) | current_count(m, v)
     if in_x2apic_mode(m, v):
         if not m[k.H_API] & k.X2API_32BIT_IDS:
             at = k.H_STAGE + (k.APIC_ID >> k.U(3))
@@ -195,8 +204,8 @@ def set_state(m, v):
 
     Nothing is masked. PPR is recomputed before the ISR bits are counted, so it may still show the old ISR.
     """
-    if m[k.H_CONFIG] & (k.CONFIG_SVM | k.CONFIG_APICV) == k.CONFIG_APICV:
-        clear_pid(m, v)
+    if not m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST:
+        _clear_pid(m, v)
     effects = base_written(m, v, k.ZERO) if m[k.H_RULES] & k.R_SET_LAPIC_STORES_BASE else k.ZERO
     set_spiv(m, v, m[k.H_STAGE + (k.APIC_SPIV >> k.U(3))] & k.LOW32)
     if in_x2apic_mode(m, v) and _fix_up_stage(m, v):
@@ -217,13 +226,19 @@ def set_state(m, v):
         compute_ppr(m, v)
     row = own(m, v)
     cancel(m, v)
-    m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
+    if not m[k.H_RULES] & k.R_SET_LAPIC_KEEPS_WAIT:
+        m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
     update_lvtt(m, v)
     watch_lint0(m, v)
     update_divide(m, v)
-    start(m, v, k.APIC_TMCCT)
-    set_reg(m, v, k.APIC_TMCCT, k.ZERO)
+    if m[k.H_RULES] & k.R_TMCCT_RESTORED:
+        start(m, v, k.APIC_TMCCT)
+        set_reg(m, v, k.APIC_TMCCT, k.ZERO)
+    else:
+        start(m, v, k.APIC_TMICT)
     recount(m, v)
+    if m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        _clear_pid(m, v)
     restore(m, v)
     m[row + k.K_ARB_PRIO] = k.ZERO
     make_request(m, v, k.REQ_EVENT)

@@ -26,6 +26,7 @@ from .halt import emulate_halt
 from .irq import take_pv_eoi
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .shared import hot, own
+from .tick import trace_wait
 
 VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
 """exits/table.py as the loop has it, by exit reason: operation, instruction length, shortcut; 0 for what it leaves to
@@ -266,8 +267,10 @@ def irq_window(m, v):
 
 @kernel("u8(words, u8)")
 def guest_time_stop(m, v):
-    """Step 16: guest time ends, preemption is on again."""
+    """Step 16: guest time ends, preemption is on again; a wait before the entry is traced here up to 5.15."""
     m[own(m, v) + k.K_GUEST_TIME] = k.ZERO
+    if m[own(m, v) + k.K_WAIT_DELTA]:
+        trace_wait(m, v)
     m[own(m, v) + k.K_PREEMPT_OFF] = k.ZERO
     return k.ZERO
 

@@ -13,11 +13,11 @@ from .lapic import x2apic_msr_read, x2apic_msr_write
 from .lapicreg import reg, set_reg
 from .lapicstate import set_base
 from .shared import emit, make_request, own
-from .timer import deadline_usable, set_deadline
+from .timer import get_deadline, set_deadline
 
 
-@kernel("u8(words, u8, u8)")
-def allowed(m, msr, access):
+@kernel("u8(words, u8, u8, u8)")
+def allowed(m, v, msr, access):
     """kvm_msr_allowed: user space's filter lets this access (MSR_FILTER_READ or _WRITE) be emulated.
 
     x2APIC registers cannot be filtered. The first range that has the MSR decides, then the default. A range's end has
@@ -32,6 +32,8 @@ def allowed(m, msr, access):
         if m[at + k.FILTER_FLAGS] & access and msr >= first and msr < (first + count) & k.LOW32:
             bit = msr - first
             return (m[at + k.FILTER_BITMAP + (bit >> k.U(6))] >> (bit & k.U(63))) & k.ONE
+        if m[k.H_RULES] & k.R_FILTER_RANGES_COUNTED:
+            m[own(m, v) + k.K_EXITS] = m[own(m, v) + k.K_EXITS] + k.ONE
     return k.ZERO if m[k.H_FILTER_DENY] else k.ONE
 
 
@@ -68,8 +70,7 @@ def get_msr(m, v, msr):
         return x2apic_msr_read(m, v, msr)
     m[out] = k.ZERO
     if msr == k.MSR_TSC_DEADLINE:
-        if deadline_usable(m, v):
-            m[out] = m[own(m, v) + k.K_TSC_DEADLINE]
+        m[out] = get_deadline(m, v)
         return k.ZERO
     if msr == k.MSR_APICBASE:
         m[out] = m[own(m, v) + k.K_APIC_BASE]
@@ -127,7 +128,7 @@ def _ask_user(m, v, msr, code, length):
 @kernel("u8(words, u8, u8, u8, u8)")
 def emulate_wrmsr(m, v, msr, value, length):
     """kvm_emulate_wrmsr by the guest: outcome code (delivery, fault, and USER when the skip or user space asks)."""
-    if allowed(m, msr, k.MSR_FILTER_WRITE):
+    if allowed(m, v, msr, k.MSR_FILTER_WRITE):
         code = set_msr(m, v, msr, value, k.ZERO)
     else:
         code = k.CODE_GP | k.MSR_WHY_FILTER
@@ -145,7 +146,7 @@ def emulate_wrmsr(m, v, msr, value, length):
 @kernel("u8(words, u8, u8, u8)")
 def emulate_rdmsr(m, v, msr, length):
     """kvm_emulate_rdmsr: value in K_MSR_DATA."""
-    if allowed(m, msr, k.MSR_FILTER_READ):
+    if allowed(m, v, msr, k.MSR_FILTER_READ):
         code = get_msr(m, v, msr)
     else:
         m[own(m, v) + k.K_MSR_DATA] = k.ZERO

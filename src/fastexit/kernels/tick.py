@@ -13,6 +13,8 @@ from .shared import emit, hot, kick, make_request, own, vec
 
 ADJUST_MIN, ADJUST_MAX, ADJUST_STEP = k.U(100), k.U(10_000), k.U(8)
 ADVANCE_INIT_NS, ADVANCE_MAX_NS = k.U(1000), k.U(5000)
+NO_DELTA = k.ONE << k.U(63)
+"""S64_MIN, advance_expire_delta where nothing has waited; K_WAIT_DELTA is the difference from it."""
 
 
 @kernel("u8(words)")
@@ -103,7 +105,9 @@ def _wait(m, v):
     tsc = guest_tsc(m)
     early = k.ONE if tsc < deadline else k.ZERO
     error = deadline - tsc if early else tsc - deadline
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+    if m[k.H_RULES] & k.R_WAIT_TRACED_LATE:
+        m[row + k.K_WAIT_DELTA] = (tsc - deadline) ^ NO_DELTA
+    elif m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_WAIT_LAPIC_EXPIRE, v, tsc - deadline, k.ZERO, k.ZERO)
     if early:
         m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, error)
@@ -119,6 +123,25 @@ def wait_expired(m, v):
     return k.ZERO
 
 
+@kernel("u8(words, u8)")
+def trace_wait(m, v):
+    """kvm_wait_lapic_expire where vcpu_enter_guest traces it behind the exit: the last wait since the one before."""
+    at = own(m, v) + k.K_WAIT_DELTA
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_WAIT_LAPIC_EXPIRE, v, m[at] ^ NO_DELTA, k.ZERO, k.ZERO)
+    m[at] = k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _posted_at_once(m, v):
+    """Tell whether a timer that runs out in the vCPU's own context is an interrupt at once: APICv takes it."""
+    rules = m[k.H_RULES]
+    if not rules & k.R_TICK_POSTED_AT_ONCE or not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        return k.ZERO
+    return k.ONE if m[own(m, v) + k.K_IN_RUN] or not rules & k.R_TICK_ONLY_IN_RUN else k.ZERO
+
+
 @kernel("u8(words, u8, u8)")
 def expired(m, v, from_hrtimer):
     """apic_timer_expired: Effect code. A tick that finds one pending is dropped: ticks coalesce to one."""
@@ -127,7 +150,7 @@ def expired(m, v, from_hrtimer):
         return k.ZERO
     if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or hv_in_use(m, v):
         m[row + k.K_EXPIRED_DEADLINE] = m[row + k.K_TSC_DEADLINE]
-    if not from_hrtimer and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+    if not from_hrtimer and _posted_at_once(m, v):
         return inject_pending(m, v, v) & ~k.CODE_ACCEPTED_NONE
     if can_post(m, v) and m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE:
         # The guest runs: the wait has to come before the interrupt, whose bit is therefore not asked for.

@@ -6,7 +6,7 @@ kvm_set_lapic_tscdeadline_msr, kvm_lapic_expired_hv_timer; clock.py has the time
 tick.py what a timer that ran out does. Spec: SDM vol. 3A 10.5.4.
 
 An hrtimer that became due between two settings of the clock fires late, at the new time, as on a host that was busy.
-Not modelled: the repeated trace lines of an older kernel that catches up tick by tick (its state is the same).
+Not modelled: the repeated trace lines of an older kernel whose hrtimer posts each tick that it missed.
 
 K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the guest TSC of the target in the others.
 """
@@ -34,11 +34,12 @@ def _trace_state(m, v, hv):
 
 @kernel("u8(words, u8)")
 def cancel(m, v):
-    """cancel_apic_timer."""
+    """cancel_apic_timer; before it was there, hrtimer_cancel alone."""
     row = own(m, v)
     m[row + k.K_HRTIMER] = k.NONE
-    m[row + k.K_HV_DEADLINE] = k.NONE
-    m[row + k.K_TIMER_PENDING] = k.ZERO
+    if m[k.H_RULES] & k.R_HV_TIMER_CANCELLED:
+        m[row + k.K_HV_DEADLINE] = k.NONE
+        m[row + k.K_TIMER_PENDING] = k.ZERO
     return k.ZERO
 
 
@@ -70,19 +71,35 @@ def update_divide(m, v):
 def advance_period(m, v):
     """advance_periodic_target_expiration: the next tick of a periodic timer.
 
-    A host that is late by more than a period starts again from now in 6.18; before, it caught up tick by tick, which
-    comes to the first target that is still ahead.
+    A host that is late by more than a period starts again from now; before, the target stayed in the past, and its
+    distance, taken as unsigned, gave a deadline that no preemption timer reaches.
+    """
+    row = own(m, v)
+    now = m[k.H_NOW]
+    target = m[row + k.K_TARGET] + m[row + k.K_PERIOD]
+    late = target < now
+    if late and m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
+        target = now
+        late = False
+    m[row + k.K_TARGET] = target
+    m[row + k.K_TSC_DEADLINE] = k.NONE if late else tsc_after(m, target - now)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _catch_up(m, v):
+    """The hrtimer of a host that is late fires for each target in the past, one behind the other.
+
+    The first of them has left a tick that waits, or a vector that is posted; the others add nothing to it.
     """
     row = own(m, v)
     now = m[k.H_NOW]
     period = m[row + k.K_PERIOD]
-    target = m[row + k.K_TARGET] + period
-    if target < now and m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
-        target = now
-    elif target <= now and not m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
+    target = m[row + k.K_TARGET]
+    if target <= now and not m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
         target = target + ((now - target) // period + k.ONE) * period
-    m[row + k.K_TARGET] = target
-    m[row + k.K_TSC_DEADLINE] = tsc_after(m, target - now)
+        m[row + k.K_TARGET] = target
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, target - now)
     return k.ZERO
 
 
@@ -124,6 +141,7 @@ def fire(m, v):
     code = expired(m, v, k.ONE)
     if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
         advance_period(m, v)
+        _catch_up(m, v)
         m[row + k.K_HRTIMER] = m[row + k.K_TARGET]
     return code
 
@@ -172,7 +190,7 @@ def start(m, v, offset):
         ns = period
         if offset != k.APIC_TMICT:
             ns = _count_to_ns(m, v, reg(m, v, offset))
-            if not ns and mode == k.TIMER_PERIODIC:
+            if not ns and (mode == k.TIMER_PERIODIC or not m[k.H_RULES] & k.R_ONE_SHOT_RESTORES_EXPIRED):
                 ns = period
             elif ns > period:
                 set_reg(m, v, offset, k.ZERO)
@@ -189,6 +207,8 @@ def expire_hv(m, v):
     if not hv_in_use(m, v):
         return k.ZERO
     m[row + k.K_HV_EXITED] = m[k.H_NOW] + k.ONE
+    if m[k.H_RULES] & k.R_HV_TIMER_CANCELLED_FIRST:
+        m[row + k.K_HV_DEADLINE] = k.NONE
     expired(m, v, k.ZERO)
     m[row + k.K_HV_DEADLINE] = k.NONE
     if m[row + k.K_TIMER_MODE] == k.TIMER_PERIODIC and m[row + k.K_PERIOD]:
@@ -276,6 +296,8 @@ def update_lvtt(m, v):
         return k.ZERO
     if mode == k.TIMER_DEADLINE or old == k.TIMER_DEADLINE:
         cancel(m, v)
+        if not m[k.H_RULES] & k.R_MODE_KEEPS_HV_TIMER:
+            m[row + k.K_HV_DEADLINE] = k.NONE
         set_reg(m, v, k.APIC_TMICT, k.ZERO)
         m[row + k.K_PERIOD] = k.ZERO
         m[row + k.K_TSC_DEADLINE] = k.ZERO
@@ -284,17 +306,32 @@ def update_lvtt(m, v):
 
 
 @kernel("u8(words, u8)")
-def deadline_usable(m, v):
-    """kvm_set/get_lapic_tscdeadline_msr act only on an enabled APIC in deadline mode."""
-    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW and m[own(m, v) + k.K_TIMER_MODE] == k.TIMER_DEADLINE:
-        return k.ONE
+def get_deadline(m, v):
+    """kvm_get_lapic_tscdeadline_msr: 0 outside deadline mode and, in most generations, from a disabled APIC."""
+    row = own(m, v)
+    if m[row + k.K_TIMER_MODE] != k.TIMER_DEADLINE:
+        return k.ZERO
+    if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or m[k.H_RULES] & k.R_DEADLINE_READ_DISABLED:
+        return m[row + k.K_TSC_DEADLINE]
     return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _takes_deadline(m, v):
+    """Tell whether a write of TSC_DEADLINE does anything: as kvm_set_lapic_tscdeadline_msr asks."""
+    mode = m[own(m, v) + k.K_TIMER_MODE]
+    if mode != k.TIMER_DEADLINE:
+        counts = mode == k.TIMER_ONE_SHOT or mode == k.TIMER_PERIODIC
+        if counts or not m[k.H_RULES] & k.R_DEADLINE_WRITTEN_IN_MODE_3:
+            return k.ZERO
+    enabled = m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW
+    return k.ONE if enabled or m[k.H_RULES] & k.R_DEADLINE_WRITTEN_DISABLED else k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
 def set_deadline(m, v, value):
     """kvm_set_lapic_tscdeadline_msr: a write outside deadline mode is dropped in silence; 0 disarms."""
-    if not deadline_usable(m, v):
+    if not _takes_deadline(m, v):
         return k.ZERO
     m[own(m, v) + k.K_HRTIMER] = k.NONE
     m[own(m, v) + k.K_TSC_DEADLINE] = value

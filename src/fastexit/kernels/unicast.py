@@ -97,12 +97,15 @@ IRRELEVANT_RULES = (
     | k.R_TICK_POSTED_AT_ONCE
     | k.R_TICK_ONLY_IN_RUN
     | k.R_HV_TIMER_CANCELLED
-    | k.R_HV_ONE_SHOT_NEVER_WAITS
+    | k.R_HV_TIMER_CANCELLED_FIRST
     | k.R_WAIT_TRACED_LATE
     | k.R_POSTS_TIMER_ANYWAY
     | k.R_DEADLINE_READ_DISABLED
     | k.R_DEADLINE_WRITTEN_DISABLED
+    | k.R_DEADLINE_WRITTEN_IN_MODE_3
     | k.R_MODE_KEEPS_HV_TIMER
+    | k.R_SET_LAPIC_KEEPS_WAIT
+    | k.R_FILTER_RANGES_COUNTED
     | k.R_SET_LAPIC_STORES_BASE
     | k.R_RESTORE_CLEARS_PIR_LAST
     | k.R_SN_ON_EVERY_PUT
@@ -114,11 +117,11 @@ IRRELEVANT_RULES = (
     | k.R_AVIC_OLD
     | k.R_X2AVIC_WRITES_EXIT
     | k.R_AVIC_ID_REFUSED
-    | k.R_REENTRY_COUNTED
     | k.R_IRQWIN_COUNTED
     | k.R_READ_ACROSS_TRACED
 )
 """The same for the rules: PI_NOTIFIES_SELF is the one that an IPI would see."""
+HAS_RULES = k.R_REENTRY_COUNTED
 PLAIN = ~(k.HIGH32 | k.ICR_VECTOR | k.ICR_LEVEL | k.ICR_BUSY)
 """ICR bits that make it another kind of interrupt."""
 TARGET = k.FLAG_HW | k.FLAG_SW | k.FLAG_APICV
@@ -130,7 +133,7 @@ def possible(m):
     """Tell whether this machine leaves nothing to choose. An allow-list: what is not known here is declined."""
     if m[k.H_CONFIG] & ~IRRELEVANT_CONFIG != HAS_CONFIG or m[k.H_TRAITS] & ~IRRELEVANT != HAS:
         return k.ZERO
-    return k.ZERO if m[k.H_RULES] & ~IRRELEVANT_RULES else k.ONE
+    return k.ONE if m[k.H_RULES] & ~IRRELEVANT_RULES == HAS_RULES else k.ZERO
 
 
 @inlined
