@@ -15,10 +15,11 @@ from fastexit import regs as r
 from fastexit.costs.meter import WORKS
 from fastexit.exits.handlers import CommonHandlers
 from fastexit.exits.svm import Svm
-from fastexit.exits.table import OLDEST, SVM, VMX, Op, Row, Table, packed, packed_rows
+from fastexit.exits.table import SVM, VMX, Op, Row, Table, packed, packed_rows
 from fastexit.exits.vmx import Vmx
 from fastexit.profile import PROFILES
-from fastexit.traits import Trait
+from fastexit.releases import release
+from fastexit.traits import OLDEST, Trait
 
 TABLES = {"vmx": VMX, "svm": SVM}
 EXCEPTIONS = range(0x40, 0x60)
@@ -40,11 +41,11 @@ def test_one_row_a_reason() -> None:
 
 @pytest.mark.parametrize(("vendor", "row"), ROWS)
 def test_a_row_names_what_there_is(vendor: str, row: Row) -> None:
-    """Handlers are methods, work is known, generations too; a twin has a handler and no trait of its own."""
+    """Handlers are methods, work is known, releases too; a twin has a handler and no trait of its own."""
     for name in filter(None, (row.handler, row.fast, row.irqoff)):
         assert any(callable(getattr(place, name, None)) for place in (Vmx if vendor == "vmx" else Svm, CommonHandlers))
     assert row.work in WORKS
-    assert {row.since, *(row.renamed or ())[:1]} <= set(PROFILES)
+    assert all(first == OLDEST or release(first) for first in (row.since, *(row.renamed or ())[:1]))
     assert 0 <= row.length < 16
     if row.handler == "operation":
         assert row.operation
@@ -61,7 +62,7 @@ def test_what_a_number_without_a_row_means() -> None:
 
 
 def test_names() -> None:
-    """By default the name in reasons.py, in lower case on SVM; a rename keeps the older one for older generations."""
+    """By default the name in reasons.py, in lower case on SVM; a rename keeps the older one for older releases."""
     assert VMX[fx.VmxExit.MSR_WRITE].names() == {OLDEST: "MSR_WRITE"}
     assert SVM[fx.SvmExit.MSR].names() == {OLDEST: "msr"}
     assert VMX[fx.VmxExit.INTERRUPT_WINDOW].names() == {OLDEST: "PENDING_INTERRUPT", "5.6": "INTERRUPT_WINDOW"}

@@ -14,6 +14,8 @@ from fastexit import layout as L
 from fastexit.profile import as_of, since
 from fastexit.trace.events import Kind
 from fastexit.trace.reader import TraceReader
+from fastexit.tracepoints.releases import numbers
+from fastexit.tracepoints.text import formats
 from traced import booted
 
 ICR = 0x830
@@ -265,7 +267,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         (RIP, 0x8000_00FD, 0),
         {
             "seed-v3": "kvm_entry: vcpu 18",
-            "6.1": "kvm_entry: vcpu 18, rip 0xffffffff8107f8aa",
+            "5.10": "kvm_entry: vcpu 18, rip 0xffffffff8107f8aa",
             "6.18": "kvm_entry: vcpu 18, rip 0xffffffff8107f8aa intr_info 0x800000fd error_code 0x00000000",
         },
     ),
@@ -274,7 +276,9 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         (0xFFF0, 0x8000_0B0D, 1 << 32 | 8),
         {
             "seed-v3": "kvm_entry: vcpu 18",
-            "6.1": "kvm_entry: vcpu 18, rip 0xfff0",
+            "5.10": "kvm_entry: vcpu 18, rip 0xfff0",
+            "6.1": "kvm_entry: vcpu 18, rip 0xfff0[immediate exit]",
+            "6.6": "kvm_entry: vcpu 18, rip 0xfff0",
             "6.12": "kvm_entry: vcpu 18, rip 0xfff0[immediate exit]",
             "6.18": "kvm_entry: vcpu 18, rip 0xfff0 intr_info 0x80000b0d error_code 0x00000008[immediate exit]",
         },
@@ -284,7 +288,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         EXIT_WORDS,
         {
             "seed-v3": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info 1 800000fd",
-            "6.1": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info1 0x0000000000000001 "
+            "5.10": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info1 0x0000000000000001 "
             "info2 0x00000000800000fd intr_info 0x800000f2 error_code 0x0000000b",
             "6.18": "kvm_exit: vcpu 18 reason MSR_WRITE rip 0xffffffff8107f8aa info1 0x0000000000000001 "
             "info2 0x00000000800000fd intr_info 0x800000f2 error_code 0x0000000b requests 0x0000000000004000",
@@ -355,6 +359,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "seed-v3": None,
             "5.6": "kvm_apicv_update_request: deactivate bit=3",
             "6.1": "kvm_apicv_inhibit_changed: set reason=7, inhibits=0x80",
+            "6.6": "kvm_apicv_inhibit_changed: set reason=8, inhibits=0x100",
             "6.12": "kvm_apicv_inhibit_changed: set reason=8, inhibits=0x100 IRQWIN",
         },
     ),
@@ -364,6 +369,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         {
             "seed-v3": None,
             "6.1": "kvm_apicv_inhibit_changed: cleared reason=7, inhibits=0x140",
+            "6.6": "kvm_apicv_inhibit_changed: cleared reason=8, inhibits=0x280",
             "6.12": "kvm_apicv_inhibit_changed: cleared reason=8, inhibits=0x280 NESTED|PIT_REINJ",
         },
     ),
@@ -374,7 +380,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "seed-v3": None,
             "5.6": "kvm_apicv_update_request: activate bit=4",
             "6.1": "kvm_apicv_inhibit_changed: cleared reason=8, inhibits=0x0",
-            "6.12": "kvm_apicv_inhibit_changed: cleared reason=9, inhibits=0x0",
+            "6.6": "kvm_apicv_inhibit_changed: cleared reason=9, inhibits=0x0",
         },
     ),
     "inhibit of 6.18 only": (
@@ -384,6 +390,11 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "seed-v3": None,
             "6.18": "kvm_apicv_inhibit_changed: set reason=12, inhibits=0x1000 PHYSICAL_ID_TOO_BIG",
         },
+    ),
+    "inhibit of 5.8 to 5.15": (
+        L.TP_APICV_INHIBIT_CHANGED,
+        (13, 1, 1 << 13),
+        {"seed-v3": None, "5.8": "kvm_apicv_update_request: deactivate bit=5", "6.1": None},
     ),
     "incomplete ipi": (
         L.TP_AVIC_INCOMPLETE_IPI,
@@ -402,7 +413,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         (30, 0),
         {
             "seed-v3": "kvm_userspace_exit: reason 0x1e (30)",
-            "6.1": "kvm_userspace_exit: reason KVM_EXIT_X86_WRMSR (30)",
+            "5.10": "kvm_userspace_exit: reason KVM_EXIT_X86_WRMSR (30)",
         },
     ),
     "signal": (L.TP_USERSPACE_EXIT, (10, 4), {"seed-v3": "kvm_userspace_exit: reason restart (4)"}),
@@ -460,6 +471,51 @@ def test_text_by_generation(name: str, kernel: str) -> None:
     assert len(m.trace) == 1
 
 
+@pytest.mark.parametrize(
+    ("release", "entry", "exit"),
+    [
+        ("5.4.286", " immediate=0 rip=0 info=0", "requests=0"),
+        ("5.10", " immediate=0 rip=1 info=0", "requests=0"),
+        ("6.1.20", " immediate=0 rip=1 info=0", "requests=0"),
+        ("6.1.192", " immediate=1 rip=1 info=0", "requests=0"),
+        ("6.8", " immediate=0 rip=1 info=0", "requests=0"),
+        ("6.12.118", " immediate=1 rip=1 info=0", "requests=0"),
+        ("6.16.12", " immediate=1 rip=1 info=1", "requests=1"),
+        ("6.17", " immediate=1 rip=1 info=1", "requests=1"),
+        ("7.3.4", " immediate=1 rip=1 info=1", "requests=1"),
+    ],
+)
+def test_texts_go_by_release(release: str, entry: str, exit: str) -> None:
+    """What changed between two generations, or within a stable series (TP_printk of kvm_entry and kvm_exit).
+
+    The print formats in the modules of 5.10.223, 5.10.262, 6.1.192, 6.12.118, 6.16.12, 6.18.15 and 7.3.4 say so.
+    """
+    found = formats(numbers(release))
+    said = found[L.TP_ENTRY]
+    assert f" immediate={'immediate' in said:d} rip={'rip' in said:d} info={'intr_info' in said:d}" == entry
+    assert f"requests={'requests' in found[L.TP_EXIT]:d}" == exit
+
+
+@pytest.mark.parametrize(
+    ("release", "name"),
+    [
+        ("6.1", "immediate"),
+        ("6.1.0-57-cloud-amd64", "immediate"),
+        ("6.1.20", ""),
+        ("6.3", ""),
+        ("6.12.3", "immediate"),
+        ("6.16", "intr_info immediate"),
+        ("v6.16.12", "intr_info immediate"),
+        ("6.17.13+deb13-cloud-amd64", "intr_info immediate"),
+    ],
+)
+def test_a_machine_prints_what_its_release_prints(release: str, name: str) -> None:
+    """A generation's own name, and a release without a patch level, stand for the tree of the row."""
+    m = fx.Machine(apic_ids=[0, 1, 18], kernel=release)
+    record(m, L.TP_ENTRY, (0xFFF0, 0x8000_0B0D, 1 << 32))
+    assert " ".join(word for word in ("intr_info", "immediate") if word in m.trace.lines()[0]) == name
+
+
 KINDS = {
     "entry": (Kind.MARK, 18, 0, 0),
     "exit": (Kind.MARK, 18, 0, 0),
@@ -514,7 +570,7 @@ def test_latency_flags_by_generation(kernel: str) -> None:
     m = booted(kernel)
     m.vcpus[0].wrmsr(0x808, 0)
     flags = {text.split("]")[1].split()[0] for text in m.trace.text().splitlines()}
-    assert flags == {"....." if since(kernel, "6.1") else "...."}
+    assert flags == {"....." if since(kernel, "5.15") else "...."}
 
 
 @pytest.mark.parametrize(
@@ -524,6 +580,9 @@ def test_latency_flags_by_generation(kernel: str) -> None:
         ("5.6", "vmx", 7, "INTERRUPT_WINDOW"),
         ("5.8", "vmx", 74, "0x4a"),
         ("6.1", "vmx", 74, "BUS_LOCK"),
+        ("5.10", "svm", 0xA2, "invpcid"),
+        ("5.10", "svm", 0x403, "0x403"),
+        ("6.1", "svm", 0x403, "vmgexit"),
         ("6.12", "vmx", 85, "0x55"),
         ("6.18", "vmx", 6, "0x6"),
         ("6.18", "vmx", 0x8000_0021, "INVALID_STATE FAILED_VMENTRY"),

@@ -414,7 +414,10 @@ LOGICAL_DISABLED = 4
 
 
 class Inhibit(IntEnum):
-    """Reasons for which APICv is off, by bit number, as kvm_apicv_inhibit_changed prints them."""
+    """Reasons for which APICv is off, by bit number, as kvm_apicv_inhibit_changed prints them in 6.18.
+
+    X2APIC, of kernels from 5.8 to 5.15, has a number of the model's own.
+    """
 
     DISABLED = 0
     HYPERV = 1
@@ -429,6 +432,7 @@ class Inhibit(IntEnum):
     SEV = 10
     LOGICAL_ID_ALIASED = 11
     PHYSICAL_ID_TOO_BIG = 12
+    X2APIC = 13
 
 
 class DisableExits(IntFlag):

@@ -46,8 +46,8 @@ class Op(IntEnum):
 class Row(NamedTuple):
     """One exit reason of one vendor.
 
-    ``name`` is what kvm_exit prints since generation ``since``, by default the number's name in reasons.py, and in hex
-    where it is empty; ``renamed`` is the generation that changed it, and the new name. ``length`` is the length of the
+    ``name`` is what kvm_exit prints since release ``since``, by default the number's name in reasons.py, and in hex
+    where it is empty; ``renamed`` is the release that changed it, and the new name. ``length`` is the length of the
     instruction that exits. ``handler`` and ``fast`` are the generic and the fast handler, ``irqoff`` is the fast one of
     the generations that had it in handle_exit_irqoff: each a method of the vendor (vmx.py, svm.py) or of
     CommonHandlers. An exit with a ``trait`` has its handlers only in generations with it. ``fast_trait`` is what the
@@ -77,7 +77,7 @@ class Row(NamedTuple):
     work: str = "other"
 
     def names(self) -> dict[str, str]:
-        """Give the names that kvm_exit prints, each under the first generation that has it."""
+        """Give the names that kvm_exit prints, each under the first release that has it."""
         return {self.since: self.name} | dict([self.renamed] if self.renamed else []) if self.name else {}
 
 
@@ -187,8 +187,8 @@ SVM = Table(
         Row(_S.WRITE_CR0_TRAP, since="6.1"),
         Row(_S.WRITE_CR4_TRAP, since="6.1"),
         Row(_S.WRITE_CR8_TRAP, since="6.1"),
-        Row(_S.INVPCID, since="6.1"),
-        Row(_S.IDLE_HLT, name="idle-halt", since="6.18", length=_HLT, handler="hlt", shortcut=True, work="halt"),
+        Row(_S.INVPCID, since="5.10"),
+        Row(_S.IDLE_HLT, name="idle-halt", since="6.16", length=_HLT, handler="hlt", shortcut=True, work="halt"),
         Row(_S.NPF, handler="mmio", operation=Op.MMIO, shortcut=True, l0_wants=True, work="page"),
         Row(_S.AVIC_INCOMPLETE_IPI, handler="_incomplete_ipi", work="ipi"),
         Row(_S.AVIC_UNACCELERATED_ACCESS, handler="_unaccelerated_access", work="avic_access"),

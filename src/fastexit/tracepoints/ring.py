@@ -1,6 +1,6 @@
 """KVM's tracepoints of a machine: the ring as records, and as ftrace text.
 
-Models: tracefs as far as the events go that text.py lists, in the text of the machine's generation. Kernels write
+Models: tracefs as far as the events go that text.py lists, in the text of the machine's kernel. Kernels write
 records only while tracing is on; off, the cost is a test of one bit. When the ring is full, later records are counted,
 not kept.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastexit import layout as L
-from fastexit.profile import as_of
+from fastexit.tracepoints.releases import held, printed_as
 from fastexit.tracepoints.text import ARGUMENTS, LATENCY_FLAGS, Source, formats, text
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class Trace:
     def __init__(self, machine: Machine) -> None:
         self._mem = machine.mem
         self._words = machine.words
-        kernel = machine.kernel
+        release = printed_as(machine.kernel, machine.release)
         svm = bool(machine.mem[L.H_CONFIG] & L.CONFIG_SVM)
-        self._source = Source(kernel, svm, self._descriptor)
-        self._formats = formats(kernel)
-        self._flags = as_of(LATENCY_FLAGS, kernel)
+        self._source = Source(release, svm, self._descriptor)
+        self._formats = formats(release)
+        self._flags = held(LATENCY_FLAGS, release)
 
     @property
     def enabled(self) -> bool:

@@ -1,9 +1,10 @@
-"""What each tracepoint says, generation by generation: the text that a kernel prints for one record of the trace ring.
+"""What each tracepoint says, release by release: the text that a kernel prints for one record of the trace ring.
 
-Models: the TP_printk formats of arch/x86/kvm/trace.h and include/trace/events/kvm.h, with the
-names of names.py. A format holds from its generation until the next one of the same event; before the first,
-the event did not exist and prints nothing. One word is the model's own: pi_desc_addr, a host address in KVM, is the
-descriptor's place in the machine's memory, in bytes.
+Models: the TP_printk formats of arch/x86/kvm/trace.h and include/trace/events/kvm.h, with the names of names.py. A
+format holds from its release until the next one of the same event, on the line of all releases: what a stable series
+got is there for that series alone. Before the first, the event did not exist and prints nothing. A release in a table
+is the first one that was read or seen with the text. One word is the model's own: pi_desc_addr, a host address in KVM,
+is the descriptor's place in the machine's memory, in bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.profile import as_of, since
 from fastexit.tracepoints.names import inhibits, reason_text, user_text
+from fastexit.tracepoints.releases import Numbers, held, numbers
 
 _U32 = 0xFFFF_FFFF
 _EINTR = 4
@@ -23,9 +24,9 @@ Fields = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """Where a record comes from: ``kernel`` is the machine's generation."""
+    """Where a record comes from: ``release`` is the kernel whose texts the machine prints."""
 
-    kernel: str
+    release: Numbers
     svm: bool
     descriptor: Callable[[int], int]
     """vCPU id -> place of its posted-interrupt descriptor, in bytes."""
@@ -39,59 +40,61 @@ _EXIT_INFO = "info1 0x{2:016x} info2 0x{3:016x} intr_info 0x{4:08x} error_code 0
 
 FORMATS: dict[int, dict[str, str]] = {
     L.TP_ENTRY: {
-        "seed-v3": "kvm_entry: vcpu {vcpu}",
-        "6.1": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
+        "5.4": "kvm_entry: vcpu {vcpu}",
+        "5.10": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
+        "6.1.176": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
+        "6.2": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
         "6.12": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
-        "6.18": "kvm_entry: vcpu {vcpu}, rip 0x{0:x} intr_info 0x{1:08x} error_code 0x{error:08x}{immediate}",
+        "6.16": "kvm_entry: vcpu {vcpu}, rip 0x{0:x} intr_info 0x{1:08x} error_code 0x{error:08x}{immediate}",
     },
     L.TP_EXIT: {
-        "seed-v3": f"kvm_exit: {_EXIT}info {{2:x}} {{3:x}}",
-        "6.1": f"kvm_exit: {_EXIT}{_EXIT_INFO}",
-        "6.18": f"kvm_exit: {_EXIT}{_EXIT_INFO} requests 0x{{requests:016x}}",
+        "5.4": f"kvm_exit: {_EXIT}info {{2:x}} {{3:x}}",
+        "5.10": f"kvm_exit: {_EXIT}{_EXIT_INFO}",
+        "6.16": f"kvm_exit: {_EXIT}{_EXIT_INFO} requests 0x{{requests:016x}}",
     },
-    L.TP_MSR_READ: {"seed-v3": "kvm_msr: msr_read {0:x} = 0x{1:x}{gp}"},
-    L.TP_MSR_WRITE: {"seed-v3": "kvm_msr: msr_write {0:x} = 0x{1:x}{gp}"},
+    L.TP_MSR_READ: {"5.4": "kvm_msr: msr_read {0:x} = 0x{1:x}{gp}"},
+    L.TP_MSR_WRITE: {"5.4": "kvm_msr: msr_write {0:x} = 0x{1:x}{gp}"},
     L.TP_APIC_READ: {
-        "seed-v3": "kvm_apic: apic_read {register} = 0x{low:x}",
+        "5.4": "kvm_apic: apic_read {register} = 0x{low:x}",
         "6.1": "kvm_apic: apic_read {register} = 0x{1:x}",
     },
     L.TP_APIC_WRITE: {
-        "seed-v3": "kvm_apic: apic_write {register} = 0x{low:x}",
+        "5.4": "kvm_apic: apic_write {register} = 0x{low:x}",
         "6.1": "kvm_apic: apic_write {register} = 0x{1:x}",
     },
-    L.TP_APIC_IPI: {"seed-v3": "kvm_apic_ipi: {text}"},
-    L.TP_ACCEPT_IRQ: {"seed-v3": "kvm_apic_accept_irq: {text}"},
+    L.TP_APIC_IPI: {"5.4": "kvm_apic_ipi: {text}"},
+    L.TP_ACCEPT_IRQ: {"5.4": "kvm_apic_accept_irq: {text}"},
     L.TP_APICV_ACCEPT_IRQ: {"6.1": "kvm_apicv_accept_irq: {text}"},
-    L.TP_EOI: {"seed-v3": "kvm_eoi: apicid {vcpu:x} vector {vector}"},
-    L.TP_PV_EOI: {"seed-v3": "kvm_pv_eoi: apicid {vcpu:x} vector {vector}"},
+    L.TP_EOI: {"5.4": "kvm_eoi: apicid {vcpu:x} vector {vector}"},
+    L.TP_PV_EOI: {"5.4": "kvm_pv_eoi: apicid {vcpu:x} vector {vector}"},
     L.TP_INJ_VIRQ: {
-        "seed-v3": "kvm_inj_virq: irq {0}",
+        "5.4": "kvm_inj_virq: irq {0}",
         "6.1": "kvm_inj_virq: {kind} 0x{0:x}{again}",
     },
-    L.TP_MSI_SET_IRQ: {"seed-v3": "kvm_msi_set_irq: dst {1:x} vec {vector} ({mode}|{dest}|{trigger}{hint})"},
-    L.TP_FAST_MMIO: {"seed-v3": "kvm_fast_mmio: fast mmio at gpa 0x{0:x}"},
-    L.TP_HV_TIMER_STATE: {"seed-v3": "kvm_hv_timer_state: vcpu_id {vcpu:x} hv_timer {0:x}"},
-    L.TP_WAIT_LAPIC_EXPIRE: {"seed-v3": "kvm_wait_lapic_expire: vcpu {vcpu}: delta {delta} ({side})"},
+    L.TP_MSI_SET_IRQ: {"5.4": "kvm_msi_set_irq: dst {1:x} vec {vector} ({mode}|{dest}|{trigger}{hint})"},
+    L.TP_FAST_MMIO: {"5.4": "kvm_fast_mmio: fast mmio at gpa 0x{0:x}"},
+    L.TP_HV_TIMER_STATE: {"5.4": "kvm_hv_timer_state: vcpu_id {vcpu:x} hv_timer {0:x}"},
+    L.TP_WAIT_LAPIC_EXPIRE: {"5.4": "kvm_wait_lapic_expire: vcpu {vcpu}: delta {delta} ({side})"},
     L.TP_APICV_INHIBIT_CHANGED: {
         "5.6": "kvm_apicv_update_request: {request} bit={reason}",
         "6.1": "kvm_apicv_inhibit_changed: {change} reason={reason}, inhibits=0x{inhibits:x}",
         "6.12": "kvm_apicv_inhibit_changed: {change} reason={reason}, inhibits=0x{inhibits:x}{names}",
     },
     L.TP_AVIC_INCOMPLETE_IPI: {
-        "seed-v3": "kvm_avic_incomplete_ipi: vcpu={vcpu}, icrh:icrl=0x{high:08x}:{low:08x}, id={1}, index={2}",
+        "5.4": "kvm_avic_incomplete_ipi: vcpu={vcpu}, icrh:icrl=0x{high:08x}:{low:08x}, id={1}, index={2}",
     },
     L.TP_AVIC_DOORBELL: {"6.1": "kvm_avic_doorbell: vcpuid={0}, apicid={1}"},
     L.TP_AVIC_KICK_VCPU_SLOWPATH: {
         "6.1": "kvm_avic_kick_vcpu_slowpath: icrh:icrl=0x{high:06x}:{low:08x}, index={1}",
     },
-    L.TP_USERSPACE_EXIT: {"seed-v3": "kvm_userspace_exit: reason {why} ({number})"},
+    L.TP_USERSPACE_EXIT: {"5.4": "kvm_userspace_exit: reason {why} ({number})"},
     L.TP_PI_IRTE_UPDATE: {
-        "seed-v3": f"kvm_pi_irte_update: VT-d {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
+        "5.4": f"kvm_pi_irte_update: VT-d {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
         "6.12": f"kvm_pi_irte_update: {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
         "6.18": f"kvm_pi_irte_update: {_PI}",
     },
 }
-"""Event -> generation from which a format holds -> the format.
+"""Event -> release from which a format holds -> the format.
 
 {0}, {1} ... are the record's arguments, {vcpu} the id of its vCPU, the other names what _FIELDS makes of them.
 """
@@ -114,13 +117,13 @@ ARGUMENTS = {
 }
 """How many of a record's arguments mean something; 3 for the events that are not here."""
 
-LATENCY_FLAGS = {"seed-v3": "....", "6.1": "....."}
+LATENCY_FLAGS = {"5.4": "....", "5.13": "....."}
 """The flags in front of a time stamp: 5.13 added one for migrate-disable."""
 
 
-def formats(kernel: str) -> dict[int, str]:
-    """Event -> format, for the events that a generation has."""
-    found = {event: as_of(table, kernel) for event, table in FORMATS.items()}
+def formats(release: Numbers) -> dict[int, str]:
+    """Event -> format, for the events that a release has."""
+    found = {event: held(table, release) for event, table in FORMATS.items()}
     return {event: text for event, text in found.items() if text is not None}
 
 
@@ -166,7 +169,7 @@ def _entry(source: Source, a: list[int]) -> Fields:
 
 
 def _exit(source: Source, a: list[int]) -> Fields:
-    return {"reason": reason_text(a[0], source.svm, source.kernel), "requests": a[6] & ~R.REQ_SIGNAL}
+    return {"reason": reason_text(a[0], source.svm, source.release), "requests": a[6] & ~R.REQ_SIGNAL}
 
 
 def _msr(source: Source, a: list[int]) -> Fields:
@@ -209,12 +212,12 @@ def _expire(source: Source, a: list[int]) -> Fields:
 
 
 def _inhibit(source: Source, a: list[int]) -> Fields | None:
-    """No line for a reason that this generation did not know. Until 5.8 only the first one and the last one had one."""
-    known = inhibits(source.kernel)
+    """No line for a reason that this release did not know. Up to 5.15 only the first one and the last one had one."""
+    known = inhibits(source.release)
     if a[0] not in known:
         return None
     held = [reason for reason in known if a[2] >> reason & 1]
-    if not since(source.kernel, "6.1") and [reason for reason in held if reason != a[0]]:
+    if source.release < numbers("6.1") and [reason for reason in held if reason != a[0]]:
         return None
     return {
         "change": "set" if a[1] else "cleared",
@@ -232,13 +235,13 @@ def _halves(source: Source, a: list[int]) -> Fields:
 def _userspace(source: Source, a: list[int]) -> Fields:
     if a[1]:
         return {"why": "restart" if a[1] == _EINTR else "error", "number": a[1]}
-    return {"why": user_text(a[0], source.kernel), "number": a[0]}
+    return {"why": user_text(a[0], source.release), "number": a[0]}
 
 
 def _irte(source: Source, a: list[int]) -> Fields | None:
     """An entry that goes to no single vCPU names -1; that had no line before 6.18."""
     target = a[1] >> 32
-    if target == _U32 and not since(source.kernel, "6.18"):
+    if target == _U32 and source.release < numbers("6.18"):
         return None
     return {
         "state": "enabled and being updated" if a[0] >> 32 else "disabled",
