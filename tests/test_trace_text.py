@@ -244,6 +244,87 @@ def test_injected_events_show_on_entry() -> None:
     assert "intr_info 0x800000fd " in m.trace.lines()[-1]
 
 
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+def test_exceptions_show_before_their_entry(vendor: str, dispatcher: str) -> None:
+    """kvm_inject_exception: behind kvm_msr; without an error code while CR0.PE is clear (7.3.4 x86.c)."""
+    m = fx.Machine(vcpus=2, vendor=vendor, apicv=False, dispatcher=dispatcher)
+    v = m.vcpus[0]
+    v.set_msr(0x1B, v.apic_base | 0xC00)
+    v.run()
+    m.trace.enable()
+    for real, said, info in ((True, "#GP", 0x8000_030D), (False, "#GP (0x0)", 0x8000_0B0D)):
+        assert v.real_mode
+        v.real_mode = real
+        v.wrmsr(0x80B, 1 << 32)
+        *_, msr, exception, entry = m.trace.lines()
+        assert msr.endswith("msr_write 80b = 0x100000000 (#GP)")
+        assert exception == f"kvm_inj_exception: {said}"
+        assert f"intr_info 0x{info:08x} " in entry
+        v.real_mode = True
+
+
+def test_exception_that_is_delivered_again_shows_again() -> None:
+    """An exit during the delivery of an exception queues it again (vmx_complete_interrupts)."""
+    m = booted()
+    m.vcpus[0].exit(fx.VmxExit.EXCEPTION_NMI, intr_info=0x8000_0202, info2=0x8000_0B0E)
+    assert line(m, "kvm_inj_exception") == "kvm_inj_exception: #PF (0x0) [reinjected]"
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+def test_entries_show_what_an_older_one_injected(dispatcher: str) -> None:
+    """VMX: a VM exit clears bit 31 of the field and leaves the rest; a cancelled entry and INIT clear it all."""
+    m = fx.Machine(vcpus=2, apicv=False, dispatcher=dispatcher)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.run()
+    m.trace.enable()
+
+    def shown(v: fx.Vcpu) -> int:
+        m.trace.clear()
+        v.rdmsr(0x802)
+        return int(line(m, "kvm_entry").split("intr_info ")[1].split()[0], 16)
+
+    assert shown(v) == 0
+    v.wrmsr(0x80B, 1 << 32)
+    assert shown(v) == shown(v) == 0xB0D
+    v.wrmsr(ICR, fx.icr(dest=0, delivery=4))
+    assert shown(v) == 0x202
+    v.rflags |= 1 << 9
+    v.wrmsr(ICR, fx.icr(dest=0, vector=0x60))
+    assert shown(v) == 0x60
+    m.vcpus[1].wrmsr(ICR, fx.icr(dest=0, delivery=5, level=True))
+    assert shown(v) == 0
+
+
+def test_svm_has_no_older_event_in_its_entries() -> None:
+    m = booted(vendor="svm")
+    m.vcpus[0].wrmsr(0x80B, 1 << 32)
+    m.trace.clear()
+    m.vcpus[0].rdmsr(0x802)
+    assert "intr_info 0x00000000 " in line(m, "kvm_entry")
+
+
+def test_real_mode_goes_and_comes() -> None:
+    """RESET and INIT leave CR0.PE clear, an SMI's handler begins so, and RSM brings back what was."""
+    m = fx.Machine(vcpus=2, smm=True)
+    assert [v.real_mode for v in m.vcpus] == [True, True]
+    m.boot_x2apic()
+    v = m.vcpus[1]
+    v.run()
+    for before in (False, True):
+        v.real_mode = before
+        m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, delivery=2))
+        v.exit(fx.VmxExit.EXTERNAL_INTERRUPT)
+        assert (v.smm, v.real_mode) == (True, True)
+        v.rsm()
+        assert v.real_mode is before
+    v.real_mode = False
+    m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, delivery=5, level=True))
+    assert v.get_mp_state() == fx.regs.MP_INIT_RECEIVED
+    assert v.real_mode
+
+
 def test_ftrace_text_names_the_task_that_ran() -> None:
     """As in ftrace the prefix is the task on the CPU: the sender accepts on its target's behalf, an MSI has no vCPU."""
     m = booted(apicv=True)
@@ -337,6 +418,30 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         L.TP_INJ_VIRQ,
         (0x80, 1, 1),
         {"seed-v3": "kvm_inj_virq: irq 128", "6.1": "kvm_inj_virq: Soft/INTn 0x80 [reinjected]"},
+    ),
+    "exception": (
+        L.TP_INJ_EXCEPTION,
+        (13, 1, 0),
+        {"seed-v3": "kvm_inj_exception: #GP (0x0)"},
+    ),
+    "exception without an error code": (
+        L.TP_INJ_EXCEPTION,
+        (13, 0, 0),
+        {"seed-v3": "kvm_inj_exception: #GP (0x0)", "6.1": "kvm_inj_exception: #GP"},
+    ),
+    "exception again": (
+        L.TP_INJ_EXCEPTION,
+        (14, 1, 1),
+        {"seed-v3": None, "5.10": "kvm_inj_exception: #PF (0x0) [reinjected]"},
+    ),
+    "exception without a name before 6.18": (
+        L.TP_INJ_EXCEPTION,
+        (21, 0, 0),
+        {
+            "seed-v3": "kvm_inj_exception: 0x15 (0x0)",
+            "6.1": "kvm_inj_exception: 0x15",
+            "6.18": "kvm_inj_exception: #CP",
+        },
     ),
     "msi": (L.TP_MSI_SET_IRQ, (0x8052, 1, 0), {"seed-v3": "kvm_msi_set_irq: dst 1 vec 82 (Fixed|physical|level)"}),
     "msi with hint": (

@@ -255,8 +255,11 @@ class VcpuIoctls(VcpuState):
         if sipi_vector is not None:
             mem[own + L.K_SIPI_VECTOR] = sipi_vector
         if smm is not None:
-            flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI)
-            mem[own + L.K_HFLAGS] = flags | (L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0) if smm else 0)
+            flags = mem[own + L.K_HFLAGS] & ~(L.HF_SMM | L.HF_SMM_INSIDE_NMI | L.HF_SMM_INSIDE_REAL)
+            if smm:
+                flags |= L.HF_SMM | (L.HF_SMM_INSIDE_NMI if smm_inside_nmi else 0)
+                flags |= L.HF_SMM_INSIDE_REAL if flags & L.HF_REAL_MODE else 0
+            mem[own + L.K_HFLAGS] = flags
             mem[own + L.K_SMI_PENDING] = int(bool(smi_pending))
             if smm or not self._rule(Trait.LATCHED_INIT_WITH_SMM):
                 load("latch")(self._handle, self.index, R.PENDING_INIT, int(bool(latched_init)))

@@ -133,6 +133,8 @@ HF_SMM = 1 << 0  # in system management mode
 HF_SMM_INSIDE_NMI = 1 << 1  # NMIs were masked already when the SMI came
 HF_VMXON = 1 << 2  # in VMX root operation (VMX): INIT is blocked outside L2
 HF_GIF_CLEAR = 1 << 3  # global interrupt flag clear (SVM): INIT, NMI and interrupts are blocked
+HF_REAL_MODE = 1 << 4  # CR0.PE is clear: exceptions have no error code
+HF_SMM_INSIDE_REAL = 1 << 5  # CR0.PE was clear already when the SMI came
 
 # ------------------------------------------ what a target takes its interrupts to: a cache line a vCPU, packed densely
 VEC = HOT + MAX_VCPUS * HOT_STRIDE
@@ -181,7 +183,7 @@ K_PERIOD = 30  # owner; the timer's period, ns
 K_L1_WANTS_EXIT = 31  # owner; L1 intercepts, so an exit of L2 is reflected
 K_NESTED_EXITS = 32  # owner; exits reflected to L1
 K_SMI_PENDING = 33  # owner
-K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next entry
+K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next entry; without bit 31 an older one's (VMX)
 K_DR0 = 35  # owner
 K_DIVIDE = 36  # owner; divide_count of TDCR
 K_HRTIMER = 37  # owner; when the hrtimer fires, ns, or NONE
@@ -279,6 +281,7 @@ TP_AVIC_DOORBELL = 19
 TP_AVIC_KICK_VCPU_SLOWPATH = 20
 TP_USERSPACE_EXIT = 21
 TP_PI_IRTE_UPDATE = 22
+TP_INJ_EXCEPTION = 23
 """Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints/text.py prints them)."""
 
 # ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot

@@ -189,6 +189,19 @@ class VcpuState:
         self._set_hflag(L.HF_VMXON, bool(on))
 
     @property
+    def real_mode(self) -> bool:
+        """CR0.PE is clear, as after RESET, INIT and in an SMI's handler: an exception then has no error code.
+
+        The guest's own MOV to CR0 is for the embedder to tell. Machine.boot_x2apic leaves protected mode behind.
+        """
+        return self._hflag(L.HF_REAL_MODE)
+
+    @real_mode.setter
+    def real_mode(self, on: bool) -> None:
+        flags = self._mem[self.own + L.K_HFLAGS]
+        self._mem[self.own + L.K_HFLAGS] = flags | L.HF_REAL_MODE if on else flags & ~L.HF_REAL_MODE
+
+    @property
     def gif(self) -> bool:
         """SVM's global interrupt flag; clear, it blocks INIT, NMI, SMI and interrupts."""
         return not self._hflag(L.HF_GIF_CLEAR)

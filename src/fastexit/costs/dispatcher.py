@@ -220,7 +220,7 @@ class TimedDispatcher(Dispatcher):
         self.meter.charge("inject_events", "event_check")
         if not self._apicv(v):
             self.meter.call("inject_events", "cr8_intercept")
-        if self.mem[v.own + L.K_ENTRY_INFO]:
+        if self.mem[v.own + L.K_ENTRY_INFO] & R.VECTORING_INFO_VALID:
             self.meter.charge("inject_events", "inject")
         return waits
 

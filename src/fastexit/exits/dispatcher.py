@@ -67,6 +67,7 @@ class Dispatcher:
         self.profile = profile
         self.hook_irqoff: bool = bool(profile.traits & Trait.HOOK_IRQOFF)
         self.fast_exit: Callable[[int, int, int], int] = self._first_fast_exit
+        self.kept_entry_info: int = 0 if memory[L.H_CONFIG] & L.CONFIG_SVM else ~R.VECTORING_INFO_VALID & 0xFFFF_FFFF
         self.wrmsr_fast: bool = not self.hook_irqoff and vendor.wrmsr_reason in vendor.fast_run
 
     def _first_fast_exit(self, where: int, msr: int, value: int) -> int:
@@ -404,8 +405,8 @@ class Dispatcher:
         """Step 11 up to VMENTER: kvm_entry, injected event and all; the wait for a deadline that fired early."""
         mem, own = self.mem, v.own
         rare = mem[own + L.K_FORCE_EXIT] or mem[own + L.K_EXPIRED_DEADLINE] or mem[own + L.K_IMMEDIATE]
-        rare = rare or (mem[own + L.K_ENTRY_INFO] and mem[own + L.K_HV_DEADLINE] != L.NONE)
+        rare = rare or (mem[own + L.K_ENTRY_INFO] >> 31 and mem[own + L.K_HV_DEADLINE] != L.NONE)
         if rare or mem[L.H_CONFIG] & L.CONFIG_TRACE:
             load("vm_entry")(self.handle, v.index)
         else:
-            mem[own + L.K_ENTRY_INFO] = 0
+            mem[own + L.K_ENTRY_INFO] &= self.kept_entry_info

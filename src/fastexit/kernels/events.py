@@ -56,7 +56,9 @@ def enter_smm(m, v):
     hflags = m[row + k.K_HFLAGS] | k.HF_SMM
     if m[row + k.K_NMI_MASKED]:
         hflags = hflags | k.HF_SMM_INSIDE_NMI
-    m[row + k.K_HFLAGS] = hflags
+    if hflags & k.HF_REAL_MODE:
+        hflags = hflags | k.HF_SMM_INSIDE_REAL
+    m[row + k.K_HFLAGS] = hflags | k.HF_REAL_MODE
     m[row + k.K_NMI_MASKED] = k.ONE
     m[row + k.K_SMM_RIP] = m[row + k.K_RIP]
     m[row + k.K_SMM_RFLAGS] = m[row + k.K_RFLAGS]
@@ -71,9 +73,11 @@ def enter_smm(m, v):
 def leave_smm(m, v):
     """RSM: kvm_smm_changed looks for an INIT or SMI that had to wait."""
     row = own(m, v)
-    if not m[row + k.K_HFLAGS] & k.HF_SMM_INSIDE_NMI:
+    hflags = m[row + k.K_HFLAGS]
+    if not hflags & k.HF_SMM_INSIDE_NMI:
         m[row + k.K_NMI_MASKED] = k.ZERO
-    m[row + k.K_HFLAGS] = m[row + k.K_HFLAGS] & ~(k.HF_SMM | k.HF_SMM_INSIDE_NMI)
+    real = k.HF_REAL_MODE if hflags & k.HF_SMM_INSIDE_REAL else k.ZERO
+    m[row + k.K_HFLAGS] = hflags & ~(k.HF_SMM | k.HF_SMM_INSIDE_NMI | k.HF_SMM_INSIDE_REAL | k.HF_REAL_MODE) | real
     m[row + k.K_RIP] = m[row + k.K_SMM_RIP]
     m[row + k.K_RFLAGS] = m[row + k.K_SMM_RFLAGS]
     return make_request(m, v, k.REQ_EVENT)
@@ -104,7 +108,8 @@ def reset_vcpu_init(m, v):
     m[row + k.K_NMI_WINDOW] = k.ZERO
     m[row + k.K_REINJECT] = k.ZERO
     m[row + k.K_SMI_COUNT] = k.ZERO
-    m[row + k.K_HFLAGS] = k.ZERO
+    m[row + k.K_HFLAGS] = k.HF_REAL_MODE
+    m[row + k.K_ENTRY_INFO] = k.ZERO
     m[row + k.K_SHADOW] = k.ZERO
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_RIP] = k.U(0xFFF0)
@@ -251,6 +256,18 @@ def _injectable(m, v):
 
 
 @kernel("u8(words, u8, u8, u8)")
+def _inject_exception(m, v, info, reinjected):
+    """kvm_inject_exception: into the next entry, in real mode without an error code. The model's error codes are 0."""
+    if m[own(m, v) + k.K_HFLAGS] & k.HF_REAL_MODE:
+        info = info & ~INTR_DELIVER_ERROR_CODE
+    m[own(m, v) + k.K_ENTRY_INFO] = info
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        has_error = k.ONE if info & INTR_DELIVER_ERROR_CODE else k.ZERO
+        emit(m, k.TP_INJ_EXCEPTION, v, info & k.ICR_VECTOR, has_error, reinjected)
+    return k.ONE
+
+
+@kernel("u8(words, u8, u8, u8)")
 def _trace_injection(m, v, info, reinjected):
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         soft = k.ONE if info & INTR_TYPE == INTR_TYPE_SOFT else k.ZERO
@@ -319,21 +336,22 @@ def _inject_first(m, v):
         info = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | vector
         if vector < k.U(32) and (ERROR_CODE_VECTORS >> vector) & k.ONE:
             info = info | INTR_DELIVER_ERROR_CODE
-        m[row + k.K_ENTRY_INFO] = info
         m[row + k.K_EXCEPTION] = k.ZERO
-        return k.ONE
+        return _inject_exception(m, v, info, k.ZERO)
     if m[row + k.K_PENDING_DB]:
-        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXCEPTION | VECTOR_DB
         m[row + k.K_PENDING_DB] = k.ZERO
-        return k.ONE
+        return _inject_exception(m, v, INTR_INFO_VALID | INTR_TYPE_EXCEPTION | VECTOR_DB, k.ZERO)
     info = m[row + k.K_REINJECT]
     if not info & INTR_INFO_VALID:
         return k.ZERO
     m[row + k.K_REINJECT] = k.ZERO
+    kind = info & INTR_TYPE
+    if kind == INTR_TYPE_EXCEPTION or kind == INTR_TYPE_SOFT_EXCEPTION:
+        return _inject_exception(m, v, info, k.ONE)
     m[row + k.K_ENTRY_INFO] = info
-    if info & INTR_TYPE == INTR_TYPE_NMI:
+    if kind == INTR_TYPE_NMI:
         m[row + k.K_NMI_MASKED] = k.ONE
-    elif info & INTR_TYPE == INTR_TYPE_EXTERNAL or info & INTR_TYPE == INTR_TYPE_SOFT:
+    elif kind == INTR_TYPE_EXTERNAL or kind == INTR_TYPE_SOFT:
         _trace_injection(m, v, info, k.ONE)
     return k.ONE
 
@@ -366,7 +384,7 @@ def inject_events(m, v):
         if not _inject_nmi(m, v, can_inject):
             force = k.ONE
         else:
-            if m[row + k.K_ENTRY_INFO]:
+            if m[row + k.K_ENTRY_INFO] & INTR_INFO_VALID:
                 can_inject = k.ZERO
             if not _inject_interrupt(m, v, can_inject):
                 force = k.ONE

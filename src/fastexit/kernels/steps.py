@@ -240,6 +240,12 @@ def enter(m, v):
 
 
 @kernel("u8(words, u8)")
+def _injected(m, info):
+    """What an entry leaves of its interruption information: the VM exit behind it clears bit 31 of VMX's field."""
+    return k.ZERO if m[k.H_CONFIG] & k.CONFIG_SVM else info & ~INTR_INFO_VALID
+
+
+@kernel("u8(words, u8)")
 def vm_entry(m, v):
     """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
 
@@ -248,7 +254,7 @@ def vm_entry(m, v):
     """
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
-    m[row + k.K_ENTRY_INFO] = k.ZERO
+    m[row + k.K_ENTRY_INFO] = _injected(m, info)
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
     external = info & INTR_INFO_VALID and info & INTR_TYPE == INTR_TYPE_EXTERNAL
     if external and (m[row + k.K_FORCE_EXIT] or hv_due(m, v)):
@@ -268,7 +274,7 @@ def trace_reentry(m, v):
     """kvm_entry of a fast re-entry, in the generations that trace it."""
     if m[k.H_TRAITS] & k.T_TRACE_REENTRY:
         return vm_entry(m, v)
-    m[own(m, v) + k.K_ENTRY_INFO] = k.ZERO
+    m[own(m, v) + k.K_ENTRY_INFO] = _injected(m, m[own(m, v) + k.K_ENTRY_INFO])
     if m[own(m, v) + k.K_EXPIRED_DEADLINE]:
         wait_expired(m, v)
     return k.ZERO

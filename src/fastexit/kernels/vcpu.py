@@ -31,6 +31,7 @@ def create(m, vcpu_id):
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_RIP] = k.U(0xFFF0)
     m[row + k.K_CS] = k.U(0xF000)
+    m[row + k.K_HFLAGS] = k.HF_REAL_MODE
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
     m[row + k.K_DIVIDE] = k.U(2)
     publish(m, v)

@@ -18,6 +18,28 @@ _USER_NAMES = {
     for reason in KvmExit
     if reason != KvmExit.X86_BUS_LOCK
 }
+_OLD_EXCEPTIONS = {
+    0: "DE",
+    1: "DB",
+    3: "BP",
+    4: "OF",
+    5: "BR",
+    6: "UD",
+    7: "NM",
+    8: "DF",
+    10: "TS",
+    11: "NP",
+    12: "SS",
+    13: "GP",
+    14: "PF",
+    16: "MF",
+    17: "AC",
+    18: "MC",
+}
+_NEW_EXCEPTIONS = {19: "XM", 20: "VE", 21: "CP", 28: "HV", 29: "VC", 30: "SX"}
+_EXCEPTIONS = {vector: {"": f"#{name}"} for vector, name in _OLD_EXCEPTIONS.items()} | {
+    vector: {"6.18": f"#{name}"} for vector, name in _NEW_EXCEPTIONS.items()
+}
 _I = R.Inhibit
 _FIRST = (_I.DISABLED, _I.HYPERV, _I.NESTED, _I.IRQWIN, _I.PIT_REINJ)
 _INHIBITS = {
@@ -56,6 +78,11 @@ def reason_text(reason: int, svm: bool, release: Numbers) -> str:
     if upper & ~VMX_FAILED_VMENTRY:
         words.append(f"0x{upper & ~VMX_FAILED_VMENTRY:x}")
     return " ".join(words)
+
+
+def exception_text(vector: int, release: Numbers) -> str:
+    """An exception as kvm_inj_exception prints it."""
+    return _symbol(vector, _EXCEPTIONS.get(vector, {}), release)
 
 
 def user_text(reason: int, release: Numbers) -> str:

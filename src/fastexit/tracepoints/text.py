@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.tracepoints.names import inhibits, reason_text, user_text
+from fastexit.tracepoints.names import exception_text, inhibits, reason_text, user_text
 from fastexit.tracepoints.releases import Numbers, held, numbers
 
 _U32 = 0xFFFF_FFFF
@@ -70,6 +70,11 @@ FORMATS: dict[int, dict[str, str]] = {
     L.TP_INJ_VIRQ: {
         "5.4": "kvm_inj_virq: irq {0}",
         "6.1": "kvm_inj_virq: {kind} 0x{0:x}{again}",
+    },
+    L.TP_INJ_EXCEPTION: {
+        "5.4": "kvm_inj_exception: {name} (0x0)",
+        "5.10": "kvm_inj_exception: {name} (0x0){again}",
+        "6.1": "kvm_inj_exception: {name}{error}{again}",
     },
     L.TP_MSI_SET_IRQ: {"5.4": "kvm_msi_set_irq: dst {1:x} vec {vector} ({mode}|{dest}|{trigger}{hint})"},
     L.TP_FAST_MMIO: {"5.4": "kvm_fast_mmio: fast mmio at gpa 0x{0:x}"},
@@ -196,6 +201,17 @@ def _inject(source: Source, a: list[int]) -> Fields:
     return {"kind": "Soft/INTn" if a[1] else "IRQ", "again": " [reinjected]" if a[2] else ""}
 
 
+def _exception(source: Source, a: list[int]) -> Fields | None:
+    """An exception that is delivered again has a line since 5.10."""
+    if a[2] and source.release < numbers("5.10"):
+        return None
+    return {
+        "name": exception_text(a[0], source.release),
+        "error": " (0x0)" if a[1] else "",
+        "again": " [reinjected]" if a[2] else "",
+    }
+
+
 def _msi(source: Source, a: list[int]) -> Fields:
     return {
         "vector": a[0] & 0xFF,
@@ -265,6 +281,7 @@ _FIELDS: dict[int, Callable[[Source, list[int]], Fields | None]] = {
     L.TP_EOI: _eoi,
     L.TP_PV_EOI: _eoi,
     L.TP_INJ_VIRQ: _inject,
+    L.TP_INJ_EXCEPTION: _exception,
     L.TP_MSI_SET_IRQ: _msi,
     L.TP_WAIT_LAPIC_EXPIRE: _expire,
     L.TP_APICV_INHIBIT_CHANGED: _inhibit,
