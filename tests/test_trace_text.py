@@ -673,9 +673,67 @@ def test_reader_reads_every_line(kernel: str, tmp_path: Path) -> None:
 def test_latency_flags_by_generation(kernel: str) -> None:
     """Older kernels print four flags in front of the time stamp."""
     m = booted(kernel)
+    m.signal_msi(0xFEE0_1000, 0x52)
     m.vcpus[0].wrmsr(0x808, 0)
-    flags = {text.split("]")[1].split()[0] for text in m.trace.text().splitlines()}
-    assert flags == {"....." if since(kernel, "5.15") else "...."}
+    flags = [text.split("]")[1].split()[0] for text in m.trace.text().splitlines()]
+    assert flags == m.trace.contexts()
+    more = "." if since(kernel, "5.15") else ""
+    assert set(flags) == {"...." + more, "d..1" + more}
+
+
+def contexts(m: fx.Machine) -> dict[str, str]:
+    """Event -> the context of its line."""
+    return {line.split(":")[0]: context for line, context in zip(m.trace.lines(), m.trace.contexts(), strict=True)}
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fast_path_has_interrupts_off(kernel: str, dispatcher: str) -> None:
+    """The signature of a fast IPI, as VMX kernels 5.4 with the patch, 5.6, 5.7, 5.8, 5.10, 6.1 to 7.3 printed it."""
+    m = fx.Machine(vcpus=2, kernel=kernel, apicv=False, dispatcher=dispatcher)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.run()
+    off = "d..1." if since(kernel, "5.15") else "d..1"
+    on = "." * len(off)
+    m.trace.enable()
+    v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    late = not since(kernel, "5.8")
+    fast = dict.fromkeys(("kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_apic", "kvm_msr", "kvm_entry"), off)
+    assert contexts(m) == fast | {"kvm_exit": on if late else off}
+    m.trace.clear()
+    v.wrmsr(ICR, fx.icr(vector=0xFD, shorthand=fx.Shorthand.ALL_BUT_SELF, delivery=1))
+    generic = dict.fromkeys(("kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_apic", "kvm_msr"), on)
+    assert contexts(m) == generic | {"kvm_exit": on if late else off, "kvm_entry": off}
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+def test_contexts_of_injection_and_return(dispatcher: str) -> None:
+    """Injection stands before interrupts go off; KVM_RUN returns with them on; a host call has them on."""
+    m = fx.Machine(vcpus=2, apicv=False, dispatcher=dispatcher)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.run()
+    m.trace.enable()
+    v.rflags |= 1 << 9
+    v.wrmsr(ICR, fx.icr(dest=0, vector=0xFD))
+    v.wrmsr(0x80B, 1 << 32)
+    v.get_mp_state()
+    v.set_msr(ICR, fx.icr(dest=1, delivery=4))
+    seen = contexts(m)
+    assert [seen[event] for event in ("kvm_inj_virq", "kvm_inj_exception", "kvm_apic_ipi")] == ["....."] * 3
+
+
+def test_preemption_timer_is_traced_with_preemption_off() -> None:
+    """restart_apic_timer: a 6.18 host showed all its kvm_hv_timer_state lines as ...1. in host calls and exits."""
+    m = booted()
+    v = m.vcpus[0]
+    v.set_msr(0x832, 0x400EC)
+    m.trace.clear()
+    v.set_msr(0x6E0, 1 << 40)
+    assert contexts(m)["kvm_hv_timer_state"] == "...1."
+    v.wrmsr(0x6E0, 1 << 41)
+    assert contexts(m)["kvm_hv_timer_state"] == "d..2."
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,11 @@ TP_AVIC_KICK_VCPU_SLOWPATH = 20
 TP_USERSPACE_EXIT = 21
 TP_PI_IRTE_UPDATE = 22
 TP_INJ_EXCEPTION = 23
-"""Record: word 0 event | vCPU index + 1 << 8, words 1-7 the event's arguments (tracepoints/text.py prints them)."""
+"""Record: word 0 event | vCPU index + 1 << 8 | TRACE_*, words 1-7 the event's arguments (tracepoints/text.py prints
+them)."""
+TRACE_CONTEXT_SHIFT = 40
+TRACE_IRQS_OFF = 1 << TRACE_CONTEXT_SHIFT  # host interrupts were off on the vCPU's pCPU
+TRACE_PREEMPT_OFF = 1 << TRACE_CONTEXT_SHIFT + 1  # its thread could not be preempted
 
 # ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot
 TARGETS = TRACE + TRACE_CAPACITY * TRACE_STRIDE

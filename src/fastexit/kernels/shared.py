@@ -197,6 +197,15 @@ def tell(m, me, target, code):
     return code
 
 
+@kernel("u8(words, u8)")
+def _context(m, v):
+    """A record's vCPU, and what it may not be interrupted by: what ftrace prints in front of the time stamp."""
+    row = own(m, v)
+    irqs = k.TRACE_IRQS_OFF if m[row + k.K_IRQS_OFF] else k.ZERO
+    preempt = k.TRACE_PREEMPT_OFF if m[row + k.K_PREEMPT_OFF] else k.ZERO
+    return (v + k.ONE << k.U(8)) | irqs | preempt
+
+
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def emit(m, event, v, a, b, c):
     """Append one record of what vCPU v did, or the host (no vCPU's index). A full ring only counts.
@@ -206,7 +215,7 @@ def emit(m, event, v, a, b, c):
     n = increment(m, k.H_TRACE_HEAD)
     if n < k.TRACE_CAPACITY:
         at = k.TRACE + n * k.TRACE_STRIDE
-        m[at] = event | (v + k.ONE << k.U(8) if v < k.MAX_VCPUS else k.ZERO)
+        m[at] = event | (_context(m, v) if v < k.MAX_VCPUS else k.ZERO)
         m[at + k.U(1)] = a
         m[at + k.U(2)] = b
         m[at + k.U(3)] = c

@@ -37,7 +37,7 @@ _OLD_EXCEPTIONS = {
     18: "MC",
 }
 _NEW_EXCEPTIONS = {19: "XM", 20: "VE", 21: "CP", 28: "HV", 29: "VC", 30: "SX"}
-_EXCEPTIONS = {vector: {"": f"#{name}"} for vector, name in _OLD_EXCEPTIONS.items()} | {
+_EXCEPTIONS = {vector: {OLDEST: f"#{name}"} for vector, name in _OLD_EXCEPTIONS.items()} | {
     vector: {"6.18": f"#{name}"} for vector, name in _NEW_EXCEPTIONS.items()
 }
 _I = R.Inhibit

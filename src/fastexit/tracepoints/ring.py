@@ -14,7 +14,7 @@ import numpy as np
 
 from fastexit import layout as L
 from fastexit.tracepoints.releases import held, printed_as
-from fastexit.tracepoints.text import ARGUMENTS, LATENCY_FLAGS, Source, formats, text
+from fastexit.tracepoints.text import ARGUMENTS, CONTEXT_COLUMNS, Source, context_text, formats, text
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
@@ -36,7 +36,7 @@ class Trace:
         svm = bool(machine.mem[L.H_CONFIG] & L.CONFIG_SVM)
         self._source = Source(release, svm, self._descriptor)
         self._formats = formats(release)
-        self._flags = held(LATENCY_FLAGS, release)
+        self._columns = held(CONTEXT_COLUMNS, release) or 0
 
     @property
     def enabled(self) -> bool:
@@ -74,26 +74,32 @@ class Trace:
             out["args"][out["event"] == event, ARGUMENTS.get(event, 3) :] = 0  # what an older record left there
         return out
 
+    def contexts(self) -> list[str]:
+        """Give what ftrace prints in front of the time stamp, for every line that `lines` has: "d..1." or ".....".
+
+        The fast path's signature: an IPI that leaves before host interrupts are on again has a d.
+        """
+        return [context for _, _, context, _ in self._lines()]
+
     def lines(self) -> list[str]:
         """``event: payload`` of every record, as ftrace prints it after the time stamp."""
-        return [line for _, _, line in self._lines()]
+        return [line for _, _, _, line in self._lines()]
 
     def text(self) -> str:
         """All records as ftrace text. The model has no clock: a record's number serves as its microsecond."""
         out = []
-        for n, vcpu, line in self._lines():
+        for n, vcpu, context, line in self._lines():
             task = f"vcpu{vcpu}" if vcpu >= 0 else "host"
             seconds, micros = divmod(n, 1_000_000)
-            out.append(
-                f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] {self._flags} {seconds:5d}.{micros:06d}: {line}"
-            )
+            out.append(f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] {context} {seconds:5d}.{micros:06d}: {line}")
         return "\n".join(out) + ("\n" if out else "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.lines())
 
-    def _lines(self) -> Iterator[tuple[int, int, str]]:
-        """Number, vCPU index and line of every record that this generation has a line for."""
+    def _lines(self) -> Iterator[tuple[int, int, str, str]]:
+        """Number, vCPU index, context and line of every record that this generation has a line for."""
+        words = self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE : L.TRACE_STRIDE].tolist()
         for n, record in enumerate(self.records()):
             event, vcpu = int(record["event"]), int(record["vcpu"])
             template = self._formats.get(event)
@@ -102,7 +108,7 @@ class Trace:
             vcpu_id = self._mem[L.KVM + vcpu * L.KVM_STRIDE + L.K_VCPU_ID] if vcpu >= 0 else 0
             line = text(template, self._source, event, vcpu_id, record["args"].tolist())
             if line is not None:
-                yield n, vcpu, line
+                yield n, vcpu, context_text(event, words[n], self._columns), line
 
     def _descriptor(self, vcpu_id: int) -> int:
         """Where the posted-interrupt descriptor of a vCPU lies in the machine's memory, in bytes; 0: no such vCPU."""

@@ -122,14 +122,27 @@ ARGUMENTS = {
 }
 """How many of a record's arguments mean something; 3 for the events that are not here."""
 
-LATENCY_FLAGS = {"5.4": "....", "5.13": "....."}
-"""The flags in front of a time stamp: 5.13 added one for migrate-disable."""
+CONTEXT_COLUMNS = {"5.4": 4, "5.13": 5}
+"""Characters in front of a time stamp: interrupts, rescheduling, interrupt context, preemption, and since 5.13
+migration."""
+_NOT_PREEMPTED = L.TP_HV_TIMER_STATE, L.TP_AVIC_DOORBELL
+"""Events that are traced with preemption off (once more), whoever comes that way."""
 
 
 def formats(release: Numbers) -> dict[int, str]:
     """Event -> format, for the events that a release has."""
     found = {event: held(table, release) for event, table in FORMATS.items()}
     return {event: text for event, text in found.items() if text is not None}
+
+
+def context_text(event: int, word: int, columns: int) -> str:
+    """The context of a record as ftrace shows it on a host that counts preemption: "d..1." where interrupts are off.
+
+    What makes a host reschedule or migrate is not modelled, nor the context of its own interrupts.
+    """
+    depth = bool(word & L.TRACE_PREEMPT_OFF) + (event in _NOT_PREEMPTED)
+    irqs = "d" if word & L.TRACE_IRQS_OFF else "."
+    return f"{irqs}..{depth or '.'}".ljust(columns, ".")
 
 
 def text(template: str, source: Source, event: int, vcpu_id: int, words: list[int]) -> str | None:
