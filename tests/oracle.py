@@ -117,6 +117,9 @@ class Machine:
         self.inhibits_by_guest = generation >= self.at("6.1")
         self.inhibits_by_map = generation >= self.at("6.6")
         self.inhibits_that_count = self._inhibits_that_count()
+        self.apicv_changes_at_entry = generation >= self.at("5.15")
+        self.windows_are_counted = generation >= self.at("7.3")
+        self.notifies_itself = self.at("5.10") <= generation <= self.at("5.15")
         self.split_irqchip = irqchip == "split"
         self.x2apic_api = x2apic_api
         self.x2apic = x2apic
@@ -168,9 +171,22 @@ class Machine:
         """Sets or clears one reason against APICv; when the first comes or the last goes, every vCPU looks again."""
         if not self.apicv or reason not in self.inhibits_that_count:
             return
-        before = bool(self.inhibits)
+        before = set(self.inhibits)
+        changes = {reason: on}
+        if self.windows_are_counted:
+            changes[r.Inhibit.IRQWIN] = any(vcpu.window_inhibits for vcpu in self.vcpus)
+        after = (before | {why for why in changes if changes[why]}) - {why for why in changes if not changes[why]}
+        switches = bool(before) != bool(after)
+        for why, there in changes.items():
+            self._inhibit(why, there, switches)
+        if switches:
+            for vcpu in self.vcpus:
+                if vcpu.in_guest and not vcpu.kicked:
+                    vcpu.tell("KICK")
+                vcpu.request("APICV_UPDATE")
+
+    def _inhibit(self, reason: r.Inhibit, on: bool, switches: bool) -> None:
         (self.inhibits.add if on else self.inhibits.discard)(reason)
-        switches = before != bool(self.inhibits)
         if self.inhibits_by_guest or switches:
             names = "|".join(why.name for why in sorted(self.inhibits))
             mask = sum(1 << why for why in self.inhibits)
@@ -178,11 +194,6 @@ class Machine:
                 f"kvm_apicv_inhibit_changed: {'set' if on else 'cleared'} reason={int(reason)}, inhibits={mask:#x}"
                 + (f" {names}" if names else "")
             )
-        if switches:
-            for vcpu in self.vcpus:
-                if vcpu.in_guest and not vcpu.kicked:
-                    vcpu.tell("KICK")
-                vcpu.request("APICV_UPDATE")
 
     # ----------------------------------------------------------------------------------------------------- time
 

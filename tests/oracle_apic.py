@@ -107,6 +107,7 @@ class Vcpu(Doors):
         self.injected: int | None = None  # what was injected last
         self.taken: list[int | None] = []  # and all of that
         self.interrupt_injected = False  # and the guest has not been entered with it
+        self.window_inhibits = False  # its interrupt window keeps AVIC off the machine, where windows are counted
         self.extint: int | None = None
         self.nmi_queued = 0
         self.nmi_pending = 0
@@ -247,7 +248,7 @@ class Vcpu(Doors):
             self._recount_isr()
             if self.m.cr8_follows_avic:
                 self.cr8_intercepted = not active
-            if not active:
+            if not active and self.m.apicv_changes_at_entry:
                 self.request("EVENT")
 
     def _mode_changed(self) -> None:
@@ -573,7 +574,7 @@ class Vcpu(Doors):
 
     def tell(self, what: str) -> None:
         """The host has to do something for this vCPU; the one that runs here sees it anyway, unless it sleeps."""
-        if self is not self.m.running or what == "WAKE":
+        if self is not self.m.running or what == "WAKE" or (what == "NOTIFY" and self.m.notifies_itself):
             self.m.told.append((self.index, what))
 
     def rouse(self, name: str) -> None:

@@ -202,6 +202,8 @@ class RunLoop:
                 v.injected = v.take_extint() if v.has_extint() else v.ack()
                 v.interrupt_injected = True
                 v.taken.append(v.injected)
+                if not self._waits():
+                    self._count_window(False)
             if self._waits():
                 self._window()
         return False
@@ -213,9 +215,21 @@ class RunLoop:
     def _window(self) -> None:
         """An exit is asked for when the guest takes interrupts again; SVM's way to ask does not work beside AVIC."""
         if self.m.svm:
-            self.m.inhibit(r.Inhibit.IRQWIN, True)
-            if not self.m.inhibits_by_guest and "APICV_UPDATE" in self.v.requests:
+            if self.m.windows_are_counted:
+                self._count_window(True)
+            else:
+                self.m.inhibit(r.Inhibit.IRQWIN, True)
+            if not self.m.apicv_changes_at_entry and "APICV_UPDATE" in self.v.requests:
                 self.v.update_apicv()
+
+    def _count_window(self, on: bool) -> None:
+        """The first vCPU with a window and the last one without tell, unless something else keeps AVIC off."""
+        if not self.m.apicv or self.v.window_inhibits is on:
+            return
+        self.v.window_inhibits = on
+        others = any(v.window_inhibits for v in self.m.vcpus if v is not self.v)
+        if not others and not self.m.inhibits - {r.Inhibit.IRQWIN}:
+            self.m.inhibit(r.Inhibit.IRQWIN, on)
 
     def _under_way(self) -> bool:
         return self.v.exception is not None or self.v.nmi_injected or self.v.interrupt_injected

@@ -147,6 +147,7 @@ _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_MIN_PERIOD_NS, _up_to(1_000_000_000), "the shortest period"),
     (L.H_TIMER_ADVANCE_NS, _up_to(_U32), "the timer's advance"),
     (L.H_INHIBITS, _bits(sum(1 << reason for reason in R.Inhibit)), "an APICv inhibit"),
+    (L.H_IRQ_WINDOW_VCPUS, _up_to(L.MAX_VCPUS), "a number of interrupt windows"),
     (L.H_DISABLED_EXITS, _up_to(15), "a disabled exit"),
     (L.H_USER_MSR, _up_to(7), "a reason for MSR exits"),
     (L.H_FILTER_RANGES, _up_to(L.FILTER_RANGES), "the number of filter ranges"),
@@ -171,6 +172,7 @@ _HOT: tuple[tuple[int, _Check, str], ...] = (
 _VEC: tuple[tuple[int, _Check, str], ...] = ((L.VEC_RVI, _up_to(255), "RVI"),)
 _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_VCPU_ID, _up_to(L.MAX_VCPU_ID), "a vCPU's id"),
+    (L.K_AVIC_WINDOW, _up_to(1), "an interrupt window"),
     (L.K_ISR_CACHE, lambda words: (words < 256) | (words == L.NONE), "a highest ISR vector"),
     (L.K_MP_STATE, _among(*R.MpState), "an mp_state"),
     (L.K_PENDING_EVENTS, _bits(R.PENDING_INIT | R.PENDING_SIPI), "a pending event"),

@@ -10,7 +10,7 @@ from ..jit.declare import kernel, umin
 from . import typed as k
 from .avictable import init_vmcb
 from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
-from .inhibit import irq_window, nested_changed
+from .inhibit import irq_window, nested_changed, window_served
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi, update_cr8_intercept
 from .lapicstate import reset
 from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take
@@ -299,6 +299,8 @@ def _inject_interrupt(m, v, can_inject):
             vector = ack(m, v)
         m[row + k.K_INTERRUPT] = vector + k.ONE
         m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXTERNAL | vector
+        if m[row + k.K_AVIC_WINDOW]:
+            window_served(m, v, _injectable(m, v))
         _trace_injection(m, v, m[row + k.K_ENTRY_INFO], k.ZERO)
         if not _injectable(m, v):
             return k.ONE
@@ -352,6 +354,8 @@ def _inject_first(m, v):
     if kind == INTR_TYPE_NMI:
         m[row + k.K_NMI_MASKED] = k.ONE
     elif kind == INTR_TYPE_EXTERNAL or kind == INTR_TYPE_SOFT:
+        if m[row + k.K_AVIC_WINDOW]:
+            window_served(m, v, _injectable(m, v))
         _trace_injection(m, v, info, k.ONE)
     return k.ONE
 

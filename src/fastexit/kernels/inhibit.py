@@ -8,10 +8,11 @@ A reason is one bit of a word of the machine. Only when the word becomes zero or
 every vCPU is asked to look again, at its next entry. What a reason does not do is empty PIR: what was posted before
 APICv went off is synced by the next entry, as ever.
 
-Differs by vendor: which reasons count; in L2 AVIC is off without any reason. By generation: 5.6-5.8 know no reason that
-a guest's APIC can give, trace only what switches APICv and update the running vCPU at once; 6.1 keeps a modified id
-inhibited for good; the seed's kernel has no inhibits. An id beyond AVIC's reach inhibits in every generation here,
-where kernels before 6.15 refused the vCPU.
+Differs by vendor: which reasons count; in L2 AVIC is off without any reason. By generation: 5.6-5.15 know no reason
+that a guest's APIC can give and trace only what switches APICv; up to 5.10 the running vCPU is updated at once, and
+nobody asks for an EVENT; 6.1 keeps a modified id inhibited for good; 7.3 counts the vCPUs whose interrupt window
+inhibits, and looks at the count at every change; the seed's kernel has no inhibits. An id beyond AVIC's reach inhibits
+in every generation here, where kernels before 6.15 refused the vCPU.
 """
 
 from ..jit.declare import ctz, kernel
@@ -59,6 +60,21 @@ def _ask_all(m, me):
     return effects
 
 
+@kernel("u8(words, u8, u8, u8, u8)")
+def _trace(m, reason, on, inhibits, switches):
+    """kvm_apicv_inhibit_changed; kvm_apicv_update_request, which only what switches APICv has."""
+    traced = k.T_INHIBITS if switches else k.T_INHIBIT_ID_BASE
+    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & traced:
+        emit(m, k.TP_APICV_INHIBIT_CHANGED, k.NONE, ctz(reason), k.ONE if on else k.ZERO, inhibits)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _count(m, windows):
+    """IRQWIN as the count of windows has it."""
+    return or_word(m, k.H_INHIBITS, windows) if windows else clear_word_bits(m, k.H_INHIBITS, k.INHIBIT_IRQWIN)
+
+
 @kernel("u8(words, u8, u8, u8)")
 def change(m, me, reason, on):
     """kvm_set_or_clear_apicv_inhibit of a reason's bit: Effect code. Traced even when nothing changes, since 6.1."""
@@ -70,10 +86,15 @@ def change(m, me, reason, on):
     else:
         old = clear_word_bits(m, k.H_INHIBITS, reason)
         new = old & ~reason
-    switches = (old != k.ZERO) != (new != k.ZERO)
-    traced = k.T_INHIBITS if switches else k.T_INHIBIT_ID_BASE
-    if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & traced:
-        emit(m, k.TP_APICV_INHIBIT_CHANGED, k.NONE, ctz(reason), k.ONE if on else k.ZERO, new)
+    counted = m[k.H_RULES] & k.R_IRQWIN_COUNTED and reason != k.INHIBIT_IRQWIN
+    final = new
+    if counted:
+        final = new | k.INHIBIT_IRQWIN if m[k.H_IRQ_WINDOW_VCPUS] else new & ~k.INHIBIT_IRQWIN
+    switches = (old != k.ZERO) != (final != k.ZERO)
+    _trace(m, reason, on, new, switches)
+    if counted:
+        _count(m, final & k.INHIBIT_IRQWIN)
+        _trace(m, k.INHIBIT_IRQWIN, final & k.INHIBIT_IRQWIN, final, switches)
     return _ask_all(m, me) if switches else k.ZERO
 
 
@@ -95,7 +116,8 @@ def activated(m, v):
 def update_vcpu(m, v):
     """kvm_vcpu_update_apicv, for REQ_APICV_UPDATE: APICv on or off as the reasons now say.
 
-    Off, what is in IRR has to be injected, and while APICv was on nobody asked for an EVENT.
+    Off, what is in IRR has to be injected, and while APICv was on nobody asked for an EVENT. Up to 5.10 nobody does
+    then, and it waits for the next one.
     """
     row = hot(m, v)
     if not m[k.H_CONFIG] & k.CONFIG_APICV:
@@ -112,7 +134,7 @@ def update_vcpu(m, v):
     recount(m, v)
     if m[k.H_CONFIG] & k.CONFIG_SVM:
         refresh(m, v)
-    if not active:
+    if not active and m[k.H_RULES] & k.R_INHIBIT_REQUESTS_EVENT:
         make_request(m, v, k.REQ_EVENT)
     return k.ONE
 
@@ -181,6 +203,33 @@ def base_written(m, v, changed):
 
 
 @kernel("u8(words, u8, u8)")
+def _window_counted(m, v, on):
+    """kvm_inc_or_dec_irq_window_inhibit: the first window inhibits, the last one's end does not any more.
+
+    While there is another reason only the count changes; the next change of a reason looks at it.
+    """
+    if not m[k.H_CONFIG] & k.CONFIG_APICV:
+        return k.ZERO
+    m[own(m, v) + k.K_AVIC_WINDOW] = on
+    while True:
+        old = m[k.H_IRQ_WINDOW_VCPUS]
+        new = old + k.ONE if on else old - k.ONE
+        if replace_if(m, k.H_IRQ_WINDOW_VCPUS, old, new) == old:
+            break
+    if m[k.H_INHIBITS] & ~k.INHIBIT_IRQWIN or new != on:
+        return k.ZERO
+    return change(m, k.NONE, k.INHIBIT_IRQWIN, on)
+
+
+@kernel("u8(words, u8, u8)")
+def window_served(m, v, waiting):
+    """svm_inject_irq, where windows are counted: an interrupt goes in, and none waits behind it, or L2 runs."""
+    if not m[own(m, v) + k.K_AVIC_WINDOW] or (waiting and not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2):
+        return k.ZERO
+    return _window_counted(m, v, k.ZERO)
+
+
+@kernel("u8(words, u8, u8)")
 def irq_window(m, v, on):
     """The APICv side of svm_enable_irq_window, and of the VINTR exit that closes the window: Effect code.
 
@@ -189,9 +238,11 @@ def irq_window(m, v, on):
     """
     if not m[k.H_CONFIG] & k.CONFIG_SVM or (on and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2):
         return k.ZERO
+    if m[k.H_RULES] & k.R_IRQWIN_COUNTED:
+        return _window_counted(m, v, k.ONE) if on and not m[own(m, v) + k.K_AVIC_WINDOW] else k.ZERO
     # An entry that asks for a window has no outcome to say whom it kicks; the exit that closes it has.
     effects = change(m, k.NONE if on else v, k.INHIBIT_IRQWIN, on)
-    if not m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
+    if not m[k.H_RULES] & k.R_APICV_AT_ENTRY:
         if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
             update_vcpu(m, v)
     return effects

@@ -42,8 +42,10 @@ def post(m, target, vector, me):
     if load_acquire(m, pid + k.HOT_MODE) != k.IN_GUEST_MODE:
         return rouse(m, target, me)
     # The sender itself is in guest mode only inside its own fast path, with IRQs off: it syncs PIR before it enters
-    # again, so a notification to itself would only cost another exit.
-    return k.ZERO if target == me else k.EFFECT_NOTIFY_CODE
+    # again, so a notification to itself finds nothing. Some kernels send it all the same.
+    if target == me and not m[k.H_RULES] & k.R_PI_NOTIFIES_SELF:
+        return k.ZERO
+    return k.EFFECT_NOTIFY_CODE
 
 
 @kernel("u8(words, u8, u8)")
