@@ -40,7 +40,7 @@ def test_defect_1_svm_acts_on_dr0_read() -> None:
     rip = v.rip
     out = v.exit(fx.SvmExit.READ_DR0, length=3, **UNICAST)
     assert (out.path, m.vcpus[1].pending()) == (fx.Path.SLOW, None)
-    assert (v.read_data, v.rip) == (0x1234, rip + 3)
+    assert (v.dr_intercepts, v.rip) == (False, rip)
 
 
 def test_defect_1_svm_never_accelerates_a_wrmsr() -> None:
@@ -49,9 +49,33 @@ def test_defect_1_svm_never_accelerates_a_wrmsr() -> None:
     v = m.vcpus[0]
     out = v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
     assert (out.path, out.refusal, out.accepted) == (fx.Path.SLOW, fx.Refusal.SVM_EXIT_CODE, 1)
-    v.dr0 = 0x77
+    rip = v.rip
     assert v.exit(fx.SvmExit.READ_DR0, rcx=0x831, rax=0xFD, rdx=1, length=3).path is fx.Path.SLOW
-    assert v.read_data == 0x77
+    assert (v.dr_intercepts, v.rip) == (False, rip)
+
+
+@pytest.mark.parametrize("kernel", ["seed-v3", "5.6", "5.10", "7.3"])
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+def test_dr0_read_is_executed_again_without_intercepts(kernel: str, dispatcher: str) -> None:
+    """5.10.262 dr_interception: of two reads in a row only the first exits; the next exit of any kind intercepts anew.
+
+    A guest that user space debugs has its read emulated.
+    """
+    m = fx.Machine(vcpus=2, vendor="svm", kernel=kernel, apicv=False, dispatcher=dispatcher)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.dr0 = 0x77
+    rip = v.rip
+    assert v.dr_intercepts
+    v.exit(fx.SvmExit.READ_DR0, length=3)
+    assert (v.dr_intercepts, v.rip, v.read_data) == (False, rip, 0)
+    assert not fx.Machine.restore(m.snapshot()).vcpus[0].dr_intercepts
+    v.exit(fx.SvmExit.CPUID)
+    assert v.dr_intercepts
+    v.singlestep = True
+    rip = v.rip
+    v.exit(fx.SvmExit.READ_DR0, length=3)
+    assert (v.dr_intercepts, v.rip, v.read_data) == (True, rip + 3, 0x77)
 
 
 @pytest.mark.parametrize("info1", [0, 1])

@@ -16,7 +16,8 @@ from generations import having, kernels
 
 LVTT, TMICT, TMCCT, TDCR, BASE, DEADLINE = 0x832, 0x838, 0x839, 0x83E, 0x1B, 0x6E0
 TICK = 0xEC
-PERIODIC, DEADLINE_MODE, MODE_3 = r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE, r.LVT_TIMER_PERIODIC | r.LVT_TIMER_DEADLINE
+PERIODIC, DEADLINE_MODE = r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE
+MODE_3 = PERIODIC | DEADLINE_MODE
 EXPIRE = "kvm_wait_lapic_expire"
 ONLY_IN_RUN = {"seed-v3": False, "6.1": True, "6.6": False, "6.12": True, "6.18": False, "7.3": True}
 """Which generations ask for vcpu->wants_to_run before they post a tick: those whose tree is of summer 2026."""
@@ -116,7 +117,7 @@ def test_deadline_that_runs_out_in_the_restore(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_refused_page_and_what_was_posted(kernel: str) -> None:
-    """5.8.18 kvm_apic_set_state: EINVAL comes before PIR is emptied; vmx_apicv_pre_state_restore comes before EINVAL."""
+    """5.8.18 kvm_apic_set_state: EINVAL precedes the emptying of PIR; vmx_apicv_pre_state_restore is before it."""
     m = booted(kernel, apicv=True, x2apic_api=1)
     (v,) = m.vcpus
     page = page_of(v, ID=0x77)
@@ -353,7 +354,8 @@ def test_where_the_wait_is_traced(kernel: str, vendor: str) -> None:
         assert names[entry : entry + 3] == ["kvm_entry", EXPIRE, "kvm_exit"]
     else:
         assert names[entry : entry + 3] == ["kvm_entry", "kvm_exit", EXPIRE]
-    assert v.get_lapic() and len(lines(m, EXPIRE)) == 1
+    assert v.get_lapic()
+    assert len(lines(m, EXPIRE)) == 1
 
 
 @pytest.mark.parametrize("dispatcher", ["python", "compiled"])
@@ -405,7 +407,7 @@ def test_ranges_of_the_filter_in_stat_exits(kernel: str) -> None:
     """5.10.262 kvm_msr_allowed counts an exit for each range that it passes: a backport put the increment there."""
     m = booted(kernel)
     (v,) = m.vcpus
-    ranges = [(r.MSR_FILTER_READ, 0x10, [True]), (r.MSR_FILTER_READ, DEADLINE, [True]), (r.MSR_FILTER_READ, 0x20, [True])]
+    ranges = [(r.MSR_FILTER_READ, msr, [True]) for msr in (0x10, DEADLINE, 0x20)]
     m.set_msr_filter(ranges=ranges)
     for msr, passed in ((DEADLINE, 1), (BASE, 3), (LVTT, 0)):
         before = v.counters()["exits"]

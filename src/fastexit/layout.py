@@ -240,6 +240,7 @@ K_ISR = 88  # owner; 4 words
 K_ACCESS_ADDRESS = 92  # owner; guest-physical address or port of the last KVM_EXIT_MMIO or KVM_EXIT_IO
 K_ACCESS_DATA = 93  # owner; what it writes
 K_ACCESS_INFO = 94  # owner; ACCESS_*, 0 once completed
+K_DR_CLEARED = 95  # owner; K_IRQ_WINDOWS + 1 of the exit that cleared the intercepts of debug registers (SVM)
 
 ACCESS_LENGTH = 0xFF  # in bytes
 ACCESS_WRITE = 1 << 8

@@ -163,8 +163,8 @@ class Trait(IntFlag):
     TICK_ONLY_IN_RUN = 1 << 83
     """A timer that runs out during an ioctl stays pending, APICv or not."""
     HV_TIMER_CANCELLED = 1 << 84
-    """TMICT and KVM_SET_LAPIC stop a preemption timer that runs, and a change to or from deadline mode drops a tick that
-    waits; before, only the hrtimer was cancelled (cancel_apic_timer)."""
+    """TMICT and KVM_SET_LAPIC stop a preemption timer that runs, and a change to or from deadline mode drops a tick
+    that waits; before, only the hrtimer was cancelled (cancel_apic_timer)."""
     HV_TIMER_CANCELLED_FIRST = 1 << 85
     """The preemption timer is given up before its tick, so that no entry waits for one that TMICT counted."""
     WAIT_TRACED_LATE = 1 << 86

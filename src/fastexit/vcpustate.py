@@ -124,6 +124,11 @@ class VcpuState:
         self._mem[self.own + L.K_DR0] = integer(value, "DR0", L.NONE)
 
     @property
+    def dr_intercepts(self) -> bool:
+        """Whether the guest's MOVs of debug registers exit (SVM); one that did clears it until the next exit."""
+        return self._mem[self.own + L.K_DR_CLEARED] != self._mem[self.own + L.K_IRQ_WINDOWS] + 1
+
+    @property
     def nested(self) -> bool:
         """Whether the vCPU runs L2."""
         return bool(self._mem[self.hot + L.HOT_FLAGS] & L.FLAG_L2)

@@ -69,8 +69,14 @@ class Svm:
         return self.common.wrmsr(v, exit) if exit.info1 else self.common.rdmsr(v, exit)
 
     def _read_dr0(self, v: Vcpu, exit: Exit) -> int:
-        """dr_interception for DR0: the destination register, here v.read_data, gets DR0."""
+        """dr_interception for DR0: the intercepts are cleared and the guest reads DR0 by itself, at the same RIP.
+
+        Where user space debugs the guest it is emulated: the destination register, here v.read_data, gets DR0.
+        """
         mem = self.common.memory
+        if not mem[v.own + L.K_GUEST_DEBUG]:
+            mem[v.own + L.K_DR_CLEARED] = mem[v.own + L.K_IRQ_WINDOWS] + 1
+            return 0
         mem[v.own + L.K_MSR_DATA] = mem[v.own + L.K_DR0]
         return self.common.skip_instruction(v, exit)
 
