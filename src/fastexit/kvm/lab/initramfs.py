@@ -1,0 +1,84 @@
+"""What a lab's kernel boots: a cpio archive with one program and KVM's modules.
+
+Models: nothing. Format: "newc" of the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Modes and
+device numbers are only numbers in a header, so it takes no root to write them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+DIRECTORY, FILE, PROGRAM, CHARACTER_DEVICE = 0o040755, 0o100644, 0o100755, 0o020600
+CONSOLE = 5, 1
+NAME_OF_LAST = "TRAILER!!!"
+
+
+class Entry(NamedTuple):
+    """One file of the archive."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def cpio(entries: Iterable[Entry]) -> bytes:
+    """The archive: headers of hexadecimal numbers, names and contents each filled up to four bytes."""
+    out = bytearray()
+    for number, entry in enumerate((*entries, Entry(NAME_OF_LAST, 0)), 1):
+        name = entry.name.encode() + b"\0"
+        fields = (number, entry.mode, 0, 0, 1, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)
+        out += b"070701" + b"".join(b"%08X" % field for field in fields) + name
+        out += bytes(-len(out) & 3) + entry.data
+        out += bytes(-len(out) & 3)
+    return bytes(out)
+
+
+def initramfs(init: bytes, modules: Iterable[tuple[str, bytes, str]]) -> bytes:
+    """An archive whose init loads ``modules`` in this order: names, contents, parameters."""
+    loaded = list(modules)
+    lines = "".join(f"/{name} {parameters}".rstrip() + "\n" for name, _, parameters in loaded)
+    return cpio(
+        [
+            Entry("dev", DIRECTORY),
+            Entry("dev/console", CHARACTER_DEVICE, device=CONSOLE),
+            Entry("init", PROGRAM, init),
+            Entry("modules", FILE, lines.encode()),
+            *(Entry(name, FILE, data) for name, data, _ in loaded),
+        ]
+    )
+
+
+def init_program(directory: Path, source: str = "init.c") -> bytes:
+    """The static init, compiled when it is not in ``directory`` yet; OSError, in one line, where it cannot be.
+
+    ``$CC`` is the compiler, otherwise cc.
+    """
+    text = files("fastexit.kvm.lab").joinpath(source).read_bytes()
+    kept = directory / f"{Path(source).stem}-{hashlib.sha256(text).hexdigest()[:16]}"
+    if kept.exists():
+        return kept.read_bytes()
+    compiler = os.environ.get("CC", "cc")
+    if shutil.which(compiler.split()[0] if compiler.split() else "") is None:
+        raise FileNotFoundError(f"no C compiler {compiler!r}: the lab's init is compiled once (CC names another)")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        there, made = Path(scratch) / source, Path(scratch) / "init"
+        there.write_bytes(text)
+        command = [*compiler.split(), "-static", "-O2", "-o", str(made), str(there)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line]
+            why = (lines or ["no reason given"])[0]
+            hint = "; a static C library is needed (Debian: libc6-dev)" if "-lc" in done.stderr else ""
+            raise OSError(f"the lab's init cannot be compiled: {why}{hint}")
+        made.replace(kept)
+    return kept.read_bytes()

@@ -1,0 +1,134 @@
+"""The emulated machine of a lab: QEMU's TCG, which has AMD's SVM, so a kernel's own kvm_amd runs guests in it.
+
+Models: nothing. No KVM below, no root, no network, no disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+
+from fastexit.kvm.host import KvmUnavailable
+from fastexit.kvm.lab.initramfs import init_program, initramfs
+from fastexit.kvm.lab.kernels import MODULES, Kernel, directory
+from fastexit.kvm.lab.wire import BYTES, Wire, WireBroken
+
+EMULATOR = "qemu-system-x86_64"
+BOOT_SECONDS = 180.0
+"""Five on a quiet machine; one that is busy with other things gets its time."""
+PARAMETERS = {"kvm-amd": "avic=0 vgif=0 nrips=0"}
+"""What the emulated CPU does not have, or has in a way that is nobody's."""
+EXACT = ("-icount", "shift=0,sleep=off")
+"""The machine's clock counts instructions, 1 ns each; halting jumps to the next timer."""
+_STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
+_TELLING = re.compile(r"Kernel panic|fastexit-init:|BUG:|Oops|unable to|Out of memory")
+
+
+class Machine:
+    """A running machine; ``wire`` carries records to its init. A context manager, and ended when nobody holds it.
+
+    Args:
+        kernel: what it boots. exact: its clock counts instructions. memory_mib: its memory.
+        emulator: QEMU's program. cpu: its -cpu.
+
+    KvmUnavailable, in one line, where there is no emulator, or the kernel does not come up.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        exact: bool = False,
+        memory_mib: int = 512,
+        emulator: str = EMULATOR,
+        cpu: str = "EPYC,+svm,+npt",
+    ) -> None:
+        found = shutil.which(emulator)
+        if found is None:
+            raise KvmUnavailable(2, f"no {emulator} here: the lab needs QEMU (Debian: qemu-system-x86)")
+        self.kernel = kernel
+        init = init_program(directory())
+        modules = [(f"{name}.ko", kernel.module(name), PARAMETERS.get(name, "")) for name in MODULES["svm"]]
+        held = ExitStack()
+        self._finalizer = weakref.finalize(self, held.close)
+        try:
+            shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+            scratch = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="fastexit-lab-", dir=shared)))
+            (scratch / "initramfs").write_bytes(initramfs(init, modules))
+            memory = os.open(scratch / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held.callback(os.close, memory)
+            os.ftruncate(memory, BYTES)
+            ours, theirs = socket.socketpair()
+            held.callback(ours.close)
+            with theirs:
+                arguments = [
+                    *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", "1", "-m", str(memory_mib)),
+                    *("-nodefaults", "-nographic", "-no-reboot", "-no-user-config"),
+                    *("-kernel", str(kernel.image), "-initrd", str(scratch / "initramfs")),
+                    *("-append", "console=ttyS0 panic=-1 quiet mitigations=off"),
+                    *("-chardev", f"file,id=console,path={scratch / 'console'}", "-serial", "chardev:console"),
+                    *("-chardev", f"socket,id=bell,fd={theirs.fileno()}", "-serial", "chardev:bell"),
+                    *("-object", f"memory-backend-file,id=m,share=on,size={BYTES},mem-path={scratch / 'memory'}"),
+                    *("-device", "ivshmem-plain,memdev=m"),
+                    *(EXACT if exact else ()),
+                ]
+                emulated = _Emulated([found, *arguments], scratch, theirs.fileno())
+            held.callback(emulated.end)
+            self.wire = Wire(memory, lambda: ours.send(b"!"), emulated.why_gone)
+            held.callback(self.wire.close)
+            self.boot_seconds = self._boot()
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def _boot(self) -> float:
+        """Waits until the init answers: how long that took."""
+        began = time.monotonic()
+        try:
+            self.wire.wait_for_machine(BOOT_SECONDS)
+        except WireBroken as error:
+            raise KvmUnavailable(0, f"kernel {self.kernel.release} did not come up: {error}") from None
+        return time.monotonic() - began
+
+    def close(self) -> None:
+        """Ends the machine; twice does no harm."""
+        self._finalizer()
+
+
+class _Emulated:
+    """QEMU's process, and what it and its kernel say. It knows no Machine, so that one can be collected."""
+
+    def __init__(self, command: list[str], scratch: Path, bell: int) -> None:
+        self._console, self._said = scratch / "console", scratch / "stderr"
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, pass_fds=(bell,)
+            )
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def why_gone(self) -> str | None:
+        """None while the machine runs, else one line of what it said last."""
+        if self._process.poll() is None:
+            return None
+        stamped = (*_lines(self._console), *_lines(self._said))
+        lines = [line for line in (_STAMP.sub("", line).strip() for line in stamped) if line]
+        telling = [line for line in lines if _TELLING.search(line)]
+        return next(iter((*telling, *reversed(lines))), f"{EMULATOR} ended with {self._process.returncode}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
