@@ -34,7 +34,7 @@ TRAPS = range(1, 71)
 
 VERIFY = """
 import json, sys
-from fastexit.kvm.verify import verify
+from fastexit.kvm.comparison import verify
 operations, seed, seconds, traced = sys.argv[1:]
 report = verify(int(operations), seed=int(seed), shorten=float(seconds), traced=traced == "True")
 print(json.dumps(report.as_dict()))

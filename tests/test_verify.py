@@ -17,8 +17,8 @@ from fastexit import regs as r
 from fastexit.cli import parser
 from fastexit.ioctls import VcpuIoctls
 from fastexit.jit import declare
+from fastexit.kvm import comparison as v
 from fastexit.kvm import host, script, shrink
-from fastexit.kvm import verify as v
 from fastexit.kvm.host import generation
 from fastexit.kvm.operations import Op, describe
 from fastexit.kvm.timers import TimerTwins

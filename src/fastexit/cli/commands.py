@@ -307,7 +307,7 @@ def _verified(args: argparse.Namespace) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fastexit.cli.show import console
-    from fastexit.kvm.verify import verify
+    from fastexit.kvm.comparison import verify
 
     options = {"seconds": args.seconds, "seed": args.seed, "ids": args.vcpus, "only": args.only, "traced": args.trace}
     operations = args.ops if args.ops is not None else 1 << 62 if args.seconds is not None else 100_000

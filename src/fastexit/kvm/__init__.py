@@ -1,9 +1,10 @@
 """The real thing: the in-kernel local APIC behind /dev/kvm, and the model held against it.
 
-ioctl.py calls, host.py says what the running kernel is, guest.py runs real instructions, oracle.py and vcpu.py have the
-face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and applies them to either; twins.py,
-guests.py, runs.py, timers.py and many.py are the kinds of comparison, verify.py deals them out, shrink.py and script.py
-tell what was found; tracefs.py reads what the kernel's tracepoints say meanwhile.
+ioctl.py calls, device.py says where to, host.py says what the running kernel is, guest.py runs real instructions,
+oracle.py and vcpu.py have the face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and
+applies them to either; twins.py, guests.py, runs.py, timers.py and many.py are the kinds of comparison, judge.py is whom the
+model is compared with, comparison.py deals the kinds out, shrink.py and script.py tell what was found; tracefs.py reads
+what the kernel's tracepoints say meanwhile. lab/ has kernels of other generations in emulated machines.
 
 >>> import fastexit as fx
 >>> with fx.kvm.Oracle(vcpus=4) as vm:  # doctest: +SKIP
@@ -18,8 +19,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
+    from fastexit.kvm.comparison import verify as verify
+    from fastexit.kvm.device import KvmUnavailable as KvmUnavailable
     from fastexit.kvm.host import Host as Host
-    from fastexit.kvm.host import KvmUnavailable as KvmUnavailable
+    from fastexit.kvm.lab.kernels import KernelMissing as KernelMissing
+    from fastexit.kvm.lab.lab import Lab as Lab
     from fastexit.kvm.oracle import Oracle as Oracle
     from fastexit.kvm.tracefs import KernelTrace as KernelTrace
     from fastexit.kvm.tracefs import TraceLost as TraceLost
@@ -30,7 +34,10 @@ _NAMES = {
     "Oracle": "oracle",
     "OracleVcpu": "vcpu",
     "Host": "host",
-    "KvmUnavailable": "host",
+    "KvmUnavailable": "device",
+    "KernelMissing": "lab.kernels",
+    "Lab": "lab.lab",
+    "verify": "comparison",
     "KernelTrace": "tracefs",
     "TraceLost": "tracefs",
     "TraceUnavailable": "tracefs",

@@ -12,9 +12,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastexit import regs as R
 from fastexit.kvm import ioctl as K
@@ -28,14 +28,16 @@ FAULT_HANDLER_AT = 0x800
 VECTOR_HANDLERS_AT = 0x2000
 STACK_AT = 0x7000
 CODE_AT = 0x8000
-CODE_BYTES = 8
-"""What each vCPU has for itself: the program of one that waits for user space is kept while others run."""
+CODE_BYTES = 16
+"""What each program has for itself, whoever runs it: code that is written once is never written again."""
 PORT_DONE, PORT_FAULT, PORT_INTERRUPT = 0x10, 0x11, 0x12
 VECTOR_GP = 13
 
 OUT = 0xE6
 MOV_AL = 0xB0
-WRMSR, RDMSR, HLT, NOTHING = b"\x0f\x30", b"\x0f\x32", b"\xf4", b""
+WRMSR, RDMSR, HLT, NOTHING = b"\x0f\x30", b"\x0f\x32", b"\xf4", b"\x90"
+"""No program begins with its OUT: KVM skips an OUT that RIP is still at, so the next program would lose its first
+instruction if it began there."""
 STORES = {4: b"\x67\x66\x89\x07", 2: b"\x67\x89\x07", 1: b"\x67\x88\x07"}
 LOADS = {4: b"\x67\x66\x8b\x07", 2: b"\x67\x8b\x07", 1: b"\x67\x8a\x07"}
 """[EDI] from and to EAX, AX, AL, by length, for 16-bit code."""
@@ -58,24 +60,51 @@ class Stopped(NamedTuple):
         return self.eax & 0xFF if self.port == PORT_INTERRUPT else None
 
 
+def first_bytes() -> bytes:
+    """Memory below the programs: an interrupt vector table, and handlers that report themselves."""
+    memory = bytearray(CODE_AT)
+
+    def handler(vector: int, at: int, code: bytes) -> None:
+        struct.pack_into("<HH", memory, 4 * vector, at, 0)
+        memory[at : at + len(code)] = code
+
+    for vector in range(16, 256):
+        handler(vector, VECTOR_HANDLERS_AT + 4 * vector, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
+    handler(VECTOR_GP, FAULT_HANDLER_AT, bytes((OUT, PORT_FAULT)))
+    return bytes(memory)
+
+
 class Memory:
-    """A VM's memory from 0: code, a stack, and an interrupt vector table whose handlers report themselves."""
+    """A VM's memory from 0: an interrupt vector table, handlers, a stack, and programs that its vCPUs share."""
 
     def __init__(self, vm: int) -> None:
+        self._programs: dict[bytes, int] = {}
+        self.create(vm)
+        self.write(0, first_bytes())
+
+    def create(self, vm: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION."""
         self.bytes: mmap.mmap = mmap.mmap(-1, MEMORY_BYTES)
-        for vector in range(16, 256):
-            at = VECTOR_HANDLERS_AT + 4 * vector
-            self._handler(vector, at, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
-        self._handler(VECTOR_GP, FAULT_HANDLER_AT, bytes((OUT, PORT_FAULT)))
         address = int(K.ffi.cast("uintptr_t", K.ffi.from_buffer(self.bytes)))
         region = K.ffi.new(
             "struct kvm_userspace_memory_region *", {"memory_size": MEMORY_BYTES, "userspace_addr": address}
         )
         K.call(vm, K.SET_USER_MEMORY_REGION, region)
 
-    def _handler(self, vector: int, at: int, code: bytes) -> None:
-        struct.pack_into("<HH", self.bytes, 4 * vector, at, 0)
-        self.bytes[at : at + len(code)] = code
+    def write(self, at: int, data: bytes) -> None:
+        """Stores bytes."""
+        self.bytes[at : at + len(data)] = data
+
+    def program(self, code: bytes) -> int:
+        """Where a program is: ``code``, then an OUT. Each has a place of its own."""
+        at = self._programs.get(code)
+        if at is None:
+            at = CODE_AT + CODE_BYTES * len(self._programs)
+            if len(code) + 2 > CODE_BYTES or at + CODE_BYTES > MEMORY_BYTES:
+                raise ValueError(f"no room for a program of {len(code)} bytes")
+            self.write(at, code + bytes((OUT, PORT_DONE)))
+            self._programs[code] = at
+        return at
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -83,12 +112,11 @@ class Memory:
 
 
 class Guest:
-    """One vCPU that runs programs; ``index`` tells it from others of its VM, up to 4095."""
+    """One vCPU that runs programs."""
 
-    def __init__(self, fd: int, memory: Memory, run_bytes: int, index: int = 0) -> None:
+    def __init__(self, fd: int, memory: Memory, run_bytes: int) -> None:
         self._fd = fd
         self._memory = memory
-        self._code_at = CODE_AT + index * CODE_BYTES
         self._mapping = mmap.mmap(fd, run_bytes)
         self._run = K.ffi.cast("struct kvm_run *", K.ffi.from_buffer(self._mapping))
         self._regs = K.ffi.new("struct kvm_regs *")
@@ -100,33 +128,39 @@ class Guest:
         self._run = None
         self._mapping.close()
 
+    def call(self, request: int, argument: Any = None) -> int:
+        """One ioctl of the vCPU."""
+        return K.call(self._fd, request, argument)
+
+    def limit(self, seconds: float) -> AbstractContextManager[None]:
+        """Within this, `go_on` raises TimeoutError after so long."""
+        return alarm(seconds)
+
     def flatten(self) -> None:
         """Segments from 0 to 4 GiB by KVM_SET_SREGS, which also writes APICBASE and CR8 as they are."""
         sregs = K.ffi.new("struct kvm_sregs *")
-        K.call(self._fd, K.GET_SREGS, sregs)
+        self.call(K.GET_SREGS, sregs)
         for number, segment in enumerate(sregs.segments):
             segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 0
             segment.type, segment.present, segment.s, segment.g = 0xB if number == 0 else 0x3, 1, 1, 1
             segment.dpl = segment.db = segment.l = segment.avl = segment.unusable = 0
-        K.call(self._fd, K.SET_SREGS, sregs)
+        self.call(K.SET_SREGS, sregs)
 
     def is_flat(self) -> bool:
         """Whether segments are as flatten left them: an INIT changes them."""
         sregs = K.ffi.new("struct kvm_sregs *")
-        K.call(self._fd, K.GET_SREGS, sregs)
+        self.call(K.GET_SREGS, sregs)
         return bool(sregs.segments[0].base == 0 and sregs.segments[0].limit == 0xFFFF_FFFF)
 
     def execute(
         self, code: bytes, *, rax: int = 0, rcx: int = 0, rdx: int = 0, rdi: int = 0, interrupts: bool = False
     ) -> Stopped:
         """Runs one instruction; an MSR access that is user space's stops here and waits for `go_on`."""
-        program = code + bytes((OUT, PORT_DONE))
-        self._memory.bytes[self._code_at : self._code_at + len(program)] = program
         regs = self._regs
         regs.rax, regs.rcx, regs.rdx, regs.rdi = rax, rcx, rdx, rdi
-        regs.rsp, regs.rip = STACK_AT, self._code_at
+        regs.rsp, regs.rip = STACK_AT, self._memory.program(code)
         regs.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
-        K.call(self._fd, K.SET_REGS, regs)
+        self.call(K.SET_REGS, regs)
         return self.go_on()
 
     def go_on(self) -> Stopped:
@@ -136,10 +170,10 @@ class Guest:
         as one that waits for INIT, SIPI or the end of a halt does not.
         """
         user = None
-        with alarm(RUN_SECONDS):
+        with self.limit(RUN_SECONDS):
             while True:
                 try:
-                    K.call(self._fd, K.RUN)
+                    self.call(K.RUN)
                 except InterruptedError:
                     if time.monotonic() < _due:
                         continue  # somebody else's signal
@@ -157,7 +191,7 @@ class Guest:
                 else:
                     raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
         port = self._run.io.port
-        K.call(self._fd, K.GET_REGS, self._regs)
+        self.call(K.GET_REGS, self._regs)
         return Stopped(port, self._regs.rax & 0xFFFF_FFFF, self._regs.rdx & 0xFFFF_FFFF, user)
 
     def halt(self, seconds: float, *, interrupts: bool) -> Stopped | None:
@@ -171,10 +205,10 @@ class Guest:
         run: Callable[[], Stopped] = partial(self.execute, HLT, interrupts=interrupts)
         while True:
             try:
-                with alarm(seconds):
+                with self.limit(seconds):
                     return run()
             except TimeoutError:
-                K.call(self._fd, K.GET_MP_STATE, state)
+                self.call(K.GET_MP_STATE, state)
                 if halted and state.mp_state == R.MP_HALTED:
                     return None
                 halted, run = state.mp_state == R.MP_HALTED, self.go_on

@@ -26,13 +26,14 @@ class GuestTwins(Twins):
     """
 
     kind = "guest"
+    states = True
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     about = "MOV to and from the xAPIC page in all sizes, WRMSR and RDMSR, carried out by guests in real mode"
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
         """As Twins, also with the quirk off that makes a hole of the page in x2APIC mode."""
-        setup = asdict(super().draw(rng, host, ids or random_ids(rng, 4, 6)))
+        setup = asdict(super().draw(rng, host, ids or random_ids(rng, 4, 6, host.max_vcpu_id)))
         quirks = rng.choice((0, 0, r.QUIRK_LAPIC_MMIO_HOLE)) & host.quirks
         return Setup(**setup | {"disable_quirks": quirks})
 
@@ -42,6 +43,10 @@ class GuestTwins(Twins):
         yield from super().beginning(rng)
 
     def draw_op(self, rng: random.Random) -> Op:
+        op = self._drawn(rng)
+        return ops.without_smi(op) if self.host.smm else op
+
+    def _drawn(self, rng: random.Random) -> Op:
         if self.planned or chance(rng, 0.01):
             return self.regrouping(rng)
         if chance(rng, 0.15):

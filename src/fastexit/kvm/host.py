@@ -6,37 +6,29 @@ out by an experiment on a VM that lives for its length.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastexit import regs as R
+from fastexit.kvm import device as D
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
+from fastexit.kvm.device import LOCAL, Device
+from fastexit.kvm.device import KvmUnavailable as KvmUnavailable
 from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
 from fastexit.releases import FIRST
 from fastexit.releases import generation as generation_of
 from fastexit.releases import release as numbers
 from fastexit.traits import OLDEST
 
-DEVICE = "/dev/kvm"
-MODULES = Path("/sys/module")
-CPUINFO = Path("/proc/cpuinfo")
 VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
 NOWHERE = 0x7FFF_FFF0
 """A destination that no vCPU has."""
 TRIED_VECTOR = 0x41
-
-
-class KvmUnavailable(OSError):
-    """/dev/kvm is not there, not ours to open, or too old; its text is one line that says which."""
-
-    def __str__(self) -> str:
-        return self.strerror or "no usable KVM"
+CPUID_ADDRESS_SIZES = 0x8000_0008
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Host:
         vector_hashing, min_timer_period_us, pi_inject_timer, ignore_msrs: module parameters.
         smm, cmci: what VMs may have. quirks: those that can be disabled. bus_cycles: the bus clock can be set.
         max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and what their ids must be below; no more than a Machine.
+        nrips: kvm_amd learns the next RIP from the CPU. maxphyaddr: physical address bits that guests can be given.
     """
 
     release: str
@@ -75,6 +68,8 @@ class Host:
     bus_cycles: bool
     max_vcpus: int
     max_vcpu_id: int
+    nrips: bool = True
+    maxphyaddr: int = 48
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
@@ -87,6 +82,7 @@ class Host:
             "min_timer_period_us": self.min_timer_period_us,
             "pi_inject_timer": self.pi_inject_timer,
             "smm": self.smm,
+            "nrips": self.nrips,
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,18 +90,17 @@ class Host:
         return asdict(self) | {"api": int(self.api), "api_split": int(self.api_split)}
 
 
-def parameter(name: str, module: str = "kvm", default: str = "") -> str:
+def parameter(name: str, module: str = "kvm", default: str = "", device: Device = LOCAL) -> str:
     """A module parameter's text; ``default`` where the kernel has none of that name."""
-    try:
-        return (MODULES / module / "parameters" / name).read_text().strip()
-    except OSError:
-        return default
+    text = device.text(D.MODULES / module / "parameters" / name)
+    return default if text is None else text.strip()
 
 
-def _module() -> str:
+def _module(device: Device) -> str:
     """The module that runs guests; both vendors' are there where they are built in, so the CPU's has precedence."""
-    there = [name for name in VENDOR_MODULES if (MODULES / name).exists()]
-    amd = any(vendor in CPUINFO.read_text() for vendor in ("AuthenticAMD", "HygonGenuine"))
+    there = [name for name in VENDOR_MODULES if device.exists(D.MODULES / name)]
+    cpu = device.text(D.CPUINFO) or ""
+    amd = any(vendor in cpu for vendor in ("AuthenticAMD", "HygonGenuine"))
     return "kvm_amd" if amd and "kvm_amd" in there else next(iter(there), "")
 
 
@@ -116,142 +111,155 @@ def generation(release: str) -> str:
 
 
 @contextmanager
-def scratch(split: bool = False) -> Iterator[tuple[int, int]]:
+def scratch(device: Device, split: bool = False) -> Iterator[tuple[int, int]]:
     """A VM with an in-kernel irqchip and one vCPU: file descriptors of both, closed at the end."""
-    with opened() as system:
+    with device.opened() as system:
         fds: list[int] = []
         try:
-            fds.append(K.call(system, K.CREATE_VM))
+            fds.append(device.call(system, K.CREATE_VM))
             if split:
-                K.enable_cap(fds[0], K.CAP_SPLIT_IRQCHIP, 24)
+                device.enable_cap(fds[0], K.CAP_SPLIT_IRQCHIP, 24)
             else:
-                K.call(fds[0], K.CREATE_IRQCHIP)
-            fds.append(K.call(fds[0], K.CREATE_VCPU, 0))
+                device.call(fds[0], K.CREATE_IRQCHIP)
+            fds.append(device.call(fds[0], K.CREATE_VCPU, 0))
             yield fds[0], fds[1]
         finally:
             while fds:
-                os.close(fds.pop())
+                device.close(fds.pop())
 
 
-@contextmanager
-def opened() -> Iterator[int]:
-    """/dev/kvm, open for as long as it is needed; KvmUnavailable where it cannot be."""
-    try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        hint = {
-            "FileNotFoundError": "this machine has no KVM, or its module is not loaded",
-            "PermissionError": "join the group that owns it, or run as root",
-        }.get(type(error).__name__, "KVM cannot be used here")
-        raise KvmUnavailable(error.errno, f"no usable {DEVICE}: {error.strerror}; {hint}") from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+class _Tried:
+    """A VM with one vCPU, on which is found out what nothing tells."""
+
+    def __init__(self, device: Device, vm: int, vcpu: int) -> None:
+        self.device = device
+        self.vm = vm
+        self.vcpu = vcpu
+
+    def page(self) -> Any:
+        """KVM_GET_LAPIC."""
+        page = K.ffi.new("struct kvm_lapic_state *")
+        self.device.call(self.vcpu, K.GET_LAPIC, page)
+        return page
+
+    def icr_is_split(self, cpuid: Any) -> bool:
+        """Sends an x2APIC IPI to nobody: the destination of one that is kept as a u64 is in the bytes behind."""
+        self.device.call(self.vcpu, K.SET_CPUID2, cpuid)
+        for msr, value in (
+            (R.MSR_APICBASE, R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP | R.APICBASE_EN | R.APICBASE_EXTD),
+            (R.MSR_X2APIC_ICR, R.icr(NOWHERE, 0xFD)),
+        ):
+            one = K.ffi.new("struct one_msr *", {"nmsrs": 1, "index": msr, "data": value})
+            if self.device.call(self.vcpu, K.SET_MSRS, one) != 1:
+                raise KvmUnavailable(0, f"this KVM refuses MSR {msr:#x}: it has no x2APIC")
+        return not any(self.page().regs[R.APIC_ICR + 4 : R.APIC_ICR + 8])
+
+    @contextmanager
+    def guest(self, run_bytes: int) -> Iterator[G.Guest]:
+        """A vCPU that can run programs."""
+        with (
+            closing(self.device.memory(self.vm)) as memory,
+            closing(self.device.guest(self.vcpu, memory, run_bytes)) as guest,
+        ):
+            guest.flatten()
+            yield guest
+
+    def writes_past_filters(self, guest: G.Guest) -> bool:
+        """Whether a WRMSR of the TSC deadline happens although a filter denies it."""
+        bitmap = K.ffi.new("uint64_t *")
+        denied = {"flags": R.MSR_FILTER_WRITE, "nmsrs": 1, "base": R.MSR_TSC_DEADLINE, "bitmap": bitmap}
+        self.device.call(self.vm, K.X86_SET_MSR_FILTER, K.ffi.new("struct kvm_msr_filter *", {"ranges": [denied]}))
+        return guest.execute(G.WRMSR, rcx=R.MSR_TSC_DEADLINE).port == G.PORT_DONE
+
+    def ends_what_it_injects(self, guest: G.Guest) -> bool:
+        """Lets a guest take an interrupt and looks whether it is in service then."""
+        page = self.page()
+        byte, bit = TRIED_VECTOR // 32 * 0x10 + TRIED_VECTOR % 32 // 8, 1 << TRIED_VECTOR % 8
+        page.regs[R.APIC_SPIV + 1] |= R.SVR_ENABLE >> 8
+        page.regs[R.APIC_IRR + byte] |= bit
+        self.device.call(self.vcpu, K.SET_LAPIC, page)
+        taken = guest.execute(G.NOTHING, interrupts=True).interrupt
+        return taken == TRIED_VECTOR and not self.page().regs[R.APIC_ISR + byte] & bit
 
 
-def _icr_is_split(vcpu: int, cpuid: Any) -> bool:
-    """Sends an x2APIC IPI to nobody: kept as one u64, its destination lies in the four bytes behind the low half."""
-    K.call(vcpu, K.SET_CPUID2, cpuid)
-    for msr, value in (
-        (R.MSR_APICBASE, R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP | R.APICBASE_EN | R.APICBASE_EXTD),
-        (R.MSR_X2APIC_ICR, R.icr(NOWHERE, 0xFD)),
-    ):
-        one = K.ffi.new("struct one_msr *", {"nmsrs": 1, "index": msr, "data": value})
-        if K.call(vcpu, K.SET_MSRS, one) != 1:
-            raise KvmUnavailable(0, f"this KVM refuses MSR {msr:#x}: it has no x2APIC")
-    page = K.ffi.new("struct kvm_lapic_state *")
-    K.call(vcpu, K.GET_LAPIC, page)
-    return not any(page.regs[R.APIC_ICR + 4 : R.APIC_ICR + 8])
-
-
-@contextmanager
-def _guest(vm: int, vcpu: int, run_bytes: int) -> Iterator[G.Guest]:
-    """A vCPU that can run programs."""
-    with closing(G.Memory(vm)) as memory, closing(G.Guest(vcpu, memory, run_bytes)) as guest:
-        guest.flatten()
-        yield guest
-
-
-def _writes_past_filters(vm: int, guest: G.Guest) -> bool:
-    """Whether a WRMSR of the TSC deadline happens although a filter denies it."""
-    bitmap = K.ffi.new("uint64_t *")
-    denied = {"flags": R.MSR_FILTER_WRITE, "nmsrs": 1, "base": R.MSR_TSC_DEADLINE, "bitmap": bitmap}
-    K.call(vm, K.X86_SET_MSR_FILTER, K.ffi.new("struct kvm_msr_filter *", {"ranges": [denied]}))
-    return guest.execute(G.WRMSR, rcx=R.MSR_TSC_DEADLINE).port == G.PORT_DONE
-
-
-def _ends_what_it_injects(vcpu: int, guest: G.Guest) -> bool:
-    """Lets a guest take an interrupt and looks whether it is in service then."""
-    page = K.ffi.new("struct kvm_lapic_state *")
-    K.call(vcpu, K.GET_LAPIC, page)
-    byte, bit = TRIED_VECTOR // 32 * 0x10 + TRIED_VECTOR % 32 // 8, 1 << TRIED_VECTOR % 8
-    page.regs[R.APIC_SPIV + 1] |= R.SVR_ENABLE >> 8
-    page.regs[R.APIC_IRR + byte] |= bit
-    K.call(vcpu, K.SET_LAPIC, page)
-    taken = guest.execute(G.NOTHING, interrupts=True).interrupt
-    K.call(vcpu, K.GET_LAPIC, page)
-    return taken == TRIED_VECTOR and not page.regs[R.APIC_ISR + byte] & bit
-
-
-def supported_cpuid(system: int) -> Any:
+def supported_cpuid(device: Device, system: int) -> Any:
     """KVM_GET_SUPPORTED_CPUID: a struct cpuid_table."""
     table = K.ffi.new("struct cpuid_table *", {"nent": 256})
-    K.call(system, K.GET_SUPPORTED_CPUID, table)
+    device.call(system, K.GET_SUPPORTED_CPUID, table)
     return table
 
 
 @cache
 def running() -> Host:
     """The KVM of the running kernel; KvmUnavailable, an OSError, says in one line why there is none."""
+    return of(LOCAL)
+
+
+def of(device: Device) -> Host:
+    """The KVM of a device's kernel; KvmUnavailable where it cannot be used."""
     try:
-        return _look()
+        return _look(device)
     except KvmUnavailable:
         raise
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
-        text = f"no usable {DEVICE}: this kernel's KVM is not one to compare with ({why})"
+        text = f"no usable {device.name}: this kernel's KVM is not one to compare with ({why})"
         raise KvmUnavailable(getattr(error, "errno", 0), text) from error
 
 
-def _look() -> Host:
+def _address_bits(cpuid: Any) -> int:
+    """MAXPHYADDR that this host offers its guests."""
+    for entry in cpuid.entries[0 : cpuid.nent]:
+        if entry.function == CPUID_ADDRESS_SIZES:
+            return int(entry.eax & 0xFF)
+    return 36
+
+
+def _look(device: Device) -> Host:
     """Asks and tries; OSError or RuntimeError where something is missing."""
-    with opened() as system, scratch() as (vm, vcpu), scratch(split=True) as (split, runner):
-        run_bytes = K.call(system, K.GET_VCPU_MMAP_SIZE)
-        K.call(runner, K.SET_CPUID2, supported_cpuid(system))
-        with _guest(split, runner, run_bytes) as guest:
-            eoi_at_injection = _ends_what_it_injects(runner, guest)
-            fastpath = _writes_past_filters(split, guest)
+    with device.opened() as system, scratch(device) as (vm, vcpu), scratch(device, split=True) as (split, runner):
+        run_bytes = device.call(system, K.GET_VCPU_MMAP_SIZE)
+        cpuid = supported_cpuid(device, system)
+        device.call(runner, K.SET_CPUID2, cpuid)
+        tried = _Tried(device, split, runner)
+        with tried.guest(run_bytes) as guest:
+            eoi_at_injection = tried.ends_what_it_injects(guest)
+            fastpath = tried.writes_past_filters(guest)
 
         def has(cap: int, fd: int = vm) -> int:
-            return K.call(fd, K.CHECK_EXTENSION, cap)
+            return device.call(fd, K.CHECK_EXTENSION, cap)
+
+        def said(name: str, default: str, module: str = "kvm") -> str:
+            return parameter(name, module, default, device)
 
         mce = K.ffi.new("uint64_t *")
-        K.call(system, K.X86_GET_MCE_CAP_SUPPORTED, mce)
+        device.call(system, K.X86_GET_MCE_CAP_SUPPORTED, mce)
         api, api_split = (R.X2ApicApi(has(K.CAP_X2APIC_API, fd) & 15) for fd in (vm, split))
         enable = R.X2ApicApi.ENABLE_SUPPRESS_EOI_BROADCAST
         needed = R.X2ApicApi.USE_32BIT_IDS | R.X2ApicApi.DISABLE_BROADCAST_QUIRK
         if needed not in api:
             raise KvmUnavailable(0, "this kernel's KVM lacks KVM_CAP_X2APIC_API")
-        release = os.uname().release
+        release = device.release()
         return Host(
             release=release,
             kernel=generation(release),
-            module=_module(),
+            module=_module(device),
             api=api & ~enable,
             api_split=api_split,
-            icr_split=_icr_is_split(vcpu, supported_cpuid(system)),
+            icr_split=_Tried(device, vm, vcpu).icr_is_split(cpuid),
             fastpath=fastpath,
             eoi_at_injection=eoi_at_injection,
-            vector_hashing=parameter("vector_hashing", default="Y") == "Y",
-            min_timer_period_us=int(parameter("min_timer_period_us", default="200")),
-            pi_inject_timer=parameter("pi_inject_timer", default="N") in ("Y", "1"),
-            ignore_msrs=parameter("ignore_msrs", default="N") in ("Y", "1"),
-            apicv="Y" in (parameter("enable_apicv", "kvm_intel"), parameter("avic", "kvm_amd")),
+            vector_hashing=said("vector_hashing", "Y") == "Y",
+            min_timer_period_us=int(said("min_timer_period_us", "200")),
+            pi_inject_timer=said("pi_inject_timer", "N") in ("Y", "1"),
+            ignore_msrs=said("ignore_msrs", "N") in ("Y", "1"),
+            apicv="Y" in (said("enable_apicv", "", "kvm_intel"), said("avic", "", "kvm_amd")),
+            nrips=said("nrips", "1", "kvm_amd") in ("Y", "1"),
             smm=bool(has(K.CAP_X86_SMM)),
             cmci=bool(mce[0] & K.MCG_CMCI_P),
             quirks=has(K.CAP_DISABLE_QUIRKS2),
             bus_cycles=bool(has(K.CAP_X86_APIC_BUS_CYCLES_NS)),
             max_vcpus=min(has(K.CAP_MAX_VCPUS), MAX_VCPUS),
             max_vcpu_id=min(has(K.CAP_MAX_VCPU_ID), MAX_VCPU_ID + 1),
+            maxphyaddr=_address_bits(cpuid),
         )

@@ -18,6 +18,7 @@ from fastexit.kvm.values import (
     FAR_DEADLINE,
     ID_POOL,
     LONG_COUNTS,
+    LVTS,
     READABLE_IN_XAPIC,
     WRITABLE,
     WRITABLE_IN_XAPIC,
@@ -49,6 +50,9 @@ MAXPHYADDR = 48
 """Physical address bits of guests, as `Oracle` makes them."""
 GUEST_OPS = ("wrmsr", "rdmsr", "mmio_write", "mmio_read")
 """Operations that a vCPU carries out itself: one instruction."""
+SMI_OFFSETS = frozenset((*LVTS, r.APIC_LVTCMCI, r.APIC_ICR))
+SMI_MSRS = frozenset(r.MSR_X2APIC_BASE + (offset >> 4) for offset in SMI_OFFSETS)
+"""Where a delivery mode can be SMI."""
 NOT_FOR_GUESTS = (r.DM_NMI, r.DM_INIT)
 """Delivery modes that would take the vCPU away from the instruction under test."""
 
@@ -158,6 +162,28 @@ def host_op(rng: random.Random, machine: Seen, *, timer: bool = True) -> Op:
     return ("set_msr", i, r.MSR_TSC_DEADLINE, rng.choice((0, 1, FAR_DEADLINE) if timer else (0, FAR_DEADLINE)))
 
 
+def without_smi(op: Op) -> Op:
+    """The same operation with Fixed delivery where it says SMI: guests here have no memory for a handler of that."""
+    name, *arguments = op
+    if name == "signal_msi":
+        return (name, arguments[0], _fixed(arguments[1]))
+    if name == "set_lapic":
+        page = bytearray(arguments[1])
+        for offset in LVTS:
+            struct.pack_into("<I", page, offset, _fixed(struct.unpack_from("<I", page, offset)[0]))
+        return (name, arguments[0], bytes(page))
+    if name in ("set_msr", "wrmsr") and arguments[1] in SMI_MSRS:
+        return (name, arguments[0], arguments[1], _fixed(arguments[2]))
+    if name == "mmio_write" and arguments[1] & ~15 in SMI_OFFSETS:
+        at = 8 * (arguments[1] & 3)
+        return (name, *arguments[:2], _fixed(arguments[2] << at) >> at, *arguments[3:])
+    return op
+
+
+def _fixed(value: int) -> int:
+    return value & ~(7 << r.ICR_DM_SHIFT) if value >> r.ICR_DM_SHIFT & 7 == r.DM_SMI else value
+
+
 def set_events_op(rng: random.Random, machine: Seen) -> Op:
     """KVM_SET_VCPU_EVENTS; None leaves out the flag that makes a field count."""
     return (
@@ -206,10 +232,14 @@ def user_op(rng: random.Random, machine: Seen, names: Sequence[str] = tuple(USER
     return USER_OPS[rng.choice(names)](rng, machine)
 
 
-def rare_op(rng: random.Random, known: int) -> Op:
-    """What changes the VM itself, allowed or not: one more vCPU, flags of KVM_CAP_X2APIC_API that come late."""
+def rare_op(rng: random.Random, known: int, below: int = 4096) -> Op:
+    """What changes the VM itself, allowed or not: one more vCPU, flags of KVM_CAP_X2APIC_API that come late.
+
+    ``known`` flags and ids ``below`` are those that the host has.
+    """
     if chance(rng, 0.6):
-        return ("add_vcpu", rng.choice(ID_POOL) if chance(rng, 0.8) else rng.randrange(4096))
+        pool = [vcpu_id for vcpu_id in ID_POOL if vcpu_id < below]
+        return ("add_vcpu", rng.choice(pool) if chance(rng, 0.8) else rng.randrange(below))
     flags = (1, 2, 3, r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI, r.X2API_SUPPRESS_EOI | r.X2API_NO_SUPPRESS_EOI)
     return ("enable_x2apic_api", rng.choice(flags) & known)
 

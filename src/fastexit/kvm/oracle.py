@@ -6,7 +6,6 @@ Models: nothing; this is what models are held against.
 from __future__ import annotations
 
 import errno
-import os
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
@@ -17,10 +16,11 @@ from fastexit.checks import integer, one_of
 from fastexit.kvm import guest as G
 from fastexit.kvm import host as H
 from fastexit.kvm import ioctl as K
+from fastexit.kvm.device import LOCAL, Device
 from fastexit.kvm.vcpu import OracleVcpu
 
 IOAPIC_PINS = 24
-CPUID_FEATURES, CPUID_ADDRESS_SIZES = 1, 0x8000_0008
+CPUID_FEATURES = 1
 CPUID_1_ECX_X2APIC = 1 << 21
 CPUID_1_ECX_DEADLINE = 1 << 24
 
@@ -31,9 +31,11 @@ class Oracle:
     Args:
         vcpus, apic_ids: number of vCPUs, or their ids in creation order.
         irqchip: "full" or "split". x2apic_api: KVM_CAP_X2APIC_API flags.
-        x2apic, tsc_deadline: what the guest's CPUID offers. maxphyaddr: its physical address bits.
+        x2apic, tsc_deadline: what the guest's CPUID offers. maxphyaddr: its physical address bits (48, or what the
+            host has).
         bus_cycle_ns, disable_quirks, boot_cpu_id: as for Machine.
         cmci: MCG_CAP of every vCPU gets CMCI_P.
+        device, host: where ioctls go, and what the kernel there is; /dev/kvm of this machine.
 
     `KvmUnavailable` (an OSError) where /dev/kvm cannot be used; ValueError for what this kernel does not have.
     ``keywords`` are those with which `fastexit.Machine` models this very VM.
@@ -48,16 +50,20 @@ class Oracle:
         x2apic_api: int = 0,
         x2apic: bool = True,
         tsc_deadline: bool = True,
-        maxphyaddr: int = 48,
+        maxphyaddr: int | None = None,
         bus_cycle_ns: int = 1,
         disable_quirks: int = 0,
         boot_cpu_id: int = 0,
         cmci: bool = False,
+        device: Device = LOCAL,
+        host: H.Host | None = None,
     ) -> None:
         if (vcpus is None) == (apic_ids is None):
             raise ValueError("give either the number of vCPUs or apic_ids")
         ids = list(apic_ids) if apic_ids is not None else list(range(integer(vcpus, "number of vCPUs", 4096)))
-        self.host: H.Host = H.running()
+        self.device: Device = device
+        self.host: H.Host = host or (H.running() if device is LOCAL else H.of(device))
+        maxphyaddr = min(48, self.host.maxphyaddr) if maxphyaddr is None else maxphyaddr
         self._check(ids, one_of(irqchip, "irqchip", ("full", "split")), x2apic_api, bus_cycle_ns, disable_quirks, cmci)
         self.keywords: dict[str, Any] = self.host.keywords() | {
             "irqchip": irqchip,
@@ -72,26 +78,26 @@ class Oracle:
         }
         self.vcpus: list[OracleVcpu] = []
         self._cmci = cmci
-        self._held = _Held()
+        self._held = _Held(device)
         self._finalizer = weakref.finalize(self, self._held.release)
         try:
-            with H.opened() as system:
-                self.fd: int = self._held.file(K.call(system, K.CREATE_VM))
-                self.run_bytes: int = K.call(system, K.GET_VCPU_MMAP_SIZE)
-                self._cpuid = _guest_cpuid(system, x2apic, tsc_deadline, maxphyaddr)
+            with device.opened() as system:
+                self.fd: int = self._held.file(self.device.call(system, K.CREATE_VM))
+                self.run_bytes: int = self.device.call(system, K.GET_VCPU_MMAP_SIZE)
+                self._cpuid = _guest_cpuid(device, system, x2apic, tsc_deadline, maxphyaddr)
             if irqchip == "split":
-                K.enable_cap(self.fd, K.CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
+                self.device.enable_cap(self.fd, K.CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
             else:
-                K.call(self.fd, K.CREATE_IRQCHIP)
+                self.device.call(self.fd, K.CREATE_IRQCHIP)
             for cap, value, default in (
                 (K.CAP_X2APIC_API, x2apic_api, 0),
                 (K.CAP_X86_APIC_BUS_CYCLES_NS, bus_cycle_ns, 1),
                 (K.CAP_DISABLE_QUIRKS, disable_quirks, 0),
             ):
                 if value != default:
-                    K.enable_cap(self.fd, cap, value)
+                    self.device.enable_cap(self.fd, cap, value)
             if boot_cpu_id:
-                K.call(self.fd, K.SET_BOOT_CPU_ID, boot_cpu_id)
+                self.device.call(self.fd, K.SET_BOOT_CPU_ID, boot_cpu_id)
             for vcpu_id in ids:
                 self.add_vcpu(vcpu_id)
         except BaseException:
@@ -135,23 +141,32 @@ class Oracle:
         """Gives back every file and mapping; twice does no harm."""
         self._finalizer()
 
+    def watch(self, *, states: bool = False) -> None:
+        """Tells what will be asked behind each operation: a kernel that is far away answers in one go."""
+        self.device.watch(self.fd, states=states)
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass where the VM is."""
+        self.device.wait(seconds)
+
     def new_guest(self, vcpu_fd: int) -> G.Guest:
         """What runs programs on a vCPU; the first one brings the VM's memory with it."""
         held = self._held
         if held.memory is None:
-            held.memory = G.Memory(self.fd)
-        held.guests.append(G.Guest(vcpu_fd, held.memory, self.run_bytes, len(held.guests)))
+            held.memory = self.device.memory(self.fd)
+        held.guests.append(self.device.guest(vcpu_fd, held.memory, self.run_bytes))
         return held.guests[-1]
 
     def add_vcpu(self, vcpu_id: int) -> OracleVcpu:
         """KVM_CREATE_VCPU and KVM_SET_CPUID2: the new vCPU. ValueError for an id that is taken."""
         try:
-            fd = self._held.file(K.call(self.fd, K.CREATE_VCPU, integer(vcpu_id, "APIC id", 0xFFFF_FFFF)))
+            fd = self._held.file(self.device.call(self.fd, K.CREATE_VCPU, integer(vcpu_id, "APIC id", 0xFFFF_FFFF)))
         except FileExistsError:
             raise ValueError(f"APIC id {vcpu_id} is taken (EEXIST)") from None
         if self._cmci:
-            K.call(fd, K.X86_SETUP_MCE, K.ffi.new("uint64_t *", K.MCG_CMCI_P | 32))
-        K.call(fd, K.SET_CPUID2, self._cpuid)
+            self.device.call(fd, K.X86_SETUP_MCE, K.ffi.new("uint64_t *", K.MCG_CMCI_P | 32))
+        self.device.call(fd, K.SET_CPUID2, self._cpuid)
+        self.device.created(self.fd, fd)
         vcpu = OracleVcpu(self, len(self.vcpus), vcpu_id, fd)
         self.vcpus.append(vcpu)
         return vcpu
@@ -166,7 +181,7 @@ class Oracle:
     def enable_x2apic_api(self, flags: int) -> None:
         """KVM_ENABLE_CAP of KVM_CAP_X2APIC_API, at any time; ValueError where KVM says EINVAL."""
         try:
-            K.enable_cap(self.fd, K.CAP_X2APIC_API, flags)
+            self.device.enable_cap(self.fd, K.CAP_X2APIC_API, flags)
         except OSError as error:
             raise ValueError(f"x2apic_api {flags:#x}: {error.strerror}") from error
 
@@ -177,7 +192,7 @@ class Oracle:
             {"address_lo": address & 0xFFFF_FFFF, "address_hi": address >> 32, "data": data},
         )
         try:
-            return K.call(self.fd, K.SIGNAL_MSI, message)
+            return self.device.call(self.fd, K.SIGNAL_MSI, message)
         except PermissionError:
             return -1
         except OSError as error:
@@ -202,7 +217,7 @@ class Oracle:
             keep.append(K.ffi.from_buffer(packed.to_bytes((len(allowed) + 63) // 64 * 8, "little")))
             entry.flags, entry.base, entry.nmsrs, entry.bitmap = flags, first, len(allowed), keep[-1]
         try:
-            K.call(self.fd, K.X86_SET_MSR_FILTER, one)
+            self.device.call(self.fd, K.X86_SET_MSR_FILTER, one)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -215,7 +230,7 @@ class Oracle:
 
     @user_space_msr.setter
     def user_space_msr(self, reasons: int) -> None:
-        K.enable_cap(self.fd, K.CAP_X86_USER_SPACE_MSR, integer(reasons, "user_space_msr", 7))
+        self.device.enable_cap(self.fd, K.CAP_X86_USER_SPACE_MSR, integer(reasons, "user_space_msr", 7))
         self._user_space_msr = reasons
 
     def route(self, vectors: Iterable[int]) -> None:
@@ -229,7 +244,7 @@ class Oracle:
         table = K.ffi.new("struct routing_table *", {"nr": len(vectors)})
         for pin, (entry, vector) in enumerate(zip(table.entries, vectors, strict=False)):
             entry.gsi, entry.type, entry.address_lo, entry.data = pin, 2, 0xFEE0_0000, vector | 0x8000
-        K.call(self.fd, K.SET_GSI_ROUTING, table)
+        self.device.call(self.fd, K.SET_GSI_ROUTING, table)
 
 
 class _Held:
@@ -238,7 +253,8 @@ class _Held:
     It knows no Oracle, so that one that nobody holds any more can be collected.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.files: list[int] = []
         self.guests: list[G.Guest] = []
         self.memory: G.Memory | None = None
@@ -251,19 +267,19 @@ class _Held:
         while self.guests:
             self.guests.pop().close()
         while self.files:
-            os.close(self.files.pop())
+            self.device.close(self.files.pop())
         if self.memory is not None:
             self.memory.close()
             self.memory = None
 
 
-def _guest_cpuid(system: int, x2apic: bool, tsc_deadline: bool, maxphyaddr: int) -> Any:
+def _guest_cpuid(device: Device, system: int, x2apic: bool, tsc_deadline: bool, maxphyaddr: int) -> Any:
     """KVM_GET_SUPPORTED_CPUID with the features that a local APIC asks about as wanted."""
-    table = H.supported_cpuid(system)
+    table = H.supported_cpuid(device, system)
     for entry in table.entries[0 : table.nent]:
         if entry.function == CPUID_FEATURES:
             entry.ecx &= ~(CPUID_1_ECX_X2APIC | CPUID_1_ECX_DEADLINE)
             entry.ecx |= CPUID_1_ECX_X2APIC * x2apic | CPUID_1_ECX_DEADLINE * tsc_deadline
-        elif entry.function == CPUID_ADDRESS_SIZES:
+        elif entry.function == H.CPUID_ADDRESS_SIZES:
             entry.eax = entry.eax & ~0xFF | maxphyaddr
     return table

@@ -6,15 +6,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastexit.kvm.verify import KINDS, Report
+from fastexit.kvm.comparison import KINDS, Report
 
 
 def render(report: Report, out: Console) -> None:
     """The report on a terminal; the script of a difference is not part of it."""
     host = report.host
     module = f", {host.module}" if host.module else ""
+    who = f"{report.judge.name} (Linux {host.release}{module})"
     table = Table(
-        title=f"The model ({host.kernel}) against /dev/kvm (Linux {host.release}{module}), seed {report.seed}",
+        title=f"The model ({host.kernel}) against {who}, seed {report.seed}",
         box=box.SIMPLE_HEAVY,
     )
     table.add_column("kind")

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import random
 import struct
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from fastexit import regs as r
 from fastexit.kvm.host import Host
+from fastexit.kvm.judge import Judge
 from fastexit.kvm.operations import Op, apply, describe
-from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.programs import Program
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Setup, Twins
@@ -46,18 +45,19 @@ class RunTwins(Twins):
     """
 
     kind = "runs"
+    states = True
     traceable = False
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 100
     planned: list[Op]
     about = "interrupts that guests take, KVM_INTERRUPT, HLT, MSR filters and MSRs of user space, KVM_EXIT_IOAPIC_EOI"
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
-        super().__init__(setup, witness)
+    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+        super().__init__(setup, witness, judge)
         self.ends: Counter[str] = Counter()
         self.split: bool = setup.irqchip == "split"
         self.routed: int = setup.apic_ids.index(0) if self.split else 0
-        self.model.fastpath = self.real.host.fastpath
+        self.model.fastpath = self.host.fastpath
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
@@ -129,7 +129,7 @@ class RunTwins(Twins):
             )
             reasons = rng.choice((0, r.MSR_EXIT_FILTER, r.MSR_EXIT_INVAL, r.MSR_EXIT_UNKNOWN, 7, 7))
             yield ("msr_filter", chance(rng, 0.3), ranges, reasons)
-        known = READ_OR_WRITTEN if self.real.host.ignore_msrs else (*READ_OR_WRITTEN, NOBODYS_MSR)
+        known = READ_OR_WRITTEN if self.host.ignore_msrs else (*READ_OR_WRITTEN, NOBODYS_MSR)
         for _ in range(rng.randrange(2, 8)):
             msr = rng.choice(known)
             yield ("wrmsr", i, msr, rng.choice(WRITTEN)) if chance(rng, 0.7) else ("rdmsr", i, msr)
@@ -186,7 +186,7 @@ class RunTwins(Twins):
             expected, got = apply(self.model, op), apply(self.real, op)
             self.same_result(op, expected, got)
             if name == "set_msr" and op[2] == TMICT_MSR:
-                time.sleep(TICK_SECONDS)
+                self.real.wait(TICK_SECONDS)
             if name == "interrupt":
                 self.ends[f"interrupt {'refused' if got else 'accepted'}"] += 1
         self.look()
@@ -212,7 +212,7 @@ class RunTwins(Twins):
     def _model_run(self, op: Op) -> tuple[Any, list[int]]:
         name, i, *arguments = op
         interrupts = name == "take" or (name == "halt" and arguments.pop())
-        host = self.real.host
+        host = self.host
         program = Program(self.model.vcpus[i], interrupts=interrupts, eoi_at_injection=host.eoi_at_injection)
         try:
             return getattr(program, name)(*arguments), program.ioapic_eois
@@ -235,7 +235,7 @@ class RunTwins(Twins):
         self.same(f"vCPU {i} mp_state", model.get_mp_state(), real.get_mp_state())
 
 
-def real_run(machine: Oracle, op: Op) -> tuple[Any, list[int]]:
+def real_run(machine: Any, op: Op) -> tuple[Any, list[int]]:
     """What a program came to, in the words of `Program`, and the EOIs for user space's IOAPIC."""
     name, i, *arguments = op
     vcpu = machine.vcpus[i]

@@ -9,19 +9,22 @@ import struct
 from typing import Any
 
 from fastexit import regs as r
+from fastexit.kvm.judge import Judge
 from fastexit.kvm.operations import GUEST_OPS, Op
+
+WHO_LOCAL, WHO_OTHER = "Run it as a user who may open /dev/kvm;", "When it is run"
 
 _HEAD = '''"""{text}
 
-Found on kernel {release} ({module}). Run it as a user who may open /dev/kvm; the exit code is 1 while it shows.
+Found on kernel {release} ({module}). {who} the exit code is 1 while it shows.
 """
 
 import struct
 import sys
+from contextlib import closing
 
 import fastexit as fx
-from fastexit.kvm import Oracle
-
+{imports}
 KEYWORDS = {keywords}
 
 
@@ -38,7 +41,7 @@ def ready(v):
     v.set_events(nmi_pending=0)
     v.get_mp_state()
     v.set_mp_state(0)
-    v.ready(again=True) if isinstance(v, fx.kvm.OracleVcpu) else v.set_sregs()
+    v.ready(again=True) if hasattr(v, "ready") else v.set_sregs()
 
 
 def refresh(v):
@@ -72,7 +75,7 @@ def look(m):
         yield f"  vCPU {{v.index}} events", v.events()
 {state}
 
-with Oracle(**KEYWORDS) as real:
+with {opens}:
     model = fx.Machine(**real.keywords | KEYWORDS)
     different = 0
     for (what, expected), (_, got) in zip(story(model), story(real)):
@@ -86,14 +89,15 @@ sys.exit(different > 0)
 
 _REPLAY = '''"""{text}
 
-Found on kernel {release} ({module}). Run it as a user who may open /dev/kvm; the exit code is 1 while it shows.
+Found on kernel {release} ({module}). {who} the exit code is 1 while it shows.
 """
 
 import struct
 import sys
 
-from fastexit.kvm.verify import replay
-
+import fastexit as fx
+from fastexit.kvm.comparison import replay
+{imports}
 
 def page(registers):
     """A LAPIC page that is 0 but for these dwords."""
@@ -107,34 +111,42 @@ KEYWORDS = {keywords}
 OPERATIONS = [
 {ops}]
 
-found = replay({kind!r}, KEYWORDS, OPERATIONS, traced={traced})
+{replay}
 print(found or "no difference")
 sys.exit(found is not None)
 '''
 
 
-def script(
-    text: str, kind: str, keywords: dict[str, Any], ops: list[Op], release: str, module: str, traced: bool = False
-) -> str:
+def script(text: str, kind: str, keywords: dict[str, Any], ops: list[Op], judge: Judge, traced: bool = False) -> str:
     """The script's text: plain calls where there are such, a replay for kinds with operations of their own."""
     shown = {
         name: int(value) if isinstance(value, int) and type(value) is not bool else value
         for name, value in keywords.items()
     }
+    where = {
+        "release": judge.host.release,
+        "module": judge.host.module or "KVM",
+        "who": WHO_LOCAL if judge.opens.startswith("Oracle") else WHO_OTHER,
+        "imports": judge.imports + "\n" * bool(judge.imports),
+    }
     text = text.replace("\\", "\\\\").replace('"""', "'''")
     if traced or kind not in ("msr", "guest", "many"):
         return _REPLAY.format(
             text=text,
-            release=release,
-            module=module,
+            **where,
             keywords=shown,
             ops="".join(f"    ({', '.join(map(_literal, op))}{',' * (len(op) == 1)}),\n" for op in ops),
-            kind=kind,
-            traced=traced,
+            replay=_replay_call(kind, traced, *judge.replayed),
         )
     state = '        yield f"  vCPU {v.index} mp_state", v.get_mp_state()\n' if kind == "guest" else ""
     calls = "".join(f"{_lines(op)}    yield from look(m)\n" for op in ops)
-    return _HEAD.format(text=text, release=release, module=module, keywords=shown, calls=calls, state=state)
+    return _HEAD.format(text=text, **where, opens=judge.opens, keywords=shown, calls=calls, state=state)
+
+
+def _replay_call(kind: str, traced: bool, argument: str, opens: str) -> str:
+    """The replay, inside of what it needs to be open."""
+    call = f"found = replay({kind!r}, KEYWORDS, OPERATIONS, traced={traced}{', ' if argument else ''}{argument})"
+    return f"with {opens}:\n    {call}" if opens else call
 
 
 def _lines(op: Op) -> str:

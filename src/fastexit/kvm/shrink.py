@@ -24,6 +24,7 @@ WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "r
 
 class _Search:
     def __init__(self, cls: type[Twins], found: Divergence, witness: KernelTrace | None) -> None:
+        self.judge = found.judge
         self.cls = cls
         self.witness = witness
         self.best = found
@@ -44,7 +45,7 @@ class _Search:
         """What new twins show."""
         done = 0
         try:
-            with self.cls(setup, self.witness) as twins:
+            with self.cls(setup, self.witness, self.judge) as twins:
                 twins.look()
                 for op in ops:
                     done += 1

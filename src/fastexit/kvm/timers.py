@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import struct
-import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.kvm.host import Host
+from fastexit.kvm.judge import Judge
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import TMCCT_MSR, Setup, Twins
@@ -58,6 +58,7 @@ class TimerTwins(Twins):
     """
 
     kind = "timers"
+    states = True
     traceable = False
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     operations_each = 100
@@ -67,8 +68,8 @@ class TimerTwins(Twins):
         f"TMCCT within {LATE_NS // 1_000_000} ms beside the time between the two sides' turns"
     )
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
-        super().__init__(setup, witness)
+    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+        super().__init__(setup, witness, judge)
         self.apart: int = 0
         self.finest: list[int] = [1 << 30] * len(self.vcpus)
 
@@ -179,7 +180,7 @@ class TimerTwins(Twins):
 
     def catch_up(self) -> int:
         """Brings the model's clock to the guest's TSC, which is returned."""
-        tsc = self.real.vcpus[0].get_msr(TSC_MSR)
+        tsc: int | None = self.real.vcpus[0].get_msr(TSC_MSR)
         assert tsc is not None
         self.model.set_time(max(self.model.time, -(-tsc * 1_000_000 // self.khz)))
         return tsc
@@ -202,7 +203,7 @@ class TimerTwins(Twins):
         self.catch_up()
         wait = self.next_tick()
         if wait is not None:
-            time.sleep((wait + late + SLACK_NS) / 1e9)
+            self.real.wait((wait + late + SLACK_NS) / 1e9)
             self.catch_up()
 
     def step(self, op: Op) -> None:
@@ -232,7 +233,7 @@ class TimerTwins(Twins):
 
     def since(self, tsc: int) -> int:
         """Time since then, ns."""
-        now = self.real.vcpus[0].get_msr(TSC_MSR)
+        now: int | None = self.real.vcpus[0].get_msr(TSC_MSR)
         assert now is not None
         return (now - tsc) * 1_000_000 // self.khz
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Self
 from fastexit import regs as r
 from fastexit.kvm import operations as ops
 from fastexit.kvm.host import Host
+from fastexit.kvm.judge import Judge, local
 from fastexit.kvm.operations import Op, apply, describe
-from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.script import script
 from fastexit.kvm.tracefs import KernelTrace, lines_of_interest
 from fastexit.kvm.values import ID_POOL, chance, differences, masked
@@ -55,7 +55,7 @@ class Setup:
 class Divergence(AssertionError):
     """The model is not like the kernel: what differs, and the operations that show it, on twins of some kind."""
 
-    def __init__(self, text: str, kind: str, setup: Setup, history: list[Op], host: Host, traced: bool) -> None:
+    def __init__(self, text: str, kind: str, setup: Setup, history: list[Op], judge: Judge, traced: bool) -> None:
         super().__init__(text)
         self.is_error = False
         """One side raised what no operation may raise: a story that is not made shorter."""
@@ -65,13 +65,13 @@ class Divergence(AssertionError):
         self.kind = kind
         self.setup = setup
         self.history = history
-        self.host = host
+        self.judge = judge
+        self.host: Host = judge.host
         self.traced = traced
 
     def script(self) -> str:
         """A Python script that shows the difference, on both sides."""
-        where = self.host.release, self.host.module or "KVM"
-        return script(self.text, self.kind, self.setup.keywords(), self.history, *where, traced=self.traced)
+        return script(self.text, self.kind, self.setup.keywords(), self.history, self.judge, traced=self.traced)
 
 
 @dataclass
@@ -112,6 +112,8 @@ class Twins:
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
     traceable: ClassVar[bool] = True
+    states: ClassVar[bool] = False
+    """Whether a look asks for mp_state, which carries out INIT and SIPI."""
     last_questions: ClassVar[tuple[Op, ...]] = (
         ("get_mp_state",),
         ("get_msr", r.MSR_APICBASE),
@@ -121,22 +123,26 @@ class Twins:
     )
     about: ClassVar[str] = "KVM_SET_MSRS, KVM_GET_MSRS, KVM_SIGNAL_MSI, KVM_SET_LAPIC, KVM_SET_SREGS, states, events"
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None) -> None:
+    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
         self.setup = setup
+        self.judge: Judge = judge or local()
+        self.host: Host = self.judge.host
         self.witness = witness
         self.history: list[Op] = []
         self.planned: list[Op] = []
         self.pages: int = 0
         self.trace_lines: int = 0
         self.x2apic: bool = setup.x2apic
-        self.real: Oracle = Oracle(**setup.keywords())
+        self.real: Any = self.judge.make(**setup.keywords())
         try:
             self.model: Machine = Machine(**self.model_keywords())
         except BaseException:
-            self.real.close()
+            self.close()
             raise
+        if hasattr(self.real, "watch"):
+            self.real.watch(states=self.states)
         self.model.set_time(BOOTED_NS)
-        if witness is not None and not self.real.host.fastpath:
+        if witness is not None and not self.host.fastpath:
             self.model.fastpath = False  # whose lines come in another order
         self.vcpus: list[View] = [View(vcpu.vcpu_id) for vcpu in self.model.vcpus]
 
@@ -148,7 +154,7 @@ class Twins:
         api = rng.randrange(4)
         if chance(rng, 0.3):
             api |= rng.choice((r.X2API_SUPPRESS_EOI, r.X2API_NO_SUPPRESS_EOI)) & known
-        ids = ids or random_ids(rng, 4, 9)
+        ids = ids or random_ids(rng, 4, 9, host.max_vcpu_id)
         return Setup(
             apic_ids=ids,
             irqchip=irqchip,
@@ -162,7 +168,8 @@ class Twins:
 
     def model_keywords(self) -> dict[str, Any]:
         """Keywords of the model: the host's and the VM's."""
-        return self.real.keywords | {"apic_ids": list(self.setup.apic_ids), "threads": False}
+        known = getattr(self.real, "keywords", self.host.keywords() | self.setup.keywords())
+        return known | {"apic_ids": list(self.setup.apic_ids), "threads": False}
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +181,7 @@ class Twins:
 
     def close(self) -> None:
         """Closes the real VM."""
-        self.real.close()
+        getattr(self.real, "close", bool)()
 
     # ------------------------------------------------------------------------------------------------- what is done
 
@@ -196,7 +203,7 @@ class Twins:
 
     def rarity(self, rng: random.Random) -> Op:
         """What changes the VM itself; a new vCPU is greeted before anything puts it into the APIC map."""
-        op = ops.rare_op(rng, self.real.host.api_split)
+        op = ops.rare_op(rng, self.host.api_split, self.host.max_vcpu_id)
         if op[0] == "add_vcpu":
             self.planned = [ops.greeting(rng, self, op[1])]
         return op
@@ -277,7 +284,7 @@ class Twins:
 
     def divergence(self, text: str) -> Divergence:
         """The error that carries the whole story."""
-        found = Divergence(text, self.kind, self.setup, list(self.history), self.real.host, self.witness is not None)
+        found = Divergence(text, self.kind, self.setup, list(self.history), self.judge, self.witness is not None)
         found.late = self.may_be_late()
         return found
 
@@ -293,9 +300,9 @@ class Twins:
         return found
 
 
-def random_ids(rng: random.Random, least: int, most: int) -> tuple[int, ...]:
-    """Distinct IDs in random creation order, mostly with the boot CPU among them."""
-    ids = rng.sample(ID_POOL, rng.randint(least, most))
+def random_ids(rng: random.Random, least: int, most: int, below: int = 4096) -> tuple[int, ...]:
+    """Distinct IDs in random creation order, all of them ``below``, mostly with the boot CPU among them."""
+    ids = rng.sample([vcpu_id for vcpu_id in ID_POOL if vcpu_id < below], rng.randint(least, most))
     if chance(rng, 0.9) and 0 not in ids:
         ids[rng.randrange(len(ids))] = 0
     return tuple(ids)

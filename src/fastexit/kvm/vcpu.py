@@ -36,6 +36,7 @@ class OracleVcpu:
         self.index = index
         self.vcpu_id = vcpu_id
         self.fd = fd
+        self.call = vm.device.call
         self._msr = K.ffi.new("struct one_msr *", {"nmsrs": 1})
         self._page = K.ffi.new("struct kvm_lapic_state *")
         self._page_bytes = K.ffi.buffer(self._page)
@@ -53,16 +54,16 @@ class OracleVcpu:
     def set_msr(self, msr: int, value: int) -> bool:
         """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
         self._msr.index, self._msr.data = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", U64)
-        return K.call(self.fd, K.SET_MSRS, self._msr) == 1
+        return self.call(self.fd, K.SET_MSRS, self._msr) == 1
 
     def get_msr(self, msr: int) -> int | None:
         """KVM_GET_MSRS of one MSR: None where the ioctl stops."""
         self._msr.index, self._msr.data = integer(msr, "MSR", 0xFFFF_FFFF), 0
-        return self._msr.data if K.call(self.fd, K.GET_MSRS, self._msr) == 1 else None
+        return self._msr.data if self.call(self.fd, K.GET_MSRS, self._msr) == 1 else None
 
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes."""
-        K.call(self.fd, K.GET_LAPIC, self._page)
+        self.call(self.fd, K.GET_LAPIC, self._page)
         page: bytes = self._page_bytes[:]
         return page
 
@@ -75,7 +76,7 @@ class OracleVcpu:
 
     def get_mp_state(self) -> R.MpState:
         """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
-        K.call(self.fd, K.GET_MP_STATE, self._state)
+        self.call(self.fd, K.GET_MP_STATE, self._state)
         return R.MpState(self._state.mp_state)
 
     def set_mp_state(self, state: int) -> None:
@@ -86,7 +87,7 @@ class OracleVcpu:
     def events(self) -> Events:
         """KVM_GET_VCPU_EVENTS; queued NMIs become pending first."""
         events = self._events
-        K.call(self.fd, K.GET_VCPU_EVENTS, events)
+        self.call(self.fd, K.GET_VCPU_EVENTS, events)
         exception, interrupt = events.exception, events.interrupt
         return Events(
             nmi_pending=events.nmi.pending,
@@ -163,17 +164,17 @@ class OracleVcpu:
     @property
     def tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
-        return K.call(self.fd, K.GET_TSC_KHZ)
+        return self.call(self.fd, K.GET_TSC_KHZ)
 
     def _sregs(self) -> K.ffi.CData:
         sregs = K.ffi.new("struct kvm_sregs *")
-        K.call(self.fd, K.GET_SREGS, sregs)
+        self.call(self.fd, K.GET_SREGS, sregs)
         return sregs
 
     def _refusable(self, name: str, request: int, argument: K.ffi.CData, *more: int) -> None:
         """An ioctl that may answer EINVAL, or ``more``, as a ValueError."""
         try:
-            K.call(self.fd, request, argument)
+            self.call(self.fd, request, argument)
         except OSError as error:
             if error.errno not in (errno.EINVAL, *more):
                 raise

@@ -109,6 +109,11 @@ class Wire:
         self._words[SPINS] = SPINS_OF_THE_MACHINE
         self.trips = 0
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self._bytes.closed
+
     def close(self) -> None:
         """Gives the memory back."""
         self._words.release()

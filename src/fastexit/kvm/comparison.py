@@ -1,4 +1,4 @@
-"""``fastexit verify``: random machines and operations on the model and on /dev/kvm until one of them is different.
+"""``fastexit verify``: random machines and operations on the model and on a real kernel until one is different.
 
 Models: nothing. Each kind of twins gets its share of the operations, in sessions of some hundred on one machine; what a
 session does depends on the seed, its kind and its number alone.
@@ -16,6 +16,7 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.kvm import host as H
+from fastexit.kvm import judge as J
 from fastexit.kvm.guests import GuestTwins
 from fastexit.kvm.many import ManyTwins
 from fastexit.kvm.operations import Op
@@ -56,7 +57,7 @@ class Count:
 class Report:
     """What a run compared, on which kernel, and what it found."""
 
-    host: H.Host
+    judge: J.Judge
     seed: int
     wanted: int
     traced: bool
@@ -66,6 +67,11 @@ class Report:
     kinds: dict[str, Count] = field(default_factory=dict)
     seconds: float = 0.0
     divergence: Divergence | None = None
+
+    @property
+    def host(self) -> H.Host:
+        """What the model was compared with."""
+        return self.judge.host
 
     @property
     def operations(self) -> int:
@@ -92,6 +98,7 @@ class Report:
         found = self.divergence
         return {
             "fastexit": __version__,
+            "judge": self.judge.name,
             "host": self.host.as_dict(),
             "began": self.began,
             "seed": self.seed,
@@ -120,8 +127,9 @@ def verify(
     traced: bool = False,
     progress: Progress | None = None,
     shorten: float = SECONDS,
+    other: Any = None,
 ) -> Report:
-    """Compares the model with the kernel until so many operations or seconds are used up, or they differ.
+    """Compares the model with a kernel until so many operations or seconds are used up, or they differ.
 
     Args:
         operations: how many operations.
@@ -132,26 +140,30 @@ def verify(
         traced: the kernel's tracepoints are compared, too (needs root).
         progress: called with operations done and wanted.
         shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
+        other: who is compared: a `Lab`, or anything callable that makes machines with Oracle's face from Oracle's
+            keywords, somebody's own APIC; None is /dev/kvm of this machine. An attribute ``host`` of it, a `Host`, says
+            what the model has to be like; otherwise that is the newest kernel without APICv.
 
     KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs; TraceLost
     when the kernel's trace has holes.
     """
-    host = H.running()
+    judge = J.of(other)
+    host = judge.host
     shares = _shares(operations, seconds, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = Report(host, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
+    report = Report(judge, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
     numbers = dict.fromkeys(shares, 0)
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     with ExitStack() as stack:
-        witness = stack.enter_context(KernelTrace()) if traced else None
+        witness = stack.enter_context(_trace(judge)) if traced else None
         while report.operations < operations and (deadline is None or time.monotonic() < deadline):
             kind = min(shares, key=lambda kind: report.kinds[kind].operations / shares[kind])
             rng = random.Random(f"{seed}/{kind}/{numbers[kind]}")
             numbers[kind] += 1
             cls = KINDS[kind]
             try:
-                with cls(cls.draw(rng, host, ids), witness) as twins:
+                with cls(cls.draw(rng, host, ids), witness, judge) as twins:
                     _session(twins, rng, report, deadline, progress)
             except Divergence as found:
                 report.divergence = shortened(cls, found, witness, shorten)
@@ -212,12 +224,22 @@ def _session(
         count.seconds += time.monotonic() - began
 
 
-def replay(kind: str, keywords: dict[str, Any], ops: list[Op], *, traced: bool = False) -> Divergence | None:
+def _trace(judge: J.Judge) -> KernelTrace:
+    """The kernel's tracepoints; ValueError for a judge that has none."""
+    if judge.trace is None:
+        raise ValueError(f"{judge.name} has no trace lines to compare")
+    return judge.trace()
+
+
+def replay(
+    kind: str, keywords: dict[str, Any], ops: list[Op], *, traced: bool = False, other: Any = None
+) -> Divergence | None:
     """Carries out operations on new twins: where they differ, or None."""
+    judge = J.of(other)
     setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
     with ExitStack() as stack:
-        witness = stack.enter_context(KernelTrace()) if traced else None
-        twins = stack.enter_context(KINDS[kind](setup, witness))
+        witness = stack.enter_context(_trace(judge)) if traced else None
+        twins = stack.enter_context(KINDS[kind](setup, witness, judge))
         try:
             twins.look()
             for op in ops:

@@ -1,0 +1,109 @@
+"""Where ioctls go: the /dev/kvm of this machine, or anything with the face of `Device`.
+
+Models: nothing. `Oracle`, its vCPUs and `Host` know a device and no more, so a kernel in another machine, to which
+ioctls are carried, is compared by the same code.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastexit.kvm import guest as G
+from fastexit.kvm import ioctl as K
+
+DEVICE = "/dev/kvm"
+MODULES = Path("/sys/module")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class KvmUnavailable(OSError):
+    """/dev/kvm is not there, not ours to open, or too old; its text is one line that says which."""
+
+    def __str__(self) -> str:
+        return self.strerror or "no usable KVM"
+
+
+class Device:
+    """KVM of this machine."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return DEVICE
+
+    def open(self) -> int:
+        """A file descriptor of /dev/kvm; KvmUnavailable where it cannot be had."""
+        try:
+            return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            hint = {
+                "FileNotFoundError": "this machine has no KVM, or its module is not loaded",
+                "PermissionError": "join the group that owns it, or run as root",
+            }.get(type(error).__name__, "KVM cannot be used here")
+            raise KvmUnavailable(error.errno, f"no usable {DEVICE}: {error.strerror}; {hint}") from None
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """/dev/kvm, open for as long as it is needed."""
+        fd = self.open()
+        try:
+            yield fd
+        finally:
+            self.close(fd)
+
+    def close(self, fd: int) -> None:
+        """Closes what CREATE_VM, CREATE_VCPU or `open` gave."""
+        os.close(fd)
+
+    def call(self, fd: int, request: int, argument: Any = None) -> int:
+        """One ioctl, as `fastexit.kvm.ioctl.call`."""
+        return K.call(fd, request, argument)
+
+    def enable_cap(self, fd: int, cap: int, argument: int) -> None:
+        """KVM_ENABLE_CAP of a VM with one argument."""
+        enable = K.ffi.new("struct kvm_enable_cap *", {"cap": cap, "args": [argument]})
+        self.call(fd, K.ENABLE_CAP, enable)
+
+    def memory(self, vm: int) -> G.Memory:
+        """Memory for a VM's guests."""
+        return G.Memory(vm)
+
+    def guest(self, vcpu: int, memory: G.Memory, run_bytes: int) -> G.Guest:
+        """What runs programs on a vCPU."""
+        return G.Guest(vcpu, memory, run_bytes)
+
+    def created(self, vm: int, vcpu: int) -> None:
+        """A vCPU is complete; whoever looks at many at once wants to know."""
+
+    def watch(self, vm: int, *, states: bool) -> None:
+        """What will be asked of all vCPUs behind each operation: pages and events, with ``states`` mp_state, too.
+
+        A device that is far away brings the answers along.
+        """
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass."""
+        time.sleep(seconds)
+
+    def text(self, path: Path) -> str | None:
+        """A file of the kernel's, or None."""
+        try:
+            return path.read_text()
+        except OSError:
+            return None
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is such a file or directory."""
+        return path.exists()
+
+    def release(self) -> str:
+        """The kernel's release."""
+        return os.uname().release
+
+
+LOCAL = Device()

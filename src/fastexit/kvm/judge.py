@@ -1,0 +1,108 @@
+"""Who decides what is right: /dev/kvm of this machine, a lab's kernel, or anything that has Oracle's face.
+
+Models: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastexit import regs as R
+from fastexit.kvm import host as H
+from fastexit.kvm.oracle import Oracle
+from fastexit.kvm.tracefs import KernelTrace
+from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
+from fastexit.profile import NEWEST
+
+if TYPE_CHECKING:
+    from fastexit.kvm.lab.lab import Lab
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What machines come from.
+
+    Attributes:
+        make: gives a machine with Oracle's face, by Oracle's keywords. host: what the model has to know of it.
+        name: what reports call it.
+        imports, opens: how a script has it: an import line, and what its with statement opens as ``real``.
+        replayed: what `comparison.replay` is told in a script, and the with statement around it.
+        trace: opens what tells its trace lines; None where there are none.
+    """
+
+    make: Callable[..., Any]
+    host: H.Host
+    name: str
+    imports: str
+    opens: str
+    replayed: tuple[str, str] = ("", "")
+    trace: Callable[[], KernelTrace] | None = None
+
+
+def local() -> Judge:
+    """/dev/kvm of this machine; KvmUnavailable where it cannot be used."""
+    return Judge(
+        Oracle,
+        H.running(),
+        "/dev/kvm",
+        "from fastexit.kvm import Oracle",
+        "Oracle(**KEYWORDS) as real",
+        trace=KernelTrace,
+    )
+
+
+def of(other: Callable[..., Any] | Lab | Judge | None) -> Judge:
+    """The judge that ``other`` means: None is this machine's KVM, a Lab its kernel, a callable makes machines."""
+    if other is None:
+        return local()
+    if isinstance(other, Judge):
+        return other
+    judge = getattr(other, "judge", None)
+    if judge is not None:
+        found: Judge = judge()
+        return found
+    if not callable(other):
+        raise TypeError(f"{other!r} is neither a Lab nor something that makes machines")
+    return _maker(other)
+
+
+def _maker(make: Callable[..., Any]) -> Judge:
+    """Somebody's own APIC: ``make.host`` says what it is like, otherwise the newest kernel's VMX without APICv."""
+    place, name = getattr(make, "__module__", None), getattr(make, "__qualname__", "")
+    known = place and name.isidentifier()
+    host = getattr(make, "host", None)
+    return Judge(
+        make,
+        host if isinstance(host, H.Host) else plain(),
+        name or type(make).__name__,
+        f"from {place} import {name} as other" if known else "other = ...  # what verify was given",
+        "closing(other(**KEYWORDS)) as real",
+        ("other=other", ""),
+    )
+
+
+def plain(kernel: str = NEWEST) -> H.Host:
+    """A host without anything unusual: what is compared with a maker of machines that says nothing of itself."""
+    return H.Host(
+        release=kernel,
+        kernel=kernel,
+        module="",
+        api=R.X2ApicApi(3),
+        api_split=R.X2ApicApi(3),
+        icr_split=False,
+        fastpath=True,
+        eoi_at_injection=False,
+        vector_hashing=True,
+        min_timer_period_us=200,
+        pi_inject_timer=False,
+        ignore_msrs=False,
+        apicv=False,
+        smm=True,
+        cmci=True,
+        quirks=0x7FF,
+        bus_cycles=True,
+        max_vcpus=MAX_VCPUS,
+        max_vcpu_id=MAX_VCPU_ID + 1,
+    )

@@ -1,0 +1,375 @@
+"""A lab's kernel as a device of `fastexit.kvm.Oracle`: ioctls become records, and answers that will be asked for come
+along with them.
+
+Models: nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastexit import regs as R
+from fastexit.kvm import guest as G
+from fastexit.kvm import ioctl as K
+from fastexit.kvm.device import Device, KvmUnavailable
+from fastexit.kvm.lab.wire import LOOK_SREGS, LOOK_STATES, SET_REGS, Answer, Ask, Record, Wire
+from fastexit.reasons import KvmExit
+
+MOST_TEXT = 1 << 16
+RUN_SECONDS = 20.0
+"""An emulated machine is slow, and the one that it runs on may be busy."""
+
+_PAIR = struct.Struct("<II")
+_IOCTL = struct.Struct("<IHHQQ")
+_PROGRAM = struct.Struct("<IIQQQQQQQQ")
+_STOPPED = struct.Struct("<8IQII")
+_SEEN = (
+    ("kvm_lapic_state", K.GET_LAPIC, 0, 1024),
+    ("kvm_vcpu_events", K.GET_VCPU_EVENTS, 1024, 64),
+    ("kvm_mp_state", K.GET_MP_STATE, 1088, 4),
+    ("kvm_sregs", K.GET_SREGS, 1096, 312),
+)
+"""Where a look has what: structure, request, offset, bytes."""
+SEEN_BYTES = 1408
+SEEN = {request: (at, length) for _, request, at, length in _SEEN}
+READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, *SEEN)) - {K.GET_MP_STATE}
+"""Requests that change nothing that a look shows. KVM_GET_MP_STATE carries out INIT and SIPI."""
+
+
+@dataclass
+class _Vm:
+    """What is known of one VM: its vCPUs' slots, and what they looked like behind the last change."""
+
+    first: int = 0
+    vcpus: list[int] = field(default_factory=list)
+    seen: list[bytearray] = field(default_factory=list)
+    flags: int | None = None
+    """What is to be looked at behind each change; None: nothing."""
+    fresh: bool = False
+
+
+class LabDevice(Device):
+    """KVM at the other end of a wire."""
+
+    def __init__(self, wire: Wire, name: str) -> None:
+        self.wire = wire
+        self._name = name
+        self._vms: dict[int, _Vm] = {}
+        self._vm_of: dict[int, tuple[_Vm, int]] = {}
+        self._slots = 0
+        self._memories = _Numbers()
+        self._guests = _Numbers()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._name
+
+    def ask(self, *records: Record) -> list[Answer]:
+        """One trip; OSError with the error number of the first record that failed."""
+        if self.wire.closed:
+            return [Answer(0, b"")] * len(records)  # the machine is gone, and all that it held
+        answers = self.wire.trip(records)
+        for answer in answers:
+            if answer.result < 0:
+                raise OSError(-answer.result, os.strerror(-answer.result))
+        return answers
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def open(self, path: str = "/dev/kvm", flags: int = os.O_RDWR) -> int:
+        """A file descriptor of the machine's; KvmUnavailable where it cannot be had."""
+        try:
+            return self.ask((Ask.OPEN, 0, struct.pack("<I", flags) + path.encode() + b"\0"))[0].result
+        except OSError as error:
+            raise KvmUnavailable(error.errno, f"no usable {path} in {self.name}: {error.strerror}") from None
+
+    def close(self, fd: int) -> None:
+        """Closes a file of the machine's."""
+        forget: list[Record] = []
+        vm = self._vms.pop(fd, None)
+        if vm is not None:
+            forget = [(Ask.WATCH, 0, struct.pack("<Ii", vm.first + n, -1)) for n in range(len(vm.vcpus))]
+        self._vm_of.pop(fd, None)
+        self.ask(*forget, (Ask.CLOSE, 0, struct.pack("<I", fd)))
+
+    def read(self, fd: int, most: int) -> bytes:
+        """What a file has now, up to ``most`` bytes."""
+        return self.ask((Ask.READ, 0, _PAIR.pack(fd, most)))[0].data
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Writes to a file."""
+        self.ask((Ask.WRITE, 0, _PAIR.pack(fd, len(data)) + data))
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass in the machine."""
+        self.ask((Ask.SLEEP, 0, struct.pack("<I", min(int(seconds * 1e9), 0xFFFF_FFFF))))
+
+    def text(self, path: Path) -> str | None:
+        """A file of the kernel's, or None."""
+        try:
+            fd = self.open(str(path), os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            return self.read(fd, MOST_TEXT).decode(errors="replace")
+        finally:
+            self.close(fd)
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is such a file or directory."""
+        try:
+            self.close(self.open(str(path), os.O_RDONLY))
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> str:
+        """The kernel's release."""
+        return (self.text(Path("/proc/sys/kernel/osrelease")) or "").strip()
+
+    # --------------------------------------------------------------------------------------------------------- ioctls
+
+    def call(self, fd: int, request: int, argument: Any = None) -> int:
+        """One ioctl; what a look brought along is answered without a trip."""
+        vm, index = self._vm_of.get(fd, (None, 0))
+        seen = SEEN.get(request)
+        if vm is not None and seen is not None and self._is_known(vm, request):
+            at, length = seen
+            K.ffi.memmove(argument, vm.seen[index][at : at + length], length)
+            return 0
+        looks: list[Record] = []
+        vm = vm or self._vms.get(fd)
+        if vm is not None and request not in READS:
+            looks = self._look(vm)
+        first, *rest = self.wire.trip([_ioctl(fd, request, argument), *looks])
+        self._note(vm, rest)
+        if first.result < 0:
+            raise OSError(-first.result, os.strerror(-first.result))
+        if first.data:
+            K.ffi.memmove(argument, first.data, len(first.data))
+        if request == K.CREATE_VM:
+            self._vms[first.result] = _Vm()
+        return first.result
+
+    def _is_known(self, vm: _Vm, request: int) -> bool:
+        """Whether the last look has what is asked for, and nothing has changed since."""
+        if not vm.fresh or vm.flags is None:
+            return False
+        if request == K.GET_MP_STATE:
+            return bool(vm.flags & LOOK_STATES)
+        return request != K.GET_SREGS or bool(vm.flags & LOOK_SREGS)
+
+    def created(self, vm: int, vcpu: int) -> None:
+        """A vCPU that looks have to look at. Those of a VM lie one behind the other, with room for more."""
+        known = self._vms[vm]
+        if not known.vcpus:
+            known.first = self._room()
+        slot = known.first + len(known.vcpus)
+        self.ask((Ask.WATCH, 0, struct.pack("<Ii", slot, vcpu)))
+        self._vm_of[vcpu] = known, len(known.vcpus)
+        known.vcpus.append(vcpu)
+        known.seen.append(bytearray(SEEN_BYTES))
+        known.fresh = False
+
+    def _room(self) -> int:
+        """The first of the slots for a new VM: behind those of all others."""
+        return max((vm.first + len(vm.vcpus) + SPARE_SLOTS for vm in self._vms.values() if vm.vcpus), default=0)
+
+    def watch(self, vm: int, *, states: bool) -> None:
+        """From now on each change is followed by a look, with ``states`` also at mp_state and segments."""
+        self._vms[vm].flags = LOOK_STATES | LOOK_SREGS if states else 0
+        self._vms[vm].fresh = False
+
+    def _look(self, vm: _Vm) -> list[Record]:
+        vm.fresh = False
+        if vm.flags is None or not vm.vcpus:
+            return []
+        return [(Ask.LOOK, vm.flags, _PAIR.pack(vm.first, len(vm.vcpus)))]
+
+    def _note(self, vm: _Vm | None, answers: Sequence[Answer]) -> None:
+        """Applies what a look found changed."""
+        for answer in answers:
+            if vm is None or answer.result < 0:
+                continue
+            words = memoryview(answer.data).cast("I")
+            at = 0
+            for seen in vm.seen:
+                changed = words[at]
+                at += 1
+                if changed:
+                    dwords = memoryview(seen).cast("I")
+                    for n in range(at, at + 2 * changed, 2):
+                        dwords[words[n]] = words[n + 1]
+                    at += 2 * changed
+            vm.fresh = True
+
+    def act(self, vcpu: int, *records: Record) -> list[Answer]:
+        """Records that change a vCPU, then a look at its VM; OSError as `ask`."""
+        vm, _ = self._vm_of.get(vcpu, (None, 0))
+        looks = self._look(vm) if vm is not None else []
+        answers = self.wire.trip([*records, *looks], RUN_SECONDS * 3)
+        self._note(vm, answers[len(records) :])
+        for answer in answers[: len(records)]:
+            if answer.result < 0:
+                raise OSError(-answer.result, os.strerror(-answer.result))
+        return answers
+
+    # --------------------------------------------------------------------------------------------------------- guests
+
+    def memory(self, vm: int) -> G.Memory:
+        """Memory of the machine's for a VM's guests."""
+        return LabMemory(self, vm, self._memories)
+
+    def guest(self, vcpu: int, memory: G.Memory, run_bytes: int) -> G.Guest:
+        """What runs programs on a vCPU."""
+        return LabGuest(self, vcpu, memory, run_bytes, self._guests)
+
+
+SPARE_SLOTS = 16
+"""So many vCPUs may be added to a VM behind which another one is."""
+
+
+class _Numbers:
+    """Numbers that are free."""
+
+    def __init__(self) -> None:
+        self._free: list[int] = []
+        self._next = 0
+
+    def take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._next += 1
+        return self._next - 1
+
+    def give(self, number: int) -> None:
+        self._free.append(number)
+
+
+def _ioctl(fd: int, request: int, argument: Any) -> Record:
+    """An ioctl with what its pointer points to, and, of an MSR filter, what that points to."""
+    if argument is None or isinstance(argument, int):
+        return (Ask.IOCTL, 0, _IOCTL.pack(fd, 0, 0, request, argument or 0))
+    data = bytes(K.ffi.buffer(argument))
+    if request != K.X86_SET_MSR_FILTER:
+        return (Ask.IOCTL, 0, _IOCTL.pack(fd, 1, 0, request, len(data)) + data)
+    pointers, more = [], b""
+    base = K.ffi.cast("char *", argument)
+    for one in argument.ranges:
+        if one.bitmap != K.ffi.NULL and one.nmsrs:
+            at = K.ffi.cast("char *", K.ffi.addressof(one, "bitmap")) - base
+            pointers.append(_PAIR.pack(at, len(data) + len(more)))
+            more += bytes(K.ffi.buffer(one.bitmap, (one.nmsrs + 63) // 64 * 8))
+    head = _IOCTL.pack(fd, 1, len(pointers), request, len(data) + len(more))
+    return (Ask.IOCTL, 0, head + b"".join(pointers) + data + more)
+
+
+class LabMemory(G.Memory):
+    """A VM's memory, which is the machine's."""
+
+    def __init__(self, device: LabDevice, vm: int, numbers: _Numbers) -> None:
+        self._device = device
+        self._numbers = numbers
+        self.slot: int = numbers.take()
+        super().__init__(vm)
+
+    def create(self, vm: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION."""
+        self._device.ask((Ask.MEMORY, 0, _PAIR.pack(vm, self.slot)))
+
+    def write(self, at: int, data: bytes) -> None:
+        """Stores bytes."""
+        self._device.ask((Ask.STORE, 0, struct.pack("<IIII", self.slot, at, len(data), 0) + data))
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._device.ask((Ask.FREE, 0, _PAIR.pack(Ask.MEMORY, self.slot)))
+        self._numbers.give(self.slot)
+
+
+class LabGuest(G.Guest):
+    """One vCPU of the lab that runs programs: preparing, running and what came of it are one trip."""
+
+    def __init__(self, device: LabDevice, fd: int, memory: G.Memory, run_bytes: int, numbers: _Numbers) -> None:
+        self._device = device
+        self._fd = fd
+        self._memory = memory
+        self._numbers = numbers
+        self._slot = numbers.take()
+        self._seconds: float | None = None
+        self._reason = 0
+        self._access = (0, 0, 0)
+        self.ioapic_eois = []
+        device.ask((Ask.GUEST, 0, struct.pack("<III", fd, self._slot, run_bytes)))
+
+    def close(self) -> None:
+        """Unmaps the run area."""
+        self._device.ask((Ask.FREE, 0, _PAIR.pack(Ask.GUEST, self._slot)))
+        self._numbers.give(self._slot)
+
+    def call(self, request: int, argument: Any = None) -> int:
+        """One ioctl of the vCPU."""
+        return self._device.call(self._fd, request, argument)
+
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Within this, programs are interrupted after so long."""
+        before = self._seconds
+        self._seconds = seconds if before is None else before
+        try:
+            yield
+        finally:
+            self._seconds = before
+
+    def execute(
+        self, code: bytes, *, rax: int = 0, rcx: int = 0, rdx: int = 0, rdi: int = 0, interrupts: bool = False
+    ) -> G.Stopped:
+        """Runs one instruction, as `fastexit.kvm.guest.Guest.execute`."""
+        flags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
+        return self._run(SET_REGS, rax, rcx, rdx, rdi, G.STACK_AT, self._memory.program(code), flags)
+
+    def go_on(self) -> G.Stopped:
+        """KVM_RUN until the program ends or an MSR access is left to user space."""
+        return self._run(0, 0, 0, 0, 0, 0, 0, 0)
+
+    def _run(self, set_regs: int, *registers: int) -> G.Stopped:
+        seconds = RUN_SECONDS if self._seconds is None else self._seconds
+        payload = _PROGRAM.pack(self._slot, 0, *registers, int(seconds * 1e9))
+        data = self._device.act(self._fd, (Ask.EXECUTE, set_regs, payload))[0].data
+        late, reason, port, eax, edx, user, why, index, value, eois, _ = _STOPPED.unpack_from(data)
+        self.ioapic_eois += data[_STOPPED.size : _STOPPED.size + eois]
+        if late:
+            raise TimeoutError(f"the guest did not come back in {seconds} s")
+        self._reason, self._access = reason, (index, value, why)
+        if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+            return G.Stopped(0, 0, 0, KvmExit(reason))
+        if reason != KvmExit.IO:
+            raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
+        return G.Stopped(port, eax, edx, KvmExit.MMIO if user else None)
+
+    @property
+    def exit_reason(self) -> KvmExit:
+        """run->exit_reason of the last return of KVM_RUN."""
+        return KvmExit(self._reason)
+
+    @property
+    def msr_access(self) -> tuple[int, int, int]:
+        """run->msr of the access that waits: index, data, reason."""
+        return self._access
+
+    def answer_msr(self, error: bool, data: int) -> None:
+        """What user space says to the access that waits."""
+        self._device.ask((Ask.ANSWER, 0, struct.pack("<IIQ", self._slot, error, data & (1 << 64) - 1)))
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether an error says that the machine, not an ioctl, failed."""
+    return error.errno in (0, errno.EPIPE)

@@ -1,0 +1,93 @@
+"""A lab: one kernel of a generation, booted, and VMs of its KVM.
+
+Models: nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fastexit.checks import one_of
+from fastexit.kvm import host as H
+from fastexit.kvm.judge import Judge
+from fastexit.kvm.lab import kernels
+from fastexit.kvm.lab.device import LabDevice
+from fastexit.kvm.lab.qemu import Machine
+from fastexit.kvm.oracle import Oracle
+
+
+class Lab:
+    """A real kernel in an emulated machine; a context manager.
+
+    Args:
+        version: a series (6.1), a version (6.1.192) or a release of a kernel in the cache (`fastexit kernels get`).
+        vendor: whose CPU the machine has. image, modules: a kernel of one's own instead of a cached one.
+        exact: the machine's clock counts instructions.
+
+    ``kernel`` is what was booted, ``host`` what its KVM is. `KvmUnavailable` and `KernelMissing`, both OSErrors of one
+    line, where emulator or kernel are missing.
+    """
+
+    def __init__(
+        self,
+        version: str | None = None,
+        *,
+        vendor: str = "svm",
+        image: str | Path | None = None,
+        modules: str | Path | None = None,
+        exact: bool = False,
+    ) -> None:
+        self.vendor = one_of(vendor, "vendor", ("svm",))
+        if (image is None) != (modules is None):
+            raise ValueError("a kernel of one's own is an image and its modules: give both")
+        if (version is None) == (image is None):
+            raise ValueError("give either a version or an image")
+        self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
+        self.version = version
+        self.machine = Machine(self.kernel, exact=exact)
+        self.device = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
+
+    @cached_property
+    def host(self) -> H.Host:
+        """What the kernel's KVM is, found by the same experiments as on this machine."""
+        return H.of(self.device)
+
+    def oracle(self, vcpus: int | None = None, **keywords: Any) -> Oracle:
+        """A VM of the lab's kernel: `Oracle`'s keywords, and its face."""
+        return Oracle(vcpus, device=self.device, host=self.host, **keywords)
+
+    def judge(self) -> Judge:
+        """What `verify` compares the model with."""
+        name = self.kernel.version if self.version is not None else self.kernel.release
+        opened = f"fx.kvm.Lab({self._arguments()})"
+        return Judge(
+            self.oracle,
+            self.host,
+            f"Linux {name} in the lab",
+            "",
+            f"{opened} as lab, lab.oracle(**KEYWORDS) as real",
+            ("other=lab", f"{opened} as lab"),
+        )
+
+    def _arguments(self) -> str:
+        if self.version is not None:
+            return f'"{self.kernel.version}", vendor="{self.vendor}"'
+        return f'image={str(self.kernel.image)!r}, modules={str(self.kernel.modules)!r}, vendor="{self.vendor}"'
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Lab {self.kernel.release}, {self.vendor}>"
+
+    def close(self) -> None:
+        """Ends the machine; twice does no harm."""
+        self.machine.close()
