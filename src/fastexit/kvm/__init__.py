@@ -2,8 +2,8 @@
 
 ioctl.py calls, device.py says where to, host.py says what the running kernel is, guest.py runs real instructions,
 oracle.py and vcpu.py have the face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and
-applies them to either; twins.py, guests.py, runs.py, timers.py and many.py are the kinds of comparison, judge.py is whom the
-model is compared with, comparison.py deals the kinds out, shrink.py and script.py tell what was found; tracefs.py reads
+applies them to either; twins.py, guests.py, runs.py, timers.py and many.py are the kinds of comparison, judge.py is who
+decides, comparison.py deals the kinds out, shrink.py and script.py tell what was found; tracefs.py reads
 what the kernel's tracepoints say meanwhile. lab/ has kernels of other generations in emulated machines.
 
 >>> import fastexit as fx
