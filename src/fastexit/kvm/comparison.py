@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -148,30 +149,146 @@ def verify(
     when the kernel's trace has holes.
     """
     judge = J.of(other)
-    host = judge.host
     shares = _shares(operations, seconds, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = Report(judge, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
-    numbers = dict.fromkeys(shares, 0)
     start = time.monotonic()
-    deadline = None if seconds is None else start + seconds
     with ExitStack() as stack:
         witness = stack.enter_context(_trace(judge)) if traced else None
-        while report.operations < operations and (deadline is None or time.monotonic() < deadline):
-            kind = min(shares, key=lambda kind: report.kinds[kind].operations / shares[kind])
-            rng = random.Random(f"{seed}/{kind}/{numbers[kind]}")
-            numbers[kind] += 1
-            cls = KINDS[kind]
-            try:
-                with cls(cls.draw(rng, host, ids), witness, judge) as twins:
-                    _session(twins, rng, report, deadline, progress)
-            except Divergence as found:
+        dealt = _Dealt(report, shares, None if seconds is None else start + seconds, witness, progress)
+        while report.divergence is None and dealt.more():
+            dealt.run(1 if witness is not None else judge.sessions)
+            # What a late host may have made is looked at again when nobody else is busy.
+            for cls, found in dealt.suspects():
                 report.divergence = shortened(cls, found, witness, shorten)
                 if report.divergence is not None:
                     break
-                report.kinds[kind].late.append(found.text)
+                report.kinds[cls.kind].late.append(found.text)
     report.seconds = time.monotonic() - start
     return report
+
+
+class _Dealt:
+    """Sessions, dealt out to as many threads as the judge has machines for; the caller's alone, if that is one."""
+
+    def __init__(
+        self,
+        report: Report,
+        shares: dict[str, float],
+        deadline: float | None,
+        witness: KernelTrace | None,
+        progress: Progress | None,
+    ) -> None:
+        self.report = report
+        self._shares = shares
+        self._deadline = deadline
+        self._witness = witness
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._operations = dict.fromkeys(shares, 0)
+        self._numbers = dict.fromkeys(shares, 0)
+        self._found: list[tuple[str, int, Divergence]] = []
+        self._error: BaseException | None = None
+        self._stopped = False
+
+    def more(self) -> bool:
+        """Whether there is anything left to do."""
+        used_up = self._deadline is not None and time.monotonic() >= self._deadline
+        return sum(self._operations.values()) < self.report.wanted and not used_up
+
+    def run(self, threads: int) -> None:
+        """Sessions until there are no more or one of them differs."""
+        self._stopped = False
+        if threads == 1:
+            self._one_after_the_other()
+        else:
+            pool = [threading.Thread(target=self._one_after_the_other, daemon=True) for _ in range(threads)]
+            try:
+                for thread in pool:
+                    thread.start()
+                for thread in pool:
+                    thread.join()
+            finally:
+                self._stopped = True
+                for thread in pool:
+                    thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def suspects(self) -> list[tuple[type[Twins], Divergence]]:
+        """What was found, in the order in which sessions were dealt out."""
+        found, self._found = sorted(self._found, key=lambda one: one[1]), []
+        return [(KINDS[kind], divergence) for kind, _, divergence in found]
+
+    def _one_after_the_other(self) -> None:
+        try:
+            while not self._stopped:
+                with self._lock:
+                    if not self.more():
+                        return
+                    kind, number, wanted = self._next()
+                with self.report.judge.inside():
+                    self._session(kind, number, wanted)
+        except BaseException as error:
+            self._error, self._stopped = error, True
+
+    def _next(self) -> tuple[str, int, int]:
+        """A kind that is behind with its share, the number of its session, and how many operations that has."""
+        kind = min(self._shares, key=lambda kind: self._operations[kind] / self._shares[kind])
+        wanted = min(KINDS[kind].operations_each, self.report.wanted - sum(self._operations.values()))
+        number = self._numbers[kind]
+        self._numbers[kind] += 1
+        self._operations[kind] += wanted
+        return kind, number, wanted
+
+    def _session(self, kind: str, number: int, wanted: int) -> None:
+        """One machine, from its making to its end."""
+        report, cls = self.report, KINDS[kind]
+        rng = random.Random(f"{report.seed}/{kind}/{number}")
+        try:
+            with cls(cls.draw(rng, report.host, report.ids), self._witness, report.judge) as twins:
+                self._life(twins, rng, wanted)
+        except Divergence as found:
+            with self._lock:
+                self._found.append((kind, number, found))
+            self._stopped |= not found.late or report.judge.sessions == 1
+
+    def _life(self, twins: Twins, rng: random.Random, wanted: int) -> None:
+        """What one machine goes through."""
+        count = self.report.kinds[twins.kind]
+        began, done = time.monotonic(), 0
+        try:
+            for op in twins.beginning(rng):
+                twins.step(op)
+            for number in range(wanted):
+                twins.step(twins.draw_op(rng))
+                done += 1
+                if number % 32 == 0 and self._is_over(done):
+                    break
+            twins.settle()
+        except (Divergence, TraceLost):
+            raise
+        except TimeoutError as error:
+            raise twins.failed(error) from error  # a guest that does not come back
+        except OSError:
+            raise
+        except Exception as error:
+            raise twins.failed(error) from error
+        finally:
+            with self._lock:
+                count.operations += done
+                count.machines += 1
+                count.vcpus = max(count.vcpus, len(twins.vcpus))
+                count.pages += twins.pages
+                count.trace_lines += twins.trace_lines
+                count.seconds += time.monotonic() - began
+
+    def _is_over(self, done: int) -> bool:
+        """Whether a machine's life ends early; tells how far all of them are."""
+        if self._progress is not None:
+            with self._lock:
+                self._progress(self.report.operations + done, self.report.wanted)
+        return self._stopped or (self._deadline is not None and time.monotonic() > self._deadline)
 
 
 def _shares(operations: int, seconds: float | None, only: str | None, traced: bool) -> dict[str, float]:
@@ -188,40 +305,6 @@ def _shares(operations: int, seconds: float | None, only: str | None, traced: bo
         for kind, share in SHARES.items()
         if (kind != "many" or many) and (KINDS[kind].traceable or not traced)
     }
-
-
-def _session(
-    twins: Twins, rng: random.Random, report: Report, deadline: float | None, progress: Progress | None
-) -> None:
-    """One machine's life."""
-    count = report.kinds[twins.kind]
-    began = time.monotonic()
-    try:
-        for op in twins.beginning(rng):
-            twins.step(op)
-        for number in range(min(twins.operations_each, report.wanted - report.operations)):
-            twins.step(twins.draw_op(rng))
-            count.operations += 1
-            if number % 32 == 0:
-                if progress is not None:
-                    progress(report.operations, report.wanted)
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-        twins.settle()
-    except (Divergence, TraceLost):
-        raise
-    except TimeoutError as error:
-        raise twins.failed(error) from error  # a guest that does not come back
-    except OSError:
-        raise
-    except Exception as error:
-        raise twins.failed(error) from error
-    finally:
-        count.machines += 1
-        count.vcpus = max(count.vcpus, len(twins.vcpus))
-        count.pages += twins.pages
-        count.trace_lines += twins.trace_lines
-        count.seconds += time.monotonic() - began
 
 
 def _trace(judge: J.Judge) -> KernelTrace:

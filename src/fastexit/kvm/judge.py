@@ -6,6 +6,7 @@ Models: nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ class Judge:
         imports, opens: how a script has it: an import line, and what its with statement opens as ``real``.
         replayed: what `comparison.replay` is told in a script, and the with statement around it.
         trace: opens what tells its trace lines; None where there are none.
+        sessions: how many machines live at a time. inside: what a thread that runs one of them is in.
     """
 
     make: Callable[..., Any]
@@ -39,6 +41,8 @@ class Judge:
     opens: str
     replayed: tuple[str, str] = ("", "")
     trace: Callable[[], KernelTrace] | None = None
+    sessions: int = 1
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def local() -> Judge:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastexit import regs as R
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
 from fastexit.kvm.device import Device, KvmUnavailable
+from fastexit.kvm.lab.turnstile import Turnstile
 from fastexit.kvm.lab.wire import LOOK_SREGS, LOOK_STATES, SET_REGS, Answer, Ask, Record, Wire
 from fastexit.reasons import KvmExit
 
@@ -47,8 +49,7 @@ READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, *SEEN
 class _Vm:
     """What is known of one VM: its vCPUs' slots, and what they looked like behind the last change."""
 
-    first: int = 0
-    vcpus: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     seen: list[bytearray] = field(default_factory=list)
     flags: int | None = None
     """What is to be looked at behind each change; None: nothing."""
@@ -60,10 +61,11 @@ class LabDevice(Device):
 
     def __init__(self, wire: Wire, name: str) -> None:
         self.wire = wire
+        self.turnstile: Turnstile = Turnstile(wire)
         self._name = name
         self._vms: dict[int, _Vm] = {}
         self._vm_of: dict[int, tuple[_Vm, int]] = {}
-        self._slots = 0
+        self._slots = _Numbers()
         self._memories = _Numbers()
         self._guests = _Numbers()
 
@@ -76,7 +78,7 @@ class LabDevice(Device):
         """One trip; OSError with the error number of the first record that failed."""
         if self.wire.closed:
             return [Answer(0, b"")] * len(records)  # the machine is gone, and all that it held
-        answers = self.wire.trip(records)
+        answers = self.turnstile.trip(records)
         for answer in answers:
             if answer.result < 0:
                 raise OSError(-answer.result, os.strerror(-answer.result))
@@ -96,9 +98,11 @@ class LabDevice(Device):
         forget: list[Record] = []
         vm = self._vms.pop(fd, None)
         if vm is not None:
-            forget = [(Ask.WATCH, 0, struct.pack("<Ii", vm.first + n, -1)) for n in range(len(vm.vcpus))]
+            forget = [(Ask.WATCH, 0, struct.pack("<Ii", slot, -1)) for slot in vm.slots]
         self._vm_of.pop(fd, None)
         self.ask(*forget, (Ask.CLOSE, 0, struct.pack("<I", fd)))
+        for slot in vm.slots if vm is not None else ():
+            self._slots.give(slot)
 
     def read(self, fd: int, most: int) -> bytes:
         """What a file has now, up to ``most`` bytes."""
@@ -149,7 +153,7 @@ class LabDevice(Device):
         vm = vm or self._vms.get(fd)
         if vm is not None and request not in READS:
             looks = self._look(vm)
-        first, *rest = self.wire.trip([_ioctl(fd, request, argument), *looks])
+        first, *rest = self.turnstile.trip([_ioctl(fd, request, argument), *looks])
         self._note(vm, rest)
         if first.result < 0:
             raise OSError(-first.result, os.strerror(-first.result))
@@ -168,20 +172,14 @@ class LabDevice(Device):
         return request != K.GET_SREGS or bool(vm.flags & LOOK_SREGS)
 
     def created(self, vm: int, vcpu: int) -> None:
-        """A vCPU that looks have to look at. Those of a VM lie one behind the other, with room for more."""
+        """A vCPU that looks have to look at."""
         known = self._vms[vm]
-        if not known.vcpus:
-            known.first = self._room()
-        slot = known.first + len(known.vcpus)
+        slot = self._slots.take()
         self.ask((Ask.WATCH, 0, struct.pack("<Ii", slot, vcpu)))
-        self._vm_of[vcpu] = known, len(known.vcpus)
-        known.vcpus.append(vcpu)
+        self._vm_of[vcpu] = known, len(known.slots)
+        known.slots.append(slot)
         known.seen.append(bytearray(SEEN_BYTES))
         known.fresh = False
-
-    def _room(self) -> int:
-        """The first of the slots for a new VM: behind those of all others."""
-        return max((vm.first + len(vm.vcpus) + SPARE_SLOTS for vm in self._vms.values() if vm.vcpus), default=0)
 
     def watch(self, vm: int, *, states: bool) -> None:
         """From now on each change is followed by a look, with ``states`` also at mp_state and segments."""
@@ -190,9 +188,9 @@ class LabDevice(Device):
 
     def _look(self, vm: _Vm) -> list[Record]:
         vm.fresh = False
-        if vm.flags is None or not vm.vcpus:
+        if vm.flags is None or not vm.slots:
             return []
-        return [(Ask.LOOK, vm.flags, _PAIR.pack(vm.first, len(vm.vcpus)))]
+        return [(Ask.LOOK, vm.flags, struct.pack(f"<{1 + len(vm.slots)}I", len(vm.slots), *vm.slots))]
 
     def _note(self, vm: _Vm | None, answers: Sequence[Answer]) -> None:
         """Applies what a look found changed."""
@@ -215,7 +213,7 @@ class LabDevice(Device):
         """Records that change a vCPU, then a look at its VM; OSError as `ask`."""
         vm, _ = self._vm_of.get(vcpu, (None, 0))
         looks = self._look(vm) if vm is not None else []
-        answers = self.wire.trip([*records, *looks], RUN_SECONDS * 3)
+        answers = self.turnstile.trip([*records, *looks], RUN_SECONDS * 3)
         self._note(vm, answers[len(records) :])
         for answer in answers[: len(records)]:
             if answer.result < 0:
@@ -233,22 +231,18 @@ class LabDevice(Device):
         return LabGuest(self, vcpu, memory, run_bytes, self._guests)
 
 
-SPARE_SLOTS = 16
-"""So many vCPUs may be added to a VM behind which another one is."""
-
-
 class _Numbers:
-    """Numbers that are free."""
+    """Numbers that are free; threads may take and give."""
 
     def __init__(self) -> None:
         self._free: list[int] = []
-        self._next = 0
+        self._fresh = count()
 
     def take(self) -> int:
-        if self._free:
+        try:
             return self._free.pop()
-        self._next += 1
-        return self._next - 1
+        except IndexError:
+            return next(self._fresh)
 
     def give(self, number: int) -> None:
         self._free.append(number)

@@ -401,21 +401,26 @@ static void do_watch(uint32_t slot, int fd)
 }
 
 /* Pages, events and what else is asked for, of vCPUs one by one: dwords that are not what they were at the last look. */
-static void do_look(uint32_t first, uint32_t count, int flags)
+static void do_look(uint32_t count, const uint32_t *slots, int flags)
 {
 	uint32_t *out, *start;
 	size_t whole = sizeof(struct seen) / 4;
 
 	start = out = (uint32_t *)room(count * (8 * whole + 8));
-	if (!start || first + count > SLOTS) {
+	if (!start) {
 		put_error(ENOSPC);
 		return;
 	}
-	for (uint32_t slot = first; slot < first + count; slot++) {
-		struct watched *one = watched[slot];
-		struct seen now = one->seen;
+	for (uint32_t n = 0; n < count; n++) {
+		struct watched *one = slots[n] < SLOTS ? watched[slots[n]] : NULL;
+		struct seen now;
 		uint32_t *head = out++, changed = 0, *old = (uint32_t *)&one->seen, *new = (uint32_t *)&now;
 
+		if (!one) {
+			put_error(ENOENT);
+			return;
+		}
+		now = one->seen;
 		if (ioctl(one->fd, KVM_GET_LAPIC, &now.page) || ioctl(one->fd, KVM_GET_VCPU_EVENTS, &now.events) ||
 		    ((flags & LOOK_STATES) && ioctl(one->fd, KVM_GET_MP_STATE, &now.state)) ||
 		    ((flags & LOOK_SREGS) && ioctl(one->fd, KVM_GET_SREGS, &now.sregs))) {
@@ -483,7 +488,7 @@ static void carry_out(const struct record *record)
 		do_watch(words[0], (int)words[1]);
 		break;
 	case LOOK:
-		do_look(words[0], words[1], record->flags);
+		do_look(words[0], words + 1, record->flags);
 		break;
 	case CLOCK: {
 		int64_t ns = now(), *out = (int64_t *)room(sizeof ns);

@@ -18,6 +18,9 @@ from fastexit.kvm.lab.device import LabDevice
 from fastexit.kvm.lab.qemu import Machine
 from fastexit.kvm.oracle import Oracle
 
+SESSIONS = 32
+"""Machines that are compared at a time: their records go over together."""
+
 
 class Lab:
     """A real kernel in an emulated machine; a context manager.
@@ -70,6 +73,8 @@ class Lab:
             "",
             f"{opened} as lab, lab.oracle(**KEYWORDS) as real",
             ("other=lab", f"{opened} as lab"),
+            sessions=SESSIONS,
+            inside=self.device.turnstile.inside,
         )
 
     def _arguments(self) -> str:

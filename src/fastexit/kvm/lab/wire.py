@@ -22,7 +22,7 @@ DONE, ANSWER_BYTES, SLEEPING, IS_READY = 16, 17, 18, 19
 """Dwords of the header. Those of each side have a cache line of their own."""
 
 LOOKS_BEFORE_SLEEP = 2000
-SPINS_OF_THE_MACHINE = 100_000
+SPINS_OF_THE_MACHINE = 60_000
 NAP_SECONDS = 5e-5
 LONGEST_NAP_SECONDS = 2e-3
 
