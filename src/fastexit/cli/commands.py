@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -302,19 +303,27 @@ def demo(args: argparse.Namespace) -> int:
     return _replayed(report)
 
 
-def _verified(args: argparse.Namespace) -> Any:
+def _verified(args: argparse.Namespace, lab: Any) -> Any:
     """A report, with a progress bar over operations or seconds."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fastexit.cli.show import console
     from fastexit.kvm.comparison import verify
 
-    options = {"seconds": args.seconds, "seed": args.seed, "ids": args.vcpus, "only": args.only, "traced": args.trace}
+    options = {
+        "other": lab,
+        "seconds": args.seconds,
+        "seed": args.seed,
+        "ids": args.vcpus,
+        "only": args.only,
+        "traced": args.trace,
+    }
     operations = args.ops if args.ops is not None else 1 << 62 if args.seconds is not None else 100_000
     out = console(to_stderr=True)
     if args.quiet or not out.is_terminal:
         return verify(operations, **options)
-    text = TextColumn("comparing with /dev/kvm, {task.fields[done]:,} operations")
+    who = "/dev/kvm" if lab is None else f"kernel {lab.kernel.version}"
+    text = TextColumn(f"comparing with {who}, {{task.fields[done]:,}} operations")
     with Progress(text, BarColumn(), TimeRemainingColumn(), console=out, transient=True) as bar:
         began, by_time = time.monotonic(), args.ops is None and args.seconds is not None
         task = bar.add_task("", total=args.seconds if by_time else operations, done=0)
@@ -325,21 +334,33 @@ def _verified(args: argparse.Namespace) -> Any:
         return verify(operations, progress=progress, **options)
 
 
-def verify(args: argparse.Namespace) -> int:
-    """``fastexit verify``; 1 when the model and the kernel differ."""
+def _judged(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """The lab that is asked for, or None for /dev/kvm, which is there then."""
+    if args.kernel is not None or args.image is not None or args.modules is not None:
+        from fastexit.kvm.lab.lab import Lab
+
+        return Lab(args.kernel, vendor=args.vendor, image=args.image, modules=args.modules)
     from fastexit.kvm.host import running
-    from fastexit.kvm.tracefs import KernelTrace, TraceLost
+    from fastexit.kvm.tracefs import KernelTrace
 
     running()
     if args.trace:
         KernelTrace().close()
+    return nullcontext()
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``fastexit verify``; 1 when the model and the kernel differ."""
+    from fastexit.kvm.tracefs import TraceLost
+
     if args.script is not None:
         _check_file(Path(args.script), "--script")
-    _compile()
-    try:
-        report = _verified(args)
-    except TraceLost as lost:
-        raise UsageError(f"--trace: {lost}") from None
+    with _judged(args) as lab:
+        _compile()
+        try:
+            report = _verified(args, lab)
+        except TraceLost as lost:
+            raise UsageError(f"--trace: {lost}") from None
     found = report.divergence
     written = args.script is not None and found is not None and _written(Path(args.script), found.script())
     if args.json:

@@ -1,4 +1,4 @@
-"""The command line: ``fastexit walk | replay | verify | demo | embed | info``, each with --json.
+"""The command line: ``fastexit walk | replay | verify | kernels | demo | embed | info``, each with --json.
 
 Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference; 2: wrong
 arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
@@ -15,7 +15,7 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
-from fastexit.cli import commands
+from fastexit.cli import commands, kernels
 from fastexit.profile import NEWEST, PROFILES, profiles
 
 _EPILOG = f"""examples:
@@ -23,6 +23,7 @@ _EPILOG = f"""examples:
   fastexit walk --shorthand all-but-self --kernels 5.7,6.18
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
+  fastexit verify --kernel 6.1                   ... like that kernel's, booted in an emulated machine?
   fastexit demo --output out                     everything, on a real trace
   fastexit embed build -o fx                     a shared library for simulators in C
 
@@ -188,14 +189,22 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how many mismatches are shown; all are counted (default: {commands.MISMATCHES})",
     )
 
-    verify = command("verify", commands.verify, "Random operations on the model and on /dev/kvm, compared after each.")
+    verify = command(
+        "verify", commands.verify, "Random operations on the model and on a real kernel, compared after each."
+    )
+    verify.add_argument(
+        "--kernel", metavar="VERSION", help="a kernel of the lab (fastexit kernels) instead of /dev/kvm: 6.1, 6.1.192"
+    )
+    kernels.lab_options(verify)
     verify.add_argument("--ops", type=_count, metavar="N", help="operations (default: 100000, or as many as fit)")
     verify.add_argument("--seconds", type=_seconds, metavar="S", help="stop after so long")
     verify.add_argument("--seed", type=_number, default=1, metavar="K", help="which operations (default: 1)")
     verify.add_argument(
         "--vcpus", type=_vcpus, metavar="LIST", help="a number, or APIC ids: 0,1,300 (default: 4 to 9 random ones)"
     )
-    verify.add_argument("--only", choices=VERIFY_KINDS, help="one kind of operations (default: all, by share)")
+    verify.add_argument(
+        "--only", "--kind", choices=VERIFY_KINDS, help="one kind of operations (default: all, by share)"
+    )
     verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
     verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -225,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = step(name, run, text)
         sub.add_argument("-o", "--output", metavar="DIR", help="where it was built (default: where it was built last)")
+
+    kernels.add(subparsers, raw)
 
     command("info", commands.info, "Versions, kernel generations, memory layout, cache, /dev/kvm.")
     return parser

@@ -7,6 +7,7 @@ ioctls are carried, is compared by the same code.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from fastexit.kvm import ioctl as K
 DEVICE = "/dev/kvm"
 MODULES = Path("/sys/module")
 CPUINFO = Path("/proc/cpuinfo")
+PROC_VERSION = Path("/proc/version")
 
 
 class KvmUnavailable(OSError):
@@ -104,6 +106,22 @@ class Device:
     def release(self) -> str:
         """The kernel's release."""
         return os.uname().release
+
+    def version(self) -> str:
+        """Upstream's version with its patch level, where the kernel tells it; else ""."""
+        return upstream(self.text(PROC_VERSION) or "")
+
+
+def upstream(text: str) -> str:
+    """The version that a distribution's kernel names in /proc/version, else "".
+
+    >>> upstream("Linux version 6.1.0-57-cloud-amd64 (gcc-12 (Debian 12.2.0-14)) #1 SMP Debian 6.1.192-3 (2026-10-01)")
+    '6.1.192'
+    """
+    found = re.search(r"#\d+ [^#]*Debian (\d+\.\d+\.\d+)", text) or re.match(
+        r"Linux version (\d+\.\d+\.[1-9]\d*)", text
+    )
+    return found[1] if found else ""
 
 
 LOCAL = Device()

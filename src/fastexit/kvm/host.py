@@ -46,6 +46,7 @@ class Host:
         vector_hashing, min_timer_period_us, pi_inject_timer, ignore_msrs: module parameters.
         smm, cmci: what VMs may have. quirks: those that can be disabled. bus_cycles: the bus clock can be set.
         max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and what their ids must be below; no more than a Machine.
+        version: what the release does not say of itself, a distribution's patch level (6.1.192); "" where unknown.
         nrips: kvm_amd learns the next RIP from the CPU. maxphyaddr: physical address bits that guests can be given.
     """
 
@@ -68,13 +69,14 @@ class Host:
     bus_cycles: bool
     max_vcpus: int
     max_vcpu_id: int
+    version: str = ""
     nrips: bool = True
     maxphyaddr: int = 48
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
         return {
-            "kernel": self.kernel,
+            "kernel": self.version if self._is_of(self.version) else self.kernel,
             "vendor": {"kvm_amd": "svm", "kvm_intel": "vmx"}.get(self.module, "svm" if self.icr_split else "vmx"),
             "apicv": self.apicv,
             "hv_timer": False,
@@ -84,6 +86,10 @@ class Host:
             "smm": self.smm,
             "nrips": self.nrips,
         }
+
+    def _is_of(self, version: str) -> bool:
+        """Whether a version is one of the releases that ``kernel`` stands for."""
+        return generation(version) == self.kernel if version else False
 
     def as_dict(self) -> dict[str, Any]:
         """All attributes with plain values, for JSON."""
@@ -254,6 +260,7 @@ def _look(device: Device) -> Host:
             pi_inject_timer=said("pi_inject_timer", "N") in ("Y", "1"),
             ignore_msrs=said("ignore_msrs", "N") in ("Y", "1"),
             apicv="Y" in (said("enable_apicv", "", "kvm_intel"), said("avic", "", "kvm_amd")),
+            version=device.version(),
             nrips=said("nrips", "1", "kvm_amd") in ("Y", "1"),
             smm=bool(has(K.CAP_X86_SMM)),
             cmci=bool(mce[0] & K.MCG_CMCI_P),

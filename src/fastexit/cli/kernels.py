@@ -1,0 +1,110 @@
+"""``fastexit kernels list | get | boot``: the kernels of the lab, each command taking parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def add(subparsers: Any, raw: Any) -> None:
+    """Add the command to a parser's."""
+    kernels = subparsers.add_parser("kernels", help="Kernels of other generations, for fastexit verify --kernel.")
+    steps = kernels.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name: str, run: Any, text: str, *, asks_apt: bool = False) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = steps.add_parser(name, help=text, description=text, formatter_class=raw)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(run=run)
+        if asks_apt:
+            sub.add_argument(
+                "--suite", action="append", default=[], metavar="NAME", help="ask this suite of the system's mirror"
+            )
+            sub.add_argument("--sources", type=Path, metavar="FILE", help="ask the sources of this file")
+            sub.add_argument("--apt-option", action="append", default=[], metavar="NAME=VALUE", help="for apt as it is")
+        return sub
+
+    there = step("list", list_kernels, "Kernels in the cache; with --available those that apt has, too.", asks_apt=True)
+    there.add_argument("--available", action="store_true", help="ask apt's sources, too")
+    get = step("get", get_kernel, "Get a kernel's packages by apt into the cache; nothing is installed.", asks_apt=True)
+    get.add_argument("version", metavar="VERSION", help="6.1, 6.1.192")
+    boot = step("boot", boot_kernel, "Boot a kernel in an emulated machine and print what its KVM is.")
+    boot.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
+    lab_options(boot)
+
+
+def lab_options(sub: argparse.ArgumentParser) -> None:
+    """What says which lab is meant."""
+    sub.add_argument("--vendor", choices=("svm", "vmx"), default="svm", help="whose CPU the machine has (default: svm)")
+    sub.add_argument("--image", metavar="VMLINUZ", help="a kernel of your own, with --modules")
+    sub.add_argument("--modules", metavar="DIR", help="where its irqbypass, kvm and kvm-amd modules are, or below")
+
+
+def _apt(args: argparse.Namespace) -> Any:
+    from fastexit.kvm.lab.kernels import Apt, directory
+
+    return Apt(directory() / "apt", tuple(args.suite), args.sources, tuple(args.apt_option))
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def list_kernels(args: argparse.Namespace) -> int:
+    """``fastexit kernels list``."""
+    from fastexit.cli.show import console
+    from fastexit.kvm.lab import kernels
+
+    there = kernels.cached()
+    offered: dict[str, list[str]] = {}
+    if args.available or args.suite or args.sources or args.apt_option:
+        apt = _apt(args)
+        apt.update()
+        offered = apt.versions()
+    if args.json:
+        _print_json({"cached": [kernel.as_dict() for kernel in there], "available": offered})
+        return 0
+    table = Table(title=f"Kernels in {kernels.directory()}", box=box.SIMPLE_HEAVY)
+    for column in ("version", "release", "package"):
+        table.add_column(column)
+    for kernel in there:
+        table.add_row(kernel.version, kernel.release, kernel.package)
+    have = {kernel.package for kernel in there}
+    for version, packages in offered.items():
+        if " ".join(packages) not in have:
+            table.add_row(version, f"not here: fastexit kernels get {version}", " ".join(packages), style="dim")
+    console().print(table)
+    return 0
+
+
+def get_kernel(args: argparse.Namespace) -> int:
+    """``fastexit kernels get VERSION``."""
+    from fastexit.kvm.lab import kernels
+
+    kernel = kernels.get(args.version, _apt(args))
+    if args.json:
+        _print_json(kernel.as_dict())
+    else:
+        print(f"{kernel.version}: {kernel.release} in {kernel.modules}")
+    return 0
+
+
+def boot_kernel(args: argparse.Namespace) -> int:
+    """``fastexit kernels boot VERSION``."""
+    from fastexit.kvm.lab.lab import Lab
+
+    with Lab(args.version, vendor=args.vendor, image=args.image, modules=args.modules) as lab:
+        seconds, host = lab.machine.boot_seconds, lab.host
+    if args.json:
+        _print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "host": host.as_dict()})
+        return 0
+    print(f"{lab.kernel.version} came up in {seconds:.1f} s")
+    for name, value in host.as_dict().items():
+        print(f"  {name}: {value}")
+    return 0
