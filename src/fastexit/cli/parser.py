@@ -202,9 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--vcpus", type=_vcpus, metavar="LIST", help="a number, or APIC ids: 0,1,300 (default: 4 to 9 random ones)"
     )
-    verify.add_argument(
-        "--only", "--kind", choices=VERIFY_KINDS, help="one kind of operations (default: all, by share)"
-    )
+    verify.add_argument("--only", "--kind", choices=VERIFY_KINDS, help="one kind of operations (default: all)")
     verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
     verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")

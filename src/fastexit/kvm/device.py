@@ -118,9 +118,8 @@ def upstream(text: str) -> str:
     >>> upstream("Linux version 6.1.0-57-cloud-amd64 (gcc-12 (Debian 12.2.0-14)) #1 SMP Debian 6.1.192-3 (2026-10-01)")
     '6.1.192'
     """
-    found = re.search(r"#\d+ [^#]*Debian (\d+\.\d+\.\d+)", text) or re.match(
-        r"Linux version (\d+\.\d+\.[1-9]\d*)", text
-    )
+    debian, plain = r"#\d+ [^#]*Debian (\d+\.\d+\.\d+)", r"Linux version (\d+\.\d+\.[1-9]\d*)"
+    found = re.search(debian, text) or re.match(plain, text)
     return found[1] if found else ""
 
 
