@@ -110,7 +110,7 @@ class Report:
             "operations": self.operations,
             "seconds": round(self.seconds, 1),
             "kinds": {
-                kind: vars(count) | {"seconds": round(count.seconds, 1), "about": KINDS[kind].about}
+                kind: vars(count) | {"seconds": round(count.seconds, 1), "about": of_kind(self.judge, kind)[0].about}
                 for kind, count in self.kinds.items()
             },
             "divergences": 0 if found is None else 1,
@@ -168,6 +168,12 @@ def verify(
     return report
 
 
+def of_kind(judge: J.Judge, kind: str) -> tuple[type[Twins], J.Judge]:
+    """How a kind of operations is compared with a judge, and by whom."""
+    special = judge.special.get(kind)
+    return (KINDS[kind], judge) if special is None else special()
+
+
 class _Dealt:
     """Sessions, dealt out to as many threads as the judge has machines for; the caller's alone, if that is one."""
 
@@ -187,7 +193,7 @@ class _Dealt:
         self._lock = threading.Lock()
         self._operations = dict.fromkeys(shares, 0)
         self._numbers = dict.fromkeys(shares, 0)
-        self._found: list[tuple[str, int, Divergence]] = []
+        self._found: list[tuple[type[Twins], int, Divergence]] = []
         self._error: BaseException | None = None
         self._stopped = False
 
@@ -218,7 +224,7 @@ class _Dealt:
     def suspects(self) -> list[tuple[type[Twins], Divergence]]:
         """What was found, in the order in which sessions were dealt out."""
         found, self._found = sorted(self._found, key=lambda one: one[1]), []
-        return [(KINDS[kind], divergence) for kind, _, divergence in found]
+        return [(cls, divergence) for cls, _, divergence in found]
 
     def _one_after_the_other(self) -> None:
         try:
@@ -227,30 +233,33 @@ class _Dealt:
                     if not self.more():
                         return
                     kind, number, wanted = self._next()
-                with self.report.judge.inside():
-                    self._session(kind, number, wanted)
+                cls, judge = of_kind(self.report.judge, kind)
+                with judge.inside():
+                    self._session(cls, judge, number, wanted)
         except BaseException as error:
             self._error, self._stopped = error, True
 
     def _next(self) -> tuple[str, int, int]:
         """A kind that is behind with its share, the number of its session, and how many operations that has."""
         kind = min(self._shares, key=lambda kind: self._operations[kind] / self._shares[kind])
-        wanted = min(KINDS[kind].operations_each, self.report.wanted - sum(self._operations.values()))
+        wanted = min(
+            of_kind(self.report.judge, kind)[0].operations_each, self.report.wanted - sum(self._operations.values())
+        )
         number = self._numbers[kind]
         self._numbers[kind] += 1
         self._operations[kind] += wanted
         return kind, number, wanted
 
-    def _session(self, kind: str, number: int, wanted: int) -> None:
+    def _session(self, cls: type[Twins], judge: J.Judge, number: int, wanted: int) -> None:
         """One machine, from its making to its end."""
-        report, cls = self.report, KINDS[kind]
-        rng = random.Random(f"{report.seed}/{kind}/{number}")
+        report = self.report
+        rng = random.Random(f"{report.seed}/{cls.kind}/{number}")
         try:
-            with cls(cls.draw(rng, report.host, report.ids), self._witness, report.judge) as twins:
+            with cls(cls.draw(rng, judge.host, report.ids), self._witness, judge) as twins:
                 self._life(twins, rng, wanted)
         except Divergence as found:
             with self._lock:
-                self._found.append((kind, number, found))
+                self._found.append((cls, number, found))
             self._stopped |= not found.late or report.judge.sessions == 1
 
     def _life(self, twins: Twins, rng: random.Random, wanted: int) -> None:
@@ -322,11 +331,13 @@ def replay(
     setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
     with ExitStack() as stack:
         witness = stack.enter_context(_trace(judge)) if traced else None
-        twins = stack.enter_context(KINDS[kind](setup, witness, judge))
+        cls, judge = of_kind(judge, kind)
+        twins = stack.enter_context(cls(setup, witness, judge))
         try:
             twins.look()
             for op in ops:
                 twins.step(op)
+            twins.finish()
         except Divergence as found:
             return found
     return None

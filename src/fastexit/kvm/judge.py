@@ -5,9 +5,9 @@ Models: nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastexit import regs as R
@@ -19,6 +19,7 @@ from fastexit.profile import NEWEST
 
 if TYPE_CHECKING:
     from fastexit.kvm.lab.lab import Lab
+    from fastexit.kvm.twins import Twins
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Judge:
         imports, opens: how a script has it: an import line, and what its with statement opens as ``real``.
         replayed: what `comparison.replay` is told in a script, and the with statement around it.
         trace: opens what tells its trace lines; None where there are none.
+        special: kinds of comparison that are others here than usual, with who judges them.
         sessions: how many machines live at a time. inside: what a thread that runs one of them is in.
     """
 
@@ -43,6 +45,7 @@ class Judge:
     trace: Callable[[], KernelTrace] | None = None
     sessions: int = 1
     inside: Callable[[], AbstractContextManager[None]] = nullcontext
+    special: Mapping[str, Callable[[], tuple[type[Twins], Judge]]] = field(default_factory=dict)
 
 
 def local() -> Judge:

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastexit.kvm.comparison import KINDS, Report
+from fastexit.kvm.comparison import Report, of_kind
 
 
 def render(report: Report, out: Console) -> None:
@@ -28,7 +28,7 @@ def render(report: Report, out: Console) -> None:
         row = [kind, f"{count.operations:,}", f"{count.machines:,}", f"{count.pages:,}"]
         row += [f"{count.trace_lines:,}"] * report.traced
         rate = f"{count.operations / count.seconds:,.0f}" if count.seconds else ""
-        table.add_row(*row, rate, KINDS[kind].about)
+        table.add_row(*row, rate, of_kind(report.judge, kind)[0].about)
     out.print(table)
     if report.late:
         out.print(f"{len(report.late)} machines given up: what differed did not show again, so the host was late:")

@@ -19,7 +19,7 @@ SECONDS = 60.0
 """No candidate is tried after so long, unless something else is said."""
 LATE_TRIES = 2
 """A difference that a late host may have made has to show so often."""
-WITHOUT_VCPU = ("signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter")
+WITHOUT_VCPU = ("sleep", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter")
 
 
 class _Search:
@@ -50,9 +50,10 @@ class _Search:
                 for op in ops:
                     done += 1
                     twins.step(op)
+                twins.finish()
         except Divergence as found:
             # What the step itself added to the history is added again when it is replayed.
-            found.history = ops[:done]
+            found.history = ops[: min(done, len(found.history)) if twins.deferred else done]
             return found
         except (LookupError, ValueError, TypeError, TimeoutError, RuntimeError):
             pass  # something that an operation needs was left out, such as the vCPU's creation

@@ -112,6 +112,8 @@ class Twins:
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
     traceable: ClassVar[bool] = True
+    deferred: ClassVar[bool] = False
+    """Whether operations are carried out by `finish`, all at once."""
     states: ClassVar[bool] = False
     """Whether a look asks for mp_state, which carries out INIT and SIPI."""
     last_questions: ClassVar[tuple[Op, ...]] = (
@@ -276,6 +278,9 @@ class Twins:
                 self.history.append(op)
                 self.carry_out(op)
         self.look()
+
+    def finish(self) -> None:
+        """The end of a story, for twins that carry out nothing before that."""
 
     def same(self, what: str, expected: Any, got: Any) -> None:
         """Divergence when two results differ."""

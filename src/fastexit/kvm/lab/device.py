@@ -153,7 +153,7 @@ class LabDevice(Device):
         vm = vm or self._vms.get(fd)
         if vm is not None and request not in READS:
             looks = self._look(vm)
-        first, *rest = self.turnstile.trip([_ioctl(fd, request, argument), *looks])
+        first, *rest = self.turnstile.trip([ioctl_record(fd, request, argument), *looks])
         self._note(vm, rest)
         if first.result < 0:
             raise OSError(-first.result, os.strerror(-first.result))
@@ -191,6 +191,20 @@ class LabDevice(Device):
         if vm.flags is None or not vm.slots:
             return []
         return [(Ask.LOOK, vm.flags, struct.pack(f"<{1 + len(vm.slots)}I", len(vm.slots), *vm.slots))]
+
+    def look_record(self, vm: int) -> Record:
+        """A look at all vCPUs of a VM with their states, for a batch of one's own; `looked` reads what it found."""
+        slots = self._vms[vm].slots
+        return (Ask.LOOK, LOOK_STATES, struct.pack(f"<{1 + len(slots)}I", len(slots), *slots))
+
+    def looked(self, vm: int, answer: Answer) -> list[bytes]:
+        """What each vCPU looks like, page first; SEEN says what is where."""
+        known = self._vms[vm]
+        if answer.result < 0:
+            raise OSError(-answer.result, os.strerror(-answer.result))
+        self._note(known, [answer])
+        known.fresh = False
+        return [bytes(seen) for seen in known.seen]
 
     def _note(self, vm: _Vm | None, answers: Sequence[Answer]) -> None:
         """Applies what a look found changed."""
@@ -248,7 +262,7 @@ class _Numbers:
         self._free.append(number)
 
 
-def _ioctl(fd: int, request: int, argument: Any) -> Record:
+def ioctl_record(fd: int, request: int, argument: Any) -> Record:
     """An ioctl with what its pointer points to, and, of an MSR filter, what that points to."""
     if argument is None or isinstance(argument, int):
         return (Ask.IOCTL, 0, _IOCTL.pack(fd, 0, 0, request, argument or 0))
@@ -264,6 +278,19 @@ def _ioctl(fd: int, request: int, argument: Any) -> Record:
             more += bytes(K.ffi.buffer(one.bitmap, (one.nmsrs + 63) // 64 * 8))
     head = _IOCTL.pack(fd, 1, len(pointers), request, len(data) + len(more))
     return (Ask.IOCTL, 0, head + b"".join(pointers) + data + more)
+
+
+def stopped(data: bytes) -> tuple[G.Stopped | None, int, tuple[int, int, int], bytes]:
+    """What an EXECUTE came to: None when it was too late; exit reason, MSR access, IOAPIC EOIs."""
+    late, reason, port, eax, edx, user, why, index, value, eois, _ = _STOPPED.unpack_from(data)
+    told = data[_STOPPED.size : _STOPPED.size + eois]
+    if late:
+        return None, reason, (index, value, why), told
+    if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+        return G.Stopped(0, 0, 0, KvmExit(reason)), reason, (index, value, why), told
+    if reason != KvmExit.IO:
+        raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
+    return G.Stopped(port, eax, edx, KvmExit.MMIO if user else None), reason, (index, value, why), told
 
 
 class LabMemory(G.Memory):
@@ -338,16 +365,17 @@ class LabGuest(G.Guest):
         seconds = RUN_SECONDS if self._seconds is None else self._seconds
         payload = _PROGRAM.pack(self._slot, 0, *registers, int(seconds * 1e9))
         data = self._device.act(self._fd, (Ask.EXECUTE, set_regs, payload))[0].data
-        late, reason, port, eax, edx, user, why, index, value, eois, _ = _STOPPED.unpack_from(data)
-        self.ioapic_eois += data[_STOPPED.size : _STOPPED.size + eois]
-        if late:
+        came, self._reason, self._access, eois = stopped(data)
+        self.ioapic_eois += eois
+        if came is None:
             raise TimeoutError(f"the guest did not come back in {seconds} s")
-        self._reason, self._access = reason, (index, value, why)
-        if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
-            return G.Stopped(0, 0, 0, KvmExit(reason))
-        if reason != KvmExit.IO:
-            raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
-        return G.Stopped(port, eax, edx, KvmExit.MMIO if user else None)
+        return came
+
+    def program_record(self, code: bytes, *, interrupts: bool = False) -> Record:
+        """One program as a record, for a batch of one's own."""
+        flags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
+        registers = 0, 0, 0, 0, G.STACK_AT, self._memory.program(code), flags
+        return (Ask.EXECUTE, SET_REGS, _PROGRAM.pack(self._slot, 0, *registers, int(RUN_SECONDS * 1e9)))
 
     @property
     def exit_reason(self) -> KvmExit:

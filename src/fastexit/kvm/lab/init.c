@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER };
+enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE };
 enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000 };
 enum { LOOK_STATES = 1, LOOK_SREGS = 2, SET_REGS = 1 };
 
@@ -362,6 +362,22 @@ static void do_execute(const uint8_t *payload, int set_regs)
 	put(0, sizeof out + out.eois);
 }
 
+/* A TSC deadline so many ticks ahead of the guest's own TSC. */
+static void do_deadline(const uint8_t *payload)
+{
+	struct { uint32_t fd, unused; uint64_t ticks; } in;
+	struct { struct kvm_msrs head; struct kvm_msr_entry entry; } one = { { 1, 0 }, { 0x10, 0, 0 } };
+
+	memcpy(&in, payload, sizeof in);
+	if (ioctl(in.fd, KVM_GET_MSRS, &one) != 1) {
+		put_error(EINVAL);
+		return;
+	}
+	one.entry.index = 0x6e0;
+	one.entry.data += in.ticks;
+	put(ioctl(in.fd, KVM_SET_MSRS, &one), 0);
+}
+
 static void do_answer(const uint8_t *payload)
 {
 	struct { uint32_t slot, error; uint64_t data; } in;
@@ -504,6 +520,9 @@ static void carry_out(const struct record *record)
 		put(0, 0);
 		break;
 	}
+	case DEADLINE:
+		do_deadline(payload);
+		break;
 	case QUIT:
 		reboot(RB_POWER_OFF);
 		break;

@@ -5,10 +5,12 @@ Models: nothing.
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fastexit.checks import one_of
 from fastexit.kvm import host as H
@@ -17,6 +19,9 @@ from fastexit.kvm.lab import kernels
 from fastexit.kvm.lab.device import LabDevice
 from fastexit.kvm.lab.qemu import Machine
 from fastexit.kvm.oracle import Oracle
+
+if TYPE_CHECKING:
+    from fastexit.kvm.twins import Twins
 
 SESSIONS = 32
 """Machines that are compared at a time: their records go over together."""
@@ -50,6 +55,9 @@ class Lab:
             raise ValueError("give either a version or an image")
         self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
         self.version = version
+        self.exact = exact
+        self._lock = threading.Lock()
+        self._other: Lab | None = None
         self.machine = Machine(self.kernel, exact=exact)
         self.device = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
 
@@ -74,13 +82,28 @@ class Lab:
             f"{opened} as lab, lab.oracle(**KEYWORDS) as real",
             ("other=lab", f"{opened} as lab"),
             sessions=SESSIONS,
-            inside=self.device.turnstile.inside,
+            inside=nullcontext if self.exact else self.device.turnstile.inside,
+            special={"timers": self._timers},
         )
 
-    def _arguments(self) -> str:
+    def _timers(self) -> tuple[type[Twins], Judge]:
+        """Timers are compared on a machine whose clock counts instructions: this one, or another one."""
+        from fastexit.kvm.lab.exact import ExactTimers
+
+        with self._lock:
+            if not self.exact and self._other is None:
+                self._other = Lab(**self._keywords() | {"exact": True})
+        return ExactTimers, (self._other or self).judge()
+
+    def _keywords(self) -> dict[str, Any]:
+        """What makes this lab again."""
+        kernel: dict[str, Any] = {"image": str(self.kernel.image), "modules": str(self.kernel.modules)}
         if self.version is not None:
-            return f'"{self.kernel.version}", vendor="{self.vendor}"'
-        return f'image={str(self.kernel.image)!r}, modules={str(self.kernel.modules)!r}, vendor="{self.vendor}"'
+            kernel = {"version": self.kernel.version}
+        return kernel | {"vendor": self.vendor} | ({"exact": True} if self.exact else {})
+
+    def _arguments(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())
 
     def __enter__(self) -> Self:
         return self
@@ -95,4 +118,6 @@ class Lab:
 
     def close(self) -> None:
         """Ends the machine; twice does no harm."""
+        if self._other is not None:
+            self._other.close()
         self.machine.close()

@@ -49,6 +49,7 @@ class Ask(IntEnum):
     SLEEP = 14
     QUIT = 15
     ANSWER = 16
+    DEADLINE = 17
 
 
 LOOK_STATES, LOOK_SREGS, SET_REGS = 1, 2, 1
