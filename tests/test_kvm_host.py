@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastexit import regs as r
-from fastexit.kvm import Oracle, guest, host
+from fastexit.kvm import Oracle, device, guest, host
 from fastexit.kvm import ioctl as K
 from real_kvm import kvm
 
@@ -45,18 +45,18 @@ def test_device_cannot_be_opened(
     def refuse(*_: Any) -> int:
         raise error
 
-    monkeypatch.setattr(host.os, "open", refuse)
+    monkeypatch.setattr(device.os, "open", refuse)
     with pytest.raises(host.KvmUnavailable, match=hint) as found:
         use()
     assert isinstance(found.value, OSError)
     assert found.value.errno == error.errno
     assert len(str(found.value).splitlines()) == 1
-    assert host.DEVICE in str(found.value)
+    assert device.DEVICE in str(found.value)
 
 
 @pytest.mark.usefixtures("forgotten")
 def test_no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host, "DEVICE", str(tmp_path / "kvm"))
+    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "kvm"))
     with pytest.raises(host.KvmUnavailable, match="this machine has no KVM"):
         Oracle(2)
 
@@ -65,7 +65,7 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open anything")
 def test_unreadable_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "kvm").touch(mode=0)
-    monkeypatch.setattr(host, "DEVICE", str(tmp_path / "kvm"))
+    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "kvm"))
     with pytest.raises(host.KvmUnavailable, match="run as root"):
         Oracle(2)
 

@@ -18,15 +18,20 @@ from fastexit.cli import parser
 from fastexit.ioctls import VcpuIoctls
 from fastexit.jit import declare
 from fastexit.kvm import comparison as v
-from fastexit.kvm import host, script, shrink
+from fastexit.kvm import device, host, judge, script, shrink
 from fastexit.kvm.host import generation
 from fastexit.kvm.operations import Op, describe
+from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import TraceUnavailable
 from fastexit.kvm.twins import Setup, Twins
 from fastexit.profile import profiles
 from fastexit.tracepoints.ring import Trace
 from real_kvm import kvm
+
+SOMEBODY = judge.Judge(
+    Oracle, judge.plain("6.18"), "/dev/kvm", "from fastexit.kvm import Oracle", "Oracle(**KEYWORDS) as real"
+)
 
 
 def open_files() -> set[str]:
@@ -253,7 +258,7 @@ def test_no_kvm_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host.running.cache_clear()
-    monkeypatch.setattr(host, "DEVICE", str(tmp_path / "kvm"))
+    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "kvm"))
     try:
         assert cli.main(["verify", "--ops", "10"]) == 2
     finally:
@@ -315,8 +320,9 @@ def test_every_operation_can_be_told() -> None:
         ("ready", 0),
         ("cr8", 0),
     ]
-    text = script.script("a 'difference'", "guest", Setup((0, 1)).keywords(), ops, "6.18", "kvm")
+    text = script.script("a 'difference'", "guest", Setup((0, 1)).keywords(), ops, SOMEBODY)
     compile(text, "story", "exec")
     assert "page({0xf0: 0x1ff})" in text
     assert describe(ops[1]) == "set_lapic 0 {f0:1ff}"
-    compile(script.script('"""', "timers", Setup((0, 1)).keywords(), ops, "6.18", "kvm"), "story", "exec")
+    assert "with Oracle(**KEYWORDS) as real:" in text
+    compile(script.script('"""', "timers", Setup((0, 1)).keywords(), ops, SOMEBODY), "story", "exec")
