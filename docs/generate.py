@@ -17,6 +17,7 @@ import verified
 import fastexit as fx
 from fastexit.insight.walk import MODELLED, walk
 from fastexit.profile import PROFILES
+from fastexit.releases import DISTRIBUTIONS, all_series, generation
 from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
 from fastexit.traits import Trait
@@ -56,6 +57,29 @@ def generations() -> str:
     return "\n".join(rows)
 
 
+def releases() -> str:
+    """Which releases each generation stands for, with what distributions ship, for README."""
+    rows = ["| `Machine(kernel=...)` | releases | follows | distributions that ship them |", "|---|---|---|---|"]
+    held: dict[str, list[str]] = {name: [] for name in PROFILES}
+    for series in all_series():
+        held[generation(series).name].append(series)
+    for name, known in PROFILES.items():
+        span = held[name][0] if len(held[name]) == 1 else f"{held[name][0]} to {held[name][-1]}"
+        ships = "; ".join(f"{text} ({series})" for series, text in DISTRIBUTIONS.items() if series in held[name])
+        rows.append(f"| {name} | {span} | {known.tree} | {ships} |")
+    return "\n".join(rows)
+
+
+def stable() -> str:
+    """What changed between two stable releases of one series, for docs/model.md."""
+    rows = ["| release | now | no longer |", "|---|---|---|"]
+    for known in PROFILES.values():
+        for change in known.stable:
+            now, gone = (", ".join(f"`{t.name}`" for t in Trait if t & side) for side in (change.added, change.removed))
+            rows.append(f"| {change.release} | {now} | {gone} |")
+    return "\n".join(rows)
+
+
 def traits() -> str:
     """Which behaviour each generation has, for docs/model.md."""
     rows = ["| trait | " + " | ".join(PROFILES) + " |", "|---|" + "---|" * len(PROFILES)]
@@ -79,13 +103,13 @@ def instructions() -> str:
 
 
 SECTIONS = {
-    ROOT / "README.md": {"generations": generations},
+    ROOT / "README.md": {"generations": generations, "releases": releases},
     ROOT / "docs" / "cost-model.md": {
         "pairs": costmodel.pairs,
         "cycles": costmodel.generations,
         "constants": costmodel.constants,
     },
-    ROOT / "docs" / "model.md": {"traits": traits},
+    ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
     ROOT / "docs" / "verified.md": {"runs": verified.runs, "mutants": verified.mutants},
 }
