@@ -13,7 +13,7 @@ import fastexit as fx
 from apics import patched
 from fastexit import layout as L
 from fastexit import regs as r
-from fastexit.profile import profile
+from fastexit.releases import generation
 from fastexit.traits import Trait
 
 TPR = r.MSR_X2APIC_BASE + (r.APIC_TASKPRI >> 4)
@@ -21,7 +21,7 @@ DISPATCHERS = ("python", "compiled")
 
 
 def has(kernel: str, trait: Trait) -> bool:
-    return bool(profile(kernel).traits & trait)
+    return bool(generation(kernel).traits & trait)
 
 
 def machine(kernel: str = "6.18", *, apicv: bool = False, dispatcher: str = "python", **options: object) -> fx.Machine:
