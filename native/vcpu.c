@@ -139,7 +139,8 @@ static int32_t op_get_lapic(fx_machine *m, uint32_t vcpu, void *page, uint64_t s
     if (size != FXP_LAPIC_PAGE_BYTES)
         return FX_E_SIZE;
     table.door_leave(handle(words), vcpu);
-    table.get_state(handle(words), vcpu);
+    if (table.get_state(handle(words), vcpu) & CODE_FAULT)
+        return FX_E_RANGE;
     memcpy(page, words + FX_H_STAGE, size);
     return FX_OK;
 }

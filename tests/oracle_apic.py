@@ -752,7 +752,10 @@ class Vcpu(Doors):
                 page[base + 0x10 * word] = bitmap >> 32 * word & 0xFFFF_FFFF
         page[r.APIC_TMCCT] = self.timer.saved_count()
         if self.x2apic:
-            if not self.m.x2apic_api & r.X2API_32BIT_IDS:
+            if self.m.x2apic_api & r.X2API_32BIT_IDS:
+                if page[r.APIC_ID] != self.id:
+                    raise ValueError("EINVAL")
+            else:
                 page[r.APIC_ID] = self.reg(r.APIC_ID) << r.XAPIC_DEST_SHIFT & 0xFFFF_FFFF
             page[r.APIC_ICR2] = page[self._icr_high_at()]
         return struct.pack("<256I", *page.values())

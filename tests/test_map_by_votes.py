@@ -135,6 +135,21 @@ def test_another_id_in_an_x2apics_page(kernel: str, api: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_32_bit_ids_behind_another_id(kernel: str) -> None:
+    """KVM_GET_LAPIC then says EINVAL until the id is the vCPU's again (seen on 5.10.262)."""
+    m = machine(0, 1, kernel=kernel)
+    v = m.vcpus[1]
+    v.set_lapic(patched(v, {r.APIC_ID: 9 << 24}))
+    m.enable_x2apic_api(fx.X2ApicApi.USE_32BIT_IDS)
+    if Trait.ID_FROM_PAGE in m.profile.traits:
+        with pytest.raises(ValueError, match="EINVAL"):
+            v.get_lapic()
+        v.set_msr(BASE, 0)
+        v.set_msr(BASE, r.APIC_DEFAULT_PHYS_BASE | r.APICBASE_EN | r.APICBASE_EXTD)
+    assert register(v, r.APIC_ID) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_an_ldr_that_hides_another_vcpu(kernel: str) -> None:
     """The slot of an LDR is a physical one in x2APIC mode, so vCPU 0's goes to the vCPU whose page said 0.
 

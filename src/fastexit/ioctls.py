@@ -104,11 +104,16 @@ class VcpuIoctls(VcpuState):
         return None if code & CODE_GP else self.read_data
 
     def get_lapic(self) -> bytes:
-        """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last."""
+        """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last.
+
+        ValueError where KVM says EINVAL: an earlier page has given the vCPU another id (up to 6.1), and 32-bit ids came
+        after it.
+        """
         self._loop.leave_guest(self)
         with self.machine.lock:  # one staging page for all vCPUs
-            load("get_state")(self._handle, self.index)
-            return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
+            if not load("get_state")(self._handle, self.index) & CODE_GP:
+                return self._mem[L.H_STAGE : L.H_STAGE + L.PAGE_STRIDE].tobytes()
+        raise ValueError(f"the register page does not have the vCPU's id {self.vcpu_id:#x} (EINVAL)")
 
     def set_lapic(self, data: bytes) -> None:
         """KVM_SET_LAPIC of 1024 bytes; ValueError where KVM says EINVAL, and even then SVR has been applied."""

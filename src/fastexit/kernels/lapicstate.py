@@ -146,7 +146,10 @@ def reset(m, v, init):
 
 @kernel("u8(words, u8)")
 def get_state(m, v):
-    """kvm_apic_get_state: the page into H_STAGE. PIR is synced first; PPR is not recomputed."""
+    """kvm_apic_get_state: the page into H_STAGE. PIR is synced first; PPR is not recomputed.
+
+    CODE_GP for EINVAL: an id that a page gave (ID_FROM_PAGE) is not the vCPU's, and ids have 32 bits since then.
+    """
     sync_pir_to_irr(m, v)
     page = k.PAGE + v * k.PAGE_STRIDE
     copy_words(m, k.H_STAGE, page, k.PAGE_STRIDE)
@@ -159,9 +162,12 @@ def get_state(m, v):
         at = k.H_STAGE + (k.APIC_TMCCT >> k.U(3))
         m[at] = (m[at] & k.HIGH32) | current_count(m, v)
     if in_x2apic_mode(m, v):
+        apic_id = reg(m, v, k.APIC_ID)
         if not m[k.H_API] & k.X2API_32BIT_IDS:
             at = k.H_STAGE + (k.APIC_ID >> k.U(3))
-            m[at] = (m[at] & k.HIGH32) | ((reg(m, v, k.APIC_ID) << k.U(24)) & k.LOW32)
+            m[at] = (m[at] & k.HIGH32) | ((apic_id << k.U(24)) & k.LOW32)
+        elif apic_id != m[own(m, v) + k.K_VCPU_ID]:
+            return k.CODE_GP
         if not icr_is_split(m):
             high = m[word(m, v, k.APIC_ICR)] >> k.U(32)
             at = k.H_STAGE + (k.APIC_ICR2 >> k.U(3))
