@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.timers import TimerTwins
-from fastexit.kvm.tracefs import KernelTrace, TraceLost
+from fastexit.kvm.tracefs import TraceLost
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
@@ -157,7 +157,7 @@ def verify(
         witness = stack.enter_context(_trace(judge)) if traced else None
         dealt = _Dealt(report, shares, None if seconds is None else start + seconds, witness, progress)
         while report.divergence is None and dealt.more():
-            dealt.run(1 if witness is not None else judge.sessions)
+            dealt.run(judge.sessions)
             # What a late host may have made is looked at again when nobody else is busy.
             for cls, found in dealt.suspects():
                 report.divergence = shortened(cls, found, witness, shorten)
@@ -182,7 +182,7 @@ class _Dealt:
         report: Report,
         shares: dict[str, float],
         deadline: float | None,
-        witness: KernelTrace | None,
+        witness: Any,
         progress: Progress | None,
     ) -> None:
         self.report = report
@@ -316,7 +316,7 @@ def _shares(operations: int, seconds: float | None, only: str | None, traced: bo
     }
 
 
-def _trace(judge: J.Judge) -> KernelTrace:
+def _trace(judge: J.Judge) -> AbstractContextManager[Any]:
     """The kernel's tracepoints; ValueError for a judge that has none."""
     if judge.trace is None:
         raise ValueError(f"{judge.name} has no trace lines to compare")

@@ -42,7 +42,7 @@ class Judge:
     imports: str
     opens: str
     replayed: tuple[str, str] = ("", "")
-    trace: Callable[[], KernelTrace] | None = None
+    trace: Callable[[], AbstractContextManager[Any]] | None = None
     sessions: int = 1
     inside: Callable[[], AbstractContextManager[None]] = nullcontext
     special: Mapping[str, Callable[[], tuple[type[Twins], Judge]]] = field(default_factory=dict)

@@ -16,7 +16,6 @@ from fastexit.kvm.host import Host
 from fastexit.kvm.judge import Judge
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.programs import Program
-from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Setup, Twins
 from fastexit.kvm.values import FAR_DEADLINE, chance
 from fastexit.reasons import KvmExit
@@ -52,7 +51,7 @@ class RunTwins(Twins):
     planned: list[Op]
     about = "interrupts that guests take, KVM_INTERRUPT, HLT, MSR filters and MSRs of user space, KVM_EXIT_IOAPIC_EOI"
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+    def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
         self.ends: Counter[str] = Counter()
         self.split: bool = setup.irqchip == "split"

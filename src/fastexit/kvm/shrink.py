@@ -9,10 +9,10 @@ import math
 import struct
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 from fastexit import regs as r
 from fastexit.kvm.operations import Op
-from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 SECONDS = 60.0
@@ -23,7 +23,7 @@ WITHOUT_VCPU = ("sleep", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2
 
 
 class _Search:
-    def __init__(self, cls: type[Twins], found: Divergence, witness: KernelTrace | None) -> None:
+    def __init__(self, cls: type[Twins], found: Divergence, witness: Any) -> None:
         self.judge = found.judge
         self.cls = cls
         self.witness = witness
@@ -103,9 +103,7 @@ class _Search:
                 self.keeps(self.best.setup, ops)
 
 
-def shortened(
-    cls: type[Twins], found: Divergence, witness: KernelTrace | None = None, seconds: float = SECONDS
-) -> Divergence | None:
+def shortened(cls: type[Twins], found: Divergence, witness: Any = None, seconds: float = SECONDS) -> Divergence | None:
     """The shortest story found within ``seconds``, or until Ctrl-C; the one given if it does not show again.
 
     None if it does not show again and a late host may have made it. What a side raised stays as it was found.

@@ -17,7 +17,6 @@ from fastexit import regs as r
 from fastexit.kvm.host import Host
 from fastexit.kvm.judge import Judge
 from fastexit.kvm.operations import Op, apply, describe
-from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import TMCCT_MSR, Setup, Twins
 from fastexit.kvm.values import chance
 
@@ -68,7 +67,7 @@ class TimerTwins(Twins):
         f"TMCCT within {LATE_NS // 1_000_000} ms beside the time between the two sides' turns"
     )
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+    def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
         self.apart: int = 0
         self.finest: list[int] = [1 << 30] * len(self.vcpus)

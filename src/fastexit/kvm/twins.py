@@ -21,7 +21,7 @@ from fastexit.kvm.host import Host
 from fastexit.kvm.judge import Judge, local
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.script import script
-from fastexit.kvm.tracefs import KernelTrace, lines_of_interest
+from fastexit.kvm.tracefs import lines_of_interest
 from fastexit.kvm.values import ID_POOL, chance, differences, masked
 from fastexit.machine import Machine
 
@@ -126,11 +126,11 @@ class Twins:
     )
     about: ClassVar[str] = "KVM_SET_MSRS, KVM_GET_MSRS, KVM_SIGNAL_MSI, KVM_SET_LAPIC, KVM_SET_SREGS, states, events"
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+    def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         self.setup = setup
         self.judge: Judge = judge or local()
         self.host: Host = self.judge.host
-        self.witness = witness
+        self.witness: Any = witness
         self.history: list[Op] = []
         self.planned: list[Op] = []
         self.pages: int = 0
@@ -142,6 +142,8 @@ class Twins:
         except BaseException:
             self.close()
             raise
+        if witness is not None and hasattr(witness, "of"):
+            self.witness = witness.of(self.real)
         if hasattr(self.real, "watch"):
             self.real.watch(states=self.states)
         self.model.set_time(BOOTED_NS)

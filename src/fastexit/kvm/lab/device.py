@@ -25,6 +25,7 @@ from fastexit.kvm.lab.wire import LOOK_SREGS, LOOK_STATES, SET_REGS, Answer, Ask
 from fastexit.reasons import KvmExit
 
 MOST_TEXT = 1 << 16
+MOST_LINES = 1 << 17
 RUN_SECONDS = 20.0
 """An emulated machine is slow, and the one that it runs on may be busy."""
 
@@ -54,6 +55,8 @@ class _Vm:
     flags: int | None = None
     """What is to be looked at behind each change; None: nothing."""
     fresh: bool = False
+    lines: list[str] | None = None
+    """What tracepoints printed since somebody read it; None where nobody wants to know."""
 
 
 class LabDevice(Device):
@@ -66,6 +69,8 @@ class LabDevice(Device):
         self._vms: dict[int, _Vm] = {}
         self._vm_of: dict[int, tuple[_Vm, int]] = {}
         self._slots = _Numbers()
+        self.pipe: int | None = None
+        """trace_pipe, while a trace is open."""
         self._memories = _Numbers()
         self._guests = _Numbers()
 
@@ -149,12 +154,12 @@ class LabDevice(Device):
             at, length = seen
             K.ffi.memmove(argument, vm.seen[index][at : at + length], length)
             return 0
-        looks: list[Record] = []
         vm = vm or self._vms.get(fd)
-        if vm is not None and request not in READS:
-            looks = self._look(vm)
-        first, *rest = self.turnstile.trip([ioctl_record(fd, request, argument), *looks])
-        self._note(vm, rest)
+        record = ioctl_record(fd, request, argument)
+        if vm is None or request in READS:
+            (first,) = self.turnstile.trip([record])
+        else:
+            (first,) = self._change(vm, [record])
         if first.result < 0:
             raise OSError(-first.result, os.strerror(-first.result))
         if first.data:
@@ -226,13 +231,28 @@ class LabDevice(Device):
     def act(self, vcpu: int, *records: Record) -> list[Answer]:
         """Records that change a vCPU, then a look at its VM; OSError as `ask`."""
         vm, _ = self._vm_of.get(vcpu, (None, 0))
-        looks = self._look(vm) if vm is not None else []
-        answers = self.turnstile.trip([*records, *looks], RUN_SECONDS * 3)
-        self._note(vm, answers[len(records) :])
-        for answer in answers[: len(records)]:
+        answers = self.turnstile.trip(records, RUN_SECONDS * 3) if vm is None else self._change(vm, records)
+        for answer in answers:
             if answer.result < 0:
                 raise OSError(-answer.result, os.strerror(-answer.result))
         return answers
+
+    def _change(self, vm: _Vm, records: Sequence[Record]) -> list[Answer]:
+        """Records that change a VM: what they printed is kept, and a look follows."""
+        looks = self._look(vm)
+        if vm.lines is None or self.pipe is None:
+            answers = self.turnstile.trip([*records, *looks], RUN_SECONDS * 3)
+        else:
+            read: Record = (Ask.READ, 0, _PAIR.pack(self.pipe, MOST_LINES))
+            _, *answers = self.turnstile.trip([read, *records, read, *looks], RUN_SECONDS * 3)
+            vm.lines += answers.pop(len(records)).data.decode(errors="replace").splitlines()
+        self._note(vm, answers[len(records) :])
+        return answers[: len(records)]
+
+    def trace(self, vm: int) -> _Vm:
+        """From now on a VM keeps the lines of its changes."""
+        self._vms[vm].lines = []
+        return self._vms[vm]
 
     # --------------------------------------------------------------------------------------------------------- guests
 

@@ -24,7 +24,6 @@ from fastexit.kvm.lab.wire import Answer, Ask, Record
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.programs import Program
 from fastexit.kvm.timers import MODES, msr
-from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import TMCCT_MSR, Setup, Twins
 from fastexit.kvm.values import chance, differences, masked
 from fastexit.machine import Machine
@@ -68,7 +67,7 @@ class ExactTimers(Twins):
         "the machine's clock counts instructions, and TMCCT is compared within the time that each operation took"
     )
 
-    def __init__(self, setup: Setup, witness: KernelTrace | None = None, judge: Judge | None = None) -> None:
+    def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
         self.unclear = 0
         self.widest = 0

@@ -6,6 +6,7 @@ Models: nothing.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastexit.kvm.judge import Judge
 from fastexit.kvm.lab import kernels
 from fastexit.kvm.lab.device import LabDevice
 from fastexit.kvm.lab.qemu import Machine
+from fastexit.kvm.lab.trace import LabTrace
 from fastexit.kvm.oracle import Oracle
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ class Lab:
         """A VM of the lab's kernel: `Oracle`'s keywords, and its face."""
         return Oracle(vcpus, device=self.device, host=self.host, **keywords)
 
+    def trace(self, events: Iterable[str] | str | None = None) -> LabTrace:
+        """The kernel's tracepoints, as `LabTrace`."""
+        return LabTrace(self.device, events)
+
     def judge(self) -> Judge:
         """What `verify` compares the model with."""
         name = self.kernel.version if self.version is not None else self.kernel.release
@@ -81,6 +87,7 @@ class Lab:
             "",
             f"{opened} as lab, lab.oracle(**KEYWORDS) as real",
             ("other=lab", f"{opened} as lab"),
+            trace=self.trace,
             sessions=SESSIONS,
             inside=nullcontext if self.exact else self.device.turnstile.inside,
             special={"timers": self._timers},
