@@ -883,3 +883,57 @@ def test_older_kernels_read_the_register_first() -> None:
     m.vcpus[0].hw_wrmsr(SELF_IPI, 0x0F)
     assert lines(m)[:2] == ["kvm_exit APIC_WRITE 0x3f0", "kvm_apic: apic_write APIC_SELF_IPI = 0x0"]
     assert irr(m.vcpus[0]) == {0}
+
+
+# ----------------------------------------------------------------------------------------- the TPR's shadow by itself
+
+
+def shadowed(**options: Any) -> fx.Machine:
+    """x2APIC mode on VMX without APICv; vCPU 0 in the guest."""
+    m = fx.Machine(vcpus=2, apicv=False, **options)
+    m.boot_x2apic()
+    m.vcpus[0].run()
+    m.trace.enable()
+    return m
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_tpr_needs_no_exit_without_apicv(kernel: str) -> None:
+    """vmx_update_msr_bitmap_x2apic lets TPR through wherever x2APIC mode is virtualised, as 5.10, 6.1 to 7.3 showed."""
+    m = shadowed(kernel=kernel)
+    v = m.vcpus[0]
+    rip = v.rip
+    assert v.hw_wrmsr(0x808, 0x35).path is fx.Path.HARDWARE
+    assert (v.hw_rdmsr(0x808), v.rip) == (0x35, rip + 4)
+    out = v.hw_wrmsr(0x808, 0x100)
+    assert (out.path, out.fault, v.rip) == (fx.Path.HARDWARE, fx.Fault.GP, rip + 4)
+    assert m.trace.lines() == []
+    assert v.hw_wrmsr(0x80B, 0).path is fx.Path.SLOW, "no other register"
+
+
+def test_tpr_exits_in_l2_and_on_svm() -> None:
+    m = shadowed()
+    m.vcpus[0].nested = True
+    assert m.vcpus[0].hw_wrmsr(0x808, 0x35).path is fx.Path.SLOW
+    assert shadowed(vendor="svm").vcpus[0].hw_wrmsr(0x808, 0x35).path is fx.Path.SLOW
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+def test_tpr_below_its_threshold(dispatcher: str) -> None:
+    """vmx_update_cr8_intercept: the class of the highest vector in IRR while TPR holds it back; a write below exits."""
+    m = shadowed(dispatcher=dispatcher)
+    v = m.vcpus[0]
+    v.rflags |= 1 << 9
+    v.hw_wrmsr(0x808, 0x80)
+    m.vcpus[1].wrmsr(0x830, fx.icr(dest=0, vector=0x61))
+    v.exit(fx.VmxExit.EXTERNAL_INTERRUPT)
+    assert v.injected is None
+    m.trace.clear()
+    rip = v.rip
+    assert v.hw_wrmsr(0x808, 0x70).path is fx.Path.HARDWARE
+    assert v.hw_wrmsr(0x808, 0x50).path is fx.Path.SLOW
+    assert (v.injected, v.rip) == (0x61, rip + 4)
+    exit, virq, entry = m.trace.lines()
+    assert exit.startswith(f"kvm_exit: vcpu 0 reason TPR_BELOW_THRESHOLD rip {rip + 4:#x} info1 0x0000000000000000 ")
+    assert virq == "kvm_inj_virq: IRQ 0x61"
+    assert v.hw_wrmsr(0x808, 0).path is fx.Path.HARDWARE, "nothing is held back any more"

@@ -8,9 +8,10 @@ IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants).
 accelerated.py's.
 Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
 
-Without APICv every access exits, the page by EPT_MISCONFIG: a host without flexpriority. Not modelled: TPR shadow on
-its own, the single-step trap of an instruction that does not exit, accesses of L2 (all exit), the APIC-access page that
-shows through as memory in x2APIC mode.
+Without APICv every access to the page exits, by EPT_MISCONFIG: a host without flexpriority. Of the MSRs TPR does not:
+it has a shadow, which x2APIC virtualisation lets through, and a write below the TPR threshold exits when it is done.
+Not modelled: the single-step trap of an instruction that does not exit, accesses of L2 (all exit), the APIC-access page
+that shows through as memory in x2APIC mode.
 
 An access returns ``CODE_HARDWARE``, with CODE_GP or effects, when the CPU has done it; else ``CODE_EXIT``, the exit
 reason in bits 47:32 and the exit qualification in bits 31:0. APIC_WRITE and EOI_INDUCED are trap-like: the instruction
@@ -156,6 +157,26 @@ def deliver_pending(m, v):
 
 
 @kernel("u8(words, u8, u8)")
+def _tpr_alone(m, v, msr):
+    """Whether the access is to the TPR's shadow: in x2APIC mode without APICv (vmx_update_msr_bitmap_x2apic)."""
+    if m[k.H_CONFIG] & k.CONFIG_SVM or msr != k.MSR_X2APIC_TPR:
+        return k.ZERO
+    flags = m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_HW | k.FLAG_APICV | k.FLAG_X2APIC | k.FLAG_L2)
+    return k.ONE if flags == k.FLAG_HW | k.FLAG_X2APIC else k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def _write_tpr_alone(m, v, tpr):
+    """WRMSR of the TPR's shadow. PPR is KVM's business: it looks at TPR when it needs it."""
+    if tpr >> k.U(8):
+        return FAULT
+    set_reg(m, v, k.APIC_TASKPRI, tpr)
+    code = retire(m, v, k.INSN_LEN_WRMSR)
+    below = tpr >> k.U(4) < m[own(m, v) + k.K_TPR_THRESHOLD]
+    return exit_code(k.VMX_TPR_BELOW_THRESHOLD, k.ZERO) if below else code
+
+
+@kernel("u8(words, u8, u8)")
 def page_word(m, v, offset):
     """Eight bytes of the virtual-APIC page at an aligned offset: of the ICR both halves, wherever KVM keeps them.
 
@@ -207,6 +228,8 @@ def wrmsr(m, v, msr, value):
             return self_ipi_virtualization(m, v, value)
         if msr == k.MSR_X2APIC_ICR and m[k.H_CONFIG] & k.CONFIG_IPIV:
             return _write_icr(m, v, value)
+    if _tpr_alone(m, v, msr):
+        return _write_tpr_alone(m, v, value)
     return exit_code(k.VMX_MSR_WRITE, k.ZERO)
 
 
@@ -219,6 +242,9 @@ def rdmsr(m, v, msr):
         if offset != k.APIC_TMCCT and (anything or readable(m, v, offset)):
             m[own(m, v) + k.K_MSR_DATA] = page_word(m, v, offset)
             return retire(m, v, k.INSN_LEN_WRMSR)
+    if _tpr_alone(m, v, msr):
+        m[own(m, v) + k.K_MSR_DATA] = reg(m, v, k.APIC_TASKPRI)
+        return retire(m, v, k.INSN_LEN_WRMSR)
     return exit_code(k.VMX_MSR_READ, k.ZERO)
 
 

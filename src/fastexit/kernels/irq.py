@@ -58,15 +58,19 @@ def deliverable(m, v):
 
 @kernel("u8(words, u8)")
 def update_cr8_intercept(m, v):
-    """kvm_lapic_update_cr8_intercept: SVM intercepts CR8 writes while TPR holds back the highest vector in IRR.
+    """kvm_lapic_update_cr8_intercept: what makes a lower TPR exit while TPR holds back the highest vector in IRR.
 
-    Not while AVIC is active, nor in L2, whose TPR is taken to be L1's business (V_INTR_MASKING).
+    SVM intercepts CR8 writes, VMX has a TPR threshold. Not while APICv is active, nor in L2, whose TPR is taken to be
+    L1's business (V_INTR_MASKING, a TPR shadow).
     """
     at = hot(m, v) + k.HOT_FLAGS
-    if not m[k.H_CONFIG] & k.CONFIG_SVM or m[at] & (k.FLAG_APICV | k.FLAG_L2):
+    if m[at] & (k.FLAG_APICV | k.FLAG_L2):
         return k.ZERO
     top = highest_irr(m, v)
-    if top != k.NONE and reg(m, v, k.APIC_TASKPRI) & k.U(0xF0) >= top & k.U(0xF0):
+    held = top != k.NONE and reg(m, v, k.APIC_TASKPRI) & k.U(0xF0) >= top & k.U(0xF0)
+    if not m[k.H_CONFIG] & k.CONFIG_SVM:
+        m[own(m, v) + k.K_TPR_THRESHOLD] = top >> k.U(4) if held else k.ZERO
+    elif held:
         m[at] = m[at] & ~k.FLAG_CR8_FREE
     else:
         m[at] = m[at] | k.FLAG_CR8_FREE
