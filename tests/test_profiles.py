@@ -311,3 +311,15 @@ def test_where_the_generic_ipi_leaves(kernel: str, monkeypatch: pytest.MonkeyPat
     m = booted(kernel)
     m.fastpath = False
     assert first_step_that_sees_the_ipi(m, monkeypatch) == "vcpu_enter_guest"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_changes_within_a_series_lead_to_its_row(kernel: str) -> None:
+    """Stable releases stand in order, what they brought the row has, and what they took it has not."""
+    known = generation(kernel)
+    patches = [tuple(map(int, change.release.split("."))) for change in known.stable]
+    assert patches == sorted(set(patches))
+    for change in known.stable:
+        assert change.release.startswith(f"{kernel}.")
+        assert not change.added & ~known.traits
+        assert not change.removed & known.traits

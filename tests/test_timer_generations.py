@@ -413,3 +413,52 @@ def test_ranges_of_the_filter_in_stat_exits(kernel: str) -> None:
         before = v.counters()["exits"]
         v.rdmsr(msr)
         assert v.counters()["exits"] - before == 1 + passed * (not since(kernel, "5.15"))
+
+
+# ------------------------------------------------------------------------------------------ releases within one series
+
+
+@pytest.mark.parametrize(
+    ("release", "at_once"), [("6.1.106", False), ("6.1.107", True), ("6.1", True), ("5.10.262", False)]
+)
+def test_release_that_restores_a_one_shot(release: str, at_once: bool) -> None:
+    """KVM: x86: fire timer when it is migrated and expired, and in oneshot mode: 6.3, and 6.1.107."""
+    m = booted(release, hv_timer=False)
+    m.vcpus[0].set_lapic(page_of(m.vcpus[0], LVTT=TICK, TMICT=300_000, TMCCT=0))
+    assert m.next_timer() == (None if at_once else 300_000)
+
+
+@pytest.mark.parametrize(
+    ("release", "at_once"), [("6.1.183", True), ("6.1.184", False), ("6.12.100", True), ("6.12.101", False)]
+)
+def test_release_that_posts_in_an_ioctl(release: str, at_once: bool) -> None:
+    """KVM: x86: Only reset TSC Deadline Timer in apic_timer_expired on KVM_RUN: 6.1.184 and 6.12.101."""
+    m = booted(release, apicv=True)
+    (v,) = m.vcpus
+    v.wrmsr(LVTT, DEADLINE_MODE | TICK)
+    m.set_time(1000)
+    v.set_msr(DEADLINE, 500)
+    assert in_irr(v) is at_once
+
+
+@pytest.mark.parametrize(
+    ("release", "skips"),
+    [("5.10.247", False), ("5.10.248", True), ("6.1.159", False), ("6.1.160", True), ("6.12.63", False)],
+)
+def test_release_that_skips_periods(release: str, skips: bool) -> None:
+    """CVE-2025-71104: 5.10.248, 6.1.160 and 6.12.64."""
+    m = booted(release, hv_timer=False)
+    start(m.vcpus[0], 300_000, PERIODIC)
+    m.set_time(1_000_000)
+    assert m.next_timer() == (1_300_000 if skips else 1_200_000)
+
+
+@pytest.mark.parametrize(("release", "waits"), [("5.10.37", False), ("5.10.38", True)])
+def test_release_that_waits_for_a_one_shot(release: str, waits: bool) -> None:
+    """KVM: LAPIC: Accurately guarantee busy wait for timer to expire when using hv_timer: 5.10.38."""
+    m = booted(release, timer_advance_ns=1000)
+    (v,) = m.vcpus
+    v.rflags |= r.RFLAGS_IF
+    start(v, 300_000)
+    m.set_time(299_000)
+    assert v.waited_ns == 1000 * waits

@@ -221,10 +221,14 @@ PROFILES: dict[str, Profile] = {
             | _FROM_5_10,
             "as 5.8; SVM only with a next RIP",
             stable=(
+                Stable("5.10.13", added=_T.SMI_FOLDED),
+                Stable("5.10.38", removed=_T.HV_TIMER_CANCELLED_FIRST),
+                Stable("5.10.89", added=_T.PI_NOTIFIES_SELF),
                 Stable("5.10.115", removed=_T.SELF_IPI_WRITES_ICR | _T.POSTS_TIMER_ANYWAY),
                 Stable("5.10.170", added=_T.SVM_NEXT_RIP),
                 Stable("5.10.183", added=_T.FILTER_RANGES_COUNTED),
                 Stable("5.10.199", added=_T.LVTPC_MASKED),
+                Stable("5.10.245", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("5.10.248", added=_T.TIMER_NO_CATCH_UP),
             ),
         ),
@@ -252,8 +256,9 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_6_8
             | _FROM_5_15,
             "as 5.10",
-            # First releases that were read; the changes came with one between it and the one that was read before.
+            # From .107 on: first releases that were read; a change came with it or with one behind the one read before.
             stable=(
+                Stable("5.15.12", added=_T.PI_NOTIFIES_SELF),
                 Stable("5.15.107", added=_T.SVM_NEXT_RIP),
                 Stable("5.15.148", added=_T.REENTRY_COUNTED),
                 Stable("5.15.202", added=_T.TIMER_NO_CATCH_UP | _T.LVTPC_KEPT_ON_AMD),
@@ -290,7 +295,9 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.1.107", added=_T.ONE_SHOT_RESTORES_EXPIRED),
                 Stable("6.1.113", added=_T.ICR_NO_RESERVED | _T.ICR_RESERVED_GP),
                 Stable("6.1.149", added=_T.ICR_SPLIT_SVM | _T.FORCED_EXIT_HANDLED),
+                Stable("6.1.154", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("6.1.160", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.1.167", added=_T.CR8_FOLLOWS_AVIC),
                 Stable("6.1.184", added=_T.TICK_ONLY_IN_RUN),
             ),
         ),
@@ -350,8 +357,10 @@ PROFILES: dict[str, Profile] = {
             | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
             stable=(
+                Stable("6.12.49", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("6.12.53", added=_T.SVM_NEXT_RIP),
                 Stable("6.12.64", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.12.78", added=_T.CR8_FOLLOWS_AVIC),
                 Stable("6.12.101", added=_T.TICK_ONLY_IN_RUN),
                 Stable("6.12.114", added=_T.CR8_WITH_PPR, removed=_T.SET_LAPIC_STORES_BASE),
             ),
