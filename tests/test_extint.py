@@ -89,7 +89,7 @@ def test_lint0_in_the_way(lint0: int) -> None:
     with pytest.raises(ValueError, match="vector 49 still waits"):
         v.interrupt(0x32)
     v.set_msr(LINT0, 0x700)
-    v.nmi_masked = False  # asks for an EVENT, as an IRET would
+    v.set_events()  # asks for an EVENT
     v.run()
     assert v.injected == 0x31
 

@@ -71,13 +71,18 @@ class VcpuState:
 
     @property
     def nmi_masked(self) -> bool:
-        """NMIs are blocked since one was injected; an IRET of the guest, here setting False, unblocks them."""
+        """NMIs are blocked since one was injected; an IRET of the guest, here setting False, unblocks them.
+
+        With VMX's virtual NMIs KVM hears nothing of an IRET; where it waits for one, it asked for an NMI window, whose
+        exit comes next. The request for an EVENT that it makes is made here, so the exit may be left out.
+        """
         return bool(self._mem[self.own + L.K_NMI_MASKED])
 
     @nmi_masked.setter
     def nmi_masked(self, on: bool) -> None:
         self._mem[self.own + L.K_NMI_MASKED] = int(bool(on))
-        if not on:
+        svm = self._mem[L.H_CONFIG] & L.CONFIG_SVM
+        if not on and (svm or self._mem[self.own + L.K_NMI_WINDOW]):
             load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
     @property
