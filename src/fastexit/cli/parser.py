@@ -17,6 +17,7 @@ from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
 from fastexit.cli import commands, kernels
 from fastexit.profile import NEWEST, PROFILES, profiles
+from fastexit.releases import generation
 
 _EPILOG = f"""examples:
   fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside {NEWEST}
@@ -83,6 +84,15 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{quoted(text)} operations compare nothing")
     return value
+
+
+def _kernel(text: str) -> str:
+    """A generation or a release."""
+    try:
+        generation(text)
+    except ValueError as unknown:
+        raise argparse.ArgumentTypeError(str(unknown)) from None
+    return text
 
 
 def _kernels(text: str) -> list[str]:
@@ -171,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--picture", metavar="BASE", help="write BASE.png and BASE.svg: sender x target heat map")
     replay.add_argument("--quiet", action="store_true", help="no progress bar")
     replay.add_argument(
-        "--kernel", choices=profiles(), default=NEWEST, help=f"the kernel that recorded (default: {NEWEST})"
+        "--kernel", type=_kernel, help="the kernel that recorded (default: the newest that the trace's lines allow)"
     )
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")

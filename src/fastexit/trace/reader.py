@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastexit.trace.events import BY_BEGINNING, UNREADABLE, Event, parse
 from fastexit.trace.files import TraceFile
@@ -24,7 +24,7 @@ _LINE = re.compile(
     rb"(?P<comm>.*?)"
     rb"(?:-(?P<pid>\d+) +(?:\( *(?P<tgid>\d+|-+)\) +)?"
     rb"| +(?:(?P<perf_tgid>\d+)/)?(?P<perf_pid>\d+) +)"
-    rb"\[\d+\] +(?:[^\s:\[\]]{4,8} +)?(?P<time>\d+\.\d+): +(?P<body>\S.*)"
+    rb"\[\d+\] +(?:(?P<flags>[^\s:\[\]]{4,8}) +)?(?P<time>\d+\.\d+): +(?P<body>\S.*)"
 )
 _LOST = re.compile(rb"CPU:? ?\d+ \[(?:LOST )?(\d*) ?EVENTS(?: DROPPED)?\]")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d+)/(\d+)")
@@ -54,8 +54,20 @@ class Batch(NamedTuple):
     events: list[Event]
 
 
+class Dates(Protocol):
+    """What learns from a trace's texts which kernel recorded it: kernels.Dating."""
+
+    def see_text(self, body: bytes, line: int) -> None:
+        """A text that was not seen before."""
+
+    def see_flags(self, flags: bytes, line: int, *, by_kernel: bool) -> None:
+        """The characters before a time stamp."""
+
+
 class TraceReader:
     """One trace file: `batches()` reads it and looks for damage, `again()` gives the same batches once more.
+
+    ``dating``, if any, sees the shape of every line.
 
     Attributes:
         path: as given.
@@ -68,7 +80,9 @@ class TraceReader:
     Raises TraceError as TraceFile does.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], dating: Dates | None = None) -> None:
+        self._dating = dating
+        self._by_kernel = True
         self._file = TraceFile(path)
         self.path: str = self._file.path
         self.size: int = self._file.size
@@ -193,6 +207,8 @@ class TraceReader:
         pid, tgid = match["pid"] or match["perf_pid"], match["tgid"] or match["perf_tgid"] or b"-1"
         task = self._task(int(pid), -1 if tgid.startswith(b"-") else int(tgid), match["comm"].strip())
         time, text = match["time"], match["body"]
+        if self._dating and match["flags"]:
+            self._dating.see_flags(match["flags"], number, by_kernel=self._by_kernel)
         if text == body.lstrip() and head.endswith(b" " + time):
             self._widths[len(head)] = self._stamp = -len(time) - 1
             self._behind = -len(head) - 1
@@ -206,6 +222,8 @@ class TraceReader:
         if event is UNREADABLE:
             self._bad(number, line)
             return event
+        if self._dating:
+            self._dating.see_text(body, number)
         by_beginning = event.kind in BY_BEGINNING
         known: dict[Any, Event] = self._beginnings if by_beginning else self._known
         if len(known) >= _KNOWN_BODIES:
@@ -234,7 +252,9 @@ class TraceReader:
                 self._promised = max(self._promised, 0) + held
                 if written > held:
                     self.notes.append(f"the ring buffer kept the last {held:,} of {written:,} events")
-        elif line.strip() and not line.startswith((b"cpus=", b"version =", b"CPU ")):
+        elif line.startswith((b"cpus=", b"version =")):
+            self._by_kernel = False  # trace-cmd report
+        elif line.strip() and not line.startswith(b"CPU "):
             self._bad(number, line)
 
     def _bad(self, number: int, line: bytes) -> None:

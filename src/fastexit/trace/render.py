@@ -34,6 +34,7 @@ def render(report: Report, console: Console) -> None:
         f"in {report.seconds:.2f} s ({rate:,.0f} lines/s)",
         soft_wrap=True,
     )
+    console.print(_recorded_by(report), soft_wrap=True)
     if report.doubtful:
         console.print(
             f"[red]doubtful:[/] which thread belongs to which VM: {_count(report.left_out, 'interrupt')} of no VM in "
@@ -47,6 +48,26 @@ def render(report: Report, console: Console) -> None:
     for vm in report.vms:
         _vm(vm, console, alone=len(report.vms) == 1)
     _mismatches(report, console)
+
+
+def _recorded_by(report: Report) -> str:
+    """Which kernels print such lines, and what tells."""
+    if not report.evidence:
+        return "recorded by: no line tells the kernel" + (
+            f"; {report.kernel} is assumed (--kernel)" if report.kernel_from == "assumed" else ""
+        )
+    if not report.kernels:
+        return f"recorded by: lines disagree (see the note){'' if report.kernel_from == 'option' else ' (--kernel)'}"
+    first, last = report.kernels[0], report.kernels[-1]
+    which = first if first == last else f"{first} to {last}"
+    tells = "; ".join(
+        f"{e.says} (line {e.line:,}: "
+        + " and ".join(filter(None, (e.since and f"since {e.since}", e.before and f"before {e.before}")))
+        + ")"
+        for e in report.evidence
+    )
+    asked = f"; {report.kernel} was asked for" if report.kernel_from == "option" else ""
+    return f"recorded by: {which}{asked}, as the lines tell: {escape(tells)}"
 
 
 def _count(n: int, noun: str) -> str:

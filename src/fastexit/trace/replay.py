@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 from fastexit.checks import integer
 from fastexit.profile import NEWEST
+from fastexit.releases import generation, release
 from fastexit.trace.accesses import Assembler, Lane
 from fastexit.trace.events import Kind
 from fastexit.trace.files import TraceError
 from fastexit.trace.guest import Device, Guest, Recorded
+from fastexit.trace.kernels import Dating
 from fastexit.trace.reader import Batch, Task, TraceReader
 from fastexit.trace.report import Mismatches, Report
 from fastexit.trace.threads import Survey
@@ -32,7 +34,7 @@ Progress = Callable[[int, int], object]
 def replay(
     path: str | os.PathLike[str],
     *,
-    kernel: str = NEWEST,
+    kernel: str | None = None,
     vendor: str = "vmx",
     apicv: bool = False,
     hv_timer: bool | None = None,
@@ -43,8 +45,8 @@ def replay(
 
     Args:
         path: the trace, plain or compressed with gzip or xz.
-        kernel: generation of the replayed machine; ``fastexit.profiles()`` lists them. The shares taken fast are
-            reported for all of them.
+        kernel: generation of the replayed machine, or a release. None: the newest that the trace's lines allow, see
+            Report.evidence. The shares taken fast are reported for all generations.
         vendor: "vmx" or "svm".
         apicv: interrupts are posted.
         hv_timer: the host could use the VMX preemption timer, without which older generations do not take
@@ -60,17 +62,22 @@ def replay(
     if mismatches is not None:
         integer(mismatches, "number of mismatches")
     began = time.perf_counter()
-    reader = TraceReader(path)
-    report = Report(reader.path, kernel, vendor, apicv)
+    if kernel is not None:
+        generation(kernel)
+    dating = Dating()
+    reader = TraceReader(path, dating)
     done = _Work(2 * reader.size, progress)
     survey = Survey(reader.path)
     kept: list[Batch] = []
     for batch in reader.batches(done.add):
         survey.learn(batch)
+        dating.see_order(batch)
         if batch.first <= KEPT_LINES:
             kept.append(batch)
     if survey.empty:
         raise TraceError(_no_events(reader))
+    report = _dated(reader.path, kernel, vendor, apicv, dating)
+    kernel = report.kernel
     vms = survey.vms(lambda: reader.again(kept))
     recorded = Recorded(Kind.IPI in survey.kinds, survey.kinds >= {Kind.IPI, Kind.ACCEPT})
     found = Mismatches(mismatches)
@@ -91,11 +98,39 @@ def replay(
     report.lines, report.problems, report.notes = reader.lines, reader.problems, reader.notes
     report.left_out = assembler.strays
     report.notes += _notes(survey, assembler)
+    if not report.kernels:
+        report.notes.append(_disagree(report))
     report.mismatches, report.mismatched = found.first(), found.count
     report.vms = [guest.finish() for guest in guests]
     report.seconds = time.perf_counter() - began
     done.at(2 * reader.size)
     return report
+
+
+def _dated(path: str, kernel: str | None, vendor: str, apicv: bool, dating: Dating) -> Report:
+    """A report of the kernel that was asked for, or that the trace tells."""
+    kernels, evidence = dating.kernels(), dating.evidence
+    if kernel is not None:
+        return Report(path, kernel, vendor, apicv, "option", kernels, evidence)
+    told = bool(evidence and kernels)
+    return Report(
+        path, kernels[-1] if told else NEWEST, vendor, apicv, "trace" if told else "assumed", kernels, evidence
+    )
+
+
+def _disagree(report: Report) -> str:
+    """Lines that no kernel prints together."""
+    last = max((e for e in report.evidence if e.since), key=lambda e: _age(e.since))
+    first = min((e for e in report.evidence if e.before), key=lambda e: _age(e.before))
+    return (
+        f"no kernel has both: {last.says} (line {last.line:,}, since {last.since}) and {first.says} "
+        f"(line {first.line:,}, before {first.before}): the trace is of several kernels, or of one with other patches"
+    )
+
+
+def _age(text: str) -> tuple[int, int]:
+    found = release(text)
+    return (0, 0) if found is None else found.series
 
 
 class _Work:

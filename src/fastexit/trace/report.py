@@ -10,6 +10,18 @@ from typing import Any, NamedTuple
 from fastexit.regs import LINUX_VECTORS, XAPIC_BROADCAST, DeliveryMode, Shorthand
 
 
+class Evidence(NamedTuple):
+    """What one kind of line says: the recording kernel is of release ``since`` or later, and older than ``before``.
+
+    An empty text bounds nothing. ``line`` is the first line that shows it.
+    """
+
+    line: int
+    says: str
+    since: str = ""
+    before: str = ""
+
+
 class IcrClass(NamedTuple):
     """A kind of ICR write. ``targets`` is how many APICs its accept lines name; -1 for a write that faulted."""
 
@@ -216,6 +228,9 @@ class Report:
 
     Attributes:
         path, kernel, vendor, apicv: what was replayed, and as what.
+        kernel_from: who said the generation: "option", "trace" (its lines), or "assumed" (they do not tell).
+        kernels: the generations that may have recorded the trace, as its lines tell; none when they disagree.
+        evidence: the kinds of lines that tell, each with the first line that shows it.
         lines, events: lines in the file, and how many of them are events of the kvm system by name.
         vms: one VmReport each.
         mismatches: the first of them by line, as many as replay() was asked to keep; ``mismatched`` counts all.
@@ -228,6 +243,9 @@ class Report:
     kernel: str
     vendor: str
     apicv: bool
+    kernel_from: str = "option"
+    kernels: tuple[str, ...] = ()
+    evidence: list[Evidence] = field(default_factory=list)
     lines: int = 0
     events: Counter[str] = field(default_factory=Counter)
     vms: list[VmReport] = field(default_factory=list)
@@ -265,6 +283,9 @@ class Report:
             "kernel": self.kernel,
             "vendor": self.vendor,
             "apicv": self.apicv,
+            "kernel_from": self.kernel_from,
+            "kernels": list(self.kernels),
+            "evidence": [e._asdict() for e in self.evidence],
             "lines": self.lines,
             "events": dict(self.events.most_common()),
             "seconds": round(self.seconds, 3),
