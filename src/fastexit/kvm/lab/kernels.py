@@ -268,6 +268,8 @@ class Apt:
             "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
         }
         sources = self.sources
+        if sources is not None and not sources.is_file():
+            raise KernelMissing(0, f"no file of apt sources {str(sources)!r}")
         if self.suites:
             sources = self.where / "sources.list"
             sources.write_text(sources_of(self.suites, SYSTEM_SOURCES))
