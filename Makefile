@@ -9,7 +9,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long test-pythons lint clean
-.PHONY: docs embed-test verify verify-mutants bench bench-check bench-instructions
+.PHONY: docs embed-test verify verify-kernels verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -65,6 +65,18 @@ verify-mutants: $(STAMP) ## faults planted into the model, each of which verify 
 	@$(PYTEST) -m long tests/test_mutants.py
 	@$(PY) docs/verified.py build/verify/mutants.json
 	@$(PY) docs/generate.py
+
+KERNELS ?= 5.10 6.1 6.12 6.18 7.2 7.3
+OPERATIONS ?= 100000
+verify-kernels: compile ## the model against the lab's kernels, hours; kernels from fastexit kernels get; OPERATIONS=1000: minutes
+	@mkdir -p build/verify/kernels
+	@failed=0; \
+	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2; do \
+		kind=$${job%:*}; file=build/verify/kernels/$$kernel-svm-$$kind.json; \
+		echo "== $$kernel, SVM, $$kind"; \
+		$(PY) -m fastexit verify --kernel $$kernel --kind $$kind --ops $$(($(OPERATIONS) / $${job#*:})) --json > $$file; \
+		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
+	$(PY) docs/verified.py build/verify/kernels/*.json && $(PY) docs/generate.py && exit $$failed
 
 bench: $(STAMP) ## pytest benchmarks: against C, fast beside generic path; writes build/bench/ and docs/results.md
 	@rm -f build/bench/results.json

@@ -111,7 +111,11 @@ SECTIONS = {
     },
     ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
-    ROOT / "docs" / "verified.md": {"runs": verified.runs, "mutants": verified.mutants},
+    ROOT / "docs" / "verified.md": {
+        "runs": verified.runs,
+        "kernels": verified.kernels,
+        "mutants": verified.mutants,
+    },
 }
 
 

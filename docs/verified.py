@@ -54,6 +54,32 @@ def runs() -> str:
     return "\n".join(rows)
 
 
+def kernels() -> str:
+    """One row a kernel of the lab, vendor and kind: how many operations, what was found, when."""
+    reports = kept().get("kernels")
+    if not reports:
+        return "No run is kept yet: `make verify-kernels`."
+    rows = [
+        "| kernel | modelled as | vendor | kind | operations | machines | pages | trace lines | found | seed, date |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        host = report["host"]
+        found = "0" if report["agreed"] else f"first after {report['operations']:,}"
+        for kind, count in report["kinds"].items():
+            rows.append(
+                f"| {host['version'] or host['release']} | {host['kernel']} | {report['vendor'].upper()} | {kind} "
+                f"| {count['operations']:,} | {count['machines']:,} | {count['pages']:,} | {count['trace_lines']:,} "
+                f"| {found} | {report['seed']}, {report['began'][:10]} |"
+            )
+    return "\n".join(rows)
+
+
+def is_labs(report: dict[str, Any]) -> bool:
+    """Whether a kernel of the lab was compared, not this machine's."""
+    return report.get("judge", "/dev/kvm") != "/dev/kvm"
+
+
 def host_text(host: dict[str, Any]) -> str:
     """A host in one line: kernel, module, what it was read to be."""
     hashing = "on" if host["vector_hashing"] else "off"
@@ -96,13 +122,23 @@ def mutants() -> str:
     return "\n".join(rows)
 
 
+def _order(report: dict[str, Any]) -> tuple[list[int], str, str]:
+    """Kernels by age, then by vendor and kind."""
+    host = report["host"]
+    version = (host["version"] or host["release"]).split("-")[0]
+    return [int(part) for part in version.split(".") if part.isdigit()], report["vendor"], report["only"] or ""
+
+
 def main() -> None:
     """Keeps the reports that are named; those of the same sort that were kept before are replaced."""
     known = kept()
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     if not read:
         sys.exit("name the reports to keep")
-    reports = [one for one in read if "mutants" not in one]
+    labs = [one for one in read if "mutants" not in one and is_labs(one)]
+    if labs:
+        known["kernels"] = sorted(labs, key=_order)
+    reports = [one for one in read if "mutants" not in one and not is_labs(one)]
     for one in reports:
         if not one["agreed"]:
             sys.exit(f"seed {one['seed']} found a difference, which is to be dealt with before anything is kept")

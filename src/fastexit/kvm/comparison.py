@@ -100,6 +100,7 @@ class Report:
         return {
             "fastexit": __version__,
             "judge": self.judge.name,
+            "vendor": self.host.keywords()["vendor"],
             "host": self.host.as_dict(),
             "began": self.began,
             "seed": self.seed,
