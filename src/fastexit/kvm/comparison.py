@@ -10,7 +10,7 @@ import datetime
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from fastexit.kvm.twins import Divergence, Setup, Twins
 KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
 SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.0003}
 """How many of the operations are of which kind, unless one is asked for."""
+TRACES_SHARE = 0.1
 MANY_FROM = 300_000
 """A thousand vCPUs take seconds to make: runs with fewer operations leave them out."""
 MANY_SECONDS = 60.0
@@ -150,12 +151,12 @@ def verify(
     when the kernel's trace has holes.
     """
     judge = J.of(other)
-    shares = _shares(operations, seconds, only, traced)
+    shares = _shares(judge, operations, seconds, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = Report(judge, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
     start = time.monotonic()
     with ExitStack() as stack:
-        witness = stack.enter_context(_trace(judge)) if traced else None
+        witness = stack.enter_context(_trace(judge)) if traced or _needs_trace(judge, shares) else None
         dealt = _Dealt(report, shares, None if seconds is None else start + seconds, witness, progress)
         while report.divergence is None and dealt.more():
             dealt.run(judge.sessions)
@@ -172,7 +173,11 @@ def verify(
 def of_kind(judge: J.Judge, kind: str) -> tuple[type[Twins], J.Judge]:
     """How a kind of operations is compared with a judge, and by whom."""
     special = judge.special.get(kind)
-    return (KINDS[kind], judge) if special is None else special()
+    if special is not None:
+        return special()
+    if kind not in KINDS:
+        raise ValueError(f"operations of kind {kind} are compared with kernels of the lab alone: --kernel")
+    return KINDS[kind], judge
 
 
 class _Dealt:
@@ -256,7 +261,8 @@ class _Dealt:
         report = self.report
         rng = random.Random(f"{report.seed}/{cls.kind}/{number}")
         try:
-            with cls(cls.draw(rng, judge.host, report.ids), self._witness, judge) as twins:
+            witness = self._witness if report.traced or cls.needs_trace else None
+            with cls(cls.draw(rng, judge.host, report.ids), witness, judge) as twins:
                 self._life(twins, rng, wanted)
         except Divergence as found:
             with self._lock:
@@ -301,19 +307,24 @@ class _Dealt:
         return self._stopped or (self._deadline is not None and time.monotonic() > self._deadline)
 
 
-def _shares(operations: int, seconds: float | None, only: str | None, traced: bool) -> dict[str, float]:
+def _needs_trace(judge: J.Judge, kinds: Iterable[str]) -> bool:
+    return any(of_kind(judge, kind)[0].needs_trace for kind in kinds)
+
+
+def _shares(judge: J.Judge, operations: int, seconds: float | None, only: str | None, traced: bool) -> dict[str, float]:
     """Which kinds run, and how much of all operations each gets."""
     if only is not None:
-        if traced and not KINDS[only].traceable:
+        if traced and not of_kind(judge, only)[0].traceable:
             raise ValueError(
                 f"operations of kind {only} are not compared by trace lines: their order is the host's own"
             )
         return {only: 1.0}
     many = operations >= MANY_FROM and (seconds is None or seconds >= MANY_SECONDS)
+    known = SHARES if judge.trace is None or not judge.special else SHARES | {"traces": TRACES_SHARE}
     return {
         kind: share
-        for kind, share in SHARES.items()
-        if (kind != "many" or many) and (KINDS[kind].traceable or not traced)
+        for kind, share in known.items()
+        if (kind != "many" or many) and (not traced or of_kind(judge, kind)[0].traceable)
     }
 
 
@@ -331,8 +342,8 @@ def replay(
     judge = J.of(other)
     setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
     with ExitStack() as stack:
-        witness = stack.enter_context(_trace(judge)) if traced else None
         cls, judge = of_kind(judge, kind)
+        witness = stack.enter_context(_trace(judge)) if traced or cls.needs_trace else None
         twins = stack.enter_context(cls(setup, witness, judge))
         try:
             twins.look()

@@ -257,11 +257,11 @@ def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:
     vcpu = machine.vcpus[i]
     kind = rng.random()
     if vcpu.x2apic or kind < 0.04:
-        return _guest_msr_op(rng, machine, i)
+        return guest_msr_op(rng, machine, i)
     if kind < 0.07:
         return ("wrmsr", i, r.MSR_APICBASE, _reachable(apic_base(rng, vcpu)))
     if kind < 0.35:
-        return ("mmio_write", i, r.APIC_ICR, _tame(rng, icr_low(rng)), 4)
+        return ("mmio_write", i, r.APIC_ICR, tame(icr_low(rng)), 4)
     if kind < 0.70:
         if kind < 0.45:
             return ("mmio_write", i, r.APIC_ICR2, xapic_destination(rng, machine) << r.XAPIC_DEST_SHIFT, 4)
@@ -279,10 +279,11 @@ def guest_op(rng: random.Random, machine: Seen, i: int) -> Op:
     return ("mmio_read", i, offset if chance(rng, 0.9) else rng.randrange(0x1000 - length + 1), length)
 
 
-def _guest_msr_op(rng: random.Random, machine: Seen, i: int) -> Op:
+def guest_msr_op(rng: random.Random, machine: Seen, i: int) -> Op:
+    """WRMSR or RDMSR of a guest, now and then a store to the xAPIC page."""
     kind = rng.random()
     if kind < 0.35:
-        return ("wrmsr", i, r.MSR_X2APIC_ICR, _tame(rng, icr(rng, machine)))
+        return ("wrmsr", i, r.MSR_X2APIC_ICR, tame(icr(rng, machine)))
     if kind < 0.6:
         offset = rng.choice(WRITABLE)
         high = rng.getrandbits(32) << 32 if chance(rng, 0.03) else 0
@@ -308,7 +309,7 @@ def _guest_value(rng: random.Random, offset: int) -> int:
     return rng.choice(LONG_COUNTS) if offset == r.APIC_TMICT else register_value(rng, offset)
 
 
-def _tame(rng: random.Random, value: int) -> int:
+def tame(value: int) -> int:
     """An ICR value that leaves its sender alone: NMI and INIT go to all but self."""
     if value >> r.ICR_DM_SHIFT & 7 in NOT_FOR_GUESTS:
         return value & ~r.ICR_SHORTHAND | r.SH_ALLBUT << r.ICR_SHORTHAND_SHIFT

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.jit.declare import load
-from fastexit.kvm.guest import PORT_DONE
+from fastexit.kvm.guest import PORT_DONE, PORT_FAULT, PORT_INTERRUPT
 from fastexit.outcome import Outcome
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
 from fastexit.vcpu import Vcpu
@@ -42,7 +42,7 @@ class Program:
         """The vector of the interrupt that comes instead of the program, or None."""
         self._enter()
         vector = self._taken()
-        self._out()
+        self._out(PORT_DONE if vector is None else PORT_INTERRUPT)
         return vector
 
     def halt(self) -> int | str:
@@ -55,7 +55,7 @@ class Program:
                 return ASLEEP
             self._again(outcome)
             vector = self._taken()
-        self._out()
+        self._out(PORT_DONE if vector is None else PORT_INTERRUPT)
         return WENT_ON if vector is None else vector
 
     def wrmsr(self, msr: int, value: int) -> KvmExit | int | str | None:
@@ -77,7 +77,7 @@ class Program:
         self.v.complete_msr(error=error, data=data)
         fault = self.v.events().exception == R.VECTOR_GP
         self._go_on()
-        self._out()
+        self._out(PORT_FAULT if fault else PORT_DONE)
         return "#GP" if fault else self.v.read_data if reads else None
 
     def _enter(self) -> None:
@@ -122,9 +122,9 @@ class Program:
         self._again(outcome)
         if outcome.user is not None and outcome.user != KvmExit.IOAPIC_EOI:
             return outcome.user
-        self._out()
+        self._out(PORT_FAULT if outcome.fault else PORT_DONE)
         return "#GP" if outcome.fault else None
 
-    def _out(self) -> None:
+    def _out(self, port: int = PORT_DONE) -> None:
         """The OUT: KVM_EXIT_IO, an iteration that does not stay in the kernel."""
-        self.v.io_write(PORT_DONE, 0)
+        self.v.io_write(port, 0)

@@ -113,6 +113,8 @@ class Twins:
     kind: ClassVar[str] = "msr"
     operations_each: ClassVar[int] = 400
     traceable: ClassVar[bool] = True
+    needs_trace: ClassVar[bool] = False
+    """Whether trace lines are what is compared, so that there is no such comparison without them."""
     deferred: ClassVar[bool] = False
     """Whether operations are carried out by `finish`, all at once."""
     states: ClassVar[bool] = False

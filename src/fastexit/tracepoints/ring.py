@@ -39,6 +39,11 @@ class Trace:
         self._columns = held(CONTEXT_COLUMNS, release) or 0
 
     @property
+    def events(self) -> frozenset[str]:
+        """Names of the events that have a line in this release."""
+        return frozenset(template.partition(":")[0] for template in self._formats.values())
+
+    @property
     def enabled(self) -> bool:
         """Whether kernels write records."""
         return bool(self._mem[L.H_CONFIG] & L.CONFIG_TRACE)

@@ -6,7 +6,6 @@ Models: nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -72,9 +71,9 @@ class Lab:
         """A VM of the lab's kernel: `Oracle`'s keywords, and its face."""
         return Oracle(vcpus, device=self.device, host=self.host, **keywords)
 
-    def trace(self, events: Iterable[str] | str | None = None) -> LabTrace:
-        """The kernel's tracepoints, as `LabTrace`."""
-        return LabTrace(self.device, events)
+    def trace(self) -> LabTrace:
+        """The kernel's tracepoints."""
+        return LabTrace(self.device)
 
     def judge(self) -> Judge:
         """What `verify` compares the model with."""
@@ -90,7 +89,7 @@ class Lab:
             trace=self.trace,
             sessions=SESSIONS,
             inside=nullcontext if self.exact else self.device.turnstile.inside,
-            special={"timers": self._timers},
+            special={"timers": self._timers, "traces": self._traces},
         )
 
     def _timers(self) -> tuple[type[Twins], Judge]:
@@ -101,6 +100,12 @@ class Lab:
             if not self.exact and self._other is None:
                 self._other = Lab(**self._keywords() | {"exact": True})
         return ExactTimers, (self._other or self).judge()
+
+    def _traces(self) -> tuple[type[Twins], Judge]:
+        """Here whole traces can be compared: nobody else is in the machine."""
+        from fastexit.kvm.lab.traces import TraceTwins
+
+        return TraceTwins, self.judge()
 
     def _keywords(self) -> dict[str, Any]:
         """What makes this lab again."""

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from fastexit.kvm.lab.device import LabDevice
-from fastexit.kvm.tracefs import EVENTS, TraceLost, TraceUnavailable
+from fastexit.kvm.tracefs import EVENTS, TraceLost, TraceUnavailable, lines_of_interest
 
 ROOT = "/tracing"
 BUFFER_KIB = 16_384
@@ -23,29 +22,24 @@ _LOST = re.compile(r"CPU:\d+ \[LOST (?:(\d+) )?EVENTS\]")
 class LabTrace:
     """Tracepoints of the lab's kernel while this is open; a context manager. `of` gives what one machine sees.
 
-    Args:
-        events: names of KVM's events. None: those of EVENTS that the kernel has. "all": every one that KVM has.
+    All events that KVM has are on; ``events`` are those of EVENTS among them.
     """
 
-    def __init__(self, device: LabDevice, events: Iterable[str] | str | None = None) -> None:
+    def __init__(self, device: LabDevice) -> None:
         self._device = device
-        there = [name for name in EVENTS if device.exists(Path(f"{ROOT}/events/kvm/{name}"))]
-        if not there:
+        self.events: tuple[str, ...] = tuple(
+            name for name in EVENTS if device.exists(Path(f"{ROOT}/events/kvm/{name}"))
+        )
+        if not self.events:
             raise TraceUnavailable(0, f"{device.name}: no KVM tracepoints")
-        self.events: tuple[str, ...] = ()
         for name, value in (
             ("trace_clock", "counter"),
             ("trace_options", "nocontext-info"),
             ("buffer_size_kb", BUFFER_KIB),
             ("set_event_pid", 1),
+            ("events/kvm/enable", 1),
         ):
             self._write(name, value)
-        if events == "all":
-            self._write("events/kvm/enable", 1)
-        else:
-            self.events = tuple(there if events is None else events)
-            for event in self.events:
-                self._write(f"events/kvm/{event}/enable", 1)
         device.pipe = device.open(f"{ROOT}/trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
 
     def _write(self, name: str, value: str | int) -> None:
@@ -87,7 +81,11 @@ class MachineTrace:
         self._vm.lines = []
 
     def read(self) -> list[str]:
-        """``event: payload`` of what happened since the last read; TraceLost when lines are missing."""
+        """``event: payload`` of ``events`` since the last read; TraceLost when lines are missing."""
+        return lines_of_interest(self.read_all(), self.events)
+
+    def read_all(self) -> list[str]:
+        """As `read`, of every event."""
         lines, self._vm.lines = self._vm.lines or [], []
         for line in lines:
             if line.startswith("CPU:") and (lost := _LOST.fullmatch(line)):
