@@ -57,7 +57,7 @@ def initramfs(init: bytes, modules: Iterable[tuple[str, bytes, str]]) -> bytes:
     )
 
 
-def init_program(directory: Path, source: str = "init.c") -> bytes:
+def init_program(directory: Path, source: str = "init.c", flags: Iterable[str] = ()) -> bytes:
     """The static init, compiled when it is not in ``directory`` yet; OSError, in one line, where it cannot be.
 
     ``$CC`` is the compiler, otherwise cc.
@@ -73,7 +73,7 @@ def init_program(directory: Path, source: str = "init.c") -> bytes:
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         there, made = Path(scratch) / source, Path(scratch) / "init"
         there.write_bytes(text)
-        command = [*compiler.split(), "-static", "-O2", "-o", str(made), str(there)]
+        command = [*compiler.split(), "-static", "-O2", *flags, "-o", str(made), str(there)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line]

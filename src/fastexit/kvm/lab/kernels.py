@@ -203,6 +203,12 @@ def _take(deb: Path, into: Path) -> None:
             (into / (name if is_module else "vmlinuz")).write_bytes(data.read())
 
 
+def unpack(deb: Path, into: Path) -> None:
+    """Every file of a package."""
+    with tarfile.open(fileobj=io.BytesIO(_data_of(deb))) as tar:
+        tar.extractall(into, filter="tar")
+
+
 def _data_of(deb: Path) -> bytes:
     """The files of a package as a tar archive: a member of an ar archive, packed in some way."""
     data = deb.read_bytes()
@@ -233,18 +239,19 @@ class Apt:
 
     def update(self) -> None:
         """Brings the lists up to date."""
-        self._run("apt-get", "update", "-qq")
+        self.run("apt-get", "update", "-qq")
 
     def versions(self) -> dict[str, list[str]]:
         """Upstream versions of kernels that the lists have, each with the packages that make it up."""
-        return choose(self._run("apt-cache", "dumpavail"))
+        return choose(self.run("apt-cache", "dumpavail"))
 
     def download(self, names: Sequence[str], into: Path) -> list[Path]:
         """Packages as files."""
-        self._run("apt-get", "download", "-qq", *names, cwd=into)
+        self.run("apt-get", "download", "-qq", *names, cwd=into)
         return sorted(into.glob("*.deb"))
 
-    def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
+    def run(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
+        """What one of apt's programs prints; KernelMissing with its reason."""
         command = [program, *self._options(), *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)

@@ -1,0 +1,416 @@
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/io.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { DEBUG_PORT = 0xe9, SHUTDOWN_PORT = 0x8900, DISK = 0x1f0, SECTOR = 512, MAGIC = 0x58544146, MOST = 16 << 20 };
+enum { MEMORY_BYTES = 1 << 20, VCPUS = 8 };
+
+static void out(const void *bytes, size_t count)
+{
+	outsb(DEBUG_PORT, bytes, count);
+}
+
+static void say(const char *format, ...)
+{
+	char line[1024];
+	va_list list;
+	int length;
+
+	va_start(list, format);
+	length = vsnprintf(line, sizeof line, format, list);
+	va_end(list);
+	out(line, length);
+}
+
+static void quit(void)
+{
+	for (const char *word = "Shutdown"; *word; word++)
+		outb(*word, SHUTDOWN_PORT);
+	for (;;)
+		pause();
+}
+
+static void fail(const char *what)
+{
+	say("@fail %s: %s\n", what, strerror(errno));
+	quit();
+}
+
+/* ---- the disk that carries requests: no driver is loaded for it, so its ports are ours */
+
+static void read_sectors(uint32_t first, uint32_t count, uint8_t *bytes)
+{
+	while (count) {
+		uint32_t now = count > 128 ? 128 : count;
+
+		while (inb(DISK + 7) & 0x80)
+			;
+		outb(0xe0 | first >> 24, DISK + 6);
+		outb(now, DISK + 2);
+		outb(first, DISK + 3);
+		outb(first >> 8, DISK + 4);
+		outb(first >> 16, DISK + 5);
+		outb(0x20, DISK + 7);
+		for (uint32_t n = 0; n < now; n++, bytes += SECTOR) {
+			while ((inb(DISK + 7) & 0x88) != 0x08)
+				;
+			insw(DISK, bytes, SECTOR / 2);
+		}
+		first += now;
+		count -= now;
+	}
+}
+
+/* ---- files */
+
+static int put_file(const char *name, const char *text)
+{
+	int fd = open(name, O_WRONLY), got;
+
+	if (fd < 0)
+		return -1;
+	got = write(fd, text, strlen(text));
+	close(fd);
+	return got;
+}
+
+#define TRACING "/sys/kernel/tracing/"
+
+static void dump(const char *name)
+{
+	static char bytes[1 << 16];
+	int fd = open(name, O_RDONLY | O_NONBLOCK), got;
+
+	if (fd < 0) {
+		say("@file -1\n");
+		return;
+	}
+	say("@file\n");
+	while ((got = read(fd, bytes, sizeof bytes)) > 0)
+		out(bytes, got);
+	close(fd);
+	say("\n@end\n");
+}
+
+/* ---- vCPUs */
+
+struct vcpu {
+	pthread_t thread;
+	int fd, cpu, number;
+	struct kvm_run *run;
+	volatile int go, done, quit;
+	int result, error;
+};
+
+static int kvm = -1, vm = -1, count, run_bytes;
+static struct vcpu vcpus[VCPUS];
+static uint8_t *memory;
+
+static void nothing(int number) { (void)number; }
+
+static void *vcpu_main(void *argument)
+{
+	struct vcpu *v = argument;
+	char name[16];
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(v->cpu, &set);
+	sched_setaffinity(0, sizeof set, &set);
+	snprintf(name, sizeof name, "v%d", v->number);
+	prctl(PR_SET_NAME, name);
+	while (!v->quit) {
+		if (!v->go) {
+			__builtin_ia32_pause();
+			continue;
+		}
+		do {
+			v->result = ioctl(v->fd, KVM_RUN, 0);
+			v->error = errno;
+		} while (!v->result && v->run->exit_reason == KVM_EXIT_IOAPIC_EOI);
+		v->go = 0;
+		__sync_synchronize();
+		v->done = 1;
+	}
+	return NULL;
+}
+
+static void end_vm(void)
+{
+	if (vm < 0)
+		return;
+	for (int i = 0; i < count; i++) {
+		vcpus[i].quit = 1;
+		vcpus[i].run->immediate_exit = 1;
+		pthread_kill(vcpus[i].thread, SIGUSR1);
+		pthread_join(vcpus[i].thread, NULL);
+		munmap(vcpus[i].run, run_bytes);
+		close(vcpus[i].fd);
+	}
+	close(vm);
+	vm = -1;
+	munmap(memory, MEMORY_BYTES);
+	count = 0;
+}
+
+struct cpuid { struct kvm_cpuid2 head; struct kvm_cpuid_entry2 entries[256]; };
+
+static void new_vm(int split, int api, int number, const uint32_t *ids, const uint32_t *cpus, int x2apic, int deadline)
+{
+	static struct cpuid cpuid;
+	struct kvm_userspace_memory_region region = { .memory_size = MEMORY_BYTES };
+
+	end_vm();
+	vm = ioctl(kvm, KVM_CREATE_VM, 0);
+	if (vm < 0)
+		fail("KVM_CREATE_VM");
+	ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000);
+	memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	region.userspace_addr = (uintptr_t)memory;
+	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region))
+		fail("memory");
+	if (split) {
+		struct kvm_enable_cap cap = { .cap = KVM_CAP_SPLIT_IRQCHIP, .args = { 24 } };
+
+		if (ioctl(vm, KVM_ENABLE_CAP, &cap))
+			fail("split irqchip");
+	} else if (ioctl(vm, KVM_CREATE_IRQCHIP, 0)) {
+		fail("irqchip");
+	}
+	if (api) {
+		struct kvm_enable_cap cap = { .cap = KVM_CAP_X2APIC_API, .args = { api } };
+
+		if (ioctl(vm, KVM_ENABLE_CAP, &cap))
+			fail("x2apic api");
+	}
+	cpuid.head.nent = 256;
+	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid))
+		fail("cpuid");
+	for (unsigned n = 0; n < cpuid.head.nent; n++)
+		if (cpuid.entries[n].function == 1) {
+			cpuid.entries[n].ecx &= ~(1u << 21 | 1u << 24);
+			cpuid.entries[n].ecx |= (uint32_t)!!x2apic << 21 | (uint32_t)!!deadline << 24;
+		}
+	for (int i = 0; i < number; i++) {
+		struct vcpu *v = &vcpus[i];
+
+		memset(v, 0, sizeof *v);
+		v->number = i;
+		v->cpu = cpus[i];
+		v->fd = ioctl(vm, KVM_CREATE_VCPU, ids[i]);
+		if (v->fd < 0)
+			fail("KVM_CREATE_VCPU");
+		if (ioctl(v->fd, KVM_SET_CPUID2, &cpuid))
+			fail("KVM_SET_CPUID2");
+		v->run = mmap(NULL, run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
+		if (pthread_create(&v->thread, NULL, vcpu_main, v))
+			fail("thread");
+		count++;
+	}
+}
+
+static uint64_t stamp(void)
+{
+	uint32_t low, high;
+
+	asm volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (uint64_t)high << 32 | low;
+}
+
+/* ---- requests: words of 32 bits */
+
+enum op { END, VM, STORE, IOCTL, RUN, PARKED, WAIT, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK };
+
+static void answer_bytes(const char *word, int result, const void *data, size_t bytes)
+{
+	const uint8_t *at = data;
+	static char text[1 << 17];
+	size_t used = snprintf(text, 64, "@%s %d ", word, result);
+
+	for (size_t n = 0; n < bytes && used < sizeof text - 4; n++) {
+		text[used++] = "0123456789abcdef"[at[n] >> 4];
+		text[used++] = "0123456789abcdef"[at[n] & 15];
+	}
+	text[used++] = '\n';
+	out(text, used);
+}
+
+static void carry_out(const uint32_t *at)
+{
+	static uint64_t buffer[8192];
+	uint64_t until;
+	int stuck = 0;
+
+	for (;;) {
+		const uint32_t *a = at + 2;
+
+		switch (at[0]) {
+		case END:
+			end_vm();
+			return;
+		case QUIT:
+			say("@quit\n");
+			quit();
+		case VM: /* split, api, x2apic, deadline, count, ids, cpus */
+			new_vm(a[0], a[1], a[4], a + 5, a + 5 + a[4], a[2], a[3]);
+			stuck = 0;
+			break;
+		case STORE: /* address, bytes, data */
+			memcpy(memory + a[0], a + 2, a[1]);
+			break;
+		case IOCTL: { /* target (-1 the VM), request low, high, bytes, data; quiet bit in target bit 30 */
+			int i = (int32_t)a[0], fd = i < 0 ? vm : vcpus[i].fd, result;
+			uint64_t request = a[1];
+
+			memcpy(buffer, a + 3, a[2]);
+			result = ioctl(fd, request, a[2] == 0 ? (void *)(uintptr_t)0 : buffer);
+			answer_bytes("ioctl", result < 0 ? -errno : result, buffer, result >= 0 && request >> 31 ? a[2] : 0);
+			break;
+		}
+		case RUN: /* vCPU */
+			vcpus[a[0]].done = 0;
+			__sync_synchronize();
+			vcpus[a[0]].go = 1;
+			break;
+		case PARKED: { /* vCPU, most ticks */
+			struct vcpu *v = &vcpus[a[0]];
+
+			until = stamp() + (stuck ? 0 : a[1]);
+			while (!v->done && stamp() < until)
+				__builtin_ia32_pause();
+			if (v->done)
+				say("@parked %u %d %d %u %u\n", a[0], v->result ? -v->error : 0, v->run->exit_reason,
+				    v->run->io.port, v->run->exit_reason == 17 ? v->run->internal.suberror : 0);
+			else
+				say("@stuck %u\n", a[0]), stuck = 1;
+			break;
+		}
+		case WAIT: { /* address, value, most ticks */
+			volatile uint32_t *word = (volatile uint32_t *)(memory + a[0]);
+
+			until = stamp() + (stuck ? 0 : a[2]);
+			while (*word != a[1] && stamp() < until)
+				__builtin_ia32_pause();
+			if (*word != a[1])
+				say("@stuck -1 at %u for %u\n", *word, a[1]), stuck = 1;
+			break;
+		}
+		case SET: /* address, value */
+			*(volatile uint32_t *)(memory + a[0]) = a[1];
+			break;
+		case DELAY: /* ticks */
+			until = stamp() + a[0];
+			while (stamp() < until)
+				__builtin_ia32_pause();
+			break;
+		case KICK: /* vCPU */
+			vcpus[a[0]].run->immediate_exit = 1;
+			pthread_kill(vcpus[a[0]].thread, SIGUSR1);
+			break;
+		case TRACE:
+			if (a[0])
+				put_file(TRACING "trace", "");
+			put_file(TRACING "tracing_on", a[0] ? "1" : "0");
+			break;
+		case READ: /* address, bytes */
+			answer_bytes("read", 0, memory + a[0], a[1]);
+			break;
+		case FILE_:
+			dump((const char *)a);
+			break;
+		case PUT: { /* name, zero, text */
+			const char *name = (const char *)a;
+
+			say("@put %d\n", put_file(name, name + strlen(name) + 1));
+			break;
+		}
+		case CLOCK:
+			say("@clock %llu\n", (unsigned long long)stamp());
+			break;
+		default:
+			say("@fail op %u\n", at[0]);
+			quit();
+		}
+		at += 2 + at[1];
+	}
+}
+
+static void load_modules(void)
+{
+	char line[256];
+	FILE *list = fopen("/modules", "r");
+
+	if (!list)
+		fail("/modules");
+	while (fgets(line, sizeof line, list)) {
+		char *name = strtok(line, " \n"), *options = strtok(NULL, "\n");
+		int fd = open(name, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || syscall(SYS_finit_module, fd, options ? options : "", 0))
+			fail(name);
+		close(fd);
+	}
+	fclose(list);
+}
+
+int main(void)
+{
+	static uint8_t sector[SECTOR];
+	uint32_t *head = (uint32_t *)sector, seen = 0;
+	struct sigaction action = { .sa_handler = nothing };
+	uint8_t *request = malloc(MOST);
+	cpu_set_t set;
+
+	iopl(3);
+	say("\n@init\n");
+	mkdir("/dev", 0755); mkdir("/proc", 0755); mkdir("/sys", 0755);
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sys", "/sys", "sysfs", 0, NULL);
+	if (mount("trace", "/sys/kernel/tracing", "tracefs", 0, NULL))
+		fail("tracefs");
+	load_modules();
+	sigaction(SIGUSR1, &action, NULL);
+	CPU_ZERO(&set);
+	CPU_SET(0, &set);
+	sched_setaffinity(0, sizeof set, &set);
+	prctl(PR_SET_NAME, "host");
+	kvm = open("/dev/kvm", O_RDWR);
+	if (kvm < 0)
+		fail("/dev/kvm");
+	run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	put_file(TRACING "tracing_on", "0");
+	put_file(TRACING "trace_clock", "x86-tsc");
+	put_file(TRACING "buffer_size_kb", "4096");
+	put_file(TRACING "events/kvm/enable", "1");
+	say("@ready\n");
+	for (;;) {
+		read_sectors(0, 1, sector);
+		if (head[0] == MAGIC && head[1] != seen) {
+			seen = head[1];
+			read_sectors(1, (head[2] + SECTOR - 1) / SECTOR, request);
+			carry_out((uint32_t *)request);
+			say("@done %u\n", seen);
+		} else {
+			usleep(500);
+		}
+	}
+}
