@@ -1,3 +1,8 @@
+/* The only program of the VMX lab's machine: carries out what requests on its disk ask for, and says what came of it.
+ *
+ * Everything that means something is decided in Python (vmxwire.py has the same numbers): this side makes VMs, lets
+ * each vCPU's thread run, makes ioctls, reads memory and traces. Answers leave by Bochs' port 0xE9, in lines with a mark.
+ */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -83,7 +88,7 @@ static void read_sectors(uint32_t first, uint32_t count, uint8_t *bytes)
 
 static int put_file(const char *name, const char *text)
 {
-	int fd = open(name, O_WRONLY), got;
+	int fd = open(name, O_WRONLY | O_TRUNC), got;
 
 	if (fd < 0)
 		return -1;
@@ -116,9 +121,14 @@ struct vcpu {
 	pthread_t thread;
 	int fd, cpu, number;
 	struct kvm_run *run;
-	volatile int go, done, quit;
+	int go, done, quit;
 	int result, error;
+	unsigned eois;
+	uint8_t vectors[64];
 };
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed;
 
 static int kvm = -1, vm = -1, count, run_bytes;
 static struct vcpu vcpus[VCPUS];
@@ -136,21 +146,61 @@ static void *vcpu_main(void *argument)
 	CPU_SET(v->cpu, &set);
 	sched_setaffinity(0, sizeof set, &set);
 	snprintf(name, sizeof name, "v%d", v->number);
+	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){ 0 });
 	prctl(PR_SET_NAME, name);
-	while (!v->quit) {
-		if (!v->go) {
-			__builtin_ia32_pause();
-			continue;
-		}
-		do {
+	pthread_mutex_lock(&lock);
+	for (;;) {
+		while (!v->go && !v->quit)
+			pthread_cond_wait(&changed, &lock);
+		if (v->quit)
+			break;
+		pthread_mutex_unlock(&lock);
+		for (;;) {
 			v->result = ioctl(v->fd, KVM_RUN, 0);
 			v->error = errno;
-		} while (!v->result && v->run->exit_reason == KVM_EXIT_IOAPIC_EOI);
+			if (v->result || v->run->exit_reason != KVM_EXIT_IOAPIC_EOI)
+				break;
+			if (v->eois < sizeof v->vectors)
+				v->vectors[v->eois++] = v->run->eoi.vector;
+		}
+		pthread_mutex_lock(&lock);
 		v->go = 0;
-		__sync_synchronize();
 		v->done = 1;
+		pthread_cond_broadcast(&changed);
 	}
+	pthread_mutex_unlock(&lock);
 	return NULL;
+}
+
+/* Lets a vCPU's thread call KVM_RUN. */
+static void begin(struct vcpu *v)
+{
+	pthread_mutex_lock(&lock);
+	v->done = 0;
+	v->go = 1;
+	pthread_cond_broadcast(&changed);
+	pthread_mutex_unlock(&lock);
+}
+
+/* Whether it came back in time. */
+static int parked(struct vcpu *v, uint32_t most_us)
+{
+	struct timespec due;
+	int late = 0, done;
+
+	clock_gettime(CLOCK_MONOTONIC, &due);
+	due.tv_sec += most_us / 1000000;
+	due.tv_nsec += most_us % 1000000 * 1000;
+	if (due.tv_nsec >= 1000000000) {
+		due.tv_nsec -= 1000000000;
+		due.tv_sec++;
+	}
+	pthread_mutex_lock(&lock);
+	while (!v->done && !late)
+		late = pthread_cond_timedwait(&changed, &lock, &due);
+	done = v->done;
+	pthread_mutex_unlock(&lock);
+	return done;
 }
 
 static void end_vm(void)
@@ -158,8 +208,11 @@ static void end_vm(void)
 	if (vm < 0)
 		return;
 	for (int i = 0; i < count; i++) {
+		pthread_mutex_lock(&lock);
 		vcpus[i].quit = 1;
 		vcpus[i].run->immediate_exit = 1;
+		pthread_cond_broadcast(&changed);
+		pthread_mutex_unlock(&lock);
 		pthread_kill(vcpus[i].thread, SIGUSR1);
 		pthread_join(vcpus[i].thread, NULL);
 		munmap(vcpus[i].run, run_bytes);
@@ -227,6 +280,29 @@ static void new_vm(int split, int api, int number, const uint32_t *ids, const ui
 	}
 }
 
+/* Protected mode, flat, running, interrupts off; tables as vmxcode.py puts them. */
+static void setup(int fd, uint32_t eip, uint32_t esp, uint32_t ebp)
+{
+	struct kvm_segment flat = { .limit = 0xffffffff, .type = 3, .present = 1, .db = 1, .s = 1, .g = 1, .selector = 16 };
+	struct kvm_regs regs = { .rip = eip, .rsp = esp, .rbp = ebp, .rflags = 2 };
+	struct kvm_mp_state state = { KVM_MP_STATE_RUNNABLE };
+	struct kvm_sregs sregs;
+
+	if (ioctl(fd, KVM_GET_SREGS, &sregs))
+		fail("KVM_GET_SREGS");
+	sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = flat;
+	flat.type = 11;
+	flat.selector = 8;
+	sregs.cs = flat;
+	sregs.gdt.base = 0x1000;
+	sregs.gdt.limit = 23;
+	sregs.idt.base = 0x2000;
+	sregs.idt.limit = 0x7ff;
+	sregs.cr0 |= 1;
+	if (ioctl(fd, KVM_SET_SREGS, &sregs) || ioctl(fd, KVM_SET_REGS, &regs) || ioctl(fd, KVM_SET_MP_STATE, &state))
+		fail("protected mode");
+}
+
 static uint64_t stamp(void)
 {
 	uint32_t low, high;
@@ -237,7 +313,7 @@ static uint64_t stamp(void)
 
 /* ---- requests: words of 32 bits */
 
-enum op { END, VM, STORE, IOCTL, RUN, PARKED, WAIT, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK };
+enum op { END, VM, STORE, IOCTL, RUN, PARKED, WAIT, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP };
 
 static void answer_bytes(const char *word, int result, const void *data, size_t bytes)
 {
@@ -262,6 +338,7 @@ static void carry_out(const uint32_t *at)
 	for (;;) {
 		const uint32_t *a = at + 2;
 
+		say("@op %u\n", at[0]);
 		switch (at[0]) {
 		case END:
 			end_vm();
@@ -286,21 +363,25 @@ static void carry_out(const uint32_t *at)
 			break;
 		}
 		case RUN: /* vCPU */
-			vcpus[a[0]].done = 0;
-			__sync_synchronize();
-			vcpus[a[0]].go = 1;
+			begin(&vcpus[a[0]]);
 			break;
-		case PARKED: { /* vCPU, most ticks */
+		case PARKED: { /* vCPU, most microseconds */
 			struct vcpu *v = &vcpus[a[0]];
 
-			until = stamp() + (stuck ? 0 : a[1]);
-			while (!v->done && stamp() < until)
-				__builtin_ia32_pause();
-			if (v->done)
+			if (parked(v, stuck ? 1000 : a[1])) {
 				say("@parked %u %d %d %u %u\n", a[0], v->result ? -v->error : 0, v->run->exit_reason,
 				    v->run->io.port, v->run->exit_reason == 17 ? v->run->internal.suberror : 0);
-			else
-				say("@stuck %u\n", a[0]), stuck = 1;
+			} else {
+				struct kvm_regs regs = { 0 };
+
+				v->run->immediate_exit = 1;
+				pthread_kill(v->thread, SIGUSR1);
+				if (parked(v, 100000))
+					ioctl(v->fd, KVM_GET_REGS, &regs);
+				v->run->immediate_exit = 0;
+				say("@stuck %u at %llx eax %llx ecx %llx flags %llx\n", a[0], regs.rip, regs.rax, regs.rcx, regs.rflags);
+				stuck = 1;
+			}
 			break;
 		}
 		case WAIT: { /* address, value, most ticks */
@@ -342,6 +423,9 @@ static void carry_out(const uint32_t *at)
 			say("@put %d\n", put_file(name, name + strlen(name) + 1));
 			break;
 		}
+		case SETUP: /* vCPU, EIP, ESP, EBP */
+			setup(vcpus[a[0]].fd, a[1], a[2], a[3]);
+			break;
 		case CLOCK:
 			say("@clock %llu\n", (unsigned long long)stamp());
 			break;
@@ -377,6 +461,7 @@ int main(void)
 	uint32_t *head = (uint32_t *)sector, seen = 0;
 	struct sigaction action = { .sa_handler = nothing };
 	uint8_t *request = malloc(MOST);
+	pthread_condattr_t clock;
 	cpu_set_t set;
 
 	iopl(3);
@@ -392,7 +477,11 @@ int main(void)
 	CPU_ZERO(&set);
 	CPU_SET(0, &set);
 	sched_setaffinity(0, sizeof set, &set);
+	sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){ .sched_priority = 1 });
 	prctl(PR_SET_NAME, "host");
+	pthread_condattr_init(&clock);
+	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+	pthread_cond_init(&changed, &clock);
 	kvm = open("/dev/kvm", O_RDWR);
 	if (kvm < 0)
 		fail("/dev/kvm");

@@ -1,0 +1,176 @@
+"""The code of the VMX lab's guests: memory of a VM, and for each vCPU one step after the other.
+
+Models: nothing; this runs on the real KVM. Protected mode, flat, 32 bits. A word of memory is the baton: a step waits
+for its number, does one thing, lets the effects of that settle, and passes it on, so vCPUs really run at once and take
+turns all the same. Handlers note which step an interrupt came in, and end it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastexit import regs as R
+from fastexit.kvm.lab.vmxsteps import Step
+
+MEMORY_BYTES = 1 << 20
+GDT_AT, IDT_AT, STUBS_AT, HANDLER_AT, FAULT_AT = 0x1000, 0x2000, 0x3000, 0x4000, 0x4100
+STARTUP_AT = 0x5000
+"""One page a vCPU, for SIPI: real mode."""
+BATON_AT = 0x8000
+AREA_AT, AREA_BYTES = 0x9000, 0x1000
+STACK_AT = 0xE000
+SMM_AT = 0x38000
+CODE_AT, CODE_BYTES = 0x40000, 0x8000
+APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
+
+LOG, EOI_MODE, RESUME, FLAG, STARTED = 0, 4, 8, 12, 16
+"""Words of a vCPU's area: where the next note goes, how interrupts end, where a fault goes on, what faulted."""
+NOTES, RESULTS, RESULT_BYTES = 0x100, 0x800, 16
+NO_EOI, X2APIC_EOI, XAPIC_EOI = range(3)
+FAULTED_GP, FAULTED_UD = 1, 2
+PORT_READY, PORT_DONE, PORT_HOST = 0x30, 0x31, 0x32
+UNTOUCHED = 0x5A5A5A5A
+STI, CLI, HLT, RDMSR, WRMSR, RDTSC = b"\xfb", b"\xfa", b"\xf4", b"\x0f\x32", b"\x0f\x30", b"\x0f\x31"
+
+
+def u32(value: int) -> bytes:
+    """Four bytes."""
+    return struct.pack("<I", value & 0xFFFF_FFFF)
+
+
+def area(vcpu: int) -> int:
+    """Where a vCPU's own words are."""
+    return AREA_AT + vcpu * AREA_BYTES
+
+
+def out(port: int) -> bytes:
+    """OUT of AL."""
+    return bytes((0xE6, port))
+
+
+def set_word(address: int, value: int) -> bytes:
+    """MOV of a constant to memory."""
+    return b"\xc7\x05" + u32(address) + u32(value)
+
+
+def settle(count: int) -> bytes:
+    """As many turns of a loop."""
+    return b"\xb9" + u32(count) + b"\x49\x75\xfd" if count else b""
+
+
+def wait_for(number: int, masked: bool) -> bytes:
+    """Spins until the baton has a number. With interrupts off, STI and CLI: see the faults of Bochs."""
+    turn = (STI + CLI if masked else b"") + b"\x81\x3d" + u32(BATON_AT) + u32(number)
+    return turn + b"\x75" + struct.pack("<b", -len(turn) - 2)
+
+
+@dataclass
+class Image:
+    """Pieces of a VM's memory, by address."""
+
+    pieces: dict[int, bytes] = field(default_factory=dict)
+
+    def put(self, address: int, data: bytes) -> None:
+        """One piece; what is longer than its place is a fault of whoever makes it."""
+        self.pieces[address] = data
+
+
+def common(vcpus: int, eoi_mode: int) -> Image:
+    """Tables and handlers, which all vCPUs share, and each one's words."""
+    image = Image()
+    image.put(GDT_AT, struct.pack("<QQQ", 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
+    idt, stubs = bytearray(), bytearray()
+    for vector in range(256):
+        at = STUBS_AT + 16 * vector
+        idt += struct.pack("<HHHH", at & 0xFFFF, 8, 0x8E00, at >> 16)
+        fault = vector in (R.VECTOR_GP, R.VECTOR_UD)
+        code = (b"\x6a\x00" if vector == R.VECTOR_UD else b"") + b"\x68" + u32(vector) + b"\xe9"
+        stubs += (code + u32((FAULT_AT if fault else HANDLER_AT) - at - len(code) - 4)).ljust(16, b"\x90")
+    image.put(IDT_AT, bytes(idt))
+    image.put(STUBS_AT, bytes(stubs))
+    image.put(HANDLER_AT, _handler())
+    image.put(FAULT_AT, _fault())
+    image.put(SMM_AT, b"\x0f\xaa")
+    image.put(BATON_AT, u32(0))
+    for i in range(vcpus):
+        image.put(area(i), u32(area(i) + NOTES) + u32(eoi_mode) + bytes(12))
+        # real mode: [STARTED] = 1, and wait; interrupts stay off
+        started = b"\x67\x66\xc7\x05" + u32(area(i) + STARTED) + u32(1) + b"\xeb\xfe"
+        image.put(STARTUP_AT + 0x1000 * i, b"\x31\xc0\x8e\xd8" + started)
+    return image
+
+
+def _handler() -> bytes:
+    """Notes baton << 8 | vector, ends the interrupt, and returns."""
+    code = b"\x50\x51\x52\x8b\x44\x24\x0c\x8b\x0d" + u32(BATON_AT) + b"\xc1\xe1\x08\x09\xc8"
+    code += b"\x8b\x55\x00\x89\x02\x83\x45\x00\x04"
+    end = b"\x5a\x59\x58\x83\xc4\x04\xcf"
+    xapic = b"\xc7\x05" + u32(APIC_PAGE + R.APIC_EOI) + u32(0)
+    x2apic = b"\xb9" + u32(R.MSR_X2APIC_BASE + (R.APIC_EOI >> 4)) + b"\x31\xc0\x31\xd2" + WRMSR
+    x2apic += b"\xeb" + bytes((len(xapic),))
+    ways = b"\x83\x7d\x04\x01\x75" + bytes((len(x2apic),)) + x2apic + xapic
+    asked = b"\x83\x7d\x04\x00\x74" + bytes((len(ways),)) + ways
+    return code + b"\x3c\x02\x74" + bytes((len(asked),)) + asked + end
+
+
+def _fault() -> bytes:
+    """Sets what faulted and goes on where the step says."""
+    code = b"\x50\x8b\x45\x08\x89\x44\x24\x0c"  # EIP = [RESUME]
+    code += b"\x8b\x44\x24\x04\x3c\x06\xb8" + u32(FAULTED_GP) + b"\x75\x05\xb8" + u32(FAULTED_UD)
+    return code + b"\x89\x45\x0c\x58\x83\xc4\x08\xcf"
+
+
+def prelude(touch_apic_page: bool) -> bytes:
+    """Writes to every page once, so that nothing is missing later, and stops."""
+    code = b"\x31\xc0\x83\x08\x00\x05" + u32(0x1000) + b"\x3d" + u32(MEMORY_BYTES) + b"\x75\xf1"
+    if touch_apic_page:
+        code += b"\xa1" + u32(APIC_PAGE + R.APIC_LVR)
+    return code + out(PORT_READY)
+
+
+def program(vcpu: int, steps: Sequence[Step], touch: bool, count: int) -> bytes:
+    """All of a vCPU's code: its own of all ``steps``, and the end behind the last.
+
+    ``count``: turns of the loop in which effects settle.
+    """
+    code = prelude(touch)
+    masked = True
+    for number, step in enumerate(steps):
+        if step.vcpu != vcpu:
+            continue
+        code += wait_for(number, masked) + settle(count * _late(steps, number))
+        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, count)
+        masked = step.masks(masked)
+    code += wait_for(len(steps), masked) + settle(count * _late(steps, len(steps))) + out(PORT_DONE) + b"\xeb\xfe"
+    if len(code) > CODE_BYTES:
+        raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
+    return code
+
+
+def _late(steps: Sequence[Step], number: int) -> bool:
+    """Whether the step before passed the baton on before it had done what it does."""
+    return number > 0 and (steps[number - 1].passes_first or steps[number - 1].kind == "host")
+
+
+def _guarded(step: Step, at: int, number: int, count: int) -> bytes:
+    """One step: where a fault goes on is set first, what it did is stored behind it."""
+    turn = set_word(BATON_AT, number + 1)
+    result = area(step.vcpu) + RESULTS + RESULT_BYTES * number
+    if step.passes_first:
+        return turn + step.code
+    if step.kind == "host":
+        return out(PORT_HOST)
+    head = set_word_at_ebp(FLAG, 0)
+    length = len(head) + 7 + len(step.code)
+    stored = b"\xa3" + u32(result) + b"\x89\x15" + u32(result + 4)
+    flag = b"\x8b\x45\x0c\xa3" + u32(result + 8)
+    # a fault skips what would be stored: registers of an instruction that was not done mean nothing
+    body = b"\xc7\x45\x08" + u32(at + length + len(stored)) + step.code
+    return head + body + stored + flag + settle(count) + turn
+
+
+def set_word_at_ebp(offset: int, value: int) -> bytes:
+    """MOV of a constant to a word of the vCPU's area."""
+    return b"\xc7\x45" + bytes((offset,)) + u32(value)

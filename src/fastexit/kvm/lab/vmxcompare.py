@@ -1,0 +1,144 @@
+"""What differs between a guest program on the model and on the kernel, and which of it is a fault of Bochs.
+
+Models: nothing. Threads of vCPUs run at once, so lines are compared thread by thread. What is no part of a program is
+taken out on both sides: the host's own interrupts, first touches of pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import zip_longest
+
+from fastexit import regs as R
+from fastexit.kvm.lab.vmxmodel import Seen, Setup
+from fastexit.kvm.lab.vmxrun import Line
+from fastexit.kvm.lab.vmxsteps import Step
+from fastexit.tracepoints.text import formats
+
+NOT_COMPARED = frozenset({"kvm_wait_lapic_expire", "kvm_pi_irte_update"})
+"""What depends on time, or on hardware that is not there."""
+_RIP = re.compile(r",? rip 0x[0-9a-f]+")
+_DEADLINE = re.compile(r"(kvm_msr: msr_(?:read|write) 6e0 = )0x[0-9a-f]{2,}")
+_NOISE = ("reason EXTERNAL_INTERRUPT", "reason EPT_VIOLATION")
+SELF_IPI_AT = 0x3F0
+
+
+class Fault(StrEnum):
+    """Where Bochs 3.0 is not a CPU, as far as a program shows it."""
+
+    VECTOR_0 = "an EPT violation during delivery reports vector 0"
+    VECTOR_FF = "a notification without anything posted makes vector 0xFF pending"
+    MASKED_DELIVERY = "a host interrupt delivers a pending virtual interrupt although IF is 0"
+    SELF_IPI_PAGE = "a virtualised SELF_IPI does not store its value"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the two part."""
+
+    what: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: expected {self.expected}, KVM has {self.got}"
+
+
+def events(kernel: str) -> frozenset[str]:
+    """Events that the model has lines for."""
+    return frozenset(text.partition(":")[0] for text in formats(kernel).values()) - NOT_COMPARED
+
+
+def normal(lines: Iterable[str], wanted: frozenset[str]) -> list[str]:
+    """Lines of the wanted events without addresses, stamps and noise."""
+    kept = [_plain(line) for line in lines if line.partition(":")[0] in wanted]
+    found: list[str] = []
+    n = 0
+    while n < len(kept):
+        line = kept[n]
+        if line.startswith("kvm_exit") and any(reason in line for reason in _NOISE):
+            external = _NOISE[0] in line
+            entry = next((at for at in range(n + 1, len(kept)) if kept[at].startswith("kvm_entry")), None)
+            if external or entry == n + 1:
+                if entry is not None:
+                    kept.pop(entry)
+                n += 1
+                continue
+        found.append(line)
+        n += 1
+    return found
+
+
+def _plain(line: str) -> str:
+    return _DEADLINE.sub(r"\1deadline", _RIP.sub("", line))
+
+
+def differences(kernel: str, setup: Setup, steps: Sequence[Step], expected: Seen, got: Seen) -> list[Difference]:
+    """Everything that differs, the most telling first."""
+    found = []
+    for number, step in enumerate(steps):
+        if step.passes_first or step.kind == "host":
+            continue
+        one, other = expected.results.get(number), got.results.get(number)
+        if one != other:
+            found.append(Difference(f"step {number} ({step.kind} on vCPU {step.vcpu})", str(one), str(other)))
+    for i, (mine, theirs) in enumerate(zip_longest(expected.notes, got.notes, fillvalue=[])):
+        if mine != theirs:
+            found.append(Difference(f"interrupts of vCPU {i}", _notes(mine), _notes(theirs)))
+    for n, (call, result) in enumerate(zip_longest(expected.calls, got.calls)):
+        if call != result:
+            found.append(Difference(f"call {n}", str(call), str(result)))
+    wanted = events(kernel)
+    for thread, lines in expected.lines.items():
+        mine, theirs = normal(lines, wanted), normal(got.lines.get(thread, ()), wanted)
+        for n, (line, other_line) in enumerate(zip_longest(mine, theirs, fillvalue="nothing")):
+            if line != other_line:
+                found.append(Difference(f"{thread}, line {n}", line, other_line))
+                break
+    for i, (page, other_page) in enumerate(zip_longest(expected.pages, got.pages, fillvalue=b"")):
+        for at in range(0, R.LAPIC_PAGE_BYTES, 4):
+            if page[at : at + 4] != other_page[at : at + 4] and at != R.APIC_TMCCT:
+                values = (int.from_bytes(some[at : at + 4], "little") for some in (page, other_page))
+                found.append(Difference(f"page of vCPU {i} at {at:#x}", *(f"{value:#x}" for value in values)))
+    return found
+
+
+def _notes(notes: Sequence[tuple[int, int]]) -> str:
+    return " ".join(f"{vector:#x}@{step}" for step, vector in notes) or "none"
+
+
+def fault(steps: Sequence[Step], setup: Setup, expected: Seen, got: Seen, raw: Sequence[Line]) -> Fault | None:
+    """Which fault of Bochs a program ran into; None where what differs is something else."""
+    for line in raw:
+        if "reason EPT_VIOLATION" in line.text and " info2 0x0000000080000000" in line.text:
+            return Fault.VECTOR_0
+    sent = {step.args[1] & 0xFF for step in steps if step.kind in ("wrmsr", "store")}
+    sent |= {call[3] & 0xFF for step in steps if step.kind == "host" for call in step.args if len(call) > 3}
+    if 0xFF not in sent and any(vector == 0xFF for notes in got.notes for _, vector in notes):
+        return Fault.VECTOR_FF
+    if setup.apicv and _masked_delivery(steps, expected, got, raw):
+        return Fault.MASKED_DELIVERY
+    return None
+
+
+def _masked_delivery(steps: Sequence[Step], expected: Seen, got: Seen, raw: Sequence[Line]) -> bool:
+    """Whether the first interrupt that nobody expected came while IF was 0, right behind a host interrupt's exit."""
+    for i, (mine, theirs) in enumerate(zip(expected.notes, got.notes, strict=False)):
+        early = next((note for n, note in enumerate(theirs) if n >= len(mine) or mine[n] != note), None)
+        if early is None or not _is_masked(steps, i, early[0]):
+            continue
+        if any(line.thread == f"v{i}" and "reason EXTERNAL_INTERRUPT" in line.text for line in raw):
+            return True
+    return False
+
+
+def _is_masked(steps: Sequence[Step], vcpu: int, number: int) -> bool:
+    """Whether a vCPU has interrupts off while step ``number`` is done."""
+    masked = True
+    for step in steps[:number]:
+        if step.vcpu == vcpu:
+            masked = step.masks(masked)
+    return masked

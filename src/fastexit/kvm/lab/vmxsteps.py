@@ -1,0 +1,78 @@
+"""Steps of the VMX lab's guest programs: what one vCPU does at its turn, or what the host does meanwhile.
+
+Models: nothing. A step is data; vmxcode.py makes instructions of it, vmxmodel.py carries it out on the model.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastexit import regs as R
+
+SLEEPING = ("halt",)
+"""Kinds that pass the baton on before they do what they do."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """``vcpu`` does ``kind`` with ``args``; kind "host" are calls of user space while it has left the guest.
+
+    | kind | args |
+    |---|---|
+    | wrmsr, rdmsr | MSR, value |
+    | store, load | offset in the xAPIC page, value, length |
+    | sti, cli, halt | |
+    | deadline | ticks from now on |
+    | spend | ticks that pass |
+    | host | calls: (vCPU or -1, name, arguments ...) |
+    """
+
+    vcpu: int
+    kind: str
+    args: tuple[Any, ...] = ()
+    code: bytes = field(default=b"", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code", _code(self.kind, self.args))
+
+    @property
+    def passes_first(self) -> bool:
+        """Whether others go on before it is done."""
+        return self.kind in SLEEPING
+
+    def masks(self, before: bool) -> bool:
+        """Whether interrupts are off behind it."""
+        return {"sti": False, "cli": True, "halt": False}.get(self.kind, before)
+
+
+def _u32(value: int) -> bytes:
+    return struct.pack("<I", value & 0xFFFF_FFFF)
+
+
+def _code(kind: str, args: tuple[Any, ...]) -> bytes:
+    """Instructions, 32-bit code."""
+    if kind == "wrmsr":
+        msr, value = args
+        return b"\xb9" + _u32(msr) + b"\xb8" + _u32(value) + b"\xba" + _u32(value >> 32) + b"\x0f\x30"
+    if kind == "rdmsr":
+        return b"\xb9" + _u32(args[0]) + b"\x0f\x32"
+    if kind in ("store", "load"):
+        offset, value, length = args
+        at = _u32(R.APIC_DEFAULT_PHYS_BASE + offset)
+        wide = {4: b"", 2: b"\x66", 1: b""}[length]
+        op = {("store", 1): 0xA2, ("load", 1): 0xA0}.get((kind, length), 0xA3 if kind == "store" else 0xA1)
+        return b"\xb8" + _u32(value) + b"\x31\xd2" + wide + bytes((op,)) + at
+    if kind == "deadline":
+        added = b"\x05" + _u32(args[0]) + b"\x83\xd2\x00"
+        return b"\x0f\x31" + added + b"\xb9" + _u32(R.MSR_TSC_DEADLINE) + b"\x0f\x30\x31\xc0\x31\xd2"
+    if kind == "spend":
+        # until the low word of the TSC has moved on: rdtsc; esi = eax; again: rdtsc; eax -= esi; cmp eax, ticks; jb
+        loop = b"\x0f\x31\x29\xf0\x3d" + _u32(args[0])
+        return b"\x0f\x31\x89\xc6" + loop + b"\x72" + struct.pack("<b", -len(loop) - 2) + b"\x31\xc0\x31\xd2"
+    if kind == "spend":
+        # until the low word of the TSC has moved on: rdtsc; esi = eax; again: rdtsc; eax -= esi; cmp eax, ticks; jb
+        loop = b"\x0f\x31\x29\xf0\x3d" + _u32(args[0])
+        return b"\x0f\x31\x89\xc6" + loop + b"\x72" + struct.pack("<b", -len(loop) - 2) + b"\x31\xc0\x31\xd2"
+    return {"sti": b"\xfb", "cli": b"\xfa", "halt": b"\xfb\xf4", "host": b""}[kind]
