@@ -33,6 +33,7 @@ from fastexit import regs as r
 from fastexit.exits.exit import Exit
 from fastexit.jit import declare
 from fastexit.kernels import entries as entries
+from fastexit.profile import since
 from generations import offered
 
 PAGE = mmap.PAGESIZE
@@ -262,10 +263,12 @@ class Storm:
         vendor = rng.choice(("vmx", "svm"))
         svm = vendor == "svm"
         count = ROWS if self.walled else rng.choice((1, 2, 3, 5, 8, 17))
-        ids = rng.sample(range(L.MAX_VCPU_ID + 1), count) if rng.random() < 0.5 else list(range(count))
+        kernel, apicv = rng.choice(fx.profiles()), rng.random() < 0.6
+        beyond = r.AVIC_MAX_ID if svm and apicv and not since(kernel, "6.18") else L.MAX_VCPU_ID
+        ids = rng.sample(range(beyond + 1), count) if rng.random() < 0.5 else list(range(count))
         options: dict[str, Any] = {
-            "kernel": rng.choice(fx.profiles()),
-            "apicv": rng.random() < 0.6,
+            "kernel": kernel,
+            "apicv": apicv,
             "irqchip": rng.choice(("full", "split")),
             "x2apic_api": rng.randrange(4),
             "threads": rng.random() < 0.5,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastexit import regs as r
-from oracle_apic import ENABLED_BITS, Irq, Vcpu
+from oracle_apic import AVIC_MAX_ID, ENABLED_BITS, Irq, Vcpu
 
 INHIBITS_OF_5_6 = {r.Inhibit.DISABLED, r.Inhibit.HYPERV}
 INHIBITS_OF_5_6_SVM = {r.Inhibit.NESTED, r.Inhibit.IRQWIN, r.Inhibit.PIT_REINJ}
@@ -116,6 +116,7 @@ class Machine:
         self.inhibits: set[r.Inhibit] = set()
         self.inhibits_by_guest = generation >= self.at("6.1")
         self.inhibits_by_map = generation >= self.at("6.6")
+        self.avic_refuses_ids = generation < self.at("6.18")
         self.inhibits_that_count = self._inhibits_that_count()
         self.apicv_changes_at_entry = generation >= self.at("5.15")
         self.windows_are_counted = generation >= self.at("7.3")
@@ -136,7 +137,12 @@ class Machine:
             self.add_vcpu(apic_id)
 
     def add_vcpu(self, apic_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU. The newcomer resets, and so rebuilds the map, before anybody can see it."""
+        """KVM_CREATE_VCPU. The newcomer resets, and so rebuilds the map, before anybody can see it.
+
+        ValueError where AVIC has no place for it.
+        """
+        if self.apicv and self.svm and self.avic_refuses_ids and apic_id > AVIC_MAX_ID:
+            raise ValueError("EINVAL")
         vcpu = Vcpu(self, apic_id, len(self.vcpus))
         self.vcpus.append(vcpu)
         return vcpu
@@ -158,7 +164,9 @@ class Machine:
     # --------------------------------------------------------------------------------------------- APICv inhibits
 
     def _inhibits_that_count(self) -> set[r.Inhibit]:
-        reasons = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm else set()
+        reasons = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm and not self.avic_refuses_ids else set()
+        if self.svm and self.at("5.8") <= self.generation < self.at("6.1"):
+            reasons.add(r.Inhibit.X2APIC)
         if self.generation >= self.at("5.6"):
             reasons |= INHIBITS_OF_5_6 | (INHIBITS_OF_5_6_SVM if self.svm else set())
         if self.inhibits_by_guest:

@@ -137,6 +137,8 @@ class Vcpu(Doors):
         if machine.apicv and machine.svm and apic_id > AVIC_MAX_ID:
             machine.inhibit(r.Inhibit.PHYSICAL_ID_TOO_BIG, True)
             self.apicv = False
+        if machine.x2apic:
+            machine.inhibit(r.Inhibit.X2APIC, True)
         self.apic_base = r.APICBASE_EN
         self._reset(init=False)
 

@@ -18,6 +18,7 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.exits.table import SVM, VMX, Op, Row
 from fastexit.outcome import CODE_HARDWARE
+from fastexit.profile import since
 from generations import FILTERS
 
 EXITS = 60 if INTERPRETED else 400
@@ -71,7 +72,9 @@ def build(
         "irqchip": rng.choice(("full", "split")),
         "threads": rng.random() < 0.5,
     }
-    m = fx.Machine(apic_ids=IDS, kernel=kernel, vendor=vendor, apicv=apicv, smm=True, **(drawn | options))
+    refused = vendor == "svm" and apicv and not since(kernel, "6.18")
+    ids = [apic_id if apic_id <= r.AVIC_MAX_ID or not refused else 200 for apic_id in IDS]
+    m = fx.Machine(apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, smm=True, **(drawn | options))
     m.boot_x2apic()
     m.fastpath = rng.random() < 0.8
     for v in m.vcpus:

@@ -40,6 +40,7 @@ from fastexit.kvm.values import (
 from fastexit.kvm.values import X2APIC_MSRS as X2APIC_MSRS
 from fastexit.kvm.values import differences as differences
 from fastexit.kvm.values import vector as vector
+from fastexit.profile import since
 from generations import FILTERS, offered
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
@@ -80,6 +81,8 @@ class Config:
     def build(self, factory: Callable[..., Any]) -> Any:
         options = asdict(self) | {"apic_ids": list(self.apic_ids)}
         fastpath = options.pop("fastpath")
+        if self.vendor == "svm" and not since(self.kernel, "6.18") and max(self.apic_ids) > oracle_apic.AVIC_MAX_ID:
+            options["apicv"] = False  # AVIC would refuse the vCPU
         machine = factory(**options)
         machine.fastpath = fastpath
         return machine

@@ -12,6 +12,7 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
+from fastexit.profile import since
 from generations import kernels
 
 ICR, TPR, EOI, SPIV = 0x830, 0x808, 0x80B, 0x80F
@@ -294,9 +295,9 @@ def test_doorbell_by_pcpu() -> None:
 
 @pytest.mark.parametrize("kernel", kernels("6.1"))
 def test_doorbells_and_scans_are_traced(kernel: str) -> None:
-    m = machine(kernel=kernel)
+    m = xapic(kernel=kernel)
     m.trace.enable()
-    assert m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0x41)).effects == DOORBELL
+    assert m.vcpus[0].mmio_write(r.APIC_ICR, 0x000C_0041).effects == DOORBELL
     m.vcpus[0].exit(INCOMPLETE, info1=fx.icr(vector=0x41, shorthand=3), info2=1 << 32)
     assert lines(m, "kvm_avic_doorbell")
     assert lines(m, "kvm_avic_kick_vcpu_slowpath")
@@ -670,7 +671,7 @@ def test_msr_by_msr(msr: int) -> None:
 
     SELF_IPI is not on the list, nor LVTT (no deadline mode in hardware), nor ISR, TMR and IRR but the first of each.
     """
-    m = machine()
+    m = machine(kernel="6.18")
     v = m.vcpus[0]
     rip = v.rip
     m.trace.enable()
@@ -694,7 +695,7 @@ def test_msr_by_msr(msr: int) -> None:
 @pytest.mark.parametrize("msr", range(0x800, 0x848))
 def test_read_msr_by_msr(msr: int) -> None:
     """What hardware reads is what KVM would have read."""
-    m = machine()
+    m = machine(kernel="6.18")
     v = m.vcpus[1]
     m.signal_msi(0xFEE0_1000, 0x21)
     run(v)
@@ -722,13 +723,52 @@ def test_read_msr_by_msr(msr: int) -> None:
 )
 def test_reserved_bits_fault_in_hardware(msr: int, value: int) -> None:
     """The CPU's own #GP: no exit, nothing written, the instruction not retired."""
-    m = machine()
+    m = machine(kernel="6.18")
     v = m.vcpus[0]
     before, rip, count = v.get_lapic(), v.rip, v.counters()
     out = v.hw_wrmsr(msr, value)
     assert (out.path, out.fault, v.rip) == (HARDWARE, fx.Fault.GP, rip)
     assert v.counters()["exits"] == count["exits"]
     assert v.get_lapic() == before
+
+
+THROUGH_IN_7 = set(range(0x802, 0x804)) | {0x808, 0x80A, 0x80D, 0x80F} | set(range(0x810, 0x829)) | {0x830, 0x83E}
+THROUGH_IN_7 |= set(range(0x832, 0x839))
+
+
+@pytest.mark.parametrize("msr", range(0x800, 0x848))
+def test_msr_by_msr_in_7(msr: int) -> None:
+    """avic_set_x2apic_msr_interception of 7.3.4: four registers are written without an exit, all are read, TMCCT never;
+    the rest exits as an MSR access.
+    """
+    m = machine(kernel="7.3")
+    v = m.vcpus[1]
+    m.trace.enable()
+    out = v.hw_wrmsr(msr, 0)
+    if msr in (TPR, EOI):
+        assert (out.path, out.fault, len(m.trace)) == (HARDWARE, None, 0)
+    elif msr in (ICR, 0x83F):
+        assert exits(m) == [(INCOMPLETE, 0, 4 << 32)], "vector 0"
+    else:
+        assert exits(m) == [(fx.SvmExit.MSR, 1, 0)]
+    want = v.get_msr(msr)
+    run(v)
+    m.trace.clear()
+    try:
+        got = v.hw_rdmsr(msr)
+    except fx.GeneralProtection:
+        got = None
+    assert got == want
+    assert exits(m) == ([] if msr in THROUGH_IN_7 else [(fx.SvmExit.MSR, 0, 0)])
+
+
+def test_self_ipi_in_7() -> None:
+    m = machine(kernel="7.3")
+    v = m.vcpus[1]
+    m.trace.enable()
+    out = v.hw_wrmsr(0x83F, 0x41)
+    assert (out.path, out.accepted, irr(v), len(m.trace)) == (HARDWARE, 1, {0x41}, 0)
+    assert v.hw_wrmsr(0x83F, 0x141).fault is fx.Fault.GP
 
 
 def test_big_ids() -> None:
@@ -858,3 +898,165 @@ def test_snapshot_keeps_the_tables() -> None:
     out = again.vcpus[0].hw_mmio_write(r.APIC_ICR, 0x841)
     assert out.effects == DOORBELL
     assert [irr(v) for v in again.vcpus] == [{0x41}] * 4
+
+
+# --------------------------------------------------------------------------------------------------- older generations
+
+OLD = kernels(before="6.1")
+"""AVIC of svm.c and avic.c up to 5.15 (5.6.4, 5.8.18, 5.10.262 and 5.15.85 read)."""
+
+
+def old(kernel: str, vcpus: int = 4, **options: Any) -> fx.Machine:
+    """A guest that was not offered x2APIC mode, every vCPU on a pCPU of its own."""
+    m = xapic(vcpus, kernel=kernel, x2apic=False, **options)
+    for v in m.vcpus:
+        load(v, v.index + 8)
+    return m
+
+
+def entry(m: fx.Machine, vcpu_id: int) -> int:
+    return m.mem[L.AVIC_PHYSICAL + vcpu_id]
+
+
+@pytest.mark.parametrize("kernel", OLD)
+def test_old_doorbell_goes_by_is_running(kernel: str) -> None:
+    """svm_deliver_avic_intr: a vCPU that is loaded gets a doorbell, in the guest or not; any other is woken."""
+    m = old(kernel)
+    target = m.vcpus[1]
+    target.rflags |= r.RFLAGS_IF
+    m.mem[target.hot + L.HOT_MODE] = 0
+    assert m.signal_msi(0xFEE0_1000, 0x41) == 1
+    assert m.targets == ((1, DOORBELL),)
+    put(target, blocking=True)
+    m.mem[target.hot + L.HOT_BLOCKED] = 1
+    assert m.signal_msi(0xFEE0_1000, 0x42) == 1
+    assert m.targets == ((1, fx.Effect.WAKE),)
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_incomplete_ipi_by_generation(kernel: str) -> None:
+    """Up to 5.15 only sleepers are woken, nobody who runs gets a doorbell, and an invalid target is nobody's."""
+    m = old(kernel)
+    v, sleeper = m.vcpus[0], m.vcpus[2]
+    put(sleeper, blocking=True)
+    m.mem[sleeper.hot + L.HOT_BLOCKED], m.mem[sleeper.hot + L.HOT_MODE] = 1, 0
+    v.exit(INCOMPLETE, info1=fx.icr(vector=0x41, shorthand=3), info2=1 << 32)
+    running = () if kernel in OLD else ((1, DOORBELL), (3, DOORBELL))
+    assert sorted(v.targets) == sorted(((2, fx.Effect.WAKE), *running))
+    lost = v.exit(INCOMPLETE, info1=0x0100_0000_0000_4041, info2=int(Fail.INVALID_TARGET) << 32)
+    assert (lost.accepted, irr(m.vcpus[1])) == ((0, set()) if kernel in OLD else (1, {0x41}))
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_ipi_that_hardware_cannot_send(kernel: str) -> None:
+    """Up to 5.15 both halves of ICR are written again, lines and all; later the IPI is only sent."""
+    m = old(kernel)
+    m.trace.enable()
+    out = m.vcpus[0].exit(INCOMPLETE, info1=0x0100_0000_0000_4400, info2=0)
+    assert (out.accepted, m.vcpus[1].events().nmi_pending) == (1, 1)
+    written = [line.split()[2] for line in lines(m, "kvm_apic") if "apic_write" in line]
+    assert written == (["APIC_ICR2", "APIC_ICR"] if kernel in OLD else [])
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_entry_moves_with_the_id(kernel: str) -> None:
+    """avic_handle_apic_id_update, up to 5.15: the entry goes where the guest's new xAPIC id is; a second time there is
+    none any more at the old place.
+    """
+    m = old(kernel)
+    v = m.vcpus[1]
+    before = entry(m, 1)
+    v.hw_mmio_write(r.APIC_ID, 9 << 24)
+    if kernel not in OLD:
+        assert (entry(m, 1) & VALID, entry(m, 9)) == (VALID, 0)
+        return
+    assert (entry(m, 1), entry(m, 9)) == (0, before)
+    m.vcpus[0].hw_mmio_write(r.APIC_ICR2, 9 << 24)
+    out = m.vcpus[0].hw_mmio_write(r.APIC_ICR, 0x41)
+    assert (out.path, irr(v)) == (HARDWARE, {0x41})
+    put(v)
+    assert not entry(m, 9) & RUNNING
+    v.hw_mmio_write(r.APIC_ID, 7 << 24)
+    assert (entry(m, 7), entry(m, 9) & VALID) == (0, VALID)
+    out = v.hw_mmio_write(r.APIC_ID, 255 << 24)
+    assert out.user is fx.KvmExit.UNKNOWN, "no entry has that id"
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_ldr_by_generation(kernel: str) -> None:
+    """avic_get_logical_id_entry up to 6.1.192: the lowest bit counts; an LDR without an entry ends KVM_RUN, and the map
+    never hears of it.
+    """
+    m = old(kernel, 2)
+    v = m.vcpus[1]
+    loose = not since(kernel, "6.6")
+    v.hw_mmio_write(r.APIC_LDR, 0b11000 << 24)
+    valid = m.mem[L.AVIC_LOGICAL + 1] >> 32 & LOGICAL_VALID
+    assert bool(valid) is loose
+    v.hw_mmio_write(r.APIC_DFR, 0x0FFF_FFFF)
+    out = v.hw_mmio_write(r.APIC_LDR, 0xF1 << 24)
+    assert (out.user is fx.KvmExit.UNKNOWN) is loose
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_rrr_by_generation(kernel: str) -> None:
+    m = old(kernel)
+    m.trace.enable()
+    m.vcpus[0].hw_mmio_write(r.APIC_RRR, 5)
+    written = [line for line in lines(m, "kvm_apic") if "apic_write" in line]
+    assert bool(written) is not since(kernel, "6.6")
+
+
+@pytest.mark.parametrize(
+    ("x2apic", "value", "slow", "asked"),
+    [
+        (False, 0x0600_0000_0000_0841, True, {1, 2}),
+        (False, 0x0200_0000_0000_0841, False, {1}),
+        (False, 0x0000_0000_0000_0841, False, set()),
+        (True, 0x0000_0002_0000_0841, False, set()),
+        (True, 0x0001_0001_0000_0841, True, {4}),
+        (True, 0x0000_0001_0000_0041, False, {1}),
+    ],
+)
+def test_logical_kicks_of_6_1(x2apic: bool, value: int, slow: bool, asked: set[int]) -> None:
+    """avic_kick_target_vcpus_fast of 6.1.192: several bits are scanned for. In x2APIC mode the cluster is taken for the
+    bits: none of cluster 0 is kicked, whatever waits in their IRR, and for any other cluster there is a scan.
+    """
+    options: dict[str, Any] = {"kernel": "6.1", "apic_ids": [0, 1, 2, 3, 16]}
+    m = machine(**options) if x2apic else xapic(kernel="6.1")
+    for v in m.vcpus:
+        m.mem[v.vec + L.VEC_IRR_PENDING] = 0
+    m.trace.enable()
+    index = 1 if not value & 0x800 or value >> 56 == 2 else 0
+    m.vcpus[0].exit(INCOMPLETE, info1=value, info2=1 << 32 | index)
+    assert bool(lines(m, "kvm_avic_kick_vcpu_slowpath")) is slow
+    assert {v.index for v in m.vcpus if m.mem[v.vec + L.VEC_IRR_PENDING]} == asked
+
+
+@pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15"])
+def test_guest_with_x2apic_has_no_avic(kernel: str) -> None:
+    """svm_vcpu_after_set_cpuid of 5.10.262: the mere offer inhibits."""
+    m = fx.Machine(2, vendor="svm", kernel=kernel)
+    m.trace.enable()
+    assert m.inhibits == {r.Inhibit.X2APIC}
+    for v in m.vcpus:
+        run(v)
+    assert not any(v.apicv for v in m.vcpus)
+    m.boot_x2apic()
+    assert m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0x41)).accepted == 1
+    assert fx.Machine(2, vendor="svm", kernel=kernel, x2apic=False).inhibits == set()
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_id_beyond_the_table(kernel: str) -> None:
+    """avic_init_backing_page: EINVAL up to 6.16, an inhibit from then on. Without AVIC nobody minds."""
+    if since(kernel, "6.18"):
+        assert fx.Machine(apic_ids=[0, 0xFF], vendor="svm", kernel=kernel).inhibits == {r.Inhibit.PHYSICAL_ID_TOO_BIG}
+    else:
+        m = fx.Machine(1, vendor="svm", kernel=kernel)
+        before = m.snapshot()
+        with pytest.raises(ValueError, match="EINVAL"):
+            m.add_vcpu(0xFF)
+        assert m.snapshot() == before
+        m.add_vcpu(0xFE)
+    fx.Machine(apic_ids=[0, 0xFF], vendor="svm", kernel=kernel, apicv=False)

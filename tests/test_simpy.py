@@ -15,6 +15,7 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit.adapters import simpy as adapter
 from fastexit.adapters.simpy import Cpu, Simulation
+from fastexit.profile import since
 
 ROOT = Path(__file__).parents[1]
 needs_simpy = pytest.mark.skipif(adapter.simpy is None, reason="SimPy is missing: pip install simpy")
@@ -251,6 +252,8 @@ def test_sleepers_timers_and_multicasts_lose_nothing(kernel: str, features: dict
     """Among the seeds are some whose guests leave at once again behind an entry that has injected."""
     vendors = ("vmx", "svm") if "ipiv" not in features and "x2avic" not in features else ("vmx",)
     if "x2avic" in features:
+        if not since(kernel, "6.1"):
+            pytest.skip("AVIC of these kernels knows no x2APIC mode, and loses IPIs to it")
         vendors = ("svm",)
     for vendor in vendors:
         for seed in (2, 63, 110):

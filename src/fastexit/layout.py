@@ -227,6 +227,7 @@ K_SMM_RIP = 73  # owner; saved by the SMI
 K_SMM_RFLAGS = 74  # owner
 K_AVIC_WINDOW = 75  # owner; its interrupt window keeps AVIC off (avic_irq_window)
 K_TPR_THRESHOLD = 76  # owner; TPR threshold of the VMCS
+K_AVIC_PLACE = 76  # owner; index + 1 of its AVIC physical entry where that has moved, 0: it is its id
 K_AVIC_LDR = 77  # owner; LDR that the AVIC logical table holds for it
 K_V_TPR = 78  # owner; the VMCB's V_TPR + 1 where entries do not load it, 0: it is TPR[7:4]
 K_PREEMPTED = 79  # owner; sched_out found it runnable

@@ -228,6 +228,8 @@ class Machine:
                 raise ValueError(f"APIC id {vcpu_id} is taken by vCPU {self._ids[vcpu_id]} (EEXIST)")
             index = load("create_vcpu")(self.handle, vcpu_id)
             if index == L.NONE:
+                if len(self.vcpus) < L.MAX_VCPUS:
+                    raise ValueError(f"APIC id {vcpu_id} is beyond AVIC's table: EINVAL in kernel {self.kernel}")
                 raise ValueError(f"a machine holds at most {L.MAX_VCPUS} vCPUs")
             self._ids[vcpu_id] = index
             v = self._vcpu_class(self, index, vcpu_id)

@@ -29,7 +29,15 @@ _UNTIL_5_8 = (
 )
 _UNTIL_5_10 = _T.NV_BEFORE_BLOCKING | _T.SET_LAPIC_KEEPS_WAIT
 _UNTIL_5_15 = _T.WAIT_TRACED_LATE | _T.AVIC_OLD
-_UNTIL_6_1 = _T.MAP_BY_VOTES | _T.ID_KEPT_ON_LEAVING | _T.SMI_ALWAYS | _T.X2APIC_READS_UNCHECKED | _T.ID_FROM_PAGE
+_UNTIL_6_1 = (
+    _T.MAP_BY_VOTES
+    | _T.ID_KEPT_ON_LEAVING
+    | _T.SMI_ALWAYS
+    | _T.X2APIC_READS_UNCHECKED
+    | _T.ID_FROM_PAGE
+    | _T.AVIC_LDR_LOOSE
+    | _T.AVIC_ID_REFUSED
+)
 _UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE | _T.UNHALT_KEPT
 _FROM_5_8 = _T.TMCCT_RESTORED | _T.TICK_POSTED_AT_ONCE
 _FROM_5_10 = _FROM_5_8 | _T.TDCR_MASKED | _T.SMI_FOLDED | _T.LVTPC_MASKED
@@ -188,6 +196,7 @@ PROFILES: dict[str, Profile] = {
             | _T.READ_ACROSS_TRACED
             | _T.RESTORE_CLEARS_PIR_LAST
             | _T.V_TPR_KEPT_BY_AVIC
+            | _T.INHIBIT_X2APIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15
@@ -214,6 +223,7 @@ PROFILES: dict[str, Profile] = {
             | _T.PI_NOTIFIES_SELF
             | _T.TIMER_NO_CATCH_UP
             | _T.FILTER_RANGES_COUNTED
+            | _T.INHIBIT_X2APIC
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
@@ -251,6 +261,7 @@ PROFILES: dict[str, Profile] = {
             | _T.V_TPR_KEPT_BY_AVIC
             | _T.TIMER_NO_CATCH_UP
             | _T.LVTPC_KEPT_ON_AMD
+            | _T.INHIBIT_X2APIC
             | _UNTIL_5_15
             | _UNTIL_6_1
             | _UNTIL_6_8

@@ -204,11 +204,18 @@ class Trait(IntFlag):
     V_TPR_KEPT_BY_AVIC = 1 << 121
     """An entry with AVIC active does not load V_TPR, so a TPR that KVM has written is lost at the next exit."""
     AVIC_MANY_SCANNED = 1 << 99
-    """An incomplete IPI to several logical targets always goes to the scan of all vCPUs."""
+    """An incomplete IPI to several logical targets goes to the scan of all vCPUs. In x2APIC mode any logical one does,
+    but for those to cluster 0, which reach nobody."""
     AVIC_OLD = 1 << 100
-    """AVIC of the first kernels: doorbells by the table's IsRunning bit, incomplete IPIs only wake."""
+    """AVIC of the first kernels: doorbells go by the table's IsRunning bit; incomplete IPIs wake targets that do not
+    run, and are lost where a target does not exist; entries move with an xAPIC id."""
+    AVIC_LDR_LOOSE = 1 << 122
+    """An LDR's lowest bit is its logical id; one without an entry ends KVM_RUN. RRR is written like any register."""
+    INHIBIT_X2APIC = 1 << 123
+    """A guest whose CPUID offers x2APIC mode has no AVIC."""
     X2AVIC_WRITES_EXIT = 1 << 101
-    """x2AVIC lets TPR, EOI, SELF_IPI and ICR through; writes of other registers exit as WRMSR."""
+    """x2AVIC lets writes of TPR, EOI, SELF_IPI and ICR through, and reads of all registers but TMCCT; the rest exits as
+    MSR accesses."""
     AVIC_ID_REFUSED = 1 << 102
     """A vCPU whose id is beyond AVIC's table cannot be made; otherwise it inhibits AVIC."""
 

@@ -1,7 +1,7 @@
 """AVIC: what the CPU does with a guest's APIC accesses, and the two exits where it gives up.
 
 Models: avic_incomplete_ipi_interception, avic_unaccelerated_access_interception, avic_kick_target_vcpus with its fast
-variant, in 6.18's form whatever the generation; hardware's side as the APM tells it. avictable.py has the tables.
+variant; hardware's side as the APM tells it. avictable.py has the tables.
 Not modelled: nested AVIC, the tracepoint of an unaccelerated access. Assumed of hardware: targets are checked before
 any IRR bit is set, the index of an incomplete IPI is that of the first target that does not run, an IPI leaves its
 target's TMR alone. Spec: APM vol. 2 15.29.
@@ -17,14 +17,15 @@ from ..jit.declare import kernel
 from . import typed as k
 from .accelerated import write_nodecode
 from .avictable import load as load
-from .avictable import logical_entry, max_index, update_dfr, update_ldr, x2avic_active
+from .avictable import logical_entry, max_index, owner, update_dfr, update_id, update_ldr, x2avic_active
 from .avictable import put as put
 from .ipi import ACCEPT, combine, complete_delivery, destination, send
 from .irq import clear_isr, compute_ppr, highest_isr
-from .lapic import in_x2apic_mode
+from .lapic import in_x2apic_mode, reg_write
+from .lapic import readable as known
 from .lapicreg import reg, set_reg, vector_slot
 from .match import delivery_mode, matches
-from .shared import emit, hot, or_word, own, tell, vec
+from .shared import emit, hot, or_word, own, tell, vec, wake
 
 WRITE = k.ONE << k.AVIC_WRITE_SHIFT
 BAD, FOUND, RUNS = k.ZERO, k.ONE, k.U(2)
@@ -58,8 +59,13 @@ def _kick_by_id(m, v, vcpu_id, icr):
 
 @kernel("u8(words, u8, u8, u8)")
 def _kick_logical(m, v, icr, dest):
-    """The fast variant for logical destinations: one bit, one vCPU, which AVIC's inhibits guarantee."""
+    """The fast variant for logical destinations: one bit, one vCPU, which AVIC's inhibits guarantee.
+
+    CODE_EXIT where it leaves them to the scan: several bits in 6.1, which looks in x2APIC mode at the wrong half.
+    """
     x2apic = in_x2apic_mode(m, v)
+    if m[k.H_RULES] & k.R_AVIC_MANY_SCANNED and x2apic:
+        return k.CODE_EXIT if dest >> k.U(16) else k.ZERO
     if x2apic:
         bits = dest & k.U(0xFFFF)
         first = (dest >> k.U(16)) << k.U(4)
@@ -69,6 +75,8 @@ def _kick_logical(m, v, icr, dest):
     else:
         bits = dest & k.U(0xF)
         first = (dest >> k.U(4)) << k.U(2)
+    if m[k.H_RULES] & k.R_AVIC_MANY_SCANNED and bits & (bits - k.ONE):
+        return k.CODE_EXIT
     code = k.ZERO
     for i in range(16):
         if not (bits >> k.U(i)) & k.ONE:
@@ -92,9 +100,11 @@ def kick_targets(m, v, icr, index):
     dest = destination(m, v, icr)
     if not low & k.ICR_SHORTHAND:
         if low & k.ICR_LOGICAL:
-            return _kick_logical(m, v, low, dest)
+            code = _kick_logical(m, v, low, dest)
+            if code != k.CODE_EXIT:
+                return code
         broadcast = k.X2APIC_BROADCAST if in_x2apic_mode(m, v) else k.XAPIC_BROADCAST
-        if dest != broadcast and dest == index:
+        if not low & k.ICR_LOGICAL and dest != broadcast and dest == index:
             return _kick_by_id(m, v, dest, low)
     if m[k.H_CONFIG] & k.CONFIG_TRACE and m[k.H_TRAITS] & k.T_TRACE_DOORBELL:
         emit(m, k.TP_AVIC_KICK_VCPU_SLOWPATH, v, icr, index, k.ZERO)
@@ -104,6 +114,24 @@ def kick_targets(m, v, icr, index):
         if matches(m, target, v, low, dest):
             m[vec(m, target) + k.VEC_IRR_PENDING] = k.ONE
             code = code | tell(m, v, target, complete_delivery(m, target, low, v))
+    return code
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _incomplete_of_old(m, v, icr, why):
+    """Up to 5.15: what hardware cannot send is written as two registers, whoever does not run is woken, and an IPI of
+    which a target does not exist is lost.
+    """
+    if why == k.AVIC_INVALID_INT_TYPE:
+        code = reg_write(m, v, k.APIC_ICR2, icr >> k.U(32))
+        return (code | reg_write(m, v, k.APIC_ICR, icr & k.LOW32)) & k.CODE_DELIVERY
+    code = k.ZERO
+    if why == k.AVIC_TARGET_NOT_RUNNING:
+        for i in range(m[k.H_NVCPUS]):
+            target = k.U(i)
+            runs = m[own(m, target) + k.K_AVIC_ENTRY] & k.AVIC_RUNNING
+            if not runs and matches(m, target, v, icr & k.LOW32, destination(m, v, icr)):
+                code = code | tell(m, v, target, wake(m, target))
     return code
 
 
@@ -118,6 +146,8 @@ def incomplete_ipi(m, v, info1, info2):
     index = info2 & k.AVIC_INDEX
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_AVIC_INCOMPLETE_IPI, v, info1, why, index)
+    if m[k.H_RULES] & k.R_AVIC_OLD:
+        return _incomplete_of_old(m, v, info1, why)
     if why == k.AVIC_TARGET_NOT_RUNNING:
         return kick_targets(m, v, info1, index)
     if why != k.AVIC_INVALID_INT_TYPE and why != k.AVIC_INVALID_TARGET:
@@ -146,16 +176,24 @@ def is_trap(offset):
 def unaccelerated(m, v, offset):
     """avic_unaccel_trap_write: delivery code, or CODE_EXIT for an access that was no trap and is the emulator's.
 
-    The logical table follows LDR and DFR; a write to RRR is dropped.
+    The tables follow ID, LDR and DFR. Where they cannot, KVM_RUN returns with what exit reason it had last, and the
+    register's side effects do not happen; later kernels know no such error, and drop a write to RRR.
     """
     if not is_trap(offset):
         return k.CODE_EXIT
-    if offset == k.APIC_RRR:
+    if offset == k.APIC_RRR and not m[k.H_RULES] & k.R_AVIC_LDR_LOOSE:
         return k.ZERO
+    refused = k.ZERO
     if offset == k.APIC_LDR:
-        update_ldr(m, v)
+        refused = update_ldr(m, v)
+    elif offset == k.APIC_ID:
+        refused = update_id(m, v)
     elif offset == k.APIC_DFR:
         update_dfr(m, v)
+    if refused:
+        return k.USER_UNKNOWN
+    if m[k.H_RULES] & k.R_AVIC_OLD:
+        return reg_write(m, v, offset, reg(m, v, offset)) & k.CODE_DELIVERY
     return write_nodecode(m, v, offset)
 
 
@@ -188,16 +226,16 @@ def _reach(m, v, vcpu_id, vector):
 
     In this order: a target that stops running clears IsRunning before it looks at its IRR for the last time.
     """
-    found = find_vcpu(m, vcpu_id)
-    if not found:
+    target = owner(m, m[k.AVIC_PHYSICAL + vcpu_id])
+    if target == k.NONE:
         return RUNS
-    or_word(m, vec(m, found - k.ONE) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
+    or_word(m, vec(m, target) + k.VEC_IRR + (vector >> k.U(6)), k.ONE << (vector & k.U(63)))
     entry = m[k.AVIC_PHYSICAL + vcpu_id]
     if not entry & k.AVIC_RUNNING:
         return FOUND
-    if found - k.ONE == v or entry & k.AVIC_HOST_ID == m[own(m, v) + k.K_CPU] & k.AVIC_HOST_ID:
+    if target == v or entry & k.AVIC_HOST_ID == m[own(m, v) + k.K_CPU] & k.AVIC_HOST_ID:
         return RUNS
-    return tell(m, v, found - k.ONE, RUNS | (k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT))
+    return tell(m, v, target, RUNS | (k.EF_DOORBELL << k.CODE_EFFECTS_SHIFT))
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
@@ -254,10 +292,10 @@ def _broadcast(m, v, but_self, vector):
     """All valid entries; ids that have none are passed over."""
     code = k.CODE_HARDWARE
     asleep = k.NONE
-    me = m[own(m, v) + k.K_VCPU_ID]
     for i in range(max_index(m, v) + k.ONE):
         vcpu_id = k.U(i)
-        if not _entry_of(m, v, vcpu_id) or (but_self and vcpu_id == me):
+        entry = _entry_of(m, v, vcpu_id)
+        if not entry or (but_self and owner(m, entry) == v):
             continue
         reached = _reach(m, v, vcpu_id, vector)
         if not reached & RUNS and asleep == k.NONE:
@@ -412,13 +450,19 @@ def passed_through(offset):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8)")
-def _is_hardware_msr(m, v, msr):
+@kernel("u8(words, u8, u8, u8)")
+def _is_hardware_msr(m, v, msr, write):
     if msr < k.MSR_X2APIC_BASE or msr > k.MSR_X2APIC_END or not x2avic_active(m, v):
         return k.ZERO
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
         return k.ZERO
-    return passed_through((msr - k.MSR_X2APIC_BASE) << k.U(4))
+    offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
+    if not m[k.H_RULES] & k.R_X2AVIC_WRITES_EXIT:
+        return passed_through(offset)
+    if not write:
+        return known(m, v, offset) if offset != k.APIC_TMCCT else k.ZERO
+    accelerated = offset == k.APIC_TASKPRI or offset == k.APIC_EOI
+    return k.ONE if accelerated or offset == k.APIC_ICR or offset == k.APIC_SELF_IPI else k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -441,6 +485,8 @@ def _write_faults(offset, value):
         return k.ONE if value > k.U(0xFF) else k.ZERO
     if offset == k.APIC_EOI or offset == k.APIC_ESR:
         return k.ONE if value else k.ZERO
+    if offset == k.APIC_SELF_IPI:
+        return k.ONE if value > k.U(0xFF) else k.ZERO
     writable = offset == k.APIC_SPIV or offset >= k.APIC_LVTTHMR
     return k.ZERO if writable else k.ONE
 
@@ -448,7 +494,7 @@ def _write_faults(offset, value):
 @kernel("u8(words, u8, u8, u8)")
 def wrmsr(m, v, msr, value):
     """A WRMSR: HARDWARE, with CODE_GP where it faulted, or the exit."""
-    if not _is_hardware_msr(m, v, msr):
+    if not _is_hardware_msr(m, v, msr, k.ONE):
         return exit_code(k.SVM_MSR, k.ZERO)
     offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
     if _write_faults(offset, value):
@@ -458,13 +504,15 @@ def wrmsr(m, v, msr, value):
     if offset == k.APIC_ICR:
         set_reg(m, v, k.APIC_ICR2, value >> k.U(32))
     _retire(m, v)
+    if offset == k.APIC_SELF_IPI:
+        return hardware_ipi(m, v, value | (k.SH_SELF << k.ICR_SHORTHAND_SHIFT))
     return _store(m, v, offset, value & k.LOW32)
 
 
 @kernel("u8(words, u8, u8)")
 def rdmsr(m, v, msr):
     """An RDMSR: HARDWARE with the value in K_MSR_DATA, CODE_GP where it faulted, or the exit."""
-    if not _is_hardware_msr(m, v, msr):
+    if not _is_hardware_msr(m, v, msr, k.ZERO):
         return exit_code(k.SVM_MSR, k.ZERO)
     offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
     out = own(m, v) + k.K_MSR_DATA

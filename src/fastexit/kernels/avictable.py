@@ -1,16 +1,16 @@
 """AVIC's two tables: who is who, who runs where.
 
 Models: avic_init_backing_page, avic_vcpu_load, avic_vcpu_put, avic_refresh_virtual_apic_mode, avic_handle_ldr_update,
-avic_handle_dfr_update. The physical table has a word a vCPU id: the pCPU, a valid bit, IsRunning, and the backing page,
-whose frame is made up (AVIC_FIRST_PAGE_FRAME + vCPU index), since a register page here has no physical address. The
-logical table maps xAPIC logical ids to physical ones; x2AVIC derives those and does not look. Not modelled: the IOMMU,
-AVIC of kernels before 6.1, which moved an entry when the guest changed its xAPIC id. Spec: APM vol. 2 15.29.
+avic_handle_dfr_update, avic_handle_apic_id_update (up to 5.15). The physical table has a word a vCPU id: the pCPU, a
+valid bit, IsRunning, and the backing page, whose frame is made up (AVIC_FIRST_PAGE_FRAME + vCPU index), since a
+register page here has no physical address. The logical table maps xAPIC logical ids to physical ones; x2AVIC derives
+those and does not look. Not modelled: the IOMMU. Spec: APM vol. 2 15.29.
 
 Who writes: the vCPU's own thread, one plain store for the physical entry; two logical entries share a word, so those
 are changed atomically.
 """
 
-from ..jit.declare import ctz, kernel, popcount
+from ..jit.declare import ctz, kernel
 from . import typed as k
 from .lapicreg import reg
 from .shared import clear_word_bits, hot, or_word, own
@@ -58,7 +58,8 @@ def _publish(m, v, entry):
     entry = entry & ~k.AVIC_GA_LOG
     if not m[k.H_CONFIG] & k.CONFIG_IPIV:
         entry = entry & ~k.AVIC_RUNNING
-    m[k.AVIC_PHYSICAL + m[own(m, v) + k.K_VCPU_ID]] = entry
+    moved = m[own(m, v) + k.K_AVIC_PLACE]
+    m[k.AVIC_PHYSICAL + (moved - k.ONE if moved else m[own(m, v) + k.K_VCPU_ID])] = entry
     return entry
 
 
@@ -102,6 +103,36 @@ def stop_running(m, v, blocking):
         entry = entry | k.AVIC_GA_LOG
     m[row + k.K_AVIC_ENTRY] = entry
     return entry
+
+
+@kernel("u8(words, u8)")
+def update_id(m, v):
+    """avic_handle_apic_id_update: the entry of the vCPU's own id goes to its xAPIC id; CODE_GP where that has none.
+
+    What is at the vCPU's own id the second time is nothing, so an id that changes twice leaves no valid entry.
+    """
+    row = own(m, v)
+    vcpu_id = m[row + k.K_VCPU_ID]
+    new = reg(m, v, k.APIC_ID) >> k.U(24)
+    if not m[k.H_RULES] & k.R_AVIC_OLD or not addressable(m, v) or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
+        return k.ZERO
+    if new == vcpu_id:
+        return k.ZERO
+    if new > k.AVIC_MAX_ID:
+        return k.CODE_GP
+    entry = m[k.AVIC_PHYSICAL + vcpu_id]
+    m[k.AVIC_PHYSICAL + new] = entry
+    m[k.AVIC_PHYSICAL + vcpu_id] = k.ZERO
+    m[row + k.K_AVIC_ENTRY] = entry
+    m[row + k.K_AVIC_PLACE] = new + k.ONE
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def owner(m, entry):
+    """The vCPU whose page an entry has, or NONE."""
+    v = ((entry & k.AVIC_BACKING) >> k.AVIC_BACKING_SHIFT) - k.AVIC_FIRST_PAGE_FRAME
+    return v if v < m[k.H_NVCPUS] else k.NONE
 
 
 @kernel("u8(words, u8, u8)")
@@ -152,9 +183,11 @@ def init_vmcb(m, v):
 # -------------------------------------------------------------------------------------------------------- logical table
 
 
-@kernel("u8(u8, u8)")
-def logical_index(ldr, flat):
-    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, with several, and in cluster 15."""
+@kernel("u8(words, u8, u8)")
+def logical_index(m, ldr, flat):
+    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, in cluster 15, and with several bits where
+    the lowest of them is not as good.
+    """
     bits = (ldr >> k.U(24)) & k.U(0xFF)
     cluster = k.ZERO
     if not flat:
@@ -162,7 +195,7 @@ def logical_index(ldr, flat):
         if cluster == k.U(0xF):
             return k.NONE
         bits = bits & k.U(0xF)
-    if popcount(bits) != k.ONE:
+    if not bits or (bits & (bits - k.ONE) and not m[k.H_RULES] & k.R_AVIC_LDR_LOOSE):
         return k.NONE
     return (cluster << k.U(2)) + ctz(bits)
 
@@ -179,7 +212,7 @@ def _invalidate_logical(m, v):
     row = own(m, v)
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC:
         return k.ZERO
-    index = logical_index(m[row + k.K_AVIC_LDR], k.ONE if m[row + k.K_AVIC_DFR] == k.DFR_FLAT else k.ZERO)
+    index = logical_index(m, m[row + k.K_AVIC_LDR], k.ONE if m[row + k.K_AVIC_DFR] == k.DFR_FLAT else k.ZERO)
     if index == k.NONE:
         return k.ZERO
     return clear_word_bits(m, k.AVIC_LOGICAL + (index >> k.ONE), k.AVIC_LOGICAL_VALID << ((index & k.ONE) << k.U(5)))
@@ -187,20 +220,25 @@ def _invalidate_logical(m, v):
 
 @kernel("u8(words, u8)")
 def update_ldr(m, v):
-    """avic_handle_ldr_update: nothing in x2APIC mode, nor when the LDR is the one that the table knows."""
+    """avic_handle_ldr_update: nothing in x2APIC mode, nor when the LDR is the one that the table knows; CODE_GP where
+    that is an error, which leaves the LDR unknown to the table.
+    """
     row = own(m, v)
     ldr = reg(m, v, k.APIC_LDR)
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_X2APIC or ldr == m[row + k.K_AVIC_LDR]:
         return k.ZERO
     _invalidate_logical(m, v)
+    index = logical_index(m, ldr, k.ONE if reg(m, v, k.APIC_DFR) == k.DFR_FLAT else k.ZERO)
+    if index == k.NONE and ldr and m[k.H_RULES] & k.R_AVIC_LDR_LOOSE:
+        return k.CODE_GP
     m[row + k.K_AVIC_LDR] = ldr
-    index = logical_index(ldr, k.ONE if reg(m, v, k.APIC_DFR) == k.DFR_FLAT else k.ZERO)
     if index == k.NONE:
         return k.ZERO
     at = k.AVIC_LOGICAL + (index >> k.ONE)
     shift = (index & k.ONE) << k.U(5)
     clear_word_bits(m, at, k.AVIC_GUEST_ID << shift)
-    return or_word(m, at, ((reg(m, v, k.APIC_ID) >> k.U(24)) | k.AVIC_LOGICAL_VALID) << shift)
+    or_word(m, at, ((reg(m, v, k.APIC_ID) >> k.U(24)) | k.AVIC_LOGICAL_VALID) << shift)
+    return k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -217,8 +255,10 @@ def update_dfr(m, v):
 
 @kernel("u8(words, u8)")
 def restore(m, v):
-    """avic_apicv_post_state_restore: what changed in DFR and LDR without a trap, if AVIC is active."""
+    """avic_apicv_post_state_restore: what changed in DFR, LDR and, once, the id without a trap, if AVIC is active."""
     if addressable(m, v) and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
+        if update_id(m, v):
+            return k.ZERO
         update_dfr(m, v)
         update_ldr(m, v)
     return k.ZERO
@@ -229,6 +269,8 @@ def refresh(m, v):
     """avic_refresh_apicv_exec_ctrl: AVIC was just switched on or off for this vCPU, which is loaded and runs."""
     restore(m, v)
     _switch_cr8(m, v)
+    if m[k.H_RULES] & (k.R_AVIC_OLD | k.R_APICV_AT_ENTRY) == k.R_AVIC_OLD:
+        return k.ZERO  # up to 5.10 only load and put touch the entry, and only while AVIC is active
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         return start_running(m, v, m[own(m, v) + k.K_CPU])
     return stop_running(m, v, k.ZERO)

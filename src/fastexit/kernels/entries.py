@@ -336,7 +336,7 @@ def next_timer(handle):
 def create_vcpu(handle, vcpu_id):
     """Index of the new vCPU; NO_VCPU when the machine is full or the id does not fit its map."""
     m = open_words(handle, k.WORDS)
-    if m[k.H_NVCPUS] >= k.MAX_VCPUS or vcpu_id > k.MAX_VCPU_ID:
+    if m[k.H_NVCPUS] >= k.MAX_VCPUS or vcpu_id > k.MAX_VCPU_ID or vcpu.refused_by_avic(m, vcpu_id):
         return NO_VCPU
     return vcpu.create(m, vcpu_id)
 

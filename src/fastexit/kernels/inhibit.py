@@ -9,10 +9,10 @@ every vCPU is asked to look again, at its next entry. What a reason does not do 
 APICv went off is synced by the next entry, as ever.
 
 Differs by vendor: which reasons count; in L2 AVIC is off without any reason. By generation: 5.6-5.15 know no reason
-that a guest's APIC can give and trace only what switches APICv; up to 5.10 the running vCPU is updated at once, and
-nobody asks for an EVENT; 6.1 keeps a modified id inhibited for good; 7.3 counts the vCPUs whose interrupt window
-inhibits, and looks at the count at every change; the seed's kernel has no inhibits. An id beyond AVIC's reach inhibits
-in every generation here, where kernels before 6.15 refused the vCPU.
+that a guest's APIC can give, but for the offer of x2APIC mode from 5.8 on, and trace only what switches APICv; up to
+5.10 the running vCPU is updated at once, and nobody asks for an EVENT; 6.1 keeps a modified id inhibited for good; 7.3
+counts the vCPUs whose interrupt window inhibits, and looks at the count at every change; the seed's kernel has no
+inhibits. Where an id beyond AVIC's reach does not inhibit, the vCPU is refused.
 """
 
 from ..jit.declare import ctz, kernel
@@ -32,10 +32,13 @@ def required(m):
     """required_apicv_inhibits: the reasons that count for this vendor in this generation."""
     traits = m[k.H_TRAITS]
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
-    reasons = k.INHIBIT_PHYSICAL_ID_TOO_BIG if svm else k.ZERO
+    refused = m[k.H_RULES] & k.R_AVIC_ID_REFUSED
+    reasons = k.INHIBIT_PHYSICAL_ID_TOO_BIG if svm and not refused else k.ZERO
     if not traits & k.T_INHIBITS:
         return reasons
     reasons = reasons | EARLY | (EARLY_SVM if svm else k.ZERO)
+    if svm and m[k.H_RULES] & k.R_INHIBIT_X2APIC:
+        reasons = reasons | k.INHIBIT_X2APIC
     if traits & k.T_INHIBIT_ID_BASE:
         reasons = reasons | LATER | (k.INHIBIT_SEV if svm else k.ZERO)
     if traits & k.T_INHIBIT_MAP:
@@ -151,6 +154,8 @@ def begin(m, v):
     if m[k.H_CONFIG] & k.CONFIG_SVM and not addressable(m, v):
         return change(m, v, k.INHIBIT_PHYSICAL_ID_TOO_BIG, k.ONE)
     m[flags] = m[flags] | k.FLAG_APICV
+    if m[k.H_CONFIG] & k.CONFIG_X2APIC_CPUID and m[k.H_RULES] & k.R_INHIBIT_X2APIC:
+        return change(m, v, k.INHIBIT_X2APIC, k.ONE)
     return k.ZERO
 
 

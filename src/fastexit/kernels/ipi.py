@@ -59,13 +59,18 @@ def ring_doorbell(m, v, me):
 
 @kernel("u8(words, u8, u8, u8)")
 def complete_delivery(m, v, icr, me):
-    """svm_complete_interrupt_delivery: IRR has the vector. Mode is read before the APICv flag."""
+    """svm_complete_interrupt_delivery: IRR has the vector. Mode is read before the APICv flag.
+
+    The first kernels (svm_deliver_avic_intr) ring the doorbell of whoever is loaded on a pCPU, in the guest or not.
+    """
     in_guest = load_acquire(m, hot(m, v) + k.HOT_MODE) == k.IN_GUEST_MODE
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         make_request(m, v, k.REQ_EVENT)
         return kick(m, v, me)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+    if m[k.H_RULES] & k.R_AVIC_OLD:
+        in_guest = m[own(m, v) + k.K_AVIC_ENTRY] & k.AVIC_RUNNING != k.ZERO
     if in_guest:
         return ring_doorbell(m, v, me)
     return wake(m, v)

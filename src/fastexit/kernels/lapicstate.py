@@ -55,7 +55,7 @@ def _store_base(m, v, value):
         elif value & k.APICBASE_EN and not m[k.H_RULES] & k.R_ID_KEPT_ON_LEAVING:
             _set_xapic_id(m, v)
     effects = base_written(m, v, changed)
-    if changed & (k.APICBASE_EN | k.APICBASE_EXTD):
+    if changed & (k.APICBASE_EN | k.APICBASE_EXTD) and not m[k.H_RULES] & k.R_AVIC_OLD:
         restore(m, v)
     return effects
 

@@ -50,6 +50,14 @@ def create(m, vcpu_id):
     return v
 
 
+@kernel("u8(words, u8)")
+def refused_by_avic(m, vcpu_id):
+    """avic_init_backing_page's EINVAL, ahead of anything that others could see."""
+    if not m[k.H_RULES] & k.R_AVIC_ID_REFUSED or not avictable.in_use(m):
+        return k.ZERO
+    return k.ONE if vcpu_id > avictable.max_id(m) else k.ZERO
+
+
 @kernel("u8(words)")
 def refuse(m):
     """KVM_CREATE_VCPU of an id that is taken: known only after the new vCPU's reset, which has rebuilt the map."""
