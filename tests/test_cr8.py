@@ -30,6 +30,11 @@ def machine(kernel: str = "6.18", *, apicv: bool = False, dispatcher: str = "pyt
     return m
 
 
+def xapic(kernel: str) -> fx.Machine:
+    """A guest that is not offered x2APIC mode, so that every generation uses AVIC for it."""
+    return fx.Machine(1, kernel=kernel, vendor="svm", x2apic=False)
+
+
 def tpr_of(v: fx.Vcpu) -> int:
     """TPR as the page has it, without an exit."""
     return v.machine.mem[L.PAGE + v.index * L.PAGE_STRIDE + (r.APIC_TASKPRI >> 3)] & 0xFFFF_FFFF
@@ -160,7 +165,7 @@ def test_l2_has_a_tpr_of_its_own() -> None:
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_avic(kernel: str) -> None:
     """CR8 writes are free while AVIC is active from the start. Read in source only."""
-    m = fx.Machine(1, kernel=kernel, vendor="svm")
+    m = xapic(kernel)
     v = m.vcpus[0]
     v.run()
     v.hw_mmio_write(r.APIC_SPIV, 0x1FF)
@@ -173,7 +178,7 @@ def test_avic(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_avic_and_what_kvm_writes(kernel: str) -> None:
     """Before sync_lapic_to_cr8 was mended (not yet in 5.15.148, 6.6.87, 6.8.0), AVIC's V_TPR outlived KVM_SET_LAPIC."""
-    m = fx.Machine(1, kernel=kernel, vendor="svm")
+    m = xapic(kernel)
     v = m.vcpus[0]
     v.run()
     v.hw_mmio_write(r.APIC_TASKPRI, 0x80)
@@ -189,7 +194,7 @@ def test_avic_comes_and_goes(kernel: str) -> None:
     """avic_activate_vmcb and avic_deactivate_vmcb say who has CR8 since a fix that stable kernels took in March 2026;
     before, an INIT without AVIC left it intercepted for good.
     """
-    m = fx.Machine(1, kernel=kernel, vendor="svm")
+    m = xapic(kernel)
     v = m.vcpus[0]
     v.run()
     m.set_inhibit(r.Inhibit.DISABLED, True)

@@ -273,6 +273,16 @@ def test_svm_without_next_rip() -> None:
     assert booted("6.18", "vmx", nrips=False).vcpus[0].wrmsr(ICR, 0x1000000FD).path is fx.Path.FAST
 
 
+@pytest.mark.parametrize("kernel", kernels("5.6"))
+def test_next_rip_or_l2_first(kernel: str) -> None:
+    """svm_exit_handlers_fastpath of 6.12.118 and later asks for a next RIP before L2, 5.10.262 and 6.1.192 behind it."""
+    v = booted(kernel, "svm", nrips=False).vcpus[0]
+    v.nested = True
+    v.l1_wants_exits = False
+    out = v.wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
+    assert out.refusal is (fx.Refusal.NO_NEXT_RIP if since(kernel, "6.12") else fx.Refusal.NESTED)
+
+
 @pytest.mark.parametrize("kernel", kernels("6.12"))
 def test_failed_entry_is_not_fast(kernel: str) -> None:
     """A VM entry that failed delivers no exit information to act on: no IPI, and the refusal says so."""

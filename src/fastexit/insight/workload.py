@@ -112,10 +112,11 @@ def ipis(
 
 
 def _taking(machine: Machine, write: np.ndarray) -> np.ndarray:
-    """The records by which a target takes one interrupt."""
-    if machine.apicv and machine.vendor == "svm":
+    """The records by which a target takes one interrupt. APICv may be inhibited, as AVIC is by an old kernel."""
+    apicv = all(v.apicv for v in machine.vcpus)
+    if apicv and machine.vendor == "svm":
         return np.zeros(0, dtype=L.EXIT)
-    if machine.apicv:
+    if apicv:
         records = np.zeros(1, dtype=L.EXIT)
         records["reason"] = L.NOTIFICATION
         return records

@@ -185,8 +185,8 @@ def init_vmcb(m, v):
 
 @kernel("u8(words, u8, u8)")
 def logical_index(m, ldr, flat):
-    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, in cluster 15, and with several bits where
-    the lowest of them is not as good.
+    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, in cluster 15 and, unless the lowest is as
+    good, with several bits.
     """
     bits = (ldr >> k.U(24)) & k.U(0xFF)
     cluster = k.ZERO

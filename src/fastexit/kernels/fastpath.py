@@ -127,18 +127,27 @@ def tsc_deadline(m, v, value):
     return refuse(k.RF_MSR)
 
 
+@kernel("u8(words)")
+def _lacks_next_rip(m):
+    """Tell whether the vendor's fast handlers need a next RIP that this host has not."""
+    config = m[k.H_CONFIG]
+    if m[k.H_TRAITS] & k.T_SVM_NEXT_RIP and config & k.CONFIG_SVM and not config & k.CONFIG_NRIPS:
+        return k.ONE
+    return k.ZERO
+
+
 @kernel("u8(words, u8)")
 def guards(m, v):
-    """What every MSR's fast handler asks before it looks at the MSR; RF_NONE when nothing stands in the way."""
-    config = m[k.H_CONFIG]
+    """What every MSR's fast handler asks before it looks at the MSR; RF_NONE when nothing stands in the way.
+
+    L2 before the next RIP, or behind it since more than MSR writes is fast.
+    """
     traits = m[k.H_TRAITS]
-    if not config & k.CONFIG_FASTPATH:
+    if not m[k.H_CONFIG] & k.CONFIG_FASTPATH:
         return k.RF_SWITCHED_OFF
     if traits & k.T_GUARD_L2 and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
-        return k.RF_NESTED
-    if traits & k.T_SVM_NEXT_RIP and config & k.CONFIG_SVM and not config & k.CONFIG_NRIPS:
-        return k.RF_NO_NEXT_RIP
-    return k.RF_NONE
+        return k.RF_NO_NEXT_RIP if traits & k.T_HLT_FAST and _lacks_next_rip(m) else k.RF_NESTED
+    return k.RF_NO_NEXT_RIP if _lacks_next_rip(m) else k.RF_NONE
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
