@@ -14,6 +14,8 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
+from fastexit.profile import since
+from generations import kernels
 
 ICR = 0x830
 ON, SN = 1, 2
@@ -698,3 +700,90 @@ def test_device_races_with_the_scheduler() -> None:
     thread.join()
     assert not failure, f"round {number}: {failure}"
     assert counts.min() > 100, f"too few rounds ended with work to do: {counts}"
+
+
+# ---------------------------------------------------------------------------------------------------- older generations
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("preempted", [False, True])
+def test_put_by_generation(kernel: str, preempted: bool) -> None:
+    """vmx_vcpu_pi_put of 5.10.262, 5.15.85, 6.1.192, 6.12.118 and 6.16.1 suppresses for the preempted alone."""
+    m = booted(kernel=kernel)
+    v = m.vcpus[1]
+    v.load(5)
+    v.put(preempted=preempted)
+    assert control(v) == F2 | ndst(5) | (SN if preempted or since(kernel, "6.18") else 0)
+    assert m.mem[v.own + L.K_WAKEUP_CPU] == 0
+
+
+@pytest.mark.parametrize("kernel", kernels("6.1"))
+def test_preempted_on_the_way_to_sleep(kernel: str) -> None:
+    """Up to 6.16.1 it goes on the list and is suppressed, since 6.18.2 only the latter."""
+    m = booted(kernel=kernel)
+    v = m.vcpus[1]
+    load(v, 5)
+    v.rflags |= IF
+    m.mem[v.own + L.K_PREEMPTED] = 1
+    assert put(v, blocking=True) == fx.Effect.NONE
+    later = since(kernel, "6.18")
+    assert control(v) == (F2 if later else F1) | ndst(5) | SN
+    assert m.mem[v.own + L.K_WAKEUP_CPU] == (0 if later else 6)
+
+
+def halted(kernel: str, *, interrupts: bool, **options: Any) -> fx.Vcpu:
+    m = booted(kernel=kernel, **options)
+    v = m.vcpus[1]
+    run(v)
+    v.rflags = 2 | IF * interrupts
+    assert v.exit(fx.VmxExit.HLT).blocked
+    return v
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_wakeup_vector_by_generation(kernel: str, interrupts: bool) -> None:
+    """pi_pre_block up to 5.10.262 sets it whatever IF says; 5.15.85 looks at IF, as put does later. It goes again when
+    the thread wakes, or later when it is loaded. A sleeper with IF clear is not suppressed before 6.18.2.
+    """
+    v = halted(kernel, interrupts=interrupts)
+    asks = interrupts or not since(kernel, "5.15")
+    assert control(v) == (F1 if asks else F2) | ndst(1) | (SN if not asks and since(kernel, "6.18") else 0)
+    assert v.machine.mem[v.own + L.K_WAKEUP_CPU] == (2 if asks else 0)
+    v.get_msr(0x808)  # a signal
+    if since(kernel, "6.1"):
+        v.load()
+    assert control(v) & ~SN == F2 | ndst(1)
+    assert v.machine.mem[v.own + L.K_WAKEUP_CPU] == 0
+
+
+@pytest.mark.parametrize("kernel", ["5.10", "5.15"])
+def test_load_leaves_a_sleeper_alone(kernel: str) -> None:
+    """vmx_vcpu_pi_load of 5.10.262 and 5.15.85: a sleeper that migrates is still woken on its old pCPU."""
+    v = halted(kernel, interrupts=True)
+    load(v, 6)
+    assert control(v) == F1 | ndst(1)
+    assert post(v, 0x41) == F1 | ndst(1) | ON
+    assert v.machine.host_interrupt(1, 0xF1) == [1]
+    assert v.run()
+    assert v.notification == (0xF2, 1)
+
+
+@pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15"])
+def test_ipiv_does_not_ask_for_the_wakeup_vector(kernel: str) -> None:
+    """Up to 5.15 only devices post."""
+    v = halted(kernel, interrupts=True, vtd_pi=False, ipiv=True)
+    assert control(v) == F2 | ndst(1)
+
+
+@pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15", "6.1"])
+def test_posted_interrupt_ends_a_halt_with_if_clear(kernel: str) -> None:
+    """vcpu_block up to 5.10.262: a thread that must not sleep goes on as if it had been woken, and the halt is over."""
+    m = booted(kernel=kernel)
+    v = m.vcpus[1]
+    run(v)
+    v.rflags = 2
+    m.mem[v.hot + L.PID_CONTROL_WORD] |= ON
+    m.mem[v.hot + L.PID_PIR + 1] = 2
+    assert v.exit(fx.VmxExit.HLT).blocked is (kernel in ("5.15", "6.1"))
+    assert (v.get_mp_state() == fx.MpState.HALTED) is (kernel in ("5.15", "6.1"))

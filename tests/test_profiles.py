@@ -275,7 +275,7 @@ def test_svm_without_next_rip() -> None:
 
 @pytest.mark.parametrize("kernel", kernels("5.6"))
 def test_next_rip_or_l2_first(kernel: str) -> None:
-    """svm_exit_handlers_fastpath of 6.12.118 and later asks for a next RIP before L2, 5.10.262 and 6.1.192 behind it."""
+    """svm_exit_handlers_fastpath of 6.12.118 and 7.3.4 asks for a next RIP first, of 5.10.262 and 6.1.192 for L2."""
     v = booted(kernel, "svm", nrips=False).vcpus[0]
     v.nested = True
     v.l1_wants_exits = False

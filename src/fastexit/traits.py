@@ -192,7 +192,10 @@ class Trait(IntFlag):
     SN_ON_EVERY_PUT = 1 << 93
     """vCPUs that are put and do not block have SN set; before, only those whose thread was preempted."""
     NV_BEFORE_BLOCKING = 1 << 94
-    """The wake-up vector is set before the thread blocks, whatever RFLAGS.IF says, and taken back when it wakes."""
+    """The wake-up vector is set before the thread blocks, where devices post, and taken back when it wakes; later, by
+    put and load."""
+    NV_WHATEVER_IF = 1 << 124
+    """The wake-up vector is set whether or not the guest would take an interrupt; one that is posted ends its halt."""
     PI_NOTIFIES_SELF = 1 << 95
     """A vCPU that posts to itself notifies its own pCPU."""
 

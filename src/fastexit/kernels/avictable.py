@@ -185,8 +185,8 @@ def init_vmcb(m, v):
 
 @kernel("u8(words, u8, u8)")
 def logical_index(m, ldr, flat):
-    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, in cluster 15 and, unless the lowest is as
-    good, with several bits.
+    """avic_get_logical_id_entry: index of an LDR's entry; NONE without a bit, in cluster 15, and with several bits. Up
+    to 6.1 the lowest of these is good enough.
     """
     bits = (ldr >> k.U(24)) & k.U(0xFF)
     cluster = k.ZERO

@@ -1,9 +1,9 @@
 """A posted-interrupt descriptor's life: which pCPU its notifications go to, and which vector they carry there.
 
-Models: vmx_vcpu_pi_load, vmx_vcpu_pi_put, pi_enable_wakeup_handler, pi_wakeup_handler, pi_has_pending_interrupt, and
-the hardware on both ends: a device (VT-d) or a CPU with IPI virtualisation that posts, the target's CPU that takes a
-notification. Posting by software and PIR to IRR by software are pid.py's. Not modelled: xAPIC hosts (NDST holds a host
-x2APIC id, which is the pCPU's number), nested descriptors; kernels before 5.17 switched NV while blocking, not in put.
+Models: vmx_vcpu_pi_load, vmx_vcpu_pi_put, pi_enable_wakeup_handler, pi_wakeup_handler, pi_has_pending_interrupt,
+pi_pre_block and pi_post_block (up to 5.15), and the hardware on both ends: a device (VT-d) or a CPU with IPI
+virtualisation that posts, the target's CPU that takes a notification. Posting by software and PIR to IRR by software
+are pid.py's. Not modelled: xAPIC hosts (NDST holds a host x2APIC id, which is the pCPU's number), nested descriptors.
 Spec: SDM vol. 3C "Posted-Interrupt Processing", VT-d "Interrupt Posting".
 
 Devices and CPUs set ON at any time, so whoever changes the control word exchanges it as a whole and begins again when
@@ -62,6 +62,18 @@ def has_pending(m, v):
     return has_posted(m, v) if word & k.PID_SN else k.ZERO
 
 
+@kernel("u8(words, u8, u8, u8)")
+def _exchange(m, at, fields, value):
+    """Give some fields of a control word a value, all at once; the word as it is then."""
+    old = load_acquire(m, at)
+    while True:
+        new = old & ~fields | value
+        was = replace_if(m, at, old, new)
+        if was == old:
+            return new
+        old = was
+
+
 # ------------------------------------------------------------------------------------------------- the host's scheduler
 
 
@@ -77,17 +89,32 @@ def load(m, v, cpu):
     at = control(m, v)
     ndst = (cpu & k.LOW32) << k.PID_NDST_SHIFT
     old = load_acquire(m, at)
+    if m[k.H_RULES] & k.R_NV_BEFORE_BLOCKING:
+        return _load_up_to_5_15(m, v, ndst, old)
     if old & k.PID_NV != k.POSTED_INTR_WAKEUP_VECTOR << k.PID_NV_SHIFT and old & k.PID_NDST == ndst:
         if not clear_word_bits(m, at, k.PID_SN) & k.PID_SN:
             return k.ZERO
     else:
         m[own(m, v) + k.K_WAKEUP_CPU] = k.ZERO
-        while True:
-            new = old & ~(k.PID_NDST | k.PID_NV | k.PID_SN) | ndst | (k.POSTED_INTR_VECTOR << k.PID_NV_SHIFT)
-            was = replace_if(m, at, old, new)
-            if was == old:
-                break
-            old = was
+        value = ndst | k.POSTED_INTR_VECTOR << k.PID_NV_SHIFT
+        _exchange(m, at, k.PID_NDST | k.PID_NV | k.PID_SN, value)
+    fence()
+    if has_posted(m, v):
+        or_word(m, at, k.PID_ON)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _load_up_to_5_15(m, v, ndst, old):
+    """The same where NV is not load's business: only SN and, unless the vCPU has blocked, NDST."""
+    at = control(m, v)
+    same = old & k.PID_NDST == ndst
+    if same and not old & k.PID_SN:
+        return k.ZERO
+    if same or old & k.PID_NV == k.POSTED_INTR_WAKEUP_VECTOR << k.PID_NV_SHIFT:
+        clear_word_bits(m, at, k.PID_SN)
+    else:
+        _exchange(m, at, k.PID_NDST | k.PID_SN, ndst)
     fence()
     if has_posted(m, v):
         or_word(m, at, k.PID_ON)
@@ -108,25 +135,62 @@ def put(m, v, blocking):
     """vmx_vcpu_pi_put, where devices or CPUs can post: the effect code NOTIFY, or 0.
 
     A vCPU that blocks for an interrupt goes on its pCPU's wake-up list and has notifications sent as 0xF1; any other
-    one will look at PIR when it is loaded, so they are suppressed. NOTIFY: ON was set already; the host sends 0xF1 to
-    the pCPU it runs on.
+    one will look at PIR when it is loaded, so they are suppressed; up to 6.16 only where the thread was preempted, be
+    it on its way to sleep. NOTIFY: ON was set already; the host sends 0xF1 to the pCPU it runs on.
     """
-    if not enabled(m) or not m[k.H_CONFIG] & (k.CONFIG_IPIV | k.CONFIG_VTD_PI):
+    posts = k.CONFIG_IPIV | k.CONFIG_VTD_PI
+    if m[k.H_RULES] & k.R_NV_BEFORE_BLOCKING:
+        blocking = k.ZERO
+        posts = k.CONFIG_VTD_PI
+    if not enabled(m) or not m[k.H_CONFIG] & posts:
         return k.ZERO
     at = control(m, v)
     row = own(m, v)
-    if not blocking or m[row + k.K_PREEMPTED] or interrupt_blocked(m, v):
+    if m[k.H_RULES] & k.R_SN_ON_EVERY_PUT:
+        blocking = k.ZERO if m[row + k.K_PREEMPTED] else blocking
+        suppress = k.ONE
+    else:
+        suppress = m[row + k.K_PREEMPTED]
+    code = k.ZERO
+    if blocking and not interrupt_blocked(m, v):
+        suppress = m[row + k.K_PREEMPTED]
+        m[row + k.K_WAKEUP_CPU] = (load_acquire(m, at) >> k.PID_NDST_SHIFT) + k.ONE
+        if _exchange(m, at, k.PID_NV, k.POSTED_INTR_WAKEUP_VECTOR << k.PID_NV_SHIFT) & k.PID_ON:
+            code = k.EFFECT_NOTIFY_CODE
+    if suppress:
         or_word(m, at, k.PID_SN)
+    return code
+
+
+@kernel("u8(words, u8)")
+def pre_block(m, v):
+    """pi_pre_block, of kernels that have the wake-up vector set before the thread blocks: 1 where it must not.
+
+    An interrupt that was posted already keeps it awake, even where the guest would not take it.
+    """
+    row = own(m, v)
+    if not m[k.H_RULES] & k.R_NV_BEFORE_BLOCKING or not enabled(m) or not m[k.H_CONFIG] & k.CONFIG_VTD_PI:
         return k.ZERO
-    old = load_acquire(m, at)
-    m[row + k.K_WAKEUP_CPU] = (old >> k.PID_NDST_SHIFT) + k.ONE
-    while True:
-        new = old & ~k.PID_NV | (k.POSTED_INTR_WAKEUP_VECTOR << k.PID_NV_SHIFT)
-        was = replace_if(m, at, old, new)
-        if was == old:
-            break
-        old = was
-    return k.EFFECT_NOTIFY_CODE if new & k.PID_ON else k.ZERO
+    if m[row + k.K_WAKEUP_CPU] or (not m[k.H_RULES] & k.R_NV_WHATEVER_IF and interrupt_blocked(m, v)):
+        return k.ZERO
+    cpu = m[row + k.K_CPU] & k.LOW32
+    m[row + k.K_WAKEUP_CPU] = cpu + k.ONE
+    value = cpu << k.PID_NDST_SHIFT | k.POSTED_INTR_WAKEUP_VECTOR << k.PID_NV_SHIFT
+    if not _exchange(m, control(m, v), k.PID_NDST | k.PID_NV, value) & k.PID_ON:
+        return k.ZERO
+    post_block(m, v)
+    return k.ONE
+
+
+@kernel("u8(words, u8)")
+def post_block(m, v):
+    """pi_post_block, behind the sleep of the same kernels."""
+    row = own(m, v)
+    if not m[row + k.K_WAKEUP_CPU] or not m[k.H_RULES] & k.R_NV_BEFORE_BLOCKING:
+        return k.ZERO
+    m[row + k.K_WAKEUP_CPU] = k.ZERO
+    value = (m[row + k.K_CPU] & k.LOW32) << k.PID_NDST_SHIFT | k.POSTED_INTR_VECTOR << k.PID_NV_SHIFT
+    return _exchange(m, control(m, v), k.PID_NDST | k.PID_NV, value)
 
 
 @kernel("u8(words, u8, u8)")

@@ -24,6 +24,7 @@ from .halt import end_halt, init_blocked, runnable
 from .hvtimer import hv_due
 from .inhibit import update_vcpu
 from .irq import ioapic_handles, take_pv_eoi
+from .pi import post_block, pre_block
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
 from .shared import clear_word_bits, emit, hot, make_request, own, take
@@ -128,6 +129,8 @@ def wake_up(m, v):
     host = own(m, v)
     hv = m[host + k.K_IN_RUN] == ASLEEP_HV_TIMER
     m[host + k.K_IN_RUN] = IN_RUN
+    if m[host + k.K_WAKEUP_CPU]:
+        post_block(m, v)
     return restart(m, v) if hv else k.ZERO
 
 
@@ -145,6 +148,9 @@ def block(m, v):
     host = own(m, v)
     if not runnable(m, v):
         if m[host + k.K_IN_RUN] < ASLEEP:
+            state = m[host + k.K_MP_STATE]
+            if state != k.MP_UNINITIALIZED and pre_block(m, v) and state == k.MP_HALTED:
+                return _leave_halt(m, v)  # any other state has KVM's thread go round until ON is cleared
             switches = hv_in_use(m, v) and m[host + k.K_MP_STATE] != k.MP_UNINITIALIZED
             m[host + k.K_IN_RUN] = ASLEEP_HV_TIMER if switches else ASLEEP
             if switches:
