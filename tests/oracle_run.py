@@ -241,10 +241,15 @@ class RunLoop:
         v = self.v
         return v.mp_state == r.MP_RUNNABLE or v.pv_unhalted or self._has_events()
 
+    def _wakes_anyway(self) -> bool:
+        """Before 6.1 an INIT that has to wait ended a halt; who waits for SIPI sleeps here, as in the library."""
+        halted = self.v.mp_state not in (r.MP_INIT_RECEIVED, r.MP_UNINITIALIZED)
+        return halted and self.m.generation < self.m.at("6.1")
+
     def _has_events(self) -> bool:
         v = self.v
         return (
-            ((v.pending_init or v.pending_sipi) and v.init_allowed())
+            ((v.pending_init or v.pending_sipi) and (v.init_allowed() or self._wakes_anyway()))
             or v.exception is not None
             or "NMI" in v.requests
             or (v.nmi_pending > 0 and not v.nmi_masked and v.gif)

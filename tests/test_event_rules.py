@@ -160,6 +160,20 @@ def test_a_sleeper_is_not_asked_again(dispatcher: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_halt_with_an_init_that_is_blocked(kernel: str, vendor: str) -> None:
+    """5.10.262 kvm_vcpu_has_events looks at pending events alone; 6.1.192 asks whether they can be taken."""
+    m = machine(0, 1, kernel=kernel, vendor=vendor)
+    v = m.vcpus[1]
+    v.run()
+    v.vmxon, v.gif = True, vendor == "vmx"
+    msi(m, 1, 0, INIT)
+    out = v.exit(fx.VmxExit.HLT if vendor == "vmx" else fx.SvmExit.HLT)
+    assert out.blocked is (kernel in kernels("6.1"))
+    assert v.events().latched_init
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kick_of_a_running_vcpu(kernel: str) -> None:
     """Up to 6.12 the next halt uses it up, KVM_SET_MP_STATE(RUNNABLE) does not (6.12.118, 5.10.262); later it does."""
     m = machine(0, 1, kernel=kernel)

@@ -146,6 +146,8 @@ class Trait(IntFlag):
     """There is no CONFIG_KVM_SMM yet: every kernel has SMM."""
     UNHALT_KEPT = 1 << 107
     """A PV kick waits until a halt uses it up; later, whatever makes a vCPU run uses it up."""
+    BLOCKED_INIT_WAKES = 1 << 108
+    """An INIT that is blocked ends a halt all the same."""
     LATCHED_INIT_WITH_SMM = 1 << 79
     """KVM_SET_VCPU_EVENTS reads latched_init only together with smm, and leaving SMM keeps a latched INIT."""
     INHIBIT_REQUESTS_EVENT = 1 << 96

@@ -67,7 +67,7 @@ def has_events(m, v):
     """kvm_vcpu_has_events: something for which a halted vCPU goes on."""
     row = own(m, v)
     requests = m[hot(m, v) + k.HOT_REQUESTS]
-    if m[row + k.K_PENDING_EVENTS] and not init_blocked(m, v):
+    if m[row + k.K_PENDING_EVENTS] and (m[k.H_RULES] & k.R_BLOCKED_INIT_WAKES or not init_blocked(m, v)):
         return k.ONE
     if m[row + k.K_PV_UNHALTED] or m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB]:
         return k.ONE

@@ -77,7 +77,9 @@ def get(apt: Apt, root: Path | None = None) -> Tree:
     apt.update()
     empty = ("-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=false")
     wanted = [f"bochs={VERSION}+*", f"bochsbios={VERSION}+*"]
-    plan = apt.run("apt-get", *empty, "-o", f"APT::Default-Release={SUITE}", "-s", "install", *wanted, "bochs-term", "vgabios")
+    plan = apt.run(
+        "apt-get", *empty, "-o", f"APT::Default-Release={SUITE}", "-s", "install", *wanted, "bochs-term", "vgabios"
+    )
     names = [f"{name}/{SUITE}" for name in dict.fromkeys(_LIBRARY.findall(plan))]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
@@ -161,4 +163,3 @@ def version(tree: Tree) -> str:
     done = subprocess.run(tree.command("--help"), env=tree.environment(), capture_output=True, text=True, check=False)
     found = re.search(r"Bochs x86 Emulator (\S+)", done.stdout + done.stderr)
     return found[1] if found else "unknown"
-

@@ -185,7 +185,10 @@ def _solved(short: float, long: float) -> tuple[float, float]:
 
 
 def measure(
-    machine: Asked, wanted: Iterable[Path] | None = None, quantum: int = 16, progress: Callable[[str], None] | None = None
+    machine: Asked,
+    wanted: Iterable[Path] | None = None,
+    quantum: int = 16,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Length]:
     """Every way on a machine with two processors. ``quantum``: what a processor that sleeps counts for, a turn."""
     found: list[Length] = []

@@ -92,7 +92,10 @@ def _ipi(rng: random.Random, made: Setup, i: int) -> Step:
 def _timer(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[Step]:
     """A deadline on vCPU i, which may sleep, and time that passes on another, or on itself."""
     vector = _vector(rng)
-    steps = [Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | vector)), Step(i, "deadline", (DEADLINE,))]
+    steps = [
+        Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | vector)),
+        Step(i, "deadline", (DEADLINE,)),
+    ]
     if len(awake) > 1:
         other = rng.choice([j for j in awake if j != i])
         if rng.random() < 0.5:
