@@ -400,17 +400,17 @@ class RunLoop:
 
     def preemption_timer(self) -> Result:
         """VMX: the timer that the CPU counted for the guest ran out."""
+        fast = self.m.fastpath and self.m.generation >= self.m.at("5.8")
+        self.v.in_guest = fast
         self.v.timer.hv_exit()
-        if self.m.fastpath and self.m.generation >= self.m.at("5.8"):
-            return self._finish_fast(Result("reenter"))
-        return self._finish(Result())
+        return self._finish_fast(Result("reenter")) if fast else self._finish(Result())
 
     def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, *, bits64: bool = True) -> tuple[Result, int]:
         if not bits64:
             nr, a0, a1, a2, a3 = (value & 0xFFFF_FFFF for value in (nr, a0, a1, a2, a3))
+        self.v.in_guest = False
         value = self._hypercall(nr, a0, a1, a2, a3, 64 if bits64 else 32)
         self.skip(INSN_LEN["vmcall"])
-        self.v.in_guest = False
         return self._finish(Result()), value & ((1 << 64) - 1 if bits64 else 0xFFFF_FFFF)
 
     def _hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, width: int) -> int:
@@ -475,6 +475,7 @@ class Doors:
     def page_write(self: Vcpu, offset: int, value: int, length: int = 4) -> Result:
         self.thread.exit()
         claimed = not self._nobody_there()
+        self.in_guest = False  # an interrupt to itself needs no notification
         if claimed:
             self.store(offset, value, length)
         return self.thread.page(claimed=claimed)

@@ -150,6 +150,21 @@ def test_deadline_in_the_past(kernel: str, apicv: bool) -> None:
     assert in_irr(v)
 
 
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+@pytest.mark.parametrize("kernel", kernels("5.8"))
+def test_tick_of_a_fast_exit_and_who_is_notified(kernel: str, dispatcher: Any) -> None:
+    """5.10.262 and 5.15.202 kvm_vcpu_trigger_posted_interrupt sends to its own pCPU; outcome and targets say so."""
+    m = booted(kernel, apicv=True, dispatcher=dispatcher)
+    (v,) = m.vcpus
+    v.wrmsr(LVTT, DEADLINE_MODE | TICK)
+    m.set_time(1000)
+    itself = kernel in having(Trait.PI_NOTIFIES_SELF)
+    out = v.wrmsr(DEADLINE, 1)
+    assert out.reentered
+    assert out.effects == (fx.Effect.NOTIFY if itself else fx.Effect.NONE)
+    assert list(v.targets) == ([(0, fx.Effect.NOTIFY)] if itself else [])
+
+
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_deadline_in_the_past_by_an_ioctl(kernel: str) -> None:
     """6.1.192, 6.12.118 and 7.3.4 apic_timer_expired: only a thread in KVM_RUN posts (vcpu->wants_to_run)."""
