@@ -151,6 +151,16 @@ def test_what_a_text_tells(sample: str, first: str, last: str, tmp_path: Path) -
     assert (found[0], found[-1]) == (first, last)
 
 
+def test_where_a_wait_stands(tmp_path: Path) -> None:
+    """Behind kvm_exit up to 5.15, in front of it since: vcpu_enter_guest traced it last (5.10.262)."""
+    entry, exit = "kvm_entry: vcpu 0, rip 0xfff0", "kvm_exit: vcpu 0 reason MSR_WRITE rip 0xfff0"
+    wait = "kvm_wait_lapic_expire: vcpu 0: delta -250 (early)"
+    for lines, last in (([entry, exit, wait], "5.15"), ([entry, wait, exit], "6.12")):
+        path = tmp_path / "trace.txt"
+        path.write_text("".join(f" CPU 0/KVM-11 [000]  1.00000{n}: {line}\n" for n, line in enumerate(lines)))
+        assert dated(path).kernels()[-1] == last
+
+
 def test_characters_before_the_time(tmp_path: Path) -> None:
     """5.13 added one; trace-cmd prints four of its own accord."""
     for flags, header, first, last in (

@@ -15,7 +15,7 @@ from fastexit.profile import as_of, since
 from fastexit.trace.events import Kind
 from fastexit.trace.reader import TraceReader
 from fastexit.tracepoints.releases import numbers
-from fastexit.tracepoints.text import formats
+from fastexit.tracepoints.text import context_text, formats
 from traced import booted
 
 ICR = 0x830
@@ -722,6 +722,11 @@ def test_contexts_of_injection_and_return(dispatcher: str) -> None:
     v.set_msr(ICR, fx.icr(dest=1, delivery=4))
     seen = contexts(m)
     assert [seen[event] for event in ("kvm_inj_virq", "kvm_inj_exception", "kvm_apic_ipi")] == ["....."] * 3
+
+
+def test_a_wait_is_traced_with_interrupts_off() -> None:
+    """Behind the exit, too: 5.10.262 vcpu_enter_guest has them off again by then, and preemption is not on yet."""
+    assert context_text(L.TP_WAIT_LAPIC_EXPIRE, L.TP_WAIT_LAPIC_EXPIRE | L.TRACE_PREEMPT_OFF, 4) == "d..1"
 
 
 def test_preemption_timer_is_traced_with_preemption_off() -> None:

@@ -75,6 +75,7 @@ _FOUR = Evidence(0, "four characters before the time", before="5.13")
 _LATE_IPI = Evidence(0, "kvm_apic_accept_irq before its kvm_apic_ipi in an ICR write", since="6.18")
 _TWO_HALVES = Evidence(0, "APIC_ICR2 and APIC_ICR before the kvm_apic_ipi of an x2APIC write", before="6.1")
 _WRITE_FIRST = Evidence(0, "APIC_ICR alone before the kvm_apic_ipi of an x2APIC write", before="5.7")
+_LATE_WAIT = Evidence(0, "kvm_wait_lapic_expire right behind a kvm_exit", before="6.1")
 _PARTS = {int(Kind.APIC_WRITE), int(Kind.IPI), int(Kind.ACCEPT)}
 _BESIDE = {int(Kind.OTHER), int(Kind.VCPU), int(Kind.SOURCE), int(Kind.HV_TIMER)}
 
@@ -85,6 +86,7 @@ class Dating:
     def __init__(self) -> None:
         self._found: dict[str, Evidence] = {}
         self._open: dict[Task, list[tuple[int, Event]]] = {}
+        self._exited: set[Task] = set()
         self._icr_writes = 0
 
     @property
@@ -115,8 +117,16 @@ class Dating:
             return
         for line, (task, event) in enumerate(zip(batch.tasks, batch.events, strict=True), batch.first):
             kind = event.kind
-            if task is None or kind in _BESIDE:
+            if task is None:
                 continue
+            if task in self._exited:
+                self._exited.discard(task)
+                if event.name == "kvm_wait_lapic_expire":
+                    self._add(_LATE_WAIT, line)
+            if kind in _BESIDE:
+                continue
+            if event.name == "kvm_exit":
+                self._exited.add(task)
             if kind in _PARTS:
                 self._open.setdefault(task, []).append((line, event))
                 continue

@@ -138,10 +138,11 @@ def formats(release: Numbers) -> dict[int, str]:
 def context_text(event: int, word: int, columns: int) -> str:
     """The context of a record as ftrace shows it on a host that counts preemption: "d..1." where interrupts are off.
 
-    What makes a host reschedule or migrate is not modelled, nor the context of its own interrupts.
+    What makes a host reschedule or migrate is not modelled, nor the context of its own interrupts. A wait that is
+    traced behind the exit is so with interrupts off once more, whatever the window before it let in.
     """
     depth = bool(word & L.TRACE_PREEMPT_OFF) + (event in _NOT_PREEMPTED)
-    irqs = "d" if word & L.TRACE_IRQS_OFF else "."
+    irqs = "d" if word & L.TRACE_IRQS_OFF or event == L.TP_WAIT_LAPIC_EXPIRE else "."
     return f"{irqs}..{depth or '.'}".ljust(columns, ".")
 
 
