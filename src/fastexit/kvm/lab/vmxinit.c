@@ -338,7 +338,6 @@ static void carry_out(const uint32_t *at)
 	for (;;) {
 		const uint32_t *a = at + 2;
 
-		say("@op %u\n", at[0]);
 		switch (at[0]) {
 		case END:
 			end_vm();
