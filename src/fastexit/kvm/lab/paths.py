@@ -1,9 +1,11 @@
 """How many instructions a kernel's own exit takes: from the guest's WRMSR to the receiver's first instruction, and back.
 
 Models: nothing. In the VMX lab time is counted in instructions, so a guest reads path lengths off its TSC, with tracing
-off. The two processors take turns, one basic block each, and the TSC moves by the mean of what they did; so the same
-exit is timed beside a processor that does 2 instructions a turn and beside one that does 20, and two equations give
-what the exit itself took. A processor that sleeps counts for a fixed number.
+off. The two processors take turns, one basic block each, and the TSC moves by the mean of what they did. An exit beside
+a processor that only spins is therefore timed twice, beside one that does 2 instructions a turn and beside one that does
+20, and two equations give its own instructions exactly. Where both processors work, or one sleeps, a tick is as good as
+an instruction only as long as both do equally much: kernels do about 8 a turn, so the one beside spins 8 and one that
+sleeps counts for 8.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from fastexit.regs import icr
 SENT_AT, ACKNOWLEDGED_AT, BEGAN_AT, TAKEN_AT = 0x8040, 0x8080, 0x80C0, 0x8100
 SAMPLES_AT = 0x20000
 REPETITIONS = 300
-SHORT, LONG = 2, 20
-"""Instructions a turn of the processor beside the measured one."""
+SHORT, LONG, ALIKE = 2, 20, 8
+"""Instructions a turn of the processor beside the measured one; what kernels do on average."""
 OVERHEAD = 4
 """Three MOVs between RDTSC and WRMSR, and the RDTSC behind it."""
 PAUSE = 12_000
@@ -76,20 +78,20 @@ def paths() -> list[Path]:
 
 @dataclass(frozen=True)
 class Length:
-    """What a way took. Instructions, but for ``ticks_*``, which are means of both processors."""
+    """What a way took, in instructions: medians.
+
+    ``exact``: solved for; otherwise ticks of two processors that do about as much a turn.
+    """
 
     name: str
     receiver: str
+    exact: bool
     exit: int
     """The sender's whole exit, from its WRMSR to its next instruction."""
-    turns: int
+    turns: int | None
     """Basic blocks of it."""
     to_receiver: int | None
-    """Until the receiver's handler began, of the sender alone (receiver running)."""
-    receiver_path: int | None
-    """What the receiver did from being woken to its handler (receiver halted)."""
-    ticks_exit: float
-    ticks_to_receiver: float | None
+    """From the WRMSR to the first instruction of the receiver's handler."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,7 +101,7 @@ class Length:
 def _sender(path: Path, spin: int) -> bytes:
     """vCPU 0: waits until the receiver is ready, stamps, writes, stamps, and waits for the receiver."""
     acknowledged = b"\x3b\x1d" + C.u32(ACKNOWLEDGED_AT)  # cmp ebx, [acknowledged]
-    waits = acknowledged + b"\x90" * (spin - 2) + b"\x75"
+    waits = C.STI + C.CLI + acknowledged + b"\x90" * (spin - 2) + b"\x75"
     waits += struct.pack("<b", -len(waits) - 1)
     low = b"\xb8" + C.u32(path.value)
     high = b"\xba" + C.u32(path.value >> 32)
@@ -125,8 +127,6 @@ def _receiver(path: Path, spin: int) -> bytes:
         "running": b"\x90" * (spin - 1),
         "none": b"\x90" * (spin - 1),
     }[path.receiver]
-    if path.receiver == "none":
-        return C.prelude(False) + C.STI + C.CLI + busy + b"\xeb" + struct.pack("<b", -len(busy) - 2)
     return C.prelude(False) + C.STI + busy + b"\xeb" + struct.pack("<b", -len(busy) - 2)
 
 
@@ -142,7 +142,7 @@ def request(path: Path, spin: int) -> Request:
     asked.vm(split=False, api=0, x2apic=True, deadline=True, ids=[0, 1], cpus=[0, 1])
     if path.mwait_in_guest:
         asked.ioctl(-1, K.ENABLE_CAP, struct.pack("<II4Q64x", 143, 0, MWAIT_IN_GUEST, 0, 0, 0))
-    image = C.common(2, C.NO_EOI)
+    image = C.common(2, C.X2APIC_EOI)
     image.put(C.STUBS_AT + 16 * VECTOR, b"\xe9" + C.u32(0x4800 - (C.STUBS_AT + 16 * VECTOR) - 5))
     image.put(0x4800, _handler())
     for i, code in enumerate((_sender(path, spin), _receiver(path, spin))):
@@ -184,49 +184,33 @@ def _solved(short: float, long: float) -> tuple[float, float]:
     return 2 * short - SHORT * turns, turns
 
 
+def _in_step(short: float, long: float) -> float:
+    """Ticks beside a processor that does ALIKE instructions a turn."""
+    return short + (long - short) * (ALIKE - SHORT) / (LONG - SHORT)
+
+
 def measure(
-    machine: Asked,
-    wanted: Iterable[Path] | None = None,
-    quantum: int = 16,
-    progress: Callable[[str], None] | None = None,
+    machine: Asked, wanted: Iterable[Path] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Length]:
-    """Every way on a machine with two processors. ``quantum``: what a processor that sleeps counts for, a turn."""
+    """Every way on a machine with two processors, on which a sleeping one counts for ALIKE (`Machine`'s quantum)."""
     found: list[Length] = []
-    for path in wanted or paths():
+    for path in paths() if wanted is None else wanted:
         if progress:
             progress(f"{path.name}, receiver {path.receiver}")
-        taken = [samples(machine, path, spin) for spin in (SHORT, LONG)]
-        # the first ones fill caches of translated code and page tables
-        exits = [statistics.median(s[0] for s in some[20:]) for some in taken]
-        ways = [statistics.median(s[1] for s in some[20:]) for some in taken]
-        found.append(_length(path, exits, ways, found, quantum))
+        # the first repetitions fill caches of translated code
+        taken = [samples(machine, path, spin)[REPETITIONS // 10 :] for spin in (SHORT, LONG)]
+        exits, ways = ([statistics.median(sample[n] for sample in some) for some in taken] for n in (0, 1))
+        exact = path.receiver in ("running", "none")
+        own, turns = _solved(*exits) if exact else (_in_step(*exits), None)
+        way = _solved(*ways)[0] if exact else _in_step(*ways)
+        found.append(
+            Length(
+                name=path.name,
+                receiver=path.receiver,
+                exact=exact,
+                exit=round(own) - OVERHEAD,
+                turns=None if turns is None else round(turns),
+                to_receiver=None if path.receiver == "none" else round(way) - OVERHEAD,
+            )
+        )
     return found
-
-
-def _length(path: Path, exits: list[float], ways: list[float], before: list[Length], quantum: int) -> Length:
-    own, turns = _solved(*exits)
-    running = next((one for one in before if one.name == path.name and one.receiver == "running"), None)
-    to_receiver = receiver_path = None
-    if path.receiver == "running":
-        to_receiver = round(_solved(*ways)[0]) - OVERHEAD
-    elif path.receiver == "halted":
-        # The sender goes on beside the one that wakes: its exit is known, what it spins is extrapolated away.
-        both, _ = _solved(*ways)
-        if running is not None:
-            own, turns = running.exit + OVERHEAD, running.turns
-            receiver_path = round(both - own - quantum * turns * running_share(running))
-    return Length(
-        name=path.name,
-        receiver=path.receiver,
-        exit=round(own) - OVERHEAD,
-        turns=round(turns),
-        to_receiver=to_receiver,
-        receiver_path=receiver_path,
-        ticks_exit=exits[0] - OVERHEAD,
-        ticks_to_receiver=None if path.receiver == "none" else ways[0] - OVERHEAD,
-    )
-
-
-def running_share(running: Length) -> float:
-    """Which part of its exit a sender has done when the interrupt leaves."""
-    return (running.to_receiver or 0) / running.exit if running.exit else 0.0
