@@ -190,6 +190,7 @@ def test_eoi_with_nothing_in_service() -> None:
     """SVI is 0, so vector 0 leaves service; KVM would trace -1."""
     m = booted()
     v = m.vcpus[0]
+    v.ioapic_handled = ()
     m.trace.enable()
     assert result(v.hw_wrmsr(EOI, 0)) == HARDWARE
     assert (status(v), lines(m)) == ((0, 0), [])
@@ -937,3 +938,14 @@ def test_tpr_below_its_threshold(dispatcher: str) -> None:
     assert exit.startswith(f"kvm_exit: vcpu 0 reason TPR_BELOW_THRESHOLD rip {rip + 4:#x} info1 0x0000000000000000 ")
     assert virq == "kvm_inj_virq: IRQ 0x61"
     assert v.hw_wrmsr(0x808, 0).path is fx.Path.HARDWARE, "nothing is held back any more"
+
+
+@pytest.mark.parametrize("irqchip", ["full", "split"])
+def test_eoi_of_the_rtc_pin(irqchip: str) -> None:
+    """EOI_INDUCED of vector 0 on vCPU 0, which the RTC pin of KVM's IOAPIC wants: 5.10, 6.1, 6.12, 6.18, 7.3."""
+    m = fx.Machine(vcpus=2, irqchip=irqchip)
+    m.boot_x2apic()
+    paths = [v.hw_wrmsr(0x80B, 0).path for v in m.vcpus]
+    assert paths == [fx.Path.SLOW if irqchip == "full" else fx.Path.HARDWARE, fx.Path.HARDWARE]
+    assert m.vcpus[0].ioapic_handled == ({0} if irqchip == "full" else set())
+    assert m.vcpus[1].ioapic_handled == set()

@@ -277,7 +277,11 @@ class VcpuState:
 
     @property
     def ioapic_handled(self) -> frozenset[int]:
-        """Vectors whose EOI the IOAPIC wants, by its routing: KVM's ioapic_handled_vectors."""
+        """Vectors whose EOI the IOAPIC wants, by its routing: KVM's ioapic_handled_vectors.
+
+        With KVM's own IOAPIC the vCPU with id 0 begins with vector 0, where the RTC's pin rests until the guest
+        programs it: with APICv, an EOI with nothing in service is an EOI_INDUCED exit there.
+        """
         words = [self._mem[self.own + L.K_IOAPIC_HANDLED + i] for i in range(4)]
         return frozenset(v for v in range(256) if words[v >> 6] >> (v & 63) & 1)
 
