@@ -15,6 +15,7 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.checks import U64
+from fastexit.profile import since
 from fastexit.releases import generation
 from fastexit.snapshot import _rows
 from fastexit.traits import Trait
