@@ -49,6 +49,7 @@ enum {
     FX_K_CS = 26,
     FX_K_MSR_DATA = 27,
     FX_K_IN_RUN = 46,
+    FX_K_HFLAGS = 53,
     FX_K_USER_EXIT = 80,
     FX_K_ISR = 88,
     FX_TARGETS = 2082816, /* a sender's own row */
@@ -64,7 +65,8 @@ enum {
     FX_CONFIG_APICV = 2,
     FX_CONFIG_THREADS = 4,
     FX_FLAG_X2APIC = 2,
-    FX_FLAG_APICV = 8
+    FX_FLAG_APICV = 8,
+    FX_HF_REAL_MODE = 16 /* of FX_K_HFLAGS */
 };
 
 /* Words of a hot row behind the descriptor. Remote: any thread may write it, with atomics only. */

@@ -132,9 +132,11 @@ static void give_back(fx_machine *m, uint64_t *words)
 
 static int32_t boot_x2apic(uint64_t *words)
 {
-    for (uint32_t v = 0; v < words[FX_H_NVCPUS]; v++)
+    for (uint32_t v = 0; v < words[FX_H_NVCPUS]; v++) {
         if (set_msr(words, v, 0x1b, OWN(words, v)[FX_K_APIC_BASE] | 0xc00) || set_msr(words, v, 0x80f, 0x1ff))
             return FX_E_RANGE;
+        OWN(words, v)[FX_K_HFLAGS] &= ~(uint64_t)FX_HF_REAL_MODE;
+    }
     return FX_OK;
 }
 

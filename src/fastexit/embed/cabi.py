@@ -12,10 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from fastexit import layout as L
+from fastexit import offers
 from fastexit.config import header as config_header
 from fastexit.jit import declare
 from fastexit.kernels import entries as _entries
-from fastexit.profile import PROFILES
+from fastexit.profile import NEWEST, PROFILES
 from fastexit.settings import SETTINGS, Settings
 
 NATIVE = Path(__file__).parent / "native"
@@ -189,14 +190,17 @@ def keywords(config: Any) -> Settings:
 
 def header(config: Any, ids: list[int]) -> dict[int, int]:
     """Header words of the machine that a struct fx_config describes; ValueError as Machine has it."""
-    if not 0 < config.vcpus <= L.MAX_VCPUS:
-        raise ValueError(f"fx_config.vcpus is {config.vcpus}: 1 to {L.MAX_VCPUS}")
+    settings = keywords(config)
+    room = offers.room(settings.get("kernel", NEWEST))
+    vcpus, last_id = min(room.vcpus, L.MAX_VCPUS), min(room.ids - 1, L.MAX_VCPU_ID)
+    if not 0 < config.vcpus <= vcpus:
+        raise ValueError(f"fx_config.vcpus is {config.vcpus}: 1 to {vcpus}")
     if ids:
-        if max(ids) > L.MAX_VCPU_ID:
-            raise ValueError(f"APIC id {max(ids)} is out of range 0..{L.MAX_VCPU_ID}")
+        if max(ids) > last_id:
+            raise ValueError(f"APIC id {max(ids)} is out of range 0..{last_id}")
         if len(set(ids)) < len(ids):
             raise ValueError("an APIC id is there twice (EEXIST)")
-    return config_header(keywords(config))
+    return config_header(settings)
 
 
 assert _entries.NO_VCPU == L.NONE
