@@ -769,13 +769,6 @@ def test_load_leaves_a_sleeper_alone(kernel: str) -> None:
     assert v.notification == (0xF2, 1)
 
 
-@pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15"])
-def test_ipiv_does_not_ask_for_the_wakeup_vector(kernel: str) -> None:
-    """Up to 5.15 only devices post."""
-    v = halted(kernel, interrupts=True, vtd_pi=False, ipiv=True)
-    assert control(v) == F2 | ndst(1)
-
-
 @pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15", "6.1"])
 def test_posted_interrupt_ends_a_halt_with_if_clear(kernel: str) -> None:
     """vcpu_block up to 5.10.262: a thread that must not sleep goes on as if it had been woken, and the halt is over."""

@@ -25,21 +25,23 @@ HEAD = struct.Struct("<8sIIII")
 
 def lived_in(kernel: str = "6.18", vendor: str = "vmx", apicv: bool = True) -> fx.Machine:
     """Four vCPUs in different modes with interrupts posted, pending and in service, an NMI and an INIT under way."""
-    m = fx.Machine(apic_ids=[0, 1, 300, 3], kernel=kernel, vendor=vendor, apicv=apicv, x2apic_api=1)
+    far = 200 if vendor == "svm" and apicv and not since(kernel, "6.18") else 300  # AVIC would refuse 300
+    m = fx.Machine(apic_ids=[0, 1, far, 3], kernel=kernel, vendor=vendor, apicv=apicv, x2apic_api=1)
     m.boot_x2apic()
     m.vcpus[3].set_msr(0x1B, 0xFEE0_0800)
     m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=0x41))
     m.vcpus[1].ack()
     for vector in (0x31, 0xFD):
         m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, vector=vector))
-    m.vcpus[0].wrmsr(0x830, fx.icr(dest=300, delivery=4))
+    m.vcpus[0].wrmsr(0x830, fx.icr(dest=far, delivery=4))
     m.vcpus[0].wrmsr(0x830, fx.icr(dest=1, delivery=5, level=True))
     return m
 
 
 def go_on(m: fx.Machine) -> list[Any]:
     """What the machine does next, seen from outside."""
-    told: list[Any] = [m.vcpus[0].wrmsr(0x830, fx.icr(dest=d, vector=0x52)) for d in (0, 1, 3, 300, 77, 0xFFFF_FFFF)]
+    dests = (0, 1, 3, m.vcpus[2].vcpu_id, 77, 0xFFFF_FFFF)
+    told: list[Any] = [m.vcpus[0].wrmsr(0x830, fx.icr(dest=dest, vector=0x52)) for dest in dests]
     told += [m.signal_msi(0xFEE0_3000, 0x61), m.signal_msi(0xFEE0_0008, 0x162)]
     told += [(v.pending(), v.ack(), v.eoi(), v.get_mp_state(), v.events(), v.get_lapic()) for v in m.vcpus]
     return told
@@ -372,8 +374,9 @@ def test_icr_is_found_where_the_row_has_it_now(vendor: str, written: str, row: s
     copy = fx.Machine.restore(forged(m.snapshot(), put(L.H_PROFILE, generation(row).number)))
     assert (copy.kernel, sent >> 32) == (row, 1)
     assert copy.vcpus[0].get_msr(0x830) == sent
-    assert copy.vcpus[0].wrmsr(0x830, fx.icr(dest=300, vector=0x77)).accepted == 1
-    assert copy.vcpus[0].get_msr(0x830) == fx.icr(dest=300, vector=0x77)
+    icr = fx.icr(dest=m.vcpus[2].vcpu_id, vector=0x77)
+    assert copy.vcpus[0].wrmsr(0x830, icr).accepted == 1
+    assert copy.vcpus[0].get_msr(0x830) == icr
     assert copy.vcpus[3].mmio_read(0x310) == 5 << 24
 
 
