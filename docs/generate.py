@@ -71,10 +71,10 @@ def releases() -> str:
 
 
 def stable() -> str:
-    """What changed between two stable releases of one series, for docs/model.md."""
+    """What changed between two releases of one generation, for docs/model.md."""
     rows = ["| release | now | no longer |", "|---|---|---|"]
     for known in PROFILES.values():
-        for change in known.stable:
+        for change in (*known.stable, *known.later):
             now, gone = (", ".join(f"`{t.name}`" for t in Trait if t & side) for side in (change.added, change.removed))
             rows.append(f"| {change.release} | {now} | {gone} |")
     return "\n".join(rows)

@@ -101,8 +101,9 @@ class Profile(NamedTuple):
 
     ``name`` is what Machine(kernel=...) takes, ``number`` what a machine's header and a snapshot have for it (the C
     door's FX_KERNEL_* is one more, for 0 is its default), ``tree`` the source tree whose behaviour it follows,
-    ``traits`` its behaviour, ``summary`` what its fast path takes, in words, and ``stable`` what changed
-    within its series, for machines that name a release.
+    ``traits`` its behaviour, ``summary`` what its fast path takes, in words, ``stable`` what changed
+    within its series, for machines that name a release, and ``later`` what the series brought that come before the
+    next row: its ``release`` is then the first of a series.
 
     A number is given once and for all. A new generation takes the lowest that was never in use, wherever its row
     stands, and the number of one that is taken out is not used again.
@@ -114,6 +115,7 @@ class Profile(NamedTuple):
     traits: Trait
     summary: str
     stable: tuple[Stable, ...] = ()
+    later: tuple[Stable, ...] = ()
 
 
 PROFILES: dict[str, Profile] = {
@@ -375,6 +377,16 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.12.101", added=_T.TICK_ONLY_IN_RUN),
                 Stable("6.12.114", added=_T.CR8_WITH_PPR, removed=_T.SET_LAPIC_STORES_BASE),
             ),
+            # what 6.12's stable releases took from later kernels is not in 6.13 to 6.17
+            later=(
+                Stable(
+                    "6.13",
+                    removed=_T.CR8_WITH_PPR | _T.TICK_ONLY_IN_RUN | _T.SVM_NEXT_RIP | _T.TIMER_NO_CATCH_UP,
+                ),
+                Stable("6.15", removed=_T.UNHALT_KEPT),
+                Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI),
+                Stable("6.17", added=_T.MP_STATE_CHECKED_IN_RUN),
+            ),
         ),
         Profile(
             "6.18",
@@ -383,6 +395,15 @@ PROFILES: dict[str, Profile] = {
             _FROM_6_18,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
             stable=(Stable("6.18.35", removed=_T.PI_EMPTY_LOSES_RVI),),
+            later=(
+                Stable("7.0", added=_T.PI_EMPTY_LOSES_RVI),
+                Stable(
+                    "7.1",
+                    added=_T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
+                    removed=_T.PI_EMPTY_LOSES_RVI,
+                ),
+                Stable("7.2", added=_T.TICK_ONLY_IN_RUN),
+            ),
         ),
         Profile(
             "7.3",

@@ -73,7 +73,8 @@ def generation(kernel: str) -> Profile:
         kernel: "seed-v3", "6.12", "v6.12.3", "5.15.0-105-generic", ...
 
     The row's traits are those of its ``tree``; a release that says its patch level and is older than a change of its
-    series has the traits from before it (`Profile.stable`). TypeError for what is no text, ValueError for what is no
+    series has the traits from before it (`Profile.stable`), and one of a later series that has no row has what came
+    with it (`Profile.later`). TypeError for what is no text, ValueError for what is no
     release and for one before 5.4.
 
     >>> generation("5.13").name
@@ -98,9 +99,14 @@ def generation(kernel: str) -> Profile:
         begins = series_of(known.name)
         if begins is not None and series <= begins <= asked.series:
             found, series = known, begins
-    if asked.series != series or asked.patch is None:
-        return found
     traits = found.traits
+    if asked.series != series:
+        for change in found.later:
+            if asked.series >= (series_of(change.release) or series):
+                traits = traits & ~change.removed | change.added
+        return found._replace(traits=traits)
+    if asked.patch is None:
+        return found
     for change in reversed(found.stable):
         if asked < (release(change.release) or asked):
             traits = traits & ~change.added | change.removed
