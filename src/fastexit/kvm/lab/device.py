@@ -30,6 +30,7 @@ RUN_SECONDS = 20.0
 """An emulated machine is slow, and the one that it runs on may be busy."""
 
 _PAIR = struct.Struct("<II")
+_WORD = struct.Struct("<I")
 _IOCTL = struct.Struct("<IHHQQ")
 _PROGRAM = struct.Struct("<IIQQQQQQQQ")
 _STOPPED = struct.Struct("<8IQII")
@@ -41,6 +42,8 @@ _SEEN = (
 )
 """Where a look has what: structure, request, offset, bytes."""
 SEEN_BYTES = 1408
+REFUSED_AT = 1092
+"""Why KVM_GET_LAPIC was refused, an error number, or 0."""
 SEEN = {request: (at, length) for _, request, at, length in _SEEN}
 READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, *SEEN)) - {K.GET_MP_STATE}
 """Requests that change nothing that a look shows. KVM_GET_MP_STATE carries out INIT and SIPI."""
@@ -152,6 +155,9 @@ class LabDevice(Device):
         seen = SEEN.get(request)
         if vm is not None and seen is not None and self._is_known(vm, request):
             at, length = seen
+            (refused,) = _WORD.unpack_from(vm.seen[index], REFUSED_AT)
+            if refused and request == K.GET_LAPIC:
+                raise OSError(refused, os.strerror(refused))
             K.ffi.memmove(argument, vm.seen[index][at : at + length], length)
             return 0
         vm = vm or self._vms.get(fd)
@@ -214,8 +220,10 @@ class LabDevice(Device):
     def _note(self, vm: _Vm | None, answers: Sequence[Answer]) -> None:
         """Applies what a look found changed."""
         for answer in answers:
-            if vm is None or answer.result < 0:
+            if vm is None:
                 continue
+            if answer.result < 0:
+                raise OSError(-answer.result, f"a look failed: {os.strerror(-answer.result)}")
             words = memoryview(answer.data).cast("I")
             at = 0
             for seen in vm.seen:

@@ -394,7 +394,7 @@ struct seen {
 	struct kvm_lapic_state page;
 	struct kvm_vcpu_events events;
 	struct kvm_mp_state state;
-	uint32_t unused;
+	uint32_t refused; /* the error number of a KVM_GET_LAPIC that the kernel refused: an id that a page gave */
 	struct kvm_sregs sregs;
 };
 
@@ -437,7 +437,10 @@ static void do_look(uint32_t count, const uint32_t *slots, int flags)
 			return;
 		}
 		now = one->seen;
-		if (ioctl(one->fd, KVM_GET_LAPIC, &now.page) || ioctl(one->fd, KVM_GET_VCPU_EVENTS, &now.events) ||
+		now.refused = ioctl(one->fd, KVM_GET_LAPIC, &now.page) ? errno : 0;
+		if (now.refused)
+			now.page = one->seen.page;
+		if (ioctl(one->fd, KVM_GET_VCPU_EVENTS, &now.events) ||
 		    ((flags & LOOK_STATES) && ioctl(one->fd, KVM_GET_MP_STATE, &now.state)) ||
 		    ((flags & LOOK_SREGS) && ioctl(one->fd, KVM_GET_SREGS, &now.sregs))) {
 			put(-1, 0);

@@ -129,7 +129,8 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
         reason = _REASON.match(line)
         if reason is not None and reason[1] in NOISE:
             skips = True
-            asked |= _requests(line)
+            if "intr_info 0x8" not in line:
+                asked |= _requests(line)  # an injection that is cut off asks for EVENT by itself
         elif skips and name == "kvm_entry":
             skips = False
         else:
