@@ -115,13 +115,13 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
     """Lines of ``events`` without what the emulated machine adds, and without what depends on where programs are."""
     wanted = frozenset(events)
     kept: list[str] = []
-    skips, again, asked = False, False, 0
+    skips, again, cut, asked = False, False, False, 0
     for line in lines:
         name = line.partition(":")[0]
         if name not in wanted:
             continue
         if line.endswith("[reinjected]"):
-            again = True
+            again = cut = True  # an injection that was cut off asks for EVENT by itself
             continue
         if again and name == "kvm_entry":
             line = line.removesuffix("[immediate exit]")
@@ -129,8 +129,7 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
         reason = _REASON.match(line)
         if reason is not None and reason[1] in NOISE:
             skips = True
-            if "intr_info 0x8" not in line:
-                asked |= _requests(line)  # an injection that is cut off asks for EVENT by itself
+            asked |= 0 if cut else _requests(line)
         elif skips and name == "kvm_entry":
             skips = False
         else:
