@@ -399,6 +399,19 @@ def test_what_the_emulated_machine_adds_is_left_out() -> None:
     ]
 
 
+def test_an_entry_that_injects_again_may_leave_at_once() -> None:
+    entry = "kvm_entry: vcpu 0, rip 0x8000 intr_info 0x80000041"
+    (told,) = traces.plain(
+        ["kvm_inj_virq: IRQ 0x41 [reinjected]", entry + traces.IMMEDIATE], {"kvm_entry", "kvm_inj_virq"}
+    )
+    plain = entry.replace(" 0x8000 ", " ")
+    assert traces.same(plain, told)
+    assert traces.same(plain + traces.IMMEDIATE, told)
+    assert traces.same(told, told)
+    assert not traces.same(plain, plain + traces.IMMEDIATE)
+    assert not traces.same(plain.replace("41", "42"), told)
+
+
 # ------------------------------------------------------------------------------------------------------ real kernels
 
 

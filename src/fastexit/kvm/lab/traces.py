@@ -115,8 +115,8 @@ class TraceTwins(RunTwins):
 
 def same(line: str, other: str) -> bool:
     """Whether the kernel's line is the model's, but for the time of day and what nobody knows."""
-    if other.endswith(MAYBE):
-        return line.removesuffix(IMMEDIATE) == other.removesuffix(MAYBE)
+    if line.endswith(MAYBE) or other.endswith(MAYBE):
+        line, other = (text.removesuffix(MAYBE).removesuffix(IMMEDIATE) for text in (line, other))
     return line == other or (line.startswith(COUNT_READ) and other.startswith(COUNT_READ))
 
 
