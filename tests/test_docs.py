@@ -46,7 +46,7 @@ def test_figures_are_generated() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-MODEL, BATCH, REAL = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+MODEL, BATCH, REAL, LAB = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
 @kvm
@@ -55,6 +55,13 @@ def test_readme_shows_the_real_thing() -> None:
     exec(REAL, scope)
     model, real = scope["model"], scope["real"]
     assert (len(model.vcpus), len(real.vcpus), model.vcpus[2].vcpu_id) == (3, 3, 300)
+
+
+def test_readme_shows_the_lab() -> None:
+    """Its names are there; tests/test_lab.py boots kernels."""
+    compile(LAB, "README.md", "exec")
+    for name in re.findall(r"fx\.kvm\.(\w+)", LAB):
+        assert callable(getattr(fastexit.kvm, name))
 
 
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -393,9 +393,9 @@ def test_what_the_emulated_machine_adds_is_left_out() -> None:
     assert traces.plain(lines, events) == [
         "kvm_inj_virq: IRQ 0x41",
         "kvm_entry: vcpu 0, rip intr_info 0x80000041 error_code 0x00000000",
-        "kvm_exit: vcpu 0 reason io rip info1 0x1 info2 0 intr_info 0x00000000 requests 0x0000000000004000",
-        "kvm_inj_exception: #GP",
-        "kvm_entry: vcpu 0, rip intr_info 0x80000b0d error_code 0x00000000",
+        "kvm_exit: vcpu 0 reason io rip info1 0x1 info2 0 intr_info 0x00000000 requests ?",
+        "kvm_inj_exception: #GP (0x0)",
+        "kvm_entry: vcpu 0, rip intr_info 0x8000030d error_code 0x00000000",
     ]
 
 

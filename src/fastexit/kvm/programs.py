@@ -87,6 +87,7 @@ class Program:
             v.set_mp_state(R.MP_RUNNABLE)
         load("make_request")(v.machine.handle, v.index, R.REQ_EVENT)
         v.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * self.interrupts
+        v.real_mode = True
         v.machine.mem[v.own + L.K_INTERRUPT] = 0
         self._go_on()
 

@@ -25,6 +25,8 @@ NOISE = ("npf", "interrupt", "vintr")
 entry behind them they are left out, and so is what they cut off when it is injected again."""
 IMMEDIATE, MAYBE = "[immediate exit]", "[immediate exit?]"
 """An entry that injects again leaves at once when more is waiting, whether or not the first one did."""
+UNKNOWN = "requests ?"
+"""An injection that was cut off asks for EVENT by itself."""
 _PLACE = re.compile(r"rip 0x[0-9a-f]+")
 _STALE = re.compile(r"intr_info 0x[0-7][0-9a-f]{7}")
 _REQUESTS = re.compile(r"requests 0x([0-9a-f]+)")
@@ -36,7 +38,7 @@ class TraceTwins(RunTwins):
     """Programs of `RunTwins` that do not wait, more WRMSRs among them, with all events that the model has.
 
     Where a program is does not matter, so RIPs are left out; nor does what TCG leaves in exit_int_info without its
-    valid bit. These guests are in real mode, where faults push no error code: the model speaks of protected mode.
+    valid bit.
     """
 
     kind = "traces"
@@ -50,8 +52,9 @@ class TraceTwins(RunTwins):
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
-        # KVM looks through the routes of user space's IOAPIC whenever it may have to; the model has none of them.
-        self.events = self.model.trace.events - {"kvm_msi_set_irq"}
+        # KVM looks through the routes of user space's IOAPIC whenever it may have to, and the model has none of them; how
+        # long a deadline was waited for is the time of day's.
+        self.events = self.model.trace.events - {"kvm_msi_set_irq", "kvm_wait_lapic_expire"}
         self._told = False
 
     def draw_op(self, rng: random.Random) -> Op:
@@ -115,6 +118,8 @@ class TraceTwins(RunTwins):
 
 def same(line: str, other: str) -> bool:
     """Whether the kernel's line is the model's, but for the time of day and what nobody knows."""
+    if UNKNOWN in line or UNKNOWN in other:
+        line, other = (_REQUESTS.sub(UNKNOWN, text) for text in (line, other))
     if line.endswith(MAYBE) or other.endswith(MAYBE):
         line, other = (text.removesuffix(MAYBE).removesuffix(IMMEDIATE) for text in (line, other))
     return line == other or (line.startswith(COUNT_READ) and other.startswith(COUNT_READ))
@@ -130,7 +135,7 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
         if name not in wanted:
             continue
         if line.endswith("[reinjected]"):
-            again = cut = True  # an injection that was cut off asks for EVENT by itself
+            again = cut = True
             continue
         if again and name == "kvm_entry":
             line = line.removesuffix(IMMEDIATE) + MAYBE
@@ -138,14 +143,16 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
         reason = _REASON.match(line)
         if reason is not None and reason[1] in NOISE:
             skips = True
-            asked |= 0 if cut else _requests(line)
+            asked |= _requests(line)
         elif skips and name == "kvm_entry":
             skips = False
         else:
-            if reason is not None and asked:
+            if reason is not None and cut:
+                line = _REQUESTS.sub(UNKNOWN, line)
+            elif reason is not None and asked:
                 line = _REQUESTS.sub(f"requests 0x{asked | _requests(line):016x}", line)
                 asked = 0
-            kept.append(_told(_PLACE.sub("rip", line), name, None if reason is None else reason[1]))
+            kept.append(_told(_PLACE.sub("rip", line), None if reason is None else reason[1]))
     return kept
 
 
@@ -155,12 +162,8 @@ def _requests(line: str) -> int:
     return 0 if found is None else int(found[1], 16)
 
 
-def _told(line: str, name: str, reason: str | None) -> str:
-    """One line as it would be in protected mode, with what means nothing at 0."""
-    if name == "kvm_entry":
-        return line.replace("intr_info 0x8000030d", "intr_info 0x80000b0d")
-    if name == "kvm_inj_exception":
-        return line.removesuffix(" (0x0)")
+def _told(line: str, reason: str | None) -> str:
+    """One line with what means nothing at 0."""
     if reason is None:
         return line
     if reason == "io":
