@@ -377,6 +377,15 @@ def test_smis_become_fixed() -> None:
         assert ops.without_smi(same) == same
 
 
+def test_counts_become_0() -> None:
+    for op, expected in (
+        (("wrmsr", 0, 0x838, 0xFFFF_FFFF), ("wrmsr", 0, 0x838, 0)),
+        (("mmio_write", 0, 0x380, 7, 4), ("mmio_write", 0, 0x380, 0, 4)),
+        (("mmio_write", 0, 0x3E0, 7, 4), ("mmio_write", 0, 0x3E0, 7, 4)),
+    ):
+        assert ops.without_count(op) == expected
+
+
 def test_what_the_emulated_machine_adds_is_left_out() -> None:
     lines = [
         "kvm_fpu: load",

@@ -44,6 +44,8 @@ class GuestTwins(Twins):
 
     def draw_op(self, rng: random.Random) -> Op:
         op = self._drawn(rng)
+        if self.judge.sessions > 1:
+            op = ops.without_count(op)  # sessions that share trips take their time
         return ops.without_smi(op) if self.host.smm else op
 
     def _drawn(self, rng: random.Random) -> Op:

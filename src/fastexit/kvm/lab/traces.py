@@ -52,8 +52,8 @@ class TraceTwins(RunTwins):
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
-        # KVM looks through the routes of user space's IOAPIC whenever it may have to, and the model has none of them; how
-        # long a deadline was waited for is the time of day's.
+        # KVM looks through the routes of user space's IOAPIC whenever it may have to, and the model has none of them.
+        # How long a deadline was waited for depends on the time of day.
         self.events = self.model.trace.events - {"kvm_msi_set_irq", "kvm_wait_lapic_expire"}
         self._told = False
 
@@ -66,7 +66,7 @@ class TraceTwins(RunTwins):
             self.planned = [op for op in rng.choice(trials)(rng, i) if op[0] != "halt"]
             if not self.planned:
                 return ("get_mp_state", i)
-        return ops.without_smi(super().draw_op(rng))
+        return ops.without_count(ops.without_smi(super().draw_op(rng)))
 
     def _writes(self, rng: random.Random, i: int) -> Iterator[Op]:
         """A guest writes registers, ICR most of all: to itself, to others, to nobody, refused."""
