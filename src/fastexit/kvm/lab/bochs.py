@@ -43,9 +43,9 @@ class Tree:
         self.root: Path = root or default()
         missing = [name for name, path in NEEDED.items() if not (self.root / path).exists()]
         if missing:
+            without = ", ".join(missing)
             raise KernelMissing(
-                0,
-                f"no Bochs {VERSION} below {str(self.root)!r} (without {', '.join(missing)}): fastexit kernels get bochs",
+                0, f"no Bochs {VERSION} below {str(self.root)!r} (without {without}): fastexit kernels get bochs"
             )
         self.bios: Path = self.root / NEEDED["bochsbios"]
         self._program = _patched(self.root / NEEDED["bochs"])

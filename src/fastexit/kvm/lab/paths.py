@@ -1,11 +1,8 @@
-"""How many instructions a kernel's own exit takes: from the guest's WRMSR to the receiver's first instruction, and back.
+"""How many instructions a kernel's own exit takes: from the guest's WRMSR to the receiver's first one, and back.
 
 Models: nothing. In the VMX lab time is counted in instructions, so a guest reads path lengths off its TSC, with tracing
-off. The two processors take turns, one basic block each, and the TSC moves by the mean of what they did. An exit beside
-a processor that only spins is therefore timed twice, beside one that does 2 instructions a turn and beside one that does
-20, and two equations give its own instructions exactly. Where both processors work, or one sleeps, a tick is as good as
-an instruction only as long as both do equally much: kernels do about 8 a turn, so the one beside spins 8 and one that
-sleeps counts for 8.
+off. The two processors do one instruction each in turn (Bochs' quantum is 1, and one that sleeps counts for one), so a
+tick is one instruction of either, whoever of them works. A repeated string instruction counts half of its repetitions.
 """
 
 from __future__ import annotations
@@ -24,12 +21,12 @@ from fastexit.regs import icr
 
 SENT_AT, ACKNOWLEDGED_AT, BEGAN_AT, TAKEN_AT = 0x8040, 0x8080, 0x80C0, 0x8100
 SAMPLES_AT = 0x20000
-REPETITIONS = 300
-SHORT, LONG, ALIKE = 2, 20, 8
-"""Instructions a turn of the processor beside the measured one; what kernels do on average."""
+REPETITIONS = 200
+QUANTUM = 1
+"""`Machine`'s, with two processors: each does one instruction in turn."""
 OVERHEAD = 4
 """Three MOVs between RDTSC and WRMSR, and the RDTSC behind it."""
-PAUSE = 12_000
+PAUSE = 10_000
 """Turns of a loop before each exit: a receiver that sleeps has to sleep by then."""
 FAR = 1 << 30
 """A deadline that does not come while it is measured."""
@@ -78,30 +75,26 @@ def paths() -> list[Path]:
 
 @dataclass(frozen=True)
 class Length:
-    """What a way took, in instructions: medians.
-
-    ``exact``: solved for; otherwise ticks of two processors that do about as much a turn.
-    """
+    """What a way took, in instructions: medians and least."""
 
     name: str
     receiver: str
-    exact: bool
     exit: int
     """The sender's whole exit, from its WRMSR to its next instruction."""
-    turns: int | None
-    """Basic blocks of it."""
+    exit_least: int
     to_receiver: int | None
     """From the WRMSR to the first instruction of the receiver's handler."""
+    to_receiver_least: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def _sender(path: Path, spin: int) -> bytes:
+def _sender(path: Path) -> bytes:
     """vCPU 0: waits until the receiver is ready, stamps, writes, stamps, and waits for the receiver."""
     acknowledged = b"\x3b\x1d" + C.u32(ACKNOWLEDGED_AT)  # cmp ebx, [acknowledged]
-    waits = C.STI + C.CLI + acknowledged + b"\x90" * (spin - 2) + b"\x75"
+    waits = C.STI + C.CLI + acknowledged + b"\x75"
     waits += struct.pack("<b", -len(waits) - 1)
     low = b"\xb8" + C.u32(path.value)
     high = b"\xba" + C.u32(path.value >> 32)
@@ -119,14 +112,9 @@ def _sender(path: Path, spin: int) -> bytes:
     return begin + turn + b"\x0f\x85" + C.u32(-len(turn) - 6) + C.out(C.PORT_DONE) + b"\xeb\xfe"
 
 
-def _receiver(path: Path, spin: int) -> bytes:
+def _receiver(path: Path) -> bytes:
     """vCPU 1: what it does until an interrupt comes, and between two."""
-    busy = {
-        "halted": C.HLT,
-        "busy": b"\x0f\xa2",
-        "running": b"\x90" * (spin - 1),
-        "none": b"\x90" * (spin - 1),
-    }[path.receiver]
+    busy = {"halted": C.HLT, "busy": b"\x0f\xa2"}.get(path.receiver, b"\x90")
     return C.prelude(False) + C.STI + busy + b"\xeb" + struct.pack("<b", -len(busy) - 2)
 
 
@@ -136,7 +124,7 @@ def _handler() -> bytes:
     return C.RDTSC + b"\xa3" + C.u32(TAKEN_AT) + end + b"\xff\x05" + C.u32(ACKNOWLEDGED_AT) + b"\xcf"
 
 
-def request(path: Path, spin: int) -> Request:
+def request(path: Path) -> Request:
     """One way, as often as REPETITIONS says. Both processors are taken: vCPU i runs on processor i."""
     asked = Request()
     asked.vm(split=False, api=0, x2apic=True, deadline=True, ids=[0, 1], cpus=[0, 1])
@@ -145,7 +133,7 @@ def request(path: Path, spin: int) -> Request:
     image = C.common(2, C.X2APIC_EOI)
     image.put(C.STUBS_AT + 16 * VECTOR, b"\xe9" + C.u32(0x4800 - (C.STUBS_AT + 16 * VECTOR) - 5))
     image.put(0x4800, _handler())
-    for i, code in enumerate((_sender(path, spin), _receiver(path, spin))):
+    for i, code in enumerate((_sender(path), _receiver(path))):
         image.put(C.CODE_AT + C.CODE_BYTES * i, code)
     for address, data in image.pieces.items():
         asked.store(address, data)
@@ -169,48 +157,34 @@ def request(path: Path, spin: int) -> Request:
     return asked
 
 
-def samples(machine: Asked, path: Path, spin: int) -> list[tuple[int, int]]:
+def samples(machine: Asked, path: Path) -> list[tuple[int, int]]:
     """(ticks of the exit, ticks to the receiver) of every repetition; RuntimeError where a guest did not come back."""
-    answer = Answer.of(machine.ask(bytes(request(path, spin))))
+    answer = Answer.of(machine.ask(bytes(request(path))))
     if answer.stuck or not answer.reads:
         raise RuntimeError(f"{path.name}, receiver {path.receiver}: the guest did not come back")
     words = struct.unpack(f"<{2 * REPETITIONS}I", answer.reads[0])
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _solved(short: float, long: float) -> tuple[float, float]:
-    """Instructions and turns of one processor, from ticks beside SHORT and beside LONG instructions a turn."""
-    turns = 2 * (long - short) / (LONG - SHORT)
-    return 2 * short - SHORT * turns, turns
-
-
-def _in_step(short: float, long: float) -> float:
-    """Ticks beside a processor that does ALIKE instructions a turn."""
-    return short + (long - short) * (ALIKE - SHORT) / (LONG - SHORT)
-
-
 def measure(
     machine: Asked, wanted: Iterable[Path] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Length]:
-    """Every way on a machine with two processors, on which a sleeping one counts for ALIKE (`Machine`'s quantum)."""
+    """Every way on a machine with two processors and QUANTUM."""
     found: list[Length] = []
     for path in paths() if wanted is None else wanted:
         if progress:
             progress(f"{path.name}, receiver {path.receiver}")
-        # the first repetitions fill caches of translated code
-        taken = [samples(machine, path, spin)[REPETITIONS // 10 :] for spin in (SHORT, LONG)]
-        exits, ways = ([statistics.median(sample[n] for sample in some) for some in taken] for n in (0, 1))
-        exact = path.receiver in ("running", "none")
-        own, turns = _solved(*exits) if exact else (_in_step(*exits), None)
-        way = _solved(*ways)[0] if exact else _in_step(*ways)
+        taken = samples(machine, path)
+        exits = [sample[0] - OVERHEAD for sample in taken]
+        ways = None if path.receiver == "none" else [sample[1] - OVERHEAD for sample in taken]
         found.append(
             Length(
                 name=path.name,
                 receiver=path.receiver,
-                exact=exact,
-                exit=round(own) - OVERHEAD,
-                turns=None if turns is None else round(turns),
-                to_receiver=None if path.receiver == "none" else round(way) - OVERHEAD,
+                exit=round(statistics.median(exits)),
+                exit_least=min(exits),
+                to_receiver=None if ways is None else round(statistics.median(ways)),
+                to_receiver_least=None if ways is None else min(ways),
             )
         )
     return found

@@ -25,6 +25,8 @@ SMM_AT = 0x38000
 CODE_AT, CODE_BYTES = 0x40000, 0x8000
 APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
 
+OPEN = 2
+"""The vCPU that shares the host's processor never has interrupts off: Bochs would keep the host out with them."""
 LOG, EOI_MODE, RESUME, FLAG, STARTED = 0, 4, 8, 12, 16
 """Words of a vCPU's area: where the next note goes, how interrupts end, where a fault goes on, what faulted."""
 NOTES, RESULTS, RESULT_BYTES = 0x100, 0x800, 16
@@ -60,9 +62,9 @@ def settle(count: int) -> bytes:
     return b"\xb9" + u32(count) + b"\x49\x75\xfd" if count else b""
 
 
-def wait_for(number: int, masked: bool) -> bytes:
-    """Spins until the baton has a number. With interrupts off, STI and CLI: see the faults of Bochs."""
-    turn = (STI + CLI if masked else b"") + b"\x81\x3d" + u32(BATON_AT) + u32(number)
+def wait_for(number: int) -> bytes:
+    """Spins until the baton has a number."""
+    turn = b"\x81\x3d" + u32(BATON_AT) + u32(number)
     return turn + b"\x75" + struct.pack("<b", -len(turn) - 2)
 
 
@@ -130,20 +132,24 @@ def prelude(touch_apic_page: bool) -> bytes:
     return code + out(PORT_READY)
 
 
-def program(vcpu: int, steps: Sequence[Step], touch: bool, count: int) -> bytes:
+def program(
+    vcpu: int, steps: Sequence[Step], touch: bool, count: int, quiet: Sequence[frozenset[int]] | None = None
+) -> bytes:
     """All of a vCPU's code: its own of all ``steps``, and the end behind the last.
 
-    ``count``: turns of the loop in which effects settle.
+    ``count``: turns of the loop in which effects settle. ``quiet``: after each step the vCPUs that may turn interrupts
+    on for a moment, so that Bochs lets notifications in while they wait (vmxcompare.py); without it, nobody does.
     """
-    code = prelude(touch)
-    masked = True
+    code = prelude(touch) + (STI if vcpu == OPEN else b"")
+    before = -1
     for number, step in enumerate(steps):
         if step.vcpu != vcpu:
             continue
-        code += wait_for(number, masked) + settle(count * _late(steps, number))
+        opens = quiet is not None and (before < 0 or vcpu in quiet[before])
+        code += (STI + CLI) * (opens and vcpu != OPEN) + wait_for(number) + settle(count * _late(steps, number))
         code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, count)
-        masked = step.masks(masked)
-    code += wait_for(len(steps), masked) + settle(count * _late(steps, len(steps))) + out(PORT_DONE) + b"\xeb\xfe"
+        before = number
+    code += wait_for(len(steps)) + settle(count * _late(steps, len(steps))) + out(PORT_DONE) + b"\xeb\xfe"
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
     return code

@@ -13,10 +13,10 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from fastexit import regs as R
+from fastexit.kvm.lab.vmxcode import OPEN
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxrun import Line
 from fastexit.kvm.lab.vmxsteps import Step
-from fastexit.tracepoints.text import formats
 
 NOT_COMPARED = frozenset({"kvm_wait_lapic_expire", "kvm_pi_irte_update"})
 """What depends on time, or on hardware that is not there."""
@@ -47,21 +47,16 @@ class Difference:
         return f"{self.what}: expected {self.expected}, KVM has {self.got}"
 
 
-def events(kernel: str) -> frozenset[str]:
-    """Events that the model has lines for."""
-    return frozenset(text.partition(":")[0] for text in formats(kernel).values()) - NOT_COMPARED
-
-
 def normal(lines: Iterable[str], wanted: frozenset[str]) -> list[str]:
     """Lines of the wanted events without addresses, stamps and noise."""
-    kept = [_plain(line) for line in lines if line.partition(":")[0] in wanted]
+    kept = [_plain(line) for line in lines if line[2:].partition(":")[0] in wanted - NOT_COMPARED]
     found: list[str] = []
     n = 0
     while n < len(kept):
         line = kept[n]
-        if line.startswith("kvm_exit") and any(reason in line for reason in _NOISE):
+        if line[2:].startswith("kvm_exit") and any(reason in line for reason in _NOISE):
             external = _NOISE[0] in line
-            entry = next((at for at in range(n + 1, len(kept)) if kept[at].startswith("kvm_entry")), None)
+            entry = next((at for at in range(n + 1, len(kept)) if kept[at][2:].startswith("kvm_entry")), None)
             if external or entry == n + 1:
                 if entry is not None:
                     kept.pop(entry)
@@ -76,7 +71,7 @@ def _plain(line: str) -> str:
     return _DEADLINE.sub(r"\1deadline", _RIP.sub("", line))
 
 
-def differences(kernel: str, setup: Setup, steps: Sequence[Step], expected: Seen, got: Seen) -> list[Difference]:
+def differences(wanted: frozenset[str], steps: Sequence[Step], expected: Seen, got: Seen) -> list[Difference]:
     """Everything that differs, the most telling first."""
     found = []
     for number, step in enumerate(steps):
@@ -91,7 +86,6 @@ def differences(kernel: str, setup: Setup, steps: Sequence[Step], expected: Seen
     for n, (call, result) in enumerate(zip_longest(expected.calls, got.calls)):
         if call != result:
             found.append(Difference(f"call {n}", str(call), str(result)))
-    wanted = events(kernel)
     for thread, lines in expected.lines.items():
         mine, theirs = normal(lines, wanted), normal(got.lines.get(thread, ()), wanted)
         for n, (line, other_line) in enumerate(zip_longest(mine, theirs, fillvalue="nothing")):
@@ -100,7 +94,7 @@ def differences(kernel: str, setup: Setup, steps: Sequence[Step], expected: Seen
                 break
     for i, (page, other_page) in enumerate(zip_longest(expected.pages, got.pages, fillvalue=b"")):
         for at in range(0, R.LAPIC_PAGE_BYTES, 4):
-            if page[at : at + 4] != other_page[at : at + 4] and at != R.APIC_TMCCT:
+            if page[at : at + 4] != other_page[at : at + 4] and at not in (R.APIC_TMCCT, SELF_IPI_AT):
                 values = (int.from_bytes(some[at : at + 4], "little") for some in (page, other_page))
                 found.append(Difference(f"page of vCPU {i} at {at:#x}", *(f"{value:#x}" for value in values)))
     return found
@@ -137,7 +131,7 @@ def _masked_delivery(steps: Sequence[Step], expected: Seen, got: Seen, raw: Sequ
 
 def _is_masked(steps: Sequence[Step], vcpu: int, number: int) -> bool:
     """Whether a vCPU has interrupts off while step ``number`` is done."""
-    masked = True
+    masked = vcpu != OPEN
     for step in steps[:number]:
         if step.vcpu == vcpu:
             masked = step.masks(masked)

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from fastexit import regs as R
+from fastexit.kvm.lab.vmxcode import OPEN
 from fastexit.kvm.lab.vmxmodel import Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
 
@@ -52,14 +53,15 @@ def _next(rng: random.Random, made: Setup, player: Player) -> list[Step]:
     if kind < 0.36:
         return [_ipi(rng, made, i)]
     if kind < 0.46:
-        return [Step(i, "cli" if not player.masked[i] and rng.random() < 0.4 else "sti")]
+        closes = i != OPEN and not player.masked[i] and rng.random() < 0.4
+        return [Step(i, "cli" if closes else "sti")]
     if kind < 0.56 and len(awake) > 1:
         return [Step(i, "halt")]
     if kind < 0.60 and made.x2apic:
         return _timer(rng, made, awake, i)
     if kind < 0.68:
         return [Step(i, "host", _calls(rng, made, i))]
-    return [_register(rng, made, i)]
+    return [_register(rng, made, i, player.masked[i])]
 
 
 def _vector(rng: random.Random) -> int:
@@ -115,8 +117,10 @@ def _calls(rng: random.Random, made: Setup, i: int) -> tuple[tuple[Any, ...], ..
     return ((i, "get_msr", rng.choice((R.MSR_APICBASE, R.MSR_TSC_DEADLINE, X2 + 8, X2 + 0x20))),)
 
 
-def _register(rng: random.Random, made: Setup, i: int) -> Step:
+def _register(rng: random.Random, made: Setup, i: int, masked: bool) -> Step:
     offset = rng.choice(READABLE * 2 + VECTORED + ODD)
+    if masked and offset >> 3 == R.APIC_IRR >> 7:
+        offset = R.APIC_TASKPRI >> 4  # Bochs keeps notifications waiting while IF is 0 since the entry
     writes = rng.random() < 0.5
     tpr = rng.randrange(256) if rng.random() < 0.9 else 0x100
     value = rng.choice((0, rng.getrandbits(8), rng.getrandbits(32)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastexit import layout as L
@@ -23,6 +24,8 @@ from fastexit.reasons import VmxExit
 HOST = "host"
 IMMEDIATE_PORT = 1 << 6
 """Bit of an I/O exit's qualification: the instruction itself names the port."""
+RTC_VECTOR = 0
+"""The in-kernel IOAPIC's RTC pin as it is after reset: its vector wants an EOI exit of the vCPU with id 0."""
 TSC_KHZ = 50_000
 BOOTED_NS = 1_000_000_000
 
@@ -60,6 +63,11 @@ class Seen:
     asleep: list[bool] = field(default_factory=list)
 
 
+def told(context: str, line: str) -> str:
+    """A line and whether interrupts were off, which is the fast path's signature."""
+    return f"{'d' if context[:1] in 'dD' else '.'} {line}"
+
+
 class Player:
     """A program on the model, step by step."""
 
@@ -83,8 +91,10 @@ class Player:
             lines={name: [] for name in (*(f"v{i}" for i in range(setup.vcpus)), HOST)},
             asleep=[False] * setup.vcpus,
         )
-        self.masked = [True] * setup.vcpus
+        self.masked = [i != C.OPEN for i in range(setup.vcpus)]
         self.baton = 0
+        self.quiet: list[frozenset[int]] = []
+        """After each step the vCPUs that have interrupts off and nothing that waits for them to be on."""
         self._due: deque[tuple[int, Effect]] = deque()
         self._begin()
 
@@ -92,11 +102,14 @@ class Player:
         m = self.machine
         for v in m.vcpus:
             v.set_mp_state(R.MP_RUNNABLE)
+            v.real_mode = False
             if self.setup.x2apic:
                 v.set_msr(R.MSR_APICBASE, v.apic_base | R.APICBASE_EXTD)
             page = bytearray(v.get_lapic())
             page[R.APIC_SPIV : R.APIC_SPIV + 4] = (0x1FF).to_bytes(4, "little")
             v.set_lapic(bytes(page))
+        if not self.setup.split:
+            m.vcpus[0].ioapic_handled = {RTC_VECTOR}
         self.prepared: list[bytes] = [v.get_lapic() for v in m.vcpus]
         for v in m.vcpus:
             v.rflags = R.RFLAGS_FIXED
@@ -108,6 +121,7 @@ class Player:
         m.trace.enable()
         for v in m.vcpus:
             self._act(v.index, v.run)
+            self._set_flags(v.index)
         self._settle()
 
     # ------------------------------------------------------------------------------------------------------ steps
@@ -149,6 +163,9 @@ class Player:
         self.seen.results[number] = result
         self._settle()
         self.baton = number + 1
+        self.quiet.append(
+            frozenset(v.index for v in self.machine.vcpus if self.masked[v.index] and v.pending() is None)
+        )
 
     def _read(self, i: int, read: Callable[[], int], wide: bool = False) -> tuple[int, int, int]:
         try:
@@ -165,19 +182,21 @@ class Player:
         self.seen.asleep[i] = outcome.blocked
 
     def _host(self, i: int, calls: tuple[tuple[Any, ...], ...]) -> None:
+        """Calls while the vCPU is outside; it enters again when their effects on others are over."""
         v = self.machine.vcpus[i]
         self._out(i, C.PORT_HOST)
         for who, name, *arguments in calls:
             target: Any = self.machine if who < 0 else self.machine.vcpus[who]
-            self.seen.calls.append(self._act(HOST, lambda: getattr(target, name)(*arguments)))  # noqa: B023
+            self.seen.calls.append(self._act(HOST, partial(getattr(target, name), *arguments)))
             effects = self.machine.targets if who < 0 else target.targets
             self._due += [(t.vcpu, t.effect) for t in effects]
+        self._settle()
+        self.baton += 1
         self._act(i, v.run)
 
     def _spend(self, ticks: int) -> None:
         m = self.machine
         m.trace.clear()
-        self._due += []
         happened = m.set_time(m.time + ticks * 1_000_000 // TSC_KHZ)
         self._sort()
         for index, outcome in happened:
@@ -204,14 +223,16 @@ class Player:
         try:
             return action()
         finally:
-            self.seen.lines[who if isinstance(who, str) else f"v{who}"] += trace.lines()
+            thread = who if isinstance(who, str) else f"v{who}"
+            self.seen.lines[thread] += map(told, trace.contexts(), trace.lines())
             if isinstance(who, int):
                 self._due += [(t.vcpu, t.effect) for t in self.machine.vcpus[who].targets]
 
     def _sort(self) -> None:
         """Lines of what happened by itself, each to the thread of its vCPU."""
-        for _, vcpu, line in self.machine.trace._lines():
-            self.seen.lines[f"v{vcpu}" if vcpu >= 0 else HOST].append(line)
+        trace = self.machine.trace
+        for vcpu, context, line in zip(trace.records()["vcpu"].tolist(), trace.contexts(), trace.lines(), strict=True):
+            self.seen.lines[f"v{vcpu}" if vcpu >= 0 else HOST].append(told(context, line))
 
     def _out(self, i: int, port: int) -> None:
         v = self.machine.vcpus[i]

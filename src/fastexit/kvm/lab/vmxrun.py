@@ -14,7 +14,7 @@ from typing import Any
 from fastexit import regs as R
 from fastexit.kvm import ioctl as K
 from fastexit.kvm.lab import vmxcode as C
-from fastexit.kvm.lab.vmxmodel import HOST, Seen, Setup
+from fastexit.kvm.lab.vmxmodel import HOST, Seen, Setup, told
 from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.kvm.lab.vmxwire import Answer, Op, Request
 
@@ -37,15 +37,21 @@ class Line:
     text: str
 
 
-def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int) -> Request:
-    """Everything of one program. ``prepared``: each vCPU's APIC page at the beginning."""
+def request(
+    setup: Setup,
+    steps: Sequence[Step],
+    prepared: Sequence[bytes],
+    cpus: int,
+    quiet: Sequence[frozenset[int]] | None = None,
+) -> Request:
+    """Everything of one program but its end. ``prepared``: each vCPU's APIC page at the beginning."""
     asked = Request()
     ids = list(range(setup.vcpus))
-    where = [i % cpus for i in ids]
+    where = [(i + 1) % cpus for i in ids]
     asked.vm(split=setup.split, api=0, x2apic=True, deadline=True, ids=ids, cpus=where)
     image = C.common(setup.vcpus, setup.eoi_mode)
     for i in ids:
-        image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, not setup.x2apic, SETTLE))
+        image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, not setup.x2apic, SETTLE, quiet))
     for address, data in image.pieces.items():
         asked.store(address, data)
     for i in ids:
@@ -60,7 +66,6 @@ def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus
     asked.add(Op.TRACE, 1)
     for i in ids:
         asked.add(Op.RUN, i)
-    asleep: set[int] = set()
     for number, step in enumerate(steps):
         if step.kind == "host":
             asked.add(Op.PARKED, step.vcpu, MOST_MICROSECONDS)
@@ -142,5 +147,5 @@ def seen(setup: Setup, steps: Sequence[Step], answer: Answer) -> tuple[Seen, lis
                 found.results[number] = (flag, low, high) if reads else (flag, 0, 0)
     raw = parsed(answer.files[-1] if answer.files else [])
     for line in raw:
-        found.lines.setdefault(line.thread, []).append(line.text)
+        found.lines.setdefault(line.thread, []).append(told(line.flags, line.text))
     return found, raw

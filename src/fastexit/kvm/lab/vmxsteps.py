@@ -37,6 +37,10 @@ class Step:
     def __post_init__(self) -> None:
         object.__setattr__(self, "code", _code(self.kind, self.args))
 
+    def arguments(self) -> str:
+        """Its arguments as text, numbers in hex."""
+        return " ".join(f"{arg:#x}" if isinstance(arg, int) else str(arg) for arg in self.args)
+
     @property
     def passes_first(self) -> bool:
         """Whether others go on before it is done."""

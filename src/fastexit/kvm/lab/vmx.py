@@ -1,0 +1,253 @@
+"""The lab's VMX side: random guest programs on the model and on a kernel's own kvm_intel under Bochs, compared.
+
+Models: nothing. A program that differs is run again; one that runs into a fault of Bochs is run another way, and is
+counted under that fault when it goes on running into it. What differs otherwise is made shorter and told.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fastexit.kvm.lab import kernels, vmxdraw, vmxrun
+from fastexit.kvm.lab.bochs import Tree
+from fastexit.kvm.lab.vmxcompare import Difference, Fault, differences, fault
+from fastexit.kvm.lab.vmxmachine import Machine
+from fastexit.kvm.lab.vmxmodel import Player, Setup
+from fastexit.kvm.lab.vmxsteps import Step
+from fastexit.kvm.lab.vmxwire import Answer
+
+CPUS, QUANTUM = 3, 8
+"""vCPUs 0 and 1 have a processor each, vCPU 2 shares one with the host."""
+TRIES = 3
+PROGRAMS = 1000
+SHORTEN_SECONDS = 120.0
+SIGNALLED = 4
+"""EINTR, as a vCPU comes back that had to be taken out."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Story:
+    """A program that differs."""
+
+    setup: Setup
+    steps: list[Step]
+    found: list[Difference]
+
+    def text(self) -> str:
+        """The difference and the steps that show it, one a line."""
+        lines = [str(self.found[0]), repr(self.setup)]
+        lines += [
+            f"{n:3} vCPU {step.vcpu}: {step.kind} {step.arguments()}".rstrip() for n, step in enumerate(self.steps)
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class VmxReport:
+    """What a run compared and found."""
+
+    kernel: str
+    release: str
+    apicv: bool
+    seed: int
+    programs: dict[str, int] = field(default_factory=dict)
+    """Mode of the APIC -> programs that were the same."""
+    steps: int = 0
+    lines: int = 0
+    repeated: int = 0
+    """Programs that were the same only in another run."""
+    faults: dict[str, int] = field(default_factory=dict)
+    """Fault of Bochs -> programs that ran into it each time, which says nothing about the model."""
+    stories: list[Story] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def compared(self) -> int:
+        """Programs that were the same."""
+        return sum(self.programs.values())
+
+    @property
+    def agreed(self) -> bool:
+        """Whether something was compared and nothing differs."""
+        return not self.stories and self.compared > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything with plain values, for JSON."""
+        return {
+            "vendor": "vmx",
+            "kernel": self.kernel,
+            "release": self.release,
+            "apicv": self.apicv,
+            "seed": self.seed,
+            "agreed": self.agreed,
+            "programs": self.programs,
+            "steps": self.steps,
+            "trace_lines": self.lines,
+            "repeated": self.repeated,
+            "faults_of_bochs": self.faults,
+            "differences": [story.text() for story in self.stories],
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class VmxLab:
+    """A kernel booted under Bochs with its own kvm_intel; a context manager.
+
+    Args:
+        version: a kernel of the cache, or give ``image`` and ``modules``. apicv: kvm_intel's enable_apicv.
+        tree: the Bochs to use instead of the cached one.
+
+    KvmUnavailable and KernelMissing, both OSErrors of one line, where something is missing.
+    """
+
+    def __init__(
+        self,
+        version: str | None = None,
+        *,
+        image: str | Path | None = None,
+        modules: str | Path | None = None,
+        apicv: bool = True,
+        tree: Tree | None = None,
+    ) -> None:
+        if (version is None) == (image is None) or (image is None) != (modules is None):
+            raise ValueError("give either a version, or an image and its modules")
+        self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
+        self.apicv = apicv
+        self.machine = Machine(
+            self.kernel, tree, cpus=CPUS, quantum=QUANTUM, parameters=parameters(self.kernel.version, apicv)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<VmxLab {self.kernel.release}, {'APICv' if self.apicv else 'no APICv'}>"
+
+    def close(self) -> None:
+        """Ends the machine; twice does no harm."""
+        self.machine.close()
+
+    def run(self, setup: Setup, steps: Sequence[Step]) -> list[Difference]:
+        """A program on both sides: what differs."""
+        return self._tried(setup, steps, None)[0]
+
+    def _tried(
+        self, setup: Setup, steps: Sequence[Step], player: Player | None, opens: bool = False
+    ) -> tuple[list[Difference], Fault | None, int]:
+        """What differs, the fault of Bochs that it may come from, and how many trace lines there were."""
+        player = player or played(setup, steps, self.kernel.version)
+        asleep = list(player.seen.asleep)
+        expected = player.seen if player.seen.pages else player.end()
+        asked = vmxrun.request(setup, steps, player.prepared, CPUS, player.quiet if opens else None)
+        answer = Answer.of(self.machine.ask(bytes(vmxrun.finish(asked, setup, asleep))))
+        got, raw = vmxrun.seen(setup, steps, answer)
+        found = differences(player.machine.trace.events, steps, expected, got)
+        found = [Difference("a vCPU", "it comes back", stuck) for stuck in answer.stuck] + found
+        return found, fault(steps, setup, expected, got, raw) if found else None, len(raw)
+
+    def verify(
+        self,
+        programs: int = PROGRAMS,
+        *,
+        seed: int = 1,
+        x2apic: bool | None = None,
+        seconds: float | None = None,
+        progress: Progress | None = None,
+        shorten: float = SHORTEN_SECONDS,
+    ) -> VmxReport:
+        """Random programs, in x2APIC and xAPIC mode in turn, until so many or one differs."""
+        report = VmxReport(self.kernel.version, self.kernel.release, self.apicv, seed)
+        began = time.monotonic()
+        for number in range(programs):
+            mode = x2apic if x2apic is not None else number % 2 == 0
+            rng = random.Random(f"{seed}/{'x2apic' if mode else 'xapic'}/{number}")
+            setup = vmxdraw.setup(rng, apicv=self.apicv, x2apic=mode)
+            steps, player = vmxdraw.program(rng, setup, self.kernel.version)
+            story = self._compare(setup, steps, player, report)
+            if story is not None:
+                report.stories.append(self._shorter(story, shorten))
+                break
+            if progress:
+                progress(number + 1, programs)
+            if seconds is not None and time.monotonic() - began > seconds:
+                break
+        report.seconds = time.monotonic() - began
+        return report
+
+    def _compare(self, setup: Setup, steps: list[Step], player: Player, report: VmxReport) -> Story | None:
+        """One program, again where it differs: the story of a difference that is nobody's fault but the model's."""
+        blamed: Fault | None = None
+        found: list[Difference] = []
+        for attempt in range(TRIES):
+            found, known, lines = self._tried(setup, steps, player, opens=attempt == 1)
+            if not found:
+                mode = "x2apic" if setup.x2apic else "xapic"
+                report.programs[mode] = report.programs.get(mode, 0) + 1
+                report.steps += len(steps)
+                report.lines += lines
+                report.repeated += attempt > 0
+                return None
+            blamed = known or blamed
+        if blamed is None:
+            return Story(setup, steps, found)
+        report.faults[str(blamed)] = report.faults.get(str(blamed), 0) + 1
+        return None
+
+    def _shorter(self, story: Story, seconds: float) -> Story:
+        """Steps left out one after the other, the last first, as long as it differs."""
+        until = time.monotonic() + seconds
+        best, n = story, len(story.steps)
+        while n > 0 and time.monotonic() < until:
+            n -= 1
+            steps = best.steps[:n] + best.steps[n + 1 :]
+            try:
+                found, known, _ = self._tried(best.setup, steps, None)
+            except ValueError:
+                continue  # a step that nobody can do now
+            if found and known is None:
+                best = Story(best.setup, steps, found)
+        return best
+
+
+def parameters(version: str, apicv: bool) -> dict[str, str]:
+    """Module parameters that leave nothing to time."""
+    return {"kvm": "halt_poll_ns=0", "kvm-intel": "" if apicv else "enable_apicv=0"}
+
+
+def played(setup: Setup, steps: Sequence[Step], kernel: str) -> Player:
+    """A program on the model; ValueError for a step of a vCPU that sleeps."""
+    player = Player(setup, kernel)
+    for step in steps:
+        if player.seen.asleep[step.vcpu]:
+            raise ValueError(f"vCPU {step.vcpu} sleeps when its step comes")
+        player.step(step)
+    return player
+
+
+def verify(
+    kernel: str,
+    programs: int = PROGRAMS,
+    *,
+    seed: int = 1,
+    apicv: bool = True,
+    x2apic: bool | None = None,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+    tree: Tree | None = None,
+) -> VmxReport:
+    """Boots a kernel of the cache and compares ``programs`` with it; the machine is gone afterwards."""
+    with VmxLab(kernel, apicv=apicv, tree=tree) as lab:
+        return lab.verify(programs, seed=seed, x2apic=x2apic, seconds=seconds, progress=progress)
