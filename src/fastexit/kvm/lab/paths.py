@@ -148,7 +148,7 @@ def request(path: Path) -> Request:
         asked.add(Op.RUN, i)
         asked.add(Op.PARKED, i, MOST_MICROSECONDS)
     asked.add(Op.RUN, 1)
-    asked.add(Op.DELAY, 100_000)
+    asked.add(Op.DELAY, 2_000)
     asked.add(Op.RUN, 0)
     asked.add(Op.PARKED, 0, MOST_MICROSECONDS)
     asked.add(Op.READ, SAMPLES_AT, 8 * REPETITIONS)

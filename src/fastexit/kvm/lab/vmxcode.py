@@ -63,9 +63,13 @@ def settle(count: int) -> bytes:
 
 
 def wait_for(number: int) -> bytes:
-    """Spins until the baton has a number."""
-    turn = b"\x81\x3d" + u32(BATON_AT) + u32(number)
-    return turn + b"\x75" + struct.pack("<b", -len(turn) - 2)
+    """Spins until the baton has a number; where it has NOBODY the program is over."""
+    end = out(PORT_DONE) + b"\xeb\xfe"
+    mine = b"\x81\x3d" + u32(BATON_AT) + u32(number)
+    over = b"\x83\x3d" + u32(BATON_AT) + b"\xff"
+    back = len(mine) + 2 + len(over) + 2
+    skipped = len(over) + 2 + len(end)
+    return mine + b"\x74" + bytes((skipped,)) + over + b"\x75" + struct.pack("<b", -back) + end
 
 
 @dataclass

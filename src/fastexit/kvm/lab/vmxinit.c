@@ -26,7 +26,8 @@
 #include <unistd.h>
 
 enum { DEBUG_PORT = 0xe9, SHUTDOWN_PORT = 0x8900, DISK = 0x1f0, SECTOR = 512, MAGIC = 0x58544146, MOST = 16 << 20 };
-enum { MEMORY_BYTES = 1 << 20, VCPUS = 8 };
+enum { MEMORY_BYTES = 1 << 20, VCPUS = 8, BATON_AT = 0x8000 };
+#define NOBODY 0xffffffffu
 
 static void out(const void *bytes, size_t count)
 {
@@ -313,7 +314,7 @@ static uint64_t stamp(void)
 
 /* ---- requests: words of 32 bits */
 
-enum op { END, VM, STORE, IOCTL, RUN, PARKED, WAIT, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP };
+enum op { END, VM, STORE, IOCTL, RUN, PARKED, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP };
 
 static void answer_bytes(const char *word, int result, const void *data, size_t bytes)
 {
@@ -332,7 +333,6 @@ static void answer_bytes(const char *word, int result, const void *data, size_t 
 static void carry_out(const uint32_t *at)
 {
 	static uint64_t buffer[8192];
-	uint64_t until;
 	int stuck = 0;
 
 	for (;;) {
@@ -371,35 +371,22 @@ static void carry_out(const uint32_t *at)
 				say("@parked %u %d %d %u %u\n", a[0], v->result ? -v->error : 0, v->run->exit_reason,
 				    v->run->io.port, v->run->exit_reason == 17 ? v->run->internal.suberror : 0);
 			} else {
-				struct kvm_regs regs = { 0 };
-
+				/* one that spins with interrupts off keeps its processor from everybody: a word ends that */
+				*(volatile uint32_t *)(memory + BATON_AT) = NOBODY;
 				v->run->immediate_exit = 1;
 				pthread_kill(v->thread, SIGUSR1);
-				if (parked(v, 100000))
-					ioctl(v->fd, KVM_GET_REGS, &regs);
+				say("@stuck vCPU %u%s\n", a[0], parked(v, 200000) ? "" : " for good");
 				v->run->immediate_exit = 0;
-				say("@stuck %u at %llx eax %llx ecx %llx flags %llx\n", a[0], regs.rip, regs.rax, regs.rcx, regs.rflags);
 				stuck = 1;
 			}
 			break;
 		}
-		case WAIT: { /* address, value, most ticks */
-			volatile uint32_t *word = (volatile uint32_t *)(memory + a[0]);
-
-			until = stamp() + (stuck ? 0 : a[2]);
-			while (*word != a[1] && stamp() < until)
-				__builtin_ia32_pause();
-			if (*word != a[1])
-				say("@stuck -1 at %u for %u\n", *word, a[1]), stuck = 1;
-			break;
-		}
 		case SET: /* address, value */
-			*(volatile uint32_t *)(memory + a[0]) = a[1];
+			if (!stuck)
+				*(volatile uint32_t *)(memory + a[0]) = a[1];
 			break;
-		case DELAY: /* ticks */
-			until = stamp() + a[0];
-			while (stamp() < until)
-				__builtin_ia32_pause();
+		case DELAY: /* microseconds; asleep, for a vCPU may have this processor */
+			usleep(a[0]);
 			break;
 		case KICK: /* vCPU */
 			vcpus[a[0]].run->immediate_exit = 1;

@@ -21,7 +21,7 @@ from fastexit.kvm.lab.vmxwire import Answer, Op, Request
 TRACE_FILE = "/sys/kernel/tracing/trace"
 SETTLE = 4000
 """Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes."""
-HOST_TICKS = 60_000
+HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
 CPU_OF_HOST = 0
 _LINE = re.compile(r"\s*(\S+)-\d+\s+\[(\d+)\]\s+(\S+)\s+(\d+): (\w+: .*)")
@@ -71,7 +71,7 @@ def request(
             asked.add(Op.PARKED, step.vcpu, MOST_MICROSECONDS)
             for who, name, *arguments in step.args:
                 _call(asked, who, name, arguments)
-            asked.add(Op.DELAY, HOST_TICKS)
+            asked.add(Op.DELAY, HOST_MICROSECONDS)
             asked.add(Op.SET, C.BATON_AT, number + 1)
             asked.add(Op.RUN, step.vcpu)
     return asked

@@ -22,17 +22,16 @@ class Op(IntEnum):
     IOCTL = 3
     RUN = 4
     PARKED = 5
-    WAIT = 6
-    SET = 7
-    DELAY = 8
-    KICK = 9
-    TRACE = 10
-    READ = 11
-    FILE = 12
-    PUT = 13
-    QUIT = 14
-    CLOCK = 15
-    SETUP = 16
+    SET = 6
+    DELAY = 7
+    KICK = 8
+    TRACE = 9
+    READ = 10
+    FILE = 11
+    PUT = 12
+    QUIT = 13
+    CLOCK = 14
+    SETUP = 15
 
 
 class Request:
