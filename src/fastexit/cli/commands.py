@@ -354,6 +354,10 @@ def verify(args: argparse.Namespace) -> int:
     """``fastexit verify``; 1 when the model and the kernel differ."""
     from fastexit.kvm.tracefs import TraceLost
 
+    if args.vendor == "vmx" and (args.kernel is not None or args.image is not None):
+        from fastexit.cli import vmx
+
+        return vmx.verify(args)
     if args.script is not None:
         _check_file(Path(args.script), "--script")
     with _judged(args) as lab:

@@ -1,4 +1,4 @@
-"""``fastexit kernels list | get | boot``: the kernels of the lab, each command taking parsed arguments."""
+"""``fastexit kernels list | get | boot | paths``: the kernels of the lab, each command taking parsed arguments."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from fastexit.cli import vmx
 
 
 def add(subparsers: Any, raw: Any) -> None:
@@ -32,15 +34,20 @@ def add(subparsers: Any, raw: Any) -> None:
     there = step("list", list_kernels, "Kernels in the cache; with --available those that apt has, too.", asks_apt=True)
     there.add_argument("--available", action="store_true", help="ask apt's sources, too")
     get = step("get", get_kernel, "Get a kernel's packages by apt into the cache; nothing is installed.", asks_apt=True)
-    get.add_argument("version", metavar="VERSION", help="6.1, 6.1.192")
+    get.add_argument("version", metavar="VERSION", help="6.1, 6.1.192, or bochs: what the VMX side runs in")
     boot = step("boot", boot_kernel, "Boot a kernel in an emulated machine and print what its KVM is.")
     boot.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
     lab_options(boot)
+    paths = step("paths", vmx.paths, "Instructions of a kernel's own exits, counted in the VMX lab.")
+    paths.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
+    lab_options(paths, vendor="vmx")
 
 
-def lab_options(sub: argparse.ArgumentParser) -> None:
+def lab_options(sub: argparse.ArgumentParser, vendor: str = "svm") -> None:
     """What says which lab is meant."""
-    sub.add_argument("--vendor", choices=("svm", "vmx"), default="svm", help="whose CPU the machine has (default: svm)")
+    sub.add_argument(
+        "--vendor", choices=("svm", "vmx"), default=vendor, help=f"whose CPU the machine has (default: {vendor})"
+    )
     sub.add_argument("--image", metavar="VMLINUZ", help="a kernel of your own, with --modules")
     sub.add_argument("--modules", metavar="DIR", help="where its irqbypass, kvm and kvm-amd modules are, or below")
 
@@ -87,6 +94,8 @@ def get_kernel(args: argparse.Namespace) -> int:
     """``fastexit kernels get VERSION``."""
     from fastexit.kvm.lab import kernels
 
+    if args.version == vmx.BOCHS:
+        return vmx.get_bochs(_apt(args), args.json)
     kernel = kernels.get(args.version, _apt(args))
     if args.json:
         _print_json(kernel.as_dict())
@@ -97,6 +106,8 @@ def get_kernel(args: argparse.Namespace) -> int:
 
 def boot_kernel(args: argparse.Namespace) -> int:
     """``fastexit kernels boot VERSION``."""
+    if args.vendor == "vmx":
+        return vmx.boot(args)
     from fastexit.kvm.lab.lab import Lab
 
     with Lab(args.version, vendor=args.vendor, image=args.image, modules=args.modules) as lab:

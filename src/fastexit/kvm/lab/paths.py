@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from fastexit import regs as R
 from fastexit.kvm import ioctl as K
 from fastexit.kvm.lab import vmxcode as C
+from fastexit.kvm.lab.kernels import Kernel
+from fastexit.kvm.lab.vmxmachine import Machine
 from fastexit.kvm.lab.vmxwire import Answer, Op, Request
 from fastexit.regs import icr
 
@@ -188,3 +190,23 @@ def measure(
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All lengths of one kernel."""
+
+    kernel: str
+    release: str
+    repetitions: int
+    lengths: tuple[Length, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, as docs/path-lengths.json keeps it."""
+        return asdict(self)
+
+
+def measured(kernel: Kernel, progress: Callable[[str], None] | None = None) -> Measured:
+    """Boots a kernel with two processors and measures every way."""
+    with Machine(kernel, cpus=2, quantum=QUANTUM, parameters={"kvm": "halt_poll_ns=0"}) as machine:
+        return Measured(kernel.version, kernel.release, REPETITIONS, tuple(measure(machine, progress=progress)))

@@ -20,15 +20,15 @@ from fastexit.kvm.lab.vmxcompare import Difference, Fault, differences, fault
 from fastexit.kvm.lab.vmxmachine import Machine
 from fastexit.kvm.lab.vmxmodel import Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
-from fastexit.kvm.lab.vmxwire import Answer
+from fastexit.kvm.lab.vmxwire import Answer, Request
 
 CPUS, QUANTUM = 3, 8
 """vCPUs 0 and 1 have a processor each, vCPU 2 shares one with the host."""
 TRIES = 3
 PROGRAMS = 1000
 SHORTEN_SECONDS = 120.0
-SIGNALLED = 4
-"""EINTR, as a vCPU comes back that had to be taken out."""
+PARAMETERS = ("enable_apicv", "enable_ipiv", "preemption_timer", "unrestricted_guest", "vnmi", "nested")
+"""kvm_intel's, of which a kernel may lack some."""
 
 Progress = Callable[[int, int], None]
 
@@ -139,6 +139,16 @@ class VmxLab:
     def close(self) -> None:
         """Ends the machine; twice does no harm."""
         self.machine.close()
+
+    def host(self) -> dict[str, str]:
+        """kvm_intel's parameters that matter here, as the kernel has them."""
+        asked = Request()
+        for name in PARAMETERS:
+            asked.file(f"/sys/module/kvm_intel/parameters/{name}")
+        answer = Answer.of(self.machine.ask(bytes(asked)))
+        return {
+            name: "".join(lines).strip() for name, lines in zip(PARAMETERS, answer.files, strict=True) if any(lines)
+        }
 
     def run(self, setup: Setup, steps: Sequence[Step]) -> list[Difference]:
         """A program on both sides: what differs."""

@@ -94,7 +94,7 @@ def place(kernel: Kernel, initramfs: bytes, into: Path, *, extra: str = "") -> l
     packed = initramfs.ljust(at - INITRAMFS_AT, b"\0") + tail
     if len(code) > KERNEL_BLOCKS * BLOCK or len(packed) > INITRAMFS_BLOCKS * BLOCK:
         raise KernelMissing(0, f"kernel {kernel.release} or its modules are too large for the lab's memory")
-    lines = []
+    lines: list[str] = []
     for base, data in ((KERNEL_AT, code), (INITRAMFS_AT, packed)):
         for n, first in enumerate(range(0, len(data), BLOCK)):
             file = into / f"memory-{base + first:x}"

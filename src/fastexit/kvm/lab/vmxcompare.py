@@ -80,9 +80,10 @@ def differences(wanted: frozenset[str], steps: Sequence[Step], expected: Seen, g
         one, other = expected.results.get(number), got.results.get(number)
         if one != other:
             found.append(Difference(f"step {number} ({step.kind} on vCPU {step.vcpu})", str(one), str(other)))
-    for i, (mine, theirs) in enumerate(zip_longest(expected.notes, got.notes, fillvalue=[])):
-        if mine != theirs:
-            found.append(Difference(f"interrupts of vCPU {i}", _notes(mine), _notes(theirs)))
+    for i, taken in enumerate(expected.notes):
+        others = got.notes[i] if i < len(got.notes) else []
+        if taken != others:
+            found.append(Difference(f"interrupts of vCPU {i}", _notes(taken), _notes(others)))
     for n, (call, result) in enumerate(zip_longest(expected.calls, got.calls)):
         if call != result:
             found.append(Difference(f"call {n}", str(call), str(result)))

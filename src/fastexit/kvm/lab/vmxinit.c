@@ -106,7 +106,7 @@ static void dump(const char *name)
 	int fd = open(name, O_RDONLY | O_NONBLOCK), got;
 
 	if (fd < 0) {
-		say("@file -1\n");
+		say("@file\n@end\n");
 		return;
 	}
 	say("@file\n");

@@ -24,8 +24,6 @@ from fastexit.reasons import VmxExit
 HOST = "host"
 IMMEDIATE_PORT = 1 << 6
 """Bit of an I/O exit's qualification: the instruction itself names the port."""
-RTC_VECTOR = 0
-"""The in-kernel IOAPIC's RTC pin as it is after reset: its vector wants an EOI exit of the vCPU with id 0."""
 TSC_KHZ = 50_000
 BOOTED_NS = 1_000_000_000
 
@@ -108,8 +106,6 @@ class Player:
             page = bytearray(v.get_lapic())
             page[R.APIC_SPIV : R.APIC_SPIV + 4] = (0x1FF).to_bytes(4, "little")
             v.set_lapic(bytes(page))
-        if not self.setup.split:
-            m.vcpus[0].ioapic_handled = {RTC_VECTOR}
         self.prepared: list[bytes] = [v.get_lapic() for v in m.vcpus]
         for v in m.vcpus:
             v.rflags = R.RFLAGS_FIXED

@@ -1,0 +1,99 @@
+"""What the VMX side of the lab adds to the command line; each function takes parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from fastexit.checks import quoted
+
+BOCHS = "bochs"
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def _progress(args: argparse.Namespace) -> Any:
+    """What shows how far it is, on a terminal."""
+    if args.json or getattr(args, "quiet", False) or not sys.stderr.isatty():
+        return None
+    return lambda done, wanted: print(f"\r{done} of {wanted} programs", end="", file=sys.stderr, flush=True)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``fastexit verify --kernel VERSION --vendor vmx``: guest programs; 1 when model and kernel differ."""
+    from fastexit.kvm.lab.vmx import PROGRAMS, VmxLab
+
+    for name in ("vcpus", "only", "script"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: programs of the VMX lab choose that themselves")
+    progress = _progress(args)
+    with VmxLab(args.kernel, image=args.image, modules=args.modules, apicv=not args.no_apicv) as lab:
+        report = lab.verify(args.ops or PROGRAMS, seed=args.seed, seconds=args.seconds, progress=progress)
+    if progress:
+        print(file=sys.stderr)
+    if args.json:
+        _print_json(report.as_dict())
+        return 0 if report.agreed else 1
+    modes = ", ".join(f"{count:,} {mode}" for mode, count in report.programs.items()) or "none"
+    print(f"Linux {report.kernel}, kvm_intel {'with' if report.apicv else 'without'} APICv, seed {report.seed}")
+    print(f"  the same: {report.compared:,} programs ({modes}), {report.steps:,} steps, {report.lines:,} trace lines")
+    print(f"  the same in a second run: {report.repeated:,}")
+    for name, count in report.faults.items():
+        print(f"  left out, a fault of Bochs: {name}: {count:,}")
+    for story in report.stories:
+        print(f"\ndifference: {story.text()}")
+    return 0 if report.agreed else 1
+
+
+def get_bochs(apt: Any, as_json: bool) -> int:
+    """``fastexit kernels get bochs``."""
+    from fastexit.kvm.lab import bochs
+
+    tree = bochs.get(apt)
+    version = bochs.version(tree)
+    if as_json:
+        _print_json({"bochs": version, "directory": str(tree.root)})
+    else:
+        print(f"Bochs {version} in {tree.root}")
+    return 0
+
+
+def boot(args: argparse.Namespace) -> int:
+    """``fastexit kernels boot VERSION --vendor vmx``."""
+    from fastexit.kvm.lab.vmx import VmxLab
+
+    with VmxLab(args.version, image=args.image, modules=args.modules) as lab:
+        seconds, found = lab.machine.boot_seconds, lab.host()
+    if args.json:
+        _print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "kvm_intel": found})
+        return 0
+    print(f"{lab.kernel.version} came up in {seconds:.1f} s")
+    for name, value in found.items():
+        print(f"  {name}: {value}")
+    return 0
+
+
+def paths(args: argparse.Namespace) -> int:
+    """``fastexit kernels paths VERSION``."""
+    from fastexit.kvm.lab import kernels
+    from fastexit.kvm.lab.paths import Measured, measured
+
+    if args.version is None and args.image is None:
+        raise ValueError("give either a version, or --image and --modules")
+    if args.vendor != "vmx":
+        raise ValueError(f"--vendor {quoted(args.vendor)[1:-1]}: path lengths are read off in the VMX lab alone")
+    kernel = kernels.find(args.version) if args.version is not None else kernels.own(args.image, args.modules)
+    found: Measured = measured(kernel)
+    if args.json:
+        _print_json(found.as_dict())
+        return 0
+    print(f"Linux {found.kernel}: instructions, least and median of {found.repetitions}")
+    for one in found.lengths:
+        way = "" if one.to_receiver is None else f", to the receiver {one.to_receiver_least:,} ({one.to_receiver:,})"
+        print(f"  {one.name}, receiver {one.receiver}: exit {one.exit_least:,} ({one.exit:,}){way}")
+    return 0
