@@ -129,9 +129,7 @@ def _handler() -> bytes:
 def request(path: Path) -> Request:
     """One way, as often as REPETITIONS says. Both processors are taken: vCPU i runs on processor i."""
     asked = Request()
-    asked.vm(split=False, api=0, x2apic=True, deadline=True, ids=[0, 1], cpus=[0, 1])
-    if path.mwait_in_guest:
-        asked.ioctl(-1, K.ENABLE_CAP, struct.pack("<II4Q64x", 143, 0, MWAIT_IN_GUEST, 0, 0, 0))
+    asked.vm([0, 1], [0, 1], disable_exits=MWAIT_IN_GUEST * path.mwait_in_guest)
     image = C.common(2, C.X2APIC_EOI)
     image.put(C.STUBS_AT + 16 * VECTOR, b"\xe9" + C.u32(0x4800 - (C.STUBS_AT + 16 * VECTOR) - 5))
     image.put(0x4800, _handler())

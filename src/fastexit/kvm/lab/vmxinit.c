@@ -89,7 +89,7 @@ static void read_sectors(uint32_t first, uint32_t count, uint8_t *bytes)
 
 static int put_file(const char *name, const char *text)
 {
-	int fd = open(name, O_WRONLY | O_TRUNC), got;
+	int fd = open(name, O_WRONLY), got;
 
 	if (fd < 0)
 		return -1;
@@ -227,7 +227,8 @@ static void end_vm(void)
 
 struct cpuid { struct kvm_cpuid2 head; struct kvm_cpuid_entry2 entries[256]; };
 
-static void new_vm(int split, int api, int number, const uint32_t *ids, const uint32_t *cpus, int x2apic, int deadline)
+static void new_vm(int split, int api, int number, const uint32_t *ids, const uint32_t *cpus, int x2apic, int deadline,
+		   int exits)
 {
 	static struct cpuid cpuid;
 	struct kvm_userspace_memory_region region = { .memory_size = MEMORY_BYTES };
@@ -254,6 +255,12 @@ static void new_vm(int split, int api, int number, const uint32_t *ids, const ui
 
 		if (ioctl(vm, KVM_ENABLE_CAP, &cap))
 			fail("x2apic api");
+	}
+	if (exits) {
+		struct kvm_enable_cap cap = { .cap = KVM_CAP_X86_DISABLE_EXITS, .args = { exits } };
+
+		if (ioctl(vm, KVM_ENABLE_CAP, &cap))
+			fail("KVM_CAP_X86_DISABLE_EXITS");
 	}
 	cpuid.head.nent = 256;
 	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid))
@@ -345,8 +352,8 @@ static void carry_out(const uint32_t *at)
 		case QUIT:
 			say("@quit\n");
 			quit();
-		case VM: /* split, api, x2apic, deadline, count, ids, cpus */
-			new_vm(a[0], a[1], a[4], a + 5, a + 5 + a[4], a[2], a[3]);
+		case VM: /* split, api, x2apic, deadline, disabled exits, count, ids, cpus */
+			new_vm(a[0], a[1], a[5], a + 6, a + 6 + a[5], a[2], a[3], a[4]);
 			stuck = 0;
 			break;
 		case STORE: /* address, bytes, data */
@@ -393,8 +400,6 @@ static void carry_out(const uint32_t *at)
 			pthread_kill(vcpus[a[0]].thread, SIGUSR1);
 			break;
 		case TRACE:
-			if (a[0])
-				put_file(TRACING "trace", "");
 			put_file(TRACING "tracing_on", a[0] ? "1" : "0");
 			break;
 		case READ: /* address, bytes */

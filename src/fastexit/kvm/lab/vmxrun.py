@@ -18,7 +18,8 @@ from fastexit.kvm.lab.vmxmodel import HOST, Seen, Setup, told
 from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.kvm.lab.vmxwire import Answer, Op, Request
 
-TRACE_FILE = "/sys/kernel/tracing/trace"
+TRACE_FILE = "/sys/kernel/tracing/trace_pipe"
+"""Reading it empties the buffer, and waits for nobody: `trace` would wait until every processor has been idle."""
 SETTLE = 4000
 """Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes."""
 HOST_MICROSECONDS = 1_000
@@ -48,7 +49,7 @@ def request(
     asked = Request()
     ids = list(range(setup.vcpus))
     where = [(i + 1) % cpus for i in ids]
-    asked.vm(split=setup.split, api=0, x2apic=True, deadline=True, ids=ids, cpus=where)
+    asked.vm(ids, where, split=setup.split)
     image = C.common(setup.vcpus, setup.eoi_mode)
     for i in ids:
         image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, not setup.x2apic, SETTLE, quiet))

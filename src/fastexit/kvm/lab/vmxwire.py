@@ -7,6 +7,7 @@ the words; an answer is lines.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -49,9 +50,19 @@ class Request:
         payload += bytes(-len(payload) & 3)
         self._parts.append(struct.pack("<II", op, len(payload) // 4) + payload)
 
-    def vm(self, *, split: bool, api: int, x2apic: bool, deadline: bool, ids: list[int], cpus: list[int]) -> None:
-        """A new VM; the one before ends."""
-        self.add(Op.VM, split, api, x2apic, deadline, len(ids), *ids, *cpus)
+    def vm(
+        self,
+        ids: Sequence[int],
+        cpus: Sequence[int],
+        *,
+        split: bool = False,
+        api: int = 0,
+        x2apic: bool = True,
+        deadline: bool = True,
+        disable_exits: int = 0,
+    ) -> None:
+        """A new VM with vCPUs on these processors; the one before ends."""
+        self.add(Op.VM, split, api, x2apic, deadline, disable_exits, len(ids), *ids, *cpus)
 
     def store(self, address: int, data: bytes) -> None:
         """Bytes of the VM's memory."""
