@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import costmodel
+import pathlengths
 import verified
 
 import fastexit as fx
@@ -107,6 +108,8 @@ SECTIONS = {
     ROOT / "docs" / "cost-model.md": {
         "pairs": costmodel.pairs,
         "cycles": costmodel.generations,
+        "interrupts": pathlengths.interrupts,
+        "deadlines": pathlengths.deadlines,
         "constants": costmodel.constants,
     },
     ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},

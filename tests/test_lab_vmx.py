@@ -1,0 +1,291 @@
+"""The VMX side of the lab: Bochs and what it boots, programs of guests, what differs and why; and kernels, where they are."""
+
+from __future__ import annotations
+
+import random
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastexit as fx
+from fastexit import cli
+from fastexit import regs as R
+from fastexit.kvm.lab import bochs, kernels, paths, vmx, vmxboot, vmxcode, vmxcompare, vmxdraw, vmxrun
+from fastexit.kvm.lab import vmxwire as W
+from fastexit.kvm.lab.vmxmodel import Player, Seen, Setup
+from fastexit.kvm.lab.vmxsteps import Step
+
+X2, SELF_IPI = R.MSR_X2APIC_BASE, R.MSR_X2APIC_SELF_IPI
+
+
+def ipi(vcpu: int, dest: int, vector: int) -> Step:
+    return Step(vcpu, "wrmsr", (R.MSR_X2APIC_ICR, R.icr(dest, vector)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- Bochs
+
+
+def program(jumps: int = 1, texts: int = 1) -> bytes:
+    """A 64-bit ELF file of one code segment: jumps to an instruction that loads the address of the test's message."""
+    base, at = 0x400000, 0x1000
+    text = (bochs.GUARDED + b"\0") * texts
+    head = b"\x7fELF\x02" + bytes(27) + struct.pack("<Q", 64) + bytes(16) + struct.pack("<H", 1)
+    code = bytearray(b"\x90" * 256)
+    for n in range(jumps):
+        struct.pack_into("<2si", code, 16 * n, bochs.JNE, 128 - 16 * n - 6)
+    struct.pack_into("<3si", code, 128, b"\x48\x8d\x35", len(code) - 128 - 7)
+    whole = bytes(code) + text
+    segment = struct.pack("<IIQQQQQQ", 1, 5, at, base + at, 0, len(whole), len(whole), 0)
+    return (head.ljust(64, b"\0") + segment).ljust(at, b"\0") + whole
+
+
+def test_the_test_of_descriptors_is_found_by_its_message() -> None:
+    assert bochs.guard(program()) == 0x1000
+    data = bytearray(b"\x90" * 0x1000) + program()[0x1000:]
+    with pytest.raises(kernels.KernelMissing, match="no program of 64 bits"):
+        bochs.guard(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("jumps", "texts", "said"), [(0, 1, "0 jumps lead"), (2, 1, "2 jumps lead"), (1, 0, "another text"), (1, 2, "another text")]
+)
+def test_a_bochs_that_is_not_known_is_not_patched(jumps: int, texts: int, said: str) -> None:
+    with pytest.raises(kernels.KernelMissing, match=said) as raised:
+        bochs.guard(program(jumps, texts))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_missing_bochs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("FASTEXIT_BOCHS", str(tmp_path))
+    kernel = kernels.Kernel("6.1.1", "6.1.1", tmp_path / "vmlinuz", tmp_path)
+    monkeypatch.setattr(kernels, "find", lambda version: kernel)
+    assert cli.main(["verify", "--kernel", "6.1", "--vendor", "vmx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "fastexit kernels get bochs" in line
+
+
+# ----------------------------------------------------------------------------------------------------------------- boot
+
+
+def test_the_loader_is_a_rom() -> None:
+    rom = vmxboot.loader(0x1000_0000)
+    assert rom[:3] == b"\x55\xaa\x01"
+    assert len(rom) == 512
+    assert sum(rom) & 0xFF == 0
+
+
+def test_memory_images_hold_kernel_initramfs_and_parameters(tmp_path: Path) -> None:
+    image = bytearray(3 * 512)
+    image[0x1F1], image[0x201], image[0x202:0x206] = 1, 0x6A, b"HdrS"
+    (tmp_path / "vmlinuz").write_bytes(bytes(image) + b"K" * 100)
+    kernel = kernels.Kernel("6.1.1", "6.1.1", tmp_path / "vmlinuz", tmp_path)
+    lines = vmxboot.place(kernel, b"I" * 5000, tmp_path, extra="one=two")
+    assert [line.split("=")[-1] for line in lines[:2]] == [f"{vmxboot.KERNEL_AT:#x}", f"{vmxboot.INITRAMFS_AT:#x}"]
+    assert (tmp_path / "memory-1000000").read_bytes()[512:] == b"K" * 100
+    packed = (tmp_path / "memory-10000000").read_bytes()
+    page = packed[8192:]
+    assert packed[:5000] == b"I" * 5000
+    assert struct.unpack_from("<II", page, 0x218) == (vmxboot.INITRAMFS_AT, 5000)
+    (line_at,) = struct.unpack_from("<I", page, 0x228)
+    line = packed[line_at - vmxboot.INITRAMFS_AT :].partition(b"\0")[0]
+    assert line.endswith(b" one=two")
+    with pytest.raises(kernels.KernelMissing, match="no bzImage"):
+        (tmp_path / "vmlinuz").write_bytes(bytes(1024))
+        vmxboot.place(kernel, b"", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- wire
+
+
+def test_the_init_has_the_same_numbers() -> None:
+    source = (Path(vmx.__file__).parent / "vmxinit.c").read_text()
+    (line,) = [line for line in source.splitlines() if line.startswith("enum op")]
+    names = [name.strip().rstrip("_") for name in line.partition("{")[2].partition("}")[0].split(",")]
+    assert names == [op.name for op in W.Op]
+    assert f"BATON_AT = {vmxcode.BATON_AT:#x}" in source
+
+
+def test_answers_are_sorted() -> None:
+    lines = ["@ioctl 1 0a0b", "@parked 1 0 2 48 0", "@file", "a", "@read 0 00", "@end", "@stuck vCPU 1", "@read 0 ff"]
+    answer = W.Answer.of(lines)
+    assert answer.ioctls == [(1, b"\x0a\x0b")]
+    assert answer.files == [["a", "@read 0 00"]]
+    assert (answer.reads, answer.stuck) == ([b"\xff"], ["vCPU 1"])
+    assert answer.parked[0].port == 48
+
+
+# ---------------------------------------------------------------------------------------------------- programs, compared
+
+
+def done(steps: list[Step], setup: Setup | None = None, kernel: str = "6.12") -> Seen:
+    return vmx.played(setup or Setup(), steps, kernel).end()
+
+
+def test_a_running_receiver_takes_a_posted_interrupt_without_an_exit() -> None:
+    seen = done([Step(1, "sti"), ipi(0, 1, 0xFD)])
+    assert seen.notes == [[], [(1, 0xFD)]]
+    assert [line for line in seen.lines["v1"] if "kvm_exit" in line and "IO_INSTRUCTION" not in line] == []
+    assert "d kvm_apicv_accept_irq: apicid 1 vec 253 (Fixed|edge)" in seen.lines["v0"]
+
+
+def test_a_sleeper_wakes_up_and_one_that_nobody_wakes_sleeps_to_the_end() -> None:
+    seen = done([Step(1, "halt"), ipi(0, 1, 0xE0)])
+    assert seen.notes[1] == [(1, 0xE0)]
+    assert seen.asleep == [False, False]
+    assert done([Step(1, "halt"), ipi(0, 0, 0xE0)]).asleep == [False, True]
+    with pytest.raises(ValueError, match="vCPU 1 sleeps"):
+        done([Step(1, "halt"), Step(1, "sti")])
+
+
+def test_a_refused_write_is_a_fault_and_a_deadline_comes() -> None:
+    seen = done([Step(0, "wrmsr", (X2 + 8, 0x100))])
+    assert seen.results[0] == (vmxcode.FAULTED_GP, 0, 0)
+    timer = Step(0, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | 0x31))
+    steps = [Step(0, "sti"), timer, Step(0, "deadline", (400_000,)), Step(1, "spend", (700_000,))]
+    assert done(steps).notes[0] == [(3, 0x31)]
+
+
+def test_without_apicv_an_interrupt_is_injected_after_a_kick() -> None:
+    seen = done([Step(1, "sti"), ipi(0, 1, 0xFD)], Setup(apicv=False))
+    assert seen.notes[1] == [(1, 0xFD)]
+    assert any("kvm_inj_virq: IRQ 0xfd" in line for line in seen.lines["v1"])
+    assert vmxcompare.normal([". kvm_exit: reason EXTERNAL_INTERRUPT", ". kvm_msr: a", "d kvm_entry: b"], EVENTS) == [
+        ". kvm_msr: a"
+    ]
+
+
+EVENTS = frozenset({"kvm_exit", "kvm_entry", "kvm_msr"})
+
+
+def test_noise_goes_and_what_emulates_stays() -> None:
+    lines = ["d kvm_exit: reason EPT_VIOLATION", "d kvm_entry: x, rip 0x1", "d kvm_exit: reason EPT_VIOLATION", ". kvm_msr: m"]
+    assert vmxcompare.normal(lines, EVENTS) == ["d kvm_exit: reason EPT_VIOLATION", ". kvm_msr: m"]
+    stamps = [". kvm_msr: msr_write 6e0 = 0x123456", ". kvm_msr: msr_write 6e0 = 0x0"]
+    assert vmxcompare.normal(stamps, EVENTS) == [". kvm_msr: msr_write 6e0 = deadline", ". kvm_msr: msr_write 6e0 = 0x0"]
+
+
+def test_each_kind_of_difference_is_told() -> None:
+    steps = [Step(1, "sti"), ipi(0, 1, 0xFD)]
+    seen = done(steps)
+
+    def told(**changed: Any) -> str:
+        found = vmxcompare.differences(EVENTS, steps, seen, replace(seen, **changed))
+        return found[0].what if found else "nothing"
+
+    assert told() == "nothing"
+    assert told(results=seen.results | {1: (1, 0, 0)}) == "step 1 (wrmsr on vCPU 0)"
+    assert told(notes=[[], []]) == "interrupts of vCPU 1"
+    assert told(lines=seen.lines | {"v0": seen.lines["v0"][1:]}) == "v0, line 0"
+    assert told(pages=[bytes(1024), seen.pages[1]]) == "page of vCPU 0 at 0x30"
+    assert told(calls=[1]) == "call 0"
+
+
+def test_faults_of_bochs_are_told_by_what_they_do() -> None:
+    steps = [ipi(0, 1, 0xFD)]
+    seen = done(steps)
+    exit = vmxrun.Line("v1", "d..1.", 1, "kvm_exit: vcpu 1 reason EXTERNAL_INTERRUPT rip 0x1")
+    early = replace(seen, notes=[[], [(0, 0xFD)]])
+    assert vmxcompare.fault(steps, Setup(), seen, early, [exit]) == vmxcompare.Fault.MASKED_DELIVERY
+    assert vmxcompare.fault(steps, Setup(), seen, early, []) is None
+    assert vmxcompare.fault([Step(1, "sti"), *steps], Setup(), seen, replace(seen, notes=[[(1, 0x20)], []]), []) is None
+    ghost = replace(seen, notes=[[], [(0, 0xFF)]])
+    assert vmxcompare.fault(steps, Setup(), seen, ghost, []) == vmxcompare.Fault.VECTOR_FF
+    assert vmxcompare.fault([ipi(0, 1, 0xFF)], Setup(), seen, ghost, []) is None
+    zero = replace(exit, text="kvm_exit: vcpu 1 reason EPT_VIOLATION rip 0x1 info1 0x1 info2 0x0000000080000000 intr")
+    assert vmxcompare.fault(steps, Setup(), seen, seen, [zero]) == vmxcompare.Fault.VECTOR_0
+
+
+@pytest.mark.parametrize("x2apic", [True, False])
+@pytest.mark.parametrize("apicv", [True, False])
+def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
+    for seed in range(6):
+        rng = random.Random(seed)
+        setup = vmxdraw.setup(rng, apicv=apicv, x2apic=x2apic)
+        steps, player = vmxdraw.program(rng, setup, "6.12")
+        seen = player.end()
+        again = vmx.played(setup, steps, "6.12").end()
+        assert (seen.notes, seen.results, seen.lines) == (again.notes, again.results, again.lines)
+        asked = vmxrun.request(setup, steps, player.prepared, 3, player.quiet)
+        assert len(bytes(vmxrun.finish(asked, setup, seen.asleep))) < vmxboot.MAILBOX_BYTES
+
+
+def test_what_a_kernel_did_is_read_as_the_model_tells_it() -> None:
+    steps = [Step(1, "sti"), Step(0, "rdmsr", (X2 + 2,))]
+    area = bytearray(vmxcode.AREA_BYTES)
+    first = [struct.pack("<I", vmxcode.area(i) + vmxcode.NOTES) for i in range(2)]
+    areas = [bytearray(area), bytearray(area)]
+    for i in range(2):
+        areas[i][:4] = first[i]
+    struct.pack_into("<III", areas[0], vmxcode.RESULTS + 16, 7, 9, 0)
+    struct.pack_into("<I", areas[1], 0, vmxcode.area(1) + vmxcode.NOTES + 4)
+    struct.pack_into("<I", areas[1], vmxcode.NOTES, 5 << 8 | 0xFD)
+    answer = W.Answer(
+        ioctls=[(1, b"")] * 4 + [(0, b"page0"), (0, b"page1")],
+        reads=[bytes(some) for some in areas],
+        files=[["  v0-71      [001] d..1. 12345: kvm_entry: vcpu 0, rip 0x1"]],
+    )
+    seen, raw = vmxrun.seen(Setup(), steps, answer)
+    assert seen.results == {0: (0, 0, 0), 1: (0, 7, 9)}
+    assert seen.notes == [[], [(5, 0xFD)]]
+    assert seen.lines["v0"] == ["d kvm_entry: vcpu 0, rip 0x1"]
+    assert seen.pages == [b"page0", b"page1"]
+    assert raw[0].stamp == 12345
+
+
+def test_a_waiting_vcpu_sees_its_turn_and_the_end() -> None:
+    code = vmxcode.wait_for(5)
+    mine, over = code.index(struct.pack("<I", 5)) + 4, code.index(b"\x83\x3d")
+    assert code[mine] == 0x74
+    assert mine + 2 + code[mine + 1] == len(code)
+    assert struct.unpack_from("<b", code, over + 8)[0] == -(over + 9)
+
+
+def test_programs_of_too_many_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer steps"):
+        vmxcode.program(0, [Step(0, "rdmsr", (X2 + 2,))] * 500, False, 100)
+
+
+# --------------------------------------------------------------------------------------------------------- path lengths
+
+
+class Pretender:
+    """A machine whose guests always took the same."""
+
+    def ask(self, request: bytes, seconds: float = 0) -> list[str]:
+        sample = struct.pack("<II", 2000 + paths.OVERHEAD, 900 + paths.OVERHEAD) * paths.REPETITIONS
+        return ["@read 0 " + sample.hex()]
+
+
+def test_lengths_are_those_of_the_samples() -> None:
+    for one in paths.measure(Pretender()):
+        assert (one.exit, one.exit_least) == (2000, 2000)
+        assert one.to_receiver == (None if one.receiver == "none" else 900)
+
+
+def test_a_guest_that_does_not_come_back_is_told() -> None:
+    class Stuck:
+        def ask(self, request: bytes, seconds: float = 0) -> list[str]:
+            return ["@stuck vCPU 0"]
+
+    with pytest.raises(RuntimeError, match="did not come back"):
+        paths.samples(Stuck(), paths.paths()[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["6.12"])
+def test_a_kernel_agrees(version: str) -> None:
+    try:
+        lab = vmx.VmxLab(version)
+    except OSError as missing:
+        pytest.skip(str(missing))
+    with lab:
+        assert lab.host()["enable_apicv"] == "Y"
+        report = lab.verify(30, seed=7)
+    assert report.agreed, report.stories[0].text() if report.stories else report
+    assert fx.generation(lab.kernel.version).name == version
