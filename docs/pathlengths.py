@@ -60,7 +60,10 @@ def interrupts() -> str:
         fast = _of(one, "ICR, physical", "running")["to_receiver_least"]
         for kind in KINDS:
             row, is_fast = _of(one, f"ICR, {kind}", "running"), _is_fast(name, kind)
-            others = (f"{_of(one, f'ICR, {kind}', way)['to_receiver_least']:,}" for way in ("halted", "busy"))
+            halted = _of(one, f"ICR, {kind}", "halted")
+            steady = halted["to_receiver"] < 2 * halted["to_receiver_least"]
+            busy = _of(one, f"ICR, {kind}", "busy")["to_receiver_least"]
+            others = (f"{halted['to_receiver_least']:,}" if steady else "?", f"{busy:,}")
             saved = modelled = ""
             if not is_fast:
                 saved = f"{row['to_receiver_least'] - fast:,}"

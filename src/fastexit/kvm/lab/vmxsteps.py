@@ -65,9 +65,9 @@ def _code(kind: str, args: tuple[Any, ...]) -> bytes:
     if kind in ("store", "load"):
         offset, value, length = args
         at = _u32(R.APIC_DEFAULT_PHYS_BASE + offset)
-        wide = {4: b"", 2: b"\x66", 1: b""}[length]
-        op = {("store", 1): 0xA2, ("load", 1): 0xA0}.get((kind, length), 0xA3 if kind == "store" else 0xA1)
-        return b"\xb8" + _u32(value) + b"\x31\xd2" + wide + bytes((op,)) + at
+        wide = b"\x66" if length == 2 else b""
+        op = (0x88 if kind == "store" else 0x8A) + (length > 1)
+        return b"\xb8" + _u32(value) + b"\x31\xd2" + wide + bytes((op, 0x05)) + at
     if kind == "deadline":
         added = b"\x05" + _u32(args[0]) + b"\x83\xd2\x00"
         return b"\x0f\x31" + added + b"\xb9" + _u32(R.MSR_TSC_DEADLINE) + b"\x0f\x30\x31\xc0\x31\xd2"
