@@ -118,6 +118,7 @@ SECTIONS = {
         "runs": verified.runs,
         "kernels": verified.kernels,
         "mutants": verified.mutants,
+        "faults": verified.faults,
     },
 }
 

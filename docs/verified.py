@@ -122,6 +122,29 @@ def mutants() -> str:
     return "\n".join(rows)
 
 
+def faults() -> str:
+    """What became of each trait flipped in a row: who noticed, or why nobody can."""
+    table = kept().get("faults")
+    if not table:
+        return "No run is kept yet: `python tests/trait_faults.py`."
+    found = {told["trait"]: told for told in table["tried"] if told["found"]}
+    open_ = sorted({told["trait"] for told in table["tried"]} - set(found) - set(table["beyond"]))
+    last = max(told["operations"] for told in found.values())
+    rows = [
+        f"{len(found)} traits were noticed, the last after {last:,} operations. {len(table['beyond'])} are beyond this lab. "
+        f"Not noticed: {', '.join(f'`{name}`' for name in open_) or 'none'}.",
+        "",
+        "| trait | kernel | found by | after operations |",
+        "|---|---|---|---|",
+    ]
+    for told in found.values():
+        traced = ", traced" if told["traced"] else ""
+        rows.append(f"| `{told['trait']}` | {told['kernel']} | {told['kind']}{traced} | {told['operations']:,} |")
+    rows += ["", "| beyond this lab | it would take |", "|---|---|"]
+    rows += [f"| `{name}` | {why} |" for name, why in table["beyond"].items() if name not in found]
+    return "\n".join(rows)
+
+
 def _order(report: dict[str, Any]) -> tuple[list[int], str, str]:
     """Kernels by age, then by vendor and kind."""
     host = report["host"]
@@ -135,6 +158,10 @@ def main() -> None:
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     if not read:
         sys.exit("name the reports to keep")
+    for one in read:
+        if "beyond" in one:
+            known["faults"] = one
+    read = [one for one in read if "beyond" not in one]
     labs = [one for one in read if "mutants" not in one and is_labs(one)]
     if labs:
         known["kernels"] = sorted(labs, key=_order)

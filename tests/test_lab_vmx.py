@@ -50,7 +50,8 @@ def test_the_test_of_descriptors_is_found_by_its_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("jumps", "texts", "said"), [(0, 1, "0 jumps lead"), (2, 1, "2 jumps lead"), (1, 0, "another text"), (1, 2, "another text")]
+    ("jumps", "texts", "said"),
+    [(0, 1, "0 jumps lead"), (2, 1, "2 jumps lead"), (1, 0, "another text"), (1, 2, "another text")],
 )
 def test_a_bochs_that_is_not_known_is_not_patched(jumps: int, texts: int, said: str) -> None:
     with pytest.raises(kernels.KernelMissing, match=said) as raised:
@@ -161,10 +162,18 @@ EVENTS = frozenset({"kvm_exit", "kvm_entry", "kvm_msr"})
 
 
 def test_noise_goes_and_what_emulates_stays() -> None:
-    lines = ["d kvm_exit: reason EPT_VIOLATION", "d kvm_entry: x, rip 0x1", "d kvm_exit: reason EPT_VIOLATION", ". kvm_msr: m"]
+    lines = [
+        "d kvm_exit: reason EPT_VIOLATION",
+        "d kvm_entry: x, rip 0x1",
+        "d kvm_exit: reason EPT_VIOLATION",
+        ". kvm_msr: m",
+    ]
     assert vmxcompare.normal(lines, EVENTS) == ["d kvm_exit: reason EPT_VIOLATION", ". kvm_msr: m"]
     stamps = [". kvm_msr: msr_write 6e0 = 0x123456", ". kvm_msr: msr_write 6e0 = 0x0"]
-    assert vmxcompare.normal(stamps, EVENTS) == [". kvm_msr: msr_write 6e0 = deadline", ". kvm_msr: msr_write 6e0 = 0x0"]
+    assert vmxcompare.normal(stamps, EVENTS) == [
+        ". kvm_msr: msr_write 6e0 = deadline",
+        ". kvm_msr: msr_write 6e0 = 0x0",
+    ]
 
 
 def test_each_kind_of_difference_is_told() -> None:

@@ -80,7 +80,7 @@ def main() -> int:
     wanted = [t for t in Trait if arguments.all or t.name not in BEYOND]
     if arguments.traits:
         wanted = [Trait[name] for name in arguments.traits.split(",")]
-    results = json.load(open(arguments.skip)) if arguments.skip else []
+    results = json.load(open(arguments.skip))["tried"] if arguments.skip else []
     known = {told["trait"] for told in results if told["found"]}
     for kernel in arguments.kernels:
         with fx.kvm.Lab(kernel) as lab:
@@ -90,7 +90,7 @@ def main() -> int:
                     results.append(told)
                     known |= {trait.name} if told["found"] else set()
                     print(json.dumps(told), file=sys.stderr, flush=True)
-    print(json.dumps(results, indent=1))
+    print(json.dumps({"tried": results, "beyond": BEYOND}, indent=1))
     return 0
 
 
