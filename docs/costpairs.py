@@ -291,7 +291,7 @@ PAIRS = (
         -693.05,
         IPIV,
         IPIV_HOST,
-        lambda after: ipi_test("5.8", IPIV_HOST, ipiv=after),
+        lambda after: ipi_test("6.1", IPIV_HOST, ipiv=after),
         "`flight`, `posted` and `guest_irq` of ipiv-host, together, on the figure after",
         "The difference is the exit up to the notification less what the CPU needs for the same: predicted.",
     ),
@@ -303,7 +303,7 @@ PAIRS = (
         -1346,
         IPIV,
         IPIV_HOST,
-        lambda after: ipi_test("5.8", IPIV_HOST, ipiv=after, x2apic=False),
+        lambda after: ipi_test("6.1", IPIV_HOST, ipiv=after, x2apic=False),
         "",
         "The figure after lacks 1000 cycles as well, so xAPIC mode costs the guest something that neither side of the "
         "model has: accesses to the page around the write of the ICR, perhaps. The exit itself (APIC_WRITE, never "
