@@ -1,4 +1,4 @@
-"""The VMX side of the lab: Bochs and what it boots, programs of guests, what differs and why; and kernels, where they are."""
+"""The VMX side of the lab: Bochs and what it boots, programs of guests, what differs and why; kernels, where they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastexit import cli
 from fastexit import regs as R
 from fastexit.kvm.lab import bochs, kernels, paths, vmx, vmxboot, vmxcode, vmxcompare, vmxdraw, vmxrun
 from fastexit.kvm.lab import vmxwire as W
-from fastexit.kvm.lab.vmxmodel import Player, Seen, Setup
+from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxsteps import Step
 
 X2, SELF_IPI = R.MSR_X2APIC_BASE, R.MSR_X2APIC_SELF_IPI
@@ -93,8 +93,8 @@ def test_memory_images_hold_kernel_initramfs_and_parameters(tmp_path: Path) -> N
     (line_at,) = struct.unpack_from("<I", page, 0x228)
     line = packed[line_at - vmxboot.INITRAMFS_AT :].partition(b"\0")[0]
     assert line.endswith(b" one=two")
+    (tmp_path / "vmlinuz").write_bytes(bytes(1024))
     with pytest.raises(kernels.KernelMissing, match="no bzImage"):
-        (tmp_path / "vmlinuz").write_bytes(bytes(1024))
         vmxboot.place(kernel, b"", tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_answers_are_sorted() -> None:
     assert answer.parked[0].port == 48
 
 
-# ---------------------------------------------------------------------------------------------------- programs, compared
+# --------------------------------------------------------------------------------------------------- programs, compared
 
 
 def done(steps: list[Step], setup: Setup | None = None, kernel: str = "6.12") -> Seen:
@@ -283,7 +283,7 @@ def test_a_guest_that_does_not_come_back_is_told() -> None:
         paths.samples(Stuck(), paths.paths()[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 @pytest.mark.long
