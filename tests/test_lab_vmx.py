@@ -1,4 +1,4 @@
-"""The VMX side of the lab: Bochs and what it boots, programs of guests, what differs and why; kernels, where they are."""
+"""The VMX side of the lab: Bochs and what it boots, programs of guests, what differs and why; a kernel too."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class VmxLab:
         blamed: Fault | None = None
         found: list[Difference] = []
         for attempt in range(TRIES):
-            found, known, lines = self._tried(setup, steps, player, opens=attempt == 1)
+            found, known, lines = self._tried(setup, steps, player, opens=attempt != 1)
             if not found:
                 mode = "x2apic" if setup.x2apic else "xapic"
                 report.programs[mode] = report.programs.get(mode, 0) + 1

@@ -477,6 +477,8 @@ int main(void)
 	if (kvm < 0)
 		fail("/dev/kvm");
 	run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	/* an idle processor gives its timers to a busy one, and that may have a guest that keeps interrupts out */
+	put_file("/proc/sys/kernel/timer_migration", "0");
 	put_file(TRACING "tracing_on", "0");
 	put_file(TRACING "trace_clock", "x86-tsc");
 	put_file(TRACING "buffer_size_kb", "4096");
