@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.kvm.host import Host as Host
     from fastexit.kvm.lab.kernels import KernelMissing as KernelMissing
     from fastexit.kvm.lab.lab import Lab as Lab
+    from fastexit.kvm.lab.vmx import VmxLab as VmxLab
     from fastexit.kvm.oracle import Oracle as Oracle
     from fastexit.kvm.tracefs import KernelTrace as KernelTrace
     from fastexit.kvm.tracefs import TraceLost as TraceLost
@@ -37,6 +38,7 @@ _NAMES = {
     "KvmUnavailable": "device",
     "KernelMissing": "lab.kernels",
     "Lab": "lab.lab",
+    "VmxLab": "lab.vmx",
     "verify": "comparison",
     "KernelTrace": "tracefs",
     "TraceLost": "tracefs",
