@@ -131,7 +131,8 @@ def faults() -> str:
     open_ = sorted({told["trait"] for told in table["tried"]} - set(found) - set(table["beyond"]))
     last = max(told["operations"] for told in found.values())
     rows = [
-        f"{len(found)} traits were noticed, the last after {last:,} operations. {len(table['beyond'])} are beyond this lab. "
+        f"{len(found)} traits were noticed, the last after {last:,} operations. "
+        f"{len(table['beyond'])} are beyond this lab. "
         f"Not noticed: {', '.join(f'`{name}`' for name in open_) or 'none'}.",
         "",
         "| trait | kernel | found by | after operations |",
