@@ -79,7 +79,7 @@ def _verdict(benchmark: BenchmarkFixture, result: Comparison, demand: float) -> 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_whole_exit(benchmark: BenchmarkFixture, record: Record, kernel: str, door: str, side: str) -> None:
     """The whole exit; kernel 6.18 is row 5."""
-    n = DOORS[door].exits
+    n = fresh_targets(door, "vmx", kernel)
     machine = booted(kernel, vcpus=n + 1)
     machine.fastpath = side == "fast"
     exits = unicasts(machine, n)
@@ -110,7 +110,7 @@ def test_whole_exit(benchmark: BenchmarkFixture, record: Record, kernel: str, do
 @pytest.mark.parametrize(("kernel", "vendor"), SENDERS)
 def test_ipi_leaves_earlier(benchmark: BenchmarkFixture, kernel: str, vendor: str, side: str) -> None:
     """From the exit until the IPI has left, in the Python dispatcher."""
-    n = fresh_targets("python", vendor)
+    n = fresh_targets("python", vendor, kernel)
     machine = booted(kernel, vendor, n + 1)
     machine.fastpath = side == "fast"
     loop, v = machine.dispatcher, machine.vcpus[0]

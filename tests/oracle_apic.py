@@ -592,8 +592,12 @@ class Vcpu(Doors):
         return was
 
     def _posted(self) -> None:
-        """A vector waits where the CPU looks for it: one that runs the guest is told, a sleeper is woken."""
-        if self.in_guest and not self.kicked:
+        """A vector waits where the CPU looks for it: one that runs the guest is told, a sleeper is woken.
+
+        Doorbells of old went by AVIC's IsRunning bit, which a vCPU keeps that was kicked out of its guest.
+        """
+        by_is_running = self.m.svm and self.m.generation < self.m.at("6.1")
+        if self.in_guest and (by_is_running or not self.kicked):
             self.tell("DOORBELL" if self.m.svm else "NOTIFY")
         else:
             self.wake()

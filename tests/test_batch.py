@@ -153,11 +153,12 @@ def test_a_period_that_ran_out_behind_a_tick(kernel: str, apicv: bool, lvtt: int
         for msr, value in ((0x83E, 0xB), (0x832, r.LVT_TIMER_PERIODIC | lvtt), (0x838, 300_000)):
             v.wrmsr(msr, value)
     # where periods are not skipped, the hrtimer counts from the first exit on
-    for now, ran_out in ((1_000_000, 1), (1_100_000, 0), (5_000_000, kernel in having(Trait.TIMER_NO_CATCH_UP))):
+    skips = kernel in having(Trait.TIMER_NO_CATCH_UP)
+    for now, ran_out in ((1_000_000, 1), (1_100_000, 0), (5_000_000, skips)):
         exits = run_out(together, single, now)
         assert len(exits) == ran_out
         assert_same(together, single, exits)
-        assert (together.next_timer() or 0) > now
+        assert not skips or (together.next_timer() or 0) > now
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

@@ -14,6 +14,7 @@ from fastexit.insight import compare as c
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER
 from fastexit.profile import PROFILES, since
 from fastexit.traits import Trait
+from generations import having
 
 N = 20
 
@@ -51,7 +52,9 @@ def test_every_ipi_is_fresh_on_both_sides(kernel: str, door: str, vendor: str) -
         machine.fastpath = fast
         c.consume(machine)
         codes = [int(code) for code in through()]
-        assert c.notified(machine, codes) == N
+        # an AVIC that x2APIC in the guest's CPUID keeps off rings no doorbell
+        off = vendor == "svm" and kernel in having(Trait.INHIBIT_X2APIC)
+        assert c.notified(machine, codes) == (0 if off else N)
         taken = fast and (since(kernel, "5.6") or vendor == "vmx")
         assert all(fx.OUTCOMES[code].path == taken for code in codes)
         assert all((code & CODE_COMPLETION == COMPLETION_REENTER) == bool(fast and reenters) for code in codes)

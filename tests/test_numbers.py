@@ -100,10 +100,10 @@ from fastexit.embed import cabi
 found = {}
 for kernel in fx.profiles():
     for vendor in ("vmx", "svm"):
-        m = fx.Machine(apic_ids=[0, 1, 300], kernel=kernel, vendor=vendor, x2apic_api=1)
+        m = fx.Machine(apic_ids=[0, 1, 200], kernel=kernel, vendor=vendor, x2apic_api=1)
         m.boot_x2apic()
         m.trace.enable()
-        for dest in (1, 300, 0xFFFF_FFFF):
+        for dest in (1, 200, 0xFFFF_FFFF):
             m.vcpus[0].wrmsr(0x830, fx.icr(dest=dest, vector=0xFD))
         if kernel not in generations.ON_TRIAL:
             found[f"{kernel} {vendor}"] = hashlib.sha256(m.snapshot() + m.trace.text().encode()).hexdigest()

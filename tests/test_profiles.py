@@ -127,7 +127,7 @@ def test_who_takes_a_write(vendor: str, name: str) -> None:
         ("all but self", 3),
         ("logical", 2),
         ("lowest priority", 1),
-        ("SMI", 0),
+        ("SMI", 1),
         ("ExtINT", 0),
         ("NMI to all but self", 3),
     ],

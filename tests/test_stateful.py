@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import fastexit as fx
 import strategies as s
+from fastexit import offers
 from fastexit import regs as r
 from pair import Pair
 
@@ -149,7 +150,8 @@ class ApicLife(RuleBasedStateMachine):
     @precondition(lambda self: len(self.pair.model.vcpus) < 7)
     @rule(vcpu_id=IDS)
     def hot_plug(self, vcpu_id: int) -> None:
-        if vcpu_id not in [vcpu.vcpu_id for vcpu in self.pair.machine.vcpus]:
+        known = [vcpu.vcpu_id for vcpu in self.pair.machine.vcpus]
+        if vcpu_id not in known and vcpu_id < offers.room(self.pair.machine.kernel).ids:
             self.step("add_vcpu", vcpu_id)
 
     @rule(

@@ -179,7 +179,7 @@ def test_what_hardware_sends() -> None:
 
 def test_what_an_entry_asks_for_is_in_no_list() -> None:
     """An outcome says nothing of it: an interrupt window that AVIC is inhibited for, the map that an INIT changes."""
-    m = fx.Machine(vcpus=3, vendor="svm", irqchip="split")
+    m = fx.Machine(vcpus=3, vendor="svm", irqchip="split", kernel="6.18")
     for v in m.vcpus:
         v.mmio_write(r.APIC_SPIV, 0x1FF)
     v = m.vcpus[1]

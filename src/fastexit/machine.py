@@ -239,9 +239,9 @@ class Machine:
     def boot_x2apic(self) -> None:
         """Every vCPU as a booted x2APIC guest has it: protected mode, EN and EXTD in APICBASE, SVR 0x1FF."""
         for v in self.vcpus:
-            v.real_mode = False
             if not v.set_msr(R.MSR_APICBASE, v.apic_base | R.APICBASE_EN | R.APICBASE_EXTD):
                 raise ValueError("x2APIC cannot be enabled: the guest's CPUID does not offer it (x2apic=False)")
+            v.real_mode = False
             v.set_msr(R.MSR_X2APIC_BASE + (R.APIC_SPIV >> 4), 0x1FF)
 
     def enable_x2apic_api(self, flags: R.X2ApicApi | int) -> None:

@@ -33,6 +33,7 @@ from fastexit.exits.exit import Exit
 from fastexit.insight.walk import STEPS, walk
 from fastexit.jit import declare
 from fastexit.machine import Machine
+from fastexit.offers import room
 from fastexit.outcome import CODE_EFFECTS_SHIFT, Effect
 
 
@@ -122,9 +123,10 @@ AVIC_TARGETS = 250
 """On SVM: a vCPU whose id AVIC's tables have no entry for would switch AVIC off for the whole machine."""
 
 
-def fresh_targets(door: str, vendor: str) -> int:
+def fresh_targets(door: str, vendor: str, kernel: str) -> int:
     """How many exits of one pass through a door can have a target of their own."""
-    return min(DOORS[door].exits, AVIC_TARGETS) if vendor == "svm" else DOORS[door].exits
+    most = min(DOORS[door].exits, room(kernel).vcpus - 1)
+    return min(most, AVIC_TARGETS) if vendor == "svm" else most
 
 
 def _timed(
@@ -151,7 +153,7 @@ def _check_fresh(machine: Machine, codes: Iterable[int], n: int) -> None:
 def compare(kernel: str, door: str, *, vendor: str = "vmx", rounds: int = 25) -> Comparison:
     """Time whole exits of one kernel at one door ("python" or "batch"), fast and generic in turn."""
     make, _, at_once, passes = DOORS[door]
-    n = fresh_targets(door, vendor)
+    n = fresh_targets(door, vendor, kernel)
     machine = booted(kernel, vendor, n + 1)
     exits = unicasts(machine, n)
     consume(machine)
@@ -189,7 +191,7 @@ def compare_until_ipi(kernel: str, *, vendor: str = "vmx", rounds: int = 25) -> 
     Up to 6.1 a fast exit still does the rest of the exit afterwards, so its whole time says little. The clock stops
     when the step returns in which, as a walk shows, the IPI leaves; that step differs between the two sides.
     """
-    n = fresh_targets("python", vendor)
+    n = fresh_targets("python", vendor, kernel)
     machine = booted(kernel, vendor, n + 1)
     loop, v = machine.dispatcher, machine.vcpus[0]
     values = [int(value) for value in unicasts(machine, n)["value"]]
