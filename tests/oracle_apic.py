@@ -875,12 +875,15 @@ class Vcpu(Doors):
         """KVM_GET_VCPU_EVENTS; counting the queued NMIs is what limits them."""
         self.thread.leave()
         self.process_nmi()
-        seen = self.m.generation >= self.m.at("5.10") and "SMI" in self.requests
+        if self.m.generation >= self.m.at("5.10") and "SMI" in self.requests:
+            self.requests.discard("SMI")
+            self.smi_pending = True
+            self.requests.add("EVENT")
         return Events(
             self.nmi_pending if self.m.nmis_counted else min(self.nmi_pending, 1),
             int(self.pending_init),
             self.nmi_masked,
-            self.smi_pending or seen,
+            self.smi_pending,
             self.exception,
         )
 
