@@ -408,6 +408,17 @@ def test_what_the_emulated_machine_adds_is_left_out() -> None:
     ]
 
 
+def test_kernels_that_do_not_say_that_they_inject_again() -> None:
+    """Before 6.1 the line is the same, with the machine's own exit between them or an entry that was given up."""
+    entry, injection = "kvm_entry: vcpu 0, rip 0x8000", "kvm_inj_virq: irq 65"
+    lines = [injection, injection, entry, "kvm_exit: vcpu 0 reason npf rip 0x8000 info1 0x0", injection, entry]
+    lines += ["kvm_exit: vcpu 0 reason hlt rip 0x8000 info1 0x0", injection, entry]
+    told = traces.plain(lines, {"kvm_inj_virq", "kvm_entry", "kvm_exit"})
+    assert [line.split(":")[0] for line in told] == [
+        *("kvm_inj_virq", "kvm_entry", "kvm_exit", "kvm_inj_virq", "kvm_entry"),
+    ]
+
+
 def test_an_entry_that_injects_again_may_leave_at_once() -> None:
     entry = "kvm_entry: vcpu 0, rip 0x8000 intr_info 0x80000041"
     (told,) = traces.plain(

@@ -181,8 +181,13 @@ def without_smi(op: Op) -> Op:
 
 
 def without_count(op: Op) -> Op:
-    """The same operation with 0 for a timer's count: for guests that live longer than any count lasts."""
+    """The same operation without what runs out in seconds: for guests that live longer than any count lasts.
+
+    A timer's count is 0 then, and a TSC deadline has passed or is centuries away.
+    """
     name, *arguments = op
+    if name in ("set_msr", "wrmsr") and arguments[1] == r.MSR_TSC_DEADLINE and 1 < arguments[2] < FAR_DEADLINE:
+        return (name, arguments[0], arguments[1], FAR_DEADLINE)
     if name in ("set_msr", "wrmsr") and arguments[1] == r.MSR_X2APIC_BASE + (r.APIC_TMICT >> 4):
         return (name, arguments[0], arguments[1], 0)
     if name == "mmio_write" and arguments[1] & ~15 == r.APIC_TMICT:

@@ -25,6 +25,7 @@ NOISE = ("npf", "interrupt", "vintr")
 entry behind them they are left out, and so is what they cut off when it is injected again."""
 IMMEDIATE, MAYBE = "[immediate exit]", "[immediate exit?]"
 """An entry that injects again leaves at once when more is waiting, whether or not the first one did."""
+INJECTIONS = ("kvm_inj_virq", "kvm_inj_exception")
 UNKNOWN = "requests ?"
 """An injection that was cut off asks for EVENT by itself."""
 _PLACE = re.compile(r"rip 0x[0-9a-f]+")
@@ -130,13 +131,17 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
     wanted = frozenset(events)
     kept: list[str] = []
     skips, again, cut, asked = False, False, False, 0
+    injected = ""
     for line in lines:
         name = line.partition(":")[0]
         if name not in wanted:
             continue
-        if line.endswith("[reinjected]"):
+        # Kernels before 6.1 do not say that they inject something again.
+        if line.endswith("[reinjected]") or line == injected:
             again = cut = True
             continue
+        if name in INJECTIONS:
+            injected = line
         if again and name == "kvm_entry":
             line = line.removesuffix(IMMEDIATE) + MAYBE
             again = False
@@ -147,6 +152,8 @@ def plain(lines: Iterable[str], events: Iterable[str]) -> list[str]:
         elif skips and name == "kvm_entry":
             skips = False
         else:
+            if reason is not None:
+                injected = ""
             if reason is not None and cut:
                 line = _REQUESTS.sub(UNKNOWN, line)
             elif reason is not None and asked:
