@@ -71,6 +71,8 @@ class ExactTimers(Twins):
         super().__init__(setup, witness, judge)
         self.unclear = 0
         self.widest = 0
+        self._lost: set[int] = set()
+        """vCPUs whose timers were stretched while periodic: the models are in whichever period since then."""
         self._stretched: set[int] = set()
         """vCPUs whose timers lie so far apart on the two models that either may be ahead."""
         self._device: LabDevice = self.real.device
@@ -271,9 +273,13 @@ class ExactTimers(Twins):
         before, behind, end = times
         early, late = self.models
         results = []
+        if self._races(step.op, before, behind):
+            return False
         stretches = self._stretches(step.op, behind)
         if stretches:
             self._stretched.add(step.op[1])
+            if self._is_periodic(step.op[1]):
+                self._lost.add(step.op[1])
         order = (behind, before) if stretches else (before, behind)
         for model, when in zip(self.models, order, strict=True):
             advance(model, when)
@@ -325,15 +331,37 @@ class ExactTimers(Twins):
         self._same(number, f"vCPU {i} waits for a TSC deadline", bool(expected[0]), bool(got))
         return True
 
+    def _races(self, op: Op, before: int, behind: int) -> bool:
+        """Whether a timer may run out while an operation changes it, or has run out on one of the models alone.
+
+        Where it ran out first it ended as what it was; else it goes on as what the operation makes of it. The real one
+        is due between those of the models.
+        """
+        if op[0] not in ("set_msr", "set_lapic", "deadline"):
+            return False
+        early, late = self._due(op[1])
+        if early is None or late is None:
+            return early is not late
+        return early <= behind and late >= before
+
+    def _is_periodic(self, i: int) -> bool:
+        mem = self.models[0].mem
+        return bool(mem[self.models[0].vcpus[i].own + L.K_TIMER_MODE] == r.LVT_TIMER_PERIODIC)
+
+    def _due(self, i: int) -> list[int | None]:
+        """When the timer of a vCPU is due on each model, None for one that has stopped."""
+        due = (model.mem[model.vcpus[i].own + L.K_HRTIMER] for model in self.models)
+        return [None if at == L.NONE else at for at in due]
+
     def _same_count(self, number: int, what: str, i: int, counts: list[Any], got: Any) -> None:
         """A count lies between those of the models; one of them may have begun the next period already."""
         low, high = counts
         if None in (low, high, got):
             self._same(number, what, low, got)
             return
+        if i in self._lost:
+            return
         if i in self._stretched:
-            if self.models[0].mem[self.models[0].vcpus[i].own + L.K_TIMER_MODE] == r.LVT_TIMER_PERIODIC:
-                return  # the models are in whichever period, and nobody knows which is ahead
             low, high = sorted(counts)
         tick = self.setup.bus_cycle_ns * int(self.models[0].mem[self.models[0].vcpus[i].own + L.K_DIVIDE])
         if low <= high:
