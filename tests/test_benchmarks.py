@@ -34,7 +34,14 @@ def _failed(done: subprocess.CompletedProcess[str]) -> set[str]:
     return set(re.findall(r"^FAILED benchmarks/\w+\.py::(\S+)", done.stdout, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("option", [None, "--benchmark-only", "--benchmark-disable-gc"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        None,
+        pytest.param("--benchmark-only", marks=pytest.mark.long),
+        pytest.param("--benchmark-disable-gc", marks=pytest.mark.long),
+    ],
+)
 def test_times_both_sides(option: str | None) -> None:
     """The table of pytest-benchmark has a row for each side."""
     done = _benchmarks("-k", QUICK, *([option] if option else []))
@@ -59,7 +66,7 @@ def test_json_has_stats(tmp_path: Path) -> None:
     assert (RESULTS.read_bytes() if RESULTS.exists() else None) == before
 
 
-@pytest.mark.parametrize("option", ["--benchmark-disable", "-n1"])
+@pytest.mark.parametrize("option", ["--benchmark-disable", pytest.param("-n1", marks=pytest.mark.long)])
 def test_nothing_timed(option: str) -> None:
     """Each call is made once, and what is left out is said."""
     done = _benchmarks("-k", QUICK, option)

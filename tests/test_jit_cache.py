@@ -96,6 +96,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copy
 
 
+@pytest.mark.long
 def test_edits_are_noticed(copy: Copy) -> None:
     assert copy.run() == f"41{COMPILED}"
     copy.write("kernels/leaf.py", LEAF.format(bit="3"))
@@ -139,7 +140,11 @@ def test_numbas_switches(copy: Copy, switch: str) -> None:
     "damage",
     [
         pytest.param(lambda data: data[:-1], id="truncated"),
-        pytest.param(lambda data: data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :], id="overwritten"),
+        pytest.param(
+            lambda data: data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :],
+            id="overwritten",
+            marks=pytest.mark.long,
+        ),
         pytest.param(lambda data: b"", id="empty"),
     ],
 )
@@ -223,6 +228,7 @@ print(declare.load("probe")(20), len(refused), refused[0])
 """
 
 
+@pytest.mark.long
 def test_a_compilation_within_a_compilation_is_refused(warm: Copy) -> None:
     said = "kernels are being compiled by this thread already"
     assert warm.run(code=AGAIN, FASTEXIT_CACHE="0").startswith(f"41 2 {said}")
