@@ -283,6 +283,78 @@ def test_a_guest_that_does_not_come_back_is_told() -> None:
         paths.samples(Stuck(), paths.paths()[0])
 
 
+# -------------------------------------------------------------------------------------------------------------- the lab
+
+
+class Counted:
+    """A machine that is none: what it was made with, what it was asked, whether it was closed."""
+
+    def __init__(self, kernel: kernels.Kernel, *_: Any, parameters: dict[str, str], **__: Any) -> None:
+        self.parameters = parameters
+        self.closed = 0
+
+    def ask(self, request: bytes, seconds: float = 0) -> list[str]:
+        if b"/sys/module" in request:
+            lines = []
+            for name in ("vector_hashing", "min_timer_period_us", "pi_inject_timer", "ignore_msrs", "enable_apicv"):
+                value = {"enable_apicv": "Y", "vector_hashing": "N"}.get(name)
+                lines += ["@file", *([value] if value else []), "@end"]
+            return lines
+        cpuid = struct.pack("<II", 1, 0) + struct.pack("<IIIIIII12x", 0x8000_0008, 0, 0, 0x3027, 0, 0, 0)
+        page = bytearray(1024)
+        page[R.APIC_ICR + 4 : R.APIC_ICR + 8] = b"\xf0\xff\xff\x7f"
+        has = [f"@ioctl {value}" + " " for value in (1, 0x1F, 0, 1024, 4096, 3)]
+        data = [struct.pack("<Q", 0x400), cpuid, b"", b"", bytes(page)]
+        return has + [f"@ioctl 1 {some.hex()}" for some in data]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kernels.Kernel:
+    kernel = kernels.Kernel("6.1.192", "6.1.0-57-cloud-amd64", tmp_path / "vmlinuz", tmp_path)
+    monkeypatch.setattr(kernels, "find", lambda version: kernel)
+    monkeypatch.setattr(vmx, "Machine", Counted)
+    return kernel
+
+
+@pytest.mark.parametrize("apicv", [None, True, False])
+def test_a_lab_with_vendor_vmx_is_the_vmx_lab(counted: kernels.Kernel, apicv: bool | None) -> None:
+    with fx.kvm.Lab("6.1", vendor="vmx", apicv=apicv) as lab:
+        assert isinstance(lab, fx.kvm.VmxLab)
+        assert lab.kernel == counted
+        assert (lab.vendor, lab.version, lab.apicv) == ("vmx", "6.1", apicv is not False)
+        assert lab.machine.parameters["kvm-intel"] == ("enable_apicv=0" if apicv is False else "")
+    lab.close()
+    assert lab.machine.closed == 2
+
+
+def test_its_host_is_what_the_kernel_says(counted: kernels.Kernel) -> None:
+    host = fx.kvm.Lab("6.1", vendor="vmx").host
+    assert (host.module, host.kernel, host.version) == ("kvm_intel", "6.1", "6.1.192")
+    assert (host.apicv, host.vector_hashing, host.min_timer_period_us) == (True, False, 200)
+    assert (host.icr_split, host.cmci, host.maxphyaddr, host.max_vcpu_id) == (False, True, 0x27, 4096)
+    assert host.keywords()["vendor"] == "vmx"
+    fx.Machine(2, **host.keywords())
+
+
+@pytest.mark.parametrize("name", ["oracle", "trace", "judge"])
+def test_it_has_no_oracle_and_says_what_it_has(counted: kernels.Kernel, name: str) -> None:
+    with pytest.raises(ValueError, match=r"verify\(\) or run\(\)") as refused:
+        getattr(fx.kvm.Lab("6.1", vendor="vmx"), name)()
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_unknown_vendor_and_avic_are_refused(counted: kernels.Kernel) -> None:
+    with pytest.raises(ValueError, match="unknown vendor 'arm': one of svm, vmx"):
+        fx.kvm.Lab("6.1", vendor="arm")
+    with pytest.raises(ValueError, match="AVIC"):
+        fx.kvm.Lab("6.1", apicv=True)
+    with pytest.raises(ValueError, match="either a version or an image"):
+        fx.kvm.Lab(vendor="vmx")
+
+
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -294,7 +366,9 @@ def test_a_kernel_agrees(version: str) -> None:
     except OSError as missing:
         pytest.skip(str(missing))
     with lab:
-        assert lab.host()["enable_apicv"] == "Y"
+        assert lab.parameters()["enable_apicv"] == "Y"
+        assert lab.host.apicv
+        assert lab.host.keywords()["vendor"] == "vmx"
         report = lab.verify(30, seed=7)
     assert report.agreed, report.stories[0].text() if report.stories else report
     assert fx.generation(lab.kernel.version).name == version

@@ -68,7 +68,7 @@ def boot(args: argparse.Namespace) -> int:
     from fastexit.kvm.lab.vmx import VmxLab
 
     with VmxLab(args.version, image=args.image, modules=args.modules) as lab:
-        seconds, found = lab.machine.boot_seconds, lab.host()
+        seconds, found = lab.machine.boot_seconds, lab.parameters()
     if args.json:
         _print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "kvm_intel": found})
         return 0

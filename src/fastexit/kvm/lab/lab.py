@@ -33,12 +33,21 @@ class Lab:
 
     Args:
         version: a series (6.1), a version (6.1.192) or a release of a kernel in the cache (`fastexit kernels get`).
-        vendor: whose CPU the machine has. image, modules: a kernel of one's own instead of a cached one.
-        exact: the machine's clock counts instructions.
+        vendor: whose CPU the machine has; with "vmx" what one gets is a `VmxLab`, which has no `oracle`.
+        image, modules: a kernel of one's own instead of a cached one. exact: the machine's clock counts instructions.
+        apicv: kvm_intel's enable_apicv, with vendor "vmx" alone (default: on).
 
     ``kernel`` is what was booted, ``host`` what its KVM is. `KvmUnavailable` and `KernelMissing`, both OSErrors of one
     line, where emulator or kernel are missing.
     """
+
+    def __new__(cls, version: str | None = None, *, vendor: str = "svm", **_: Any) -> Lab:
+        """The vendor's own sort of lab."""
+        if cls is Lab and vendor == "vmx":
+            from fastexit.kvm.lab.vmx import VmxLab
+
+            return super().__new__(VmxLab)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -48,19 +57,26 @@ class Lab:
         image: str | Path | None = None,
         modules: str | Path | None = None,
         exact: bool = False,
+        apicv: bool | None = None,
     ) -> None:
-        self.vendor = one_of(vendor, "vendor", ("svm",))
+        self.vendor = one_of(vendor, "vendor", ("svm", "vmx"))
+        if apicv is not None:
+            raise ValueError("apicv: SVM's is AVIC, which the emulated machine has not")
+        self._find(version, image, modules)
+        self.version = version
+        self.exact = exact
+        self._lock = threading.Lock()
+        self._other: Lab | None = None
+        self.machine: Any = Machine(self.kernel, exact=exact)
+        self.device = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
+
+    def _find(self, version: str | None, image: str | Path | None, modules: str | Path | None) -> None:
+        """The kernel that is asked for."""
         if (image is None) != (modules is None):
             raise ValueError("a kernel of one's own is an image and its modules: give both")
         if (version is None) == (image is None):
             raise ValueError("give either a version or an image")
         self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
-        self.version = version
-        self.exact = exact
-        self._lock = threading.Lock()
-        self._other: Lab | None = None
-        self.machine = Machine(self.kernel, exact=exact)
-        self.device = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
 
     @cached_property
     def host(self) -> H.Host:

@@ -10,17 +10,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn
 
-from fastexit.kvm.lab import kernels, vmxdraw, vmxrun
+from fastexit.checks import one_of
+from fastexit.kvm.host import Host
+from fastexit.kvm.lab import vmxdraw, vmxhost, vmxrun
 from fastexit.kvm.lab.bochs import Tree
+from fastexit.kvm.lab.lab import Lab
 from fastexit.kvm.lab.vmxcompare import Difference, Fault, differences, fault
 from fastexit.kvm.lab.vmxmachine import Machine
 from fastexit.kvm.lab.vmxmodel import Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
-from fastexit.kvm.lab.vmxwire import Answer, Request
+from fastexit.kvm.lab.vmxwire import Answer
 
 CPUS, QUANTUM = 3, 8
 """vCPUs 0 and 1 have a processor each, vCPU 2 shares one with the host."""
@@ -29,6 +32,7 @@ PROGRAMS = 1000
 SHORTEN_SECONDS = 120.0
 PARAMETERS = ("enable_apicv", "enable_ipiv", "preemption_timer", "unrestricted_guest", "vnmi", "nested")
 """kvm_intel's, of which a kernel may lack some."""
+NO_ORACLE = 'the VMX lab has no oracle: use its verify() or run(), or fx.kvm.Lab(VERSION, vendor="svm").oracle()'
 
 Progress = Callable[[int, int], None]
 
@@ -98,57 +102,62 @@ class VmxReport:
         }
 
 
-class VmxLab:
+class VmxLab(Lab):
     """A kernel booted under Bochs with its own kvm_intel; a context manager.
 
     Args:
-        version: a kernel of the cache, or give ``image`` and ``modules``. apicv: kvm_intel's enable_apicv.
+        version: a kernel of the cache, or give ``image`` and ``modules``. apicv: kvm_intel's enable_apicv, on by
+            default. exact: nothing to choose, this machine's clock always counts instructions.
         tree: the Bochs to use instead of the cached one.
 
-    KvmUnavailable and KernelMissing, both OSErrors of one line, where something is missing.
+    Its guests run whole programs, with `run` and `verify`; there is no VM with Oracle's face. KvmUnavailable and
+    KernelMissing, both OSErrors of one line, where something is missing.
     """
 
     def __init__(
         self,
         version: str | None = None,
         *,
+        vendor: str = "vmx",
         image: str | Path | None = None,
         modules: str | Path | None = None,
-        apicv: bool = True,
+        exact: bool = True,
+        apicv: bool | None = None,
         tree: Tree | None = None,
     ) -> None:
-        if (version is None) == (image is None) or (image is None) != (modules is None):
-            raise ValueError("give either a version, or an image and its modules")
-        self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
-        self.apicv = apicv
+        self.vendor = one_of(vendor, "vendor", ("vmx",))
+        self._find(version, image, modules)
+        self.version = version
+        self.exact = True
+        self.apicv = apicv is not False
         self.machine = Machine(
-            self.kernel, tree, cpus=CPUS, quantum=QUANTUM, parameters=parameters(self.kernel.version, apicv)
+            self.kernel, tree, cpus=CPUS, quantum=QUANTUM, parameters=parameters(self.kernel.version, self.apicv)
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<VmxLab {self.kernel.release}, {'APICv' if self.apicv else 'no APICv'}>"
 
     def close(self) -> None:
         """Ends the machine; twice does no harm."""
         self.machine.close()
 
-    def host(self) -> dict[str, str]:
+    @cached_property
+    def host(self) -> Host:
+        """What the kernel's KVM is: asked, where no experiment is needed, else as all of kvm_intel's are."""
+        return vmxhost.of(self.machine, self.kernel)
+
+    def parameters(self) -> dict[str, str]:
         """kvm_intel's parameters that matter here, as the kernel has them."""
-        asked = Request()
-        for name in PARAMETERS:
-            asked.file(f"/sys/module/kvm_intel/parameters/{name}")
-        answer = Answer.of(self.machine.ask(bytes(asked)))
-        return {
-            name: "".join(lines).strip() for name, lines in zip(PARAMETERS, answer.files, strict=True) if any(lines)
-        }
+        return vmxhost.texts(self.machine, {name: f"{vmxhost.INTEL}/{name}" for name in PARAMETERS})
+
+    def oracle(self, vcpus: int | None = None, **keywords: Any) -> NoReturn:
+        """Refused: this machine's init runs programs, it is no device."""
+        raise ValueError(NO_ORACLE)
+
+    def trace(self) -> NoReturn:
+        """Refused, as `oracle` is."""
+        raise ValueError(NO_ORACLE)
+
+    def judge(self) -> NoReturn:
+        """Refused, as `oracle` is."""
+        raise ValueError(NO_ORACLE)
 
     def run(self, setup: Setup, steps: Sequence[Step]) -> list[Difference]:
         """A program on both sides: what differs."""

@@ -321,7 +321,7 @@ static uint64_t stamp(void)
 
 /* ---- requests: words of 32 bits */
 
-enum op { END, VM, STORE, IOCTL, RUN, PARKED, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP };
+enum op { END, VM, STORE, IOCTL, RUN, PARKED, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP, HAS };
 
 static void answer_bytes(const char *word, int result, const void *data, size_t bytes)
 {
@@ -359,8 +359,8 @@ static void carry_out(const uint32_t *at)
 		case STORE: /* address, bytes, data */
 			memcpy(memory + a[0], a + 2, a[1]);
 			break;
-		case IOCTL: { /* target (-1 the VM), request low, high, bytes, data; quiet bit in target bit 30 */
-			int i = (int32_t)a[0], fd = i < 0 ? vm : vcpus[i].fd, result;
+		case IOCTL: { /* target (-1 the VM, -2 /dev/kvm), request, bytes, data */
+			int i = (int32_t)a[0], fd = i == -2 ? kvm : i < 0 ? vm : vcpus[i].fd, result;
 			uint64_t request = a[1];
 
 			memcpy(buffer, a + 3, a[2]);
@@ -416,6 +416,9 @@ static void carry_out(const uint32_t *at)
 		}
 		case SETUP: /* vCPU, EIP, ESP, EBP */
 			setup(vcpus[a[0]].fd, a[1], a[2], a[3]);
+			break;
+		case HAS: /* a capability of the VM */
+			say("@ioctl %d \n", ioctl(vm, KVM_CHECK_EXTENSION, (unsigned long)a[0]));
 			break;
 		case CLOCK:
 			say("@clock %llu\n", (unsigned long long)stamp());

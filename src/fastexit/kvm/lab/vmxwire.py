@@ -33,6 +33,7 @@ class Op(IntEnum):
     QUIT = 13
     CLOCK = 14
     SETUP = 15
+    HAS = 16
 
 
 class Request:
@@ -69,7 +70,7 @@ class Request:
         self.add(Op.STORE, address, len(data), data=data)
 
     def ioctl(self, vcpu: int, number: int, data: bytes = b"") -> None:
-        """Any ioctl; vCPU -1 is the VM."""
+        """Any ioctl; vCPU -1 is the VM, -2 /dev/kvm."""
         self.add(Op.IOCTL, vcpu, number, len(data), data=data)
 
     def file(self, name: str) -> None:
