@@ -193,18 +193,80 @@ def test_each_kind_of_difference_is_told() -> None:
 
 
 def test_faults_of_bochs_are_told_by_what_they_do() -> None:
-    steps = [ipi(0, 1, 0xFD)]
+    steps, way = [ipi(0, 1, 0xFD), Step(1, "rdmsr", (X2 + 2,))], vmxrun.way(Setup())
     seen = done(steps)
-    exit = vmxrun.Line("v1", "d..1.", 1, "kvm_exit: vcpu 1 reason EXTERNAL_INTERRUPT rip 0x1")
+
+    def fault(seen_there: Seen, *raw: vmxrun.Line, done: list[Step] = steps) -> vmxcompare.Fault | None:
+        return vmxcompare.fault(done, Setup(), seen, seen_there, raw, way)
+
+    def exit(rip: int, vcpu: int = 1, reason: str = "EXTERNAL_INTERRUPT", info: int = 0) -> vmxrun.Line:
+        text = f"kvm_exit: vcpu {vcpu} reason {reason} rip {rip:#x} info1 0x1 info2 {info:#018x} intr"
+        return vmxrun.Line(f"v{vcpu}", "d..1.", 1, text)
+
     early = replace(seen, notes=[[], [(0, 0xFD)]])
-    assert vmxcompare.fault(steps, Setup(), seen, early, [exit]) == vmxcompare.Fault.MASKED_DELIVERY
-    assert vmxcompare.fault(steps, Setup(), seen, early, []) is None
-    assert vmxcompare.fault([Step(1, "sti"), *steps], Setup(), seen, replace(seen, notes=[[(1, 0x20)], []]), []) is None
+    waiting = vmxcode.during(1, steps, way, 0)
+    assert waiting == vmxcode.during(1, steps, way, 1)
+    assert fault(early, exit(waiting.start)) == vmxcompare.Fault.MASKED_DELIVERY
+    assert fault(early) is None
+    assert fault(early, exit(waiting.stop)) is None, "another step"
+    assert fault(early, exit(waiting.start, vcpu=0)) is None, "another vCPU"
+    assert fault(early, exit(waiting.start, reason="IO_INSTRUCTION")) is None
+    opened = [Step(1, "sti"), *steps]
+    later = replace(seen, notes=[[], [(1, 0xFD)]])
+    assert fault(later, exit(vmxcode.during(1, opened, way, 1).start), done=opened) is None, "IF is 1"
     ghost = replace(seen, notes=[[], [(0, 0xFF)]])
-    assert vmxcompare.fault(steps, Setup(), seen, ghost, []) == vmxcompare.Fault.VECTOR_FF
-    assert vmxcompare.fault([ipi(0, 1, 0xFF)], Setup(), seen, ghost, []) is None
-    zero = replace(exit, text="kvm_exit: vcpu 1 reason EPT_VIOLATION rip 0x1 info1 0x1 info2 0x0000000080000000 intr")
-    assert vmxcompare.fault(steps, Setup(), seen, seen, [zero]) == vmxcompare.Fault.VECTOR_0
+    assert fault(ghost) == vmxcompare.Fault.VECTOR_FF
+    assert fault(ghost, done=[ipi(0, 1, 0xFF)]) is None
+    assert fault(seen, exit(1, reason="EPT_VIOLATION", info=0x8000_0000)) == vmxcompare.Fault.VECTOR_0
+
+
+def test_self_ipis_that_bochs_does_not_store_are_told_from_others() -> None:
+    steps = [Step(0, "wrmsr", (SELF_IPI, 0x41)), Step(0, "rdmsr", (SELF_IPI,))]
+    page = vmxcompare.Difference("page of vCPU 0 at 0x3f0", "0x41", "0x0")
+    read = vmxcompare.Difference("step 1 (rdmsr on vCPU 0)", "(0, 65, 0)", "(0, 0, 0)")
+    assert vmxcompare.unstored(Setup(), steps, [page, read]) == [page, read]
+    assert vmxcompare.unstored(Setup(apicv=False), steps, [page]) == []
+    assert vmxcompare.unstored(Setup(), steps[1:], [page]) == []
+    others = [
+        replace(page, got="0x42"),
+        replace(page, what="page of vCPU 1 at 0x3f0"),
+        replace(page, what="v0, line 1"),
+    ]
+    assert vmxcompare.unstored(Setup(), steps, others) == []
+    seen = done(steps)
+    pages = [seen.pages[0][:0x3F0] + bytes(16), seen.pages[1]]
+    (found,) = vmxcompare.differences(EVENTS, steps, seen, replace(seen, pages=pages))
+    assert found == page
+
+
+def test_loads_that_kvm_leaves_undone_are_not_compared() -> None:
+    loads = [Step(0, "load", (offset, 0, length)) for offset, length in ((0x30, 4), (0x390, 4), (0xC0, 4), (0x32, 4))]
+    assert [vmxcompare.left_alone(step) for step in loads] == [False, True, True, True]
+    assert not vmxcompare.left_alone(Step(0, "rdmsr", (X2 + 0xC,)))
+
+
+def test_looking_for_who_waits_changes_nothing() -> None:
+    """6.1.192 without APICv: the CPU takes WRMSR of TPR, and KVM_GET_LAPIC has the PPR that KVM stored last."""
+    for kernel in fx.profiles():
+        seen = done([Step(1, "wrmsr", (X2 + 8, 0xDC))], Setup(apicv=False), kernel)
+        assert (seen.pages[1][R.APIC_TASKPRI], seen.pages[1][R.APIC_PROCPRI]) == (0xDC, 0), kernel
+
+
+def test_who_waits_is_not_quiet() -> None:
+    player = vmx.played(Setup(), [ipi(0, 1, 0x31), Step(0, "rdmsr", (X2 + 2,))], "6.12")
+    assert player.quiet == [frozenset({0}), frozenset({0})]
+    player = vmx.played(Setup(), [Step(1, "wrmsr", (X2 + 8, 0x30)), ipi(0, 1, 0x31)], "6.12")
+    assert player.quiet == [frozenset({0, 1})] * 2
+
+
+def test_without_apicv_who_waits_with_interrupts_off_lets_the_host_in() -> None:
+    steps = [Step(0, "sti"), Step(0, "rdmsr", (X2 + 2,)), ipi(1, 0, 0x31)]
+    opened = vmxcode.STI + vmxcode.CLI + b"\x81\x3d"
+    for apicv, count in ((False, 2), (True, 0)):
+        way = vmxrun.way(Setup(apicv=apicv), [frozenset()] * 3)
+        assert vmxcode.program(1, steps, way).count(opened) == count + apicv
+        assert vmxcode.program(0, steps, way).count(opened) == 1, "after its STI it must not"
+        assert opened not in vmxcode.program(0, steps, vmxrun.way(Setup(apicv=apicv)))
 
 
 @pytest.mark.parametrize("x2apic", [True, False])
@@ -217,7 +279,7 @@ def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
         seen = player.end()
         again = vmx.played(setup, steps, "6.12").end()
         assert (seen.notes, seen.results, seen.lines) == (again.notes, again.results, again.lines)
-        asked = vmxrun.request(setup, steps, player.prepared, 3, player.quiet)
+        asked = vmxrun.request(setup, steps, player.prepared, 3, vmxrun.way(setup, player.quiet))
         assert len(bytes(vmxrun.finish(asked, setup, seen.asleep))) < vmxboot.MAILBOX_BYTES
 
 
@@ -254,7 +316,7 @@ def test_a_waiting_vcpu_sees_its_turn_and_the_end() -> None:
 
 def test_programs_of_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer steps"):
-        vmxcode.program(0, [Step(0, "rdmsr", (X2 + 2,))] * 500, False, 100)
+        vmxcode.program(0, [Step(0, "rdmsr", (X2 + 2,))] * 500, vmxcode.Way(count=100))
 
 
 # --------------------------------------------------------------------------------------------------------- path lengths
@@ -325,7 +387,7 @@ def test_a_lab_with_vendor_vmx_is_the_vmx_lab(counted: kernels.Kernel, apicv: bo
         assert isinstance(lab, fx.kvm.VmxLab)
         assert lab.kernel == counted
         assert (lab.vendor, lab.version, lab.apicv) == ("vmx", "6.1", apicv is not False)
-        assert lab.machine.parameters["kvm-intel"] == ("enable_apicv=0" if apicv is False else "")
+        assert lab.machine.parameters["kvm-intel"] == ("enable_apicv=0 flexpriority=0" if apicv is False else "")
     lab.close()
     assert lab.machine.closed == 2
 

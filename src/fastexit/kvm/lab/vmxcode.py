@@ -62,14 +62,18 @@ def settle(count: int) -> bytes:
     return b"\xb9" + u32(count) + b"\x49\x75\xfd" if count else b""
 
 
-def wait_for(number: int) -> bytes:
-    """Spins until the baton has a number; where it has NOBODY the program is over."""
+def wait_for(number: int, opens: bool = False) -> bytes:
+    """Spins until the baton has a number; where it has NOBODY the program is over.
+
+    ``opens``: lets the host's interrupts in at each turn. STI's shadow and CLI keep the guest's own out.
+    """
+    start = (STI + CLI) * opens
     end = out(PORT_DONE) + b"\xeb\xfe"
     mine = b"\x81\x3d" + u32(BATON_AT) + u32(number)
     over = b"\x83\x3d" + u32(BATON_AT) + b"\xff"
-    back = len(mine) + 2 + len(over) + 2
+    back = len(start) + len(mine) + 2 + len(over) + 2
     skipped = len(over) + 2 + len(end)
-    return mine + b"\x74" + bytes((skipped,)) + over + b"\x75" + struct.pack("<b", -back) + end
+    return start + mine + b"\x74" + bytes((skipped,)) + over + b"\x75" + struct.pack("<b", -back) + end
 
 
 @dataclass
@@ -136,27 +140,59 @@ def prelude(touch_apic_page: bool) -> bytes:
     return code + out(PORT_READY)
 
 
-def program(
-    vcpu: int, steps: Sequence[Step], touch: bool, count: int, quiet: Sequence[frozenset[int]] | None = None
-) -> bytes:
-    """All of a vCPU's code: its own of all ``steps``, and the end behind the last.
+@dataclass(frozen=True)
+class Way:
+    """How programs are written: all but the steps themselves.
 
-    ``count``: turns of the loop in which effects settle. ``quiet``: after each step the vCPUs that may turn interrupts
-    on for a moment, so that Bochs lets notifications in while they wait (vmxcompare.py); without it, nobody does.
+    Attributes:
+        touch: they begin with a load from the APIC page. count: turns of the loop in which effects settle.
+        quiet: after each step the vCPUs that may turn interrupts on for a moment, so that Bochs lets the host's in
+            while they wait (vmxcompare.py); None where nobody does.
+        spins: who waits with interrupts off does so at each turn, whatever waits: without APICv nothing is delivered
+            by mistake.
     """
-    code = prelude(touch) + (STI if vcpu == OPEN else b"")
-    before = -1
-    for number, step in enumerate(steps):
-        if step.vcpu != vcpu:
+
+    touch: bool = False
+    count: int = 0
+    quiet: Sequence[frozenset[int]] | None = None
+    spins: bool = False
+
+
+def pieces(vcpu: int, steps: Sequence[Step], way: Way) -> list[tuple[int, bytes]]:
+    """A vCPU's code: (number of its step, what waits for it and does it) each; the end is one more step."""
+    found = []
+    at = CODE_AT + CODE_BYTES * vcpu
+    code = prelude(way.touch) + (STI if vcpu == OPEN else b"")
+    before, masked = -1, vcpu != OPEN
+    for number, step in [*enumerate(steps), (len(steps), None)]:
+        if step is not None and step.vcpu != vcpu:
             continue
-        opens = quiet is not None and (before < 0 or vcpu in quiet[before])
-        code += (STI + CLI) * (opens and vcpu != OPEN) + wait_for(number) + settle(count * _late(steps, number))
-        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, count)
-        before = number
-    code += wait_for(len(steps)) + settle(count * _late(steps, len(steps))) + out(PORT_DONE) + b"\xeb\xfe"
+        opens = way.quiet is not None and step is not None and (before < 0 or vcpu in way.quiet[before])
+        code += (STI + CLI) * (opens and masked) + wait_for(number, way.spins and masked)
+        code += settle(way.count * _late(steps, number))
+        code += out(PORT_DONE) + b"\xeb\xfe" if step is None else _guarded(step, at + len(code), number, way.count)
+        found.append((number, code))
+        at, code, before = at + len(code), b"", number
+        masked = masked if step is None else step.masks(masked)
+    return found
+
+
+def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
+    """All of a vCPU's code: its own of all ``steps``, and the end behind the last."""
+    code = b"".join(piece for _, piece in pieces(vcpu, steps, way))
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
     return code
+
+
+def during(vcpu: int, steps: Sequence[Step], way: Way, number: int) -> range:
+    """Addresses where a vCPU is while step ``number`` is done: it does that, or waits for its own next one."""
+    at = CODE_AT + CODE_BYTES * vcpu
+    for own, piece in pieces(vcpu, steps, way):
+        if own >= number:
+            return range(at, at + len(piece))
+        at += len(piece)
+    return range(0)
 
 
 def _late(steps: Sequence[Step], number: int) -> bool:

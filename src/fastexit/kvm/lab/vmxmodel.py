@@ -20,6 +20,7 @@ from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.machine import Machine
 from fastexit.outcome import Effect, GeneralProtection
 from fastexit.reasons import VmxExit
+from fastexit.vcpu import Vcpu
 
 HOST = "host"
 IMMEDIATE_PORT = 1 << 6
@@ -38,7 +39,6 @@ class Setup:
     split: bool = False
     eoi: bool = True
     """Handlers end their interrupt."""
-    flexpriority: bool = True
 
     @property
     def eoi_mode(self) -> int:
@@ -159,9 +159,15 @@ class Player:
         self.seen.results[number] = result
         self._settle()
         self.baton = number + 1
-        self.quiet.append(
-            frozenset(v.index for v in self.machine.vcpus if self.masked[v.index] and v.pending() is None)
-        )
+        self.quiet.append(frozenset(v.index for v in self.machine.vcpus if self.masked[v.index] and not self._waits(v)))
+
+    def _waits(self, v: Vcpu) -> bool:
+        """Whether an interrupt waits for IF. Vcpu.pending would tell, and do what KVM has not done: sync, store PPR."""
+        mem = self.machine.mem
+        sets = (v.vec + L.VEC_IRR, v.own + L.K_ISR, v.hot + L.PID_PIR)
+        irr, isr, pir = (sum(int(mem[at + n]) << 64 * n for n in range(4)).bit_length() - 1 for at in sets)
+        tpr = int(mem[L.PAGE + v.index * L.PAGE_STRIDE + (R.APIC_TASKPRI >> 3)]) & 0xFF
+        return max(irr, pir) >> 4 > max(isr, tpr) >> 4
 
     def _read(self, i: int, read: Callable[[], int], wide: bool = False) -> tuple[int, int, int]:
         try:

@@ -38,13 +38,12 @@ class Line:
     text: str
 
 
-def request(
-    setup: Setup,
-    steps: Sequence[Step],
-    prepared: Sequence[bytes],
-    cpus: int,
-    quiet: Sequence[frozenset[int]] | None = None,
-) -> Request:
+def way(setup: Setup, quiet: Sequence[frozenset[int]] | None = None) -> C.Way:
+    """How a program is written. ``quiet``: after each step who may let the host's interrupts in; None: nobody."""
+    return C.Way(not setup.x2apic, SETTLE, quiet, quiet is not None and not setup.apicv)
+
+
+def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int, way: C.Way) -> Request:
     """Everything of one program but its end. ``prepared``: each vCPU's APIC page at the beginning."""
     asked = Request()
     ids = list(range(setup.vcpus))
@@ -52,7 +51,7 @@ def request(
     asked.vm(ids, where, split=setup.split)
     image = C.common(setup.vcpus, setup.eoi_mode)
     for i in ids:
-        image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, not setup.x2apic, SETTLE, quiet))
+        image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, way))
     for address, data in image.pieces.items():
         asked.store(address, data)
     for i in ids:
