@@ -68,13 +68,18 @@ verify-mutants: $(STAMP) ## faults planted into the model, each of which verify 
 
 KERNELS ?= 5.10 6.1 6.12 6.18 7.2 7.3
 OPERATIONS ?= 100000
-verify-kernels: compile ## the model against the lab's kernels, hours; kernels from fastexit kernels get; OPERATIONS=1000: minutes
+verify-kernels: compile ## the model against the lab's kernels, hours; kernels and Bochs from fastexit kernels get; OPERATIONS=1000: minutes
 	@mkdir -p build/verify/kernels
 	@failed=0; \
 	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2; do \
 		kind=$${job%:*}; file=build/verify/kernels/$$kernel-svm-$$kind.json; \
 		echo "== $$kernel, SVM, $$kind"; \
 		$(PY) -m fastexit verify --kernel $$kernel --kind $$kind --ops $$(($(OPERATIONS) / $${job#*:})) --json > $$file; \
+		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
+	for kernel in $(KERNELS); do for apicv in on off; do \
+		file=build/verify/kernels/$$kernel-vmx-$$apicv.json; case $$apicv in on) without=;; *) without=--no-apicv;; esac; \
+		echo "== $$kernel, VMX, APICv $$apicv"; \
+		$(PY) -m fastexit verify --kernel $$kernel --vendor vmx $$without --ops $$(($(OPERATIONS) / 100)) --json > $$file; \
 		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
 	$(PY) docs/verified.py build/verify/kernels/*.json && $(PY) docs/generate.py && exit $$failed
 

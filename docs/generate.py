@@ -117,6 +117,7 @@ SECTIONS = {
     ROOT / "docs" / "verified.md": {
         "runs": verified.runs,
         "kernels": verified.kernels,
+        "vmx": verified.vmx,
         "mutants": verified.mutants,
         "faults": verified.faults,
     },

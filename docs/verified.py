@@ -75,6 +75,40 @@ def kernels() -> str:
     return "\n".join(rows)
 
 
+def vmx() -> str:
+    """One row a kernel under Bochs, with and without APICv: programs that were the same, left out, different."""
+    reports = kept().get("vmx")
+    if not reports:
+        return "No run is kept yet: `make verify-kernels`."
+    rows = [
+        "| kernel | modelled as | APICv | x2APIC | xAPIC | steps | trace lines | same in another run only "
+        "| left out | found | seed, date |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    faults: dict[str, int] = {}
+    for report in reports:
+        programs = report["programs"]
+        rows.append(
+            f"| {report['kernel']} | {report['modelled_as']} | {'on' if report['apicv'] else 'off'} "
+            f"| {programs.get('x2apic', 0):,} | {programs.get('xapic', 0):,} | {report['steps']:,} "
+            f"| {report['trace_lines']:,} | {report['repeated']:,} | {report['left_out']:,} "
+            f"| {len(report['differences'])} | {report['seed']}, {report['began'][:10]} |"
+        )
+        for name, count in report["faults_of_bochs"].items():
+            faults[name] = faults.get(name, 0) + count
+    total = sum(sum(report["programs"].values()) for report in reports)
+    rows += ["", f"{total:,} programs were the same."]
+    if faults:
+        rows += ["", "| where Bochs is not a CPU | programs |", "|---|---|"]
+        rows += [f"| {name} | {count:,} |" for name, count in sorted(faults.items())]
+    return "\n".join(rows)
+
+
+def is_vmx(report: dict[str, Any]) -> bool:
+    """Whether guests' programs were compared with a kernel under Bochs."""
+    return bool("programs" in report and report["vendor"] == "vmx")
+
+
 def is_labs(report: dict[str, Any]) -> bool:
     """Whether a kernel of the lab was compared, not this machine's."""
     return report.get("judge", "/dev/kvm") != "/dev/kvm"
@@ -148,9 +182,12 @@ def faults() -> str:
 
 def _order(report: dict[str, Any]) -> tuple[list[int], str, str]:
     """Kernels by age, then by vendor and kind."""
-    host = report["host"]
-    version = (host["version"] or host["release"]).split("-")[0]
-    return [int(part) for part in version.split(".") if part.isdigit()], report["vendor"], report["only"] or ""
+    if is_vmx(report):
+        version, rest = report["kernel"], "" if report["apicv"] else "without"
+    else:
+        host = report["host"]
+        version, rest = (host["version"] or host["release"]).split("-")[0], report["only"] or ""
+    return [int(part) for part in version.split(".") if part.isdigit()], report["vendor"], rest
 
 
 def main() -> None:
@@ -163,6 +200,10 @@ def main() -> None:
         if "beyond" in one:
             known["faults"] = one
     read = [one for one in read if "beyond" not in one]
+    programs = [one for one in read if is_vmx(one)]
+    if programs:
+        known["vmx"] = sorted(programs, key=_order)
+    read = [one for one in read if not is_vmx(one)]
     labs = [one for one in read if "mutants" not in one and is_labs(one)]
     if labs:
         known["kernels"] = sorted(labs, key=_order)

@@ -10,12 +10,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastexit.checks import one_of
-from fastexit.kvm.host import Host
+from fastexit.kvm.host import Host, generation
 from fastexit.kvm.lab import vmxdraw, vmxhost, vmxrun
 from fastexit.kvm.lab.bochs import Tree
 from fastexit.kvm.lab.lab import Lab
@@ -74,6 +75,7 @@ class VmxReport:
     """Programs that ran into one each time, which says nothing about the model."""
     stories: list[Story] = field(default_factory=list)
     seconds: float = 0.0
+    began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def blame(self, known: Fault | None) -> None:
         """Counts a program under a fault."""
@@ -93,8 +95,11 @@ class VmxReport:
     def as_dict(self) -> dict[str, Any]:
         """Everything with plain values, for JSON."""
         return {
+            "judge": f"Linux {self.kernel} in the VMX lab",
             "vendor": "vmx",
             "kernel": self.kernel,
+            "modelled_as": generation(self.kernel),
+            "began": self.began,
             "release": self.release,
             "apicv": self.apicv,
             "seed": self.seed,
