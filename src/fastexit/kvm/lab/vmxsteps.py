@@ -75,8 +75,4 @@ def _code(kind: str, args: tuple[Any, ...]) -> bytes:
         # until the low word of the TSC has moved on: rdtsc; esi = eax; again: rdtsc; eax -= esi; cmp eax, ticks; jb
         loop = b"\x0f\x31\x29\xf0\x3d" + _u32(args[0])
         return b"\x0f\x31\x89\xc6" + loop + b"\x72" + struct.pack("<b", -len(loop) - 2) + b"\x31\xc0\x31\xd2"
-    if kind == "spend":
-        # until the low word of the TSC has moved on: rdtsc; esi = eax; again: rdtsc; eax -= esi; cmp eax, ticks; jb
-        loop = b"\x0f\x31\x29\xf0\x3d" + _u32(args[0])
-        return b"\x0f\x31\x89\xc6" + loop + b"\x72" + struct.pack("<b", -len(loop) - 2) + b"\x31\xc0\x31\xd2"
     return {"sti": b"\xfb", "cli": b"\xfa", "halt": b"\xfb\xf4", "host": b""}[kind]
