@@ -193,27 +193,26 @@ def test_each_kind_of_difference_is_told() -> None:
 
 
 def test_faults_of_bochs_are_told_by_what_they_do() -> None:
-    steps, way = [ipi(0, 1, 0xFD), Step(1, "rdmsr", (X2 + 2,))], vmxrun.way(Setup())
+    steps = [ipi(0, 1, 0xFD), Step(1, "rdmsr", (X2 + 2,))]
     seen = done(steps)
 
     def fault(seen_there: Seen, *raw: vmxrun.Line, done: list[Step] = steps) -> vmxcompare.Fault | None:
-        return vmxcompare.fault(done, Setup(), seen, seen_there, raw, way)
+        return vmxcompare.fault(done, Setup(), seen, seen_there, raw)
 
     def exit(rip: int, vcpu: int = 1, reason: str = "EXTERNAL_INTERRUPT", info: int = 0) -> vmxrun.Line:
         text = f"kvm_exit: vcpu {vcpu} reason {reason} rip {rip:#x} info1 0x1 info2 {info:#018x} intr"
         return vmxrun.Line(f"v{vcpu}", "d..1.", 1, text)
 
     early = replace(seen, notes=[[], [(0, 0xFD)]])
-    waiting = vmxcode.during(1, steps, way, 0)
-    assert waiting == vmxcode.during(1, steps, way, 1)
-    assert fault(early, exit(waiting.start)) == vmxcompare.Fault.MASKED_DELIVERY
+    handler = vmxcode.STUBS_AT + 0xFD * vmxcode.STUB_BYTES
+    assert fault(early, exit(handler)) == vmxcompare.Fault.MASKED_DELIVERY
     assert fault(early) is None
-    assert fault(early, exit(waiting.stop)) is None, "another step"
-    assert fault(early, exit(waiting.start, vcpu=0)) is None, "another vCPU"
-    assert fault(early, exit(waiting.start, reason="IO_INSTRUCTION")) is None
-    opened = [Step(1, "sti"), *steps]
-    later = replace(seen, notes=[[], [(1, 0xFD)]])
-    assert fault(later, exit(vmxcode.during(1, opened, way, 1).start), done=opened) is None, "IF is 1"
+    assert fault(early, exit(handler - vmxcode.STUB_BYTES)) is None, "another vector"
+    assert fault(early, exit(handler, vcpu=0)) is None, "another vCPU"
+    assert fault(early, exit(handler, reason="IO_INSTRUCTION")) is None
+    assert fault(replace(seen, notes=[[], [(1, 0xFD)]]), exit(handler), done=[Step(1, "sti"), *steps]) is None, (
+        "IF is 1"
+    )
     ghost = replace(seen, notes=[[], [(0, 0xFF)]])
     assert fault(ghost) == vmxcompare.Fault.VECTOR_FF
     assert fault(ghost, done=[ipi(0, 1, 0xFF)]) is None

@@ -15,6 +15,7 @@ from fastexit import regs as R
 from fastexit.kvm.lab.vmxsteps import Step
 
 MEMORY_BYTES = 1 << 20
+STUB_BYTES = 16
 GDT_AT, IDT_AT, STUBS_AT, HANDLER_AT, FAULT_AT = 0x1000, 0x2000, 0x3000, 0x4000, 0x4100
 STARTUP_AT = 0x5000
 """One page a vCPU, for SIPI: real mode."""
@@ -93,11 +94,11 @@ def common(vcpus: int, eoi_mode: int) -> Image:
     image.put(GDT_AT, struct.pack("<QQQ", 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
     idt, stubs = bytearray(), bytearray()
     for vector in range(256):
-        at = STUBS_AT + 16 * vector
+        at = STUBS_AT + STUB_BYTES * vector
         idt += struct.pack("<HHHH", at & 0xFFFF, 8, 0x8E00, at >> 16)
         fault = vector in (R.VECTOR_GP, R.VECTOR_UD)
         code = (b"\x6a\x00" if vector == R.VECTOR_UD else b"") + b"\x68" + u32(vector) + b"\xe9"
-        stubs += (code + u32((FAULT_AT if fault else HANDLER_AT) - at - len(code) - 4)).ljust(16, b"\x90")
+        stubs += (code + u32((FAULT_AT if fault else HANDLER_AT) - at - len(code) - 4)).ljust(STUB_BYTES, b"\x90")
     image.put(IDT_AT, bytes(idt))
     image.put(STUBS_AT, bytes(stubs))
     image.put(HANDLER_AT, _handler())
@@ -158,41 +159,26 @@ class Way:
     spins: bool = False
 
 
-def pieces(vcpu: int, steps: Sequence[Step], way: Way) -> list[tuple[int, bytes]]:
-    """A vCPU's code: (number of its step, what waits for it and does it) each; the end is one more step."""
-    found = []
-    at = CODE_AT + CODE_BYTES * vcpu
-    code = prelude(way.touch) + (STI if vcpu == OPEN else b"")
-    before, masked = -1, vcpu != OPEN
-    for number, step in [*enumerate(steps), (len(steps), None)]:
-        if step is not None and step.vcpu != vcpu:
-            continue
-        opens = way.quiet is not None and step is not None and (before < 0 or vcpu in way.quiet[before])
-        code += (STI + CLI) * (opens and masked) + wait_for(number, way.spins and masked)
-        code += settle(way.count * _late(steps, number))
-        code += out(PORT_DONE) + b"\xeb\xfe" if step is None else _guarded(step, at + len(code), number, way.count)
-        found.append((number, code))
-        at, code, before = at + len(code), b"", number
-        masked = masked if step is None else step.masks(masked)
-    return found
-
-
 def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
     """All of a vCPU's code: its own of all ``steps``, and the end behind the last."""
-    code = b"".join(piece for _, piece in pieces(vcpu, steps, way))
+    code = prelude(way.touch) + (STI if vcpu == OPEN else b"")
+    before, masked = -1, vcpu != OPEN
+    for number, step in enumerate(steps):
+        if step.vcpu != vcpu:
+            continue
+        opens = way.quiet is not None and (before < 0 or vcpu in way.quiet[before])
+        code += (STI + CLI) * (opens and masked) + _turn(number, steps, way, masked)
+        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.count)
+        before, masked = number, step.masks(masked)
+    code += _turn(len(steps), steps, way, masked) + out(PORT_DONE) + b"\xeb\xfe"
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
     return code
 
 
-def during(vcpu: int, steps: Sequence[Step], way: Way, number: int) -> range:
-    """Addresses where a vCPU is while step ``number`` is done: it does that, or waits for its own next one."""
-    at = CODE_AT + CODE_BYTES * vcpu
-    for own, piece in pieces(vcpu, steps, way):
-        if own >= number:
-            return range(at, at + len(piece))
-        at += len(piece)
-    return range(0)
+def _turn(number: int, steps: Sequence[Step], way: Way, masked: bool) -> bytes:
+    """Waits until it is a step's turn, and until what the one before does late is over."""
+    return wait_for(number, way.spins and masked) + settle(way.count * _late(steps, number))
 
 
 def _late(steps: Sequence[Step], number: int) -> bool:

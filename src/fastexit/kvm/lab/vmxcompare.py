@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from fastexit import regs as R
-from fastexit.kvm.lab.vmxcode import OPEN, Way, during
+from fastexit.kvm.lab.vmxcode import OPEN, STUB_BYTES, STUBS_AT
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxrun import Line
 from fastexit.kvm.lab.vmxsteps import Step
@@ -23,7 +23,6 @@ NOT_COMPARED = frozenset({"kvm_wait_lapic_expire", "kvm_pi_irte_update"})
 """What depends on time, or on hardware that is not there."""
 _RIP = re.compile(r",? rip 0x[0-9a-f]+")
 _DEADLINE = re.compile(r"(kvm_msr: msr_(?:read|write) 6e0 = )0x[0-9a-f]{2,}")
-_EXIT_RIP = re.compile(r" rip (0x[0-9a-f]+)")
 _NOISE = ("reason EXTERNAL_INTERRUPT", "reason EPT_VIOLATION")
 
 
@@ -128,9 +127,7 @@ def _notes(notes: Sequence[tuple[int, int]]) -> str:
     return " ".join(f"{vector:#x}@{step}" for step, vector in notes) or "none"
 
 
-def fault(
-    steps: Sequence[Step], setup: Setup, expected: Seen, got: Seen, raw: Sequence[Line], way: Way
-) -> Fault | None:
+def fault(steps: Sequence[Step], setup: Setup, expected: Seen, got: Seen, raw: Sequence[Line]) -> Fault | None:
     """Which fault of Bochs a program ran into; None where what differs is something else."""
     for line in raw:
         if "reason EPT_VIOLATION" in line.text and " info2 0x0000000080000000" in line.text:
@@ -139,23 +136,24 @@ def fault(
     sent |= {call[3] & 0xFF for step in steps if step.kind == "host" for call in step.args if len(call) > 3}
     if 0xFF not in sent and any(vector == 0xFF for notes in got.notes for _, vector in notes):
         return Fault.VECTOR_FF
-    if setup.apicv and _masked_delivery(steps, expected, got, raw, way):
+    if setup.apicv and _masked_delivery(steps, expected, got, raw):
         return Fault.MASKED_DELIVERY
     return None
 
 
-def _masked_delivery(steps: Sequence[Step], expected: Seen, got: Seen, raw: Sequence[Line], way: Way) -> bool:
-    """Whether the first interrupt that nobody expected came while IF was 0, in a step with a host interrupt's exit."""
+def _masked_delivery(steps: Sequence[Step], expected: Seen, got: Seen, raw: Sequence[Line]) -> bool:
+    """Whether the first interrupt that nobody expected came while IF was 0, because of a host interrupt.
+
+    That one exits as soon as the guest's is delivered: at the first instruction of that vector's handler.
+    """
     for i, (mine, theirs) in enumerate(zip(expected.notes, got.notes, strict=False)):
         early = next((note for n, note in enumerate(theirs) if n >= len(mine) or mine[n] != note), None)
         if early is None or not _is_masked(steps, i, early[0]):
             continue
-        places = during(i, steps, way, early[0])
-        for line in raw:
-            if line.thread == f"v{i}" and "reason EXTERNAL_INTERRUPT" in line.text:
-                rip = _EXIT_RIP.search(line.text)
-                if rip is not None and int(rip[1], 16) in places:
-                    return True
+        handler = f" rip {STUBS_AT + STUB_BYTES * early[1]:#x} "
+        exits = (line.text for line in raw if line.thread == f"v{i}" and "reason EXTERNAL_INTERRUPT" in line.text)
+        if any(handler in text for text in exits):
+            return True
     return False
 
 
