@@ -213,6 +213,12 @@ def test_faults_of_bochs_are_told_by_what_they_do() -> None:
     assert fault(replace(seen, notes=[[], [(1, 0xFD)]]), exit(handler), done=[Step(1, "sti"), *steps]) is None, (
         "IF is 1"
     )
+    twice = [ipi(0, 1, 0x41), Step(0, "sti"), ipi(0, 1, 0xFD)]
+    wanted = done(twice)
+    assert wanted.renotified == [(2, 1)]
+    for step, told in ((2, vmxcompare.Fault.MASKED_DELIVERY), (1, None)):
+        there = replace(wanted, notes=[[], [(step, 0x41)]])
+        assert vmxcompare.fault(twice, Setup(), wanted, there, []) == told
     ghost = replace(seen, notes=[[], [(0, 0xFF)]])
     assert fault(ghost) == vmxcompare.Fault.VECTOR_FF
     assert fault(ghost, done=[ipi(0, 1, 0xFF)]) is None

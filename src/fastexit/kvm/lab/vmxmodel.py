@@ -59,6 +59,8 @@ class Seen:
     """What user space's calls returned."""
     pages: list[bytes] = field(default_factory=list)
     asleep: list[bool] = field(default_factory=list)
+    renotified: list[tuple[int, int]] = field(default_factory=list)
+    """(step, vCPU) of notifications that came while an interrupt waited for IF."""
 
 
 def told(context: str, line: str) -> str:
@@ -161,13 +163,16 @@ class Player:
         self.baton = number + 1
         self.quiet.append(frozenset(v.index for v in self.machine.vcpus if self.masked[v.index] and not self._waits(v)))
 
-    def _waits(self, v: Vcpu) -> bool:
-        """Whether an interrupt waits for IF. Vcpu.pending would tell, and do what KVM has not done: sync, store PPR."""
+    def _waits(self, v: Vcpu, posted: bool = True) -> bool:
+        """Whether an interrupt waits for IF, ``posted`` ones among them.
+
+        Vcpu.pending would tell, and do what KVM has not done: sync, store PPR.
+        """
         mem = self.machine.mem
         sets = (v.vec + L.VEC_IRR, v.own + L.K_ISR, v.hot + L.PID_PIR)
         irr, isr, pir = (sum(int(mem[at + n]) << 64 * n for n in range(4)).bit_length() - 1 for at in sets)
         tpr = int(mem[L.PAGE + v.index * L.PAGE_STRIDE + (R.APIC_TASKPRI >> 3)]) & 0xFF
-        return max(irr, pir) >> 4 > max(isr, tpr) >> 4
+        return max(irr, pir if posted else irr) >> 4 > max(isr, tpr) >> 4
 
     def _read(self, i: int, read: Callable[[], int], wide: bool = False) -> tuple[int, int, int]:
         try:
@@ -261,6 +266,8 @@ class Player:
                 for woken in self.machine.host_interrupt(v.notification.cpu, R.POSTED_INTR_WAKEUP_VECTOR):
                     self._wake(woken)
             else:
+                if self.masked[i] and self._waits(v, posted=False):
+                    self.seen.renotified.append((self.baton, i))
                 v.hw_notify()
         elif effect == Effect.KICK and v.mode != R.OUTSIDE_GUEST_MODE:
             self._act(i, lambda: v.exit(VmxExit.EXTERNAL_INTERRUPT))
