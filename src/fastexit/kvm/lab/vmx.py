@@ -30,7 +30,7 @@ CPUS, QUANTUM = 3, 8
 """vCPUs 0 and 1 have a processor each, vCPU 2 shares one with the host."""
 TRIES = 5
 PROGRAMS = 1000
-SHORTEN_SECONDS = 120.0
+SHORTEN_SECONDS = 40.0
 PARAMETERS = ("enable_apicv", "enable_ipiv", "preemption_timer", "unrestricted_guest", "vnmi", "nested")
 """kvm_intel's, of which a kernel may lack some."""
 NO_ORACLE = 'the VMX lab has no oracle: use its verify() or run(), or fx.kvm.Lab(VERSION, vendor="svm").oracle()'
