@@ -23,6 +23,10 @@ NEEDS_AVIC = "AVIC: no emulator has it"
 NEEDS_VMX = "a VMX CPU: the VMX lab"
 NEEDS_FAST = "fast exits, which SVM takes with a next RIP alone: the emulated CPU saves none"
 BEYOND: dict[str, str] = {
+    **dict.fromkeys(("AVIC_LDR_LOOSE", "INHIBIT_X2APIC"), NEEDS_AVIC),
+    **dict.fromkeys(("HV_TIMER_CANCELLED", "SET_LAPIC_KEEPS_WAIT"), NEEDS_VMX),
+    **dict.fromkeys(("SVM_EXIT_32", "SVM_NEXT_RIP", "HLT_FAST", "INVD_FAST"), NEEDS_FAST),
+    "NV_WHATEVER_IF": NEEDS_APICV,
     **dict.fromkeys(
         ("PI_KICK", "PI_EMPTY_LOSES_RVI", "PI_NOTIFIES_SELF", "SN_ON_EVERY_PUT", "NV_BEFORE_BLOCKING"), NEEDS_APICV
     ),
