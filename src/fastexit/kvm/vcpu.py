@@ -6,6 +6,7 @@ Models: nothing. What is asked of KVM_RUN is asked with one instruction of a gue
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastexit import regs as R
@@ -36,7 +37,7 @@ class OracleVcpu:
         self.index = index
         self.vcpu_id = vcpu_id
         self.fd = fd
-        self.call = vm.device.call
+        self.call: Callable[..., int] = vm.device.call
         self._msr = K.ffi.new("struct one_msr *", {"nmsrs": 1})
         self._page = K.ffi.new("struct kvm_lapic_state *")
         self._page_bytes = K.ffi.buffer(self._page)

@@ -356,7 +356,7 @@ class LabGuest(G.Guest):
         self._seconds: float | None = None
         self._reason = 0
         self._access = (0, 0, 0)
-        self.ioapic_eois = []
+        self.ioapic_eois: list[int] = []
         device.ask((Ask.GUEST, 0, struct.pack("<III", fd, self._slot, run_bytes)))
 
     def close(self) -> None:
@@ -394,7 +394,7 @@ class LabGuest(G.Guest):
         payload = _PROGRAM.pack(self._slot, 0, *registers, int(seconds * 1e9))
         data = self._device.act(self._fd, (Ask.EXECUTE, set_regs, payload))[0].data
         came, self._reason, self._access, eois = stopped(data)
-        self.ioapic_eois += eois
+        self.ioapic_eois.extend(eois)
         if came is None:
             raise TimeoutError(f"the guest did not come back in {seconds} s")
         return came

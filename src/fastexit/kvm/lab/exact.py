@@ -47,6 +47,9 @@ class Step:
         self.answer = answer
         self.seen = seen
         self.deadlines = deadlines
+        self.before: int
+        self.behind: int
+        self.end: int
         self.before, self.behind, self.end = times
 
 
@@ -69,8 +72,8 @@ class ExactTimers(Twins):
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
-        self.unclear = 0
-        self.widest = 0
+        self.unclear: int = 0
+        self.widest: int = 0
         self._lost: set[int] = set()
         """vCPUs whose timers were stretched while periodic: the models are in whichever period since then."""
         self._stretched: set[int] = set()
@@ -82,7 +85,7 @@ class ExactTimers(Twins):
             guest.flatten()
             apply(self.model, ("ready", i))
         self._boot()
-        self.models = [Machine(**self.model_keywords()) for _ in range(2)]
+        self.models: list[Machine] = [Machine(**self.model_keywords()) for _ in range(2)]
         for model in self.models:
             for i in range(len(self._fds)):
                 apply(model, ("ready", i))
@@ -296,7 +299,7 @@ class ExactTimers(Twins):
         for i, seen in enumerate(step.seen):
             if not self._same_vcpu(number, i, seen, step.deadlines[i]):
                 return False
-        self.pages += len(step.seen)
+        self.pages: int = self.pages + len(step.seen)
         return True
 
     def _stretches(self, op: Op, until: int) -> bool:

@@ -59,7 +59,7 @@ class Lab:
         exact: bool = False,
         apicv: bool | None = None,
     ) -> None:
-        self.vendor = one_of(vendor, "vendor", ("svm", "vmx"))
+        self.vendor: str = one_of(vendor, "vendor", ("svm", "vmx"))
         if apicv is not None:
             raise ValueError("apicv: SVM's is AVIC, which the emulated machine has not")
         self._find(version, image, modules)
@@ -68,7 +68,7 @@ class Lab:
         self._lock = threading.Lock()
         self._other: Lab | None = None
         self.machine: Any = Machine(self.kernel, exact=exact)
-        self.device = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
+        self.device: LabDevice = LabDevice(self.machine.wire, f"/dev/kvm of the lab's {self.kernel.release}")
 
     def _find(self, version: str | None, image: str | Path | None, modules: str | Path | None) -> None:
         """The kernel that is asked for."""
@@ -76,7 +76,9 @@ class Lab:
             raise ValueError("a kernel of one's own is an image and its modules: give both")
         if (version is None) == (image is None):
             raise ValueError("give either a version or an image")
-        self.kernel = kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
+        self.kernel: kernels.Kernel = (
+            kernels.find(version) if version is not None else kernels.own(str(image), str(modules))
+        )
 
     @cached_property
     def host(self) -> H.Host:

@@ -84,9 +84,9 @@ class Machine:
                 ]
                 emulated = _Emulated([found, *arguments], scratch, theirs.fileno())
             held.callback(emulated.end)
-            self.wire = Wire(memory, lambda: ours.send(b"!"), emulated.why_gone)
+            self.wire: Wire = Wire(memory, lambda: ours.send(b"!"), emulated.why_gone)
             held.callback(self.wire.close)
-            self.boot_seconds = self._boot()
+            self.boot_seconds: float = self._boot()
         except BaseException:
             self._finalizer()
             raise

@@ -55,7 +55,7 @@ class TraceTwins(RunTwins):
         super().__init__(setup, witness, judge)
         # KVM looks through the routes of user space's IOAPIC whenever it may have to, and the model has none of them.
         # How long a deadline was waited for depends on the time of day.
-        self.events = self.model.trace.events - {"kvm_msi_set_irq", "kvm_wait_lapic_expire"}
+        self.events: frozenset[str] = self.model.trace.events - {"kvm_msi_set_irq", "kvm_wait_lapic_expire"}
         self._told = False
 
     def draw_op(self, rng: random.Random) -> Op:
@@ -64,7 +64,7 @@ class TraceTwins(RunTwins):
             trials = [self._take, self._writes, self._writes, self._msrs]
             if self.split:
                 trials += [self._pic, self._eoi]
-            self.planned = [op for op in rng.choice(trials)(rng, i) if op[0] != "halt"]
+            self.planned: list[Op] = [op for op in rng.choice(trials)(rng, i) if op[0] != "halt"]
             if not self.planned:
                 return ("get_mp_state", i)
         return ops.without_count(ops.without_smi(super().draw_op(rng)))
@@ -111,7 +111,7 @@ class TraceTwins(RunTwins):
     def _same_trace(self, op: Op) -> None:
         expected = plain(self.model.trace.lines(), self.events)
         got = plain(self.witness.read_all(), self.events)
-        self.trace_lines += len(got)
+        self.trace_lines: int = self.trace_lines + len(got)
         for n, (line, other) in enumerate(zip_longest(expected, got, fillvalue="nothing")):
             if not same(line, other):
                 raise self.divergence(f"{describe(op)}, trace line {n}: expected {line}, KVM prints {other}")

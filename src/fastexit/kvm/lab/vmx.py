@@ -138,12 +138,12 @@ class VmxLab(Lab):
         apicv: bool | None = None,
         tree: Tree | None = None,
     ) -> None:
-        self.vendor = one_of(vendor, "vendor", ("vmx",))
+        self.vendor: str = one_of(vendor, "vendor", ("vmx",))
         self._find(version, image, modules)
         self.version = version
         self.exact = True
-        self.apicv = apicv is not False
-        self.machine = Machine(
+        self.apicv: bool = apicv is not False
+        self.machine: Any = Machine(
             self.kernel, tree, cpus=CPUS, quantum=QUANTUM, parameters=parameters(self.kernel.version, self.apicv)
         )
 

@@ -69,7 +69,7 @@ class Machine:
             self._asked = 0
             began = time.monotonic()
             self._process.until("ready", BOOT_SECONDS)
-            self.boot_seconds = time.monotonic() - began
+            self.boot_seconds: float = time.monotonic() - began
         except BaseException:
             self._finalizer()
             raise

@@ -86,13 +86,13 @@ class Player:
             **settings,
         )
         self.machine.set_time(BOOTED_NS)
-        self.seen = Seen(
+        self.seen: Seen = Seen(
             notes=[[] for _ in range(setup.vcpus)],
             lines={name: [] for name in (*(f"v{i}" for i in range(setup.vcpus)), HOST)},
             asleep=[False] * setup.vcpus,
         )
-        self.masked = [i != C.OPEN for i in range(setup.vcpus)]
-        self.baton = 0
+        self.masked: list[bool] = [i != C.OPEN for i in range(setup.vcpus)]
+        self.baton: int = 0
         self.quiet: list[frozenset[int]] = []
         """After each step the vCPUs that have interrupts off and nothing that waits for them to be on."""
         self._due: deque[tuple[int, Effect]] = deque()

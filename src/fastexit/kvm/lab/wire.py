@@ -108,7 +108,7 @@ class Wire:
         self._bell = bell
         self._why_gone = why_gone
         self._words[SPINS] = SPINS_OF_THE_MACHINE
-        self.trips = 0
+        self.trips: int = 0
 
     @property
     def closed(self) -> bool:
