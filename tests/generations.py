@@ -10,6 +10,7 @@ Only tests know of such rows. They are in no document and no header, and a Pytho
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fastexit import offers, profile
@@ -33,6 +34,7 @@ def put_in(rows: str) -> None:
     PROFILES.update(ordered)
     profile.ORDER.update((name, place) for place, name in enumerate(names))
     profile.NEWEST = names[-1]
+    globals().update(FILTERS=kernels(offers.MSR_FILTER_SINCE), DRAWN=_drawn())
 
 
 def kernels(first: str = "seed-v3", *, before: str | None = None) -> tuple[str, ...]:
@@ -65,3 +67,14 @@ def offered(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
 
 FILTERS = kernels(offers.MSR_FILTER_SINCE)
 """Generations with KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR."""
+
+
+_INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+def _drawn() -> tuple[str, ...]:
+    return ("seed-v3", "5.8", "5.10", "6.1", "6.12", profile.NEWEST) if _INTERPRETED else kernels()
+
+
+DRAWN = _drawn()
+"""The generations for which random lives are drawn: all compiled ones, and half of them where each life takes long."""

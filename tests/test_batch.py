@@ -18,7 +18,7 @@ from fastexit.exits.table import Row
 from fastexit.jit import declare
 from fastexit.kernels.loop import SVM_ROWS, VMX_ROWS
 from fastexit.traits import Trait
-from generations import having, offered
+from generations import DRAWN, having, offered
 from storms import COMPILED, EXITS, PV_EOI, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
 
 
@@ -37,7 +37,7 @@ def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> 
 
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_batch_is_one_at_a_time(kernel: str, vendor: str, apicv: bool) -> None:
     """A storm of all kinds of exits over unlike vCPUs: the same outcomes, trace lines and bytes either way."""
     for seed in (1,) if INTERPRETED else (1, 2, 3):
@@ -71,7 +71,7 @@ def run_out(together: fx.Machine, single: fx.Machine, now: int) -> np.ndarray:
     ids=["apicv", "plain", "early", "posted", "split"],
 )
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_batch_with_timers(kernel: str, vendor: str, options: dict[str, Any]) -> None:
     """Halts, preemption timers and PAUSE with timers armed, and time that passes in between: the same either way."""
     rng = random.Random(f"{kernel} {vendor} {options}")
@@ -115,7 +115,7 @@ def random_machines(rng: random.Random, kernel: str, vendor: str) -> tuple[fx.Ma
     return pair
 
 
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 @pytest.mark.parametrize(("vendor", "row"), COMPILED)
 def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every exit with a compiled operation, on machines of all kinds: the same by the batch as by its handlers.

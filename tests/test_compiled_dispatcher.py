@@ -19,6 +19,7 @@ from fastexit import regs as r
 from fastexit.exits.compiled import CompiledDispatcher
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.table import Row
+from generations import DRAWN
 from storms import COMPILED, VENDORS, Numbers, alone, build, icr, record_of, storm, timer_exit
 
 PAGE = r.APIC_DEFAULT_PHYS_BASE
@@ -43,7 +44,7 @@ def assert_same(compiled: fx.Machine, python: fx.Machine, exits: np.ndarray) -> 
 
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_storm(kernel: str, vendor: str, apicv: bool) -> None:
     """All kinds of exits over unlike vCPUs, one of which runs L2."""
     for seed in (11, 12):
@@ -51,7 +52,7 @@ def test_storm(kernel: str, vendor: str, apicv: bool) -> None:
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_timers(kernel: str, vendor: str) -> None:
     """Halts, timers that run out in between, sleepers that go on."""
     rng = random.Random(f"{kernel} {vendor}")

@@ -17,6 +17,7 @@ import oracle
 import strategies as s
 from fastexit import regs as r
 from fastexit.profile import since
+from generations import DRAWN
 from pair import EXITS
 
 EXAMPLES = 25 if s.JIT else 4
@@ -109,7 +110,7 @@ def compare(config: s.Config, rng: random.Random) -> int:
     return taken
 
 
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 def test_fast_is_generic(kernel: str, vendor: str, apicv: bool) -> None:

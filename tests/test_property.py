@@ -20,6 +20,7 @@ import oracle
 import strategies as s
 from fastexit import offers
 from fastexit import regs as r
+from generations import DRAWN
 from pair import SETTLE, Pair, minimised
 
 EXAMPLES = 12 if s.JIT else 4
@@ -86,7 +87,7 @@ def lively_config(rng: random.Random, *, hv_timer: bool, **fixed: Any) -> s.Conf
 
 @pytest.mark.parametrize("close", [True, False], ids=["looked at", "left alone"])
 @pytest.mark.parametrize("timer", ["hrtimer", "preemption timer"])
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 @profile
 @given(seed=s.seeds)
 def test_timers(kernel: str, timer: str, close: bool, seed: int) -> None:
@@ -155,7 +156,7 @@ def test_generations_stand_in_order() -> None:
     assert fx.profiles() == tuple(sorted(fx.profiles(), key=oracle.Machine.at))
 
 
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
 @profile

@@ -16,11 +16,12 @@ from fastexit import layout as L
 from fastexit.adapters import simpy as adapter
 from fastexit.adapters.simpy import Cpu, Simulation
 from fastexit.profile import since
+from generations import DRAWN
 
 ROOT = Path(__file__).parents[1]
 needs_simpy = pytest.mark.skipif(adapter.simpy is None, reason="SimPy is missing: pip install simpy")
 COSTS = "skylake-retpoline"
-MACHINES = [(kernel, vendor, apicv) for kernel in fx.profiles() for vendor in ("vmx", "svm") for apicv in (True, False)]
+MACHINES = [(kernel, vendor, apicv) for kernel in DRAWN for vendor in ("vmx", "svm") for apicv in (True, False)]
 LVTT, DEADLINE, VECTOR = 0x832, 0x6E0, 0xFD
 
 
@@ -82,7 +83,7 @@ def one_ipi(m: fx.Machine, halts: bool = False) -> tuple[float, Any, Simulation]
 
 
 @needs_simpy
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_posted_ipi_takes_its_stages(kernel: str) -> None:
     took, out, sim = one_ipi(machine(kernel))
     costs = sim.costs
@@ -247,7 +248,7 @@ def seen(sim: Simulation) -> list[tuple]:
 
 @needs_simpy
 @pytest.mark.parametrize("features", [{}, {"apicv": False}, {"ipiv": True}, {"x2avic": True}])
-@pytest.mark.parametrize("kernel", fx.profiles())
+@pytest.mark.parametrize("kernel", DRAWN)
 def test_sleepers_timers_and_multicasts_lose_nothing(kernel: str, features: dict) -> None:
     """Among the seeds are some whose guests leave at once again behind an entry that has injected."""
     vendors = ("vmx", "svm") if "ipiv" not in features and "x2avic" not in features else ("vmx",)
