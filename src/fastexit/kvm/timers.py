@@ -47,6 +47,17 @@ def count(rng: random.Random) -> int:
     return rng.choice((0, 1, 100, 200, 0xC000_0000, 0xFFFF_FFFF, 0xC000_0000 | rng.getrandbits(30)))
 
 
+def setup(rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
+    """Two vCPUs (or these), any irqchip, mostly with TSC deadlines, now and then with a slow bus."""
+    return Setup(
+        apic_ids=ids or (0, 1),
+        irqchip=rng.choice(("full", "split")),
+        x2apic_api=r.X2API_32BIT_IDS,
+        tsc_deadline=chance(rng, 0.85),
+        bus_cycle_ns=rng.choice((1, 1, 10)) if host.bus_cycles else 1,
+    )
+
+
 class TimerTwins(Twins):
     """TMICT, TMCCT, TDCR, LVTT, TSC deadlines, KVM_SET_LAPIC's restart, what disables an APIC, ticks.
 
@@ -74,14 +85,7 @@ class TimerTwins(Twins):
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
-        """Two vCPUs (or these), any irqchip, mostly with TSC deadlines, now and then with a slow bus."""
-        return Setup(
-            apic_ids=ids or (0, 1),
-            irqchip=rng.choice(("full", "split")),
-            x2apic_api=r.X2API_32BIT_IDS,
-            tsc_deadline=chance(rng, 0.85),
-            bus_cycle_ns=rng.choice((1, 1, 10)) if host.bus_cycles else 1,
-        )
+        return setup(rng, host, ids)
 
     def model_keywords(self) -> dict[str, Any]:
         """The model's TSC is the real one."""

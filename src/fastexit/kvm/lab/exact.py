@@ -24,6 +24,7 @@ from fastexit.kvm.lab.wire import Answer, Ask, Record
 from fastexit.kvm.operations import Op, apply, describe
 from fastexit.kvm.programs import Program
 from fastexit.kvm.timers import MODES, msr
+from fastexit.kvm.timers import setup as drawn
 from fastexit.kvm.twins import TMCCT_MSR, Setup, Twins
 from fastexit.kvm.values import chance, differences, masked
 from fastexit.machine import Machine
@@ -97,14 +98,7 @@ class ExactTimers(Twins):
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
-        """Two vCPUs (or these), any irqchip, mostly with TSC deadlines, now and then with a slow bus."""
-        return Setup(
-            apic_ids=ids or (0, 1),
-            irqchip=rng.choice(("full", "split")),
-            x2apic_api=r.X2API_32BIT_IDS,
-            tsc_deadline=chance(rng, 0.85),
-            bus_cycle_ns=rng.choice((1, 1, 10)) if host.bus_cycles else 1,
-        )
+        return drawn(rng, host, ids)
 
     def model_keywords(self) -> dict[str, Any]:
         """The model's TSC ticks as the kernel says that the real one does."""
