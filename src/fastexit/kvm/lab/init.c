@@ -51,6 +51,8 @@ static void fail(const char *what)
 		pause();
 }
 
+#include "modules.h"
+
 static int64_t now(void)
 {
 	struct timespec t;
@@ -60,24 +62,6 @@ static int64_t now(void)
 }
 
 /* ------------------------------------------------------------------------------------------------------ beginning */
-
-static void load_modules(void)
-{
-	char line[256];
-	FILE *list = fopen("/modules", "r");
-
-	if (!list)
-		fail("/modules");
-	while (fgets(line, sizeof line, list)) {
-		char *name = strtok(line, " \n"), *options = strtok(NULL, "\n");
-		int fd = open(name, O_RDONLY | O_CLOEXEC);
-
-		if (fd < 0 || syscall(SYS_finit_module, fd, options ? options : "", 0))
-			fail(name);
-		close(fd);
-	}
-	fclose(list);
-}
 
 static int number_in(const char *directory, const char *file)
 {

@@ -19,6 +19,8 @@ from typing import NamedTuple
 DIRECTORY, FILE, PROGRAM, CHARACTER_DEVICE = 0o040755, 0o100644, 0o100755, 0o020600
 CONSOLE = 5, 1
 NAME_OF_LAST = "TRAILER!!!"
+SHARED = "modules.h"
+"""What the inits include."""
 
 
 class Entry(NamedTuple):
@@ -62,8 +64,8 @@ def init_program(directory: Path, source: str = "init.c", flags: Iterable[str] =
 
     ``$CC`` is the compiler, otherwise cc.
     """
-    text = files("fastexit.kvm.lab").joinpath(source).read_bytes()
-    kept = directory / f"{Path(source).stem}-{hashlib.sha256(text).hexdigest()[:16]}"
+    texts = {name: files("fastexit.kvm.lab").joinpath(name).read_bytes() for name in (source, SHARED)}
+    kept = directory / f"{Path(source).stem}-{hashlib.sha256(b''.join(texts.values())).hexdigest()[:16]}"
     if kept.exists():
         return kept.read_bytes()
     compiler = os.environ.get("CC", "cc")
@@ -72,7 +74,8 @@ def init_program(directory: Path, source: str = "init.c", flags: Iterable[str] =
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         there, made = Path(scratch) / source, Path(scratch) / "init"
-        there.write_bytes(text)
+        for name, text in texts.items():
+            (Path(scratch) / name).write_bytes(text)
         command = [*compiler.split(), "-static", "-O2", *flags, "-o", str(made), str(there)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -60,6 +60,8 @@ static void fail(const char *what)
 	quit();
 }
 
+#include "modules.h"
+
 /* ---- the disk that carries requests: no driver is loaded for it, so its ports are ours */
 
 static void read_sectors(uint32_t first, uint32_t count, uint8_t *bytes)
@@ -429,24 +431,6 @@ static void carry_out(const uint32_t *at)
 		}
 		at += 2 + at[1];
 	}
-}
-
-static void load_modules(void)
-{
-	char line[256];
-	FILE *list = fopen("/modules", "r");
-
-	if (!list)
-		fail("/modules");
-	while (fgets(line, sizeof line, list)) {
-		char *name = strtok(line, " \n"), *options = strtok(NULL, "\n");
-		int fd = open(name, O_RDONLY | O_CLOEXEC);
-
-		if (fd < 0 || syscall(SYS_finit_module, fd, options ? options : "", 0))
-			fail(name);
-		close(fd);
-	}
-	fclose(list);
 }
 
 int main(void)
