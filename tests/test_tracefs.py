@@ -6,7 +6,6 @@ What needs the kernel's tracepoints skips where there are none and says why.
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import re
 import signal
@@ -279,21 +278,10 @@ def test_takes_another_number_where_one_is_taken(root: int) -> None:
         os.rmdir(name, dir_fd=root)
 
 
-def forked() -> int:
-    """os.fork, with machines of earlier tests given back: their memory, unused as it is, counts for the child again."""
-    gc.collect()
-    try:
-        return os.fork()
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-        pytest.skip("this machine has no room for a second process with the memory of all tests before")
-
-
 @kvm
 def test_a_forked_child_leaves_it_alone(vm: Oracle, root: int) -> None:
     with KernelTrace() as trace:
-        code = forked()
+        code = os.fork()
         if not code:
             trace.close()
             os._exit(0)
@@ -308,7 +296,7 @@ def test_a_forked_child_leaves_it_alone(vm: Oracle, root: int) -> None:
 def test_a_forked_child_that_stays_longest_removes_it(root: int) -> None:
     wait, go = os.pipe()
     with KernelTrace() as trace:
-        code = forked()
+        code = os.fork()
         if not code:
             os.close(go)
             os.read(wait, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Iterable
@@ -46,10 +47,13 @@ from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
 from fastexit.vcpu import Vcpu
 
+MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Python names it from 3.13 on. Without it a process with some hundred machines cannot fork: their memory counts."""
+
 
 def _allocate() -> tuple[mmap.mmap, np.ndarray]:
     """Zeroed, page-aligned memory of one machine; pages cost nothing until they are used."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     block = mmap.mmap(-1, L.BYTES, flags=flags)
     return block, np.frombuffer(block, dtype=np.uint64)
 
