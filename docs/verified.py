@@ -67,9 +67,10 @@ def kernels() -> str:
         host = report["host"]
         found = "0" if report["agreed"] else f"first after {report['operations']:,}"
         for kind, count in report["kinds"].items():
+            beside = f" ({count['undecided']:,} undecided)" if count.get("undecided") else ""
             rows.append(
                 f"| {host['version'] or host['release']} | {host['kernel']} | {report['vendor'].upper()} | {kind} "
-                f"| {count['operations']:,} | {count['machines']:,} | {count['pages']:,} | {count['trace_lines']:,} "
+                f"| {count['operations']:,}{beside} | {count['machines']:,} | {count['pages']:,} | {count['trace_lines']:,} "
                 f"| {found} | {report['seed']}, {report['began'][:10]} |"
             )
     return "\n".join(rows)

@@ -50,6 +50,8 @@ class Count:
     vcpus: int = 0
     pages: int = 0
     trace_lines: int = 0
+    undecided: int = 0
+    """Operations that were done and compared with nothing; they are in no other number."""
     late: list[str] = field(default_factory=list)
     """Differences that did not show again, for the host was late; each cost its machine."""
     seconds: float = 0.0
@@ -292,7 +294,11 @@ class _Dealt:
             raise twins.failed(error) from error
         finally:
             with self._lock:
-                count.operations += done
+                # a story that nobody can decide is no comparison: another machine does as many again
+                undecided = min(done, twins.undecided)
+                self._operations[twins.kind] -= undecided
+                count.undecided += undecided
+                count.operations += done - undecided
                 count.machines += 1
                 count.vcpus = max(count.vcpus, len(twins.vcpus))
                 count.pages += twins.pages

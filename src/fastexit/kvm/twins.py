@@ -137,6 +137,8 @@ class Twins:
         self.planned: list[Op] = []
         self.pages: int = 0
         self.trace_lines: int = 0
+        self.undecided: int = 0
+        """Operations of a story behind the point at which nobody knows what the kernel should say."""
         self.x2apic: bool = setup.x2apic
         self.real: Any = self.judge.make(**setup.keywords())
         try:

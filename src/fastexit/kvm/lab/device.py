@@ -6,7 +6,6 @@ Models: nothing.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -418,8 +417,3 @@ class LabGuest(G.Guest):
     def answer_msr(self, error: bool, data: int) -> None:
         """What user space says to the access that waits."""
         self._device.ask((Ask.ANSWER, 0, struct.pack("<IIQ", self._slot, error, data & (1 << 64) - 1)))
-
-
-def is_gone(error: OSError) -> bool:
-    """Whether an error says that the machine, not an ioctl, failed."""
-    return error.errno in (0, errno.EPIPE)

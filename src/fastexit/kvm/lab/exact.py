@@ -58,7 +58,7 @@ class ExactTimers(Twins):
     """TMICT, TMCCT, TDCR, LVTT, TSC deadlines, KVM_SET_LAPIC's restart, disabling, ticks taken; every count exact.
 
     Operations are only noted until `finish`. ("deadline", i, ticks) is a TSC deadline so far ahead, ("sleep", ns) time
-    that passes. ``unclear`` counts stories that ended early, ``widest`` is the widest bracket of a count, ns.
+    that passes. ``undecided`` are the operations behind the end of a story that ended early.
     """
 
     kind = "timers"
@@ -73,8 +73,6 @@ class ExactTimers(Twins):
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
         super().__init__(setup, witness, judge)
-        self.unclear: int = 0
-        self.widest: int = 0
         self._lost: set[int] = set()
         """vCPUs whose timers were stretched while periodic: the models are in whichever period since then."""
         self._stretched: set[int] = set()
@@ -192,7 +190,7 @@ class ExactTimers(Twins):
         for number, step in enumerate(steps, 1):
             times = [time - began + BEHIND_NS for time in (step.before, step.behind, step.end)]
             if not self._followed(step, number, times):
-                self.unclear += 1
+                self.undecided = len(steps) - number + 1
                 return
 
     def _told(self) -> tuple[int, list[Step]]:
@@ -360,9 +358,6 @@ class ExactTimers(Twins):
             return
         if i in self._stretched:
             low, high = sorted(counts)
-        tick = self.setup.bus_cycle_ns * int(self.models[0].mem[self.models[0].vcpus[i].own + L.K_DIVIDE])
-        if low <= high:
-            self.widest = max(self.widest, (high - low) * tick)
         if not (low <= got <= high if low <= high else got <= high or got >= low):
             raise self._at(number, f"{what}: expected {low:#x} to {high:#x}, KVM says {got:#x}")
 

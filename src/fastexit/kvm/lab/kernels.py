@@ -27,7 +27,6 @@ MODULES = {"svm": ("irqbypass", "kvm", "kvm-amd"), "vmx": ("irqbypass", "kvm", "
 WANTED = sorted({name for names in MODULES.values() for name in names})
 FLAVOUR = "cloud-amd64"
 SYSTEM_SOURCES = Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d")
-COMPRESSED = (".xz", ".gz", ".zst")
 _MODULE = re.compile(r"([\w-]+)\.ko(\.xz|\.gz|\.zst)?")
 _PACKAGE = re.compile(r"linux-(?:image|binary)-(\d[\w.+-]*-" + FLAVOUR + r")(?:-unsigned)?")
 _UPSTREAM = re.compile(r"\d+(?:\.\d+)*")

@@ -17,7 +17,6 @@ BLOCK = 8 * MIB
 """Bochs gives memory to a guest in blocks of this size, and a memory image is whole only within one."""
 KERNEL_AT, KERNEL_BLOCKS = 0x100_0000, 2
 INITRAMFS_AT, INITRAMFS_BLOCKS = 0x1000_0000, 2
-PARAMETERS_BYTES = 0x2000
 ACPI_AT = MEMORY_MIB * MIB - 0x10000
 """Bochs' BIOS puts its tables at the end of memory."""
 IPS = 50_000_000

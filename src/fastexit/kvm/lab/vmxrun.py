@@ -24,7 +24,6 @@ SETTLE = 4000
 """Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes."""
 HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
-CPU_OF_HOST = 0
 _LINE = re.compile(r"\s*(\S+)-\d+\s+\[(\d+)\]\s+(\S+)\s+(\d+): (\w+: .*)")
 
 

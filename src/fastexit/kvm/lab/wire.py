@@ -108,7 +108,6 @@ class Wire:
         self._bell = bell
         self._why_gone = why_gone
         self._words[SPINS] = SPINS_OF_THE_MACHINE
-        self.trips: int = 0
 
     @property
     def closed(self) -> bool:
@@ -127,10 +126,6 @@ class Wire:
             self._still_there(until, seconds)
             time.sleep(0.02)
 
-    def set_spins(self, spins: int) -> None:
-        """How often the machine looks at the memory before it sleeps; 0 where its clock must not depend on that."""
-        self._words[SPINS] = spins
-
     def trip(self, records: Sequence[Record], seconds: float = 60.0) -> list[Answer]:
         """Carries a batch over and its answers back; WireBroken when the machine does not answer in time."""
         data = pack(records)
@@ -141,7 +136,6 @@ class Wire:
         words[REQUEST_BYTES] = len(data)
         asked = words[ASKED] + 1 & 0xFFFF_FFFF
         words[ASKED] = asked
-        self.trips += 1
         self._wait(asked, seconds)
         return unpack(self._bytes[BYTES // 2 : BYTES // 2 + words[ANSWER_BYTES]])
 
