@@ -70,8 +70,8 @@ def kernels() -> str:
             beside = f" ({count['undecided']:,} undecided)" if count.get("undecided") else ""
             rows.append(
                 f"| {host['version'] or host['release']} | {host['kernel']} | {report['vendor'].upper()} | {kind} "
-                f"| {count['operations']:,}{beside} | {count['machines']:,} | {count['pages']:,} | {count['trace_lines']:,} "
-                f"| {found} | {report['seed']}, {report['began'][:10]} |"
+                f"| {count['operations']:,}{beside} | {count['machines']:,} | {count['pages']:,} "
+                f"| {count['trace_lines']:,} | {found} | {report['seed']}, {report['began'][:10]} |"
             )
     return "\n".join(rows)
 
