@@ -190,7 +190,7 @@ class ExactTimers(Twins):
         for number, step in enumerate(steps, 1):
             times = [time - began + BEHIND_NS for time in (step.before, step.behind, step.end)]
             if not self._followed(step, number, times):
-                self.undecided = len(steps) - number + 1
+                self.undecided: int = len(steps) - number + 1
                 return
 
     def _told(self) -> tuple[int, list[Step]]:
