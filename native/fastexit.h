@@ -111,7 +111,10 @@ enum {
     FX_PI_INJECT_TIMER = 1 << 15,
     FX_NO_RETPOLINE = 1 << 16,
     FX_QUIET = 1 << 17,           /* errors are not printed; fx_last_error() has them */
-    FX_NO_SMM = 1 << 18           /* no CONFIG_KVM_SMM, which up to 6.1 every kernel has */
+    FX_NO_SMM = 1 << 18,          /* no CONFIG_KVM_SMM, which up to 6.1 every kernel has */
+    FX_NO_KVM_HYPERV = 1 << 19,   /* no CONFIG_KVM_HYPERV, which up to 6.6 every kernel has */
+    FX_HYPERV = 1 << 20,          /* the guest's CPUID says "Hv#1" */
+    FX_HYPERV_ENFORCE = 1 << 21   /* and KVM_CAP_HYPERV_ENFORCE_CPUID is on */
 };
 
 /* What a machine is made of. size and abi first; 0 in any other field is the default. */

@@ -12,7 +12,7 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 4,
+    FX_ABI_VERSION = 5,
     FX_MAX_VCPUS = 4096,
     FX_HOT = 12288,
     FX_HOT_STRIDE = 16
@@ -57,7 +57,9 @@ enum {
     FX_HOST = 4096, /* behind the vCPUs' rows: the host's, when it sends itself */
     FX_HOSTS = 64,
     FX_HOST_BUSY = 6342656, /* remote */
-    FX_WORDS = 6343168
+    FX_HV = 6343168,
+    FX_HV_STRIDE = 64,
+    FX_WORDS = 6605312
 };
 
 enum {

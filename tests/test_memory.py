@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import fastexit as fx
-from fastexit.machine import MAP_NORESERVE
+from fastexit.guestmemory import MAP_NORESERVE
 
 
 def test_unused_memory_is_not_reserved() -> None:

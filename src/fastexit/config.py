@@ -6,6 +6,7 @@ X86_APIC_BUS_CYCLES_NS, DISABLE_QUIRKS, SPLIT_IRQCHIP), KVM's module parameters,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from fastexit import layout as L
 from fastexit import offers
 from fastexit import regs as R
 from fastexit.checks import U64, integer, one_of, quoted
+from fastexit.hyperv import ALL_FEATURES, HvFeature
 from fastexit.profile import PROFILES, Profile, numbered
 from fastexit.releases import generation, has_fast_path, release
 from fastexit.settings import SETTINGS, Settings
-from fastexit.traits import RULES
+from fastexit.traits import HYPERV, RULES
 
 _MAX_CLOCK = (1 << 63) - 1
 
@@ -41,6 +43,8 @@ def header(settings: Settings) -> dict[int, int]:
     ):
         if not chosen["disable_quirks"] & quirk:
             bits |= bit
+    if chosen["hyperv"] == "enforce":
+        bits |= L.CONFIG_HYPERV_ENFORCE
     kernel = chosen["kernel"]
     known = generation(kernel)
     if not has_fast_path(kernel):
@@ -51,7 +55,8 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_WORDS: L.WORDS,
         L.H_CONFIG: bits,
         L.H_TRAITS: known.traits & U64,
-        L.H_RULES: known.traits >> RULES,
+        L.H_RULES: known.traits >> RULES & U64,
+        L.H_HYPERV_RULES: known.traits >> HYPERV,
         L.H_API: chosen["x2apic_api"],
         L.H_MAP: L.MAP0,
         L.H_PROFILE: known.number,
@@ -62,6 +67,7 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_TIMER_ADVANCE_NS: chosen["timer_advance_ns"],
         L.H_DISABLED_EXITS: chosen["disable_exits"],
         L.H_BSP_ID: chosen["boot_cpu_id"],
+        L.H_HV_FEATURES: int(hyperv_features(chosen["hyperv_features"])),
         L.H_INHIBITS: 0 if chosen["apicv"] else 1 << R.Inhibit.DISABLED,
     } | ({} if kernel in PROFILES else release_words(kernel))
 
@@ -97,6 +103,10 @@ def _check(chosen: dict[str, Any]) -> None:
         if setting.choices:
             one_of(chosen[name], name, setting.choices)
     check_api(chosen["x2apic_api"], chosen["irqchip"])
+    if chosen["hyperv"] != "enforce" and type(chosen["hyperv"]) is not bool:
+        raise ValueError(f"hyperv is {quoted(chosen['hyperv'])}: True, False or 'enforce'")
+    if chosen["hyperv"] and not chosen["kvm_hyperv"]:
+        raise ValueError(f"hyperv={chosen['hyperv']!r}: needs kvm_hyperv=True")
     offers.check(chosen)
     for name, vendor, why in (
         ("hv_timer", "vmx", "SVM has no preemption timer"),
@@ -113,6 +123,24 @@ def _check(chosen: dict[str, Any]) -> None:
             least, most = setting.limits
             if not least <= integer(chosen[name], name, max(most, 63)) <= most:
                 raise ValueError(f"{name} {chosen[name]} is out of range {least}..{most}")
+
+
+def hyperv_features(given: Any) -> HvFeature:
+    """Enlightenments as flags, from flags or names. ValueError or TypeError for what is none."""
+    if isinstance(given, int):
+        return HvFeature(integer(given, "hyperv_features", int(ALL_FEATURES)))
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"hyperv_features is {type(given).__name__}, neither hyperv.HvFeature nor a list of names")
+    found = HvFeature(0)
+    for name in given:
+        feature = name if isinstance(name, HvFeature) else _BY_NAME.get(str(name).upper().replace("-", "_"))
+        if feature is None:
+            raise ValueError(f"hyperv_features: {quoted(name)} is none of {', '.join(_BY_NAME).lower()}")
+        found |= feature
+    return found
+
+
+_BY_NAME: dict[str, HvFeature] = dict(HvFeature.__members__)
 
 
 def latest_clock(tsc_khz: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -53,6 +53,14 @@ H_RELEASE = 28  # owner; RELEASE_WORDS words: the release that was asked for, AS
 H_IRQ_WINDOW_VCPUS = 36  # remote; vCPUs with K_AVIC_WINDOW, where a generation counts them
 H_NO_ACCESS_PAGE = 40  # remote store; 1: the xAPIC access page is deleted for good (AVIC, a vCPU in x2APIC mode)
 H_FAST_MMIO = 41  # owner; number of fast-MMIO ioeventfds
+H_GUEST_MEMORY = 42  # owner; address of the guest's memory in this process, 0: it has none; in no snapshot
+H_GUEST_BYTES = 43  # owner; its size, whole pages from guest-physical address 0 on; in no snapshot
+H_HYPERV_RULES = 44  # owner; the bits of traits.Trait from HYPERV on
+H_HV_FEATURES = 45  # owner; regs.HypervFeature: what the Hyper-V leaves of the guest's CPUID offer
+H_HV_GUEST_OS_ID = 46  # owner of the vCPU that writes it, as the next two
+H_HV_HYPERCALL = 47
+H_HV_REFERENCE_TSC = 48
+H_HV_AUTO_EOI_VCPUS = 49  # remote; vCPUs with a vector in HV_AUTO_EOI
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
 H_FAST_MMIO_GPA = 384  # owner; FAST_MMIO words: their guest-physical addresses
 FAST_MMIO = 128
@@ -78,6 +86,9 @@ CONFIG_X2AVIC = 1 << 16
 CONFIG_MMIO_HOLE = 1 << 17
 CONFIG_PI_INJECT_TIMER = 1 << 18
 CONFIG_RETPOLINE = 1 << 19
+CONFIG_KVM_HYPERV = 1 << 20
+CONFIG_HYPERV = 1 << 21
+CONFIG_HYPERV_ENFORCE = 1 << 22
 
 # ------------------------------------------------------------------ APIC map: two copies, the writer fills the idle one
 MAP_PRESENT = 0  # 0: the map was dropped, every delivery takes the slow scan
@@ -287,6 +298,25 @@ TP_AVIC_KICK_VCPU_SLOWPATH = 20
 TP_USERSPACE_EXIT = 21
 TP_PI_IRTE_UPDATE = 22
 TP_INJ_EXCEPTION = 23
+TP_HV_HYPERCALL = 24
+TP_HV_HYPERCALL_DONE = 25
+TP_HV_SEND_IPI = 26
+TP_HV_SEND_IPI_EX = 27
+TP_HV_FLUSH_TLB = 28
+TP_HV_FLUSH_TLB_EX = 29
+TP_HV_NOTIFY_ACKED_SINT = 30
+TP_HV_SYNIC_SET_IRQ = 31
+TP_HV_SYNIC_SEND_EOI = 32
+TP_HV_SYNIC_SET_MSR = 33
+TP_HV_STIMER_SET_CONFIG = 34
+TP_HV_STIMER_SET_COUNT = 35
+TP_HV_STIMER_START_PERIODIC = 36
+TP_HV_STIMER_START_ONE_SHOT = 37
+TP_HV_STIMER_CALLBACK = 38
+TP_HV_STIMER_CLEANUP = 39
+TP_HV_STIMER_EXPIRATION = 40
+TP_SET_IRQ = 41
+TP_HYPERCALL = 42
 """Record: word 0 event | vCPU index + 1 << 8 | TRACE_*, words 1-7 the event's arguments (tracepoints/text.py prints
 them)."""
 TRACE_CONTEXT_SHIFT = 40
@@ -300,10 +330,44 @@ from 16 * (i % 4) on of word i / 4, as the low 16 bits of outcome.TARGETS have i
 TARGETS_STRIDE = MAX_VCPUS // 4
 HOST_BUSY = TARGETS + SENDERS * TARGETS_STRIDE  # remote; which of the host's rows are taken, in bits from 0 on
 
-WORDS = HOST_BUSY + 512
+# --------------------------------------------------------------------------- Hyper-V's words, for Windows guests
+HV = HOST_BUSY + 512
+HV_STRIDE = 64
+HV_VP_INDEX = 0  # owner
+HV_SYNIC = 1  # owner; SYNIC_*
+HV_VP_ASSIST_PAGE = 2  # owner; the MSR
+HV_SCONTROL = 3  # owner
+HV_SVERSION = 4  # owner
+HV_SIEFP = 5  # owner
+HV_SIMP = 6  # owner
+HV_AUTO_EOI = 8  # owner; 4 words, vectors of unmasked SINTs with auto-EOI
+HV_CONNECTED = 12  # owner; 4 words, vectors of unmasked SINTs
+HV_SINT = 16  # owner; 16 words
+HV_STIMER = 32  # owner; 4 timers of STIMER_STRIDE words
+HV_STIMER_PENDING = 48  # remote; timers that wait for service, in bits
+HV_STIMER_STUCK = 49  # owner; timers whose message did not go out (msg_pending), in bits
+HV_RUNTIME_OFFSET = 50  # owner; of VP_RUNTIME, 100 ns
+HV_EXIT_TYPE = 51  # owner; KVM_EXIT_HYPERV: KVM_EXIT_HYPERV_* of the last or the requested one
+HV_EXIT_MSR = 52  # owner; of SynIC: the MSR; of a hypercall: its control word
+HV_EXIT_CONTROL = 53  # owner; SCONTROL; of a hypercall: its result, by user space
+HV_EXIT_EVT_PAGE = 54  # owner; SIEFP; of a hypercall: params[0]
+HV_EXIT_MSG_PAGE = 55  # owner; SIMP; of a hypercall: params[1]
+HV_CALL_LENGTH = 56  # owner; length of the hypercall instruction that user space completes, 0: none
+
+SYNIC_ACTIVE = 1 << 0
+SYNIC_KEEPS_PAGES = 1 << 1  # KVM_CAP_HYPERV_SYNIC2: a message or event page is not zeroed when it is enabled
+STIMER_STRIDE = 4
+STIMER_CONFIG = 0
+STIMER_COUNT = 1
+STIMER_EXPIRATION = 2  # 100 ns of TIME_REF_COUNT
+STIMER_DEADLINE = 3  # when its hrtimer fires, ns of the machine's clock, or NONE
+STIMERS = 4
+SINTS = 16
+
+WORDS = HV + MAX_VCPUS * HV_STRIDE
 BYTES = WORDS * 8
 
-VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
+VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE + HV_STRIDE)
 """Memory that one vCPU occupies."""
 
 # -------------------------------------------------------------------------------------------------------- batch records

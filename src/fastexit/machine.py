@@ -7,8 +7,6 @@ the host's own interrupts and those of assigned devices.
 from __future__ import annotations
 
 import inspect
-import mmap
-import sys
 import threading
 import weakref
 from collections.abc import Iterable
@@ -34,6 +32,7 @@ from fastexit.exits.handlers import CommonHandlers, Handlers
 from fastexit.exits.hardware import Hardware
 from fastexit.exits.svm import Svm
 from fastexit.exits.vmx import Vmx
+from fastexit.guestmemory import DEFAULT_BYTES, PAGE, opened, reserve
 from fastexit.irte import Irte, RemappingTable
 from fastexit.jit import declare
 from fastexit.jit.declare import load
@@ -46,16 +45,6 @@ from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
 from fastexit.vcpu import Vcpu
-
-MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-"""Python names it from 3.13 on. Without it a process with some hundred machines cannot fork: their memory counts."""
-
-
-def _allocate() -> tuple[mmap.mmap, np.ndarray]:
-    """Zeroed, page-aligned memory of one machine; pages cost nothing until they are used."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    block = mmap.mmap(-1, L.BYTES, flags=flags)
-    return block, np.frombuffer(block, dtype=np.uint64)
 
 
 @documented
@@ -106,8 +95,8 @@ class Machine:
             self.add_vcpu(vcpu_id)
 
     def _map_memory(self) -> None:
-        self.words: np.ndarray
-        self._block, self.words = _allocate()
+        self._block = reserve(L.BYTES)
+        self.words = np.frombuffer(self._block, dtype=np.uint64)
         self.mem: memoryview[int] = memoryview(self._block).cast("Q")
         self.handle: int = self.words.ctypes.data
         if not declare.JIT:
@@ -138,6 +127,9 @@ class Machine:
         self.lock: threading.Lock = threading.Lock()
         self.fast_mmio: FastMmio = bus.fast_mmio
         self.last_host_code = 0
+        self._guest_memory: memoryview | None = None
+        if config & L.CONFIG_HYPERV:
+            self.guest_memory = reserve(DEFAULT_BYTES)
 
     def __repr__(self) -> str:
         return f"<Machine {len(self.vcpus)} vCPUs, {self.vendor}, kernel {self.kernel}, apicv={self.apicv}>"
@@ -166,6 +158,24 @@ class Machine:
     def apicv(self) -> bool:
         """Whether interrupts are posted."""
         return self._config(L.CONFIG_APICV)
+
+    @property
+    def guest_memory(self) -> memoryview:
+        """The guest's memory from guest-physical address 0 on, for what KVM itself reads and writes there.
+
+        Assign any writable buffer, of which whole pages count; it stays alive with the machine and is in no snapshot.
+        By default a private sparse one of 3 GiB, made for Windows guests (hyperv) at once and for others when it is
+        first asked for. TypeError or ValueError for what is no writable, contiguous buffer of at least a page.
+        """
+        if self._guest_memory is None:
+            self.guest_memory = reserve(DEFAULT_BYTES)
+        assert self._guest_memory is not None
+        return self._guest_memory
+
+    @guest_memory.setter
+    def guest_memory(self, buffer: Any) -> None:
+        self._guest_memory, self.mem[L.H_GUEST_MEMORY] = opened(buffer)
+        self.mem[L.H_GUEST_BYTES] = self._guest_memory.nbytes // PAGE * PAGE
 
     @property
     def threads(self) -> bool:

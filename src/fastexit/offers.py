@@ -35,6 +35,7 @@ OFFERS = (
     Offer("x2apic_api", LATER_API_SINCE, lambda s: s["x2apic_api"] & LATER_API),
     Offer("bus_cycle_ns", "6.12", lambda s: s["bus_cycle_ns"] != 1),
     Offer("cmci", "6.1", lambda s: s["cmci"]),
+    Offer("hyperv", "5.15", lambda s: s["hyperv"] == "enforce"),
     Offer("ipiv", "6.1", lambda s: s["ipiv"] and s["vendor"] == "vmx"),
     Offer("x2avic", "6.1", lambda s: s["x2avic"]),
     Offer("disable_exits", "6.18", lambda s: s["disable_exits"] & R.DisableExits.APERFMPERF),

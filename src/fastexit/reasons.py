@@ -28,6 +28,7 @@ class KvmExit(IntEnum):
     INTERNAL_ERROR = 17
     SYSTEM_EVENT = 24
     IOAPIC_EOI = 26
+    HYPERV = 27
     X86_RDMSR = 29
     X86_WRMSR = 30
     X86_BUS_LOCK = 33

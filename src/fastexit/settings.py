@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from fastexit import layout as L
 from fastexit.checks import U32, quoted
+from fastexit.hyperv import ALL_FEATURES, HvFeature
 from fastexit.profile import NEWEST
 
 _MAX_BUS_NS = (1 << 63) // (U32 * 128)
@@ -100,6 +101,32 @@ class Settings(TypedDict, total=False):
             "a kernel with CONFIG_KVM_SMM, as distributions build theirs; up to 6.1 every kernel has it.",
             bit=L.CONFIG_SMM,
             flags={"NO_SMM": False, "SMM": True},
+        ),
+    ]
+    kvm_hyperv: Annotated[
+        bool,
+        Setting(
+            True,
+            "a kernel with CONFIG_KVM_HYPERV, as distributions build theirs; up to 6.6 every kernel has it.",
+            bit=L.CONFIG_KVM_HYPERV,
+            flags={"NO_KVM_HYPERV": False},
+        ),
+    ]
+    hyperv: Annotated[
+        bool | str,
+        Setting(
+            False,
+            'the guest\'s CPUID says "Hv#1", as Windows wants it; "enforce": and it can use only what hyperv_features '
+            "has (KVM_CAP_HYPERV_ENFORCE_CPUID).",
+            bit=L.CONFIG_HYPERV,
+            flags={"HYPERV": True, "HYPERV_ENFORCE": "enforce"},
+        ),
+    ]
+    hyperv_features: Annotated[
+        HvFeature | Iterable[str],
+        Setting(
+            ALL_FEATURES,
+            'the enlightenments in the guest\'s CPUID, as hyperv.HvFeature or by name: ("synic", "stimer").',
         ),
     ]
     nrips: Annotated[bool, Setting(True, "SVM saves the next RIP.", bit=L.CONFIG_NRIPS, flags={"NO_NRIPS": False})]

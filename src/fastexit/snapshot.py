@@ -17,22 +17,25 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import U64
 from fastexit.config import latest_clock, profile_of
 from fastexit.profile import Profile
-from fastexit.traits import RULES, Trait
+from fastexit.traits import HYPERV, RULES, Trait
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
-_READABLE = (3, L.ABI_VERSION)
-"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0."""
+_READABLE = (3, 4, L.ABI_VERSION)
+"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V."""
 
 
-def _rows(n: int) -> list[slice]:
+def _rows(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
     """The parts of a machine's memory that n vCPUs fill."""
-    regions = (L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE)
+    regions = [(L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE)]
+    if abi >= 5:
+        regions.append((L.HV, L.HV_STRIDE))
     fixed = [slice(0, L.MAP1 + L.MAP_WORDS), slice(L.FILTER, L.TABLES_END)]
     return [*fixed, *(slice(first, first + n * stride) for first, stride in regions)]
 
@@ -40,10 +43,10 @@ def _rows(n: int) -> list[slice]:
 def pack(words: np.ndarray) -> bytes:
     """The snapshot of a machine's words. No other thread may act on the machine meanwhile."""
     n = int(words[L.H_NVCPUS])
-    *most, kvm = (words[rows] for rows in _rows(n))
-    kvm = kvm.copy()
+    fixed, *most, kvm, hv = (words[rows].copy() for rows in _rows(n))
     kvm.reshape(n, L.KVM_STRIDE)[:, L.K_TARGETS] = 0  # whose list is not in it
-    body = b"".join(part.tobytes() for part in (*most, kvm))
+    fixed[[L.H_GUEST_MEMORY, L.H_GUEST_BYTES]] = 0  # an address means nothing elsewhere, and what is there is not in it
+    body = b"".join(part.tobytes() for part in (fixed, *most, kvm, hv))
     return _HEAD.pack(_MAGIC, L.ABI_VERSION, n, zlib.crc32(body), len(body)) + body
 
 
@@ -65,7 +68,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         raise ValueError(f"snapshot is {state}: {len(body)} of {length} bytes")
     if zlib.crc32(body) != crc:
         raise ValueError("snapshot is damaged: checksum differs")
-    rows = _rows(n)
+    rows = _rows(n, abi)
     if n > L.MAX_VCPUS or sum(r.stop - r.start for r in rows) * 8 != length:
         raise ValueError("snapshot is damaged: its size does not fit its vCPUs")
     source = np.frombuffer(body, dtype=np.uint64)
@@ -73,33 +76,46 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     for r in rows:
         parts.append(source[at : at + r.stop - r.start])
         at += r.stop - r.start
-    if abi == 3:
-        parts[0], parts[-1] = _from_abi_3(parts[0], parts[-1])
-    fixed, tables, hot, vec, _, kvm = parts
+    if abi < L.ABI_VERSION:
+        parts = _from_earlier(abi, parts, n)
+        rows = _rows(n)
+    fixed, tables, hot, vec, _, kvm, hv = parts
     _check_header(fixed, n)
     known = _generation(fixed)
     _check_tables(tables, n)
     _check(_VEC, vec.reshape(n, L.VEC_STRIDE))
+    _check(_HV, hv.reshape(n, L.HV_STRIDE))
     _check_vcpus(kvm.reshape(n, L.KVM_STRIDE), hot.reshape(n, L.HOT_STRIDE), int(fixed[L.H_CONFIG]))
     for r, part in zip(rows, parts, strict=True):
         words[r] = part
-    words[L.H_TRAITS], words[L.H_RULES] = known.traits & U64, known.traits >> RULES
+    words[L.H_TRAITS], words[L.H_RULES] = known.traits & U64, known.traits >> RULES & U64
+    words[L.H_HYPERV_RULES] = known.traits >> HYPERV
     _move_icr(words, n, int(fixed[L.H_TRAITS]))
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
     words[L.H_FAST_MMIO] = 0
 
 
-def _from_abi_3(fixed: np.ndarray, kvm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Header and KVM's words of ABI version 3 as version 4 has them: a queued #DB lay where the targets are now."""
-    words, pending_db = 2_076_672, 13
-    _require(fixed[L.H_ABI] == 3 and fixed[L.H_WORDS] == words, "its header")
-    fixed, kvm = fixed.copy(), kvm.copy()
+_EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168}
+_EARLIER_PENDING_DB = 13
+"""Up to version 3 a queued #DB lay where the targets are now."""
+
+
+def _from_earlier(abi: int, parts: list[np.ndarray], n: int) -> list[np.ndarray]:
+    """The parts of an earlier ABI version as today's has them: Hyper-V's words are those of a new vCPU."""
+    fixed, *most, kvm = (part.copy() for part in parts)
+    _require(fixed[L.H_ABI] == abi and fixed[L.H_WORDS] == _EARLIER_WORDS[abi], "its header")
     fixed[L.H_ABI], fixed[L.H_WORDS] = L.ABI_VERSION, L.WORDS
-    rows = kvm.reshape(-1, L.KVM_STRIDE)
-    rows[:, L.K_PENDING_DB] = rows[:, pending_db]
-    rows[:, pending_db] = 0
-    return fixed, kvm
+    if abi == 3:
+        rows = kvm.reshape(-1, L.KVM_STRIDE)
+        rows[:, L.K_PENDING_DB] = rows[:, _EARLIER_PENDING_DB]
+        rows[:, _EARLIER_PENDING_DB] = 0
+    hv = np.zeros((n, L.HV_STRIDE), dtype=np.uint64)
+    hv[:, L.HV_VP_INDEX] = np.arange(n)
+    hv[:, L.HV_SVERSION] = 1
+    hv[:, L.HV_SINT : L.HV_SINT + L.SINTS] = HV.HV_SINT_MASKED
+    hv[:, L.HV_STIMER + L.STIMER_DEADLINE : L.HV_STIMER + L.STIMERS * L.STIMER_STRIDE : L.STIMER_STRIDE] = L.NONE
+    return [fixed, *most, kvm, hv.reshape(-1)]
 
 
 # ------------------------------------------------------------------------------ what a word may hold, one line for each
@@ -137,6 +153,10 @@ _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_WORDS, _among(L.WORDS), "its header"),
     (L.H_CONFIG, _bits(_CONFIG), "the configuration"),
     (L.H_API, _up_to(15), "the x2APIC API"),
+    (L.H_GUEST_MEMORY, _among(0), "the guest's memory"),
+    (L.H_GUEST_BYTES, _among(0), "the guest's memory"),
+    (L.H_HV_FEATURES, _bits(HV.ALL_FEATURES), "a Hyper-V feature"),
+    (L.H_HV_AUTO_EOI_VCPUS, _up_to(L.MAX_VCPUS), "a number of vCPUs with auto-EOI"),
     (L.H_MAP, _among(L.MAP0, L.MAP1), "the map in use"),
     (L.H_MAP_LOCK, _among(0), "the map's lock"),
     (L.H_MAP_DIRTY, _up_to(1), "the map's state"),
@@ -209,6 +229,15 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
 )
 """Words that kernels use as an index, a shift, a divisor, a loop's end or a lock, those whose readers expect few
 values, and counters, which Python adds to. The others may hold anything: they are only stored, compared or shown."""
+
+
+_HV: tuple[tuple[int, _Check, str], ...] = (
+    (L.HV_SYNIC, _bits(L.SYNIC_ACTIVE | L.SYNIC_KEEPS_PAGES), "a SynIC"),
+    (L.HV_STIMER_PENDING, _bits((1 << L.STIMERS) - 1), "a synthetic timer"),
+    (L.HV_STIMER_STUCK, _bits((1 << L.STIMERS) - 1), "a synthetic timer"),
+    (L.HV_EXIT_TYPE, _up_to(HV.HvExit.HCALL), "an exit for Hyper-V"),
+    (L.HV_CALL_LENGTH, _up_to(15), "an instruction's length"),
+)
 
 
 def _require(holds: bool, what: str) -> None:

@@ -13,15 +13,18 @@ OLDEST = "seed-v3"
 RULES = 64
 """Number of the first bit that the header keeps in H_RULES."""
 
+HYPERV = 128
+"""Number of the first bit that the header keeps in H_HYPERV_RULES."""
+
 
 @unique
 class Trait(IntFlag):
     """A behaviour that differs between generations.
 
     Traits are grouped by subject, and each has a fixed bit: a new one stands in its group and takes the lowest bit that
-    no other has. The machine's header keeps them in two words, each with room for 64: H_TRAITS, which a fast exit looks
-    at, and H_RULES for all others. Kernels know the bits of the first one as ``k.T_...``, those of the second one,
-    from RULES on, as ``k.R_...``.
+    no other has. The machine's header keeps them in three words, each with room for 64: H_TRAITS, which a fast exit
+    looks at, H_RULES, and H_HYPERV_RULES for what Windows guests see. Kernels know the bits of the first one as
+    ``k.T_...``, those of the second one, from RULES on, as ``k.R_...``, those from HYPERV on as ``k.HVR_...``.
     """
 
     # -- where the fast handler runs

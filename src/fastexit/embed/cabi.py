@@ -95,6 +95,9 @@ class Open(IntFlag):
     NO_RETPOLINE = 1 << 16
     QUIET = 1 << 17
     NO_SMM = 1 << 18
+    NO_KVM_HYPERV = 1 << 19
+    HYPERV = 1 << 20
+    HYPERV_ENFORCE = 1 << 21
 
 
 CONFIG = np.dtype(

@@ -15,7 +15,7 @@ from numba.core import cgutils, sigutils, types
 from numba.extending import lower_builtin, type_callable
 from numba.np.arrayobj import populate_array
 
-from . import atomics, declare
+from . import atomics, bytesaddressed, declare
 
 WORDS: Any = types.uint64[::1] if declare.BOUNDSCHECK else types.CPointer(types.uint64)
 """What ``words`` stands for in a signature: a bare pointer, which crosses a call in one register and is never counted;
@@ -76,6 +76,27 @@ def _pointer(context, builder, words, i):
     array = context.make_array(WORDS)(context, builder, words)
     check = context.enable_boundscheck
     return cgutils.get_item_pointer(context, builder, WORDS, array, [i], wraparound=False, boundscheck=check)
+
+
+def _byte(builder, address):
+    return builder.inttoptr(address, llvm.IntType(8).as_pointer())
+
+
+@lowers(bytesaddressed.load_byte, "u8(u8)")
+def _load_byte(context, builder, address):
+    return builder.zext(builder.load(_byte(builder, address)), llvm.IntType(64))
+
+
+@lowers(bytesaddressed.store_byte, "void(u8, u8)")
+def _store_byte(context, builder, address, value):
+    builder.store(builder.trunc(value, llvm.IntType(8)), _byte(builder, address))
+    return context.get_dummy_value()
+
+
+@lowers(bytesaddressed.take_byte, "u8(u8)")
+def _take_byte(context, builder, address):
+    zero = llvm.Constant(llvm.IntType(8), 0)
+    return builder.zext(builder.atomic_rmw("xchg", _byte(builder, address), zero, ORDER), llvm.IntType(64))
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits

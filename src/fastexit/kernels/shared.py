@@ -17,6 +17,12 @@ from ..jit.declare import kernel
 from . import typed as k
 
 
+@kernel("u8(words, u8)")
+def hv(m, v):
+    """First word of a vCPU's row of Hyper-V's words. Masked: an index may come from memory."""
+    return k.HV + v * k.HV_STRIDE
+
+
 @kernel("u8(words, u8, u8)")
 def test_and_set(m, i, bit):
     """Set bit 0..63 of word i; 1 when it was set already."""

@@ -1,0 +1,26 @@
+"""Bytes by address, for kernels: memory that is the embedder's and not a machine's.
+
+Nothing is checked: a wrong address is a wild pointer. Compiled and interpreted they reach the same bytes.
+"""
+
+from ctypes import c_uint8
+
+import numpy as np
+
+
+def load_byte(address: np.uint64) -> np.uint64:
+    """Read a byte."""
+    return np.uint64(c_uint8.from_address(int(address)).value)
+
+
+def store_byte(address: np.uint64, value: np.uint64) -> None:
+    """Write a byte, the low eight bits of value."""
+    c_uint8.from_address(int(address)).value = int(value)
+
+
+def take_byte(address: np.uint64) -> np.uint64:
+    """Set a byte to 0 and return what it was, in one step where it is compiled."""
+    byte = c_uint8.from_address(int(address))
+    was = byte.value
+    byte.value = 0
+    return np.uint64(was)
