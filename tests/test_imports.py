@@ -17,11 +17,11 @@ PACKAGE = Path(fastexit.__file__).parent
 ORACLE = sorted(Path(__file__).parent.glob("oracle*.py"))
 
 LAYERS = (
-    {"reasons", "regs", "traits"},
+    {"hyperv", "reasons", "regs", "traits"},
     {"layout", "outcome", "profile", "exits.table"},
     {"jit"},
     {"kernels"},
-    {"checks", "targets"},
+    {"checks", "guestmemory", "targets"},
     {"releases"},
     {"offers"},
     {"exits", "tracepoints"},

@@ -96,7 +96,7 @@ class Machine:
 
     def _map_memory(self) -> None:
         self._block = reserve(L.BYTES)
-        self.words = np.frombuffer(self._block, dtype=np.uint64)
+        self.words: np.ndarray = np.frombuffer(self._block, dtype=np.uint64)
         self.mem: memoryview[int] = memoryview(self._block).cast("Q")
         self.handle: int = self.words.ctypes.data
         if not declare.JIT:

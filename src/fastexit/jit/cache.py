@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BELOW = "exits.table", "layout", "outcome", "reasons", "regs", "traits"
+BELOW = "exits.table", "hyperv", "layout", "outcome", "reasons", "regs", "traits"
 """The modules of plain data that kernels may import, besides each other; a change in any of them recompiles all."""
 
 CODE_OPTIONS = "NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"
