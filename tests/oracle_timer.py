@@ -256,7 +256,9 @@ class Timer:
         return True
 
     def unblock(self, was_hv: bool) -> None:
-        if was_hv:
+        """vmx_post_block up to 5.10 has a timer start again that nothing of this CPU's had counted."""
+        anyway = self.m.hv_timer and not self._since("5.15") and self.v.mp_state != r.MP_UNINITIALIZED
+        if was_hv or anyway:
             self._restart()
 
     def fire(self) -> None:

@@ -299,6 +299,57 @@ def test_late_periodic_exit_with_apicv(kernel: str) -> None:
     assert len(lines(m, "kvm_apic_accept_irq")) == (2 if skips else 3)
 
 
+# ------------------------------------------------------------------------------------------------- a sleeper's wake-up
+
+
+def wakes(m: fx.Machine) -> list[str]:
+    """What the timer of a vCPU does that halts, sleeps, and is woken by another vector."""
+    (v,) = m.vcpus
+    v.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF
+    assert v.exit(fx.VmxExit.HLT).blocked
+    m.trace.clear()
+    m.signal_msi(0xFEE0_0000, 0x41)
+    v.run()
+    return [line.partition(" vec ")[0] for what in ("hv_timer_state", "kvm_apic_accept_irq") for line in lines(m, what)]
+
+
+OFF = ["kvm_hv_timer_state: vcpu_id 0 hv_timer 0"]
+
+
+@pytest.mark.parametrize("hv_timer", [True, False])
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_wake_up_restarts_a_timer_that_does_not_count(kernel: str, hv_timer: bool) -> None:
+    """vmx_post_block of 5.10.262 asks for set_hv_timer alone; vcpu_block of 5.15.202 and 6.1.192 for what had counted.
+
+    restart_apic_timer then tells of an hrtimer, although no timer runs.
+    """
+    restarts = hv_timer and kernel in having(Trait.WAKE_RESTARTS_TIMER)
+    told = wakes(booted(kernel, hv_timer=hv_timer))
+    assert [line for line in told if "hv_timer" in line] == OFF * restarts
+
+
+@pytest.mark.parametrize("apicv", [False, True])
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_wake_up_of_a_one_shot_that_is_over(kernel: str, apicv: bool) -> None:
+    """start_sw_period of 5.10.262: a one-shot that was delivered keeps its period, but no target: it ticks again."""
+    m = booted(kernel, apicv=apicv)
+    (v,) = m.vcpus
+    v.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF
+    start(v, 300_000)
+    m.set_time(300_000)
+    assert (v.hw_deliver() if v.apicv else v.injected) == TICK
+    v.hw_wrmsr(0x80B, 0)
+    told = wakes(m)
+    restarts = kernel in having(Trait.WAKE_RESTARTS_TIMER)
+    assert told == OFF * restarts + ["kvm_apic_accept_irq: apicid 0"] * (1 + restarts)
+
+
+@pytest.mark.parametrize(("release", "restarts"), [("5.15.1", True), ("5.15.150", False), ("5.15", False)])
+def test_release_that_restarts_at_a_wake_up(release: str, restarts: bool) -> None:
+    """KVM: VMX: Move preemption timer <=> hrtimer dance to common x86: 5.17, and in 5.15.150's vcpu_block."""
+    assert wakes(booted(release))[:1] == (OFF if restarts else ["kvm_apic_accept_irq: apicid 0"])
+
+
 # -------------------------------------------------------------------------------------------------- IA32_TSC_DEADLINE
 
 

@@ -27,7 +27,7 @@ _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
 _UNTIL_5_8 = (
     _T.HV_TIMER_CANCELLED_FIRST | _T.POSTS_TIMER_ANYWAY | _T.DEADLINE_READ_DISABLED | _T.DEADLINE_WRITTEN_IN_MODE_3
 )
-_UNTIL_5_10 = _T.NV_WHATEVER_IF | _T.SET_LAPIC_KEEPS_WAIT
+_UNTIL_5_10 = _T.NV_WHATEVER_IF | _T.SET_LAPIC_KEEPS_WAIT | _T.WAKE_RESTARTS_TIMER
 _UNTIL_5_15 = _T.BLOCKED_INIT_WAKES | _T.WAIT_TRACED_LATE | _T.AVIC_OLD | _T.NV_BEFORE_BLOCKING
 _UNTIL_6_1 = (
     _T.MAP_BY_VOTES
@@ -274,6 +274,7 @@ PROFILES: dict[str, Profile] = {
                 Stable("5.15.12", added=_T.PI_NOTIFIES_SELF),
                 Stable("5.15.107", added=_T.SVM_NEXT_RIP),
                 Stable("5.15.148", added=_T.REENTRY_COUNTED),
+                Stable("5.15.150", removed=_T.WAKE_RESTARTS_TIMER),
                 Stable("5.15.202", added=_T.TIMER_NO_CATCH_UP | _T.LVTPC_KEPT_ON_AMD),
             ),
         ),

@@ -182,6 +182,9 @@ class Trait(IntFlag):
     """TSC_DEADLINE is written with the APIC disabled."""
     DEADLINE_WRITTEN_IN_MODE_3 = 1 << 105
     """TSC_DEADLINE is written where LVTT has the reserved mode; the preemption timer then counts down to it."""
+    WAKE_RESTARTS_TIMER = 1 << 73
+    """Where there is a preemption timer, a sleeper's wake-up starts its timer anew whatever counted; later, only if the
+    preemption timer had counted."""
     MODE_KEEPS_HV_TIMER = 1 << 90
     """A change of LVTT to deadline mode leaves the preemption timer of a one-shot running."""
 

@@ -124,14 +124,26 @@ def _posted_meanwhile(m, v):
 
 
 @kernel("u8(words, u8)")
+def _restarts_any(m, v):
+    """vmx_post_block: 1 where whatever timer there is starts again; a vCPU that waits for INIT sleeps without it."""
+    if not m[k.H_RULES] & k.R_WAKE_RESTARTS_TIMER or not m[k.H_CONFIG] & k.CONFIG_HV_TIMER:
+        return k.ZERO
+    return k.ONE if m[own(m, v) + k.K_MP_STATE] != k.MP_UNINITIALIZED else k.ZERO
+
+
+@kernel("u8(words, u8)")
 def wake_up(m, v):
-    """A sleeper's thread goes on: the preemption timer counts again if it did before."""
+    """A sleeper's thread goes on: the preemption timer counts again if it did before.
+
+    With WAKE_RESTARTS_TIMER vmx_post_block asks only whether there is one, so any timer starts again: a one-shot that
+    has run out ticks once more, for its target is in the past.
+    """
     host = own(m, v)
-    hv = m[host + k.K_IN_RUN] == ASLEEP_HV_TIMER
+    state = m[host + k.K_IN_RUN]
     m[host + k.K_IN_RUN] = IN_RUN
-    if m[host + k.K_WAKEUP_CPU]:
-        post_block(m, v)
-    return restart(m, v) if hv else k.ZERO
+    if state == ASLEEP_HV_TIMER or (state >= ASLEEP and _restarts_any(m, v)):
+        restart(m, v)
+    return post_block(m, v) if m[host + k.K_WAKEUP_CPU] else k.ZERO
 
 
 @kernel("u8(words, u8)")
