@@ -18,7 +18,7 @@ import fastexit as fx
 from fastexit import layout, outcome, profile, reasons, regs
 from fastexit import layout as L
 from fastexit.profile import NEWEST, PROFILES, as_of, numbered, since
-from fastexit.traits import RULES, Trait
+from fastexit.traits import HYPERV, RULES, Trait
 from generations import ON_TRIAL
 
 HERE = Path(__file__).parent
@@ -39,25 +39,25 @@ def test_a_number_is_one_generations() -> None:
         numbered(1 << 16)
 
 
-def test_traits_are_single_bits_of_two_words() -> None:
-    """Kernels test them in two words of the header."""
+def test_traits_are_single_bits_of_three_words() -> None:
+    """Kernels test them in three words of the header."""
     for trait in Trait:
         assert trait.value.bit_count() == 1, f"Trait.{trait.name} is {trait.value:#x}, not one bit"
-        assert trait.value.bit_length() <= 128, f"Trait.{trait.name}: H_RULES ends with bit 127"
+        assert trait.value.bit_length() <= 192, f"Trait.{trait.name}: H_HYPERV_RULES ends with bit 191"
 
 
 @pytest.mark.parametrize("module", sorted((Path(fx.__file__).parent / "kernels").glob("*.py")), ids=lambda p: p.stem)
 def test_a_bit_is_tested_in_its_word(module: Path) -> None:
-    """k.T_... are bits of H_TRAITS and k.R_... bits of H_RULES; one that is tested in the other word is another's."""
+    """k.T_..., k.R_... and k.HVR_... have a word each; a bit that is tested in another word is another's."""
     for number, line in enumerate(module.read_text().splitlines(), 1):
-        assert not re.search(r"H_TRAITS\]\s*&[^|)]*\bk\.R_", line), f"line {number}: {line}"
-        assert not re.search(r"H_RULES\]\s*&[^|)]*\bk\.T_", line), f"line {number}: {line}"
+        for word, other in (("H_TRAITS", "R|HVR"), ("H_RULES", "T|HVR"), ("H_HYPERV_RULES", "T|R")):
+            assert not re.search(rf"{word}\]\s*&[^|)]*\bk\.({other})_", line), f"line {number}: {line}"
 
 
 def test_a_machine_has_its_generations_number() -> None:
     for name, known in PROFILES.items():
         m = fx.Machine(vcpus=1, kernel=name)
-        traits = int(m.mem[L.H_TRAITS]) | int(m.mem[L.H_RULES]) << RULES
+        traits = int(m.mem[L.H_TRAITS]) | int(m.mem[L.H_RULES]) << RULES | int(m.mem[L.H_HYPERV_RULES]) << HYPERV
         assert (m.kernel, m.mem[L.H_PROFILE], traits) == (name, known.number, known.traits)
 
 

@@ -68,6 +68,7 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_DISABLED_EXITS: chosen["disable_exits"],
         L.H_BSP_ID: chosen["boot_cpu_id"],
         L.H_HV_FEATURES: int(hyperv_features(chosen["hyperv_features"])),
+        L.H_HV_VP_INDICES: offers.room(kernel).vcpus,
         L.H_INHIBITS: 0 if chosen["apicv"] else 1 << R.Inhibit.DISABLED,
     } | ({} if kernel in PROFILES else release_words(kernel))
 

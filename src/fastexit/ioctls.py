@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer, member
+from fastexit.hyperv import HvExit
 from fastexit.jit.declare import load
 from fastexit.outcome import CODE_GP, CODE_USER, OUTCOMES, Effect
 from fastexit.reasons import KvmExit
@@ -74,6 +75,15 @@ class UserIo(NamedTuple):
     data: int
     length: int
     write: bool
+
+
+class UserSynic(NamedTuple):
+    """run->hyperv.u.synic: the MSR that the guest wrote, SCONTROL, SIEFP and SIMP."""
+
+    msr: int
+    control: int
+    evt_page: int
+    msg_page: int
 
 
 class VcpuIoctls(VcpuState):
@@ -363,6 +373,34 @@ class VcpuIoctls(VcpuState):
         """The access to a port that waits for user space (run->io), or None."""
         access = self._access(port=True)
         return None if access is None else UserIo(*access)
+
+    # ---------------------------------------------------------------------------------------------------- Hyper-V
+
+    def enable_synic(self, version: int = 1) -> Effect:
+        """KVM_CAP_HYPERV_SYNIC, or KVM_CAP_HYPERV_SYNIC2, which never zeroes the guest's message and event pages.
+
+        Up to 5.10 it inhibits APICv for good: Effect.KICK if the host has to kick anybody (``targets``). One after the
+        other changes the zeroing rule alone, and SCONTROL. ValueError where KVM says EINVAL: without CONFIG_KVM_HYPERV.
+        """
+        version = member(version, "SynIC version", (1, 2))
+        if not self._mem[L.H_CONFIG] & L.CONFIG_KVM_HYPERV:
+            raise ValueError("enable_synic: the kernel has no CONFIG_KVM_HYPERV (kvm_hyperv=False; EINVAL)")
+        self._loop.leave_guest(self)
+        return OUTCOMES[load("enable_synic")(self._handle, self.index, int(version == 2))].effects
+
+    @property
+    def user_hyperv(self) -> UserSynic | None:
+        """run->hyperv.u.synic, if the last KVM_EXIT_HYPERV was of a SynIC; there is nothing to complete."""
+        row = L.HV + self.index * L.HV_STRIDE
+        if self._mem[row + L.HV_EXIT_TYPE] != HvExit.SYNIC:
+            return None
+        return UserSynic(*self._mem[row + L.HV_EXIT_MSR : row + L.HV_EXIT_MSG_PAGE + 1])
+
+    @property
+    def system_event(self) -> R.SystemEvent | None:
+        """run->system_event.type of the last KVM_EXIT_SYSTEM_EVENT, None before the first."""
+        event = self._mem[L.HV + self.index * L.HV_STRIDE + L.HV_SYSTEM_EVENT]
+        return R.SystemEvent(event) if event else None
 
     # ------------------------------------------------------------------------------------------- the host's scheduler
 

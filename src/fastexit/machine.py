@@ -40,6 +40,7 @@ from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import NEWEST, Profile
 from fastexit.reasons import SvmExit, VmxExit
+from fastexit.routing import Routing
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
@@ -121,6 +122,7 @@ class Machine:
             self.dispatcher = CompiledDispatcher(self.mem, self.handle, vendor, self.profile)
         self.hardware: Hardware = Hardware(self.dispatcher)
         self.irtes: RemappingTable = RemappingTable(self)
+        self.routing: Routing = Routing(self)
         self.trace: Trace = Trace(self)
         self.vcpus: list[Vcpu] = []
         self._ids: dict[int, int] = {}
@@ -290,6 +292,22 @@ class Machine:
         if code & CODE_GP:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         return OUTCOMES[code].accepted
+
+    def set_gsi_routing(self, entries: Iterable[tuple[Any, ...]]) -> None:
+        """KVM_SET_GSI_ROUTING: the whole table anew. Each entry is ("hv_sint", gsi, VP index, SINT).
+
+        TypeError or ValueError, in which case the table stays as it was: for another kind, a GSI that has a route
+        already, a kernel without CONFIG_KVM_HYPERV. A VP index or SINT that there is not is found out by irq_line.
+        """
+        self.routing.set(entries)
+
+    def irq_line(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: 1 where a SINT was raised, 0 where its APIC is disabled, -1 for anything else.
+
+        That is a GSI without a route, a level of 0, an unknown VP index, a SynIC that is not enabled, a SINT that is
+        masked or that there is not. ``targets`` are those for which the host has something to do.
+        """
+        return self.routing.line(gsi, level)
 
     def set_msr_filter(
         self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()

@@ -365,6 +365,7 @@ REQ_NMI = 1 << 17
 REQ_SMI = 1 << 20
 REQ_SCAN_IOAPIC = 1 << 23
 REQ_IOAPIC_EOI_EXIT = 1 << 27
+REQ_HV_CRASH = 1 << 26
 REQ_HV_RESET = 1 << 28
 REQ_HV_EXIT = 1 << 29
 REQ_HV_STIMER = 1 << 30
@@ -439,6 +440,17 @@ class Inhibit(IntEnum):
     X2APIC = 13
 
 
+class SystemEvent(IntEnum):
+    """KVM_SYSTEM_EVENT_*: what a Windows guest may ask for."""
+
+    RESET = 2
+    CRASH = 3
+
+
+SYSTEM_EVENT_RESET = SystemEvent.RESET.value
+SYSTEM_EVENT_CRASH = SystemEvent.CRASH.value
+
+
 class DisableExits(IntFlag):
     """Bits of KVM_CAP_X86_DISABLE_EXITS."""
 
@@ -489,7 +501,9 @@ VECTOR_NMI = 2
 VECTOR_DB, VECTOR_BP, VECTOR_UD, VECTOR_NM, VECTOR_GP, VECTOR_PF, VECTOR_AC, VECTOR_MC = 1, 3, 6, 7, 13, 14, 17, 18
 REFLECTED_VECTORS = frozenset({VECTOR_DB, VECTOR_UD, VECTOR_NM, VECTOR_GP, VECTOR_PF, VECTOR_AC})
 """Exceptions that KVM intercepts for a reason of its own and gives back to the guest."""
+ENOENT = 2
 EINTR = 4
+EFAULT = 14
 EINVAL = 22
 
 APIC_ACCESS = Layout(64, OFFSET=12, TYPE=4, _16=48)

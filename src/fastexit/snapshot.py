@@ -237,6 +237,7 @@ _HV: tuple[tuple[int, _Check, str], ...] = (
     (L.HV_STIMER_STUCK, _bits((1 << L.STIMERS) - 1), "a synthetic timer"),
     (L.HV_EXIT_TYPE, _up_to(HV.HvExit.HCALL), "an exit for Hyper-V"),
     (L.HV_CALL_LENGTH, _up_to(15), "an instruction's length"),
+    (L.HV_SYSTEM_EVENT, _among(0, *map(int, R.SystemEvent)), "a system event"),
 )
 
 

@@ -239,3 +239,17 @@ class Trait(IntFlag):
     """Interrupt windows that inhibit APICv are counted for the whole VM."""
     READ_ACROSS_TRACED = 1 << 106
     """A read of the xAPIC page over a register's end has its kvm_apic line all the same."""
+
+    # -- Hyper-V
+    GATED = 1 << 128
+    """A guest may use Hyper-V's MSRs and hypercalls if its CPUID says "Hv#1"; before, any guest may."""
+    SYNIC_INHIBITS = 1 << 129
+    """KVM_CAP_HYPERV_SYNIC inhibits APICv for good; later auto-EOI does, while it is in use."""
+    PV_EOI_ALWAYS_CLEARED = 1 << 130
+    """PV EOI's cell is 0 behind an exit; later a cell that the guest has cleared is left as it is, all eight bits."""
+    PV_EOI_STORED_FIRST = 1 << 131
+    """MSR_KVM_PV_EOI_EN keeps the address of a cell that is not there, although the write faults."""
+    EMULATION_STATUS_CLEARED = 1 << 132
+    """A guest may only clear TSC_EMULATION_STATUS; before, it wrote what it liked."""
+    TSC_INVARIANT = 1 << 133
+    """There is TSC_INVARIANT_CONTROL."""

@@ -266,12 +266,42 @@ class VcpuState:
 
     @property
     def pv_eoi(self) -> bool:
-        """The guest's PV EOI flag: set while it may end its interrupt by clearing it instead of writing EOI."""
+        """The guest's PV EOI flag: set while it may end its interrupt by clearing it instead of writing EOI.
+
+        Where the machine has a guest's memory it is bit 0 of ``assist``.
+        """
+        if self._mem[L.H_GUEST_BYTES]:
+            return bool(self.assist & R.PV_EOI_ENABLED)
         return bool(self._mem[self.own + L.K_PV_EOI_FLAG])
 
     @pv_eoi.setter
     def pv_eoi(self, on: bool) -> None:
-        self._mem[self.own + L.K_PV_EOI_FLAG] = int(bool(on))
+        if self._mem[L.H_GUEST_BYTES]:
+            self.assist = int(bool(on))
+        else:
+            self._mem[self.own + L.K_PV_EOI_FLAG] = int(bool(on))
+
+    def _assist_at(self) -> int | None:
+        cell = self._mem[self.own + L.K_PV_EOI_MSR]
+        at = cell & ~R.PV_EOI_ENABLED
+        return at if cell & R.PV_EOI_ENABLED and at < self._mem[L.H_GUEST_BYTES] else None
+
+    @property
+    def assist(self) -> int:
+        """The byte of the guest's memory that is PV EOI's cell: Hyper-V's EOI assist, or KVM's own. 0 without one.
+
+        It is where VP_ASSIST_PAGE or MSR_KVM_PV_EOI_EN said last. A guest that finds bit 0 set may clear it, in one
+        step, instead of writing EOI.
+        """
+        at = self._assist_at()
+        return 0 if at is None else self.machine.guest_memory[at]
+
+    @assist.setter
+    def assist(self, value: int) -> None:
+        value, at = integer(value, "assist byte", 0xFF), self._assist_at()
+        if at is None:
+            raise ValueError("no PV EOI is enabled in the guest's memory: write VP_ASSIST_PAGE first")
+        self.machine.guest_memory[at] = value
 
     # --------------------------------------------------------------------------------------------- IOAPIC and LVTs
 

@@ -4,8 +4,8 @@ Models: virtualised reads and writes of the APIC-access page and of x2APIC MSRs,
 virtualisation, delivery of virtual interrupts; with the controls that KVM sets while APICv is active (use TPR shadow,
 APIC-register virtualisation, virtual-interrupt delivery, process posted interrupts), its MSR bitmap (reads of every
 register that KVM has but TMCCT, before 6.3 of all 256 MSRs but TMCCT, writes of TPR, EOI and SELF_IPI, of ICR with
-IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants). KVM's half of the exits is
-accelerated.py's.
+IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants, and those of SINTs). KVM's half of the
+exits is accelerated.py's.
 Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
 
 Without APICv every access to the page exits, by EPT_MISCONFIG: a host without flexpriority. Of the MSRs TPR does not:
@@ -26,6 +26,7 @@ from .lapicreg import reg, set_reg, vector_slot, word
 from .pi import hardware_post
 from .pid import highest
 from .shared import clear_word_bits, hot, or_word, own, tell, vec
+from .sint import connected
 
 FAULT = k.CODE_HARDWARE | k.CODE_GP
 INSTRUCTION_READ, INSTRUCTION_WRITE = k.ZERO, k.ONE << k.APIC_ACCESS_TYPE_SHIFT
@@ -81,7 +82,10 @@ def tpr_virtualization(m, v, tpr):
 
 @kernel("u8(words, u8)")
 def eoi_virtualization(m, v):
-    """A write to EOI: SVI leaves service; the exit's code if the EOI-exit bitmap has its vector, else CODE_HARDWARE."""
+    """A write to EOI: SVI leaves service; the exit's code if the EOI-exit bitmap has its vector, else CODE_HARDWARE.
+
+    The bitmap has what the IOAPIC wants and what a SINT has (vcpu_load_eoi_exitmap), though nobody tells the SINT then.
+    """
     row = own(m, v)
     isr = own(m, v) + k.K_ISR
     vector = m[row + k.K_SVI] & k.ICR_VECTOR
@@ -91,7 +95,7 @@ def eoi_virtualization(m, v):
     top = highest(m, isr)
     m[row + k.K_SVI] = k.ZERO if top == k.NONE else top
     ppr_virtualization(m, v)
-    if m[row + k.K_IOAPIC_HANDLED + (vector >> k.U(6))] & bit:
+    if m[row + k.K_IOAPIC_HANDLED + (vector >> k.U(6))] & bit or connected(m, v, vector):
         return exit_code(k.VMX_EOI_INDUCED, vector)
     return k.CODE_HARDWARE
 

@@ -32,6 +32,7 @@ from . import (
     shared,
     single,
     steps,
+    synic,
     tick,
     timer,
     unicast,
@@ -125,9 +126,9 @@ _ON_ONE_VCPU = {
         "irq_window": inhibit.irq_window,
         "clear_request": shared.clear_request,
         "complete_msr": msr.complete,
-        "get_msr": msr.get_msr,
         "set_cr8": cr8.set_sregs_cr8,
         "skip": msr.skip,
+        "enable_synic": synic.activate,
         "external_interrupt": pi.external_interrupt,
         "pi_load": pi.load,
         "pi_put": pi.put,
@@ -289,6 +290,14 @@ def set_msr(handle, v, msr_index, value):
 
 
 @entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def get_msr(handle, v, msr_index):
+    """KVM_GET_MSRS of one MSR."""
+    m = open_words(handle, k.WORDS)
+    return msr.get_msr(m, v, msr_index, k.ONE) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def trace_exit(handle, v, reason, info1, info2, intr_info):
     m = open_words(handle, k.WORDS)
@@ -353,6 +362,15 @@ def signal_msi(handle, address, data, sender):
     """``sender`` is a number from HOST on that no other call uses meanwhile."""
     m = open_words(handle, k.WORDS)
     return msi.signal_msi(m, address, data, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def hv_sint_line(handle, gsi, level, vp_index, sint):
+    """KVM_IRQ_LINE of a GSI with an hv_sint route, or with none (NONE)."""
+    m = open_words(handle, k.WORDS)
+    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
+    return synic.irq_line(m, gsi, level, vp_index, sint, k.HOST)
 
 
 @entry

@@ -1,8 +1,9 @@
 """APICv inhibits: reasons for which a machine that has APICv does not use it for the time being.
 
 Models: kvm_set_or_clear_apicv_inhibit, kvm_vcpu_update_apicv, required_apicv_inhibits of both vendors,
-kvm_lapic_xapic_id_updated (6.1), the inhibits of the APIC map, svm_enable_irq_window. Not modelled: Hyper-V, the PIT
-and SEV, whose reasons user space may set; apicv_update_lock, because a request that comes during an update stays.
+kvm_lapic_xapic_id_updated (6.1), the inhibits of the APIC map, svm_enable_irq_window; synic.py has Hyper-V's. Not
+modelled: the PIT and SEV, whose reasons user space may set; apicv_update_lock, because a request that comes during an
+update stays.
 
 A reason is one bit of a word of the machine. Only when the word becomes zero or stops being zero does anything happen:
 every vCPU is asked to look again, at its next entry. What a reason does not do is empty PIR: what was posted before
@@ -20,7 +21,7 @@ from . import typed as k
 from .avictable import addressable, refresh
 from .irq import recount
 from .lapicreg import reg
-from .shared import clear_word_bits, emit, hot, make_request, or_word, own, replace_if, tell
+from .shared import clear_word_bits, emit, hot, hv, make_request, or_word, own, replace_if, tell
 
 EARLY = k.INHIBIT_DISABLED | k.INHIBIT_HYPERV
 EARLY_SVM = k.INHIBIT_NESTED | k.INHIBIT_IRQWIN | k.INHIBIT_PIT_REINJ
@@ -106,6 +107,8 @@ def activated(m, v):
     """kvm_vcpu_apicv_activated, and an APIC that is not disabled, which 6.1 began to ask for."""
     flags = m[hot(m, v) + k.HOT_FLAGS]
     if m[k.H_INHIBITS]:
+        return k.ZERO
+    if not m[k.H_TRAITS] & k.T_INHIBITS and m[hv(m, v) + k.HV_SYNIC]:
         return k.ZERO
     if m[k.H_TRAITS] & k.T_INHIBIT_ID_BASE:
         if m[k.H_CONFIG] & k.CONFIG_SVM and flags & k.FLAG_L2:

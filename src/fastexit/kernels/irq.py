@@ -2,12 +2,14 @@
 
 Models: apic_find_highest_isr, apic_set_isr/clear_isr, apic_clear_irr, apic_update_ppr, apic_has_interrupt_for_ppr,
 kvm_apic_has_interrupt, kvm_apic_ack_interrupt, apic_set_eoi, kvm_ioapic_send_eoi up to the IOAPIC itself, PV EOI.
-Not modelled: Hyper-V auto-EOI.
-Differs by APICv: isr_count is a constant 1 and the cache is never used, because hardware moves the ISR bits.
-Spec: SDM vol. 3A 10.8.3-10.8.5.
+Differs by APICv: isr_count is a constant 1 and the cache is never used, because hardware moves the ISR bits. By
+generation: up to 5.15 PV EOI's cell becomes 0 whatever the guest has made of it, and its MSR keeps a value that it
+refuses.
+Spec: SDM vol. 3A 10.8.3-10.8.5; TLFS, "Virtual Interrupt Controller", for auto-EOI and EOI assist.
 """
 
 from ..jit.declare import kernel
+from . import guestmemory, sint
 from . import typed as k
 from .lapicreg import reg, set_reg
 from .pid import highest, highest_irr, sync_pir_to_irr
@@ -183,11 +185,17 @@ def recount(m, v):
 
 @kernel("u8(words, u8)")
 def ack(m, v):
-    """kvm_apic_has_interrupt and kvm_apic_ack_interrupt: IRR to ISR; the vector, or NONE when none is deliverable."""
+    """kvm_apic_has_interrupt and kvm_apic_ack_interrupt: IRR to ISR; the vector, or NONE when none is deliverable.
+
+    A vector with auto-EOI is never in service, so PPR stays as it was.
+    """
     vector = has_interrupt(m, v)
     if vector == k.NONE:
         return k.NONE
     clear_irr(m, v, vector)
+    if sint.auto_eoi(m, v, vector):
+        update_ppr(m, v)
+        return vector
     set_isr(m, v, vector)
     compute_ppr(m, v)
     return vector
@@ -230,31 +238,75 @@ def eoi(m, v):
         return k.NONE
     clear_isr(m, v, vector)
     update_ppr(m, v)
+    if sint.connected(m, v, vector):
+        sint.send_eoi(m, v, vector)
     send_ioapic_eoi(m, v, vector)
     make_request(m, v, k.REQ_EVENT)
     return vector
 
 
+# ------------------------------------------------------------------------------------------------------------- PV EOI
+
+
+@kernel("u8(words, u8, u8)")
+def set_pv_eoi(m, v, value):
+    """kvm_lapic_set_pv_eoi: where the guest's cell is, bit 0 enables. KVM's own MSR and Hyper-V's share this state.
+
+    The cell is a byte of the guest's memory, where the machine has one; else it is a word of the machine's.
+    """
+    if value & k.PV_EOI_RESERVED:
+        return k.CODE_GP
+    cell = value & ~k.PV_EOI_ENABLED
+    lost = value & k.PV_EOI_ENABLED and m[k.H_GUEST_BYTES] and not guestmemory.reaches(m, cell, k.ONE)
+    if not lost or m[k.H_HYPERV_RULES] & k.HVR_PV_EOI_STORED_FIRST:
+        m[own(m, v) + k.K_PV_EOI_MSR] = value
+    return k.CODE_GP if lost else k.ZERO
+
+
 @kernel("u8(words, u8)")
 def offer_pv_eoi(m, v):
-    """apic_sync_pv_eoi_to_guest: one interrupt in service, none behind it, nobody to tell: EOI may be skipped."""
+    """apic_sync_pv_eoi_to_guest: one interrupt in service, none behind it, nobody to tell: EOI may be skipped.
+
+    What is offered is the end of the highest vector in service, which one with auto-EOI never is.
+    """
     row = own(m, v)
     if not m[row + k.K_PV_EOI_MSR] & k.PV_EOI_ENABLED or m[vec(m, v) + k.VEC_IRR_PENDING]:
         return k.ZERO
     vector = m[row + k.K_ISR_CACHE]
     if vector == k.NONE or ioapic_handles(m, v, vector):
         return k.ZERO
-    m[row + k.K_PV_EOI_FLAG] = k.ONE
+    if m[k.H_GUEST_BYTES]:
+        cell = m[row + k.K_PV_EOI_MSR] & ~k.PV_EOI_ENABLED
+        if not guestmemory.reaches(m, cell, k.ONE):
+            return k.ZERO
+        guestmemory.store(m, cell, k.ONE, k.ONE)
+    else:
+        m[row + k.K_PV_EOI_FLAG] = k.ONE
     m[row + k.K_ATTENTION] = k.ONE
     return k.ZERO
 
 
 @kernel("u8(words, u8)")
+def _withdraw(m, v):
+    """pv_eoi_test_and_clr_pending: 1 when the guest has left the offer alone. Of an unreadable cell it stays open."""
+    row = own(m, v)
+    if not m[k.H_GUEST_BYTES]:
+        m[row + k.K_ATTENTION] = k.ZERO
+        return take(m, row + k.K_PV_EOI_FLAG)
+    cell = m[row + k.K_PV_EOI_MSR] & ~k.PV_EOI_ENABLED
+    if not guestmemory.reaches(m, cell, k.ONE):
+        return k.ZERO
+    left = guestmemory.load(m, cell, k.ONE) & k.ONE
+    if left or m[k.H_HYPERV_RULES] & k.HVR_PV_EOI_ALWAYS_CLEARED:
+        guestmemory.store(m, cell, k.ONE, k.ZERO)
+    m[row + k.K_ATTENTION] = k.ZERO
+    return left
+
+
+@kernel("u8(words, u8)")
 def take_pv_eoi(m, v):
     """apic_sync_pv_eoi_from_guest: the offer is withdrawn; if the guest took it, its interrupt ends here."""
-    row = own(m, v)
-    m[row + k.K_ATTENTION] = k.ZERO
-    if take(m, row + k.K_PV_EOI_FLAG):
+    if _withdraw(m, v):
         return k.ZERO
     vector = eoi(m, v)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:

@@ -205,12 +205,16 @@ def reg_write(m, v, offset, value):
 
 @kernel("u8(words, u8, u8)")
 def x2apic_icr_write(m, v, value):
-    """Generic x2APIC ICR write: kvm_x2apic_icr_write, or the two register writes of kernels before 6.0."""
+    """Generic x2APIC ICR write: kvm_x2apic_icr_write, or the two register writes of kernels before 6.0.
+
+    By Hyper-V's MSR in xAPIC mode, too, where the register write keeps the upper half's top byte alone.
+    """
     traits = m[k.H_TRAITS]
     if traits & k.T_TRACE_ICR2_FIRST:
+        high = value >> k.U(32)
         if m[k.H_CONFIG] & k.CONFIG_TRACE:
-            emit(m, k.TP_APIC_WRITE, v, k.APIC_ICR2, value >> k.U(32), k.ZERO)
-        set_reg(m, v, k.APIC_ICR2, value >> k.U(32))
+            emit(m, k.TP_APIC_WRITE, v, k.APIC_ICR2, high, k.ZERO)
+        set_reg(m, v, k.APIC_ICR2, high if in_x2apic_mode(m, v) else high & k.U(0xFF00_0000))
         return reg_write(m, v, k.APIC_ICR, value & k.LOW32)
     if traits & k.T_ICR_RESERVED_GP and value & k.ICR_RESERVED:
         return k.CODE_GP
@@ -283,6 +287,15 @@ def reg_read(m, v, offset, shown):
     return value
 
 
+@kernel("u8(words, u8)")
+def icr_read(m, v):
+    """kvm_x2apic_icr_read, or the two register reads of kernels before 6.0, each with its trace line."""
+    if m[k.H_TRAITS] & k.T_TRACE_ICR2_FIRST:
+        low = reg_read(m, v, k.APIC_ICR, k.APIC_ICR)
+        return low | (reg_read(m, v, k.APIC_ICR2, k.APIC_ICR2) << k.U(32))
+    return x2apic_icr(m, v)
+
+
 @kernel("u8(words, u8, u8)")
 def x2apic_msr_read(m, v, msr):
     """kvm_x2apic_msr_read: value in K_MSR_DATA; CODE_GP when it faults."""
@@ -293,13 +306,7 @@ def x2apic_msr_read(m, v, msr):
     offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
     if not readable(m, v, offset):
         return k.CODE_GP
-    if offset == k.APIC_ICR:
-        if m[k.H_TRAITS] & k.T_TRACE_ICR2_FIRST:
-            m[out] = reg_read(m, v, offset, offset) | (reg_read(m, v, k.APIC_ICR2, k.APIC_ICR2) << k.U(32))
-        else:
-            m[out] = x2apic_icr(m, v)
-        return k.ZERO
-    m[out] = reg_read(m, v, offset, offset)
+    m[out] = icr_read(m, v) if offset == k.APIC_ICR else reg_read(m, v, offset, offset)
     return k.ZERO
 
 

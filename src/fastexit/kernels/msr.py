@@ -1,14 +1,15 @@
 """Generic MSR emulation and the skip of the instruction that exited.
 
 Models: kvm_set_msr_common/kvm_get_msr_common as far as APIC state goes (IA32_APICBASE, 0x800-0x8FF, TSC_DEADLINE,
-MSR_KVM_PV_EOI_EN), kvm_msr_allowed, kvm_emulate_wrmsr/rdmsr with kvm_msr_user_space, kvm_skip_emulated_instruction,
-kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-step bookkeeping, counts of retired
-instructions.
+MSR_KVM_PV_EOI_EN, Hyper-V's), kvm_msr_allowed, kvm_emulate_wrmsr/rdmsr with kvm_msr_user_space,
+kvm_skip_emulated_instruction, kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-step
+bookkeeping, counts of retired instructions.
 """
 
 from ..jit.declare import inlined, kernel, umin
+from . import hyperv
 from . import typed as k
-from .irq import update_ppr
+from .irq import set_pv_eoi, update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
 from .lapicreg import reg, set_reg
 from .lapicstate import set_base
@@ -37,15 +38,6 @@ def allowed(m, v, msr, access):
     return k.ZERO if m[k.H_FILTER_DENY] else k.ONE
 
 
-@kernel("u8(words, u8, u8)")
-def _set_pv_eoi(m, v, value):
-    """kvm_lapic_set_pv_eoi: the guest's flag lies at a dword address, bit 0 enables."""
-    if value & k.PV_EOI_RESERVED:
-        return k.CODE_GP
-    m[own(m, v) + k.K_PV_EOI_MSR] = value
-    return k.ZERO
-
-
 @inlined
 @kernel("u8(words, u8, u8, u8, u8)")
 def set_msr(m, v, msr, value, host):
@@ -58,12 +50,14 @@ def set_msr(m, v, msr, value, host):
     if msr == k.MSR_APICBASE:
         return set_base(m, v, value, host)
     if msr == k.MSR_KVM_PV_EOI_EN:
-        return _set_pv_eoi(m, v, value)
+        return set_pv_eoi(m, v, value)
+    if hyperv.serves(m, msr):
+        return hyperv.set_msr(m, v, msr, value, host)
     return k.CODE_GP | k.MSR_WHY_UNKNOWN
 
 
-@kernel("u8(words, u8, u8)")
-def get_msr(m, v, msr):
+@kernel("u8(words, u8, u8, u8)")
+def get_msr(m, v, msr, host):
     """kvm_get_msr_common: value in K_MSR_DATA (0 when it faults), CODE_GP and MSR_WHY when it faults."""
     out = own(m, v) + k.K_MSR_DATA
     if msr >= k.MSR_X2APIC_BASE and msr <= k.MSR_X2APIC_END:
@@ -78,6 +72,8 @@ def get_msr(m, v, msr):
     if msr == k.MSR_KVM_PV_EOI_EN:
         m[out] = m[own(m, v) + k.K_PV_EOI_MSR]
         return k.ZERO
+    if hyperv.serves(m, msr):
+        return hyperv.get_msr(m, v, msr, host)
     return k.CODE_GP | k.MSR_WHY_UNKNOWN
 
 
@@ -147,7 +143,7 @@ def emulate_wrmsr(m, v, msr, value, length):
 def emulate_rdmsr(m, v, msr, length):
     """kvm_emulate_rdmsr: value in K_MSR_DATA."""
     if allowed(m, v, msr, k.MSR_FILTER_READ):
-        code = get_msr(m, v, msr)
+        code = get_msr(m, v, msr, k.ZERO)
     else:
         m[own(m, v) + k.K_MSR_DATA] = k.ZERO
         code = k.CODE_GP | k.MSR_WHY_FILTER

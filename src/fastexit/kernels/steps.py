@@ -27,7 +27,7 @@ from .irq import ioapic_handles, take_pv_eoi
 from .pi import post_block, pre_block
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
-from .shared import clear_word_bits, emit, hot, make_request, own, take
+from .shared import clear_word_bits, emit, hot, hv, make_request, own, take
 from .tick import has_pending, inject_if_pending, wait_expired
 from .timer import ASLEEP, ASLEEP_HV_TIMER, IN_RUN, restart, settle, start_sw
 
@@ -38,12 +38,30 @@ SERVICED = (
     | k.REQ_SMI
     | k.REQ_NMI
     | k.REQ_IOAPIC_EOI_EXIT
+    | k.REQ_HV_CRASH
+    | k.REQ_HV_RESET
+    | k.REQ_HV_EXIT
     | k.REQ_APICV_UPDATE
     | k.REQ_EVENT
     | k.REQ_UNBLOCK
     | k.REQ_SIGNAL
 )
 """Requests that something is done for: each is cleared where that is done, and nowhere else."""
+
+
+@kernel("u8(words, u8)")
+def _tell_user(m, v):
+    """What a Windows guest has asked of user space: its crash, a reset, a look at its SynIC. A USER code, or 0."""
+    requests = hot(m, v) + k.HOT_REQUESTS
+    if clear_word_bits(m, requests, k.REQ_HV_CRASH) & k.REQ_HV_CRASH:
+        m[hv(m, v) + k.HV_SYSTEM_EVENT] = k.SYSTEM_EVENT_CRASH
+        return k.USER_SYSTEM_EVENT
+    if clear_word_bits(m, requests, k.REQ_HV_RESET) & k.REQ_HV_RESET:
+        m[hv(m, v) + k.HV_SYSTEM_EVENT] = k.SYSTEM_EVENT_RESET
+        return k.USER_SYSTEM_EVENT
+    if clear_word_bits(m, requests, k.REQ_HV_EXIT) & k.REQ_HV_EXIT:
+        return k.USER_HYPERV
+    return k.ZERO
 
 
 @kernel("u8(words, u8)")
@@ -62,6 +80,8 @@ def service_requests(m, v):
     if clear_word_bits(m, requests, k.REQ_IOAPIC_EOI_EXIT) & k.REQ_IOAPIC_EOI_EXIT:
         if ioapic_handles(m, v, m[own(m, v) + k.K_IOAPIC_EOI]):
             return k.USER_IOAPIC_EOI
+    if m[requests] & (k.REQ_HV_CRASH | k.REQ_HV_RESET | k.REQ_HV_EXIT):
+        return _tell_user(m, v)
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
     # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used. One
