@@ -542,6 +542,102 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "6.18": "kvm_pi_irte_update: PI is disabled for irq 42, vcpu -1, gsi: 0x18, gvec: 0x0",
         },
     ),
+    "hypercall": (
+        L.TP_HYPERCALL,
+        (1 << 32 | 10, 0b110, 0, 0xFFFF_FFFF_0000_0001, 0x41, 1),
+        {"seed-v3": "kvm_hypercall: nr 0x10000000a a0 0x6 a1 0x0 a2 0xffffffff00000001 a3 0x41"},
+    ),
+    "hypercall of a 32-bit guest": (
+        L.TP_HYPERCALL,
+        (1 << 32 | 10, 0b110, 0, 0xFFFF_FFFF_0000_0001, 0x41, 0),
+        {
+            "seed-v3": "kvm_hypercall: nr 0x10000000a a0 0x6 a1 0x0 a2 0xffffffff00000001 a3 0x41",
+            "7.3": "kvm_hypercall: nr 0xa a0 0x6 a1 0x0 a2 0x1 a3 0x41",
+        },
+    ),
+    "set irq": (L.TP_SET_IRQ, (24, 1, 0), {"seed-v3": "kvm_set_irq: gsi 24 level 1 source 0"}),
+    "Hyper-V hypercall": (
+        L.TP_HV_HYPERCALL,
+        (0x0003_0005_0041_0015, 0x51, 0xE),
+        {
+            "seed-v3": "kvm_hv_hypercall: code 0x15 fast cnt 0x5 idx 0x3 in 0x51 out 0xe",
+            "6.1": "kvm_hv_hypercall: code 0x15 fast var_cnt 0x20 rep_cnt 0x5 idx 0x3 in 0x51 out 0xe",
+        },
+    ),
+    "slow Hyper-V hypercall": (
+        L.TP_HV_HYPERCALL,
+        (0xB, 0x5000, 0),
+        {
+            "seed-v3": "kvm_hv_hypercall: code 0xb slow cnt 0x0 idx 0x0 in 0x5000 out 0x0",
+            "6.1": "kvm_hv_hypercall: code 0xb slow var_cnt 0x0 rep_cnt 0x0 idx 0x0 in 0x5000 out 0x0",
+        },
+    ),
+    "end of a Hyper-V hypercall": (
+        L.TP_HV_HYPERCALL_DONE,
+        (5 << 32,),
+        {"5.15": "kvm_hv_hypercall_done: result 0x500000000"},
+    ),
+    "Hyper-V IPI": (L.TP_HV_SEND_IPI, (0x51, 0xE), {"seed-v3": "kvm_hv_send_ipi: vector 51 processor_mask 0xe"}),
+    "Hyper-V IPI to a set": (
+        L.TP_HV_SEND_IPI_EX,
+        (0x51, 1, 0xE),
+        {"seed-v3": "kvm_hv_send_ipi_ex: vector 51 format 1 valid_bank_mask 0xe"},
+    ),
+    "Hyper-V flush": (
+        L.TP_HV_FLUSH_TLB,
+        (0xE, 0x1000, 3),
+        {
+            "seed-v3": "kvm_hv_flush_tlb: processor_mask 0xe address_space 0x1000 flags 0x3",
+            "6.6": "kvm_hv_flush_tlb: processor_mask 0xe address_space 0x1000 flags 0x3 ",
+        },
+    ),
+    "Hyper-V flush of a set": (
+        L.TP_HV_FLUSH_TLB_EX,
+        (0xE, 1, 0x1000, 3),
+        {
+            "seed-v3": "kvm_hv_flush_tlb_ex: valid_bank_mask 0xe format 0x1 address_space 0x1000 flags 0x3",
+            "6.6": "kvm_hv_flush_tlb_ex: valid_bank_mask 0xe format 0x1 address_space 0x1000 flags 0x3 ",
+        },
+    ),
+    "acked SINT": (L.TP_HV_NOTIFY_ACKED_SINT, (2,), {"seed-v3": "kvm_hv_notify_acked_sint: vcpu_id 18 sint 2"}),
+    "SINT": (
+        L.TP_HV_SYNIC_SET_IRQ,
+        (2, 0x61, L.NONE),
+        {"seed-v3": "kvm_hv_synic_set_irq: vcpu_id 18 sint 2 vector 97 ret -1"},
+    ),
+    "EOI of a SINT": (L.TP_HV_SYNIC_SEND_EOI, (97,), {"seed-v3": "kvm_hv_synic_send_eoi: vcpu_id 18 vector 97"}),
+    "SynIC MSR": (
+        L.TP_HV_SYNIC_SET_MSR,
+        (0x4000_0083, 0x5001, 1),
+        {"seed-v3": "kvm_hv_synic_set_msr: vcpu_id 18 msr 0x40000083 data 0x5001 host 1"},
+    ),
+    "timer's configuration": (
+        L.TP_HV_STIMER_SET_CONFIG,
+        (3, 0x20001, 0),
+        {"seed-v3": "kvm_hv_stimer_set_config: vcpu_id 18 timer 3 config 0x20001 host 0"},
+    ),
+    "timer's count": (
+        L.TP_HV_STIMER_SET_COUNT,
+        (3, 1000, 1),
+        {"seed-v3": "kvm_hv_stimer_set_count: vcpu_id 18 timer 3 count 1000 host 1"},
+    ),
+    "periodic timer": (
+        L.TP_HV_STIMER_START_PERIODIC,
+        (3, 1000, 2000),
+        {"seed-v3": "kvm_hv_stimer_start_periodic: vcpu_id 18 timer 3 time_now 1000 exp_time 2000"},
+    ),
+    "one-shot timer": (
+        L.TP_HV_STIMER_START_ONE_SHOT,
+        (3, 1000, 2000),
+        {"seed-v3": "kvm_hv_stimer_start_one_shot: vcpu_id 18 timer 3 time_now 1000 count 2000"},
+    ),
+    "timer's callback": (L.TP_HV_STIMER_CALLBACK, (3,), {"seed-v3": "kvm_hv_stimer_callback: vcpu_id 18 timer 3"}),
+    "timer's end": (L.TP_HV_STIMER_CLEANUP, (3,), {"seed-v3": "kvm_hv_stimer_cleanup: vcpu_id 18 timer 3"}),
+    "timer's message": (
+        L.TP_HV_STIMER_EXPIRATION,
+        (3, 0, L.NONE - 10),
+        {"seed-v3": "kvm_hv_stimer_expiration: vcpu_id 18 timer 3 direct 0 send result -11"},
+    ),
 }
 """Name -> event, arguments, and from which generation on which line; no line before the event exists.
 

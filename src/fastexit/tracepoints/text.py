@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.tracepoints.names import exception_text, inhibits, reason_text, user_text
@@ -37,6 +38,11 @@ class Source(NamedTuple):
 _PI = "PI is {state} for irq {irq}, vcpu {target}, gsi: 0x{gsi:x}, gvec: 0x{2:x}"
 _EXIT = "vcpu {vcpu} reason {reason} rip 0x{1:x} "
 _EXIT_INFO = "info1 0x{2:016x} info2 0x{3:016x} intr_info 0x{4:08x} error_code 0x{5:08x}"
+
+_CALL = "0x{repeats:x} idx 0x{first:x} in 0x{1:x} out 0x{2:x}"
+_FLUSH = "processor_mask 0x{0:x} address_space 0x{1:x} flags 0x{2:x}"
+_FLUSH_EX = "valid_bank_mask 0x{0:x} format 0x{1:x} address_space 0x{2:x} flags 0x{3:x}"
+_STIMER = "vcpu_id {vcpu} timer {0}"
 
 FORMATS: dict[int, dict[str, str]] = {
     L.TP_ENTRY: {
@@ -98,6 +104,36 @@ FORMATS: dict[int, dict[str, str]] = {
         "6.12": f"kvm_pi_irte_update: {_PI}, pi_desc_addr: 0x{{descriptor:x}}",
         "6.18": f"kvm_pi_irte_update: {_PI}",
     },
+    L.TP_HYPERCALL: {"5.4": "kvm_hypercall: nr 0x{nr:x} a0 0x{a0:x} a1 0x{a1:x} a2 0x{a2:x} a3 0x{a3:x}"},
+    L.TP_SET_IRQ: {"5.4": "kvm_set_irq: gsi {0} level {1} source {2}"},
+    L.TP_HV_HYPERCALL: {
+        "5.4": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} cnt {_CALL}",
+        "6.1": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} var_cnt 0x{{variable:x}} rep_cnt {_CALL}",
+    },
+    L.TP_HV_HYPERCALL_DONE: {"5.15": "kvm_hv_hypercall_done: result 0x{0:x}"},
+    L.TP_HV_SEND_IPI: {"5.4": "kvm_hv_send_ipi: vector {0:x} processor_mask 0x{1:x}"},
+    L.TP_HV_SEND_IPI_EX: {"5.4": "kvm_hv_send_ipi_ex: vector {0:x} format {1:x} valid_bank_mask 0x{2:x}"},
+    L.TP_HV_FLUSH_TLB: {
+        "5.4": f"kvm_hv_flush_tlb: {_FLUSH}",
+        "6.6": f"kvm_hv_flush_tlb: {_FLUSH} ",
+    },
+    L.TP_HV_FLUSH_TLB_EX: {
+        "5.4": f"kvm_hv_flush_tlb_ex: {_FLUSH_EX}",
+        "6.6": f"kvm_hv_flush_tlb_ex: {_FLUSH_EX} ",
+    },
+    L.TP_HV_NOTIFY_ACKED_SINT: {"5.4": "kvm_hv_notify_acked_sint: vcpu_id {vcpu} sint {0}"},
+    L.TP_HV_SYNIC_SET_IRQ: {"5.4": "kvm_hv_synic_set_irq: vcpu_id {vcpu} sint {0} vector {1} ret {result}"},
+    L.TP_HV_SYNIC_SEND_EOI: {"5.4": "kvm_hv_synic_send_eoi: vcpu_id {vcpu} vector {0}"},
+    L.TP_HV_SYNIC_SET_MSR: {"5.4": "kvm_hv_synic_set_msr: vcpu_id {vcpu} msr 0x{0:x} data 0x{1:x} host {2}"},
+    L.TP_HV_STIMER_SET_CONFIG: {"5.4": f"kvm_hv_stimer_set_config: {_STIMER} config 0x{{1:x}} host {{2}}"},
+    L.TP_HV_STIMER_SET_COUNT: {"5.4": f"kvm_hv_stimer_set_count: {_STIMER} count {{1}} host {{2}}"},
+    L.TP_HV_STIMER_START_PERIODIC: {"5.4": f"kvm_hv_stimer_start_periodic: {_STIMER} time_now {{1}} exp_time {{2}}"},
+    L.TP_HV_STIMER_START_ONE_SHOT: {"5.4": f"kvm_hv_stimer_start_one_shot: {_STIMER} time_now {{1}} count {{2}}"},
+    L.TP_HV_STIMER_CALLBACK: {"5.4": f"kvm_hv_stimer_callback: {_STIMER}"},
+    L.TP_HV_STIMER_CLEANUP: {"5.4": f"kvm_hv_stimer_cleanup: {_STIMER}"},
+    L.TP_HV_STIMER_EXPIRATION: {
+        "5.4": f"kvm_hv_stimer_expiration: {_STIMER} direct {{1}} send result {{result}}",
+    },
 }
 """Event -> release from which a format holds -> the format.
 
@@ -119,6 +155,14 @@ ARGUMENTS = {
     L.TP_AVIC_DOORBELL: 2,
     L.TP_AVIC_KICK_VCPU_SLOWPATH: 2,
     L.TP_USERSPACE_EXIT: 2,
+    L.TP_HYPERCALL: 6,
+    L.TP_HV_HYPERCALL_DONE: 1,
+    L.TP_HV_SEND_IPI: 2,
+    L.TP_HV_FLUSH_TLB_EX: 4,
+    L.TP_HV_NOTIFY_ACKED_SINT: 1,
+    L.TP_HV_SYNIC_SEND_EOI: 1,
+    L.TP_HV_STIMER_CALLBACK: 1,
+    L.TP_HV_STIMER_CLEANUP: 1,
 }
 """How many of a record's arguments mean something; 3 for the events that are not here."""
 
@@ -282,7 +326,32 @@ def _irte(source: Source, a: list[int]) -> Fields | None:
     }
 
 
+def _hypercall(source: Source, a: list[int]) -> Fields:
+    """Registers of a guest that is not in long mode are cut to 32 bits before the line since 7.2, behind it before."""
+    mask = L.NONE if a[5] or source.release < numbers("7.2") else _U32
+    return {name: value & mask for name, value in zip(("nr", "a0", "a1", "a2", "a3"), a, strict=False)}
+
+
+def _hv_hypercall(source: Source, a: list[int]) -> Fields:
+    return {
+        "code": a[0] & HV.HV_CALL_CODE,
+        "fast": "fast" if a[0] & HV.HV_CALL_FAST else "slow",
+        "variable": a[0] >> HV.HV_CALL_VAR_COUNT_SHIFT & (1 << HV.HV_CALL_VAR_COUNT_BITS) - 1,
+        "repeats": a[0] >> HV.HV_CALL_REP_COUNT_SHIFT & (1 << HV.HV_CALL_REP_COUNT_BITS) - 1,
+        "first": a[0] >> HV.HV_CALL_REP_START_SHIFT & (1 << HV.HV_CALL_REP_START_BITS) - 1,
+    }
+
+
+def _hv_result(source: Source, a: list[int]) -> Fields:
+    """What came of raising a SINT or sending a message: a number or minus an errno."""
+    return {"result": a[2] - (a[2] >> 63 << 64)}
+
+
 _FIELDS: dict[int, Callable[[Source, list[int]], Fields | None]] = {
+    L.TP_HYPERCALL: _hypercall,
+    L.TP_HV_HYPERCALL: _hv_hypercall,
+    L.TP_HV_SYNIC_SET_IRQ: _hv_result,
+    L.TP_HV_STIMER_EXPIRATION: _hv_result,
     L.TP_ENTRY: _entry,
     L.TP_EXIT: _exit,
     L.TP_MSR_READ: _msr,
