@@ -59,7 +59,7 @@ enum {
     FX_HOST_BUSY = 6342656, /* remote */
     FX_HV = 6343168,
     FX_HV_STRIDE = 64,
-    FX_WORDS = 6605312
+    FX_WORDS = 6670848
 };
 
 enum {

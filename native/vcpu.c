@@ -205,6 +205,7 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
         if (*count == room)
             return FX_MORE;
         code = table.fire_timer(handle(words), v);
+        v &= FX_MAX_VCPUS - 1; /* above is which of its timers it was */
         out = &results[(*count)++];
         put(out, code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
         if (m->hooked && out->effects) { /* for its own vCPU, and in no list */

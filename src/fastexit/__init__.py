@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.outcome import Fastpath as Fastpath
     from fastexit.outcome import Fault as Fault
     from fastexit.outcome import GeneralProtection as GeneralProtection
+    from fastexit.outcome import InvalidOpcode as InvalidOpcode
     from fastexit.outcome import Outcome as Outcome
     from fastexit.outcome import Path as Path
     from fastexit.outcome import Refusal as Refusal
@@ -60,6 +61,7 @@ _NAMES = {
     "Target": "targets",
     "Exit": "exits.exit",
     "GeneralProtection": "outcome",
+    "InvalidOpcode": "outcome",
     "Outcome": "outcome",
     "OUTCOMES": "outcome",
     "Path": "outcome",

@@ -51,6 +51,13 @@ class Events(NamedTuple):
     interrupt: int | None = None
 
 
+class UserHypercall(NamedTuple):
+    """run->hyperv.u.hcall: the control word, and the other two registers."""
+
+    input: int
+    params: tuple[int, int]
+
+
 class UserMsr(NamedTuple):
     """run->msr: index, data (of a write) and why the access is user space's."""
 
@@ -333,6 +340,26 @@ class VcpuIoctls(VcpuState):
         if not mem[own + L.K_MSR_REASON]:
             return None
         return UserMsr(mem[own + L.K_MSR_INDEX], mem[own + L.K_MSR_DATA], R.MsrExit(mem[own + L.K_MSR_REASON]))
+
+    def complete_hypercall(self, result: int) -> None:
+        """User space's answer to KVM_EXIT_HYPERV for a hypercall: run->hyperv.u.hcall.result, an HV_STATUS.
+
+        The next KVM_RUN ends the hypercall with it, and ``read_data`` has it then; without an answer, with whatever lay
+        there. ValueError when no hypercall waits.
+        """
+        if self.user_hypercall is None:
+            raise ValueError("no hypercall waits for user space")
+        row = L.HV + self.index * L.HV_STRIDE
+        self._mem[row + L.HV_EXIT_CONTROL] = integer(result, "result of a hypercall", L.NONE)
+
+    @property
+    def user_hypercall(self) -> UserHypercall | None:
+        """The hypercall of Hyper-V's that waits for user space (run->hyperv.u.hcall), or None."""
+        mem, row = self._mem, L.HV + self.index * L.HV_STRIDE
+        if not mem[row + L.HV_CALL_LENGTH]:
+            return None
+        params = mem[row + L.HV_EXIT_EVT_PAGE], mem[row + L.HV_EXIT_MSG_PAGE]
+        return UserHypercall(mem[row + L.HV_EXIT_MSR], params)
 
     def complete_access(self, data: int | None = None) -> None:
         """User space's answer to KVM_EXIT_MMIO or KVM_EXIT_IO: the data of a read; ``read_data`` has it then.

@@ -61,6 +61,7 @@ H_HV_GUEST_OS_ID = 46  # owner of the vCPU that writes it, as the next two
 H_HV_HYPERCALL = 47
 H_HV_REFERENCE_TSC = 48
 H_HV_AUTO_EOI_VCPUS = 49  # remote; vCPUs with a vector in HV_AUTO_EOI
+H_HV_STIMERS = 50  # remote store; 1 once a synthetic timer's hrtimer has been started
 H_HV_VP_INDICES = 51  # owner; KVM_MAX_VCPUS, which VP indices have to be below
 H_HV_STORED = 52  # owner; HV_STORED words: MSRs from CRASH_P0 to TSC_EMULATION_STATUS, of the VM
 HV_STORED = 9
@@ -354,7 +355,7 @@ HV_STIMER_STUCK = 49  # owner; timers whose message did not go out (msg_pending)
 HV_RUNTIME_OFFSET = 50  # owner; of VP_RUNTIME, 100 ns
 HV_EXIT_TYPE = 51  # owner; KVM_EXIT_HYPERV: KVM_EXIT_HYPERV_* of the last or the requested one
 HV_EXIT_MSR = 52  # owner; of SynIC: the MSR; of a hypercall: its control word
-HV_EXIT_CONTROL = 53  # owner; SCONTROL; of a hypercall: its result, by user space
+HV_EXIT_CONTROL = 53  # owner; SCONTROL; of a hypercall: its result, by user space, until then what was here
 HV_EXIT_EVT_PAGE = 54  # owner; SIEFP; of a hypercall: params[0]
 HV_EXIT_MSG_PAGE = 55  # owner; SIMP; of a hypercall: params[1]
 HV_CALL_LENGTH = 56  # owner; length of the hypercall instruction that user space completes, 0: none
@@ -370,7 +371,16 @@ STIMER_DEADLINE = 3  # when its hrtimer fires, ns of the machine's clock, or NON
 STIMERS = 4
 SINTS = 16
 
-WORDS = HV + MAX_VCPUS * HV_STRIDE
+# ----------------------------- XMM registers, of which KVM reads some for a fast hypercall; in no snapshot
+XMM = HV + MAX_VCPUS * HV_STRIDE
+"""A row a vCPU: XMM0 to XMM5 as the exit has them that reads them, two words each, the low one first."""
+XMM_STRIDE = 16
+XMM_WORDS = 12
+CALL_LENGTH = 0xF  # how a hypercall is made, for kernels: length of its instruction
+CALL_BITS64 = 1 << 8  # all 64 bits of registers count
+CALL_CPL = 3 << 9
+
+WORDS = XMM + MAX_VCPUS * XMM_STRIDE
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE + HV_STRIDE)
@@ -391,6 +401,9 @@ Memory accesses (VMX EPT_MISCONFIG and EPT_VIOLATION, SVM NPF): ``gpa`` is the g
 length, 1, 2, 4 or 8 bytes, plus MMIO_WRITE for a write.
 Port accesses (VMX IO_INSTRUCTION, SVM IO): ``info`` is what the CPU says of the instruction, the port in bits 31:16
 among it: the exit qualification, regs.VMX_IO, or EXITINFO1, regs.SVM_IO; Machine.io_info makes it.
+Hypercalls (VMX VMCALL, SVM VMMCALL), of which a record has a 64-bit guest's RCX (its low half in ``msr``, the high one
+in ``info``), RDX (``value``) and R8 (``gpa``): all that Hyper-V's have but for XMM registers, which are 0, as is every
+other register. KVM's own take their number from RAX, so a record's is number 0.
 All others: ``info`` is the exit qualification or EXITINFO1.
 
 A reason of NOTIFICATION is no exit: vector 0xF2 reaches the pCPU of ``vcpu``, as Vcpu.hw_notify has it. Its outcome is

@@ -379,7 +379,7 @@ class Machine:
         self.mem[L.H_NOW] = ns
         happened = []
         while (index := load("due_timer")(self.handle)) != L.NONE:
-            happened.append((index, OUTCOMES[load("fire_timer")(self.handle, index)]))
+            happened.append((index & L.MAX_VCPUS - 1, OUTCOMES[load("fire_timer")(self.handle, index)]))
         index = load("hv_timer_exit")(self.handle, 0)
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)
@@ -485,6 +485,9 @@ class Machine:
         if reason in vendor.memory_reasons:
             size, write = info & ~L.MMIO_WRITE, bool(info & L.MMIO_WRITE)
             exit = Exit(reason, value=value, gpa=int(record["gpa"]), size=size, write=write)
+        elif reason == vendor.hypercall_reason:
+            args = 0, 0, info << 32 | msr, value, 0, 0, int(record["gpa"])
+            exit = Exit(reason, args=args, length=vendor.rows[reason].length)
         else:
             exit = Exit(reason, msr, value, info, length=vendor.rows[reason].length)
         code = self.dispatcher.run_exit(v, exit)

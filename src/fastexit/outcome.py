@@ -37,6 +37,7 @@ class Fastpath(IntEnum):
 class Fault(IntEnum):
     """Exception that the exit injects into the guest."""
 
+    UD = 6
     GP = 13
 
 
@@ -112,6 +113,7 @@ CODE_NOT_IN_GUEST = CODE_COMPLETION
 CODE_FAST = CODE.mask("PATH") & -CODE.mask("PATH")
 CODE_FAULT = CODE.mask("FAULT")
 CODE_GP = Fault.GP.value << CODE.shift("FAULT")
+CODE_UD = Fault.UD.value << CODE.shift("FAULT")
 CODE_REFUSAL_SHIFT = CODE.shift("REFUSAL")
 CODE_ACCEPTED_SHIFT = CODE.shift("ACCEPTED")
 CODE_ACCEPTED_NONE = CODE.mask("ACCEPTED")
@@ -270,3 +272,7 @@ SHORT_CODES = len(SHORT)
 
 class GeneralProtection(Exception):
     """The guest's access faults: #GP(0) is injected and RIP does not move."""
+
+
+class InvalidOpcode(Exception):
+    """The guest's instruction is none here: #UD is injected and RIP does not move."""

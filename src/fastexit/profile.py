@@ -58,6 +58,8 @@ _FROM_5_15 = (
     | _T.TRACE_REENTRY
     | _T.GATED
     | _T.EMULATION_STATUS_CLEARED
+    | _T.CALL_XMM
+    | _T.SIGNAL_PARAMETER
 )
 _FROM_6_1 = (
     _FROM_5_15
@@ -67,8 +69,17 @@ _FROM_6_1 = (
     | _T.TRACE_DOORBELL
     | _T.GUARD_L2
     | _T.PREEMPTION_TIMER_FAST
+    | _T.CALL_VAR_COUNT
 )
-_FROM_6_6 = _FROM_6_1 | _T.NMI_COUNTED | _T.NMI_MASK_OVER_INIT | _T.INHIBIT_MAP | _T.TSC_INVARIANT
+_FROM_6_6 = (
+    _FROM_6_1
+    | _T.NMI_COUNTED
+    | _T.NMI_MASK_OVER_INIT
+    | _T.INHIBIT_MAP
+    | _T.TSC_INVARIANT
+    | _T.CALL_EXTENDED
+    | _T.CALL_FLUSH_LIST
+)
 _FROM_6_18 = (
     _FROM_6_6
     | _T.SVM_NEXT_RIP
@@ -304,6 +315,7 @@ PROFILES: dict[str, Profile] = {
             | _T.AVIC_MANY_SCANNED
             | _T.CR8_FOLLOWS_AVIC
             | _T.TICK_ONLY_IN_RUN
+            | _T.STIMER_SATURATES
             | _UNTIL_6_1
             | _UNTIL_6_8
             | _FROM_6_1,
@@ -322,6 +334,7 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.1.160", added=_T.TIMER_NO_CATCH_UP),
                 Stable("6.1.167", added=_T.CR8_FOLLOWS_AVIC),
                 Stable("6.1.184", added=_T.TICK_ONLY_IN_RUN),
+                Stable("6.1.192", added=_T.STIMER_SATURATES),
             ),
         ),
         Profile(
@@ -377,6 +390,7 @@ PROFILES: dict[str, Profile] = {
             | _T.CR8_FOLLOWS_AVIC
             | _T.TICK_ONLY_IN_RUN
             | _T.AVIC_ID_REFUSED
+            | _T.STIMER_SATURATES
             | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
             stable=(
@@ -386,12 +400,17 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.12.78", added=_T.CR8_FOLLOWS_AVIC),
                 Stable("6.12.101", added=_T.TICK_ONLY_IN_RUN),
                 Stable("6.12.114", added=_T.CR8_WITH_PPR, removed=_T.SET_LAPIC_STORES_BASE),
+                Stable("6.12.118", added=_T.STIMER_SATURATES),
             ),
             # what 6.12's stable releases took from later kernels is not in 6.13 to 6.17
             later=(
                 Stable(
                     "6.13",
-                    removed=_T.CR8_WITH_PPR | _T.TICK_ONLY_IN_RUN | _T.SVM_NEXT_RIP | _T.TIMER_NO_CATCH_UP,
+                    removed=_T.CR8_WITH_PPR
+                    | _T.TICK_ONLY_IN_RUN
+                    | _T.SVM_NEXT_RIP
+                    | _T.TIMER_NO_CATCH_UP
+                    | _T.STIMER_SATURATES,
                 ),
                 Stable("6.15", removed=_T.UNHALT_KEPT),
                 Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI),
@@ -412,14 +431,19 @@ PROFILES: dict[str, Profile] = {
                     added=_T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
                     removed=_T.PI_EMPTY_LOSES_RVI,
                 ),
-                Stable("7.2", added=_T.TICK_ONLY_IN_RUN),
+                Stable("7.2", added=_T.TICK_ONLY_IN_RUN | _T.STIMER_SATURATES),
             ),
         ),
         Profile(
             "7.3",
             11,
             "7.3.4",
-            _FROM_6_18 | _T.TICK_ONLY_IN_RUN | _T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
+            _FROM_6_18
+            | _T.TICK_ONLY_IN_RUN
+            | _T.CR8_WITH_PPR
+            | _T.IRQWIN_COUNTED
+            | _T.X2AVIC_WRITES_EXIT
+            | _T.STIMER_SATURATES,
             "as 6.18",
         ),
     )

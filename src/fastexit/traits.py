@@ -253,3 +253,19 @@ class Trait(IntFlag):
     """A guest may only clear TSC_EMULATION_STATUS; before, it wrote what it liked."""
     TSC_INVARIANT = 1 << 133
     """There is TSC_INVARIANT_CONTROL."""
+
+    # -- Hyper-V: hypercalls
+    CALL_XMM = 1 << 140
+    """Fast hypercalls whose input exceeds two registers take the rest from XMM0 to XMM5; before, they were invalid."""
+    CALL_VAR_COUNT = 1 << 141
+    """The size of a variable header is looked at, as are reserved bits; before, the set's own mask told its size."""
+    CALL_EXTENDED = 1 << 142
+    """Extended hypercalls, from 0x8001 on, are user space's."""
+    CALL_FLUSH_LIST = 1 << 143
+    """The list of a TLB flush is read, so it has to be there; before, all was flushed in any case."""
+    SIGNAL_PARAMETER = 1 << 144
+    """User space is told what SIGNAL_EVENT says, not where it says so."""
+
+    # -- Hyper-V: synthetic timers
+    STIMER_SATURATES = 1 << 145
+    """A deadline that is too far for the host's clock never comes; before, it wrapped."""

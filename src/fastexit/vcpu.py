@@ -5,6 +5,7 @@ ioctls.py has what user space does with it, vcpustate.py its state.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastexit import layout as L
@@ -13,7 +14,18 @@ from fastexit.checks import access_size, integer
 from fastexit.exits.exit import Exit
 from fastexit.ioctls import VcpuIoctls
 from fastexit.jit.declare import load
-from fastexit.outcome import CODE_GP, OUTCOMES, REENTRIES, SHORT, SHORT_CODES, GeneralProtection, Outcome
+from fastexit.outcome import (
+    CODE_FAULT,
+    CODE_GP,
+    CODE_USER,
+    OUTCOMES,
+    REENTRIES,
+    SHORT,
+    SHORT_CODES,
+    GeneralProtection,
+    InvalidOpcode,
+    Outcome,
+)
 from fastexit.targets import Target, told
 
 if TYPE_CHECKING:
@@ -21,7 +33,17 @@ if TYPE_CHECKING:
     from fastexit.machine import Machine
 
 
-HYPERCALL_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi")
+HYPERCALL_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8")
+
+
+def _halves(xmm: Any) -> tuple[int, ...]:
+    """XMM0 to XMM5 as far as they are given, in halves."""
+    if isinstance(xmm, str | bytes) or not isinstance(xmm, Iterable):
+        raise TypeError(f"xmm is {type(xmm).__name__}, not up to {L.XMM_WORDS} numbers")
+    halves = tuple(integer(half, "half of an XMM register", L.NONE) for half in xmm)
+    if len(halves) > L.XMM_WORDS:
+        raise ValueError(f"xmm has {len(halves)} numbers: XMM0 to XMM5 have {L.XMM_WORDS} halves")
+    return halves
 
 
 class Notification(NamedTuple):
@@ -99,7 +121,8 @@ class Vcpu(VcpuIoctls):
 
         ``info`` are the fields of exits.exit.Exit; ``offset`` in the xAPIC page may stand for ``gpa``; ``rcx``, ``rax``
         and ``rdx`` (or ``ecx`` ...) may stand for ``msr`` and ``value``; a hypercall takes ``rax``, ``rbx``, ``rcx``,
-        ``rdx`` and ``rsi``. ``length`` is that of the instruction if one of known length exits.
+        ``rdx``, ``rsi``, ``rdi``, ``r8`` and ``xmm``. ``length`` is that of the instruction if one of known length
+        exits.
         """
         reason = integer(reason, "exit reason", 0xFFFF_FFFF)
         reason, failed = self._loop.vendor.failed_entry(reason)
@@ -110,6 +133,8 @@ class Vcpu(VcpuIoctls):
                 info[name] = info.pop(short)
         if reason == self._loop.vendor.hypercall_reason:
             info["args"] = tuple(integer(info.pop(name, 0), name.upper(), L.NONE) for name in HYPERCALL_REGISTERS)
+        if "xmm" in info:
+            info["xmm"] = _halves(info["xmm"])
         if "rcx" in info:
             info["msr"] = integer(info.pop("rcx"), "RCX", L.NONE) & 0xFFFF_FFFF
         if "rax" in info or "rdx" in info:
@@ -121,12 +146,13 @@ class Vcpu(VcpuIoctls):
             info["gpa"] = self.apic_page + integer(info.pop("offset"), "offset", R.APIC_PAGE_BYTES - 1)
         unknown = sorted(set(info) - set(Exit.__dataclass_fields__))
         if unknown:
-            known = ", ".join(f for f in Exit.__dataclass_fields__ if f not in ("reason", "args"))
+            known = ", ".join(f for f in Exit.__dataclass_fields__ if f not in ("reason", "args", "xmm"))
             raise ValueError(f"exit information {', '.join(unknown)} is unknown: one of {known}, offset, rcx, rax, rdx")
-        tops = {"msr": 0xFFFF_FFFF, "length": 15, "intr_info": 0xFFFF_FFFF}
+        tops = {"msr": 0xFFFF_FFFF, "length": 15, "intr_info": 0xFFFF_FFFF, "cpl": 3}
         tops["gpa"] = (1 << self._mem[L.H_MAXPHYADDR]) - 1
+        as_is = "args", "xmm"
         fields: dict[str, Any] = {
-            name: value if name == "args" or type(value) is bool else integer(value, name, tops.get(name, L.NONE))
+            name: value if name in as_is or type(value) is bool else integer(value, name, tops.get(name, L.NONE))
             for name, value in info.items()
         }
         length = self._loop.vendor.rows[reason].length
@@ -149,10 +175,29 @@ class Vcpu(VcpuIoctls):
         ``bits64``: the guest is in long mode; otherwise registers have 32 bits, RAX among them.
         """
         values = (number, a0, a1, a2, a3)
-        args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=True))
+        args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=False))
         reason = self._loop.vendor.hypercall_reason
         exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.rows[reason].length)
         return OUTCOMES[self._loop.run_exit(self, exit)]
+
+    def hv_hypercall(self, control: int, input: int = 0, output: int = 0, xmm: Iterable[int] = ()) -> int:
+        """A 64-bit guest's VMCALL or VMMCALL by Hyper-V's rules: its result, HV_STATUS in the low 16 bits, as in RAX.
+
+        ``control`` is RCX, ``input`` RDX, ``output`` R8 (fast calls have their input in the latter two, and XMM0 to
+        XMM5 in ``xmm``: up to 12 numbers of 64 bits, the low half of XMM0 first). Whom an IPI was for, ``targets``
+        tells; exit() gives such a call's Outcome. It is a call of KVM's own while the guest OS id is 0.
+
+        0 where it leaves to user space (``exit_reason`` HYPERV); complete_hypercall has the answer.
+        InvalidOpcode when the guest gets #UD.
+        """
+        registers = {"rcx": control, "rdx": input, "r8": output}
+        args = tuple(integer(registers.get(name, 0), name.upper(), L.NONE) for name in HYPERCALL_REGISTERS)
+        reason = self._loop.vendor.hypercall_reason
+        length = self._loop.vendor.rows[reason].length
+        code = self._loop.run_exit(self, Exit(reason, args=args, xmm=_halves(xmm), length=length))
+        if code & CODE_FAULT:
+            raise InvalidOpcode(f"hypercall {control:#x} on vCPU {self.index}: #UD")
+        return 0 if code & CODE_USER else self.read_data
 
     def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
         """A guest's write to a device at a guest-physical address, ``length`` 1, 2, 4 or 8 bytes.

@@ -68,8 +68,13 @@ class CompiledDispatcher(Dispatcher):
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Dispatcher.run_exit."""
         code, single_exit = UNHANDLED, load("single_exit")
-        if not (exit.info2 or exit.intr_info or exit.args or exit.failed_entry or exit.invalid_state):
-            if exit.reason in self.vendor.memory_reasons:
+        if not (exit.info2 or exit.intr_info or exit.failed_entry or exit.invalid_state):
+            if exit.reason == self.vendor.hypercall_reason:
+                rax, rbx, rcx, rdx, rsi, rdi, r8 = exit.registers
+                more = rax or rbx or rsi or rdi or any(exit.xmm) or exit.cpl or not exit.bits64 or exit.info1
+                if not more and exit.length == self.vendor.rows[exit.reason].length:
+                    code = single_exit(v.where, exit.reason, r8, rcx, rdx)
+            elif exit.reason in self.vendor.memory_reasons:
                 if not (exit.length or exit.info1):
                     info = exit.size | (L.MMIO_WRITE if exit.write else 0)
                     code = single_exit(v.where, exit.reason, exit.gpa, info, exit.value)

@@ -22,8 +22,9 @@ class Exit:
     ``reason`` is the vendor's exit number; ``msr`` and ``value`` are the guest's ECX and EDX:EAX. ``info1`` is the VMX
     exit qualification or SVM's EXITINFO1; ``info2`` VMX's IDT-vectoring information (bit 31: valid) or SVM's EXITINFO2;
     ``intr_info`` VMX's VM-exit interruption information or SVM's EXITINTINFO. ``gpa``, ``size`` and ``write`` describe
-    an access to memory, ``info1`` one to a port; ``value`` is the data. ``args`` are RAX, RBX, RCX, RDX and RSI of a
-    hypercall, ``bits64`` whether all 64 bits of them count. ``length`` is the instruction's length.
+    an access to memory, ``info1`` one to a port; ``value`` is the data. ``args`` are RAX, RBX, RCX, RDX, RSI, RDI and
+    R8 of a hypercall, ``xmm`` are XMM0 to XMM5 in halves of 64 bits, the low one first, ``bits64`` says whether all 64
+    bits of the others count, ``cpl`` is the guest's privilege level. ``length`` is the instruction's length.
     """
 
     reason: int
@@ -40,6 +41,13 @@ class Exit:
     length: int = 0
     failed_entry: bool = False
     invalid_state: bool = False
+    xmm: tuple[int, ...] = ()
+    cpl: int = 0
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """All seven registers of a hypercall; those that were not given are 0."""
+        return (*self.args, 0, 0, 0, 0, 0, 0, 0)[:7]
 
 
 class PortAccess(NamedTuple):

@@ -167,9 +167,11 @@ class CommonHandlers:
 
     def hypercall(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_hypercall; RAX is v.read_data afterwards."""
-        args = (*exit.args, 0, 0, 0, 0, 0)[:5]
-        code = load("emulate_hypercall")(self.handle, v.index, *args, int(exit.bits64))
-        return code | self.skip_instruction(v, exit)
+        at = L.XMM + v.index * L.XMM_STRIDE
+        for i, half in enumerate((*exit.xmm, *(0,) * L.XMM_WORDS)[: L.XMM_WORDS]):
+            self.memory[at + i] = half
+        how = exit.length | (L.CALL_BITS64 if exit.bits64 else 0) | exit.cpl * (L.CALL_CPL & -L.CALL_CPL)
+        return load("emulate_hypercall")(self.handle, v.index, *exit.registers, how)
 
     def cr8(self, v: Vcpu, exit: Exit, write: bool) -> int:
         """MOV to or from CR8; what was read is v.read_data."""

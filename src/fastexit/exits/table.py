@@ -41,6 +41,7 @@ class Op(IntEnum):
     IO_READ = 11
     IO = 12
     """A write to or a read from a port, as the exit qualification or EXITINFO1 says."""
+    HYPERCALL = 13
 
 
 class Row(NamedTuple):
@@ -120,7 +121,7 @@ VMX = Table(
         Row(_V.HLT, length=_HLT, handler="hlt", fast="fast_hlt", fast_trait=_T.HLT_FAST, srcu=True,
             operation=Op.HLT, shortcut=True, work="halt"),
         Row(_V.INVD, length=2, handler=_SKIP, fast="fast_invd", fast_trait=_T.INVD_FAST),
-        Row(_V.VMCALL, length=3, handler="hypercall", work="hypercall"),
+        Row(_V.VMCALL, length=3, handler="hypercall", operation=Op.HYPERCALL, work="hypercall"),
         Row(_V.CR_ACCESS, length=_MOV_CR, handler="_cr_access"),
         Row(_V.IO_INSTRUCTION, handler="_io", operation=Op.IO),
         Row(_V.MSR_READ, length=_MSR, handler="rdmsr", operation=Op.RDMSR, work="rdmsr"),
@@ -181,7 +182,7 @@ SVM = Table(
         Row(_S.MSR, length=_MSR, handler="_msr", fast="_fast_msr", irqoff="_fast_msr_irqoff", srcu=True,
             operation=Op.MSR, shortcut=True, work="msr"),
         Row(_S.SHUTDOWN, user=_K.SHUTDOWN),
-        Row(_S.VMMCALL, name="hypercall", length=3, handler="hypercall", work="hypercall"),
+        Row(_S.VMMCALL, name="hypercall", length=3, handler="hypercall", operation=Op.HYPERCALL, work="hypercall"),
         Row(_S.WBINVD, length=2, handler=_SKIP),
         Row(_S.WRITE_EFER_TRAP, since="6.1"),
         Row(_S.WRITE_CR0_TRAP, since="6.1"),

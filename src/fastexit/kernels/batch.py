@@ -145,6 +145,8 @@ def run(m, exits, outcomes, first, n):
             if not handles(m, v, row):
                 return i
             where = exits[at + k.U(3)] if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ else msr
+            if op == k.OP_HYPERCALL:
+                where, info = exits[at + k.U(3)], exits[at + k.ONE]
             outcomes[out] = run_exit(m, v, row, reason, where, exits[at + k.U(2)], info)
             reads = op == k.OP_RDMSR or op == k.OP_MMIO_READ or op == k.OP_IO_READ
             outcomes[out + k.ONE] = m[own(m, v) + (k.K_MSR_DATA if reads else k.K_TARGETS)]

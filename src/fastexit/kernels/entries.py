@@ -32,9 +32,9 @@ from . import (
     shared,
     single,
     steps,
+    stimerservice,
     synic,
     tick,
-    timer,
     unicast,
     vcpu,
 )
@@ -110,7 +110,6 @@ _ON_ONE_VCPU = {
         "vm_entry": steps.vm_entry,
         "wake_up": steps.wake_up,
         "trace_wait": tick.trace_wait,
-        "fire_timer": timer.fire,
     },
     1: {
         "door_reset": cdoor.reset_vcpu,
@@ -275,10 +274,11 @@ def operate(handle, v, reason, msr, value, info, length):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8, u8, u8, u8)", nogil=False)
-def emulate_hypercall(handle, v, number, a0, a1, a2, a3, bits64):
+@kernel("u8(u8, u8, u8, u8, u8, u8, u8, u8, u8, u8)", nogil=False)
+def emulate_hypercall(handle, v, rax, rbx, rcx, rdx, rsi, rdi, r8, how):
+    """Which XMM registers there are, layout.XMM has; ``how`` is layout.CALL_*."""
     m = open_words(handle, k.WORDS)
-    return hypercall.emulate(m, v, number, a0, a1, a2, a3, bits64) if v < m[k.H_NVCPUS] else NO_VCPU
+    return hypercall.emulate(m, v, rax, rbx, rcx, rdx, rsi, rdi, r8, how) if v < m[k.H_NVCPUS] else NO_VCPU
 
 
 @entry
@@ -325,7 +325,19 @@ def local_deliver(handle, v, offset, me):
 @entry
 @kernel("u8(u8)", nogil=False)
 def due_timer(handle):
-    return timer.due(open_words(handle, k.WORDS))
+    """An hrtimer for fire_timer, or NO_VCPU; its vCPU's index is in the bits below MAX_VCPUS."""
+    return stimerservice.due(open_words(handle, k.WORDS))
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def fire_timer(handle, which):
+    """``which`` is what due_timer gave."""
+    m = open_words(handle, k.WORDS)
+    number = which >> stimerservice.WHICH_SHIFT
+    if which & (k.MAX_VCPUS - k.ONE) >= m[k.H_NVCPUS] or number > k.STIMERS:
+        return NO_VCPU
+    return stimerservice.fire(m, which)
 
 
 @entry
@@ -337,7 +349,7 @@ def hv_timer_exit(handle, first):
 @entry
 @kernel("u8(u8)", nogil=False)
 def next_timer(handle):
-    return timer.next_event(open_words(handle, k.WORDS))
+    return stimerservice.next_event(open_words(handle, k.WORDS))
 
 
 @entry

@@ -1,7 +1,7 @@
 """HLT: what keeps a vCPU awake, and what a halted one waits for.
 
 Models: kvm_emulate_halt, kvm_vcpu_has_events, kvm_arch_vcpu_runnable, the vendors' interrupt_allowed and nmi_allowed,
-kvm_apic_accept_pic_intr, kvm_cpu_has_extint. Not modelled: asynchronous page faults, Hyper-V and Xen timers, the PIC
+kvm_apic_accept_pic_intr, kvm_cpu_has_extint. Not modelled: asynchronous page faults, Xen timers, the PIC
 (user space's is KVM_INTERRUPT).
 """
 
@@ -10,7 +10,7 @@ from . import typed as k
 from .irq import has_interrupt
 from .lapicreg import reg
 from .msr import skip
-from .shared import hot, own
+from .shared import hot, hv, own
 
 
 @kernel("u8(words, u8)")
@@ -72,6 +72,8 @@ def has_events(m, v):
     if m[row + k.K_PV_UNHALTED] or m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB]:
         return k.ONE
     if requests & (k.REQ_NMI | k.REQ_SMI):
+        return k.ONE
+    if requests & k.REQ_HV_STIMER and m[hv(m, v) + k.HV_STIMER_PENDING]:
         return k.ONE
     if m[row + k.K_NMI_PENDING] and nmi_allowed(m, v):
         return k.ONE

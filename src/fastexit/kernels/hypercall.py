@@ -1,15 +1,17 @@
 """Paravirtual IPIs: KVM_HC_SEND_IPI, KVM's answer to multicast, and KVM_HC_KICK_CPU.
 
 Models: kvm_emulate_hypercall as far as interrupts go, kvm_pv_send_ipi, kvm_pv_kick_cpu_op. Not modelled: the guest's
-CPUID bits for PV features (all are offered), CPL (the guest kernel calls), hypercalls that only schedule.
+CPUID bits for PV features (all are offered), hypercalls that only schedule, Xen's.
 Spec: the hypercall chapter of KVM's documentation.
 """
 
 from ..jit.declare import kernel
+from . import hypervcall
 from . import typed as k
 from .apicmap import phys
 from .ipi import accept, combine, deliver
-from .shared import own
+from .msr import skip
+from .shared import emit, own
 
 
 @kernel("u8(u8)")
@@ -55,14 +57,30 @@ def send_ipi(m, v, low, high, first, icr, bits64):
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
-def emulate(m, v, number, a0, a1, a2, a3, bits64):
-    """kvm_emulate_hypercall: delivery code; RAX in K_MSR_DATA."""
-    result = own(m, v) + k.K_MSR_DATA
+def _trace(m, v, number, a0, a1, a2, a3, bits64):
+    """kvm_hypercall, with the registers as they are; which of their bits it prints is the text's to know."""
+    at = emit(m, k.TP_HYPERCALL, v, number, a0, a1)
+    if at < k.TRACE_CAPACITY:
+        at = k.TRACE + at * k.TRACE_STRIDE
+        m[at + k.U(4)] = a2
+        m[at + k.U(5)] = a3
+        m[at + k.U(6)] = k.ONE if bits64 else k.ZERO
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
+def _emulate_own(m, v, number, a0, a1, a2, a3, how):
+    """kvm_emulate_hypercall for calls of KVM's own: delivery code; RAX in K_MSR_DATA."""
+    result, bits64 = own(m, v) + k.K_MSR_DATA, how & k.CALL_BITS64
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        _trace(m, v, number, a0, a1, a2, a3, bits64)
     if not bits64:
         number, a0, a1, a2, a3 = number & k.LOW32, a0 & k.LOW32, a1 & k.LOW32, a2 & k.LOW32, a3 & k.LOW32
     m[result] = k.ZERO
     code = k.ZERO
-    if number == k.HC_SEND_IPI:
+    if how & k.CALL_CPL:
+        m[result] = _minus(k.HC_EPERM)
+    elif number == k.HC_SEND_IPI:
         code = send_ipi(m, v, a0, a1, a2, a3, bits64)
     elif number == k.HC_KICK_CPU:
         icr = k.DM_REMRD << k.ICR_DM_SHIFT
@@ -71,4 +89,19 @@ def emulate(m, v, number, a0, a1, a2, a3, bits64):
         m[result] = _minus(k.HC_ENOSYS)
     if not bits64:
         m[result] = m[result] & k.LOW32
-    return code
+    return code | skip(m, v, how & k.CALL_LENGTH)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8, u8, u8, u8, u8)")
+def emulate(m, v, rax, rbx, rcx, rdx, rsi, rdi, r8, how):
+    """kvm_emulate_hypercall: outcome code; RAX in K_MSR_DATA. ``how`` is CALL_*.
+
+    A guest that has told Hyper-V's guest OS id means Hyper-V by every VMCALL; KVM has no calls of its own for it then.
+    """
+    if not hypervcall.enabled(m):
+        return _emulate_own(m, v, rax, rbx, rcx, rdx, rsi, how)
+    if how & k.CALL_BITS64:
+        return hypervcall.emulate(m, v, rcx, rdx, r8, how)
+    high = k.U(32)
+    control, given, output = rdx << high | rax & k.LOW32, rbx << high | rcx & k.LOW32, rdi << high | rsi & k.LOW32
+    return hypervcall.emulate(m, v, control, given, output, how)

@@ -16,7 +16,7 @@ from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
 from ..jit.declare import inlined, kernel
-from . import bus, steps
+from . import bus, hypercall, steps
 from . import typed as k
 from .cr8 import sync_cr8_to_lapic
 from .events import inject_events
@@ -25,7 +25,7 @@ from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .irq import take_pv_eoi
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .shared import hot, own
+from .shared import clear_words, hot, own
 from .tick import trace_wait
 
 VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
@@ -86,7 +86,10 @@ def _fast_stage(m, v, row, msr, value):
 @inlined
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def operate(m, v, row, msr, value, info):
-    """Do what an exit asks for, as its generic handler does: an outcome code."""
+    """Do what an exit asks for, as its generic handler does: an outcome code.
+
+    A hypercall has RCX in ``info``, RDX in ``value`` and R8 in the place of an MSR.
+    """
     op = row & k.ROW_OPERATION
     if op == k.OP_WRMSR:
         return emulate_wrmsr(m, v, msr, value, _length(row))
@@ -101,6 +104,10 @@ def operate(m, v, row, msr, value, info):
         return bus.mmio(m, v, msr, access, value, _length(row))
     if op == k.OP_IO_WRITE or op == k.OP_IO_READ:
         return bus.io(m, v, info, value, _length(row))
+    if op == k.OP_HYPERCALL:
+        clear_words(m, k.XMM + v * k.XMM_STRIDE, k.XMM_WORDS)
+        how = k.CALL_BITS64 | _length(row)
+        return hypercall.emulate(m, v, k.ZERO, k.ZERO, info, value, k.ZERO, k.ZERO, msr, how)
     return k.ZERO
 
 
@@ -324,10 +331,10 @@ def generic(m, v, row, msr, value, info, code):
 
 @kernel("u8(words, u8, u8, u8, u8)")
 def trace_exit(m, v, row, reason, info):
-    """kvm_exit. An access to memory has its length in ``info``, which no kernel prints."""
+    """kvm_exit. What ``info`` has of an access to memory or of a hypercall is no exit information."""
     op = row & k.ROW_OPERATION
-    mmio = op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ
-    return steps.trace_exit(m, v, reason, k.ZERO if mmio else info, k.ZERO, k.ZERO)
+    other = op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ or op == k.OP_HYPERCALL
+    return steps.trace_exit(m, v, reason, k.ZERO if other else info, k.ZERO, k.ZERO)
 
 
 # ------------------------------------------------------------------------------------------------- towards VM entry

@@ -16,7 +16,10 @@ UNHANDLED = k.CODE_NOT_IN_GUEST
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def run(m, v, reason, where, info, value):
-    """Any exit: its outcome code, or UNHANDLED. ``where`` is the guest-physical address, or else the MSR."""
+    """Any exit: its outcome code, or UNHANDLED.
+
+    ``where`` is the guest-physical address, a hypercall's R8, or else the MSR; ``info`` is a hypercall's RCX.
+    """
     row = find_row(m, reason, info)
     if not handles(m, v, row) or outside(m, reason, info, where):
         return UNHANDLED
@@ -25,7 +28,7 @@ def run(m, v, reason, where, info, value):
         length = info & k.ACCESS_LENGTH
         if value & ~(k.NONE >> (k.U(64) - (length << k.U(3)))):
             return UNHANDLED
-    elif op != k.OP_MMIO_READ and where > k.LOW32:
+    elif op != k.OP_MMIO_READ and op != k.OP_HYPERCALL and where > k.LOW32:
         return UNHANDLED
     return run_exit(m, v, row, reason, where, value, info)
 

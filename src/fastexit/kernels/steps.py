@@ -6,7 +6,7 @@ these steps one by one; loop.py strings the same steps together. events.py has w
 
 from ..jit.atomics import exchange, fence
 from ..jit.declare import kernel
-from . import bus, msr
+from . import bus, hypervcall, msr, stimerservice
 from . import typed as k
 from .clock import hv_in_use
 from .events import (
@@ -41,6 +41,7 @@ SERVICED = (
     | k.REQ_HV_CRASH
     | k.REQ_HV_RESET
     | k.REQ_HV_EXIT
+    | k.REQ_HV_STIMER
     | k.REQ_APICV_UPDATE
     | k.REQ_EVENT
     | k.REQ_UNBLOCK
@@ -82,6 +83,8 @@ def service_requests(m, v):
             return k.USER_IOAPIC_EOI
     if m[requests] & (k.REQ_HV_CRASH | k.REQ_HV_RESET | k.REQ_HV_EXIT):
         return _tell_user(m, v)
+    if clear_word_bits(m, requests, k.REQ_HV_STIMER) & k.REQ_HV_STIMER:
+        stimerservice.process(m, v)
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
     # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used. One
@@ -207,12 +210,13 @@ def block(m, v):
 def begin_run(m, v):
     """KVM_RUN begins, or a sleeper's thread wakes up inside it: vcpu_load, SRCU taken.
 
-    What user space left without an answer counts as done: an MSR access (run->msr.error was 0), an access to memory or
-    to a port. The USER code if the instruction's end is user space's business again.
+    What user space left without an answer counts as done: an MSR access (run->msr.error was 0), a hypercall, an access
+    to memory or to a port. The USER code if the instruction's end is user space's business again.
     """
     host = own(m, v)
     if m[host + k.K_IN_RUN] < ASLEEP or m[host + k.K_MP_STATE] == k.MP_RUNNABLE:
         wake_up(m, v)
+    was = m[host + k.K_USER_EXIT]
     m[host + k.K_USER_EXIT] = k.ZERO
     m[hot(m, v) + k.HOT_BLOCKED] = k.ZERO
     vcpu_load(m, v, m[host + k.K_CPU])
@@ -220,6 +224,8 @@ def begin_run(m, v):
     m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
     if m[host + k.K_MSR_REASON]:
         return msr.complete(m, v, k.ZERO)
+    if was == k.USER_HYPERV >> k.CODE_USER_SHIFT and m[hv(m, v) + k.HV_CALL_LENGTH]:
+        return hypervcall.complete(m, v)
     return bus.complete(m, v) if m[host + k.K_ACCESS_INFO] else k.ZERO
 
 
