@@ -227,6 +227,19 @@ COMPILED = [
 ]
 
 
+def hypercall(rng: random.Random) -> tuple[int, int, int, int]:
+    """What a record has of one of Hyper-V's hypercalls: two halves of RCX, RDX, R8."""
+    code = rng.choice((0xB, 0xB, 0xB, 0x15, 0x15, 0x15, 0x8, 0x5C, 0x5D, 2, 3, 0x13, 0x14, 0x8001, 0x8041, 0x99))
+    low = code | rng.choice((0, 0, 1)) << 16 | rng.choice((0, 0, 0, 1, 2)) << 17 | rng.choice((0, 0, 0, 0, 1)) << 27
+    high = rng.choice((0, 0, 0, 0, 1, 1 << 16, 0x5000))
+    given = rng.choice((0x41, 0x41, 0x5, 0xFF, 0x100, 1 << 32 | 0x41, CALL_INPUT, CALL_INPUT, CALL_INPUT + 9, 1 << 40))
+    return low, high, given, rng.choice((0, 1, 2, 0b110, 0x1F, rng.getrandbits(64)))
+
+
+CALL_INPUT = 0x7000
+"""Where inputs of slow hypercalls lie, in a machine that has some there."""
+
+
 def record_of(rng: random.Random, vendor: str, row: Row, now: int) -> tuple[int, int, int, int, int, int]:
     """An exit of a row, with anything that belongs to it."""
     msr = rng.choice((0x830, 0x830, 0x808, 0x80B, 0x832, 0x6E0, 0x1B, 0x10))
@@ -239,6 +252,8 @@ def record_of(rng: random.Random, vendor: str, row: Row, now: int) -> tuple[int,
         value &= (1 << 8 * (info & 7)) - 1
     elif row.operation is Op.IO:
         info = rng.choice(Numbers(vendor).io_infos)
+    elif row.operation is Op.HYPERCALL:
+        msr, info, value, gpa = hypercall(rng)
     return rng.randrange(4), int(row.reason), msr, info, value, gpa
 
 
@@ -272,6 +287,8 @@ def alone(m: fx.Machine, record: np.void, *, by_number: bool = False) -> tuple[i
         write = bool(info & L.MMIO_WRITE)
         out = v.exit(reason, gpa=gpa, size=info & ~L.MMIO_WRITE, write=write, value=value)
         return out.code, targets(v) if write else v.read_data
+    if reason == m.dispatcher.vendor.hypercall_reason:
+        return v.exit(reason, rcx=info << 32 | msr, rdx=value, r8=gpa).code, targets(v)
     out = v.exit(reason, msr=msr, value=value, info1=info)
     reads = reason == on.io and not m.dispatcher.vendor.io_access(info).write
     return out.code, v.read_data if reads else targets(v)
