@@ -26,6 +26,7 @@ PLAIN_LVTS = {
 }
 LVTS = (r.APIC_LVTT, *PLAIN_LVTS)
 BITMAP_OFFSETS = {base + 0x10 * word for base in (r.APIC_ISR, r.APIC_TMR, r.APIC_IRR) for word in range(8)}
+ZEROES = dict.fromkeys(range(0, r.LAPIC_PAGE_BYTES, 4), 0)
 READABLE = BITMAP_OFFSETS | {
     r.APIC_ID,
     r.APIC_LVR,
@@ -751,11 +752,10 @@ class Vcpu(Doors):
         """KVM_GET_LAPIC."""
         self.thread.leave()
         self.sync_pir()
-        page = dict.fromkeys(range(0, r.LAPIC_PAGE_BYTES, 4), 0) | self.words
+        page = ZEROES | self.words
         for base, vectors in ((r.APIC_ISR, self.isr), (r.APIC_TMR, self.tmr), (r.APIC_IRR, self.irr)):
-            bitmap = sum(1 << v for v in vectors)
-            for word in range(8):
-                page[base + 0x10 * word] = bitmap >> 32 * word & 0xFFFF_FFFF
+            for v in vectors:
+                page[base + 0x10 * (v >> 5)] |= 1 << (v & 31)
         page[r.APIC_TMCCT] = self.timer.saved_count()
         if self.x2apic:
             if self.m.x2apic_api & r.X2API_32BIT_IDS:
