@@ -16,6 +16,7 @@ import fastexit as fx
 from conftest import INTERPRETED
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit import snapshot
 from fastexit.exits.table import SVM, VMX, Op, Row
 from fastexit.outcome import CODE_HARDWARE
 from fastexit.profile import since
@@ -217,6 +218,22 @@ def timer_exit(rng: random.Random, on: Numbers, now: int) -> tuple[int, int, int
         )
     )
     return vcpu, on.wrmsr, msr, write, value, 0
+
+
+def assert_equal(one: fx.Machine, other: fx.Machine, where: object = None) -> None:
+    """Trace lines and every byte of a snapshot agree.
+
+    Lines and snapshots are made of words, so they are only made to tell words apart that differ.
+    """
+    if not np.array_equal(*(m.words[L.TRACE : L.TRACE + len(m.trace) * L.TRACE_STRIDE] for m in (one, other))):
+        assert one.trace.lines() == other.trace.lines(), where
+    if not all(np.array_equal(a, b) for a, b in zip(rows(one), rows(other), strict=True)):
+        assert one.snapshot() == other.snapshot(), where
+
+
+def rows(m: fx.Machine) -> list[np.ndarray]:
+    """The parts of a machine's memory that a snapshot is made of."""
+    return [m.words[part] for part in snapshot._rows(int(m.words[L.H_NVCPUS]))]
 
 
 COMPILED = [

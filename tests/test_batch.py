@@ -19,7 +19,20 @@ from fastexit.jit import declare
 from fastexit.kernels.loop import SVM_ROWS, VMX_ROWS
 from fastexit.traits import Trait
 from generations import DRAWN, having, offered
-from storms import COMPILED, EXITS, PV_EOI, VENDORS, Numbers, alone, between, build, record_of, storm, timer_exit
+from storms import (
+    COMPILED,
+    EXITS,
+    PV_EOI,
+    VENDORS,
+    Numbers,
+    alone,
+    assert_equal,
+    between,
+    build,
+    record_of,
+    storm,
+    timer_exit,
+)
 
 
 def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> None:
@@ -31,8 +44,23 @@ def assert_same(together: fx.Machine, single: fx.Machine, exits: np.ndarray) -> 
             got = fx.OUTCOMES[int(outcomes[i]["code"])]
             assert got == fx.OUTCOMES[code], f"exit {i}: {record} gave {got}, alone {fx.OUTCOMES[code]}"
         assert outcomes[i]["value"] == value, f"exit {i}: {record}"
-    assert together.trace.lines() == single.trace.lines()
-    assert together.snapshot() == single.snapshot()
+    assert_equal(together, single)
+
+
+def test_a_difference_would_show() -> None:
+    """The comparison is not blind: a word of a register page and one of a trace record count, a list of targets not."""
+    one, other = (build("6.18", "vmx", True, 7, traced=True) for _ in range(2))
+    for m in (one, other):
+        m.run(storm(7, "vmx"))
+    assert_equal(one, other)
+    assert one.trace.lines()
+    for word in (L.PAGE + (r.APIC_TMICT >> 3), L.FILTER, L.TRACE + 1):
+        other.words[word] ^= np.uint64(1)
+        with pytest.raises(AssertionError):
+            assert_equal(one, other)
+        other.words[word] ^= np.uint64(1)
+    other.words[L.KVM + L.K_TARGETS] += np.uint64(1)
+    assert_equal(one, other)
 
 
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
@@ -136,8 +164,7 @@ def test_operation_is_what_the_handlers_do(vendor: str, row: Row, kernel: str, m
             assert codes[0] == codes[1], f"exit {i}: {records[i]}"
             assert got["value"] == expected["value"], f"exit {i}: {records[i]}"
         single.mem[L.H_HANDLERS] = 0
-        assert together.trace.lines() == single.trace.lines()
-        assert together.snapshot() == single.snapshot()
+        assert_equal(together, single)
 
 
 @pytest.mark.parametrize("lvtt", [0xEC, r.LVT_MASKED | 0xEC], ids=["ticks", "masked"])

@@ -20,7 +20,7 @@ from fastexit.exits.compiled import CompiledDispatcher
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.table import Row
 from generations import DRAWN
-from storms import COMPILED, VENDORS, Numbers, alone, build, icr, record_of, storm, timer_exit
+from storms import COMPILED, VENDORS, Numbers, alone, assert_equal, build, icr, record_of, storm, timer_exit
 
 PAGE = r.APIC_DEFAULT_PHYS_BASE
 
@@ -38,8 +38,7 @@ def assert_same(compiled: fx.Machine, python: fx.Machine, exits: np.ndarray) -> 
     for i, record in enumerate(exits):
         got, expected = alone(compiled, record), alone(python, record)
         assert got == expected, f"exit {i}: {record}"
-    assert compiled.trace.lines() == python.trace.lines()
-    assert compiled.snapshot() == python.snapshot()
+    assert_equal(compiled, python)
 
 
 @pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
@@ -129,8 +128,7 @@ def test_accesses_and_their_information(vendor: str) -> None:
     for _ in range(30 if INTERPRETED else 300):
         act, i = act_of(rng, Numbers(vendor)), rng.randrange(5)
         assert act(compiled.vcpus[i]) == act(python.vcpus[i])
-    assert compiled.trace.lines() == python.trace.lines()
-    assert compiled.snapshot() == python.snapshot()
+    assert_equal(compiled, python)
 
 
 def test_python_stays_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

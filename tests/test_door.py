@@ -18,7 +18,7 @@ from fastexit import regs as r
 from fastexit.jit import declare
 from fastexit.outcome import CODE_BLOCKED, CODE_USER
 from generations import DRAWN
-from storms import VENDORS, Numbers, between, build, icr, one, timer_exit
+from storms import VENDORS, Numbers, assert_equal, between, build, icr, one, timer_exit
 
 CALLS = 40 if INTERPRETED else 300
 
@@ -89,8 +89,7 @@ def test_the_same_bytes(kernel: str, traced: bool, apicv: bool, vendor: str) -> 
         else:
             now = ours.time + rng.choice((0, 100, 250_000))
             assert ours.set_time(now) == door.set_time(now)
-        assert ours.trace.lines() == door.trace.lines(), i
-        assert ours.snapshot() == door.snapshot(), i
+        assert_equal(ours, door, i)
         ours.trace.clear()
         door.trace.clear()
     if (kernel, vendor, apicv, traced) == ("6.18", "vmx", True, False):
