@@ -69,12 +69,16 @@ FILTERS = kernels(offers.MSR_FILTER_SINCE)
 """Generations with KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR."""
 
 
-_INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+_HALF = any(os.environ.get(name, "0") not in ("", "0") for name in ("NUMBA_DISABLE_JIT", "NUMBA_BOUNDSCHECK"))
 
 
 def _drawn() -> tuple[str, ...]:
-    return ("seed-v3", "5.8", "5.10", "6.1", "6.12", profile.NEWEST) if _INTERPRETED else kernels()
+    return ("seed-v3", "5.8", "5.10", "6.1", "6.12", profile.NEWEST) if _HALF else kernels()
 
 
 DRAWN = _drawn()
-"""The generations for which random lives are drawn: all compiled ones, and half of them where each life takes long."""
+"""The generations for which random lives are drawn.
+
+All with compiled kernels as users have them; half of them where each life takes long (interpreted), and where the
+question is no generation's (whether an index is inside the memory).
+"""
