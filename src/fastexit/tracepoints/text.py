@@ -9,7 +9,8 @@ is the descriptor's place in the machine's memory, in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fastexit import hyperv as HV
@@ -173,7 +174,8 @@ _NOT_PREEMPTED = L.TP_HV_TIMER_STATE, L.TP_AVIC_DOORBELL
 """Events that are traced with preemption off (once more), whoever comes that way."""
 
 
-def formats(release: Numbers) -> dict[int, str]:
+@lru_cache(maxsize=64)  # every machine asks, and most are of few releases
+def formats(release: Numbers) -> Mapping[int, str]:
     """Event -> format, for the events that a release has."""
     found = {event: held(table, release) for event, table in FORMATS.items()}
     return {event: text for event, text in found.items() if text is not None}
