@@ -81,7 +81,8 @@ def test_the_sdist_is_the_checkout(sdist: Path) -> None:
 
 @as_users_have_it
 def test_the_tests_of_the_sdist_can_be_collected(unpacked: Path) -> None:
-    said = run(sys.executable, "-m", "pytest", "--collect-only", "-q", cwd=unpacked, PYTHONPATH="src")
+    line = "-m", "pytest", "--collect-only", "-q", "--assert=plain"  # nothing to be rewritten
+    said = run(sys.executable, *line, cwd=unpacked, PYTHONPATH="src")
     assert "tests/test_package.py::test_the_sdist_is_the_checkout" in said
 
 

@@ -18,6 +18,7 @@ import strategies as s
 from fastexit import layout as L
 from fastexit import regs as r
 from generations import DRAWN
+from storms import assert_equal
 
 EXAMPLES = 15 if s.JIT else 2
 OPS = 80 if s.JIT else 40
@@ -139,12 +140,12 @@ def split_life(config: s.Config, seed: int) -> None:
     for i, op in enumerate(ops[cut:]):
         was, now = act(m, op), act(copy, op)
         assert now == was, f"operation {cut + i}, {op[0]}, of {s.story(config, [o for o in ops if o[0] != 'batch'])}"
-    assert copy.trace.lines() == m.trace.lines()
+    assert_equal(copy, m)
     for original, restored in zip(memory(m), memory(copy), strict=True):
         different = np.flatnonzero(original != restored)
         assert len(different) == 0, f"words {different[:8]} differ"
     assert [v.events() for v in copy.vcpus] == [v.events() for v in m.vcpus]
-    assert copy.snapshot() == m.snapshot()
+    assert_equal(copy, m)
 
 
 @pytest.mark.parametrize("kernel", DRAWN)
