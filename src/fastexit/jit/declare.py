@@ -60,15 +60,21 @@ CALLEES: dict[Callee, Kernel] = {}
 ENTRIES: dict[str, Kernel] = {}
 
 
-def kernel(signature: str, *, nogil: bool = True) -> Callable[[Callable[..., Any]], Any]:
+def kernel(
+    signature: str, *, nogil: bool = True, interpreted: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Declare a kernel: ``@kernel("u8(words, u8)")``. Nothing is compiled yet; other kernels may call the result.
 
     Giving up the GIL and taking it back is most of the cost of a short call from Python: an entry that does one exit
     says ``nogil=False``. Called from another kernel there is no difference.
+
+    ``interpreted`` takes the kernel's place where nothing is compiled: a loop over many words is slow there.
     """
 
     def declare(function: Callable[..., Any]) -> Any:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+        if interpreted is not None and not JIT:
+            function = interpreted
         declared = Kernel(name, signature, function, Callee(function, name) if JIT else function, nogil)
         KERNELS.append(declared)
         if JIT:

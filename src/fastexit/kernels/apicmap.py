@@ -17,7 +17,7 @@ from . import typed as k
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
 from .match import is_broadcast, lowest_priority
-from .shared import clear_words, hot, own, replace_if
+from .shared import clear_words, hot, own, renew_words, replace_if
 
 CLEAN, DIRTY, IN_PROGRESS = k.ZERO, k.ONE, k.U(2)
 UNRESOLVED = k.NONE
@@ -279,11 +279,7 @@ def recalculate(m, me):
     present = m[k.MAP_SCRATCH + k.MAP_PRESENT]
     effects = map_rebuilt(m, me, present, m[k.MAP_SCRATCH + k.MAP_LOGICAL], modified)
     idle = k.MAP1 if m[k.H_MAP] == k.MAP0 else k.MAP0
-    for i in range(k.MAP_WORDS):
-        word = k.U(i)
-        new = m[k.MAP_SCRATCH + word]
-        if m[idle + word] != new:
-            m[idle + word] = new
+    renew_words(m, idle, k.MAP_SCRATCH, k.MAP_WORDS)
     store_release(m, k.H_MAP, idle)
     compare_exchange(m, k.H_MAP_DIRTY, IN_PROGRESS, CLEAN)
     store_release(m, k.H_MAP_LOCK, k.ZERO)

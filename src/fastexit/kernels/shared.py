@@ -95,7 +95,17 @@ def replace_if(m, i, old, new):
     return was
 
 
-@kernel("u8(words, u8, u8)")
+def _clear_at_once(m, first, n):
+    m[first : first + n] = k.ZERO
+    return k.ZERO
+
+
+def _copy_at_once(m, target, source, n):
+    m[target : target + n] = m[source : source + n]
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)", interpreted=_clear_at_once)
 def clear_words(m, first, n):
     """Zero n words that no other thread touches."""
     for i in range(n):
@@ -103,7 +113,20 @@ def clear_words(m, first, n):
     return k.ZERO
 
 
-@kernel("u8(words, u8, u8, u8)")
+@kernel("u8(words, u8, u8, u8)", interpreted=_copy_at_once)
+def renew_words(m, target, source, n):
+    """Copy n words that one thread writes and others read: what is the same already is not written, and stays in the
+    readers' caches.
+    """
+    for i in range(n):
+        word = k.U(i)
+        new = m[source + word]
+        if m[target + word] != new:
+            m[target + word] = new
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)", interpreted=_copy_at_once)
 def copy_words(m, target, source, n):
     """Copy n words that no other thread touches."""
     for i in range(n):
