@@ -91,7 +91,7 @@ def test_info_names_every_generation(capsys: pytest.CaptureFixture[str]) -> None
     facts = run_json(capsys, "info")
     assert tuple(facts["profiles"]) == fx.profiles()
     assert main(["info"]) == 0
-    assert "6.18.35" in capsys.readouterr().out
+    assert "6.18.44" in capsys.readouterr().out
 
 
 def test_replay_reports(capsys: pytest.CaptureFixture[str], small_trace: Path) -> None:

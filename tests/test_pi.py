@@ -364,7 +364,7 @@ def test_notification_in_guest_mode() -> None:
 
 
 def test_notification_over_an_empty_pir() -> None:
-    """The CPU leaves RVI alone; KVM's own sync, in 6.18 before 6.18.35, loses it."""
+    """The CPU leaves RVI alone; KVM's own sync, in 6.18 before 6.18.30, loses it."""
     m = booted(kernel="6.18.26")
     v = m.vcpus[1]
     run(v)

@@ -264,8 +264,8 @@ def test_l2_is_left_alone(kernel: str, vendor: str) -> None:
 
 
 def test_svm_without_next_rip() -> None:
-    """SVM declines without NRIPS where it could not decode otherwise; 5.6 to 5.8, 6.6 and 6.8 do not ask."""
-    asks = {"5.6": False, "5.10": True, "6.6": False, "6.12": True}
+    """SVM declines without NRIPS where it could not decode otherwise; 5.6 to 5.8 and 6.8 do not ask."""
+    asks = {"5.6": False, "5.10": True, "6.8": False, "6.12": True}
     for kernel in kernels("5.6"):
         out = booted(kernel, "svm", nrips=False).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD))
         assert out.refusal is (fx.Refusal.NO_NEXT_RIP if as_of(asks, kernel) else fx.Refusal.NONE), kernel
@@ -333,3 +333,40 @@ def test_changes_within_a_series_lead_to_its_row(kernel: str) -> None:
         assert change.release.startswith(f"{kernel}.")
         assert not change.added & ~known.traits
         assert not change.removed & known.traits
+
+
+STABLE = {
+    ("5.15.95", "5.15.96"): ("SVM_NEXT_RIP", ""),
+    ("5.15.111", "5.15.116"): ("REENTRY_COUNTED", ""),
+    ("5.15.129", "5.15.137"): ("LVTPC_MASKED", ""),
+    ("5.15.154", "5.15.157"): ("LVTPC_KEPT_ON_AMD", ""),
+    ("5.15.193", "5.15.194"): ("", "V_TPR_KEPT_BY_AVIC"),
+    ("5.15.195", "5.15.198"): ("TIMER_NO_CATCH_UP", ""),
+    ("6.6.0", "6.6.3"): ("", "RESTORE_CLEARS_PIR_LAST"),
+    ("6.6.26", "6.6.29"): ("LVTPC_KEPT_ON_AMD", ""),
+    ("6.6.51", "6.6.54"): ("ICR_NO_RESERVED ICR_RESERVED_GP", ""),
+    ("6.6.68", "6.6.78"): ("ICR_SPLIT_SVM", "ID_FROM_PAGE"),
+    ("6.6.100", "6.6.103"): ("FORCED_EXIT_HANDLED", ""),
+    ("6.6.107", "6.6.108"): ("", "V_TPR_KEPT_BY_AVIC"),
+    ("6.6.111", "6.6.113"): ("SVM_NEXT_RIP", ""),
+    ("6.6.117", "6.6.120"): ("TIMER_NO_CATCH_UP", ""),
+    ("6.6.128", "6.6.130"): ("CR8_FOLLOWS_AVIC", ""),
+    ("6.6.145", "6.6.148"): ("TICK_ONLY_IN_RUN", ""),
+    ("6.18.2", "6.18.3"): ("TIMER_NO_CATCH_UP", ""),
+    ("6.18.17", "6.18.19"): ("CR8_FOLLOWS_AVIC", ""),
+    ("6.18.26", "6.18.30"): ("", "PI_EMPTY_LOSES_RVI"),
+    ("6.18.35", "6.18.39"): ("CR8_WITH_PPR X2AVIC_WRITES_EXIT", ""),
+    ("6.18.40", "6.18.42"): ("TICK_ONLY_IN_RUN", ""),
+    ("6.6.150", "6.7"): ("ID_FROM_PAGE V_TPR_KEPT_BY_AVIC", "SVM_NEXT_RIP TICK_ONLY_IN_RUN ICR_RESERVED_GP"),
+    ("6.12.118", "6.16.1"): ("V_TPR_KEPT_BY_AVIC PI_EMPTY_LOSES_RVI", "CR8_FOLLOWS_AVIC SVM_NEXT_RIP CR8_WITH_PPR"),
+}
+"""Two trees, both read, and what the later one has that the other has not, and the other way round."""
+
+
+@pytest.mark.parametrize("trees", STABLE, ids=" ".join)
+def test_two_trees_differ_where_they_were_read_to(trees: tuple[str, str]) -> None:
+    """Read in arch/x86/kvm: lapic.c, x86.c, svm/svm.c, svm/avic.c, vmx/vmx.c of both."""
+    before, after = (generation(tree).traits for tree in trees)
+    came, went = ([Trait[name] for name in names.split()] for names in STABLE[trees])
+    assert [bool(after & trait) > bool(before & trait) for trait in came] == [True] * len(came)
+    assert [bool(before & trait) > bool(after & trait) for trait in went] == [True] * len(went)

@@ -19,7 +19,7 @@ TICK = 0xEC
 PERIODIC, DEADLINE_MODE = r.LVT_TIMER_PERIODIC, r.LVT_TIMER_DEADLINE
 MODE_3 = PERIODIC | DEADLINE_MODE
 EXPIRE = "kvm_wait_lapic_expire"
-ONLY_IN_RUN = {"seed-v3": False, "6.1": True, "6.6": False, "6.12": True, "6.18": False, "7.3": True}
+ONLY_IN_RUN = {"seed-v3": False, "6.1": True, "6.8": False, "6.12": True}
 """Which generations ask for vcpu->wants_to_run before they post a tick: those whose tree is of summer 2026."""
 
 
@@ -63,7 +63,7 @@ def lines(m: fx.Machine, what: str) -> list[str]:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_one_shot_restored_without_a_count(kernel: str) -> None:
-    """set_target_expiration of 5.8.18, 5.10.262 and 5.15.202: nothing left of a one-shot is a whole period.
+    """set_target_expiration of 5.8.18, 5.10.262 and 5.15.215: nothing left of a one-shot is a whole period.
 
     6.1.192 and 6.6 on: it ticks at once.
     """
@@ -97,7 +97,7 @@ def test_count_of_a_saved_timer(kernel: str, mode: int) -> None:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_deadline_that_runs_out_in_the_restore(kernel: str) -> None:
-    """5.8.18, 5.10.262 and 5.15.202 kvm_apic_set_state: apicv_post_state_restore empties PIR with the tick in it.
+    """5.8.18, 5.10.262 and 5.15.215 kvm_apic_set_state: apicv_post_state_restore empties PIR with the tick in it.
 
     Later kernels clear PIR first. Where the tick is not posted in an ioctl, it waits for KVM_RUN.
     """
@@ -153,7 +153,7 @@ def test_deadline_in_the_past(kernel: str, apicv: bool) -> None:
 @pytest.mark.parametrize("dispatcher", ["python", "compiled"])
 @pytest.mark.parametrize("kernel", kernels("5.8"))
 def test_tick_of_a_fast_exit_and_who_is_notified(kernel: str, dispatcher: Any) -> None:
-    """5.10.262 and 5.15.202 kvm_vcpu_trigger_posted_interrupt sends to its own pCPU; outcome and targets say so."""
+    """5.10.262 and 5.15.215 kvm_vcpu_trigger_posted_interrupt sends to its own pCPU; outcome and targets say so."""
     m = booted(kernel, apicv=True, dispatcher=dispatcher)
     (v,) = m.vcpus
     v.wrmsr(LVTT, DEADLINE_MODE | TICK)
@@ -212,7 +212,7 @@ def test_count_of_zero_and_the_preemption_timer(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_restore_without_a_count_and_the_preemption_timer(kernel: str) -> None:
-    """5.10.262 kvm_apic_set_state: the same; 5.15.202 calls cancel_apic_timer."""
+    """5.10.262 kvm_apic_set_state: the same; 5.15.215 calls cancel_apic_timer."""
     m = booted(kernel)
     (v,) = m.vcpus
     v.wrmsr(LVTT, TICK)
@@ -392,7 +392,7 @@ def test_deadline_in_mode_3(kernel: str) -> None:
 @pytest.mark.parametrize("vendor", ["vmx", "svm"])
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_where_the_wait_is_traced(kernel: str, vendor: str) -> None:
-    """Up to 5.15.202 vcpu_enter_guest traces it behind the exit, so before a kvm_exit that comes from handle_exit.
+    """Up to 5.15.215 vcpu_enter_guest traces it behind the exit, so before a kvm_exit that comes from handle_exit.
 
     6.1.192 and later: where it waits, behind kvm_entry.
     """
@@ -443,7 +443,7 @@ def test_last_wait_of_an_iteration(dispatcher: Any) -> None:
 
 @pytest.mark.parametrize("kernel", fx.profiles())
 def test_wait_over_a_restore(kernel: str) -> None:
-    """kvm_apic_set_state forgets expired_tscdeadline in 5.15.202 and later, not in 5.8.18 and 5.10.262."""
+    """kvm_apic_set_state forgets expired_tscdeadline in 5.15.215 and later, not in 5.8.18 and 5.10.262."""
     m = booted(kernel, hv_timer=False, timer_advance_ns=1000)
     (v,) = m.vcpus
     v.rflags |= r.RFLAGS_IF
@@ -459,7 +459,7 @@ def test_wait_over_a_restore(kernel: str) -> None:
 @pytest.mark.parametrize("dispatcher", ["python", "compiled"])
 @pytest.mark.parametrize("kernel", kernels("5.8"))
 def test_fast_reentries_in_stat_exits(kernel: str, dispatcher: Any) -> None:
-    """5.8.18 and 5.10.262 count no re-entry; 5.15.202 and 6.1.192 do, in vcpu_enter_guest's loop."""
+    """5.8.18 and 5.10.262 count no re-entry; 5.15.215 and 6.1.192 do, in vcpu_enter_guest's loop."""
     m = booted(kernel, dispatcher=dispatcher)
     (v,) = m.vcpus
     v.wrmsr(LVTT, DEADLINE_MODE | TICK)

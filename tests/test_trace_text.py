@@ -359,7 +359,7 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "seed-v3": "kvm_entry: vcpu 18",
             "5.10": "kvm_entry: vcpu 18, rip 0xfff0",
             "6.1": "kvm_entry: vcpu 18, rip 0xfff0[immediate exit]",
-            "6.6": "kvm_entry: vcpu 18, rip 0xfff0",
+            "6.8": "kvm_entry: vcpu 18, rip 0xfff0",
             "6.12": "kvm_entry: vcpu 18, rip 0xfff0[immediate exit]",
             "6.18": "kvm_entry: vcpu 18, rip 0xfff0 intr_info 0x80000b0d error_code 0x00000008[immediate exit]",
         },

@@ -90,7 +90,7 @@ def test_trap_60_only_the_highest_new_vector_counts_as_got() -> None:
 
 @pytest.mark.parametrize("kernel", [*fx.profiles(), "6.18.26"])
 def test_trap_61_on_with_an_empty_pir(kernel: str) -> None:
-    """6.18 before 6.18.35 finds nothing and says so to RVI, though IRR has a vector; others fall back on IRR."""
+    """6.18 before 6.18.30 finds nothing and says so to RVI, though IRR has a vector; others fall back on IRR."""
     m, v = posting(kernel)
     msi(m, 1, 0x41)
     interrupted(v)

@@ -16,7 +16,7 @@ from fastexit.releases import generation, numbers
 
 MSR_FILTER_SINCE = "5.10"
 """KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR came with it."""
-LATER_API_SINCE = "6.18.26"
+LATER_API_SINCE = "6.18.17"
 LATER_API = R.X2API_SUPPRESS_EOI | R.X2API_NO_SUPPRESS_EOI
 """Flags of KVM_CAP_X2APIC_API that came later than the others."""
 

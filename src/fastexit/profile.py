@@ -80,6 +80,18 @@ _FROM_6_6 = (
     | _T.CALL_EXTENDED
     | _T.CALL_FLUSH_LIST
 )
+# What stable releases of 6.1 and 6.6 took from later kernels.
+_BACKPORTED = (
+    _T.LVTPC_KEPT_ON_AMD
+    | _T.ICR_NO_RESERVED
+    | _T.ICR_RESERVED_GP
+    | _T.ICR_SPLIT_SVM
+    | _T.FORCED_EXIT_HANDLED
+    | _T.SVM_NEXT_RIP
+    | _T.TIMER_NO_CATCH_UP
+    | _T.CR8_FOLLOWS_AVIC
+    | _T.TICK_ONLY_IN_RUN
+)
 _FROM_6_18 = (
     _FROM_6_6
     | _T.SVM_NEXT_RIP
@@ -102,6 +114,7 @@ _FROM_6_18 = (
     | _T.SN_ON_EVERY_PUT
     | _T.CR8_FOLLOWS_AVIC
 )
+_FROM_6_18_39 = _T.CR8_WITH_PPR | _T.X2AVIC_WRITES_EXIT | _T.TICK_ONLY_IN_RUN
 
 
 class Stable(NamedTuple):
@@ -263,11 +276,19 @@ PROFILES: dict[str, Profile] = {
                 Stable("5.10.245", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("5.10.248", added=_T.TIMER_NO_CATCH_UP),
             ),
+            # neither 5.10.35 nor 5.15.0 has these
+            later=(
+                Stable(
+                    "5.11",
+                    added=_T.V_TPR_KEPT_BY_AVIC,
+                    removed=_T.SVM_NEXT_RIP | _T.FILTER_RANGES_COUNTED | _T.LVTPC_MASKED | _T.TIMER_NO_CATCH_UP,
+                ),
+            ),
         ),
         Profile(
             "5.15",
             8,
-            "5.15.202",
+            "5.15.215",
             _T.ICR_SPLIT
             | _T.TRACE_ICR2_FIRST
             | _T.PI_KICK
@@ -280,7 +301,6 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_EXIT_LATE_SVM
             | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
-            | _T.V_TPR_KEPT_BY_AVIC
             | _T.TIMER_NO_CATCH_UP
             | _T.LVTPC_KEPT_ON_AMD
             | _T.INHIBIT_X2APIC
@@ -289,13 +309,29 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_6_8
             | _FROM_5_15,
             "as 5.10",
-            # From .107 on: first releases that were read; a change came with it or with one behind the one read before.
+            # Trees between .12 and .215 were read one behind the other, not every one of them: a change may have come
+            # one to four releases before the one that is named.
             stable=(
                 Stable("5.15.12", added=_T.PI_NOTIFIES_SELF),
-                Stable("5.15.107", added=_T.SVM_NEXT_RIP),
-                Stable("5.15.148", added=_T.REENTRY_COUNTED),
+                Stable("5.15.96", added=_T.SVM_NEXT_RIP),
+                Stable("5.15.116", added=_T.REENTRY_COUNTED),
+                Stable("5.15.137", added=_T.LVTPC_MASKED),
                 Stable("5.15.150", removed=_T.WAKE_RESTARTS_TIMER),
-                Stable("5.15.202", added=_T.TIMER_NO_CATCH_UP | _T.LVTPC_KEPT_ON_AMD),
+                Stable("5.15.157", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("5.15.194", removed=_T.V_TPR_KEPT_BY_AVIC),
+                Stable("5.15.198", added=_T.TIMER_NO_CATCH_UP),
+            ),
+            # neither 5.15.0 nor 6.1.0 has these
+            later=(
+                Stable(
+                    "5.16",
+                    added=_T.V_TPR_KEPT_BY_AVIC,
+                    removed=_T.SVM_NEXT_RIP
+                    | _T.REENTRY_COUNTED
+                    | _T.LVTPC_MASKED
+                    | _T.LVTPC_KEPT_ON_AMD
+                    | _T.TIMER_NO_CATCH_UP,
+                ),
             ),
         ),
         Profile(
@@ -303,18 +339,10 @@ PROFILES: dict[str, Profile] = {
             4,
             "6.1.192",
             _UNICAST
-            | _T.ICR_NO_RESERVED
-            | _T.ICR_RESERVED_GP
-            | _T.ICR_SPLIT_SVM
+            | _BACKPORTED
             | _T.TSCDL_HV_TIMER
-            | _T.SVM_NEXT_RIP
-            | _T.FORCED_EXIT_HANDLED
-            | _T.TIMER_NO_CATCH_UP
             | _T.TRACE_EXIT_LATE_SVM
-            | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_MANY_SCANNED
-            | _T.CR8_FOLLOWS_AVIC
-            | _T.TICK_ONLY_IN_RUN
             | _T.STIMER_SATURATES
             | _UNTIL_6_1
             | _UNTIL_6_8
@@ -336,23 +364,42 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.1.184", added=_T.TICK_ONLY_IN_RUN),
                 Stable("6.1.192", added=_T.STIMER_SATURATES),
             ),
+            # neither 6.1.0 nor 6.6.0 has these
+            later=(
+                Stable(
+                    "6.2",
+                    added=_T.V_TPR_KEPT_BY_AVIC | _T.RESTORE_CLEARS_PIR_LAST,
+                    removed=_BACKPORTED | _T.STIMER_SATURATES,
+                ),
+            ),
         ),
         Profile(
             "6.6",
             9,
-            "6.6.87",
+            "6.6.150",
             _UNICAST
             | _T.SRCU_IN_FASTPATH
-            | _T.ICR_NO_RESERVED
-            | _T.ICR_RESERVED_GP
-            | _T.ICR_SPLIT_SVM
+            | _BACKPORTED
             | _T.TSCDL_HV_TIMER
-            | _T.LVTPC_KEPT_ON_AMD
             | _T.AVIC_ID_REFUSED
             | _UNTIL_6_8
-            | _T.V_TPR_KEPT_BY_AVIC
             | _FROM_6_6,
             "as 6.1; SRCU taken around it",
+            # as with 5.15: the first of the trees read that has it
+            stable=(
+                Stable("6.6.3", removed=_T.RESTORE_CLEARS_PIR_LAST),
+                Stable("6.6.29", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("6.6.54", added=_T.ICR_NO_RESERVED | _T.ICR_RESERVED_GP),
+                Stable("6.6.78", added=_T.ICR_SPLIT_SVM, removed=_T.ID_FROM_PAGE),
+                Stable("6.6.103", added=_T.FORCED_EXIT_HANDLED),
+                Stable("6.6.108", removed=_T.V_TPR_KEPT_BY_AVIC),
+                Stable("6.6.113", added=_T.SVM_NEXT_RIP),
+                Stable("6.6.120", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.6.130", added=_T.CR8_FOLLOWS_AVIC),
+                Stable("6.6.148", added=_T.TICK_ONLY_IN_RUN),
+            ),
+            # neither 6.6.0 nor 6.8.0 has what 6.6's stable releases took from later kernels
+            later=(Stable("6.7", added=_T.ID_FROM_PAGE | _T.V_TPR_KEPT_BY_AVIC, removed=_BACKPORTED),),
         ),
         Profile(
             "6.8",
@@ -406,7 +453,9 @@ PROFILES: dict[str, Profile] = {
             later=(
                 Stable(
                     "6.13",
+                    added=_T.V_TPR_KEPT_BY_AVIC,
                     removed=_T.CR8_WITH_PPR
+                    | _T.CR8_FOLLOWS_AVIC
                     | _T.TICK_ONLY_IN_RUN
                     | _T.SVM_NEXT_RIP
                     | _T.TIMER_NO_CATCH_UP
@@ -414,18 +463,25 @@ PROFILES: dict[str, Profile] = {
                 ),
                 Stable("6.15", removed=_T.UNHALT_KEPT),
                 Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI),
-                Stable("6.17", added=_T.MP_STATE_CHECKED_IN_RUN),
+                Stable("6.17", added=_T.MP_STATE_CHECKED_IN_RUN, removed=_T.V_TPR_KEPT_BY_AVIC),
             ),
         ),
         Profile(
             "6.18",
             6,
-            "6.18.35",
-            _FROM_6_18,
+            "6.18.44",
+            _FROM_6_18 | _FROM_6_18_39,
             "whatever the APIC map resolves: any delivery mode, logical, self; no all/all-but-self, no broadcast",
-            stable=(Stable("6.18.35", removed=_T.PI_EMPTY_LOSES_RVI),),
+            # 6.18-rc1, .2, .3, .13, .17, .19, .26, .30, .34, .35, .39, .40, .42 and .44 were read
+            stable=(
+                Stable("6.18.3", added=_T.TIMER_NO_CATCH_UP),
+                Stable("6.18.19", added=_T.CR8_FOLLOWS_AVIC),
+                Stable("6.18.30", removed=_T.PI_EMPTY_LOSES_RVI),
+                Stable("6.18.39", added=_T.CR8_WITH_PPR | _T.X2AVIC_WRITES_EXIT),
+                Stable("6.18.42", added=_T.TICK_ONLY_IN_RUN),
+            ),
             later=(
-                Stable("7.0", added=_T.PI_EMPTY_LOSES_RVI),
+                Stable("7.0", added=_T.PI_EMPTY_LOSES_RVI, removed=_FROM_6_18_39),
                 Stable(
                     "7.1",
                     added=_T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
@@ -438,12 +494,7 @@ PROFILES: dict[str, Profile] = {
             "7.3",
             11,
             "7.3.4",
-            _FROM_6_18
-            | _T.TICK_ONLY_IN_RUN
-            | _T.CR8_WITH_PPR
-            | _T.IRQWIN_COUNTED
-            | _T.X2AVIC_WRITES_EXIT
-            | _T.STIMER_SATURATES,
+            _FROM_6_18 | _FROM_6_18_39 | _T.IRQWIN_COUNTED | _T.STIMER_SATURATES,
             "as 6.18",
         ),
     )

@@ -49,8 +49,10 @@ FORMATS: dict[int, dict[str, str]] = {
     L.TP_ENTRY: {
         "5.4": "kvm_entry: vcpu {vcpu}",
         "5.10": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
-        "6.1.176": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
+        "6.1.149": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
         "6.2": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
+        "6.6.103": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
+        "6.7": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}",
         "6.12": "kvm_entry: vcpu {vcpu}, rip 0x{0:x}{immediate}",
         "6.16": "kvm_entry: vcpu {vcpu}, rip 0x{0:x} intr_info 0x{1:08x} error_code 0x{error:08x}{immediate}",
     },
