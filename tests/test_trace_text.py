@@ -669,6 +669,7 @@ def test_text_by_generation(name: str, kernel: str) -> None:
     record(m, event, args)
     expected = as_of(table, kernel)
     assert m.trace.lines() == [expected] * (expected is not None)
+    assert m.trace.vcpus() == [2] * (expected is not None)
     assert len(m.trace) == 1
 
 

@@ -86,6 +86,10 @@ class Trace:
         """
         return [context for _, _, context, _ in self._lines()]
 
+    def vcpus(self) -> list[int]:
+        """Index of the vCPU that each line of `lines` is about, -1 where it is about none."""
+        return [vcpu for _, vcpu, _, _ in self._lines()]
+
     def lines(self) -> list[str]:
         """``event: payload`` of every record, as ftrace prints it after the time stamp."""
         return [line for _, _, _, line in self._lines()]

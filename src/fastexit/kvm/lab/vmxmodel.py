@@ -238,7 +238,7 @@ class Player:
     def _sort(self) -> None:
         """Lines of what happened by itself, each to the thread of its vCPU."""
         trace = self.machine.trace
-        for vcpu, context, line in zip(trace.records()["vcpu"].tolist(), trace.contexts(), trace.lines(), strict=True):
+        for vcpu, context, line in zip(trace.vcpus(), trace.contexts(), trace.lines(), strict=True):
             self.seen.lines[f"v{vcpu}" if vcpu >= 0 else HOST].append(told(context, line))
 
     def _out(self, i: int, port: int) -> None:
