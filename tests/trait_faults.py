@@ -1,100 +1,182 @@
 """Every trait flipped, one at a time, in a generation's row: does the generation's own kernel notice?
 
-    python tests/trait_faults.py 5.10 6.1 6.12 6.18 7.3 --operations 20000 > build/verify/faults.json
+    python tests/trait_faults.py 6.12 6.1 5.10                      # kvm_amd under QEMU
+    python tests/trait_faults.py 6.12 7.3 --judge vmx               # kvm_intel under Bochs, --no-apicv: without APICv
+    python tests/trait_faults.py --judge here                       # this machine's /dev/kvm
 
-A row with one wrong cell is a model of a kernel that nobody has. Each fault is given plain operations and then traced
-ones, until a difference is found or they are used up. Traits that need what a lab's machine lacks are named in BEYOND,
-and are tried all the same with ``--all``.
+A row with one wrong cell is a model of a kernel that nobody has. Each fault is given operations of one kind after the
+other, the likeliest first, until a difference is found or they are used up. build/verify/faults.json has the
+results. It is written after each fault, and what was found once is not tried again. Traits that no lab can show are
+named in BEYOND, with what it would take, and are tried all the same with ``--all``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fastexit as fx
-from fastexit.profile import PROFILES, Profile
+from fastexit.kvm.lab import vmxdraw
+from fastexit.kvm.lab.vmx import VmxLab, played
+from fastexit.kvm.lab.vmxcompare import differences
+from fastexit.profile import PROFILES
 from fastexit.traits import Trait
 
-NEEDS_APICV = "posted interrupts and APICv: the emulated CPU of the SVM lab has none"
+KEPT = Path(__file__).resolve().parents[1] / "build" / "verify" / "faults.json"
+TRIES = 2
+"""A program that differs has to do so each time, without a fault of Bochs."""
+STEPS_EACH = 16
+"""Operations of a program of the VMX lab."""
+
 NEEDS_AVIC = "AVIC: no emulator has it"
-NEEDS_VMX = "a VMX CPU: the VMX lab"
-NEEDS_FAST = "fast exits, which SVM takes with a next RIP alone: the emulated CPU saves none"
+NEEDS_NEXT_RIP = "fast exits of SVM, which take a next RIP: the emulated CPU saves none"
+NEEDS_NESTED = "a guest's own guest, which no program of the labs has"
+NEEDS_VT_D = "VT-d posting: no emulator has it"
+NEEDS_PMU = "a guest's performance counters: the emulated CPUs have none that KVM offers"
+NEEDS_COUNTERS = "stat.exits, which the labs do not read"
 BEYOND: dict[str, str] = {
-    **dict.fromkeys(("AVIC_LDR_LOOSE", "INHIBIT_X2APIC"), NEEDS_AVIC),
-    **dict.fromkeys(("HV_TIMER_CANCELLED", "SET_LAPIC_KEEPS_WAIT"), NEEDS_VMX),
-    **dict.fromkeys(("SVM_EXIT_32", "SVM_NEXT_RIP", "HLT_FAST", "INVD_FAST"), NEEDS_FAST),
-    "NV_WHATEVER_IF": NEEDS_APICV,
-    **dict.fromkeys(
-        ("PI_KICK", "PI_EMPTY_LOSES_RVI", "PI_NOTIFIES_SELF", "SN_ON_EVERY_PUT", "NV_BEFORE_BLOCKING"), NEEDS_APICV
-    ),
-    **dict.fromkeys(
-        ("RESTORE_CLEARS_PIR_LAST", "TICK_POSTED_AT_ONCE", "TICK_ONLY_IN_RUN", "POSTS_TIMER_ANYWAY"), NEEDS_APICV
-    ),
-    **dict.fromkeys(
-        ("INHIBITS", "INHIBIT_ID_BASE", "INHIBIT_MAP", "INHIBIT_REQUESTS_EVENT", "APICV_AT_ENTRY"), NEEDS_APICV
-    ),
-    **dict.fromkeys(
-        ("AVIC_MANY_SCANNED", "AVIC_OLD", "X2AVIC_WRITES_EXIT", "AVIC_ID_REFUSED", "TRACE_DOORBELL"), NEEDS_AVIC
-    ),
-    **dict.fromkeys(("V_TPR_KEPT_BY_AVIC", "CR8_FOLLOWS_AVIC", "IRQWIN_COUNTED"), NEEDS_AVIC),
-    **dict.fromkeys(("TRACE_EXIT_LATE_VMX", "X2APIC_READS_UNCHECKED", "TSCDL_HV_TIMER", "MSR_IMM"), NEEDS_VMX),
-    **dict.fromkeys(("PREEMPTION_TIMER_FAST", "FORCED_EXIT_HANDLED", "HV_TIMER_CANCELLED_FIRST"), NEEDS_VMX),
-    **dict.fromkeys(("MODE_KEEPS_HV_TIMER", "REENTRY_COUNTED", "WAIT_TRACED_LATE"), NEEDS_VMX),
-    **dict.fromkeys(("ICR_REENTERS", "ICR_NO_SHORTHAND", "ICR_NO_BROADCAST", "ICR_NO_RESERVED"), NEEDS_FAST),
-    **dict.fromkeys(("ICR_ANY_RESOLVED", "TSCDL_ALWAYS", "SKIP_AFTER_TRACE", "SKIP_HONOURED"), NEEDS_FAST),
-    **dict.fromkeys(("HOOK_IRQOFF", "SKIP_LATE", "GUARD_L2", "TRACE_WRITE_FIRST", "SRCU_IN_FASTPATH"), NEEDS_FAST),
+    **dict.fromkeys(("AVIC_LDR_LOOSE", "INHIBIT_X2APIC", "AVIC_MANY_SCANNED", "AVIC_OLD"), NEEDS_AVIC),
+    **dict.fromkeys(("X2AVIC_WRITES_EXIT", "AVIC_ID_REFUSED", "TRACE_DOORBELL"), NEEDS_AVIC),
+    **dict.fromkeys(("V_TPR_KEPT_BY_AVIC", "CR8_FOLLOWS_AVIC"), NEEDS_AVIC),
+    **dict.fromkeys(("SVM_EXIT_32", "SVM_NEXT_RIP", "TRACE_EXIT_LATE_SVM"), NEEDS_NEXT_RIP),
+    "GUARD_L2": NEEDS_NESTED,
+    **dict.fromkeys(("LVTPC_MASKED", "LVTPC_KEPT_ON_AMD"), NEEDS_PMU),
+    **dict.fromkeys(("REENTRY_COUNTED", "FILTER_RANGES_COUNTED"), NEEDS_COUNTERS),
 }
-"""Traits that the SVM lab cannot show, and what it would take."""
+"""Traits that no lab can show, and what it would take."""
+
+KINDS = ("msr", "guest", "runs", "traces", "timers")
+LIKELIEST: dict[str, str] = {
+    **dict.fromkeys(
+        (t.name or "" for t in Trait if "TIMER" in t.name or "DEADLINE" in t.name or "TICK" in t.name),  # type: ignore[operator]
+        "timers",
+    ),
+    **dict.fromkeys((t.name or "" for t in Trait if "TRACE" in t.name), "traces"),  # type: ignore[operator]
+    "ONE_SHOT_RESTORES_EXPIRED": "timers",
+    "TMCCT_RESTORED": "timers",
+    "UNHALT_KEPT": "runs",
+    "BLOCKED_INIT_WAKES": "runs",
+}
+"""The kind of operations that most likely shows a trait."""
 
 
-def flipped(row: Profile, release: str, trait: Trait) -> Profile:
-    """A generation's row as its judge's release has it, but for one trait."""
-    return row._replace(traits=fx.generation(release).traits ^ trait, stable=())
-
-
-def tried(lab: Any, trait: Trait, operations: int) -> dict[str, Any]:
-    """What the judge says of a row with this trait flipped."""
-    kernel = lab.host.kernel
-    row = PROFILES[kernel]
-    told: dict[str, Any] = {"kernel": kernel, "trait": trait.name, "found": False}
+@contextmanager
+def flipped(release: str, trait: Trait) -> Iterator[None]:
+    """A generation's row as a release of it has it, but for one trait."""
+    row = fx.generation(release)
+    true = PROFILES[row.name]
     try:
-        PROFILES[kernel] = flipped(row, lab.host.version or lab.host.release, trait)
-        for traced in (False, True):
-            report = fx.kvm.verify(operations, other=lab, traced=traced, shorten=0)
-            told["operations"] = report.operations
-            if report.divergence is not None:
-                found = report.divergence
-                return told | {"found": True, "kind": found.kind, "traced": traced, "text": found.text}
+        PROFILES[row.name] = row._replace(traits=row.traits ^ trait, stable=(), later=())
+        yield
     finally:
-        PROFILES[kernel] = row
-    return told
+        PROFILES[row.name] = true
+
+
+def tried(judge: Any, release: str, trait: Trait, operations: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """What a judge says of a row with this trait flipped: what was found, behind how many operations of all kinds."""
+    if isinstance(judge, VmxLab):
+        return by_programs(judge, release, trait, operations)
+    with flipped(release, trait):
+        return by_kinds(judge, operations, kinds)
+
+
+def by_programs(lab: VmxLab, release: str, trait: Trait, operations: int) -> dict[str, Any]:
+    """Programs of the VMX lab, those alone that a model of the wrong row carries out in another way.
+
+    A program that both rows carry out alike shows nothing, so it need not be run; its steps count all the same.
+    """
+    done = 0
+    for number in range(operations // STEPS_EACH):
+        mode = number % 2 == 0
+        rng = random.Random(f"1/{'x2apic' if mode else 'xapic'}/{number}")
+        setup = vmxdraw.setup(rng, apicv=lab.apicv, x2apic=mode)
+        steps, true = vmxdraw.program(rng, setup, release)
+        done += len(steps)
+        with flipped(release, trait):
+            try:
+                player = played(setup, steps, release)
+            except ValueError:
+                continue  # a vCPU of the wrong row sleeps when its step comes
+            seen = player.end()
+            if not differences(player.machine.trace.events, steps, seen, true.end()):
+                continue
+            tries = [lab._tried(setup, steps, player, opens=True)[:2] for _ in range(TRIES)]
+        if all(found and not known for found, known in tries):
+            kind = f"{'x2APIC' if mode else 'xAPIC'} programs"
+            return {"operations": done, "found": True, "kind": kind, "traced": False, "text": str(tries[0][0][0])}
+    return {"operations": done, "found": False}
+
+
+def by_kinds(judge: Any, operations: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """So many operations of each kind, and of those that can be traced once more with their lines."""
+    done = 0
+    for kind, traced in [(kind, False) for kind in kinds] + [(k, True) for k in ("msr", "guest") if k in kinds]:
+        report = fx.kvm.verify(operations, other=judge, only=kind, traced=traced, shorten=0)
+        done += report.operations
+        if report.divergence is not None:
+            found = report.divergence
+            return {"operations": done, "found": True, "kind": found.kind, "traced": traced, "text": found.text}
+    return {"operations": done, "found": False}
+
+
+@contextmanager
+def judged(judge: str, kernel: str, apicv: bool) -> Iterator[tuple[Any, str, str]]:
+    """A judge, its release, and what reports call it."""
+    if judge == "here":
+        yield None, fx.kvm.host.running().release, "/dev/kvm"
+    elif judge == "svm":
+        with fx.kvm.Lab(kernel) as lab:
+            yield lab, lab.kernel.version, "SVM"
+    else:
+        with fx.kvm.Lab(kernel, vendor="vmx", apicv=apicv) as lab:
+            yield lab, lab.kernel.version, "VMX" if apicv else "VMX without APICv"
+
+
+def order(trait: Trait, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Kinds of operations, the likeliest first."""
+    first = LIKELIEST.get(trait.name or "")
+    return tuple(sorted(kinds, key=lambda kind: kind != first))
+
+
+def write(path: Path, results: list[dict[str, Any]]) -> None:
+    """Keeps what is known so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"tried": results, "beyond": BEYOND}, indent=1) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernels", nargs="+", metavar="KERNEL")
-    parser.add_argument("--operations", type=int, default=20_000)
-    parser.add_argument("--all", action="store_true", help="those that are beyond this lab, too")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL")
+    parser.add_argument("--judge", choices=("svm", "vmx", "here"), default="svm")
+    parser.add_argument("--no-apicv", action="store_true", help="kvm_intel without APICv")
+    parser.add_argument("--operations", type=int, default=20_000, help="of each kind, for each fault")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="these kinds of operations, separated by commas")
+    parser.add_argument("--all", action="store_true", help="traits that are beyond the labs, too")
     parser.add_argument("--traits", help="these alone, separated by commas")
-    parser.add_argument("--skip", help="a file of earlier results: what was found there is not tried again")
+    parser.add_argument("--to", type=Path, default=KEPT, help="file of results")
     arguments = parser.parse_args()
     wanted = [t for t in Trait if arguments.all or t.name not in BEYOND]
     if arguments.traits:
         wanted = [Trait[name] for name in arguments.traits.split(",")]
-    results = json.load(open(arguments.skip))["tried"] if arguments.skip else []
-    known = {told["trait"] for told in results if told["found"]}
-    for kernel in arguments.kernels:
-        with fx.kvm.Lab(kernel) as lab:
+    kinds = tuple(arguments.kinds.split(","))
+    results = json.loads(arguments.to.read_text())["tried"] if arguments.to.exists() else []
+    for kernel in arguments.kernels or [""] * (arguments.judge == "here"):
+        with judged(arguments.judge, kernel, not arguments.no_apicv) as (judge, release, name):
             for trait in wanted:
-                if trait.name not in known:
-                    told = tried(lab, trait, arguments.operations)
-                    results.append(told)
-                    known |= {trait.name} if told["found"] else set()
-                    print(json.dumps(told), file=sys.stderr, flush=True)
-    print(json.dumps({"tried": results, "beyond": BEYOND}, indent=1))
+                if any(told["trait"] == trait.name and told["found"] for told in results):
+                    continue
+                told = {"kernel": release, "judge": name, "trait": trait.name}
+                told |= tried(judge, release, trait, arguments.operations, order(trait, kinds))
+                results.append(told)
+                write(arguments.to, results)
+                print(json.dumps(told), file=sys.stderr, flush=True)
+    write(arguments.to, results)
     return 0
 
 
