@@ -48,6 +48,7 @@ class Host:
         max_vcpus, max_vcpu_id: how many vCPUs a VM may have, and what their ids must be below; no more than a Machine.
         version: what the release does not say of itself, a distribution's patch level (6.1.192); "" where unknown.
         nrips: kvm_amd learns the next RIP from the CPU. maxphyaddr: physical address bits that guests can be given.
+        hyperv: the kernel has CONFIG_KVM_HYPERV.
     """
 
     release: str
@@ -72,6 +73,7 @@ class Host:
     version: str = ""
     nrips: bool = True
     maxphyaddr: int = 48
+    hyperv: bool = True
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
@@ -85,6 +87,7 @@ class Host:
             "pi_inject_timer": self.pi_inject_timer,
             "smm": self.smm,
             "nrips": self.nrips,
+            "kvm_hyperv": self.hyperv,
         }
 
     def _is_of(self, version: str) -> bool:
@@ -269,4 +272,5 @@ def _look(device: Device) -> Host:
             max_vcpus=min(has(K.CAP_MAX_VCPUS), MAX_VCPUS),
             max_vcpu_id=min(has(K.CAP_MAX_VCPU_ID), MAX_VCPU_ID + 1),
             maxphyaddr=_address_bits(cpuid),
+            hyperv=bool(has(K.CAP_HYPERV)),
         )

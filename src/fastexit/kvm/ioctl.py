@@ -115,6 +115,7 @@ GET_TSC_KHZ = _request(0xA3)
 SIGNAL_MSI = _request(0xA5, "kvm_msi", writes=True)
 X86_SET_MSR_FILTER = _request(0xC6, "kvm_msr_filter", writes=True)
 
+CAP_HYPERV = 44
 CAP_MAX_VCPUS = 66
 CAP_DISABLE_QUIRKS = 116
 CAP_X86_SMM = 117
