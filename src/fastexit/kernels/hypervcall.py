@@ -2,7 +2,7 @@
 
 Models: kvm_hv_hypercall, hv_check_hypercall_access, kvm_hv_send_ipi, kvm_get_sparse_vp_set, kvm_hv_flush_tlb as far as
 the guest sees it (all TLBs are empty here), kvm_hvcall_signal_event, kvm_hv_hypercall_complete. Not modelled: L2's
-direct flushes, the debugger's calls (its CPUID leaf is not offered: unknown codes), KVM_HYPERV_EVENTFD.
+direct flushes, the debugger's calls (its CPUID leaf is not offered: unknown codes, if not fast), KVM_HYPERV_EVENTFD.
 Spec: TLFS ch. "Hypercall Interface" and "Virtual Processors".
 
 A call is (control, input, output) of HV_CALL_*: with HV_CALL_FAST the latter two are the first 16 bytes of its input
@@ -414,6 +414,9 @@ def emulate(m, v, control, given, output, how):
     elif _is_extended(m, code):
         if not control & k.HV_CALL_FAST:
             return _to_user(m, v, control, given, output, length)
+        m[host + k.K_MSR_DATA] = k.HVSTATUS_INVALID_PARAMETER
+    elif control & k.HV_CALL_FAST and (code == k.HVCALL_POST_DEBUG_DATA or code == k.HVCALL_RETRIEVE_DEBUG_DATA):
+        # KVM looks at how they are called before it finds that there is no debugger.
         m[host + k.K_MSR_DATA] = k.HVSTATUS_INVALID_PARAMETER
     else:
         m[host + k.K_MSR_DATA] = k.HVSTATUS_INVALID_HYPERCALL_CODE
