@@ -74,6 +74,8 @@ class Host:
     nrips: bool = True
     maxphyaddr: int = 48
     hyperv: bool = True
+    enforces_hyperv: bool = False
+    """Whether it has KVM_CAP_HYPERV_ENFORCE_CPUID."""
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
@@ -273,4 +275,5 @@ def _look(device: Device) -> Host:
             max_vcpu_id=min(has(K.CAP_MAX_VCPU_ID), MAX_VCPU_ID + 1),
             maxphyaddr=_address_bits(cpuid),
             hyperv=bool(has(K.CAP_HYPERV)),
+            enforces_hyperv=bool(has(K.CAP_HYPERV_ENFORCE_CPUID)),
         )

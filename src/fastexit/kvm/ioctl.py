@@ -58,6 +58,10 @@ ffi.cdef(
     struct kvm_irq_routing { uint32_t nr, flags; };
     struct route_to_msi { uint32_t gsi, type, flags, pad, address_lo, address_hi, data, rest[5]; };
     struct routing_table { uint32_t nr, flags; struct route_to_msi entries[24]; };
+    struct route_to_sint { uint32_t gsi, type, flags, pad, vcpu, sint, rest[6]; };
+    struct sint_routing_table { uint32_t nr, flags; struct route_to_sint entries[64]; };
+    struct kvm_irq_level { uint32_t irq, level; };
+    struct kvm_clock_data { uint64_t clock; uint32_t flags, pad0; uint64_t realtime, host_tsc; uint32_t pad[4]; };
     struct kvm_run {
         uint8_t request_interrupt_window, immediate_exit, padding[6];
         uint32_t exit_reason;
@@ -92,6 +96,8 @@ CREATE_VCPU = _request(0x41)
 SET_USER_MEMORY_REGION = _request(0x46, "kvm_userspace_memory_region", writes=True)
 CREATE_IRQCHIP = _request(0x60)
 SET_GSI_ROUTING = _request(0x6A, "kvm_irq_routing", writes=True)
+IRQ_LINE_STATUS = _request(0x67, "kvm_irq_level", reads=True, writes=True)
+SET_CLOCK = _request(0x7B, "kvm_clock_data", writes=True)
 SET_BOOT_CPU_ID = _request(0x78)
 RUN = _request(0x80)
 GET_REGS = _request(0x81, "kvm_regs", reads=True)
@@ -122,10 +128,14 @@ CAP_X86_SMM = 117
 CAP_SPLIT_IRQCHIP = 121
 CAP_MAX_VCPU_ID = 128
 CAP_X2APIC_API = 129
+CAP_HYPERV_SYNIC = 123
+CAP_HYPERV_SYNIC2 = 148
 CAP_X86_USER_SPACE_MSR = 188
+CAP_HYPERV_ENFORCE_CPUID = 199
 CAP_DISABLE_QUIRKS2 = 213
 CAP_X86_APIC_BUS_CYCLES_NS = 237
 
+ROUTE_HV_SINT = 4
 EVENTS_NMI_PENDING, EVENTS_SIPI_VECTOR, EVENTS_SHADOW, EVENTS_SMM = 1, 2, 4, 8
 MCG_CMCI_P = 1 << 10
 

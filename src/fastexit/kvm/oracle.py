@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from fastexit import regs as R
 from fastexit.checks import integer, one_of
+from fastexit.hyperv import ALL_FEATURES, CPUID_OF_FEATURE, HvFeature
 from fastexit.kvm import guest as G
 from fastexit.kvm import host as H
 from fastexit.kvm import ioctl as K
@@ -35,6 +36,7 @@ class Oracle:
             host has).
         bus_cycle_ns, disable_quirks, boot_cpu_id: as for Machine.
         cmci: MCG_CAP of every vCPU gets CMCI_P.
+        hyperv, hyperv_features: as for Machine: Hyper-V's leaves in the guest's CPUID.
         device, host: where ioctls go, and what the kernel there is; /dev/kvm of this machine.
 
     `KvmUnavailable` (an OSError) where /dev/kvm cannot be used; ValueError for what this kernel does not have.
@@ -55,6 +57,8 @@ class Oracle:
         disable_quirks: int = 0,
         boot_cpu_id: int = 0,
         cmci: bool = False,
+        hyperv: bool | str = False,
+        hyperv_features: int = int(ALL_FEATURES),
         device: Device = LOCAL,
         host: H.Host | None = None,
     ) -> None:
@@ -76,8 +80,11 @@ class Oracle:
             "boot_cpu_id": boot_cpu_id,
             "cmci": cmci,
         }
+        if hyperv:
+            self.keywords |= {"hyperv": hyperv, "hyperv_features": hyperv_features}
         self.vcpus: list[OracleVcpu] = []
         self._cmci = cmci
+        self._enforces = hyperv == "enforce"
         self._held = _Held(device)
         self._finalizer = weakref.finalize(self, self._held.release)
         try:
@@ -85,6 +92,8 @@ class Oracle:
                 self.fd: int = self._held.file(self.device.call(system, K.CREATE_VM))
                 self.run_bytes: int = self.device.call(system, K.GET_VCPU_MMAP_SIZE)
                 self._cpuid = _guest_cpuid(device, system, x2apic, tsc_deadline, maxphyaddr)
+                if hyperv:
+                    add_hyperv(self._cpuid, HvFeature(hyperv_features))
             if irqchip == "split":
                 self.device.enable_cap(self.fd, K.CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
             else:
@@ -166,6 +175,8 @@ class Oracle:
         if self._cmci:
             self.device.call(fd, K.X86_SETUP_MCE, K.ffi.new("uint64_t *", K.MCG_CMCI_P | 32))
         self.device.call(fd, K.SET_CPUID2, self._cpuid)
+        if self._enforces:
+            self.device.enable_cap(fd, K.CAP_HYPERV_ENFORCE_CPUID, 1)
         self.device.created(self.fd, fd)
         vcpu = OracleVcpu(self, len(self.vcpus), vcpu_id, fd)
         self.vcpus.append(vcpu)
@@ -283,3 +294,28 @@ def _guest_cpuid(device: Device, system: int, x2apic: bool, tsc_deadline: bool, 
         elif entry.function == H.CPUID_ADDRESS_SIZES:
             entry.eax = entry.eax & ~0xFF | maxphyaddr
     return table
+
+
+def add_hyperv(table: Any, features: HvFeature) -> None:
+    """Hyper-V's leaves in front of KVM's own, which move by 0x100; SPIN_WAIT is 0xFFF retries or none."""
+    leaves: dict[int, dict[str, int]] = {
+        0x4000_0000: {"eax": 0x4000_000A, "ebx": 0x7263_694D, "ecx": 0x666F_736F, "edx": 0x7648_2074},
+        0x4000_0001: {"eax": 0x3123_7648},
+        **{leaf: {} for leaf in (0x4000_0002, 0x4000_0003, 0x4000_0004, 0x4000_0005)},
+    }
+    for feature, (leaf, register, bit) in CPUID_OF_FEATURE.items():
+        if feature in features:
+            there = leaves[leaf]
+            retries = feature == HvFeature.SPIN_WAIT
+            there[register] = there.get(register, 0) | (0xFFF if retries else 1 << bit)
+    for entry in table.entries[0 : table.nent]:
+        if entry.function in (0x4000_0000, 0x4000_0001):
+            entry.function += 0x100
+            if entry.function == 0x4000_0100:
+                entry.eax = 0x4000_0101
+    for leaf, registers in leaves.items():
+        entry = table.entries[table.nent]
+        entry.function = leaf
+        for register, value in registers.items():
+            setattr(entry, register, value)
+        table.nent += 1
