@@ -35,7 +35,7 @@ Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_i
 
 
 MOST_VCPUS = 4096
-VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces")
+VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces", "hyperv")
 
 
 def _number(text: str) -> int:

@@ -389,7 +389,9 @@ def describe(op: Op) -> str:
     """One operation, readable; of a page its dwords that are not 0."""
     shown = []
     for argument in op[1:]:
-        if isinstance(argument, bytes):
+        if isinstance(argument, bytes) and len(argument) != r.LAPIC_PAGE_BYTES:
+            shown.append(argument.rstrip(b"\0").hex() or "0")
+        elif isinstance(argument, bytes):
             dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", argument), strict=True)
             shown.append("{" + " ".join(f"{o:x}:{value:x}" for o, value in dwords if value) + "}")
         elif isinstance(argument, int) and not isinstance(argument, bool):

@@ -182,7 +182,7 @@ def _call(op: Op) -> str:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) and len(value) == r.LAPIC_PAGE_BYTES:
         dwords = zip(range(0, r.LAPIC_PAGE_BYTES, 4), struct.unpack("<256I", value), strict=True)
         return "page({" + ", ".join(f"{o:#x}: {v:#x}" for o, v in dwords if v) + "})"
     if isinstance(value, int) and not isinstance(value, bool):

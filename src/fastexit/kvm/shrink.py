@@ -19,7 +19,10 @@ SECONDS = 60.0
 """No candidate is tried after so long, unless something else is said."""
 LATE_TRIES = 2
 """A difference that a late host may have made has to show so often."""
-WITHOUT_VCPU = ("sleep", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter")
+WITHOUT_VCPU = (
+    *("sleep", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter"),
+    *("rest", "memory", "sint_routes", "irq_line"),
+)
 
 
 class _Search:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from fastexit import regs as r
+from fastexit.hyperv import ALL_FEATURES
 from fastexit.kvm import operations as ops
 from fastexit.kvm.host import Host
 from fastexit.kvm.judge import Judge, local
@@ -45,6 +46,8 @@ class Setup:
     boot_cpu_id: int = 0
     bus_cycle_ns: int = 1
     cmci: bool = False
+    hyperv: bool | str = False
+    hyperv_features: int = int(ALL_FEATURES)
 
     def keywords(self) -> dict[str, Any]:
         """As Machine and Oracle want them, what is as usual left out."""

@@ -267,6 +267,28 @@ class LabDevice(Device):
         """Memory of the machine's for a VM's guests."""
         return LabMemory(self, vm, self._memories)
 
+    def take_memory(self) -> int:
+        """A number for a VM's memory that nobody else has."""
+        return self._memories.take()
+
+    def give_memory(self, slot: int) -> None:
+        """Frees a VM's memory and its number."""
+        self.ask((Ask.FREE, 0, _PAIR.pack(Ask.MEMORY, slot)))
+        self._memories.give(slot)
+
+    def take_guest(self) -> int:
+        """A number for what runs a vCPU that nobody else has."""
+        return self._guests.take()
+
+    def give_guest(self, slot: int) -> None:
+        """Frees what runs a vCPU and its number."""
+        self.ask((Ask.FREE, 0, _PAIR.pack(Ask.GUEST, slot)))
+        self._guests.give(slot)
+
+    def vcpu_slots(self, vm: int) -> list[int]:
+        """Numbers under which looks know a VM's vCPUs."""
+        return self._vms[vm].slots
+
     def guest(self, vcpu: int, memory: G.Memory, run_bytes: int) -> G.Guest:
         """What runs programs on a vCPU."""
         return LabGuest(self, vcpu, memory, run_bytes, self._guests)

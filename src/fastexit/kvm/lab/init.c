@@ -24,9 +24,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE };
-enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000 };
-enum { LOOK_STATES = 1, LOOK_SREGS = 2, SET_REGS = 1 };
+enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE, PROGRAM, SURVEY };
+enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000, EXITS = 16, MSRS = 64 };
+enum { LOOK_STATES = 1, LOOK_SREGS = 2, SET_REGS = 1, ANEW = 1 };
 
 struct header {
 	volatile uint32_t asked, request_bytes, spins, unused[13];
@@ -213,13 +213,14 @@ static void do_read(int fd, uint32_t most)
 
 /* --------------------------------------------------------------------------------------------------------- guests */
 
-static uint8_t *memories[SLOTS];
+static uint8_t *memories[SLOTS], *surveyed[SLOTS];
+static uint32_t memory_bytes[SLOTS];
 static struct { struct kvm_run *run; int fd; uint32_t bytes; } guests[SLOTS];
 
-static void do_memory(int vm, uint32_t slot)
+static void do_memory(int vm, uint32_t slot, uint32_t size)
 {
-	struct kvm_userspace_memory_region region = { .memory_size = MEMORY_BYTES };
-	uint8_t *bytes = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct kvm_userspace_memory_region region = { .memory_size = size };
+	uint8_t *bytes = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (bytes == MAP_FAILED || slot >= SLOTS) {
 		put_error(ENOMEM);
@@ -227,6 +228,7 @@ static void do_memory(int vm, uint32_t slot)
 	}
 	region.userspace_addr = (uintptr_t)bytes;
 	memories[slot] = bytes;
+	memory_bytes[slot] = size;
 	put(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), 0);
 }
 
@@ -247,8 +249,9 @@ static void do_guest(int fd, uint32_t slot, uint32_t bytes)
 static void do_free(uint32_t what, uint32_t slot)
 {
 	if (what == MEMORY && memories[slot]) {
-		munmap(memories[slot], MEMORY_BYTES);
-		memories[slot] = NULL;
+		munmap(memories[slot], memory_bytes[slot]);
+		free(surveyed[slot]);
+		memories[slot] = surveyed[slot] = NULL;
 	} else if (what == GUEST && guests[slot].run) {
 		munmap(guests[slot].run, guests[slot].bytes);
 		guests[slot].run = NULL;
@@ -346,6 +349,101 @@ static void do_execute(const uint8_t *payload, int set_regs)
 	put(0, sizeof out + out.eois);
 }
 
+/* A program of a Windows guest, as do_execute; exits to user space on its way are answered here and told. */
+static void do_program(const uint8_t *payload)
+{
+	struct { uint32_t slot, unused; struct kvm_regs regs; uint64_t ns, answer; } in;
+	struct { int32_t result; uint32_t late, exit_reason, port, exits, unused; struct kvm_regs regs; } out = { 0 };
+	struct { uint32_t reason, type; uint64_t words[4]; } exits[EXITS] = { 0 };
+	struct kvm_mp_state state;
+	struct kvm_run *run;
+	uint8_t *bytes;
+	int64_t due;
+	int fd;
+
+	memcpy(&in, payload, sizeof in);
+	run = guests[in.slot].run;
+	fd = guests[in.slot].fd;
+	if (ioctl(fd, KVM_GET_MP_STATE, &state)) {
+		put(-1, 0);
+		return;
+	}
+	if (state.mp_state != KVM_MP_STATE_RUNNABLE) {
+		state.mp_state = KVM_MP_STATE_RUNNABLE;
+		if (ioctl(fd, KVM_SET_MP_STATE, &state)) {
+			put(-1, 0);
+			return;
+		}
+	}
+	if (ioctl(fd, KVM_SET_REGS, &in.regs)) {
+		put(-1, 0);
+		return;
+	}
+	alarm_every(in.ns);
+	due = now() + in.ns;
+	for (;;) {
+		int result = ioctl(fd, KVM_RUN, 0);
+
+		if (result && errno == EINTR && now() < due)
+			continue;
+		if (result) {
+			out.late = errno == EINTR;
+			out.result = -errno;
+			break;
+		}
+		out.exit_reason = run->exit_reason;
+		if (run->exit_reason == KVM_EXIT_IO || out.exits == EXITS)
+			break;
+		exits[out.exits].reason = run->exit_reason;
+		if (run->exit_reason == KVM_EXIT_HYPERV) {
+			exits[out.exits].type = run->hyperv.type;
+			if (run->hyperv.type == KVM_EXIT_HYPERV_SYNIC) {
+				exits[out.exits].words[0] = run->hyperv.u.synic.msr;
+				exits[out.exits].words[1] = run->hyperv.u.synic.control;
+				exits[out.exits].words[2] = run->hyperv.u.synic.evt_page;
+				exits[out.exits].words[3] = run->hyperv.u.synic.msg_page;
+			} else {
+				exits[out.exits].words[0] = run->hyperv.u.hcall.input;
+				exits[out.exits].words[2] = run->hyperv.u.hcall.params[0];
+				exits[out.exits].words[3] = run->hyperv.u.hcall.params[1];
+				run->hyperv.u.hcall.result = in.answer;
+			}
+		} else if (run->exit_reason == KVM_EXIT_SYSTEM_EVENT) {
+			exits[out.exits].type = run->system_event.type;
+		} else if (run->exit_reason == KVM_EXIT_X86_RDMSR || run->exit_reason == KVM_EXIT_X86_WRMSR) {
+			exits[out.exits].type = run->msr.reason;
+			exits[out.exits].words[0] = run->msr.index;
+			exits[out.exits].words[1] = run->exit_reason == KVM_EXIT_X86_WRMSR ? run->msr.data : 0;
+			run->msr.error = in.answer & 1;
+			run->msr.data = in.answer;
+		} else if (run->exit_reason == KVM_EXIT_IOAPIC_EOI) {
+			exits[out.exits].words[0] = run->eoi.vector;
+		} else if (run->exit_reason == KVM_EXIT_MMIO) {
+			exits[out.exits].words[0] = run->mmio.phys_addr;
+			exits[out.exits].type = run->mmio.is_write;
+			memset(run->mmio.data, 0, sizeof run->mmio.data);
+		} else {
+			break;
+		}
+		out.exits++;
+	}
+	alarm_every(0);
+	if (run->exit_reason == KVM_EXIT_IO)
+		out.port = run->io.port;
+	if (ioctl(fd, KVM_GET_REGS, &out.regs)) {
+		put(-1, 0);
+		return;
+	}
+	bytes = room(sizeof out + sizeof exits);
+	if (!bytes) {
+		put_error(ENOSPC);
+		return;
+	}
+	memcpy(bytes, &out, sizeof out);
+	memcpy(bytes + sizeof out, exits, out.exits * sizeof *exits);
+	put(0, sizeof out + out.exits * sizeof *exits);
+}
+
 /* A TSC deadline so many ticks ahead of the guest's own TSC. */
 static void do_deadline(const uint8_t *payload)
 {
@@ -382,7 +480,7 @@ struct seen {
 	struct kvm_sregs sregs;
 };
 
-static struct watched { int fd; struct seen seen; } *watched[SLOTS];
+static struct watched { int fd; struct seen seen; uint64_t msrs[MSRS]; } *watched[SLOTS];
 
 static void do_watch(uint32_t slot, int fd)
 {
@@ -441,6 +539,78 @@ static void do_look(uint32_t count, const uint32_t *slots, int flags)
 	put(0, (uint8_t *)out - (uint8_t *)start);
 }
 
+typedef uint32_t __attribute__((may_alias)) dword;
+
+static dword *differing(dword *out, void *kept, const void *seen, size_t count)
+{
+	dword *head = out++, *old = kept;
+	const dword *new = seen;
+
+	*head = 0;
+	for (size_t at = 0; at < count; at++)
+		if (old[at] != new[at]) {
+			*out++ = at;
+			*out++ = old[at] = new[at];
+			++*head;
+		}
+	return out;
+}
+
+/* As do_look with states, then MSRs of each vCPU, then a part of the guest's memory: each what is not as it was, or,
+ * ``anew``, what is not 0. */
+static void do_survey(const uint32_t *words, int anew)
+{
+	struct { uint32_t memory, from, bytes, vcpus, msrs; } in;
+	struct { struct kvm_msrs head; struct kvm_msr_entry entries[MSRS]; } asked = { 0 };
+	const uint32_t *slots, *indices;
+	uint64_t values[MSRS] = { 0 };
+	dword *out, *start;
+
+	memcpy(&in, words, sizeof in);
+	slots = words + sizeof in / 4;
+	indices = slots + in.vcpus;
+	start = out = (dword *)room(in.vcpus * (8 * sizeof(struct seen) / 4 + 16 * MSRS + 16) + 2 * in.bytes + 8);
+	if (!start || in.msrs > MSRS || in.memory >= SLOTS || !memories[in.memory]) {
+		put_error(ENOSPC);
+		return;
+	}
+	for (uint32_t n = 0; n < in.vcpus; n++) {
+		struct watched *one = slots[n] < SLOTS ? watched[slots[n]] : NULL;
+		struct seen now;
+
+		if (!one) {
+			put_error(ENOENT);
+			return;
+		}
+		if (anew) {
+			memset(&one->seen, 0, sizeof one->seen);
+			memset(one->msrs, 0, sizeof one->msrs);
+		}
+		now = one->seen;
+		if (ioctl(one->fd, KVM_GET_LAPIC, &now.page) || ioctl(one->fd, KVM_GET_VCPU_EVENTS, &now.events) ||
+		    ioctl(one->fd, KVM_GET_MP_STATE, &now.state)) {
+			put(-1, 0);
+			return;
+		}
+		out = differing(out, &one->seen, &now, sizeof now / 4);
+		asked.head.nmsrs = in.msrs;
+		for (uint32_t i = 0; i < in.msrs; i++)
+			asked.entries[i] = (struct kvm_msr_entry){ indices[i], 0, 0 };
+		*out++ = ioctl(one->fd, KVM_GET_MSRS, &asked);
+		for (uint32_t i = 0; i < in.msrs; i++)
+			values[i] = asked.entries[i].data;
+		out = differing(out, one->msrs, values, 2 * in.msrs);
+	}
+	if (anew) {
+		free(surveyed[in.memory]);
+		surveyed[in.memory] = NULL;
+	}
+	if (!surveyed[in.memory])
+		surveyed[in.memory] = calloc(1, in.bytes);
+	out = differing(out, surveyed[in.memory], memories[in.memory] + in.from, in.bytes / 4);
+	put(0, (uint8_t *)out - (uint8_t *)start);
+}
+
 /* ---------------------------------------------------------------------------------------------------------- batch */
 
 static void carry_out(const struct record *record)
@@ -465,10 +635,10 @@ static void carry_out(const struct record *record)
 		put(write(words[0], words + 2, words[1]), 0);
 		break;
 	case MEMORY:
-		do_memory(words[0], words[1]);
+		do_memory(words[0], words[1], record->bytes > 8 ? words[2] : MEMORY_BYTES);
 		break;
 	case STORE:
-		if (words[1] + words[2] > MEMORY_BYTES || words[0] >= SLOTS || !memories[words[0]]) {
+		if (words[0] >= SLOTS || !memories[words[0]] || words[1] + words[2] > memory_bytes[words[0]]) {
 			put_error(EFAULT);
 			break;
 		}
@@ -501,7 +671,8 @@ static void carry_out(const struct record *record)
 		break;
 	}
 	case SLEEP: {
-		struct timespec rest = { words[0] / 1000000000, words[0] % 1000000000 };
+		uint64_t ns = record->bytes < 8 ? words[0] : *(const uint64_t *)payload;
+		struct timespec rest = { ns / 1000000000, ns % 1000000000 };
 
 		nanosleep(&rest, NULL);
 		put(0, 0);
@@ -509,6 +680,12 @@ static void carry_out(const struct record *record)
 	}
 	case DEADLINE:
 		do_deadline(payload);
+		break;
+	case PROGRAM:
+		do_program(payload);
+		break;
+	case SURVEY:
+		do_survey(words, record->flags & ANEW);
 		break;
 	case QUIT:
 		reboot(RB_POWER_OFF);

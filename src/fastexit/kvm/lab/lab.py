@@ -107,17 +107,27 @@ class Lab:
             trace=self.trace,
             sessions=SESSIONS,
             inside=nullcontext if self.exact else self.device.turnstile.inside,
-            special={"timers": self._timers, "traces": self._traces},
+            special={"timers": self._timers, "traces": self._traces, "hyperv": self._hyperv},
         )
 
     def _timers(self) -> tuple[type[Twins], Judge]:
         """Timers are compared on a machine whose clock counts instructions: this one, or another one."""
         from fastexit.kvm.lab.exact import ExactTimers
 
+        return ExactTimers, self._exact().judge()
+
+    def _hyperv(self) -> tuple[type[Twins], Judge]:
+        """Windows guests' timers are due at a time, and a tick of the kernel's ends what needs no EOI: not here."""
+        from fastexit.kvm.lab.hyperv import HypervTwins
+
+        return HypervTwins, self._exact().judge()
+
+    def _exact(self) -> Lab:
+        """This lab, or another one of its kernel, whose clock counts instructions."""
         with self._lock:
             if not self.exact and self._other is None:
                 self._other = Lab(**self._keywords() | {"exact": True})
-        return ExactTimers, (self._other or self).judge()
+        return self._other or self
 
     def _traces(self) -> tuple[type[Twins], Judge]:
         """Here whole traces can be compared: nobody else is in the machine."""

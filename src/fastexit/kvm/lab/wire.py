@@ -50,10 +50,12 @@ class Ask(IntEnum):
     QUIT = 15
     ANSWER = 16
     DEADLINE = 17
+    PROGRAM = 18
+    SURVEY = 19
 
 
-LOOK_STATES, LOOK_SREGS, SET_REGS = 1, 2, 1
-"""Flags of LOOK and of EXECUTE."""
+LOOK_STATES, LOOK_SREGS, SET_REGS, ANEW = 1, 2, 1, 1
+"""Flags of LOOK, of EXECUTE and of SURVEY."""
 
 Record = tuple[Ask, int, bytes]
 """What is asked for, flags, payload."""
