@@ -143,9 +143,12 @@ class Machine:
         """
         if self.apicv and self.svm and self.avic_refuses_ids and apic_id > AVIC_MAX_ID:
             raise ValueError("EINVAL")
-        vcpu = Vcpu(self, apic_id, len(self.vcpus))
+        vcpu = self.new_vcpu(apic_id)
         self.vcpus.append(vcpu)
         return vcpu
+
+    def new_vcpu(self, apic_id: int) -> Vcpu:
+        return Vcpu(self, apic_id, len(self.vcpus))
 
     def boot_x2apic(self) -> None:
         """Every vCPU to x2APIC mode, software-enabled, spurious vector 0xFF."""
@@ -214,7 +217,7 @@ class Machine:
 
     def next_timer(self) -> int | None:
         """When the next timer of the host runs out."""
-        return min((v.timer.hrtimer for v in self.vcpus if v.timer.hrtimer is not None), default=None)
+        return min((when for v in self.vcpus for when, _ in v.clocks()), default=None)
 
     def set_time(self, ns: int) -> list[int]:
         """Time passes; whose preemption timer took him out of the guest, in order."""
@@ -223,9 +226,9 @@ class Machine:
         self.now = ns
         left = []
         while True:
-            due = [v for v in self.vcpus if v.timer.hrtimer is not None and v.timer.hrtimer <= ns]
-            if due:
-                min(due, key=lambda v: (v.timer.hrtimer, v.index)).timer.fire()
+            fires = [(when, v.index, fire) for v in self.vcpus for when, fire in v.clocks() if when <= ns]
+            if fires:
+                min(fires, key=lambda clock: clock[:2])[2]()
                 continue
             # who has been kicked leaves the guest for that, before his timer runs out
             inside = [v for v in self.vcpus if v.in_guest and not v.kicked]

@@ -7,10 +7,12 @@ page in and out, mp_state and events. The timer is in oracle_timer.py, the vCPU'
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastexit import regs as r
+from fastexit.reasons import KvmExit
 from oracle_run import Doors, RunLoop
 from oracle_timer import Timer
 
@@ -745,6 +747,26 @@ class Vcpu(Doors):
     def queue_exception(self, number: int) -> None:
         self.exception = number
         self.request("EVENT")
+
+    # --------------------------------------------------------------------- what a guest of Hyper-V's adds to the loop
+
+    def hyperv_requests(self) -> KvmExit | None:
+        """What an entry does for Hyper-V's requests: why it leaves to user space instead."""
+        return None
+
+    def offer_pv_eoi(self) -> None:
+        """An entry with events is about to be made: the guest may be told that it need not write EOI."""
+
+    def take_pv_eoi(self) -> None:
+        """Behind an exit, or an entry that was not made: the guest has not written EOI if it need not."""
+
+    def stimer_waits(self) -> bool:
+        """A synthetic timer waits for the next entry."""
+        return False
+
+    def clocks(self) -> list[tuple[int, Callable[[], None]]]:
+        """The host's timers that run for this vCPU: when each runs out, and what it does then."""
+        return [] if self.timer.hrtimer is None else [(self.timer.hrtimer, self.timer.fire)]
 
     # ---------------------------------------------------------------------------------------------- state in and out
 

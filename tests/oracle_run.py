@@ -133,6 +133,8 @@ class RunLoop:
             if v.ioapic_eoi in v.ioapic_handled:
                 return KvmExit.IOAPIC_EOI
         v.requests.discard("SCAN_IOAPIC")
+        if (user := v.hyperv_requests()) is not None:
+            return user
         if "APICV_UPDATE" in v.requests:
             v.update_apicv()
         behind = False
@@ -144,9 +146,11 @@ class RunLoop:
             behind = self._inject()
             if v.hw_enabled and v.sw_enabled:
                 v.update_cr8_intercept()
+                v.offer_pv_eoi()
         if v.hw_enabled and v.sw_enabled:
             v.sync_pir()
         if v.requests:
+            v.take_pv_eoi()
             if self._under_way() or behind:
                 v.request("EVENT")  # what was to be delivered by this entry comes first in the next one
             return None
@@ -162,7 +166,7 @@ class RunLoop:
         if behind:
             v.request("EVENT")
             v.store_v_tpr()
-            v.in_guest = False
+            self.out()
             return None
         return self._exits_at_once()
 
@@ -173,7 +177,7 @@ class RunLoop:
             v.timer.hv_exit()
             v.sync_pir()
             if self.m.generation < self.m.at("5.8") or v.requests:
-                v.in_guest = False
+                self.out()
                 return None
         return GUEST
 
@@ -256,6 +260,7 @@ class RunLoop:
             or "SMI" in v.requests
             or (v.smi_pending and not v.smm and v.gif)
             or (self._interrupts_on() and (v.has_extint() or v.pending() is not None))
+            or v.stimer_waits()
         )
 
     def _block(self) -> str | None:
@@ -291,7 +296,7 @@ class RunLoop:
         """A signal takes the thread out of KVM_RUN, as every ioctl on the vCPU needs it."""
         if self.v.in_guest:
             self.v.store_v_tpr()
-            self.v.in_guest = False
+            self.out()
             self._after_iteration()
         elif self.sleeping:
             self._awake()
@@ -300,10 +305,15 @@ class RunLoop:
 
     # -------------------------------------------------------------------------------------------------------- exits
 
+    def out(self) -> None:
+        """The vCPU is out of the guest for good, and not in the short loop of a fast exit."""
+        if self.v.in_guest:
+            self.v.in_guest = False
+            self.v.take_pv_eoi()
+
     def _finish(self, result: Result) -> Result:
         """A slow exit is over: back into the guest, unless user space is asked."""
-        v = self.v
-        v.in_guest = False
+        self.out()
         if result.user is None:
             told = list(self.m.told)
             self._after_iteration()
@@ -339,14 +349,14 @@ class RunLoop:
             result.accepted = v.last_accepted
             self.skip(INSN_LEN["wrmsr"])
             return self._finish_fast(result)
-        v.in_guest = False
+        self.out()
         why = self._refused(msr, value, write=True)
         result.accepted = v.last_accepted
         return self._finish(self._msr_outcome(result, why, KvmExit.X86_WRMSR))
 
     def rdmsr(self, msr: int) -> tuple[Result, int | None]:
         v = self.v
-        v.in_guest = False
+        self.out()
         why = r.MSR_EXIT_FILTER if self.m.filtered(msr, write=False) else 0
         value = None if why else v.read_msr(msr)
         if value is None and not why:
@@ -380,35 +390,39 @@ class RunLoop:
 
     def page(self, *, claimed: bool) -> Result:
         """Behind an access to the page; nobody in the kernel claims it where the APIC is off and the quirk too."""
-        self.v.in_guest = False
+        self.out()
         return self._finish(Result(user=None if claimed else KvmExit.MMIO))
 
     def other(self) -> Result:
         """An exit that KVM has nothing to do for, such as a host interrupt."""
-        self.v.in_guest = False
+        self.out()
         return self._finish(Result())
 
     def hlt(self) -> Result:
         v = self.v
+        fast = self.m.fastpath and self.m.generation >= self.m.at("6.12")
+        if not fast:
+            self.out()
         self.skip(INSN_LEN["hlt"])
         v.set_mp(r.MP_RUNNABLE if v.pv_unhalted or self._has_events() else r.MP_HALTED)
         if v.mp_state == r.MP_RUNNABLE:
             v.pv_unhalted = False
-        if self.m.fastpath and self.m.generation >= self.m.at("6.12"):
+        if fast:
             return self._finish_fast(Result("reenter" if v.mp_state == r.MP_RUNNABLE else "handled"))
         return self._finish(Result())
 
     def preemption_timer(self) -> Result:
         """VMX: the timer that the CPU counted for the guest ran out."""
         fast = self.m.fastpath and self.m.generation >= self.m.at("5.8")
-        self.v.in_guest = fast
+        if not fast:
+            self.out()
         self.v.timer.hv_exit()
         return self._finish_fast(Result("reenter")) if fast else self._finish(Result())
 
     def hypercall(self, nr: int, a0: int, a1: int, a2: int, a3: int, *, bits64: bool = True) -> tuple[Result, int]:
         if not bits64:
             nr, a0, a1, a2, a3 = (value & 0xFFFF_FFFF for value in (nr, a0, a1, a2, a3))
-        self.v.in_guest = False
+        self.out()
         value = self._hypercall(nr, a0, a1, a2, a3, 64 if bits64 else 32)
         self.skip(INSN_LEN["vmcall"])
         return self._finish(Result()), value & ((1 << 64) - 1 if bits64 else 0xFFFF_FFFF)
@@ -475,7 +489,7 @@ class Doors:
     def page_write(self: Vcpu, offset: int, value: int, length: int = 4) -> Result:
         self.thread.exit()
         claimed = not self._nobody_there()
-        self.in_guest = False  # an interrupt to itself needs no notification
+        self.thread.out()  # an interrupt to itself needs no notification
         if claimed:
             self.store(offset, value, length)
         return self.thread.page(claimed=claimed)
