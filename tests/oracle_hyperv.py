@@ -1,8 +1,8 @@
 """Hyper-V's part of the oracle: what a Windows guest finds beside its local APIC, and what user space sets of it.
 
 Models: the gate and KVM_CAP_HYPERV_ENFORCE_CPUID, the synthetic MSRs from both sides, EOI, ICR and TPR by MSR, the
-assist page and PV EOI, SynIC with its bitmaps, auto-EOI, timer messages and EOM, synthetic timers, routes to a SINT, the
-IPI hypercalls. Sets stand for bitmaps, a list of four objects for the timers, a bytearray for the guest's memory.
+assist page and PV EOI, SynIC with its bitmaps, auto-EOI, timer messages and EOM, synthetic timers, routes to a SINT,
+the IPI hypercalls. Sets stand for bitmaps, a list of four objects for the timers, a bytearray for the guest's memory.
 
 Not modelled: the reference TSC page's contents, crash MSRs, reenlightenment, eventfds, TLB flushes.
 """
@@ -71,6 +71,7 @@ class Machine(oracle.Machine):
         self.os_id = 0
         self.hypercall_page = 0
         self.tsc_page = 0
+        self.next_op: tuple[Any, ...] | None = None  # what a test means to do next
         self.routes: dict[int, list[tuple[int, int]]] = {}
         super().__init__(*args, **options)
         at = self.at
@@ -600,9 +601,7 @@ class HypervLoop(RunLoop):
             why = r.MSR_EXIT_INVAL
         return self._finish(self._msr_outcome(Result(), why, KvmExit.X86_RDMSR)), value
 
-    def hv_hypercall(
-        self, control: int, input: int, output: int, xmm: tuple[int, ...]
-    ) -> tuple[Result, int | None]:
+    def hv_hypercall(self, control: int, input: int, output: int, xmm: tuple[int, ...]) -> tuple[Result, int | None]:
         """The status that the guest finds, None where it finds an exception or where user space is asked."""
         self.out()
         call = Call(control, input, output, [*xmm, *[0] * 12][:12], self.m)
