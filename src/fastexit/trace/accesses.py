@@ -13,8 +13,10 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol
 
+from fastexit import hyperv as HV
 from fastexit import regs as R
-from fastexit.trace.events import Event, Kind
+from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Doing, Door, door_of_exit
+from fastexit.trace.events import STIMER, Event, Kind
 from fastexit.trace.reader import Batch, Task
 
 WINDOW = 1 << 14
@@ -27,12 +29,16 @@ _EOI_GPA = R.APIC_DEFAULT_PHYS_BASE + _EOI_REG
 _SENDERS = (_ICR, _SELF_IPI)
 _INIT = R.DM_INIT << R.ICR_DM_SHIFT
 _LOWEST = R.DM_LOWEST << R.ICR_DM_SHIFT
+HYPERCALL = -1
+"""Stands for the register where an IPI is no register write but a hypercall."""
 
 (
     _VCPU,
     _HV_TIMER,
+    _HYPERV,
     _SOURCE,
     _ACCEPT,
+    _RAISED,
     _MARK,
     _IPI,
     _WRITE,
@@ -44,6 +50,13 @@ _LOWEST = R.DM_LOWEST << R.ICR_DM_SHIFT
     _RDMMIO,
     _INJECT,
     _DEADLINE,
+    _EXIT,
+    _PV_EOI,
+    _HV_MSR,
+    _HV_CALL,
+    _HV_SEND,
+    _HV_DONE,
+    _CR8,
 ) = (int(kind) for kind in Kind if kind != Kind.OTHER)
 
 
@@ -54,24 +67,28 @@ class Via(IntEnum):
     """No kvm_msr and no kvm_mmio line: the host did it, or hardware with a trap afterwards."""
     MSR = 1
     MMIO = 2
+    SYNTHETIC = 3
+    """kvm_msr, of one of Hyper-V's."""
 
 
 class Access:
-    """A register write, in the making or complete.
+    """A register write or an IPI hypercall, in the making or complete.
 
     Attributes:
         line: number of its first line.
         via: Via. reg, value, length: page offset, what was written, bytes of an MMIO write.
-        ipi, ipi_line: its kvm_apic_ipi line.
+        ipi, ipi_line: its kvm_apic_ipi line, or kvm_hv_send_ipi of a hypercall.
+        call, result: of a hypercall, its kvm_hv_hypercall and kvm_hv_hypercall_done lines.
+        door: what the kvm_exit line before it says, where that tells the door.
         accepts: its kvm_apic_accept_irq lines as (line, event).
         fault: the line says #GP.
         traced: its kvm_apic line was seen.
         cut: the file ended in the middle of it.
     """
 
-    __slots__ = tuple("line reg value via length ipi ipi_line accepts fault traced cut done".split())
+    __slots__ = tuple("line reg value via length ipi ipi_line call result door accepts fault traced cut done".split())
 
-    def __init__(self, line: int, reg: int, value: int = 0, via: int = 0, length: int = 4) -> None:
+    def __init__(self, line: int, reg: int, door: Door | None, value: int = 0, via: int = 0, length: int = 4) -> None:
         self.line = line
         self.reg = reg
         self.value = value
@@ -79,6 +96,9 @@ class Access:
         self.length = length
         self.ipi: Event | None = None
         self.ipi_line = 0
+        self.call: Event | None = None
+        self.result: Event | None = None
+        self.door = door
         self.accepts: list[tuple[int, Event]] = []
         self.fault = False
         self.traced = False
@@ -113,6 +133,18 @@ class Sink(Protocol):
     def deadline(self) -> None:
         """A write of the TSC deadline."""
 
+    def call(self, access: Access) -> None:
+        """An IPI hypercall."""
+
+    def synthetic(self, msr: int, value: int, fault: bool) -> None:
+        """A write of a synthetic MSR that is no APIC register."""
+
+    def raised(self, vector: int, source: str) -> None:
+        """Who raised the interrupt accepted last; ``vector`` is -1 where the line does not say it."""
+
+    def count(self, doing: Doing, door: Door) -> None:
+        """One access, of which nothing but its door matters."""
+
     def ran(self) -> None:
         """The first line after an INIT reached this vCPU."""
 
@@ -121,10 +153,10 @@ class Lane:
     """One thread: where its accesses go, and what of it is open.
 
     ``vcpu`` is its vCPU id or -1, ``mates`` the lanes of its VM by vCPU id. ``traced_eois`` counts EOI writes,
-    ``guest_eois`` those of them that the guest made.
+    ``guest_eois`` those of them that the guest made; ``door`` is what its last kvm_exit line tells.
     """
 
-    __slots__ = ("guest_eois", "loose", "mates", "open", "reset", "sink", "source", "traced_eois", "vcpu")
+    __slots__ = ("door", "guest_eois", "loose", "mates", "open", "reset", "sink", "source", "traced_eois", "vcpu")
 
     def __init__(self, sink: Sink, vcpu: int, mates: dict[int, Lane]) -> None:
         self.sink: Sink = sink
@@ -133,6 +165,7 @@ class Lane:
         self.open: Access | None = None
         self.loose: list[list[Any]] = []
         self.source: str = ""
+        self.door: Door | None = None
         self.reset: bool = False
         self.traced_eois: int = 0
         self.guest_eois: int = 0
@@ -180,11 +213,15 @@ class Assembler:
             if kind < _MARK:
                 self._beside(lane, line, event)
                 continue
+            if kind == _EXIT:
+                lane.door = door_of_exit(event.text)
             if lane.loose or lane.source:
                 self._settle(lane, event)
             if lane.open is not None and self._continues(lane, line, event):
                 continue
             if kind == _EOI:
+                if lane.door is Door.INDUCED:
+                    lane.sink.count(Doing.EOI, Door.INDUCED)
                 if held:
                     held.append([lane.sink.eoi, line, event.b])
                 else:
@@ -192,31 +229,36 @@ class Assembler:
             elif kind == _WRITE:
                 if event.a == _EOI_REG:
                     lane.traced_eois += 1
+                    if lane.door is not None:
+                        self._trapped_eoi(lane)
                 else:
-                    lane.open = access = Access(line, event.a, event.b)
+                    lane.open = access = Access(line, event.a, lane.door, event.b)
                     access.traced = True
                     held.append([lane.sink.write, access])
             elif kind == _MSR:
                 if event.a == _EOI_MSR and not event.c:
-                    self._guest_eoi(lane)
+                    self._guest_eoi(lane, Door.X2APIC)
                 else:
                     self._msr_write(lane, line, event)
             elif kind == _MMIO:
                 if event.a == _EOI_GPA:
-                    self._guest_eoi(lane)
+                    self._guest_eoi(lane, Door.PAGE)
+                    lane.door = None  # its kvm_apic line is no second one
                 elif event.a >> 12 == _PAGE:
-                    lane.open = access = Access(line, event.a & 0xFFF, event.b, int(Via.MMIO), event.c)
+                    lane.open = access = Access(line, event.a & 0xFFF, None, event.b, int(Via.MMIO), event.c)
                     held.append([lane.sink.write, access])
             elif kind == _READ:
                 self._call(lane.sink.read, line, event.a, event.b)
             elif kind == _IPI:
-                lane.open = access = Access(line, _ICR)
+                lane.open = access = Access(line, _ICR, lane.door)
                 access.ipi, access.ipi_line = event, line
                 held.append([lane.sink.write, access])
             elif kind == _DEADLINE:
                 lane.sink.deadline()
             elif kind == _INJECT and not event.c:
                 self._call(lane.sink.inject, event.b)
+            elif kind >= _PV_EOI:
+                self._of_hyperv(lane, line, event)
 
     def finish(self) -> None:
         """The file has ended; what is still open is handed over as cut."""
@@ -272,6 +314,8 @@ class Assembler:
         access = lane.open
         assert access is not None
         kind = event.kind
+        if access.reg == HYPERCALL:
+            return self._continues_call(lane, line, event)
         if kind == _WRITE and access.reg == event.a and not access.traced:
             access.traced = True
             if not access.via:
@@ -290,11 +334,65 @@ class Assembler:
             access.via, access.value, access.fault = int(Via.MSR), event.b, bool(event.c)
             self._close(lane)
             return True
+        if kind == _HV_MSR and not access.via and REGISTER_OF_SYNTHETIC.get(event.a) == access.reg:
+            access.via, access.value, access.fault = int(Via.SYNTHETIC), event.b, bool(event.c)
+            access.door = Door.SYNTHETIC
+            self._close(lane)
+            return True
         self._close(lane)
         return False
 
-    def _guest_eoi(self, lane: Lane) -> None:
+    def _continues_call(self, lane: Lane, line: int, event: Event) -> bool:
+        """The same of a hypercall, which its accept lines follow until kvm_hv_hypercall_done."""
+        access = lane.open
+        assert access is not None
+        if event.kind == _HV_SEND and access.ipi is None:
+            access.ipi, access.ipi_line = event, line
+            return True
+        if event.kind == _HV_DONE:
+            access.result = event
+        self._close(lane)
+        return event.kind == _HV_DONE
+
+    def _of_hyperv(self, lane: Lane, line: int, event: Event) -> None:
+        """What mostly Windows does: synthetic MSRs, IPI hypercalls, EOI without an exit, CR8."""
+        kind = event.kind
+        if kind == _HV_MSR:
+            self._synthetic(lane, line, event)
+        elif kind == _HV_CALL or kind == _HV_SEND:
+            lane.open = access = Access(line, HYPERCALL, Door.HYPERCALL)
+            if kind == _HV_CALL:
+                access.call = event
+            else:
+                access.ipi, access.ipi_line = event, line
+            self._held.append([lane.sink.call, access])
+        elif kind == _PV_EOI:
+            lane.sink.count(Doing.EOI, Door.ASSIST)
+            if not self._eois:
+                self._call(lane.sink.silent_eoi)
+        elif kind == _CR8:
+            lane.sink.count(Doing.TPR, Door.CR8)
+
+    def _synthetic(self, lane: Lane, line: int, event: Event) -> None:
+        """A kvm_msr line of a synthetic MSR that ends no access that is open."""
+        if event.a not in REGISTER_OF_SYNTHETIC:
+            self._call(lane.sink.synthetic, event.a, event.b, bool(event.c))
+        elif event.a == HV.MSR_HV_EOI and not event.c:
+            self._guest_eoi(lane, Door.SYNTHETIC)
+        else:
+            access = Access(line, REGISTER_OF_SYNTHETIC[event.a], Door.SYNTHETIC, event.b, int(Via.SYNTHETIC))
+            access.fault = bool(event.c)
+            access.done = True
+            self._call(lane.sink.write, access)
+
+    def _trapped_eoi(self, lane: Lane) -> None:
+        """An EOI that the exit's reason shows, and no line behind it."""
+        if lane.door is Door.AVIC or lane.door is Door.PAGE:
+            self._guest_eoi(lane, lane.door)
+
+    def _guest_eoi(self, lane: Lane, door: Door) -> None:
         lane.guest_eois += 1
+        lane.sink.count(Doing.EOI, door)
         if not self._eois:
             self._call(lane.sink.silent_eoi)
 
@@ -303,7 +401,7 @@ class Assembler:
         if event.a == R.MSR_APICBASE:
             self._call(lane.sink.apicbase, line, event.b, bool(event.c))
             return
-        access = Access(line, (event.a - _MSR_BASE) << 4, event.b, int(Via.MSR))
+        access = Access(line, (event.a - _MSR_BASE) << 4, None, event.b, int(Via.MSR))
         access.fault = bool(event.c)
         access.done = True
         self._call(lane.sink.write, access)
@@ -313,10 +411,13 @@ class Assembler:
         if event.kind == _SOURCE:
             lane.source = event.text
             return
+        if event.kind == _RAISED:
+            self._raised(lane, event)
+            return
         if event.b & R.ICR_DM == _INIT and event.a in lane.mates:
             lane.mates[event.a].reset = True
         access = lane.open
-        if access is not None and access.ipi is not None and _belongs(access.ipi, event):
+        if access is not None and (access.reg == HYPERCALL or (access.ipi is not None and _belongs(access.ipi, event))):
             access.accepts.append((line, event))
         elif lane.vcpu < 0 or lane.source:
             self._call(lane.sink.accept, line, event, lane.source)
@@ -325,6 +426,15 @@ class Assembler:
             entry = [None, line, event, ""]
             lane.loose.append(entry)
             self._held.append(entry)
+
+    def _raised(self, lane: Lane, event: Event) -> None:
+        """Who raised the interrupt whose accept line came last; a timer's message goes through the SynIC."""
+        if lane.vcpu < 0:
+            self._call(lane.sink.raised, event.b, event.text)
+        for entry in reversed(lane.loose):
+            if event.text == STIMER or entry[2].b & R.ICR_VECTOR == event.b:
+                entry[3] = event.text
+                return
 
     def _let_go(self, lane: Lane) -> None:
         """Accept lines that turned out to belong to no IPI."""
@@ -339,7 +449,7 @@ class Assembler:
         if mine:
             if lane.open is not None:
                 self._close(lane)
-            lane.open = access = Access(mine[0][1], _ICR)
+            lane.open = access = Access(mine[0][1], _ICR, lane.door)
             access.accepts = [(entry[1], entry[2]) for entry in mine]
             lane.loose = [entry for entry in lane.loose if not _belongs(event, entry[2])]
             mine[0][:] = [lane.sink.write, access]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from enum import IntEnum
 
+from fastexit import hyperv as HV
 from fastexit import regs as R
 
 
@@ -23,33 +24,52 @@ class Kind(IntEnum):
     """Says which vCPU a thread is, nothing else; ``a`` is the vCPU id."""
     HV_TIMER = 2
     """kvm_hv_timer_state: ``a`` is the vCPU id, ``b`` 1 when the VMX preemption timer serves the vCPU's timer."""
-    SOURCE = 3
+    HYPERV = 3
+    """Any other line of KVM's Hyper-V side."""
+    SOURCE = 4
     """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, IOAPIC, PIC or a hypercall."""
-    ACCEPT = 4
+    ACCEPT = 5
     """``a`` vCPU id, ``b`` vector, delivery and trigger mode in their ICR bits."""
-    MARK = 5
+    RAISED = 6
+    """Names who raised the interrupt of the accept line before it: ``text`` is SynIC or a Hyper-V timer."""
+    MARK = 7
     """``a`` vCPU id or -1."""
-    IPI = 6
+    IPI = 8
     """``a`` destination, ``b`` low 32 ICR bits, as far as the line shows them."""
-    APIC_WRITE = 7
+    APIC_WRITE = 9
     """``a`` register offset, ``b`` value."""
-    APIC_READ = 8
-    EOI = 9
+    APIC_READ = 10
+    EOI = 11
     """``a`` vCPU id, ``b`` vector or -1."""
-    MSR_WRITE = 10
+    MSR_WRITE = 12
     """An x2APIC MSR or APICBASE: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
-    MSR_READ = 11
-    MMIO_WRITE = 12
+    MSR_READ = 13
+    MMIO_WRITE = 14
     """``a`` guest physical address, ``b`` value, ``c`` length."""
-    MMIO_READ = 13
-    INJECT = 14
+    MMIO_READ = 15
+    INJECT = 16
     """kvm_inj_virq: ``b`` vector, ``c`` 1 when it is no new interrupt."""
-    DEADLINE = 15
+    DEADLINE = 17
     """A write of the TSC deadline MSR."""
+    EXIT = 18
+    """kvm_exit: ``a`` vCPU id or -1, ``text`` the reason, ``c`` 1 where the first such line has a RIP of Windows's."""
+    PV_EOI = 19
+    """kvm_pv_eoi: the guest ended an interrupt without an exit. ``a`` vCPU id, ``b`` vector."""
+    HV_MSR = 20
+    """A write of one of Hyper-V's synthetic MSRs: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
+    HV_CALL = 21
+    """An IPI hypercall begins: ``a`` call code, ``b`` input, ``c`` output, ``text`` fast or slow."""
+    HV_SEND = 22
+    """kvm_hv_send_ipi, kvm_hv_send_ipi_ex: ``a`` format or -1, ``b`` processor or bank mask, ``c`` vector."""
+    HV_DONE = 23
+    """kvm_hv_hypercall_done: ``b`` result."""
+    CR8 = 24
+    """A write of CR8."""
 
 
-BY_BEGINNING = frozenset((Kind.OTHER, Kind.VCPU, Kind.SOURCE, Kind.MARK, Kind.DEADLINE))
-"""Kinds whose event follows from the first three words of the text; the rest differs on almost every line."""
+BY_BEGINNING = frozenset((Kind.OTHER, Kind.VCPU, Kind.SOURCE, Kind.MARK, Kind.DEADLINE, Kind.EXIT, Kind.CR8))
+"""Kinds whose event follows from the first three words of the text, of EXIT's from the first five; the rest differs on
+almost every line."""
 
 
 class Event:
@@ -71,6 +91,8 @@ class Event:
 
 UNREADABLE = Event(Kind.OTHER, "")
 """Stands for a line that is no event."""
+DEEPER = Event(Kind.OTHER, "")
+"""Stands for a beginning of three words that does not tell, where one of five does."""
 
 _DELIVERY = {mode.name: mode << R.ICR_DM_SHIFT for mode in R.DeliveryMode}
 _SHORTHAND = {"dst": 0, "self": 1, "all": 2, "all-but-self": 3}
@@ -86,6 +108,16 @@ _MSR = re.compile(rb"msr_(read|write) ([0-9a-f]+) = 0x([0-9a-f]+)( \(#GP\))?")
 _MMIO = re.compile(rb"mmio (unsatisfied-read|read|write) len (\d+) gpa 0x([0-9a-f]+) val 0x([0-9a-f]+)")
 _VCPU = re.compile(rb"vcpu[ =]?(\d+)")
 _HV_TIMER = re.compile(rb"vcpu_id ([0-9a-f]+) hv_timer ([01])\s*")
+_EXIT = re.compile(rb"(?:vcpu (\d+) )?reason (\w+)(?: rip 0x(\w+))?")
+_WINDOWS = re.compile(rb"fffff8\w{10}")
+_HV_CALL = re.compile(
+    rb"code 0x([0-9a-f]+) (fast|slow) (?:var_cnt 0x[0-9a-f]+ rep_cnt|cnt) 0x[0-9a-f]+ idx 0x[0-9a-f]+ "
+    rb"in 0x([0-9a-f]+) out 0x([0-9a-f]+)"
+)
+_HV_SEND = re.compile(rb"vector ([0-9a-f]+) (?:format ([0-9a-f]+) valid_bank|processor)_mask 0x([0-9a-f]+)")
+_HV_DONE = re.compile(rb"result 0x([0-9a-f]+)")
+_SYNIC = re.compile(rb"vcpu_id (\d+) sint \d+ vector (\d+) ret (-?\d+)")
+_EXPIRED = re.compile(rb"vcpu_id (\d+) timer (\d) direct ([01]) send result (-?\d+)")
 _INJECT = re.compile(rb"(?:IRQ 0x([0-9a-f]+)|irq (\d+))")
 
 
@@ -147,8 +179,10 @@ def _msr(name: str, payload: bytes) -> Event | None:
     if R.MSR_X2APIC_BASE <= msr <= R.MSR_X2APIC_END or msr == R.MSR_APICBASE:
         kind = Kind.MSR_READ if match[1] == b"read" else Kind.MSR_WRITE
         return _EVENTS[kind, name, msr, int(match[3], 16), 1 if match[4] else 0, ""]
-    if msr == 0x6E0 and match[1] == b"write":
+    if msr == R.MSR_TSC_DEADLINE and match[1] == b"write":
         return _EVENTS[Kind.DEADLINE, name, msr, 0, 0, ""]
+    if HV.MSR_HV_FIRST <= msr <= HV.MSR_HV_LAST and match[1] == b"write":
+        return _EVENTS[Kind.HV_MSR, name, msr, int(match[3], 16), 1 if match[4] else 0, ""]
     return _EVENTS[Kind.MARK, name, -1, 0, 0, ""]
 
 
@@ -165,6 +199,14 @@ def _mmio(name: str, payload: bytes) -> Event | None:
 def _mark(name: str, payload: bytes) -> Event:
     match = _VCPU.match(payload)
     return _EVENTS[Kind.MARK, name, int(match[1]) if match else -1, 0, 0, ""]
+
+
+def _exit(name: str, payload: bytes) -> Event:
+    match = _EXIT.match(payload)
+    if not match:
+        return _mark(name, payload)
+    windows = bool(match[3] and _WINDOWS.fullmatch(match[3]))
+    return _EVENTS[Kind.EXIT, name, int(match[1] or -1), 0, int(windows), match[2].decode()]
 
 
 def _vcpu(name: str, payload: bytes) -> Event:
@@ -194,11 +236,68 @@ def _hypercall(name: str, payload: bytes) -> Event:
     return _EVENTS[Kind.SOURCE, name, -1, 0, 0, "hypercall"] if send_ipi else _mark(name, payload)
 
 
+def _cr(name: str, payload: bytes) -> Event:
+    return _EVENTS[Kind.CR8, name, -1, 0, 0, ""] if payload.startswith(b"cr_write 8 ") else _mark(name, payload)
+
+
+def _pv_eoi(name: str, payload: bytes) -> Event | None:
+    match = _EOI.fullmatch(payload.decode("ascii", "replace"))
+    return _EVENTS[Kind.PV_EOI, name, int(match[1], 16), int(match[2]), 0, ""] if match else None
+
+
+def _hv_hypercall(name: str, payload: bytes) -> Event | None:
+    match = _HV_CALL.fullmatch(payload)
+    if not match:
+        return None
+    code = int(match[1], 16)
+    if code not in (HV.HvCall.SEND_IPI, HV.HvCall.SEND_IPI_EX):
+        return _EVENTS[Kind.MARK, name, -1, 0, 0, ""]
+    return _EVENTS[Kind.HV_CALL, name, code, int(match[3], 16), int(match[4], 16), match[2].decode()]
+
+
+def _hv_send(name: str, payload: bytes) -> Event | None:
+    match = _HV_SEND.fullmatch(payload)
+    if not match:
+        return None
+    set_format = -1 if match[2] is None else int(match[2], 16)
+    return _EVENTS[Kind.HV_SEND, name, set_format, int(match[3], 16), int(match[1], 16), payload.decode()]
+
+
+def _hv_done(name: str, payload: bytes) -> Event | None:
+    match = _HV_DONE.fullmatch(payload)
+    return _EVENTS[Kind.HV_DONE, name, -1, int(match[1], 16), 0, ""] if match else None
+
+
+def _synic(name: str, payload: bytes) -> Event | None:
+    match = _SYNIC.fullmatch(payload)
+    return _EVENTS[Kind.RAISED, name, int(match[1]), int(match[2]), 0, SYNIC] if match else None
+
+
+def _expired(name: str, payload: bytes) -> Event | None:
+    match = _EXPIRED.fullmatch(payload)
+    return _EVENTS[Kind.RAISED, name, int(match[1]), -1, 0, STIMER] if match else None
+
+
+def _hyperv(name: str, payload: bytes) -> Event:
+    return _EVENTS[Kind.HYPERV, name, -1, 0, 0, ""]
+
+
+SYNIC, STIMER = "SynIC", "Hyper-V timer"
+"""Who raised an interrupt, in the text of an event of kind RAISED."""
+
 _PARSERS: dict[bytes, Callable[[str, bytes], Event | None]] = {
     b"kvm_apic_ipi": _ipi,
     b"kvm_apic_accept_irq": _accept,
     b"kvm_eoi": _eoi,
-    b"kvm_pv_eoi": _eoi,
+    b"kvm_pv_eoi": _pv_eoi,
+    b"kvm_exit": _exit,
+    b"kvm_cr": _cr,
+    b"kvm_hv_hypercall": _hv_hypercall,
+    b"kvm_hv_hypercall_done": _hv_done,
+    b"kvm_hv_send_ipi": _hv_send,
+    b"kvm_hv_send_ipi_ex": _hv_send,
+    b"kvm_hv_synic_set_irq": _synic,
+    b"kvm_hv_stimer_expiration": _expired,
     b"kvm_apic": _apic,
     b"kvm_msr": _msr,
     b"kvm_mmio": _mmio,
@@ -212,10 +311,15 @@ _PARSERS: dict[bytes, Callable[[str, bytes], Event | None]] = {
     b"kvm_wait_lapic_expire": _vcpu,
 }
 for _name in (
-    "entry exit userspace_exit vcpu_wakeup inj_exception pio cpuid cr page_fault emulate_insn fast_mmio fpu "
+    "entry userspace_exit vcpu_wakeup inj_exception pio cpuid page_fault emulate_insn fast_mmio fpu "
     "pvclock_update track_tsc nested_vmexit nested_vmrun"
 ).split():
     _PARSERS[b"kvm_" + _name.encode()] = _mark
+for _name in (
+    "flush_tlb flush_tlb_ex notify_acked_sint synic_send_eoi synic_set_msr stimer_set_config stimer_set_count "
+    "stimer_start_periodic stimer_start_one_shot stimer_callback stimer_cleanup"
+).split():
+    _PARSERS[b"kvm_hv_" + _name.encode()] = _hyperv
 
 
 def parse(body: bytes) -> Event:

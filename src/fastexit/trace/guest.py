@@ -8,12 +8,15 @@ from typing import ClassVar, NamedTuple
 from fastexit import regs as R
 from fastexit.machine import Machine
 from fastexit.trace.accesses import Lane
-from fastexit.trace.events import Event
+from fastexit.trace.doors import Doing, Door
+from fastexit.trace.events import STIMER, SYNIC, Event
 from fastexit.trace.generations import Generations
 from fastexit.trace.guestvcpu import TIMER, GuestVcpu
-from fastexit.trace.report import Mismatch, Mismatches, VmReport
+from fastexit.trace.report import DoorUse, Mismatch, Mismatches, VmReport
 from fastexit.trace.threads import Vm
 
+DEVICE = "device thread"
+"""Cause of an accept line: a thread that is no vCPU."""
 MOST_ASSUMPTIONS = 50
 """So many assumptions about a VM are said one by one; the rest is counted."""
 
@@ -23,6 +26,7 @@ class Recorded(NamedTuple):
 
     ipis: bool
     accepts: bool
+    msrs: bool = True
 
 
 class Guest:
@@ -51,8 +55,19 @@ class Guest:
         self.recorded = recorded
         self._unsaid = 0
         self.machine: Machine = Machine(
-            apic_ids=ids, kernel=kernel, vendor=vendor, apicv=apicv, irqchip=irqchip, x2apic_api=api, threads=False
+            apic_ids=ids,
+            kernel=kernel,
+            vendor=vendor,
+            apicv=apicv,
+            irqchip=irqchip,
+            x2apic_api=api,
+            hyperv=vm.hyperv,
+            threads=False,
         )
+        self.report.hyperv, self.report.windows = vm.hyperv, vm.windows
+        self.windows: bool = vm.hyperv or vm.windows
+        self.trapped: int = 0
+        self.by_decimal: int = 0
         self._decide_hv_timer(vm, hv_timer, vendor)
         self.generations: Generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer)
         self.lanes: dict[int, Lane] = {}
@@ -110,7 +125,7 @@ class Guest:
 
     def accept(self, line: int, event: Event, source: str) -> None:
         """An interrupt that is no IPI: counted by cause, and raised in the model so that IRR stays right."""
-        if not self.recorded.ipis and source != TIMER:
+        if not self.recorded.ipis and source not in (TIMER, SYNIC, STIMER, DEVICE):
             self.report.other_accepts["unknown, as kvm_apic_ipi was not recorded"] += 1
             return
         if event.b & R.ICR_DM > R.DM_LOWEST << R.ICR_DM_SHIFT:
@@ -146,6 +161,21 @@ class Guest:
                 f"{report.taken_back:,} ICR values are taken back from kvm_apic_ipi lines, as the writes were not "
                 "recorded: these lines agree by construction"
             )
+        if self.trapped:
+            report.assumptions.append(
+                f"the destinations of {self.trapped:,} ICR writes behind which the CPU trapped are those of their "
+                "kvm_apic_ipi lines: a write of ICR2 does not exit there"
+            )
+        if self.by_decimal:
+            report.assumptions.append(
+                f"{self.by_decimal:,} kvm_hv_send_ipi lines show their vector in decimal, where KVM prints hex"
+            )
+        if n := report.doors[Doing.IPI, Door.UNTOLD]:
+            report.assumptions.append(
+                f"{n:,} ICR writes went to the synthetic MSR 0x40000071 rather than to 0x830: kvm:kvm_msr was not "
+                "recorded, and the guest is a Windows, as its RIPs or other lines say"
+            )
+        report.door_uses = self._door_uses()
         report.generations = self.generations.result()
         if report.deadlines:
             report.deadline_fast = self.generations.deadline_fast()
@@ -156,15 +186,39 @@ class Guest:
                 )
         return report
 
+    def _door_uses(self) -> list[DoorUse]:
+        """Each door with what the generations take fast of it, the most used first."""
+        uses = []
+        for (doing, door), n in self.report.doors.most_common():
+            exits = door is not Door.ASSIST
+            if doing is Doing.IPI:
+                fast = self.generations.ipis_fast(door)
+            elif doing in (Doing.EOI, Doing.TPR, Doing.TIMER) and exits:
+                fast = dict.fromkeys(self.generations.fast_at_door(doing, door), n)
+            else:
+                fast = {}
+            uses.append(DoorUse(doing, door, n, fast, exits))
+        return uses
+
 
 class Device:
     """A thread that is no vCPU, as a sink: it delivers interrupts and nothing else."""
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
+        self._last = -1
 
     def accept(self, line: int, event: Event, source: str) -> None:
-        self._guest.accept(line, event, source or "device thread")
+        self._last = -1 if source else event.b & R.ICR_VECTOR
+        self._guest.accept(line, event, source or DEVICE)
+
+    def raised(self, vector: int, source: str) -> None:
+        causes = self._guest.report.other_accepts
+        if self._last == vector and causes[DEVICE]:
+            causes[DEVICE] -= 1
+            causes[source] += 1
+            self._guest.report.other_accepts = +causes
+        self._last = -1
 
     def nothing(self, *args: object) -> None:
         """Whatever else such a thread shows."""
@@ -176,4 +230,7 @@ class Device:
     inject: ClassVar[Callable[..., None]] = nothing
     apicbase: ClassVar[Callable[..., None]] = nothing
     deadline: ClassVar[Callable[..., None]] = nothing
+    call: ClassVar[Callable[..., None]] = nothing
+    synthetic: ClassVar[Callable[..., None]] = nothing
+    count: ClassVar[Callable[..., None]] = nothing
     ran: ClassVar[Callable[..., None]] = nothing

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.trace.accesses import Access, Lane, Via
+from fastexit.trace.doors import DOING_OF_REGISTER, REGISTER_OF_SYNTHETIC, Doing, Door, doing_of_synthetic
 from fastexit.trace.events import Event
-from fastexit.trace.report import FAULTED, icr_class
+from fastexit.trace.hypercall import Hypercall
+from fastexit.trace.report import FAULTED, call_class, icr_class
 from fastexit.tracepoints.text import accept_text, ipi_text
 from fastexit.vcpu import Vcpu
 
@@ -27,6 +30,9 @@ _IPI_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_LOGICAL | R.ICR_LEVEL | R.ICR_TRIGGE
 _ACCEPT_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_TRIGGER
 _LINUX_TIMER = next(vector for vector, name in R.LINUX_VECTORS.items() if name == "LOCAL_TIMER")
 _TRACING = L.CONFIG_TRACE
+_SYNTHETIC = {register: msr for msr, register in REGISTER_OF_SYNTHETIC.items()}
+_KEPT = frozenset((HV.MSR_HV_SCONTROL, *range(HV.MSR_HV_SINT0, HV.MSR_HV_SINT15 + 1)))
+"""Synthetic MSRs whose writes the model has to know: a SINT may end interrupts by itself."""
 
 Printed = tuple[int, int]
 """A kvm_apic_ipi line as (destination, ICR bits), a kvm_apic_accept_irq line as (vCPU id, ICR bits)."""
@@ -81,6 +87,8 @@ class GuestVcpu:
     def _check_mode(self, access: Access) -> None:
         """An access that its APIC's mode rules out shows that the host changed the mode (reset, migration)."""
         by_msr = access.via == Via.MSR
+        if access.via == Via.SYNTHETIC:  # works in either mode
+            return
         if by_msr == self.x2apic or access.fault or not access.via or (not by_msr and not access.traced):
             return
         self.put_into_mode(by_msr)
@@ -152,6 +160,19 @@ class GuestVcpu:
     def deadline(self) -> None:
         self._report.deadlines += 1
 
+    def count(self, doing: Doing, door: Door) -> None:
+        self._report.doors[doing, door] += 1
+
+    def raised(self, vector: int, source: str) -> None:
+        """Not for a vCPU's own thread: its accept lines wait for this one."""
+
+    def synthetic(self, msr: int, value: int, fault: bool) -> None:
+        doing = doing_of_synthetic(msr)
+        if doing is not None:
+            self._report.doors[doing, Door.SYNTHETIC] += 1
+        if msr in _KEPT and not fault:
+            self.v.set_msr(msr, value)
+
     def apicbase(self, line: int, value: int, fault: bool) -> None:
         faulted = self.v.wrmsr(R.MSR_APICBASE, value).fault is not None
         self.x2apic = bool(self.v.apic_base & R.APICBASE_EXTD)
@@ -174,7 +195,11 @@ class GuestVcpu:
             return
         self._check_mode(access)
         self._seen = True
-        if not self.x2apic:
+        if reg in DOING_OF_REGISTER:
+            self._report.doors[DOING_OF_REGISTER[reg], self._door(access)] += 1
+        if access.via == Via.SYNTHETIC:
+            self._compare_fault(access.line, access.fault, not self.v.set_msr(_SYNTHETIC[reg], value))
+        elif not self.x2apic:
             self.v.mmio_write(reg, value & 0xFFFF_FFFF, access.length)
         elif reg != R.APIC_ICR2 or access.via:  # up to 5.10 an x2APIC ICR write shows ICR2 as a write of its own
             faulted = not self.v.set_msr(R.MSR_X2APIC_BASE + (reg >> 4), value)
@@ -190,7 +215,56 @@ class GuestVcpu:
             text = {True: "#GP", False: "no fault"}
             self._guest.differs(line, "kvm_msr", text[recorded], text[predicted])
 
+    def _door(self, access: Access) -> Door:
+        """How the access came: what its lines say, else its exit, else its APIC's mode."""
+        if access.via == Via.MSR:
+            return Door.X2APIC
+        if access.via == Via.MMIO:
+            return Door.PAGE
+        if access.door is not None:
+            return access.door
+        if not self.x2apic:
+            return Door.SYNTHETIC if access.value >> 32 else Door.PAGE
+        return Door.UNTOLD if self._guest.windows and not self._guest.recorded.msrs else Door.X2APIC
+
     # ------------------------------------------------------------------------------------------------------------ IPIs
+
+    def call(self, access: Access) -> None:
+        """An IPI hypercall: its lines against what the first of them demand, its targets against the set of VPs."""
+        guest, report = self._guest, self._report
+        self._seen = True
+        report.hypercalls += 1
+        report.doors[Doing.IPI, Door.HYPERCALL] += 1
+        guest.generations.count_door(Door.HYPERCALL)
+        made = Hypercall(access.call, access.ipi)
+        if access.ipi is not None and (predicted := made.send_text()):
+            exact = predicted == access.ipi.text
+            if not exact and made.by_decimal:
+                guest.by_decimal += 1
+                exact = True
+            report.hv_sends.add(exact)
+            if not exact:
+                guest.differs(access.ipi_line, access.ipi.name, access.ipi.text, predicted)
+        targets = made.targets([v.vcpu_id for v in guest.machine.vcpus])
+        if targets is None:  # in the guest's memory: taken as recorded
+            for _, event in access.accepts:
+                report.accepted.add(True)
+                guest.raise_irq(event.a, event.b)
+        else:
+            self._compare_accepts(access, [(vcpu, made.vector) for vcpu in targets])
+            for vcpu in targets:
+                guest.raise_irq(vcpu, made.vector)
+        if access.result is not None and (status := made.status()) is not None:
+            exact = access.result.b == status
+            report.hv_results.add(exact)
+            if not exact:
+                guest.differs(access.line, access.result.name, f"result 0x{access.result.b:x}", f"result 0x{status:x}")
+        sent = [event.a for _, event in access.accepts] if guest.recorded.accepts or targets is None else targets
+        report.classes[call_class(made.to_all, len(sent))] += 1
+        if sent:
+            report.vectors[made.vector, "none"] += 1
+        for target in sent:
+            report.sent[self.v.vcpu_id, target] += 1
 
     def _send(self, access: Access) -> None:
         """A write of ICR or SELF_IPI: what KVM printed against what the model prints."""
@@ -201,9 +275,14 @@ class GuestVcpu:
             access.value = ipi.b | ipi.a << 32
             if not self.x2apic:
                 self.v.mmio_write(R.APIC_ICR2, ipi.a << R.XAPIC_DEST_SHIFT & 0xFFFF_FFFF)
+        door = self._door(access)
         self._check_mode(access)
+        if not self.x2apic and door in (Door.TRAP, Door.AVIC) and ipi is not None:
+            self._guest.trapped += 1
+            self.v.mmio_write(R.APIC_ICR2, ipi.a << R.XAPIC_DEST_SHIFT & 0xFFFF_FFFF)
+        self._report.doors[Doing.IPI, door] += 1
         began_before, self._seen = not self._seen and ipi is None, True
-        sent, accepted = self._predict(access)
+        sent, accepted = self._predict(access, door)
         self._count(sent, accepted, access)
         if began_before and sent and not access.cut:
             self._guest.assume(f"line {access.line}: this write began before the first line of the trace: not compared")
@@ -211,20 +290,19 @@ class GuestVcpu:
         self._compare_ipi(access, sent)
         self._compare_accepts(access, accepted)
 
-    def _predict(self, access: Access) -> tuple[Printed | None, list[Printed]]:
+    def _predict(self, access: Access, door: Door) -> tuple[Printed | None, list[Printed]]:
         """Does the write in the model: the kvm_apic_ipi line and the kvm_apic_accept_irq lines that it prints."""
         mem, v = self._mem, self.v
         value = access.value
         mem[L.H_CONFIG] |= _TRACING
         mem[L.H_TRACE_HEAD] = 0
-        if self.x2apic:
-            msr = R.MSR_X2APIC_BASE + (access.reg >> 4)
-            self._guest.generations.count(v.index, msr, value)
+        self._ask_generations(access, door)
+        if self.x2apic or door is Door.SYNTHETIC:
+            msr = HV.MSR_HV_ICR if door is Door.SYNTHETIC else R.MSR_X2APIC_BASE + (access.reg >> 4)
             faulted = not v.set_msr(msr, value)
             if access.via:
                 self._compare_fault(access.line, access.fault, faulted)
         else:
-            self._guest.generations.count_mmio(v.index, value & 0xFFFF_FFFF)
             v.mmio_write(access.reg, value & 0xFFFF_FFFF, access.length)
         mem[L.H_CONFIG] &= ~_TRACING
         sent: Printed | None = None
@@ -237,6 +315,15 @@ class GuestVcpu:
             elif event == L.TP_APIC_IPI:
                 sent = mem[at + 2], mem[at + 1] & _IPI_BITS
         return sent, accepted
+
+    def _ask_generations(self, access: Access, door: Door) -> None:
+        """Who takes this write fast, before it is done."""
+        if door is Door.X2APIC:
+            self._guest.generations.count(self.v.index, R.MSR_X2APIC_BASE + (access.reg >> 4), access.value)
+        elif door is Door.PAGE:
+            self._guest.generations.count_mmio(self.v.index, access.value & 0xFFFF_FFFF)
+        else:
+            self._guest.generations.count_door(door)
 
     def _count(self, sent: Printed | None, accepted: list[Printed], access: Access) -> None:
         report = self._report

@@ -68,6 +68,11 @@ _SHAPES: dict[bytes, tuple[_Shape, ...]] = {
         _shape(r"PI is .*pi_desc_addr", "kvm_pi_irte_update with pi_desc_addr, without VT-d", "6.12", "6.18"),
         _shape(r"PI is (?!.*pi_desc_addr)", "kvm_pi_irte_update without pi_desc_addr", "6.18"),
     ),
+    b"kvm_hv_hypercall": (
+        _shape(r"code 0x\w+ \w+ cnt ", "kvm_hv_hypercall with cnt", before="6.1"),
+        _shape(r"code 0x\w+ \w+ var_cnt ", "kvm_hv_hypercall with var_cnt", "6.1"),
+    ),
+    b"kvm_hv_hypercall_done": (_shape("", "kvm_hv_hypercall_done", "5.15"),),
     b"kvm_apic": (_shape(r"apic_write APIC_ICR = 0x\w{9,}$", "all 64 bits of an x2APIC ICR", "6.1"),),
 }
 _FIVE = Evidence(0, "five characters or more before the time", since="5.13")
@@ -77,7 +82,9 @@ _TWO_HALVES = Evidence(0, "APIC_ICR2 and APIC_ICR before the kvm_apic_ipi of an 
 _WRITE_FIRST = Evidence(0, "APIC_ICR alone before the kvm_apic_ipi of an x2APIC write", before="5.7")
 _LATE_WAIT = Evidence(0, "kvm_wait_lapic_expire right behind a kvm_exit", before="6.1")
 _PARTS = {int(Kind.APIC_WRITE), int(Kind.IPI), int(Kind.ACCEPT)}
-_BESIDE = {int(Kind.OTHER), int(Kind.VCPU), int(Kind.SOURCE), int(Kind.HV_TIMER)}
+_BESIDE = {
+    int(kind) for kind in (Kind.OTHER, Kind.VCPU, Kind.SOURCE, Kind.HV_TIMER, Kind.HYPERV, Kind.RAISED, Kind.HV_DONE)
+}
 
 
 class Dating:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from fastexit.trace.events import BY_BEGINNING, UNREADABLE, Event, parse
+from fastexit.trace.events import BY_BEGINNING, DEEPER, UNREADABLE, Event, Kind, parse
 from fastexit.trace.files import TraceFile
 
 _LONGEST_LINE = 1 << 12
@@ -182,6 +182,8 @@ class TraceReader:
                 behind, stamp = self._behind, self._stamp
             elif event is None:
                 event = beginnings(tuple(body.split(None, 3)[:3]))
+                if event is DEEPER:
+                    event = beginnings(tuple(body.split(None, 5)[:5]))
                 if event is None or b": kvm_" in body:  # a second event in a line that two writers tore
                     event = self._learn(body, first + len(tasks), line)
             add_task(task)
@@ -228,7 +230,13 @@ class TraceReader:
         known: dict[Any, Event] = self._beginnings if by_beginning else self._known
         if len(known) >= _KNOWN_BODIES:
             known.clear()
-        known[tuple(body.split(None, 3)[:3]) if by_beginning else body] = event
+        if not by_beginning:
+            known[body] = event
+        elif event.kind == Kind.EXIT and event.a >= 0:  # "kvm_exit: vcpu 0", and the reason only behind it
+            known[tuple(body.split(None, 3)[:3])] = DEEPER
+            known[tuple(body.split(None, 5)[:5])] = event
+        else:
+            known[tuple(body.split(None, 3)[:3])] = event
         return event
 
     def _task(self, pid: int, tgid: int, comm: bytes) -> Task:

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastexit.trace.report import Lines, Mismatch, Report, VmReport, vector_name
+from fastexit.trace.doors import Doing
+from fastexit.trace.report import DoorUse, Lines, Mismatch, Report, VmReport, vector_name
 
+_ORDER = list(Doing)
 _VECTORS = 16
 _THREADS = 8
 _HV_TIMER = {
@@ -85,7 +87,9 @@ def _vm(vm: VmReport, console: Console, *, alone: bool) -> None:
     for assumption in vm.assumptions:
         console.print(f"assumed: {escape(assumption)}", soft_wrap=True)
     console.print(_predictions(vm))
-    if not vm.icr_writes:
+    if vm.door_uses:
+        console.print(_doors(vm))
+    if not vm.icr_writes and not vm.hypercalls:
         return
     console.print(_classes(vm))
     if vm.vectors:
@@ -134,6 +138,8 @@ def _predictions(vm: VmReport) -> Table:
     row("kvm_apic_accept_irq, caused by IPIs", vm.accepted)
     for cause, n in vm.other_accepts.most_common():
         table.add_row(f"kvm_apic_accept_irq, caused by: {escape(cause)}", f"{n:,}", "", "not IPIs")
+    row("kvm_hv_send_ipi", vm.hv_sends)
+    row("kvm_hv_hypercall_done", vm.hv_results)
     row("kvm_eoi", vm.eoi)
     if vm.host_eois:
         table.add_row("  of them the recorded host's own EOI at injection", f"{vm.host_eois:,}", "", "")
@@ -142,9 +148,32 @@ def _predictions(vm: VmReport) -> Table:
     return table
 
 
+def _doors(vm: VmReport) -> Table:
+    """By which door the guest reached its APIC, and what the generations' fast paths make of it."""
+    what = ", which uses Hyper-V's interface" if vm.hyperv else ", a Windows by its RIPs" if vm.windows else ""
+    table = _table(f"Doors of this guest{what}", "access", "door", "#accesses", "taken fast")
+    for use in sorted(vm.door_uses, key=lambda use: _ORDER.index(use.doing)):
+        table.add_row(use.doing.value, use.door.value, f"{use.count:,}", _fast(use))
+    return table
+
+
+def _fast(use: DoorUse) -> str:
+    """By which generations, in words."""
+    if not use.exits:
+        return "needs no exit"
+    taken = [kernel for kernel, n in use.fast.items() if n]
+    if not taken:
+        return "in no generation"
+    if use.doing is not Doing.IPI:
+        return f"by {', '.join(taken)}"
+    return "see the generations below"
+
+
 def _classes(vm: VmReport) -> Table:
+    what = [_count(vm.icr_writes, "ICR write")] if vm.icr_writes else []
+    what += [_count(vm.hypercalls, "IPI hypercall")] if vm.hypercalls else []
     table = _table(
-        f"{vm.icr_writes:,} ICR writes by class", "delivery", "destination", "shorthand", "cast", "#writes", "#share"
+        f"{' and '.join(what)} by class", "delivery", "destination", "shorthand", "cast", "#writes", "#share"
     )
     for kind, n in vm.classes.most_common():
         table.add_row(
@@ -153,7 +182,7 @@ def _classes(vm: VmReport) -> Table:
             kind.shorthand or "-",
             kind.cast,
             f"{n:,}",
-            _share(n, vm.icr_writes),
+            _share(n, vm.icr_writes + vm.hypercalls),
         )
     return table
 

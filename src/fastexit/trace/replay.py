@@ -25,6 +25,7 @@ from fastexit.trace.threads import Survey
 KEPT_LINES = 1 << 20
 """About so many lines from the beginning are kept between the passes; the rest of a longer file is parsed twice."""
 
+_CALLS = {Kind.HV_CALL, Kind.HV_SEND}
 _COMPARED = {"kvm_apic_ipi": Kind.IPI, "kvm_apic_accept_irq": Kind.ACCEPT}
 
 Progress = Callable[[int, int], object]
@@ -79,7 +80,10 @@ def replay(
     report = _dated(reader.path, kernel, vendor, apicv, dating)
     kernel = report.kernel
     vms = survey.vms(lambda: reader.again(kept))
-    recorded = Recorded(Kind.IPI in survey.kinds, survey.kinds >= {Kind.IPI, Kind.ACCEPT})
+    sends = (_CALLS | {Kind.IPI}) & survey.kinds
+    recorded = Recorded(
+        Kind.IPI in survey.kinds, bool(sends) and Kind.ACCEPT in survey.kinds, "kvm_msr" in survey.events
+    )
     found = Mismatches(mismatches)
     guests: list[Guest] = []
     lanes: dict[Task, Lane] = {}
@@ -155,7 +159,7 @@ def _notes(survey: Survey, assembler: Assembler) -> list[str]:
     notes = [
         f"no {name} line in the trace: nothing to compare with, deliveries are the model's"
         for name, kind in _COMPARED.items()
-        if kind not in survey.kinds
+        if kind not in survey.kinds and not (kind == Kind.IPI and _CALLS & survey.kinds)
     ]
     if n := assembler.strays:
         notes.append(f"{n:,} interrupts came from threads of no VM in particular: left out")

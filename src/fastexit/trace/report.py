@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fastexit.regs import LINUX_VECTORS, XAPIC_BROADCAST, DeliveryMode, Shorthand
+from fastexit.trace.doors import Doing, Door
 
 
 class Evidence(NamedTuple):
@@ -23,7 +24,10 @@ class Evidence(NamedTuple):
 
 
 class IcrClass(NamedTuple):
-    """A kind of ICR write. ``targets`` is how many APICs its accept lines name; -1 for a write that faulted."""
+    """A kind of ICR write, or an IPI hypercall, whose destination is "VP set".
+
+    ``targets`` is how many APICs its accept lines name; -1 for a write that faulted.
+    """
 
     delivery: str
     destination: str
@@ -58,6 +62,11 @@ def icr_class(icr: int, dest: int, targets: int) -> IcrClass:
         targets,
         not shorthand and dest in (XAPIC_BROADCAST, 0xFFFF_FFFF),
     )
+
+
+def call_class(all_vps: bool, targets: int) -> IcrClass:
+    """The class of an IPI hypercall: Fixed, to a set of VP indices or to all of them."""
+    return IcrClass("Fixed", "VP set", "none", targets, all_vps)
 
 
 class Mismatch(NamedTuple):
@@ -120,10 +129,34 @@ class Lines:
         return {"total": self.total, "exact": self.exact}
 
 
-class Generation(NamedTuple):
-    """What one kernel generation's fast path would have done with the trace's ICR writes.
+class DoorUse(NamedTuple):
+    """How often the guest went through one door.
 
-    ``fast`` of ``total`` writes are taken; ``refusals`` says why the others are not: reason -> writes.
+    ``fast`` is, for IPIs, kernel -> how many of them it takes fast; for all else the kernels that take it fast, with
+    ``count`` each. ``exits`` is False where the guest needs no exit.
+    """
+
+    doing: Doing
+    door: Door
+    count: int  # type: ignore[assignment] # it hides tuple.count
+    fast: dict[str, int]
+    exits: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "access": self.doing.value,
+            "door": self.door.value,
+            "count": self.count,
+            "exits": self.exits,
+            "fast": self.fast,
+        }
+
+
+class Generation(NamedTuple):
+    """What one kernel generation's fast path would have done with the trace's ICR writes and IPI hypercalls.
+
+    ``fast`` of ``total`` are taken; ``refusals`` says why the others are not: reason -> writes.
     """
 
     kernel: str
@@ -148,6 +181,11 @@ class VmReport:
         start: what the state before the first line was taken to be.
         assumptions: everything else that was assumed, one sentence each.
         icr_writes: writes of ICR and SELF_IPI, by MSR or MMIO, faulting ones included.
+        hypercalls: IPI hypercalls of a Windows guest, which are no ICR writes.
+        doors: how often the guest went by which door for what, see doors.py; ``door_uses`` has what each is worth.
+        hyperv: kvm_hv lines or synthetic MSRs: the guest uses Hyper-V's interface. windows: RIPs of Windows's kernel.
+        hv_sends, hv_results: kvm_hv_send_ipi(_ex) and kvm_hv_hypercall_done lines of IPI hypercalls, as far as the
+            lines before them tell what they must be.
         classes: IcrClass -> writes.
         vectors: (vector, shorthand) of Fixed and lowest-priority IPIs -> writes.
         sent: (sender, target) vCPU ids -> interrupts that IPIs delivered.
@@ -170,6 +208,13 @@ class VmReport:
     start: str = ""
     assumptions: list[str] = field(default_factory=list)
     icr_writes: int = 0
+    hypercalls: int = 0
+    doors: Counter[tuple[Doing, Door]] = field(default_factory=Counter)
+    door_uses: list[DoorUse] = field(default_factory=list)
+    hyperv: bool = False
+    windows: bool = False
+    hv_sends: Lines = field(default_factory=Lines)
+    hv_results: Lines = field(default_factory=Lines)
     classes: Counter[IcrClass] = field(default_factory=Counter)
     vectors: Counter[tuple[int, str]] = field(default_factory=Counter)
     sent: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -196,7 +241,11 @@ class VmReport:
             "irqchip": self.irqchip,
             "start": self.start,
             "assumptions": self.assumptions,
+            "hyperv": self.hyperv,
+            "windows": self.windows,
             "icr_writes": self.icr_writes,
+            "ipi_hypercalls": self.hypercalls,
+            "doors": [use.as_dict() for use in self.door_uses],
             "classes": [{**c._asdict(), "cast": c.cast, "writes": n} for c, n in self.classes.most_common()],
             "vectors": [
                 {"vector": v, "name": vector_name(v), "shorthand": s, "writes": n}
@@ -209,6 +258,8 @@ class VmReport:
                 "by_ipi": self.accepted.as_dict(),
                 "by_other": dict(self.other_accepts.most_common()),
             },
+            "kvm_hv_send_ipi": self.hv_sends.as_dict(),
+            "kvm_hv_hypercall_done": self.hv_results.as_dict(),
             "faults": self.faults.as_dict(),
             "kvm_eoi": {**self.eoi.as_dict(), "by_recorded_host": self.host_eois},
             "register_reads": self.reads.as_dict(),

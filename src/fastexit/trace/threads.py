@@ -14,18 +14,23 @@ from dataclasses import dataclass, field
 
 from fastexit import regs as R
 from fastexit.layout import MAX_VCPU_ID
+from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Door, door_of_exit
 from fastexit.trace.events import Event, Kind
 from fastexit.trace.files import TraceError
 from fastexit.trace.reader import Batch, Task
 
 _PAGE = R.APIC_DEFAULT_PHYS_BASE >> 12
+_BELOW_XAPIC_DEST = (1 << R.XAPIC_DEST_SHIFT) - 1
 _LEARNED = {R.APIC_TASKPRI, R.APIC_LDR, R.APIC_DFR, R.APIC_SPIV, R.APIC_ICR, R.APIC_TDCR}
 _LEARNED |= set(range(R.APIC_LVTT, R.APIC_LVTERR + 1, 0x10))
 _OF_THE_MODE = {R.APIC_LDR, R.APIC_ICR}
-_OWN_VCPU = {Kind.VCPU, Kind.HV_TIMER, Kind.MARK, Kind.EOI}
-_APIC = {Kind.APIC_WRITE, Kind.APIC_READ, Kind.IPI, Kind.EOI}
+_OWN_VCPU = {Kind.VCPU, Kind.HV_TIMER, Kind.MARK, Kind.EOI, Kind.EXIT, Kind.PV_EOI}
+_APIC = {Kind.APIC_WRITE, Kind.APIC_READ, Kind.IPI, Kind.EOI, Kind.PV_EOI, Kind.HV_CALL, Kind.HV_SEND}
+_HYPERV = {Kind.HYPERV, Kind.RAISED, Kind.HV_MSR, Kind.HV_CALL, Kind.HV_SEND, Kind.HV_DONE}
+_RUNS = {Kind.EOI, Kind.PV_EOI, Kind.HV_CALL, Kind.HV_SEND}
 _NEEDS_ENABLED = {R.APIC_EOI, R.APIC_ICR, R.APIC_SELF_IPI}
 _SETS_UP = {R.APIC_SPIV, R.APIC_ID, R.APIC_LDR, R.APIC_DFR}
+_TRAPS = (Door.TRAP, Door.AVIC)
 _SURE = 3
 _MAJORITY = 10
 
@@ -59,6 +64,12 @@ class Clues:
     hv_timer: bool | None = None
     """True when a kvm_hv_timer_state line shows the VMX preemption timer in use, False when all of them show it unused.
     """
+    hyperv: bool = False
+    """Its lines show a guest that knows Hyper-V."""
+    windows: bool = False
+    """It exits at addresses where Windows has its kernel."""
+    trapped: bool = False
+    """The CPU traps behind its writes of the xAPIC page, or of an x2APIC ICR."""
     init_sent: dict[int, int] = field(default_factory=dict)
     """vCPU id -> order of the first INIT it sent there."""
 
@@ -83,6 +94,16 @@ class Vm:
     def split(self) -> bool:
         """True when the guest saw a split irqchip."""
         return any(c.split for c in self.vcpus.values() if c)
+
+    @property
+    def hyperv(self) -> bool:
+        """True when the guest uses what KVM has for Windows guests."""
+        return any(c.hyperv for c in self.vcpus.values() if c)
+
+    @property
+    def windows(self) -> bool:
+        """True when RIPs show a Windows kernel."""
+        return any(c.windows for c in self.vcpus.values() if c)
 
     @property
     def hv_timer(self) -> bool | None:
@@ -154,12 +175,19 @@ class Survey:
             clues.written.add(event.a)
             if clues.running is None and event.a in _NEEDS_ENABLED | _SETS_UP:
                 clues.running = event.a in _NEEDS_ENABLED
-        elif kind == Kind.EOI and clues.running is None:
+        elif kind in _RUNS and clues.running is None:
             clues.running = True
         elif kind == Kind.MSR_WRITE and event.a == R.MSR_APICBASE:
             clues.moved = True
         elif kind == Kind.HV_TIMER:
             clues.hv_timer = bool(clues.hv_timer or event.b)
+        elif kind == Kind.EXIT:
+            clues.windows = clues.windows or bool(event.c)
+            clues.trapped = clues.trapped or door_of_exit(event.text) in _TRAPS
+        elif kind == Kind.HV_MSR and event.a in REGISTER_OF_SYNTHETIC and not clues.apic:
+            clues.apic = True
+            clues.born = self._seen
+        clues.hyperv = clues.hyperv or kind in _HYPERV
         if clues.x2apic is None:
             clues.x2apic = mode
 
@@ -177,6 +205,8 @@ class Survey:
             )
         for clues in self.clues.values():
             self._decide(clues)
+            if clues.x2apic is None and clues.trapped:  # an x2APIC ICR would show its destination
+                clues.x2apic = False
         actors = [c for c in self.clues.values() if c.apic or c.vcpu is not None]
         order = {c: i for i, c in enumerate(self.clues.values())}
         families: dict[object, list[Clues]] = defaultdict(list)
@@ -298,7 +328,8 @@ def _mode_before(event: Event) -> bool | None:
         # Up to 5.10 the write of an x2APIC ICR shows ICR2 too; an xAPIC destination is in its top byte.
         return bool(event.b << R.XAPIC_DEST_SHIFT & 0xFFFF_FFFF)
     if event.kind == Kind.APIC_WRITE and event.a == R.APIC_ICR and event.b >> 32:
-        return True
+        # In xAPIC mode it has 64 bits when it came by Hyper-V's MSR, with the destination in the top byte.
+        return bool(event.b >> 32 & _BELOW_XAPIC_DEST)
     return None
 
 

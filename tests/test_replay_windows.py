@@ -1,0 +1,337 @@
+"""Windows guests in traces: each door to the APIC is told, and no generation takes fast what is no WRMSR of 0x830.
+
+The small traces under data/windows are written by hand in the order in which KVM prints.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import fastexit as fx
+from fastexit.trace.doors import Doing, Door
+from fastexit.trace.render import render
+from fastexit.trace.replay import replay
+from fastexit.trace.report import IcrClass, Report
+
+WINDOWS = Path(__file__).parent / "data" / "windows"
+NONE_FAST = dict.fromkeys(fx.profiles(), 0)
+RIP = "rip 0xfffff80653f32daf info1 0x0 info2 0x0 intr_info 0x00000000 error_code 0x00000000"
+
+
+def exit_line(reason: str, vcpu: int = 0) -> tuple[int, str]:
+    return vcpu, f"kvm_exit: vcpu {vcpu} reason {reason} {RIP}"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Callable[..., Report]:
+    """Replays lines of (vCPU or -1 for the VMM's main thread, text), all vCPUs' entries in front."""
+
+    def run(*lines: tuple[int, str], vcpus: int = 3, **options: object) -> Report:
+        entries = [(vcpu, f"kvm_entry: vcpu {vcpu}, rip 0x1") for vcpu in range(vcpus)]
+        path = tmp_path / "trace.txt"
+        path.write_text(
+            "".join(
+                f"  {'qemu' if vcpu < 0 else f'CPU {vcpu}/KVM'}-{100 + vcpu} (  99) [000] ..... 10.{i:06d}: {text}\n"
+                for i, (vcpu, text) in enumerate([*entries, *lines])
+            )
+        )
+        return replay(path, **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def doors(report: Report) -> dict[tuple[Doing, Door], int]:
+    return dict(report.vms[0].doors)
+
+
+def refusals(report: Report) -> dict[str, dict[str, int]]:
+    assert all(g.fast == 0 for g in report.vms[0].generations)
+    return {g.kernel: g.refusals for g in report.vms[0].generations}
+
+
+# ------------------------------------------------------------------------------------------------------- the small ones
+
+
+@pytest.mark.parametrize(
+    ("name", "door", "why", "n"),
+    [
+        ("icr-by-synthetic-msr", Door.SYNTHETIC, "synthetic MSR: no fast handler", 2),
+        ("ipi-hypercall", Door.HYPERCALL, "hypercall: no fast handler", 1),
+        ("icr-behind-apic-write", Door.TRAP, "APIC_WRITE trap: no fast handler", 1),
+        ("icr-behind-avic", Door.AVIC, "AVIC exit: no fast handler", 1),
+    ],
+)
+def test_no_generation_takes_it_fast(name: str, door: Door, why: str, n: int) -> None:
+    report = replay(WINDOWS / f"{name}.txt")
+    (vm,) = report.vms
+    assert report.exact, report.mismatches
+    assert doors(report) == {(Doing.IPI, door): n}
+    assert refusals(report) == {kernel: {why: n} for kernel in fx.profiles()}
+    assert vm.sent == {(0, 1): n}
+    assert vm.icr_writes + vm.hypercalls == n
+    (use,) = vm.door_uses
+    assert use.fast == NONE_FAST
+
+
+def test_without_kvm_msr_a_windows_is_not_counted_fast() -> None:
+    """0x830 or 0x40000071: the lines are the same, and the RIPs are of a Windows."""
+    report = replay(WINDOWS / "icr-without-msr-lines.txt")
+    assert report.exact
+    assert doors(report) == {(Doing.IPI, Door.UNTOLD): 2}
+    assert all("kvm_msr was not recorded" in why for reasons in refusals(report).values() for why in reasons)
+    assert any("kvm:kvm_msr was not recorded" in said for said in report.vms[0].assumptions)
+
+
+def test_json_and_text_say_it() -> None:
+    report = replay(WINDOWS / "icr-by-synthetic-msr.txt")
+    (vm,) = json.loads(json.dumps(report.as_dict()))["vms"]
+    assert vm["hyperv"] is True
+    assert vm["doors"] == [
+        {"access": "IPI", "door": "synthetic MSR", "count": 2, "exits": True, "fast": NONE_FAST},
+    ]
+    assert vm["fast_path"][0]["refusals"] == {"synthetic MSR: no fast handler": 2}
+    out = Console(file=io.StringIO(), width=160)
+    render(report, out)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "Doors of this guest, which uses Hyper-V's interface" in text
+    assert "in no generation" in text
+    assert "2 synthetic MSR: no fast handler" in text
+
+
+# ------------------------------------------------------------------------------------------------------- synthetic MSRs
+
+
+def test_the_synthetic_icr_in_xapic_mode(recorded: Callable[..., Report]) -> None:
+    """Its destination is in bits 63:56 there, and 64 bits of an ICR do not mean x2APIC mode."""
+    report = recorded(
+        exit_line("MSR_WRITE"),
+        (0, "kvm_apic_ipi: dst 2 vec 65 (Fixed|physical|de-assert|edge|dst)"),
+        (0, "kvm_apic_accept_irq: apicid 2 vec 65 (Fixed|edge)"),
+        (0, "kvm_apic: apic_write APIC_ICR = 0x200000000000041"),
+        (0, "kvm_msr: msr_write 40000071 = 0x200000000000041"),
+        exit_line("EPT_VIOLATION", 1),
+        (1, "kvm_mmio: mmio write len 4 gpa 0xfee000b0 val 0x0"),
+        (1, "kvm_apic: apic_write APIC_EOI = 0x0"),
+        (1, "kvm_eoi: apicid 1 vector -1"),
+    )
+    assert report.exact, report.mismatches
+    assert "x2APIC" not in report.vms[0].start
+    assert doors(report) == {(Doing.IPI, Door.SYNTHETIC): 1, (Doing.EOI, Door.PAGE): 1}
+
+
+def test_a_refused_synthetic_icr(recorded: Callable[..., Report]) -> None:
+    report = recorded(
+        exit_line("MSR_WRITE"), (0, "kvm_msr: msr_write 40000071 = 0x100002041 (#GP)"), kernel="6.12", vcpus=2
+    )
+    (vm,) = report.vms
+    assert report.exact, report.mismatches
+    assert (vm.faults.exact, vm.faults.total) == (1, 1)
+    assert doors(report) == {(Doing.IPI, Door.SYNTHETIC): 1}
+
+
+def test_eoi_tpr_timers_and_the_rest_by_synthetic_msr(recorded: Callable[..., Report]) -> None:
+    report = recorded(
+        exit_line("MSR_WRITE"),
+        (0, "kvm_apic: apic_write APIC_EOI = 0x0"),
+        (0, "kvm_eoi: apicid 0 vector -1"),
+        (0, "kvm_msr: msr_write 40000070 = 0x0"),
+        (0, "kvm_apic: apic_write APIC_TASKPRI = 0x1f0"),
+        (0, "kvm_msr: msr_write 40000072 = 0x1f0"),
+        (0, "kvm_apic: apic_read APIC_TASKPRI = 0xf0"),
+        (0, "kvm_msr: msr_read 40000072 = 0xf0"),
+        (0, "kvm_hv_stimer_set_count: vcpu_id 0 timer 0 count 100 host 0"),
+        (0, "kvm_hv_stimer_cleanup: vcpu_id 0 timer 0"),
+        (0, "kvm_msr: msr_write 400000b1 = 0x64"),
+        (0, "kvm_msr: msr_write 40000084 = 0x0"),
+        (0, "kvm_hv_synic_set_msr: vcpu_id 0 msr 0x40000093 data 0x95 host 0"),
+        (0, "kvm_msr: msr_write 40000093 = 0x95"),
+        (0, "kvm_msr: msr_write 40000073 = 0x1001"),
+        exit_line("CR_ACCESS"),
+        (0, "kvm_cr: cr_write 8 = 0xf"),
+    )
+    assert report.exact, report.mismatches
+    assert doors(report) == {
+        (Doing.EOI, Door.SYNTHETIC): 1,
+        (Doing.TPR, Door.SYNTHETIC): 1,
+        (Doing.TIMER, Door.SYNTHETIC): 1,
+        (Doing.EOM, Door.SYNTHETIC): 1,
+        (Doing.SINT, Door.SYNTHETIC): 1,
+        (Doing.ASSIST, Door.SYNTHETIC): 1,
+        (Doing.TPR, Door.CR8): 1,
+    }
+    assert all(not use.fast for use in report.vms[0].door_uses)
+
+
+# ----------------------------------------------------------------------------------------------------------------- EOIs
+
+
+def test_an_eoi_without_an_exit_is_one_eoi(recorded: Callable[..., Report]) -> None:
+    """kvm_pv_eoi stands behind the kvm_eoi of the same interrupt."""
+    report = recorded(
+        exit_line("HLT"),
+        (0, "kvm_apic_accept_irq: apicid 0 vec 64 (Fixed|edge)"),
+        (0, "kvm_inj_virq: IRQ 0x40"),
+        exit_line("MSR_WRITE"),
+        (0, "kvm_eoi: apicid 0 vector 64"),
+        (0, "kvm_pv_eoi: apicid 0 vector 64"),
+        vcpus=1,
+    )
+    (vm,) = report.vms
+    assert report.exact, report.mismatches
+    assert (vm.eoi.exact, vm.eoi.total) == (1, 1)
+    assert doors(report) == {(Doing.EOI, Door.ASSIST): 1}
+    assert [use.exits for use in vm.door_uses] == [False]
+
+
+@pytest.mark.parametrize(
+    ("reason", "lines", "door"),
+    [
+        ("EOI_INDUCED", ("kvm_eoi: apicid 0 vector -1",), Door.INDUCED),
+        ("APIC_ACCESS", ("kvm_apic: apic_write APIC_EOI = 0x0", "kvm_eoi: apicid 0 vector -1"), Door.PAGE),
+        (
+            "APIC_ACCESS",
+            (
+                "kvm_mmio: mmio write len 4 gpa 0xfee000b0 val 0x0",
+                "kvm_apic: apic_write APIC_EOI = 0x0",
+                "kvm_eoi: apicid 0 vector -1",
+            ),
+            Door.PAGE,
+        ),
+        (
+            "avic_unaccelerated_access",
+            ("kvm_apic: apic_write APIC_EOI = 0x0", "kvm_eoi: apicid 0 vector -1"),
+            Door.AVIC,
+        ),
+        (
+            "MSR_WRITE",
+            (
+                "kvm_apic: apic_write APIC_EOI = 0x0",
+                "kvm_eoi: apicid 0 vector -1",
+                "kvm_msr: msr_write 80b = 0x0",
+            ),
+            Door.X2APIC,
+        ),
+    ],
+)
+def test_the_door_of_an_eoi(recorded: Callable[..., Report], reason: str, lines: tuple[str, ...], door: Door) -> None:
+    report = recorded(exit_line(reason), *((0, line) for line in lines), vcpus=1)
+    assert report.exact, report.mismatches
+    assert doors(report) == {(Doing.EOI, door): 1}
+
+
+# ----------------------------------------------------------------------------------------------------------- hypercalls
+
+
+def send(code: int, vector: int, mask: int, *targets: int, result: int = 0) -> list[tuple[int, str]]:
+    """A fast HvCallSendSyntheticClusterIpi of vCPU 0."""
+    return [
+        exit_line("VMCALL"),
+        (0, f"kvm_hv_hypercall: code 0x{code:x} fast var_cnt 0x0 rep_cnt 0x0 idx 0x0 in 0x{vector:x} out 0x{mask:x}"),
+        (0, f"kvm_hv_send_ipi: vector {vector:x} processor_mask 0x{mask:x}"),
+        *((0, f"kvm_apic_accept_irq: apicid {target:x} vec {vector} (Fixed|edge)") for target in targets),
+        (0, f"kvm_hv_hypercall_done: result 0x{result:x}"),
+    ]
+
+
+def test_targets_of_a_hypercall(recorded: Callable[..., Report]) -> None:
+    report = recorded(
+        *send(0xB, 0x40, 0b110, 1, 2),
+        *send(0xB, 0x41, 0b1001, 0),
+        *send(0xB, 0x42, 0),
+        *send(0xB, 0xF, 0b1, result=3),
+        *send(0xB, 0x10, 0b1, 0),
+        *send(0xB, 0x100, 0b1, result=3),
+    )
+    (vm,) = report.vms
+    assert report.exact, report.mismatches
+    assert (vm.hypercalls, vm.hv_sends.exact, vm.hv_results.exact, vm.accepted.exact) == (6, 6, 6, 4)
+    assert vm.sent == {(0, 1): 1, (0, 2): 1, (0, 0): 2}
+    assert vm.classes[IcrClass("Fixed", "VP set", "none", 2, False)] == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "event"),
+    [
+        (send(0xB, 0x40, 0b110, 1), "kvm_apic_accept_irq"),
+        (send(0xB, 0x40, 0b10, 1, 2), "kvm_apic_accept_irq"),
+        (send(0xB, 0x40, 0b110, 2, 1), "kvm_apic_accept_irq"),
+        (send(0xB, 0x40, 0b10, 1, result=3), "kvm_hv_hypercall_done"),
+        (send(0xB, 0xF, 0b10), "kvm_hv_hypercall_done"),
+        ([*send(0xB, 0x40, 0)[:2], (0, "kvm_hv_send_ipi: vector 41 processor_mask 0x0")], "kvm_hv_send_ipi"),
+    ],
+)
+def test_a_wrong_hypercall_line_is_listed(
+    recorded: Callable[..., Report], lines: list[tuple[int, str]], event: str
+) -> None:
+    report = recorded(*lines)
+    assert {m.event for m in report.mismatches} == {event}
+
+
+def test_a_vector_in_decimal_is_said(recorded: Callable[..., Report]) -> None:
+    lines = [(vcpu, line.replace("vector 2f", "vector 47")) for vcpu, line in send(0xB, 0x2F, 0b10, 1)]
+    report = recorded(*lines)
+    assert report.exact, report.mismatches
+    assert any("in decimal" in said for said in report.vms[0].assumptions)
+
+
+def test_the_larger_hypercall(recorded: Callable[..., Report]) -> None:
+    """Targets of format 1 are everybody; sparse banks are in memory or in XMM registers, which no line shows."""
+
+    def ex(set_format: int, mask: int, *targets: int) -> list[tuple[int, str]]:
+        return [
+            exit_line("VMCALL"),
+            (0, "kvm_hv_hypercall: code 0x15 slow var_cnt 0x1 rep_cnt 0x0 idx 0x0 in 0x7000 out 0x0"),
+            (0, f"kvm_hv_send_ipi_ex: vector d1 format {set_format:x} valid_bank_mask 0x{mask:x}"),
+            *((0, f"kvm_apic_accept_irq: apicid {target:x} vec 209 (Fixed|edge)") for target in targets),
+            (0, "kvm_hv_hypercall_done: result 0x0"),
+        ]
+
+    report = recorded(*ex(1, 1, 0, 1, 2), *ex(0, 1, 1, 2), *ex(0, 0))
+    (vm,) = report.vms
+    assert report.exact, report.mismatches
+    assert vm.classes == {
+        IcrClass("Fixed", "VP set", "none", 3, True): 1,
+        IcrClass("Fixed", "VP set", "none", 2, False): 1,
+        IcrClass("Fixed", "VP set", "none", 0, False): 1,
+    }
+    assert recorded(*ex(1, 1, 0, 2)).mismatched
+
+
+def test_other_hypercalls_send_nothing(recorded: Callable[..., Report]) -> None:
+    report = recorded(
+        exit_line("VMCALL"),
+        (0, "kvm_hv_hypercall: code 0x3 fast var_cnt 0x0 rep_cnt 0x1 idx 0x0 in 0x0 out 0x1"),
+        (0, "kvm_hv_flush_tlb: processor_mask 0x2 address_space 0x0 flags 0x2 "),
+        (0, "kvm_hv_hypercall_done: result 0x100000000"),
+        *send(0xB, 0x40, 0b10, 1),
+    )
+    assert report.exact, report.mismatches
+    assert report.vms[0].hypercalls == 1
+
+
+# ------------------------------------------------------------------------------------------- SynIC and synthetic timers
+
+
+def test_who_raised_an_interrupt(recorded: Callable[..., Report]) -> None:
+    report = recorded(
+        exit_line("HLT"),
+        (0, "kvm_apic_accept_irq: apicid 0 vec 149 (Fixed|edge)"),
+        (0, "kvm_hv_synic_set_irq: vcpu_id 0 sint 3 vector 149 ret 1"),
+        (0, "kvm_hv_stimer_expiration: vcpu_id 0 timer 0 direct 0 send result 0"),
+        (0, "kvm_entry: vcpu 0, rip 0x1"),
+        exit_line("HLT"),
+        (0, "kvm_apic_accept_irq: apicid 0 vec 150 (Fixed|edge)"),
+        (0, "kvm_hv_stimer_expiration: vcpu_id 0 timer 1 direct 1 send result 0"),
+        (0, "kvm_entry: vcpu 0, rip 0x1"),
+        (-1, "kvm_apic_accept_irq: apicid 1 vec 148 (Fixed|edge)"),
+        (-1, "kvm_hv_synic_set_irq: vcpu_id 1 sint 2 vector 148 ret 1"),
+        (-1, "kvm_apic_accept_irq: apicid 1 vec 147 (Fixed|edge)"),
+        *send(0xB, 0x40, 0b10, 1),
+    )
+    assert report.vms[0].other_accepts == {"Hyper-V timer": 2, "SynIC": 1, "device thread": 1}
