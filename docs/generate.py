@@ -14,6 +14,7 @@ from pathlib import Path
 import costmodel
 import pathlengths
 import verified
+import windows
 
 import fastexit as fx
 from fastexit.insight.walk import MODELLED, walk
@@ -114,6 +115,12 @@ SECTIONS = {
     },
     ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
+    ROOT / "docs" / "windows.md": {
+        "doors": windows.doors,
+        "cycles": windows.cycles,
+        "published": windows.published,
+        "patch": windows.patch,
+    },
     ROOT / "docs" / "verified.md": {
         "runs": verified.runs,
         "kernels": verified.kernels,

@@ -229,6 +229,7 @@ def replay(args: argparse.Namespace) -> int:
         "apicv": args.apicv,
         "hv_timer": {"yes": True, "no": False, "trace": None}[args.hv_timer],
         "mismatches": args.mismatches,
+        "kernels": args.kernels,
     }
     report = _replay_file(args.trace, args.quiet or args.json, **options)
     if args.json:

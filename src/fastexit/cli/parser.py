@@ -183,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--kernel", type=_kernel, help="the kernel that recorded (default: the newest that the trace's lines allow)"
     )
+    replay.add_argument(
+        "--kernels", type=_kernels, metavar="A,B", help="whose fast shares are reported (default: every generation)"
+    )
     replay.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="default: vmx")
     replay.add_argument("--apicv", action="store_true", help="recorded with posted interrupts or AVIC")
     replay.add_argument(

@@ -115,8 +115,8 @@ class Sink(Protocol):
     def read(self, line: int, reg: int, value: int) -> None:
         """A register read."""
 
-    def eoi(self, line: int, vector: int) -> None:
-        """A kvm_eoi line."""
+    def eoi(self, line: int, vector: int, induced: bool) -> None:
+        """A kvm_eoi line. ``induced``: the CPU had ended the interrupt before."""
 
     def silent_eoi(self) -> None:
         """An EOI write in a trace that has no kvm_eoi lines."""
@@ -136,8 +136,11 @@ class Sink(Protocol):
     def call(self, access: Access) -> None:
         """An IPI hypercall."""
 
-    def synthetic(self, msr: int, value: int, fault: bool) -> None:
+    def synthetic(self, line: int, msr: int, value: int, fault: bool) -> None:
         """A write of a synthetic MSR that is no APIC register."""
+
+    def hyperv(self, line: int, event: Event) -> None:
+        """A line of the SynIC or of a synthetic timer that the vCPU's EOI or MSR write prints."""
 
     def raised(self, vector: int, source: str) -> None:
         """Who raised the interrupt accepted last; ``vector`` is -1 where the line does not say it."""
@@ -200,7 +203,7 @@ class Assembler:
         for task, event in zip(batch.tasks, batch.events, strict=True):
             line += 1
             kind = event.kind
-            if kind < _SOURCE:
+            if kind < _HYPERV:
                 continue
             lane = lane_of(task)  # type: ignore[arg-type]
             if lane is None:
@@ -220,12 +223,13 @@ class Assembler:
             if lane.open is not None and self._continues(lane, line, event):
                 continue
             if kind == _EOI:
-                if lane.door is Door.INDUCED:
+                induced = lane.door is Door.INDUCED
+                if induced:
                     lane.sink.count(Doing.EOI, Door.INDUCED)
                 if held:
-                    held.append([lane.sink.eoi, line, event.b])
+                    held.append([lane.sink.eoi, line, event.b, induced])
                 else:
-                    lane.sink.eoi(line, event.b)
+                    lane.sink.eoi(line, event.b, induced)
             elif kind == _WRITE:
                 if event.a == _EOI_REG:
                     lane.traced_eois += 1
@@ -376,7 +380,7 @@ class Assembler:
     def _synthetic(self, lane: Lane, line: int, event: Event) -> None:
         """A kvm_msr line of a synthetic MSR that ends no access that is open."""
         if event.a not in REGISTER_OF_SYNTHETIC:
-            self._call(lane.sink.synthetic, event.a, event.b, bool(event.c))
+            self._call(lane.sink.synthetic, line, event.a, event.b, bool(event.c))
         elif event.a == HV.MSR_HV_EOI and not event.c:
             self._guest_eoi(lane, Door.SYNTHETIC)
         else:
@@ -407,12 +411,16 @@ class Assembler:
         self._call(lane.sink.write, access)
 
     def _beside(self, lane: Lane, line: int, event: Event) -> None:
-        """An accept line, or one that says where the next accept lines come from: neither ends an access."""
+        """An accept line, one that says where accept lines come from, one of Hyper-V's: none ends an access."""
         if event.kind == _SOURCE:
             lane.source = event.text
             return
         if event.kind == _RAISED:
             self._raised(lane, event)
+            return
+        if event.kind == _HYPERV:
+            if event.text:
+                self._call(lane.sink.hyperv, line, event)
             return
         if event.b & R.ICR_DM == _INIT and event.a in lane.mates:
             lane.mates[event.a].reset = True

@@ -25,7 +25,7 @@ class Kind(IntEnum):
     HV_TIMER = 2
     """kvm_hv_timer_state: ``a`` is the vCPU id, ``b`` 1 when the VMX preemption timer serves the vCPU's timer."""
     HYPERV = 3
-    """Any other line of KVM's Hyper-V side."""
+    """Any other line of KVM's Hyper-V side; ``text`` is what it says, where a vCPU's own action prints it."""
     SOURCE = 4
     """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, IOAPIC, PIC or a hypercall."""
     ACCEPT = 5
@@ -279,9 +279,14 @@ def _expired(name: str, payload: bytes) -> Event | None:
 
 
 def _hyperv(name: str, payload: bytes) -> Event:
-    return _EVENTS[Kind.HYPERV, name, -1, 0, 0, ""]
+    return _EVENTS[Kind.HYPERV, name, -1, 0, 0, payload.decode("ascii", "replace") if name in ACTED else ""]
 
 
+ACTED = frozenset(
+    "kvm_hv_" + name
+    for name in "notify_acked_sint synic_send_eoi synic_set_msr stimer_set_config stimer_set_count".split()
+)
+"""Lines that a guest's own EOI or write of a synthetic MSR prints at once; the rest comes when time has passed."""
 SYNIC, STIMER = "SynIC", "Hyper-V timer"
 """Who raised an interrupt, in the text of an event of kind RAISED."""
 

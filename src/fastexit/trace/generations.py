@@ -8,6 +8,7 @@ makes two of them the same is said in `_key`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import fastexit.layout as L
 from fastexit.hyperv import MSR_HV_EOI, MSR_HV_ICR, MSR_HV_STIMER3_COUNT, MSR_HV_TPR
@@ -47,10 +48,18 @@ Answer = tuple[str, ...]
 class Generations:
     """Asks every generation about the fast WRMSRs of one VM; ``machine`` is the one that is being replayed.
 
-    ``hv_timer``: the host can use the VMX preemption timer.
+    ``hv_timer``: the host can use the VMX preemption timer. ``kernels``: generations to ask, by default all.
     """
 
-    def __init__(self, machine: Machine, ids: list[int], irqchip: str, x2apic_api: int, hv_timer: bool) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        ids: list[int],
+        irqchip: str,
+        x2apic_api: int,
+        hv_timer: bool,
+        kernels: Sequence[str] | None = None,
+    ) -> None:
         self._machine = machine
         self._probes = [
             Machine(
@@ -63,7 +72,7 @@ class Generations:
                 hv_timer=hv_timer,
                 threads=False,
             )
-            for kernel in profiles()
+            for kernel in (profiles() if kernels is None else kernels)
         ]
         self._answers: dict[tuple[int, ...], Answer] = {}
         self._at_doors: dict[tuple[Doing, Door], Answer] = {}
@@ -143,7 +152,7 @@ class Generations:
             target[first : first + n * stride] = source[first : first + n * stride]
 
     def result(self) -> list[Generation]:
-        """One Generation per profile, oldest first."""
+        """One Generation per profile that is asked."""
         total = sum(self._tally.values())
         out = []
         for i, probe in enumerate(self._probes):

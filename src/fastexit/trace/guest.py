@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 from fastexit import regs as R
@@ -27,13 +27,16 @@ class Recorded(NamedTuple):
     ipis: bool
     accepts: bool
     msrs: bool = True
+    events: frozenset[str] = frozenset()
+    """Names of all events that occur."""
 
 
 class Guest:
     """One VM of the trace on a Machine.
 
     ``lanes`` has a lane for each vCPU id, ``mismatches`` is where differences go, ``recorded`` says what can differ;
-    ``hv_timer`` is None where the trace's lines say whether the host used the VMX preemption timer.
+    ``hv_timer`` is None where the trace's lines say whether the host used the VMX preemption timer; ``kernels`` are
+    asked what they take fast.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Guest:
         hv_timer: bool | None,
         recorded: Recorded,
         mismatches: Mismatches,
+        kernels: Sequence[str] | None = None,
     ) -> None:
         ids = list(vm.vcpus)
         irqchip = "split" if vm.split else "full"
@@ -65,11 +69,14 @@ class Guest:
             threads=False,
         )
         self.report.hyperv, self.report.windows = vm.hyperv, vm.windows
+        if vm.synic:
+            for v in self.machine.vcpus:
+                v.enable_synic(2)
         self.windows: bool = vm.hyperv or vm.windows
         self.trapped: int = 0
         self.by_decimal: int = 0
         self._decide_hv_timer(vm, hv_timer, vendor)
-        self.generations: Generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer)
+        self.generations: Generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer, kernels)
         self.lanes: dict[int, Lane] = {}
         self._mismatches = mismatches
         self.vcpus: list[GuestVcpu] = [GuestVcpu(self, v) for v in self.machine.vcpus]
@@ -232,5 +239,6 @@ class Device:
     deadline: ClassVar[Callable[..., None]] = nothing
     call: ClassVar[Callable[..., None]] = nothing
     synthetic: ClassVar[Callable[..., None]] = nothing
+    hyperv: ClassVar[Callable[..., None]] = nothing
     count: ClassVar[Callable[..., None]] = nothing
     ran: ClassVar[Callable[..., None]] = nothing

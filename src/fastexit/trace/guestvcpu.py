@@ -15,6 +15,7 @@ from fastexit.trace.accesses import Access, Lane, Via
 from fastexit.trace.doors import DOING_OF_REGISTER, REGISTER_OF_SYNTHETIC, Doing, Door, doing_of_synthetic
 from fastexit.trace.events import Event
 from fastexit.trace.hypercall import Hypercall
+from fastexit.trace.hypervlines import HypervLines
 from fastexit.trace.report import FAULTED, call_class, icr_class
 from fastexit.tracepoints.text import accept_text, ipi_text
 from fastexit.vcpu import Vcpu
@@ -31,8 +32,6 @@ _ACCEPT_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_TRIGGER
 _LINUX_TIMER = next(vector for vector, name in R.LINUX_VECTORS.items() if name == "LOCAL_TIMER")
 _TRACING = L.CONFIG_TRACE
 _SYNTHETIC = {register: msr for msr, register in REGISTER_OF_SYNTHETIC.items()}
-_KEPT = frozenset((HV.MSR_HV_SCONTROL, *range(HV.MSR_HV_SINT0, HV.MSR_HV_SINT15 + 1)))
-"""Synthetic MSRs whose writes the model has to know: a SINT may end interrupts by itself."""
 
 Printed = tuple[int, int]
 """A kvm_apic_ipi line as (destination, ICR bits), a kvm_apic_accept_irq line as (vCPU id, ICR bits)."""
@@ -52,6 +51,7 @@ class GuestVcpu:
         self._seen = False
         self._host_ends = False
         self._timer = _LINUX_TIMER
+        self._hyperv = HypervLines(guest, v) if guest.report.hyperv else None
         self._running = False  # before the first line, and no interrupt of this trace has come through yet
 
     # --------------------------------------------------------------------------------------------------- first state
@@ -103,7 +103,7 @@ class GuestVcpu:
         own = event.a == self.v.vcpu_id and event.b == self._timer
         self._guest.accept(line, event, source or (TIMER if own else "MSI or IOAPIC"))
 
-    def eoi(self, line: int, vector: int) -> None:
+    def eoi(self, line: int, vector: int, induced: bool) -> None:
         """The interrupt of a kvm_eoi line leaves service.
 
         Where nothing shows its injection (the recorded host ends interrupts itself when it injects them, or
@@ -112,6 +112,8 @@ class GuestVcpu:
         v, eois = self.v, self._eois
         self._seen = True
         eois.total += 1
+        if self._hyperv is not None:
+            self._hyperv.begin()
         if self._host_ends and vector >= 0:
             ended = self._deliver(vector)
         else:
@@ -119,6 +121,8 @@ class GuestVcpu:
             if ended is None and vector >= 0:
                 ended = self._deliver(vector)
                 self._host_ends = ended == vector
+        if self._hyperv is not None:
+            self._hyperv.ended(line, -1 if induced else vector)
         if ended == (None if vector < 0 else vector):
             eois.exact += 1
             self._running = self._running and vector < 0
@@ -166,12 +170,16 @@ class GuestVcpu:
     def raised(self, vector: int, source: str) -> None:
         """Not for a vCPU's own thread: its accept lines wait for this one."""
 
-    def synthetic(self, msr: int, value: int, fault: bool) -> None:
+    def synthetic(self, line: int, msr: int, value: int, fault: bool) -> None:
         doing = doing_of_synthetic(msr)
         if doing is not None:
             self._report.doors[doing, Door.SYNTHETIC] += 1
-        if msr in _KEPT and not fault:
-            self.v.set_msr(msr, value)
+        if self._hyperv is not None:
+            self._hyperv.written(line, msr, value, fault)
+
+    def hyperv(self, line: int, event: Event) -> None:
+        if self._hyperv is not None:
+            self._hyperv.seen(line, event)
 
     def apicbase(self, line: int, value: int, fault: bool) -> None:
         faulted = self.v.wrmsr(R.MSR_APICBASE, value).fault is not None

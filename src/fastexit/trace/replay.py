@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastexit.checks import integer
 from fastexit.profile import NEWEST
@@ -40,6 +40,7 @@ def replay(
     apicv: bool = False,
     hv_timer: bool | None = None,
     mismatches: int | None = None,
+    kernels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Replays an ftrace, trace-cmd or perf text through the model and compares.
@@ -53,6 +54,7 @@ def replay(
         hv_timer: the host could use the VMX preemption timer, without which older generations do not take
             TSC_DEADLINE fast. None: as kvm_hv_timer_state lines say; where a VM has none, it could on VMX.
         mismatches: how many are kept in the report, the first by line. None: all.
+        kernels: the generations or releases whose fast shares are reported, in that order. None: all generations.
         progress: called as ``progress(done, total)`` now and then.
 
     Raises TraceError, one line, when the trace cannot be replayed; ValueError for a wrong ``kernel`` or ``vendor``, for
@@ -65,6 +67,8 @@ def replay(
     began = time.perf_counter()
     if kernel is not None:
         generation(kernel)
+    for name in kernels or ():
+        generation(name)
     dating = Dating()
     reader = TraceReader(path, dating)
     done = _Work(2 * reader.size, progress)
@@ -82,14 +86,24 @@ def replay(
     vms = survey.vms(lambda: reader.again(kept))
     sends = (_CALLS | {Kind.IPI}) & survey.kinds
     recorded = Recorded(
-        Kind.IPI in survey.kinds, bool(sends) and Kind.ACCEPT in survey.kinds, "kvm_msr" in survey.events
+        Kind.IPI in survey.kinds,
+        bool(sends) and Kind.ACCEPT in survey.kinds,
+        "kvm_msr" in survey.events,
+        frozenset(survey.events),
     )
     found = Mismatches(mismatches)
     guests: list[Guest] = []
     lanes: dict[Task, Lane] = {}
     for vm in vms:
         guest = Guest(
-            vm, kernel=kernel, vendor=vendor, apicv=apicv, hv_timer=hv_timer, recorded=recorded, mismatches=found
+            vm,
+            kernel=kernel,
+            vendor=vendor,
+            apicv=apicv,
+            hv_timer=hv_timer,
+            recorded=recorded,
+            mismatches=found,
+            kernels=kernels,
         )
         guests.append(guest)
         lanes |= {clues.task: guest.lanes[vcpu] for vcpu, clues in vm.vcpus.items() if clues}

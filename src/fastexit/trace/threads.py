@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.layout import MAX_VCPU_ID
 from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Door, door_of_exit
@@ -30,6 +31,7 @@ _HYPERV = {Kind.HYPERV, Kind.RAISED, Kind.HV_MSR, Kind.HV_CALL, Kind.HV_SEND, Ki
 _RUNS = {Kind.EOI, Kind.PV_EOI, Kind.HV_CALL, Kind.HV_SEND}
 _NEEDS_ENABLED = {R.APIC_EOI, R.APIC_ICR, R.APIC_SELF_IPI}
 _SETS_UP = {R.APIC_SPIV, R.APIC_ID, R.APIC_LDR, R.APIC_DFR}
+_SYNIC_MSRS = range(HV.MSR_HV_SCONTROL, HV.MSR_HV_STIMER3_COUNT + 1)
 _TRAPS = (Door.TRAP, Door.AVIC)
 _SURE = 3
 _MAJORITY = 10
@@ -66,6 +68,8 @@ class Clues:
     """
     hyperv: bool = False
     """Its lines show a guest that knows Hyper-V."""
+    synic: bool = False
+    """Its lines show a SynIC in use."""
     windows: bool = False
     """It exits at addresses where Windows has its kernel."""
     trapped: bool = False
@@ -99,6 +103,11 @@ class Vm:
     def hyperv(self) -> bool:
         """True when the guest uses what KVM has for Windows guests."""
         return any(c.hyperv for c in self.vcpus.values() if c)
+
+    @property
+    def synic(self) -> bool:
+        """True when user space has given it a SynIC."""
+        return any(c.synic for c in self.vcpus.values() if c)
 
     @property
     def windows(self) -> bool:
@@ -187,7 +196,10 @@ class Survey:
         elif kind == Kind.HV_MSR and event.a in REGISTER_OF_SYNTHETIC and not clues.apic:
             clues.apic = True
             clues.born = self._seen
-        clues.hyperv = clues.hyperv or kind in _HYPERV
+        if kind in _HYPERV:
+            clues.hyperv = True
+            synic = event.a in _SYNIC_MSRS and not event.c if kind == Kind.HV_MSR else kind <= Kind.RAISED
+            clues.synic = clues.synic or synic
         if clues.x2apic is None:
             clues.x2apic = mode
 
