@@ -6,18 +6,21 @@ Which door Windows takes is what its CPUID offers and what public reports show; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 import fastexit as fx
 from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.costs.meter import TimedOutcome
+from fastexit.costs.vcpu import TimedVcpu
 from fastexit.outcome import Path
 from fastexit.profile import NEWEST, PROFILES
 
 COSTS, IPIV_COSTS = "skylake-retpoline", "ipiv-host"
 KERNELS = ("seed-v3", "5.8", NEWEST)
-VECTOR = 0x2F
+VECTOR, SINT_VECTOR = 0x2F, 0x95
+IF = 1 << 9
 EVERYBODY = 0b1110
 """Of four vCPUs, all but the sender, as a set of VP indices."""
 
@@ -30,6 +33,7 @@ def page_ipi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
 
 
 def page_eoi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
+    _in_service(v)
     return _timed(v.hw_mmio_write(R.APIC_EOI, 0))
 
 
@@ -38,6 +42,7 @@ def x2apic_ipi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
 
 
 def x2apic_eoi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
+    _in_service(v)
     return _timed(v.hw_wrmsr(R.MSR_X2APIC_EOI, 0))
 
 
@@ -47,11 +52,14 @@ def synthetic_ipi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
 
 
 def synthetic_eoi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
+    _in_service(v)
     return _timed(v.hw_wrmsr(HV.MSR_HV_EOI, 0))
 
 
 def hypercall_ipi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
-    v.hv_hypercall(HV.HvCall.SEND_IPI | HV.HV_CALL_FAST, VECTOR, EVERYBODY)
+    status = v.hv_hypercall(HV.HvCall.SEND_IPI | HV.HV_CALL_FAST, VECTOR, EVERYBODY)
+    assert status == HV.HvStatus.SUCCESS
+    assert isinstance(v, TimedVcpu)
     assert v.timed is not None
     return (v.timed,)
 
@@ -59,6 +67,14 @@ def hypercall_ipi(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
 def stimer(v: fx.Vcpu) -> tuple[TimedOutcome, ...]:
     """Windows's tick: a one-shot, armed by the count."""
     return _timed(v.hw_wrmsr(HV.MSR_HV_STIMER0_CONFIG + 1, 1 << 40))
+
+
+def _in_service(v: fx.Vcpu) -> None:
+    """An interrupt that the CPU delivers by itself, if it can: what EOI costs depends on it."""
+    v.rflags |= IF
+    v.machine.signal_msi(R.APIC_DEFAULT_PHYS_BASE, VECTOR)
+    v.hw_notify()
+    v.hw_deliver()
 
 
 def _timed(*outcomes: fx.Outcome) -> tuple[TimedOutcome, ...]:
@@ -80,7 +96,7 @@ STIMER = Use("MSRs 0x400000B0 to 0x400000B7", stimer)
 
 
 class Setup(NamedTuple):
-    """One common configuration of a Windows guest; ``options`` are those of the machine that serves it."""
+    """One common configuration of a Windows guest. ``auto_eoi``: a SINT of its SynIC ends its interrupts by itself."""
 
     title: str
     ipi: Use
@@ -90,6 +106,8 @@ class Setup(NamedTuple):
     apicv: bool = False
     ipiv: bool = False
     hyperv: bool = True
+    synic: bool = False
+    auto_eoi: bool = False
 
 
 SETUPS = (
@@ -108,10 +126,13 @@ SETUPS = (
     Setup("hv-vapic, APICv", Use("MSR 0x40000071", synthetic_ipi), NO_ASSIST, DEVICE, apicv=True),
     Setup("hv-vapic + hv-ipi: a set of vCPUs", Use("hypercall 0x0b, fast", hypercall_ipi), ASSIST, DEVICE),
     Setup(
-        "hv-vapic + hv-synic + hv-stimer (auto-EOI switches APICv off)",
+        "hv-vapic + hv-synic + hv-stimer on a host with APICv",
         Use("MSR 0x40000071", synthetic_ipi),
-        Use("none at SINTs with auto-EOI, else as with hv-vapic", synthetic_eoi),
+        Use("none of SINTs with auto-EOI, which switch APICv off; else as with hv-vapic", synthetic_eoi),
         STIMER,
+        apicv=True,
+        synic=True,
+        auto_eoi=True,
     ),
     Setup(
         "hv-avic: APIC MSRs not recommended, auto-EOI deprecated; hv-stimer; APICv",
@@ -119,6 +140,7 @@ SETUPS = (
         Use("by the CPU", page_eoi),
         STIMER,
         apicv=True,
+        synic=True,
     ),
     Setup(
         "the same with x2APIC",
@@ -127,6 +149,7 @@ SETUPS = (
         STIMER,
         x2apic=True,
         apicv=True,
+        synic=True,
     ),
     Setup(
         "the same with x2APIC and IPI virtualization",
@@ -136,6 +159,7 @@ SETUPS = (
         x2apic=True,
         apicv=True,
         ipiv=True,
+        synic=True,
     ),
 )
 
@@ -148,14 +172,16 @@ def vcpu(setup: Setup, kernel: str, costs: str) -> fx.Vcpu:
     if setup.x2apic:
         m.boot_x2apic()
     for v in m.vcpus:
+        v.real_mode = False
         if not setup.x2apic:
             v.mmio_write(R.APIC_SPIV, 0x1FF)
-        if setup.hyperv:
+        if setup.synic:
             v.enable_synic(2)
+            v.set_msr(HV.MSR_HV_SINT0 + 3, SINT_VECTOR | (HV.HV_SINT_AUTO_EOI if setup.auto_eoi else 0))
             v.set_msr(HV.MSR_HV_STIMER0_CONFIG, HV.HV_STIMER_AUTO_ENABLE | 3 << HV.HV_STIMER_SINT_SHIFT)
+        if setup.hyperv and v is m.vcpus[0]:
+            v.set_msr(HV.MSR_HV_GUEST_OS_ID, 1)
         m.dispatcher.start_run(v)
-    if setup.hyperv:
-        m.vcpus[0].set_msr(HV.MSR_HV_GUEST_OS_ID, 1)
     return m.vcpus[0]
 
 
@@ -176,21 +202,20 @@ def _exits(outcomes: tuple[TimedOutcome, ...]) -> int:
 
 
 def _who(setup: Setup, use: Use) -> str:
-    """Which generations take it fast, in words."""
+    """Which generations take it fast, and which have no exit, in words."""
     if use.act is None:
         return "-"
-    fast, slow = [], []
+    found: dict[str, str] = {}
     for kernel in PROFILES:
-        if not _serves(setup, kernel):
-            continue
-        outcomes = _done(setup, use, kernel)
-        if not _exits(outcomes):
-            continue
-        taken = all(outcome.path is Path.FAST for outcome in outcomes if outcome.path is not Path.HARDWARE)
-        (fast if taken else slow).append(kernel)
-    if not fast and not slow:
-        return "no exit"
-    return ("all" if not slow else f"{fast[0]} to {fast[-1]}" if len(fast) > 1 else fast[0]) if fast else "none"
+        if _serves(setup, kernel):
+            outcomes = _done(setup, use, kernel)
+            exits = [outcome for outcome in outcomes if outcome.path is not Path.HARDWARE]
+            fast = all(outcome.path is Path.FAST for outcome in exits)
+            found[kernel] = "no exit" if not exits else "yes" if fast else "no"
+    runs = [(answer, [kernel for kernel, _ in run]) for answer, run in groupby(found.items(), lambda item: item[1])]
+    if len(runs) == 1:
+        return {"yes": "all", "no": "none", "no exit": "no exit"}[runs[0][0]]
+    return "; ".join(f"{names[0]} to {names[-1]}: {answer}" for answer, names in runs)
 
 
 def doors() -> str:

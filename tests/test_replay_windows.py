@@ -148,6 +148,8 @@ def test_eoi_tpr_timers_and_the_rest_by_synthetic_msr(recorded: Callable[..., Re
         (0, "kvm_hv_stimer_set_count: vcpu_id 0 timer 0 count 100 host 0"),
         (0, "kvm_hv_stimer_cleanup: vcpu_id 0 timer 0"),
         (0, "kvm_msr: msr_write 400000b1 = 0x64"),
+        (0, "kvm_hv_synic_set_msr: vcpu_id 0 msr 0x40000084 data 0x0 host 0"),
+        *((0, f"kvm_hv_notify_acked_sint: vcpu_id 0 sint {sint}") for sint in range(16)),
         (0, "kvm_msr: msr_write 40000084 = 0x0"),
         (0, "kvm_hv_synic_set_msr: vcpu_id 0 msr 0x40000093 data 0x95 host 0"),
         (0, "kvm_msr: msr_write 40000093 = 0x95"),
@@ -166,6 +168,7 @@ def test_eoi_tpr_timers_and_the_rest_by_synthetic_msr(recorded: Callable[..., Re
         (Doing.TPR, Door.CR8): 1,
     }
     assert all(not use.fast for use in report.vms[0].door_uses)
+    assert (report.vms[0].hv_lines.exact, report.vms[0].hv_lines.total) == (19, 19)
 
 
 # ----------------------------------------------------------------------------------------------------------------- EOIs
