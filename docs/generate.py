@@ -14,9 +14,9 @@ from pathlib import Path
 import costmodel
 import pathlengths
 import verified
-import windows
 
 import fastexit as fx
+import windows
 from fastexit.insight.walk import MODELLED, walk
 from fastexit.profile import PROFILES
 from fastexit.releases import DISTRIBUTIONS, all_series, generation

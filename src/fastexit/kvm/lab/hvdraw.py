@@ -62,9 +62,11 @@ class Pools:
     """What one machine's operations draw from."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.vectors = rng.sample((0x10, 0x1F, 0x20, 0x31, 0x41, 0x42, 0x50, 0x5F, 0x80, 0x81, 0xE0, 0xF3, 0xFF), 6)
-        self.sints = rng.sample(range(16), 5)
-        self.page_of = rng.sample(range(8), 8)
+        self.vectors: list[int] = rng.sample(
+            (0x10, 0x1F, 0x20, 0x31, 0x41, 0x42, 0x50, 0x5F, 0x80, 0x81, 0xE0, 0xF3, 0xFF), 6
+        )
+        self.sints: list[int] = rng.sample(range(16), 5)
+        self.page_of: list[int] = rng.sample(range(8), 8)
 
 
 def page(rng: random.Random, most: float = 0.85) -> int:

@@ -182,7 +182,7 @@ class HypervTwins(Twins):
 
     def draw_op(self, rng: random.Random) -> Op:
         while not self.planned:
-            self.planned = list(D.draw(rng, self))
+            self.planned: list[Op] = list(D.draw(rng, self))
         return self.planned.pop(0)
 
     # ------------------------------------------------------------------------------------------------- what is done
