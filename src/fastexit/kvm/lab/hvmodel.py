@@ -104,7 +104,7 @@ class WindowsProgram:
     def hypercall(self, control: int, given: int, output: int, xmm: bytes, narrow: bool, answer: int) -> Any:
         """VMMCALL: what RAX (of 32-bit code EDX:EAX) is then, or "#UD"."""
         self._enter()
-        self.answer = answer
+        self.answer: int = answer
         v = self.v
         registers = {"rax": NO_SUCH_CALL, "rcx": control, "rdx": given, "r8": output}
         if narrow:
