@@ -65,6 +65,12 @@ def test_an_archive_reads_as_it_was_written(length: int) -> None:
     assert by_name["modules"][1] == b"/kvm.ko\n/b.ko avic=0\n"
 
 
+def test_signatures_of_modules_go() -> None:
+    signed = b"\x7fELF module" + b"s" * 300 + struct.pack(">BBBBBxxxI", 0, 0, 2, 0, 0, 300) + initramfs.SIGNED
+    assert initramfs.unsigned(signed) == initramfs.unsigned(b"\x7fELF module") == b"\x7fELF module"
+    assert initramfs.SIGNED not in initramfs.initramfs(b"", [("kvm.ko", signed, "")])
+
+
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(OSError, match="no C compiler 'no-such-compiler'"):

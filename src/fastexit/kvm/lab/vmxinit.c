@@ -223,7 +223,6 @@ static void end_vm(void)
 	}
 	close(vm);
 	vm = -1;
-	munmap(memory, MEMORY_BYTES);
 	count = 0;
 }
 
@@ -240,7 +239,7 @@ static void new_vm(int split, int api, int number, const uint32_t *ids, const ui
 	if (vm < 0)
 		fail("KVM_CREATE_VM");
 	ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000);
-	memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	memset(memory, 0, MEMORY_BYTES);
 	region.userspace_addr = (uintptr_t)memory;
 	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region))
 		fail("memory");
@@ -464,6 +463,10 @@ int main(void)
 	if (kvm < 0)
 		fail("/dev/kvm");
 	run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	/* a VM that is only there: the first one turns VMX on and the last one off, on every processor */
+	if (memory == MAP_FAILED || ioctl(kvm, KVM_CREATE_VM, 0) < 0)
+		fail("the first VM");
 	/* an idle processor gives its timers to a busy one, and that may have a guest that keeps interrupts out */
 	put_file("/proc/sys/kernel/timer_migration", "0");
 	put_file(TRACING "tracing_on", "0");
