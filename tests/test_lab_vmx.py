@@ -13,6 +13,7 @@ import pytest
 import fastexit as fx
 from fastexit import cli
 from fastexit import regs as R
+from fastexit.kvm.host import KvmUnavailable
 from fastexit.kvm.lab import bochs, kernels, paths, vmx, vmxboot, vmxcode, vmxcompare, vmxdraw, vmxrun
 from fastexit.kvm.lab import vmxwire as W
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
@@ -277,12 +278,13 @@ def test_without_apicv_who_waits_with_interrupts_off_lets_the_host_in() -> None:
 @pytest.mark.parametrize("x2apic", [True, False])
 @pytest.mark.parametrize("apicv", [True, False])
 def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
-    for seed in range(6):
+    for seed in range(12):
         rng = random.Random(seed)
         setup = vmxdraw.setup(rng, apicv=apicv, x2apic=x2apic)
-        steps, player = vmxdraw.program(rng, setup, "6.12")
+        kernel = ("5.10", "6.12", "7.3")[seed % 3]
+        steps, player = vmxdraw.program(rng, setup, kernel)
         seen = player.end()
-        again = vmx.played(setup, steps, "6.12").end()
+        again = vmx.played(setup, steps, kernel).end()
         assert (seen.notes, seen.results, seen.lines) == (again.notes, again.results, again.lines)
         asked = vmxrun.request(setup, steps, player.prepared, 3, vmxrun.way(setup, player.quiet))
         assert len(bytes(vmxrun.finish(asked, setup, seen.asleep))) < vmxboot.MAILBOX_BYTES
@@ -317,6 +319,13 @@ def test_a_waiting_vcpu_sees_its_turn_and_the_end() -> None:
     assert code[mine] == 0x74
     assert mine + 2 + code[mine + 1] == len(code)
     assert struct.unpack_from("<b", code, over + 8)[0] == -(over + 9)
+
+
+def test_a_program_that_is_over_leaves_the_guest_each_time_it_is_let_run() -> None:
+    for code in (vmxcode.wait_for(5), vmxcode.program(0, [Step(0, "host", (-1, "get_msr", 1))], vmxcode.Way())):
+        jump = code.rindex(b"\xeb", 0, -1)
+        target = jump + 2 + struct.unpack_from("<b", code, jump + 1)[0]
+        assert code[target : target + 2] == vmxcode.out(vmxcode.PORT_DONE)
 
 
 def test_programs_of_too_many_steps_are_refused() -> None:
@@ -404,6 +413,24 @@ def test_its_host_is_what_the_kernel_says(counted: kernels.Kernel) -> None:
     assert (host.icr_split, host.cmci, host.maxphyaddr, host.max_vcpu_id) == (False, True, 0x27, 4096)
     assert host.keywords()["vendor"] == "vmx"
     fx.Machine(2, **host.keywords())
+
+
+def test_a_machine_that_stops_is_booted_again(counted: kernels.Kernel, monkeypatch: Any) -> None:
+    """What a program did before is nobody's word for what it does: it is run again, and told where it never ends."""
+    made: list[Counted] = []
+
+    class Stops(Counted):
+        def ask(self, request: bytes, seconds: float = 0) -> list[str]:
+            made.append(self)
+            raise KvmUnavailable(0, "the lab's machine does not answer")
+
+    monkeypatch.setattr(vmx, "Machine", Stops)
+    with vmx.VmxLab("6.12") as lab:
+        report = lab.verify(3, shorten=0)
+    assert report.restarted == vmx.TRIES == len(set(map(id, made)))
+    assert all(machine.closed for machine in made)
+    assert not report.agreed
+    assert "does not answer" in report.as_dict()["differences"][0]
 
 
 @pytest.mark.parametrize("name", ["oracle", "trace", "judge"])

@@ -43,6 +43,8 @@ def verify(args: argparse.Namespace) -> int:
     print(f"Linux {report.kernel}, kvm_intel {'with' if report.apicv else 'without'} APICv, seed {report.seed}")
     print(f"  the same: {report.compared:,} programs ({modes}), {report.steps:,} steps, {report.lines:,} trace lines")
     print(f"  the same in a second run: {report.repeated:,}")
+    if report.restarted:
+        print(f"  the machine stopped and was booted again: {report.restarted:,}")
     for name, count in report.faults.items():
         print(f"  a fault of Bochs: {name}: {count:,}")
     if report.left_out:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastexit.checks import one_of
-from fastexit.kvm.host import Host, generation
+from fastexit.kvm.host import Host, KvmUnavailable, generation
 from fastexit.kvm.lab import vmxdraw, vmxhost, vmxrun
 from fastexit.kvm.lab.bochs import Tree
 from fastexit.kvm.lab.lab import Lab
@@ -69,6 +69,8 @@ class VmxReport:
     lines: int = 0
     repeated: int = 0
     """Programs that were the same only in another run."""
+    restarted: int = 0
+    """How often the machine stopped and was booted again."""
     faults: dict[str, int] = field(default_factory=dict)
     """Fault of Bochs -> programs that show it."""
     left_out: int = 0
@@ -108,6 +110,7 @@ class VmxReport:
             "steps": self.steps,
             "trace_lines": self.lines,
             "repeated": self.repeated,
+            "restarted": self.restarted,
             "faults_of_bochs": self.faults,
             "left_out": self.left_out,
             "differences": [story.text() for story in self.stories],
@@ -143,9 +146,12 @@ class VmxLab(Lab):
         self.version = version
         self.exact = True
         self.apicv: bool = apicv is not False
-        self.machine: Any = Machine(
-            self.kernel, tree, cpus=CPUS, quantum=QUANTUM, parameters=parameters(self.kernel.version, self.apicv)
-        )
+        self._tree = tree
+        self.machine: Any = self._booted()
+
+    def _booted(self) -> Machine:
+        made = parameters(self.kernel.version, self.apicv)
+        return Machine(self.kernel, self._tree, cpus=CPUS, quantum=QUANTUM, parameters=made)
 
     def close(self) -> None:
         """Ends the machine; twice does no harm."""
@@ -228,7 +234,13 @@ class VmxLab(Lab):
         blamed: Fault | None = None
         found: list[Difference] = []
         for attempt in range(TRIES):
-            found, known, lines = self._tried(setup, steps, player, opens=attempt != 1)
+            try:
+                found, known, lines = self._tried(setup, steps, player, opens=attempt != 1)
+            except KvmUnavailable as stopped:
+                found, known, lines = [Difference("the machine", "it answers", str(stopped))], None, 0
+                report.restarted += 1
+                self.machine.close()
+                self.machine = self._booted()
             if not found:
                 mode = "x2apic" if setup.x2apic else "xapic"
                 report.programs[mode] = report.programs.get(mode, 0) + 1

@@ -24,6 +24,8 @@ AREA_AT, AREA_BYTES = 0x9000, 0x1000
 STACK_AT = 0xE000
 SMM_AT = 0x38000
 CODE_AT, CODE_BYTES = 0x40000, 0x8000
+TOUCHED = ((0, 0x14000), (SMM_AT, CODE_AT + 4 * CODE_BYTES))
+"""Everything above, for four vCPUs."""
 APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
 
 OPEN = 2
@@ -52,6 +54,11 @@ def out(port: int) -> bytes:
     return bytes((0xE6, port))
 
 
+def done() -> bytes:
+    """The end of a program, over and over: one that is let run again must not stay where no interrupt gets in."""
+    return out(PORT_DONE) + b"\xeb\xfc"
+
+
 def set_word(address: int, value: int) -> bytes:
     """MOV of a constant to memory."""
     return b"\xc7\x05" + u32(address) + u32(value)
@@ -68,7 +75,7 @@ def wait_for(number: int, opens: bool = False) -> bytes:
     ``opens``: lets the host's interrupts in at each turn. STI's shadow and CLI keep the guest's own out.
     """
     start = (STI + CLI) * opens
-    end = out(PORT_DONE) + b"\xeb\xfe"
+    end = done()
     mine = b"\x81\x3d" + u32(BATON_AT) + u32(number)
     over = b"\x83\x3d" + u32(BATON_AT) + b"\xff"
     back = len(start) + len(mine) + 2 + len(over) + 2
@@ -133,8 +140,11 @@ def _fault() -> bytes:
 
 
 def prelude(touch_apic_page: bool) -> bytes:
-    """Writes to every page once, so that nothing is missing later, and stops."""
-    code = b"\x31\xc0\x83\x08\x00\x05" + u32(0x1000) + b"\x3d" + u32(MEMORY_BYTES) + b"\x75\xf1"
+    """Writes to every page once that a program has, so that nothing is missing later, and stops."""
+    code = b""
+    for first, end in TOUCHED:
+        # eax = first; again: or [eax], 0; eax += 4096; cmp eax, end; jne
+        code += b"\xb8" + u32(first) + b"\x83\x08\x00\x05" + u32(0x1000) + b"\x3d" + u32(end) + b"\x75\xf1"
     if touch_apic_page:
         code += b"\xa1" + u32(APIC_PAGE + R.APIC_LVR)
     return code + out(PORT_READY)
@@ -169,7 +179,7 @@ def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
         code += (STI + CLI) * (opens and masked) + _turn(number, steps, way, masked)
         code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.count)
         before, masked = number, step.masks(masked)
-    code += _turn(len(steps), steps, way, masked) + out(PORT_DONE) + b"\xeb\xfe"
+    code += _turn(len(steps), steps, way, masked) + done()
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
     return code
