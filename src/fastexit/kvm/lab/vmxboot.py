@@ -24,10 +24,11 @@ IPS = 50_000_000
 COMMAND_LINE = (
     "console=ttyS0 panic=-1 quiet nokaslr mitigations=off no_timer_check nowatchdog nosoftlockup idle=halt "
     f"tsc_early_khz={IPS // 1000} lpj={IPS // 250} clocksource=tsc tsc=reliable "
-    "debugfs=off cryptomgr.notests init_on_alloc=0"
+    "debugfs=off rcupdate.rcu_expedited=1 cryptomgr.notests init_on_alloc=0"
 )
 """idle=halt, for a store that should end MWAIT on another processor is not always seen; debugfs=off, for a VM has some
-hundred files there, which take longer than a program; cryptomgr.notests, for its tests are a third of the boot."""
+hundred files there, which take longer than a program; rcu_expedited, for each VM waits for several grace periods;
+cryptomgr.notests, for its tests are a third of the boot."""
 MODEL = "corei7_skylake_x"
 MAILBOX_BYTES = 32 * 16 * 63 * 512
 OFF = ("speaker", "parallel", "iodebug", "gameport", "sb16", "e1000", "ne2k", "es1370", "voodoo")
