@@ -1033,9 +1033,9 @@ def test_logical_kicks_of_6_1(x2apic: bool, value: int, slow: bool, asked: set[i
     assert {v.index for v in m.vcpus if m.mem[v.vec + L.VEC_IRR_PENDING]} == asked
 
 
-@pytest.mark.parametrize("kernel", ["5.8", "5.10", "5.15"])
+@pytest.mark.parametrize("kernel", ["5.7", "5.8", "5.10", "5.15"])
 def test_guest_with_x2apic_has_no_avic(kernel: str) -> None:
-    """svm_vcpu_after_set_cpuid of 5.10.262: the mere offer inhibits."""
+    """svm_cpuid_update of 5.7.6 and 5.8.18, svm_vcpu_after_set_cpuid of 5.10.262: the mere offer inhibits."""
     m = fx.Machine(2, vendor="svm", kernel=kernel)
     m.trace.enable()
     assert m.inhibits == {r.Inhibit.X2APIC}

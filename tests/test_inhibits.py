@@ -34,7 +34,7 @@ COUNTING = {
     "svm": {
         "seed-v3": set(),
         "5.6": USER | SVM_5_6,
-        "5.8": USER | SVM_5_6 | {Inhibit.X2APIC},
+        "5.7": USER | SVM_5_6 | {Inhibit.X2APIC},
         "6.1": SVM_6_1,
         "6.6": SVM_6_6,
         "6.18": SVM_6_6 | {Inhibit.PHYSICAL_ID_TOO_BIG},
@@ -44,7 +44,7 @@ COUNTING = {
 
 def machine(vendor: str = "vmx", kernel: str = "6.18", vcpus: int = 3, **options: Any) -> fx.Machine:
     """Booted into x2APIC mode, every vCPU in the guest; xAPICs where a guest with x2APIC mode has no AVIC."""
-    if vendor == "svm" and kernel in kernels("5.8", before="6.1"):
+    if vendor == "svm" and kernel in kernels("5.7", before="6.1"):
         return xapic(vendor, kernel, vcpus, **options)
     m = fx.Machine(vcpus=vcpus, vendor=vendor, kernel=kernel, **options)
     m.boot_x2apic()

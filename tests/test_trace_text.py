@@ -496,10 +496,10 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
             "6.18": "kvm_apicv_inhibit_changed: set reason=12, inhibits=0x1000 PHYSICAL_ID_TOO_BIG",
         },
     ),
-    "inhibit of 5.8 to 5.15": (
+    "inhibit of 5.7 to 5.15": (
         L.TP_APICV_INHIBIT_CHANGED,
         (13, 1, 1 << 13),
-        {"seed-v3": None, "5.8": "kvm_apicv_update_request: deactivate bit=5", "6.1": None},
+        {"seed-v3": None, "5.7": "kvm_apicv_update_request: deactivate bit=5", "6.1": None},
     ),
     "incomplete ipi": (
         L.TP_AVIC_INCOMPLETE_IPI,

@@ -209,6 +209,7 @@ PROFILES: dict[str, Profile] = {
             | _T.READ_ACROSS_TRACED
             | _T.MAP_DIRTY_BY_SVR
             | _T.V_TPR_KEPT_BY_AVIC
+            | _T.INHIBIT_X2APIC
             | _UNTIL_5_8
             | _UNTIL_5_10
             | _UNTIL_5_15

@@ -421,7 +421,7 @@ LOGICAL_DISABLED = 4
 class Inhibit(IntEnum):
     """Reasons for which APICv is off, by bit number, as kvm_apicv_inhibit_changed prints them in 6.18.
 
-    X2APIC, of kernels from 5.8 to 5.15, has a number of the model's own.
+    X2APIC, of kernels from 5.7 to 5.15, has a number of the model's own.
     """
 
     DISABLED = 0

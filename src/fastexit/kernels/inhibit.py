@@ -10,7 +10,7 @@ every vCPU is asked to look again, at its next entry. What a reason does not do 
 APICv went off is synced by the next entry, as ever.
 
 Differs by vendor: which reasons count; in L2 AVIC is off without any reason. By generation: 5.6-5.15 know no reason
-that a guest's APIC can give, but for the offer of x2APIC mode from 5.8 on, and trace only what switches APICv; up to
+that a guest's APIC can give, but for the offer of x2APIC mode from 5.7 on, and trace only what switches APICv; up to
 5.10 the running vCPU is updated at once, and nobody asks for an EVENT; 6.1 keeps a modified id inhibited for good; 7.3
 counts the vCPUs whose interrupt window inhibits, and looks at the count at every change; the seed's kernel has no
 inhibits. Where an id beyond AVIC's reach does not inhibit, the vCPU is refused.

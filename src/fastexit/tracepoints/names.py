@@ -44,7 +44,7 @@ _I = R.Inhibit
 _FIRST = (_I.DISABLED, _I.HYPERV, _I.NESTED, _I.IRQWIN, _I.PIT_REINJ)
 _INHIBITS = {
     "5.6": _FIRST,
-    "5.8": (*_FIRST, _I.X2APIC),
+    "5.7": (*_FIRST, _I.X2APIC),
     "6.1": (
         _I.DISABLED,
         _I.HYPERV,
