@@ -6,8 +6,10 @@ What holds was read in arch/x86/kvm/hyperv.c and lapic.c of 5.10.262, 5.15.215, 
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastexit as fx
@@ -15,8 +17,9 @@ from fastexit import hyperv as hv
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.hyperv import HvFeature
+from fastexit.outcome import OUTCOMES
 from fastexit.profile import since
-from windows import OS_ID, PAGE, VENDORS, booted, deliver, gated, halves, leave, shown
+from windows import OS_ID, PAGE, VENDORS, booted, deliver, gated, halves, leave, shown, synic
 
 KERNELS = fx.profiles()
 MODERN = tuple(kernel for kernel in KERNELS if not halves(kernel))
@@ -573,3 +576,58 @@ def test_snapshot_keeps_them() -> None:
         assert v.set_msr(msr, value), hex(msr)
     again = fx.Machine.restore(m.snapshot()).vcpus[0]
     assert {msr: again.get_msr(msr) for msr in values} == values
+
+
+# ------------------------------------------------------------------------------------------------------- all doors
+
+
+def _storm(rng: random.Random, n: int) -> list[tuple[int, int, int | None]]:
+    """Accesses of guests as (vCPU, MSR, value to write or None for a read)."""
+    sints = range(hv.MSR_HV_SINT0, hv.MSR_HV_SINT0 + 4)
+    others = (hv.MSR_HV_EOI, hv.MSR_HV_ICR, hv.MSR_HV_TPR, hv.MSR_HV_VP_ASSIST_PAGE, hv.MSR_HV_SIMP, hv.MSR_HV_EOM)
+    rare = (hv.MSR_HV_SCONTROL, hv.MSR_HV_RESET, hv.MSR_HV_GUEST_OS_ID, hv.MSR_HV_HYPERCALL, hv.MSR_HV_CRASH_CTL)
+    values = (0, 1, 0x20, 0x41, 0x50, 0x60, PAGE | 1, 1 << 40 | 1, hv.HV_SINT_AUTO_EOI | 0x50, 1 << 63, 0x2041)
+    found: list[tuple[int, int, int | None]] = []
+    for _ in range(n):
+        msr = rng.choice((*sints, *others, *others, *rare))
+        value = rng.choice(values) | (rng.randrange(3) << 32 if msr == hv.MSR_HV_ICR else 0)
+        found.append((rng.randrange(3), msr, None if rng.random() < 0.1 else value))
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.18"])
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_doors_agree(kernel: str, vendor: str) -> None:
+    """Both dispatchers and the batch do the same: outcomes, the state, the guest's memory, the records."""
+    accesses = _storm(random.Random(f"{kernel} {vendor}"), 600)
+    machines = [synic(kernel, vendor=vendor, dispatcher=kind) for kind in ("python", "compiled", "python")]
+    for m in machines:
+        for v in m.vcpus:
+            v.rflags |= r.RFLAGS_IF
+    one_by_one = []
+    for m in machines[:2]:
+        outcomes = []
+        for index, msr, value in accesses:
+            v = m.vcpus[index]
+            if value is None:
+                reason = fx.SvmExit.MSR if vendor == "svm" else fx.VmxExit.MSR_READ
+                outcomes.append((v.exit(reason, rcx=msr), v.read_data))
+            else:
+                outcomes.append((v.wrmsr(msr, value), 0))
+        one_by_one.append(outcomes)
+    assert one_by_one[0] == one_by_one[1]
+    write = vendor == "svm"
+    reasons = (fx.SvmExit.MSR,) * 2 if vendor == "svm" else (fx.VmxExit.MSR_READ, fx.VmxExit.MSR_WRITE)
+    records = np.zeros(len(accesses), dtype=fx.EXIT)
+    for record, (index, msr, value) in zip(records, accesses, strict=True):
+        record["vcpu"], record["msr"], record["value"] = index, msr, value or 0
+        record["reason"] = reasons[value is not None]
+        record["info"] = int(write and value is not None)
+    codes = machines[2].run(records)
+    assert [OUTCOMES[int(code)] for code in codes["code"]] == [outcome for outcome, _ in one_by_one[0]]
+    first, *others = machines
+    for m in others:
+        assert m.snapshot() == first.snapshot()
+        assert m.guest_memory[: 4 * PAGE] == first.guest_memory[: 4 * PAGE]
+        assert (m.trace.records() == first.trace.records()).all()
+    assert len(first.trace) > 1000

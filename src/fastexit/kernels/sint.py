@@ -14,14 +14,14 @@ from .shared import emit, hv
 
 @kernel("u8(words, u8, u8)")
 def connected(m, v, vector):
-    """1 when an unmasked SINT has the vector."""
-    return (m[hv(m, v) + k.HV_CONNECTED + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
+    """1 when an unmasked SINT has the vector. Masked, as in auto_eoi: the index may come from memory."""
+    return (m[hv(m, v) + k.HV_CONNECTED + ((vector >> k.U(6)) & k.U(3))] >> (vector & k.U(63))) & k.ONE
 
 
 @kernel("u8(words, u8, u8)")
 def auto_eoi(m, v, vector):
     """1 when an unmasked SINT has the vector and auto-EOI: it never comes into service."""
-    return (m[hv(m, v) + k.HV_AUTO_EOI + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
+    return (m[hv(m, v) + k.HV_AUTO_EOI + ((vector >> k.U(6)) & k.U(3))] >> (vector & k.U(63))) & k.ONE
 
 
 @kernel("u8(words, u8, u8)")

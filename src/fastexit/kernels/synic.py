@@ -13,7 +13,7 @@ from . import guestmemory
 from . import typed as k
 from .inhibit import change, update_vcpu
 from .ipi import accept
-from .shared import emit, hv, make_request, own, replace_if
+from .shared import clear_request, emit, hv, make_request, own, replace_if
 from .sint import notify_acked, vector_of
 
 
@@ -24,16 +24,19 @@ def active(m, v):
 
 @kernel("u8(words, u8, u8)")
 def activate(m, v, keeps):
-    """kvm_hv_activate_synic: KVM_CAP_HYPERV_SYNIC, or SYNIC2, which keeps what is in the guest's pages. Effect code."""
+    """kvm_hv_activate_synic: KVM_CAP_HYPERV_SYNIC, or SYNIC2, which keeps what is in the guest's pages. Effect code.
+
+    Where that inhibits APICv, this vCPU's goes off at once, the others' at their next entry: kvm_request_apicv_update.
+    """
     row = hv(m, v)
     m[row + k.HV_SYNIC] = k.SYNIC_ACTIVE | (k.SYNIC_KEEPS_PAGES if keeps else k.ZERO)
     m[row + k.HV_SCONTROL] = k.HV_SYNIC_ENABLED
     if not m[k.H_HYPERV_RULES] & k.HVR_SYNIC_INHIBITS:
         return k.ZERO
-    if m[k.H_TRAITS] & k.T_INHIBITS:
-        return change(m, v, k.INHIBIT_HYPERV, k.ONE)
-    update_vcpu(m, v)  # without inhibits APICv goes off for this vCPU
-    return k.ZERO
+    effects = change(m, v, k.INHIBIT_HYPERV, k.ONE)  # nothing without inhibits, where it is this vCPU's alone
+    clear_request(m, v, k.REQ_APICV_UPDATE)
+    update_vcpu(m, v)
+    return effects
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
