@@ -221,7 +221,7 @@ class Machine:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Whom the effects of the last signal_msi, device_interrupt or set_inhibit are for, in the order of sending.
+        """Whom the last signal_msi, irq_line, device_interrupt or set_inhibit has effects for, in the order of sending.
 
         As Vcpu.targets, which has those of a vCPU's exits. Threads that make such calls share this list.
         """
