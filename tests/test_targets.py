@@ -272,7 +272,7 @@ def test_a_count_that_somebody_forged(count: int, place: bool) -> None:
     m.mem[v.own + L.K_TARGETS] = head
     assert fx.OUTCOMES[load("external_interrupt")(m.handle, 1, 1 << 31 | r.POSTED_INTR_WAKEUP_VECTOR)].effects is WAKE
     assert m.mem[v.own + L.K_TARGETS] == (head + (1 << 32) if place else head)
-    written = np.flatnonzero(m.words[L.TARGETS :]).tolist()
+    written = np.flatnonzero(m.words[L.TARGETS : L.HV]).tolist()
     assert written == ([row + L.TARGETS_STRIDE - 1 - L.TARGETS] if place else [])
 
 
