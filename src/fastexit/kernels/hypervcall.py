@@ -10,7 +10,7 @@ and XMM registers are the rest, else guest-physical addresses. Virtual processor
 id, and interrupts go straight into their APICs: no ICR, no APIC map, no kvm_apic_ipi.
 """
 
-from ..jit.declare import kernel, popcount
+from ..jit.declare import kernel, popcount, umin
 from . import guestmemory, hyperv
 from . import typed as k
 from .ipi import accept, combine
@@ -124,6 +124,16 @@ def _banks(m, control, valid, banks):
     return k.NONE if count > banks else count
 
 
+@kernel("u8(words, u8)")
+def _bytes_read(m, banks):
+    """How much of a slow call's sparse set is read: banks that no VP index can be in are not, where their number is
+    looked at (kvm_hv_get_hc_data and its cap).
+    """
+    if m[k.H_HYPERV_RULES] & k.HVR_CALL_VAR_COUNT:
+        banks = umin(banks, (m[k.H_HV_VP_INDICES] + BANKS - k.ONE) // BANKS)
+    return banks << k.U(3)
+
+
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def _is_target(m, v, me, fast, valid, first, one):
     """hv_is_vp_in_sparse_set: the vCPU's bit in the bank that has the rank of its bank's bit in the mask.
@@ -140,7 +150,10 @@ def _is_target(m, v, me, fast, valid, first, one):
     elif fast:
         bits = _xmm(m, me, first + rank)
     else:
-        bits = guestmemory.load(m, first + (rank << k.U(3)), k.U(8))
+        at = first + (rank << k.U(3))
+        if not guestmemory.reaches(m, at, k.U(8)):
+            return k.ZERO
+        bits = guestmemory.load(m, at, k.U(8))
     return (bits >> (index % BANKS)) & k.ONE
 
 
@@ -219,7 +232,7 @@ def send_ipi_ex(m, v, control, given, output):
     if kind != ALL and not count:
         m[status] = k.HVSTATUS_SUCCESS
         return k.ZERO
-    if kind != ALL and not fast and not guestmemory.reaches(m, first, count << k.U(3)):
+    if kind != ALL and not fast and not guestmemory.reaches(m, first, _bytes_read(m, count)):
         return k.ZERO
     if _bad_vector(vector):
         return k.ZERO
@@ -257,7 +270,7 @@ def _flush_set(m, v, control, given, output):
     count = _banks(m, control, valid, k.XMM_WORDS - first if fast and third == SPARSE else BANKS)
     if count == k.NONE:
         return k.NONE
-    if third == SPARSE and not fast and not guestmemory.reaches(m, first, count << k.U(3)):
+    if third == SPARSE and not fast and not guestmemory.reaches(m, first, _bytes_read(m, count)):
         return k.NONE
     return first + count if fast else first + (count << k.U(3))
 
