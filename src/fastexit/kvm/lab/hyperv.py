@@ -53,7 +53,7 @@ SURVEYED = (
 """What every look reads; all of it costs nothing to read."""
 CLOCKS = frozenset((hv.MSR_HV_VP_RUNTIME, hv.MSR_HV_TIME_REF_COUNT, hv.MSR_HV_TSC_FREQUENCY, hv.MSR_HV_APIC_FREQUENCY))
 """MSRs whose values depend on the time of day or on the machine: whether they can be read is compared."""
-TIMES_IN_MESSAGE = (32, 40)
+TIMES_IN_MESSAGE = (24, 32)
 """Bytes of a timer's message: its expiration and when it was written, in 100 ns."""
 TOLERANCE = D.MARGIN_NS // 100
 IGNORED_EVENTS = frozenset(("kvm_msi_set_irq", "kvm_wait_lapic_expire"))
