@@ -72,7 +72,7 @@ class Machine(oracle.Machine):
         self.hypercall_page = 0
         self.tsc_page = 0
         self.next_op: tuple[Any, ...] | None = None  # what a test means to do next
-        self.routes: dict[int, list[tuple[int, int]]] = {}
+        self.routes: dict[int, tuple[int, int]] = {}
         super().__init__(*args, **options)
         at = self.at
         self.gated = self.generation >= at("5.15")
@@ -89,6 +89,10 @@ class Machine(oracle.Machine):
         """The partition's clock, in units of 100 ns."""
         return self.now // 100
 
+    def takes_hypercalls(self) -> bool:
+        """Whether VMCALL is Hyper-V's, and not KVM's own."""
+        return self.os_id != 0 and (self.hyperv or not self.gated)
+
     # ------------------------------------------------------------------------------------------- the guest's memory
 
     def read(self, gpa: int, size: int) -> bytes | None:
@@ -103,25 +107,25 @@ class Machine(oracle.Machine):
     # ------------------------------------------------------------------------------------------------- routes to SINTs
 
     def set_gsi_routing(self, routes: list[tuple[str, int, int, int]]) -> None:
-        self.routes = {}
-        for _, gsi, vp, sint in routes:
-            self.routes.setdefault(gsi, []).append((vp, sint))
+        self.routes = {gsi: (vp, sint) for _, gsi, vp, sint in routes}
 
     def irq_line(self, gsi: int, level: int) -> int:
-        """KVM_IRQ_LINE_STATUS: the sum of what the routes that could be served say, or -1."""
+        """KVM_IRQ_LINE_STATUS: what the route says, or -1 where nobody is raised."""
         self.log(f"kvm_set_irq: gsi {gsi} level {level} source 0")
-        served = [self._raise(vp, sint) for vp, sint in self.routes.get(gsi, []) if level]
-        served = [status for status in served if status >= 0]
-        return sum(served) if served else -1
-
-    def _raise(self, vp: int, sint: int) -> int:
+        if not level or gsi not in self.routes:
+            return -1
+        vp, sint = self.routes[gsi]
         vcpu = self.by_vp_index(vp)
-        return -EINVAL if vcpu is None or not vcpu.synic else vcpu.raise_sint(sint)
+        return -1 if vcpu is None or not vcpu.synic else max(vcpu.raise_sint(sint), -1)
 
     def by_vp_index(self, vp: int) -> Vcpu | None:
         """The vCPU that was created with this index if it still has it, else the first one that has it."""
         first = self.vcpus[vp : vp + 1]
         return next((v for v in [*first, *self.vcpus] if v.vp_index == vp), None)
+
+    def log_done(self, status: int) -> None:
+        if self.generation >= self.at("5.15"):
+            self.log(f"kvm_hv_hypercall_done: result {status:#x}")
 
     def send_to_vps(self, vector: int, wanted: set[int] | None) -> None:
         irq = Irq(vector, r.DM_FIXED, False, False, False, r.SH_NONE, 0)
@@ -303,12 +307,22 @@ class Vcpu(oracle_apic.Vcpu):
         self.pv_eoi_offered = False
         self.hyperv_exit: tuple[int, ...] | None = None
         self.hypercall_asked = False
+        self.real_mode = self.real_mode_before_smm = False
         super().__init__(machine, apic_id, index)
         self.thread = HypervLoop(self)
 
     def _reset(self, *, init: bool) -> None:
+        self.real_mode |= init
         self.pv_eoi_offered = False
         super()._reset(init=init)
+
+    def enter_smm(self) -> None:
+        self.real_mode_before_smm, self.real_mode = self.real_mode, True
+        super().enter_smm()
+
+    def rsm(self) -> None:
+        super().rsm()
+        self.real_mode = self.real_mode_before_smm
 
     def denies(self, feature: h.HvFeature) -> bool:
         """The guest's CPUID lacks what it asks for, and that counts."""
@@ -474,15 +488,23 @@ class Vcpu(oracle_apic.Vcpu):
         vector, masked = value & 0xFF, value & h.HV_SINT_MASKED
         if vector < 16 and not host and not masked:
             return False
+        before = self.sints[sint] & 0xFF
         self.sints[sint] = value
-        had = bool(self.auto_eoi)
-        unmasked = [one for one in self.sints if not one & h.HV_SINT_MASKED and one & 0xFF >= 16]
-        self.connected = {one & 0xFF for one in unmasked}
-        self.auto_eoi = {one & 0xFF for one in unmasked if one & h.HV_SINT_AUTO_EOI}
-        if self.m.auto_eoi_inhibits and had != bool(self.auto_eoi):
-            self.m.inhibit(r.Inhibit.HYPERV, any(v.auto_eoi for v in self.m.vcpus))
+        for changed in (before, vector):
+            if changed >= 16:
+                self._look_again_at(changed)
         self.request("SCAN_IOAPIC")
         return True
+
+    def _look_again_at(self, vector: int) -> None:
+        """One vector at a time: auto-EOI that moves to another vector is given up for a moment."""
+        having = [one for one in self.sints if not one & h.HV_SINT_MASKED and one & 0xFF == vector]
+        had = bool(self.auto_eoi)
+        (self.connected.add if having else self.connected.discard)(vector)
+        automatic = any(one & h.HV_SINT_AUTO_EOI for one in having)
+        (self.auto_eoi.add if automatic else self.auto_eoi.discard)(vector)
+        if self.m.auto_eoi_inhibits and had != bool(self.auto_eoi):
+            self.m.inhibit(r.Inhibit.HYPERV, any(v.auto_eoi for v in self.m.vcpus))
 
     def raise_sint(self, sint: int) -> int:
         """Accepting APICs, or the error for which the SINT cannot be raised."""
@@ -580,7 +602,7 @@ class Vcpu(oracle_apic.Vcpu):
     def complete_hypercall(self, status: int) -> int:
         """User space has the result; the next KVM_RUN hands it to the guest."""
         self.hypercall_asked = False
-        self.m.log(f"kvm_hv_hypercall_done: result {status:#x}")
+        self.m.log_done(status)
         self.thread.skip(INSN_LEN["vmcall"])
         return status
 
@@ -604,6 +626,9 @@ class HypervLoop(RunLoop):
     def hv_hypercall(self, control: int, input: int, output: int, xmm: tuple[int, ...]) -> tuple[Result, int | None]:
         """The status that the guest finds, None where it finds an exception or where user space is asked."""
         self.out()
+        if self.v.real_mode:
+            self.v.queue_exception(UD)
+            return self._finish(Result(fault=True)), None
         call = Call(control, input, output, [*xmm, *[0] * 12][:12], self.m)
         self.m.log(call.line())
         status = self._status(call)
@@ -614,8 +639,7 @@ class HypervLoop(RunLoop):
                 return self._finish(Result(user=KvmExit.HYPERV)), None
             self.v.queue_exception(UD)
             return self._finish(Result(fault=True)), None
-        if self.m.generation >= self.m.at("5.15"):
-            self.m.log(f"kvm_hv_hypercall_done: result {status:#x}")
+        self.m.log_done(status)
         self.skip(INSN_LEN["vmcall"])
         return self._finish(Result()), status
 

@@ -79,10 +79,14 @@ class HypervPair(Pair):
         for i, (model, vcpu) in enumerate(zip(self.model.vcpus, self.machine.vcpus, strict=True)):
             for msr in MSRS:
                 self.same(vcpu.get_msr(msr), model.get_msr(msr), f"vCPU {i} MSR {msr:#x}")
-        self.same(self.machine.inhibits, self.model.inhibits, "inhibits")
+        if self.machine.apicv:
+            self.same(self.machine.inhibits, self.model.inhibits, "inhibits")
 
-    def hv_hypercall(self, i: int, *registers: Any) -> tuple[Any, Any]:
+    def hv_hypercall(self, i: int, real_mode: bool, *registers: Any) -> tuple[Any, Any]:
+        if not self.model.takes_hypercalls():
+            raise ValueError("a call of KVM's own")
         model, vcpu = self.model.vcpus[i], self.machine.vcpus[i]
+        model.real_mode = vcpu.real_mode = real_mode
         self.model.running = model
         result, status = model.hv_hypercall(*registers)
         want = hypercall_words(result, status)
@@ -108,8 +112,7 @@ class HypervPair(Pair):
         return self.model.irq_line(gsi, level), self.machine.irq_line(gsi, level)
 
     def routes(self) -> tuple[None, None]:
-        table = [("hv_sint", 40 + 16 * vp + sint, vp, sint) for vp in range(5) for sint in range(17)]
-        table += [("hv_sint", 200, 0, 2), ("hv_sint", 200, 1, 3)]
+        table = [("hv_sint", 40 + 17 * vp + sint, vp, sint) for vp in range(5) for sint in range(17)]
         for side in (self.model, self.machine):
             side.set_gsi_routing(table)
         return None, None
@@ -120,8 +123,9 @@ class HypervPair(Pair):
             side.vcpus[i].enable_synic(version)
         return None, None
 
-    def poke(self, gpa: int, data: bytes) -> tuple[None, None]:
+    def poke(self, gpa: int, text: str) -> tuple[None, None]:
         """The guest writes its memory."""
+        data = bytes.fromhex(text)
         self.model.memory[gpa : gpa + len(data)] = data
         self.machine.guest_memory[gpa : gpa + len(data)] = data
         return None, None
@@ -149,30 +153,29 @@ NO_PAGES = (MEMORY, 1 << 40, (1 << 64) - 4096)
 
 def page(rng: random.Random) -> int:
     """What enables a page, mostly one that is there."""
-    frame = rng.choice(PAGES) if chance(rng, 0.85) else rng.choice(NO_PAGES)
-    return frame | (1 if chance(rng, 0.8) else 0) | (rng.randrange(0x800) << 1 if chance(rng, 0.2) else 0)
+    frame = rng.choice(PAGES) if chance(rng, 0.9) else rng.choice(NO_PAGES)
+    return frame | (1 if chance(rng, 0.9) else 0) | (rng.randrange(0x800) << 1 if chance(rng, 0.2) else 0)
 
 
 def sint_value(rng: random.Random) -> int:
-    value = rng.choice((rng.randrange(0x40, 0x60), rng.randrange(0x40, 0x60), rng.randrange(256), rng.randrange(16)))
-    for bit in (h.HV_SINT_MASKED, h.HV_SINT_AUTO_EOI, h.HV_SINT_POLLING, 1 << 40):
-        if chance(rng, 0.3 if bit != 1 << 40 else 0.05):
-            value |= bit
+    value = rng.choice((*[rng.randrange(0x40, 0x60)] * 4, rng.randrange(256), rng.randrange(16)))
+    for bit, often in ((h.HV_SINT_MASKED, 0.15), (h.HV_SINT_AUTO_EOI, 0.4), (h.HV_SINT_POLLING, 0.2), (1 << 40, 0.05)):
+        value |= bit if chance(rng, often) else 0
     return value
 
 
 def stimer_config(rng: random.Random) -> int:
-    value = rng.randrange(16) if chance(rng, 0.5) else 1
+    value = rng.choice((1, 1, 3, 9, 11, rng.randrange(16)))
     if chance(rng, 0.4):
         return value | h.HV_STIMER_DIRECT | rng.choice((rng.randrange(0x40, 0x60), rng.randrange(256))) << 4
     return value | rng.randrange(4) << h.HV_STIMER_SINT_SHIFT
 
 
 def stimer_count(rng: random.Random, now: int) -> int:
-    return rng.choice((0, 1, 7, now, now + 1, now + 300, now + 10_000, 500, 20_000, 1 << 30))
+    return rng.choice((0, 7, now, now + 1, now + 50, now + 300, now + 3_000, 200, 500, 20_000, 1 << 30))
 
 
-def value_of(rng: random.Random, model: oh.Machine, msr: int) -> int:
+def value_of(rng: random.Random, model: oh.Machine, sender: oh.Vcpu, msr: int) -> int:
     """A value that matters for one of the MSRs."""
     if msr in oh.SINT_MSRS:
         return sint_value(rng)
@@ -180,10 +183,11 @@ def value_of(rng: random.Random, model: oh.Machine, msr: int) -> int:
         return stimer_count(rng, model.reference()) if msr & 1 else stimer_config(rng)
     if msr == h.MSR_HV_ICR:
         vector = rng.randrange(0x40, 0x60)
-        target = rng.randrange(len(model.vcpus) + 1)
+        target = rng.choice(model.vcpus).id
         if chance(rng, 0.3):
             return s.icr(rng, model)
-        return target << rng.choice((32, 56)) | vector | (1 << 12 if chance(rng, 0.2) else 0)
+        shift = (32 if sender.x2apic else 56) if chance(rng, 0.8) else rng.choice((32, 56))
+        return (target << shift & (1 << 64) - 1) | vector | (1 << 12 if chance(rng, 0.2) else 0)
     if msr == h.MSR_HV_TPR:
         return rng.choice((0, 0, 0x20, 0x4F, 0x1F0, 1 << 32))
     if msr == h.MSR_HV_EOI:
@@ -200,28 +204,27 @@ def value_of(rng: random.Random, model: oh.Machine, msr: int) -> int:
 
 
 WEIGHTS = {
-    h.MSR_HV_EOI: 8,
+    h.MSR_HV_EOI: 14,
     h.MSR_HV_ICR: 10,
-    h.MSR_HV_TPR: 4,
+    h.MSR_HV_TPR: 3,
     h.MSR_HV_VP_ASSIST_PAGE: 4,
-    h.MSR_HV_EOM: 4,
-    h.MSR_HV_SIMP: 3,
-    h.MSR_HV_GUEST_OS_ID: 0.3,
-    h.MSR_HV_RESET: 0.3,
-    **dict.fromkeys(list(oh.SINT_MSRS)[:4], 4),
-    **dict.fromkeys(list(oh.STIMER_MSRS)[:4], 4),
+    h.MSR_HV_EOM: 5,
+    h.MSR_HV_SIMP: 2,
+    **dict.fromkeys(list(oh.SINT_MSRS)[:4], 3),
+    **dict.fromkeys(list(oh.STIMER_MSRS)[:4], 5),
 }
+"""Of the rest each has 0.3: most of them are dull, or leave little to do afterwards."""
 
 
 def msr_op(rng: random.Random, model: oh.Machine) -> Op:
     """A read or write by the guest or by user space."""
     i = rng.randrange(len(model.vcpus))
     known = sorted(oh.NEEDS)
-    msr = rng.choices(known, [WEIGHTS.get(msr, 1) for msr in known])[0]
+    msr = rng.choices(known, [WEIGHTS.get(msr, 0.3) for msr in known])[0]
     by_guest = chance(rng, 0.7)
     if chance(rng, 0.15):
         return ("guest_rdmsr" if by_guest else "get_msr", i, msr)
-    return ("guest_wrmsr" if by_guest else "set_msr", i, msr, value_of(rng, model, msr))
+    return ("guest_wrmsr" if by_guest else "set_msr", i, msr, value_of(rng, model, model.vcpus[i], msr))
 
 
 def control_word(rng: random.Random, code: int, banks: int) -> int:
@@ -258,66 +261,100 @@ def hypercall_op(rng: random.Random, model: oh.Machine) -> Op:
         block, fast = (0, 0), (rng.choice((0, 1 << 40)), 0, ())
     if code == 0x5D:
         control |= h.HV_CALL_FAST
+    real_mode = chance(rng, 0.05)
     if control & h.HV_CALL_FAST:
-        return ("hv_hypercall", i, control, *fast)
-    data = b"".join(word.to_bytes(8, "little") for word in block)
-    if gpa < MEMORY:
-        model.next_op = ("hv_hypercall", i, control, gpa, 0, ())
-        return ("poke", gpa, data[: MEMORY - gpa])
-    return ("hv_hypercall", i, control, gpa, 0, ())
+        return ("hv_hypercall", i, real_mode, control, *fast)
+    call = ("hv_hypercall", i, real_mode, control, gpa, 0, ())
+    if gpa >= MEMORY:
+        return call
+    model.next_op = call
+    return ("poke", gpa, b"".join(word.to_bytes(8, "little") for word in block)[: MEMORY - gpa].hex())
 
 
 def poke_op(rng: random.Random, model: oh.Machine) -> Op:
     """The guest empties a message slot, fills one, or takes PV EOI."""
-    vcpu = rng.choice(model.vcpus)
-    if vcpu.pv_eoi_offered and chance(rng, 0.7):
-        return ("poke", vcpu.pv_eoi_msr & ~1, b"\x00")
+    offered = [vcpu for vcpu in model.vcpus if vcpu.pv_eoi_offered]
+    vcpu = rng.choice(offered or model.vcpus)
+    if offered and chance(rng, 0.8):
+        return ("poke", vcpu.pv_eoi_msr & ~1, "00")
     base = vcpu.simp // 4096 * 4096
-    base = base if base < MEMORY else rng.choice(PAGES)
+    base = base if 0 < base < MEMORY else rng.choice(PAGES)
     slot = base + rng.randrange(4) * h.HV_MESSAGE_BYTES
-    return ("poke", slot, bytes(8) if chance(rng, 0.8) else b"\x01" + bytes(7))
+    return ("poke", slot, ("00" if chance(rng, 0.8) else "01") + "00" * 7)
 
 
 def line_op(rng: random.Random, model: oh.Machine) -> Op:
-    return ("irq_line", rng.choice((rng.randrange(40, 108), 40 + rng.randrange(4), 200, 7)), int(chance(rng, 0.9)))
+    used = 40 + 17 * rng.randrange(len(model.vcpus)) + rng.randrange(4)
+    return ("irq_line", used if chance(rng, 0.85) else rng.choice((7, rng.randrange(40, 125))), int(chance(rng, 0.95)))
 
 
 def time_op(rng: random.Random, model: oh.Machine) -> Op:
-    after = model.next_timer()
-    steps = [model.now + rng.choice((50, 100, 5_000, 100_000, 3_000_000))]
-    if after is not None and after < model.now + 10_000_000_000:
-        steps += [after, after + 1, after + 250_000]
-    return ("set_time", max(model.now, rng.choice(steps)))
+    """The clock goes on, mostly to where a timer is due; and the vCPU whose it is may come out of its guest."""
+    clocks = [(when, v.index) for v in model.vcpus for when, _ in v.clocks() if when < model.now + 10_000_000_000]
+    if not clocks or chance(rng, 0.3):
+        return ("set_time", model.now + rng.choice((50, 100, 5_000, 100_000, 3_000_000)))
+    when, i = min(clocks)
+    if chance(rng, 0.6):
+        model.next_op = ("host_interrupt", i)
+    return ("set_time", max(model.now, when + rng.choice((0, 0, 1, 40_000, 250_000))))
 
 
-OWN_OPS: dict[str, tuple[float, Callable[[random.Random, oh.Machine], Op]]] = {
-    "MSRs": (6, msr_op),
+def interrupts_op(rng: random.Random, model: oh.Machine) -> Op:
+    """The guest takes interrupts or not; where APICv does that, it is not asked for."""
+    i = rng.randrange(len(model.vcpus))
+    return ("host_interrupt", i) if model.apicv else ("interrupts", i, chance(rng, 0.85))
+
+
+OPS_OF_A_LIFE: dict[str, tuple[float, Callable[[random.Random, oh.Machine], Op]]] = {
+    "MSRs": (8, msr_op),
     "hypercalls": (2, hypercall_op),
-    "memory": (1.5, poke_op),
-    "lines": (1, line_op),
-    "time": (1.5, time_op),
+    "memory": (3, poke_op),
+    "lines": (2, line_op),
+    "time": (3, time_op),
+    "interrupts": (1, interrupts_op),
+    "exits": (3, s.exit_op),
+    "IPIs": (1, s.ipi_op),
+    "registers": (0.4, s.guest_op),
+    "runs": (0.4, s.run_op),
+    "switches": (0.2, s.switch_op),
 }
-BASE_OPS = ("registers", "exits", "exits", "exits", "IPIs", "switches", "switches")
 
 
 def next_op(rng: random.Random, model: oh.Machine) -> Op:
     if model.next_op is not None:
         op, model.next_op = model.next_op, None
-    elif chance(rng, 0.65):
-        names = list(OWN_OPS)
-        name = rng.choices(names, [OWN_OPS[one][0] for one in names])[0]
-        op = OWN_OPS[name][1](rng, model)
+    elif any(vcpu.pv_eoi_offered for vcpu in model.vcpus) and chance(rng, 0.25):
+        op = poke_op(rng, model)
     else:
-        op = s.lively_op(rng, model, BASE_OPS)
+        draws = list(OPS_OF_A_LIFE.values())
+        op = rng.choices(draws, [weight for weight, _ in draws])[0][1](rng, model)
     if op[0] in (*s.GUEST_OPS, "hv_hypercall", "run"):
         vcpu = model.vcpus[op[1]]
         if vcpu.hypercall_asked:
             return ("complete_hypercall", op[1], rng.choice((0, 3, 1 << 32)))
         if op[0] != "run" and vcpu.mp_state != r.MP_RUNNABLE:
             return s.run_of(model, op[1]) if chance(rng, 0.5) else ("set_mp_state", op[1], r.MP_RUNNABLE)
-        if op[0] == "hv_hypercall" and not model.os_id:
+        if op[0] == "hv_hypercall" and not model.takes_hypercalls():
             return ("set_msr", op[1], h.MSR_HV_GUEST_OS_ID, 1)
     return op
+
+
+def boot(rng: random.Random, model: oh.Machine) -> list[Op]:
+    """What most guests do before they live: APICs on, SynIC and its pages, the assist page, interrupts on."""
+    ops = [("boot_x2apic",)] if model.x2apic and chance(rng, 0.7) else list(s.setup_ops(rng, model))
+    ops += [("routes",), ("set_msr", 0, h.MSR_HV_GUEST_OS_ID, 1)]
+    for i in range(len(model.vcpus)):
+        if chance(rng, 0.5):
+            ops.append(("set_msr", i, h.MSR_HV_VP_ASSIST_PAGE, PAGES[i] | 1))
+        if chance(rng, 0.9):
+            ops.append(("enable_synic", i, rng.choice((1, 2))))
+            ops.append(("set_msr", i, h.MSR_HV_SIMP, rng.choice(PAGES) | 1))
+            ops += [("set_msr", i, h.MSR_HV_SINT0 + sint, sint_value(rng)) for sint in range(4)]
+        if not (model.x2apic or model.vcpus[i].x2apic) and chance(rng, 0.8):
+            ops.append(("mmio_write", i, r.APIC_SPIV, 0x1FF, 4))
+        if not model.apicv and chance(rng, 0.8):
+            ops.append(("interrupts", i, True))
+    return ops
 
 
 def settle(pair: HypervPair) -> None:
@@ -333,13 +370,8 @@ def live(life: Life, rng: random.Random, *, close: bool, threads: bool) -> None:
     pair = HypervPair(life, close=close, threads=threads)
     pair.model.next_op = None
     try:
-        for op in s.setup_ops(rng, pair.model):
+        for op in boot(rng, pair.model):
             pair.step(op)
-        pair.step(("routes",))
-        pair.step(("set_msr", 0, h.MSR_HV_GUEST_OS_ID, 1))
-        for i in range(len(pair.model.vcpus)):
-            if chance(rng, 0.8):
-                pair.step(("enable_synic", i, rng.choice((1, 2))))
         for _ in range(OPS):
             pair.step(next_op(rng, pair.model))
             if not close and chance(rng, 0.04):

@@ -172,7 +172,9 @@ def test_hv_trap_04_the_icr_is_never_fast(kernel: str, vendor: str) -> None:
     """No generation's fast path looks at this MSR, whatever it does with 0x830."""
     m = windows(kernel=kernel, vendor=vendor)
     out = m.vcpus[0].wrmsr(h.MSR_HV_ICR, fx.icr(dest=1, vector=0x51))
-    assert (out.path, out.completion, out.refusal) == (fx.Path.SLOW, fx.Fastpath.NONE, fx.Refusal.MSR)
+    assert (out.path, out.completion) == (fx.Path.SLOW, fx.Fastpath.NONE)
+    seed_on_amd = kernel == "seed-v3" and vendor == "svm"
+    assert out.refusal is (fx.Refusal.SVM_EXIT_CODE if seed_on_amd else fx.Refusal.MSR)
     assert receivers(m, 0x51) == {1}
 
 

@@ -33,7 +33,7 @@ class WindowsProgram:
         self.v = vcpu
         self.memory = memory
         self.exits: Exits = []
-        self.answer = 0
+        self.answer: int = 0
 
     def run(self, op: Op) -> Any:
         """Carries out an operation: what it came to."""
@@ -104,7 +104,7 @@ class WindowsProgram:
     def hypercall(self, control: int, given: int, output: int, xmm: bytes, narrow: bool, answer: int) -> Any:
         """VMMCALL: what RAX (of 32-bit code EDX:EAX) is then, or "#UD"."""
         self._enter()
-        self.answer: int = answer
+        self.answer = answer
         v = self.v
         registers = {"rax": NO_SUCH_CALL, "rcx": control, "rdx": given, "r8": output}
         if narrow:
