@@ -102,6 +102,11 @@ def test_replay_reports(capsys: pytest.CaptureFixture[str], small_trace: Path) -
     assert "Taken fast, by kernel generation" in capsys.readouterr().out
 
 
+def test_replay_reports_the_kernels_that_are_asked_for(capsys: pytest.CaptureFixture[str], small_trace: Path) -> None:
+    report = run_json(capsys, "replay", str(small_trace), "--kernels", "5.8,6.18")
+    assert [g["kernel"] for vm in report["vms"] for g in vm["fast_path"]] == ["5.8", "6.18"]
+
+
 def test_replay_with_a_mismatch_ends_with_1(
     capsys: pytest.CaptureFixture[str], small_trace: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +171,7 @@ def test_replay_draws(capsys: pytest.CaptureFixture[str], small_trace: Path, tmp
         (["walk", "--mode", ""], "unknown delivery mode ''"),
         (["replay", "t", "--mismatches", "some"], "'some' is neither a number from 0 on nor 'all'"),
         (["replay", "t", "--mismatches", "-1"], "'-1' is neither a number from 0 on nor 'all'"),
+        (["replay", "t", "--kernels", "5.8,,6.18"], "has an empty name"),
         (["replay", "t", "--hv-timer", "maybe"], "invalid choice: 'maybe'"),
         (["play"], "invalid choice: 'play'"),
         (["wlak"], "did you mean walk?"),

@@ -143,7 +143,7 @@ class GuestVcpu:
         If the trace says another one, the model follows it: what it has above that is dropped, what it has below stays.
         """
         v = self.v
-        first = found = v.ack()
+        first = found = self._ack()
         if found == vector:
             return v.eoi()
         while found is not None:
@@ -152,8 +152,15 @@ class GuestVcpu:
                 self._guest.raise_irq(v.vcpu_id, found)
             if found <= vector:
                 break
-            found = v.ack()
+            found = self._ack()
         return first
+
+    def _ack(self) -> int | None:
+        """The next interrupt that goes into service; those that end by themselves never show an EOI."""
+        found = self.v.ack()
+        while found is not None and self._hyperv is not None and self._hyperv.ends_itself(found):
+            found = self.v.ack()
+        return found
 
     def inject(self, vector: int) -> None:
         self.v.ack()
@@ -232,7 +239,7 @@ class GuestVcpu:
         if access.door is not None:
             return access.door
         if not self.x2apic:
-            return Door.SYNTHETIC if access.value >> 32 else Door.PAGE
+            return Door.SYNTHETIC if access.traced and access.value >> 32 else Door.PAGE
         return Door.UNTOLD if self._guest.windows and not self._guest.recorded.msrs else Door.X2APIC
 
     # ------------------------------------------------------------------------------------------------------------ IPIs

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from fastexit import hyperv as HV
+from fastexit import layout as L
 from fastexit.trace.events import ACTED, Event
 from fastexit.vcpu import Vcpu
 
@@ -46,6 +47,11 @@ class HypervLines:
         trace = self._guest.machine.trace
         trace.clear()
         trace.enable()
+
+    def ends_itself(self, vector: int) -> bool:
+        """Whether a SINT with auto-EOI has the vector."""
+        row = L.HV + self._v.index * L.HV_STRIDE + L.HV_AUTO_EOI
+        return bool(self._guest.machine.mem[row + (vector >> 6)] >> (vector & 63) & 1)
 
     def _predicted(self) -> list[Line]:
         """What the model printed since, of the lines that were recorded at all."""
