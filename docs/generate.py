@@ -127,6 +127,7 @@ SECTIONS = {
         "vmx": verified.vmx,
         "mutants": verified.mutants,
         "faults": verified.faults,
+        "planted": verified.planted,
     },
 }
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastexit.traits import Trait
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "verified.json"
 
@@ -163,21 +165,45 @@ def faults() -> str:
     if not table:
         return "No run is kept yet: `python tests/trait_faults.py`."
     found = {told["trait"]: told for told in table["tried"] if told["found"]}
-    open_ = sorted({told["trait"] for told in table["tried"]} - set(found) - set(table["beyond"]))
+    beyond = {name: why for name, why in table["beyond"].items() if name not in found}
+    open_ = sorted({trait.name or "" for trait in Trait} - set(found) - set(beyond))
     last = max(told["operations"] for told in found.values())
     rows = [
         f"{len(found)} traits were noticed, the last after {last:,} operations. "
-        f"{len(table['beyond'])} are beyond this lab. "
-        f"Not noticed: {', '.join(f'`{name}`' for name in open_) or 'none'}.",
+        f"{len(beyond)} are beyond the labs. "
+        f"Not noticed yet: {', '.join(f'`{name}`' for name in open_) or 'none'}.",
         "",
-        "| trait | kernel | found by | after operations |",
-        "|---|---|---|---|",
+        "| trait | kernel | judge | found by | after operations |",
+        "|---|---|---|---|---|",
     ]
     for told in found.values():
         traced = ", traced" if told["traced"] else ""
-        rows.append(f"| `{told['trait']}` | {told['kernel']} | {told['kind']}{traced} | {told['operations']:,} |")
-    rows += ["", "| beyond this lab | it would take |", "|---|---|"]
-    rows += [f"| `{name}` | {why} |" for name, why in table["beyond"].items() if name not in found]
+        rows.append(
+            f"| `{told['trait']}` | {told['kernel']} | {told['judge']} | {told['kind']}{traced} "
+            f"| {told['operations']:,} |"
+        )
+    rows += ["", "| beyond the labs | it would take |", "|---|---|"]
+    rows += [f"| `{name}` | {why} |" for name, why in beyond.items()]
+    return "\n".join(rows)
+
+
+def planted() -> str:
+    """What became of each fault of mutants.diff before a kernel of the lab."""
+    table = kept().get("planted")
+    if not table:
+        return "No run is kept yet: `python tests/lab_mutants.py`."
+    found = {told["what"]: told for told in table if told["found"]}
+    missed = {told["what"]: told for told in table if told["what"] not in found}
+    last = max(told["operations"] for told in found.values())
+    rows = [
+        f"{len(found)} of {len(found) + len(missed)} faults were found, the last after {last:,} operations.",
+        "",
+        "| trap | fault | kernel | found by | after operations |",
+        "|---|---|---|---|---|",
+    ]
+    for told in [*found.values(), *missed.values()]:
+        kind = f"{told['kind']}{', traced' if told['traced'] else ''}" if told["found"] else "nobody yet"
+        rows.append(f"| {told['trap']} | {told['what']} | {told['kernel']} | {kind} | {told['operations']:,} |")
     return "\n".join(rows)
 
 
@@ -200,7 +226,9 @@ def main() -> None:
     for one in read:
         if "beyond" in one:
             known["faults"] = one
-    read = [one for one in read if "beyond" not in one]
+        elif "planted" in one:
+            known["planted"] = one["planted"]
+    read = [one for one in read if "beyond" not in one and "planted" not in one]
     programs = [one for one in read if is_vmx(one)]
     if programs:
         known["vmx"] = sorted(programs, key=_order)
