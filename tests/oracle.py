@@ -109,9 +109,9 @@ class Machine:
         self.boot_cpu_id = boot_cpu_id
         self.user_space_msr = 0
         self.msr_filter: tuple[bool, list[MsrRange]] | None = None
-        self.cr8_follows_ppr = generation == self.at("6.12") or generation >= self.at("7.3")
-        self.cr8_follows_avic = generation == self.at("6.1") or generation >= self.at("6.12")
-        self.avic_keeps_v_tpr = generation < self.at("5.10") or kernel in ("5.15", "6.6", "6.8")
+        self.cr8_follows_ppr = generation >= self.at("6.12")
+        self.cr8_follows_avic = generation >= self.at("6.1") and generation != self.at("6.8")
+        self.avic_keeps_v_tpr = generation < self.at("5.10") or generation == self.at("6.8")
         self.apicv = apicv
         self.inhibits: set[r.Inhibit] = set()
         self.inhibits_by_guest = generation >= self.at("6.1")
@@ -168,7 +168,7 @@ class Machine:
 
     def _inhibits_that_count(self) -> set[r.Inhibit]:
         reasons = {r.Inhibit.PHYSICAL_ID_TOO_BIG} if self.svm and not self.avic_refuses_ids else set()
-        if self.svm and self.at("5.8") <= self.generation < self.at("6.1"):
+        if self.svm and self.at("5.7") <= self.generation < self.at("6.1"):
             reasons.add(r.Inhibit.X2APIC)
         if self.generation >= self.at("5.6"):
             reasons |= INHIBITS_OF_5_6 | (INHIBITS_OF_5_6_SVM if self.svm else set())

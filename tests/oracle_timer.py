@@ -61,7 +61,7 @@ class Timer:
 
     def _skips(self) -> bool:
         """Periods that are over are forgotten; older stable kernels took that over."""
-        return self._switched("5.10", "6.6", "6.12")
+        return self._switched("5.10", "6.8", "6.12")
 
     def _ns(self, ticks: int) -> int:
         return ticks * self.m.bus_cycle_ns * self.divide
@@ -313,7 +313,7 @@ class Timer:
         """Whether APICv takes a tick of the vCPU's own thread; an ioctl is not its thread's run."""
         if not self.v.apicv or not self._since("5.8"):
             return False
-        return self.v.thread.in_kvm_run or not self._switched("6.1", "6.6", "6.12", "6.18", "7.3")
+        return self.v.thread.in_kvm_run or not self._switched("6.1", "6.8", "6.12")
 
     def deliver(self) -> None:
         """The tick becomes LVTT's interrupt, if that is not masked."""
