@@ -344,9 +344,11 @@ def test_wake_up_of_a_one_shot_that_is_over(kernel: str, apicv: bool) -> None:
     assert told == OFF * restarts + ["kvm_apic_accept_irq: apicid 0"] * (1 + restarts)
 
 
-@pytest.mark.parametrize(("release", "restarts"), [("5.15.1", True), ("5.15.150", False), ("5.15", False)])
+@pytest.mark.parametrize(
+    ("release", "restarts"), [("5.15.1", True), ("5.15.106", False), ("5.15", False), ("5.16", True)]
+)
 def test_release_that_restarts_at_a_wake_up(release: str, restarts: bool) -> None:
-    """KVM: VMX: Move preemption timer <=> hrtimer dance to common x86: 5.17, and in 5.15.150's vcpu_block."""
+    """KVM: VMX: Move preemption timer <=> hrtimer dance to common x86: 5.17, and 5.15.106's vcpu_block."""
     assert wakes(booted(release))[:1] == (OFF if restarts else ["kvm_apic_accept_irq: apicid 0"])
 
 

@@ -315,9 +315,9 @@ PROFILES: dict[str, Profile] = {
             stable=(
                 Stable("5.15.12", added=_T.PI_NOTIFIES_SELF),
                 Stable("5.15.96", added=_T.SVM_NEXT_RIP),
+                Stable("5.15.106", removed=_T.WAKE_RESTARTS_TIMER),
                 Stable("5.15.116", added=_T.REENTRY_COUNTED),
                 Stable("5.15.137", added=_T.LVTPC_MASKED),
-                Stable("5.15.150", removed=_T.WAKE_RESTARTS_TIMER),
                 Stable("5.15.157", added=_T.LVTPC_KEPT_ON_AMD),
                 Stable("5.15.194", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("5.15.198", added=_T.TIMER_NO_CATCH_UP),
@@ -326,7 +326,7 @@ PROFILES: dict[str, Profile] = {
             later=(
                 Stable(
                     "5.16",
-                    added=_T.V_TPR_KEPT_BY_AVIC,
+                    added=_T.V_TPR_KEPT_BY_AVIC | _T.WAKE_RESTARTS_TIMER,
                     removed=_T.SVM_NEXT_RIP
                     | _T.REENTRY_COUNTED
                     | _T.LVTPC_MASKED
