@@ -275,6 +275,17 @@ def test_without_apicv_who_waits_with_interrupts_off_lets_the_host_in() -> None:
         assert opened not in vmxcode.program(0, steps, vmxrun.way(Setup(apicv=apicv)))
 
 
+def test_both_kinds_of_timers_are_drawn() -> None:
+    kinds: set[Any] = set()
+    for seed in range(40):
+        rng = random.Random(seed)
+        setup = vmxdraw.setup(rng, apicv=True, x2apic=True)
+        steps, _ = vmxdraw.program(rng, setup, "6.12")
+        kinds |= {step.kind if step.kind != "wrmsr" else step.args[0] for step in steps}
+    assert {"deadline", "spend", X2 + (R.APIC_TMICT >> 4)} <= kinds
+    assert vmxcompare.left_alone(Step(0, "rdmsr", (X2 + (R.APIC_TMCCT >> 4),)))
+
+
 @pytest.mark.parametrize("x2apic", [True, False])
 @pytest.mark.parametrize("apicv", [True, False])
 def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
@@ -450,6 +461,24 @@ def test_an_unknown_vendor_and_avic_are_refused(counted: kernels.Kernel) -> None
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.long
+def test_a_one_shot_that_is_over_ticks_at_each_wake_up_of_5_10() -> None:
+    """vmx_post_block: the kernel itself says so."""
+    try:
+        lab = vmx.VmxLab("5.10", apicv=False)
+    except OSError as missing:
+        pytest.skip(str(missing))
+    setup = Setup(2, apicv=False)
+    timer = [(R.APIC_LVTT, 0xEC), (R.APIC_TDCR, vmxdraw.BY_ONE), (R.APIC_TMICT, 8_000_000)]
+    steps = [Step(0, "sti"), *(Step(0, "wrmsr", (X2 + (offset >> 4), value)) for offset, value in timer)]
+    steps += [Step(1, "spend", (vmxdraw.SPENT,))]
+    for vector in (0x41, 0x51):
+        steps += [Step(0, "halt"), Step(1, "wrmsr", (R.MSR_X2APIC_ICR, R.icr(0, vector)))]
+    assert [vector for _, vector in vmx.played(setup, steps, "5.10").seen.notes[0]] == [0xEC, 0xEC, 0x41, 0xEC, 0x51]
+    with lab:
+        assert lab.run(setup, steps) == []
 
 
 @pytest.mark.long

@@ -10,12 +10,14 @@ from typing import Any
 
 from fastexit import regs as R
 from fastexit.kvm.lab.vmxcode import OPEN
-from fastexit.kvm.lab.vmxmodel import Player, Setup
+from fastexit.kvm.lab.vmxmodel import TSC_KHZ, Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
 
 STEPS = 16
 DEADLINE, SPENT = 400_000, 700_000
 """Ticks; a deadline is far enough for the steps before its end to be over."""
+BY_ONE = 0xB
+"""TDCR: the timer counts once a nanosecond."""
 X2 = R.MSR_X2APIC_BASE
 READABLE = (0x02, 0x03, 0x08, 0x0A, 0x0D, 0x0F, 0x28, 0x2F, 0x30, 0x32, 0x33, 0x34, 0x35, 0x36, 0x37, 0x38, 0x3E)
 VECTORED = tuple(range(0x10, 0x28))
@@ -92,12 +94,19 @@ def _ipi(rng: random.Random, made: Setup, i: int) -> Step:
 
 
 def _timer(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[Step]:
-    """A deadline on vCPU i, which may sleep, and time that passes on another, or on itself."""
+    """A deadline or a one-shot on vCPU i, which may sleep, and time that passes on another, or on itself."""
     vector = _vector(rng)
-    steps = [
-        Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | vector)),
-        Step(i, "deadline", (DEADLINE,)),
-    ]
+    if rng.random() < 0.5:
+        steps = [
+            Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | vector)),
+            Step(i, "deadline", (DEADLINE,)),
+        ]
+    else:
+        steps = [
+            Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), vector)),
+            Step(i, "wrmsr", (X2 + (R.APIC_TDCR >> 4), BY_ONE)),
+            Step(i, "wrmsr", (X2 + (R.APIC_TMICT >> 4), DEADLINE * 1_000_000 // TSC_KHZ)),
+        ]
     if len(awake) > 1:
         other = rng.choice([j for j in awake if j != i])
         if rng.random() < 0.5:
