@@ -289,6 +289,22 @@ static void new_vm(int split, int api, int number, const uint32_t *ids, const ui
 	}
 }
 
+/* A VM that is only there, its APIC disabled in both ways. The first VM turns VMX on and the last one off, on every
+ * processor; the first APIC that is disabled and the last one change KVM's code, a second later, for which every
+ * processor has to answer: one whose guest keeps interrupts out never does.
+ */
+static void keep_vm(void)
+{
+	struct { struct kvm_msrs head; struct kvm_msr_entry entry; } base = {
+		.head = { .nmsrs = 1 }, .entry = { .index = 0x1b, .data = 0xfee00100 }
+	};
+	int kept = ioctl(kvm, KVM_CREATE_VM, 0), vcpu;
+
+	if (kept < 0 || ioctl(kept, KVM_CREATE_IRQCHIP, 0) || (vcpu = ioctl(kept, KVM_CREATE_VCPU, 0)) < 0 ||
+	    ioctl(vcpu, KVM_SET_MSRS, &base) != 1)
+		fail("the VM that is kept");
+}
+
 /* Protected mode, flat, running, interrupts off; tables as vmxcode.py puts them. */
 static void setup(int fd, uint32_t eip, uint32_t esp, uint32_t ebp)
 {
@@ -464,9 +480,9 @@ int main(void)
 		fail("/dev/kvm");
 	run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	/* a VM that is only there: the first one turns VMX on and the last one off, on every processor */
-	if (memory == MAP_FAILED || ioctl(kvm, KVM_CREATE_VM, 0) < 0)
-		fail("the first VM");
+	if (memory == MAP_FAILED)
+		fail("memory");
+	keep_vm();
 	/* an idle processor gives its timers to a busy one, and that may have a guest that keeps interrupts out */
 	put_file("/proc/sys/kernel/timer_migration", "0");
 	put_file(TRACING "tracing_on", "0");
