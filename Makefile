@@ -71,7 +71,7 @@ OPERATIONS ?= 100000
 verify-kernels: compile ## the model against the lab's kernels, hours; kernels and Bochs from fastexit kernels get; OPERATIONS=1000: minutes
 	@mkdir -p build/verify/kernels
 	@failed=0; \
-	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2; do \
+	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2 hyperv:1; do \
 		kind=$${job%:*}; file=build/verify/kernels/$$kernel-svm-$$kind.json; \
 		echo "== $$kernel, SVM, $$kind"; \
 		$(PY) -m fastexit verify --kernel $$kernel --kind $$kind --ops $$(($(OPERATIONS) / $${job#*:})) --json > $$file; \

@@ -415,11 +415,15 @@ def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
         yield ("enable_synic", i, rng.randrange(1, 3))
     elif kind < 0.97:
         yield routes(rng, m)
+    elif kind < 0.977:
+        at = rng.choice((0, page(rng) & ~3 | rng.choice((0, 0x40, 2)) | 1, page(rng) | 1))
+        yield (rng.choice(("set_msr", "wrmsr")), i, r.MSR_KVM_PV_EOI_EN, at)
     elif kind < 0.985:
         op = rest(rng, m)
         yield op or ("run_through", i)
     else:
-        yield ("memory", page(rng, 1.0) + rng.choice((0, 0, 0x100, 0x200, 0xF00)), rng.choice((bytes(4), b"\1\0\0\0")))
+        taken = bytes((1, 0, 0, 0, 0x18, rng.choice((0, 0x80, 0xFE)), 0, 0))
+        yield ("memory", page(rng, 1.0) + 0x100 * sint(rng, m.pools), rng.choice((bytes(4), bytes(4), taken)))
 
 
 def eoi(rng: random.Random, m: HypervTwins, i: int) -> Op:
