@@ -340,7 +340,7 @@ def _judged(args: argparse.Namespace) -> AbstractContextManager[Any]:
     if args.kernel is not None or args.image is not None or args.modules is not None:
         from fastexit.kvm.lab.lab import Lab
 
-        exact = args.only == "timers"
+        exact = args.only in ("timers", "hyperv")
         return Lab(args.kernel, vendor=args.vendor, image=args.image, modules=args.modules, exact=exact)
     from fastexit.kvm.host import running
     from fastexit.kvm.tracefs import KernelTrace

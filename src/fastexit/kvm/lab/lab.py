@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SESSIONS = 32
 """Machines that are compared at a time: their records go over together."""
+EXACT_SESSIONS = 4
+"""Where a story goes over by itself: enough that the kernel has one while models are busy with others."""
 
 
 class Lab:
@@ -105,7 +107,7 @@ class Lab:
             f"{opened} as lab, lab.oracle(**KEYWORDS) as real",
             ("other=lab", f"{opened} as lab"),
             trace=self.trace,
-            sessions=SESSIONS,
+            sessions=EXACT_SESSIONS if self.exact else SESSIONS,
             inside=nullcontext if self.exact else self.device.turnstile.inside,
             special={"timers": self._timers, "traces": self._traces, "hyperv": self._hyperv},
         )
