@@ -28,7 +28,7 @@ from pair import SETTLE, Pair, spelt
 EXAMPLES = 6 if s.JIT else 3
 OPS = 150 if s.JIT else 60
 MEMORY = 16 * 4096
-LINES = ("kvm_hv_", "kvm_eoi", "kvm_pv_eoi", "kvm_set_irq")
+LINES = ("kvm_hv_", "kvm_eoi", "kvm_pv_eoi", "kvm_set_irq", "kvm_apic_accept_irq")
 MSRS = sorted(set(oh.NEEDS) - {h.MSR_HV_EOI, h.MSR_HV_RESET, h.MSR_HV_EOM, h.MSR_HV_TPR, h.MSR_HV_TIME_REF_COUNT})
 """Those that are looked at; a read of TPR is an access to the APIC with a line of its own."""
 
@@ -158,7 +158,9 @@ def page(rng: random.Random) -> int:
 
 
 def sint_value(rng: random.Random) -> int:
-    value = rng.choice((*[rng.randrange(0x40, 0x60)] * 4, rng.randrange(256), rng.randrange(16)))
+    value = rng.choice((*[rng.randrange(0x40, 0x60)] * 5, rng.randrange(256), rng.randrange(16)))
+    if chance(rng, 0.08):
+        return 0
     for bit, often in ((h.HV_SINT_MASKED, 0.15), (h.HV_SINT_AUTO_EOI, 0.4), (h.HV_SINT_POLLING, 0.2), (1 << 40, 0.05)):
         value |= bit if chance(rng, often) else 0
     return value
@@ -229,7 +231,7 @@ def msr_op(rng: random.Random, model: oh.Machine) -> Op:
 
 def control_word(rng: random.Random, code: int, banks: int) -> int:
     word = code | (h.HV_CALL_FAST if chance(rng, 0.5) else 0)
-    counted = banks if chance(rng, 0.9) else rng.randrange(14)
+    counted = banks if chance(rng, 0.85) else rng.choice((banks + 1, banks ^ 1, rng.randrange(14)))
     word |= counted << h.HV_CALL_VAR_COUNT_SHIFT
     if chance(rng, 0.1):
         word |= rng.choice((1 << 32, 1 << 48, 1 << 27, 1 << 31, 1 << 47, 1 << 63))
@@ -240,8 +242,9 @@ def hypercall_op(rng: random.Random, model: oh.Machine) -> Op:
     """An IPI to some virtual processors, or another call; the input in registers and in memory alike."""
     i = rng.randrange(len(model.vcpus))
     code = rng.choice((h.HvCall.SEND_IPI,) * 4 + (h.HvCall.SEND_IPI_EX,) * 5 + (8, 8, 0x5C, 0x5D, 0x77, 0x8001, 0x8042))
-    vector = rng.choice((*[rng.randrange(0x40, 0x60)] * 8, rng.randrange(256), 0x151, rng.getrandbits(33)))
-    vps = {rng.choice(model.vcpus).vp_index for _ in range(rng.randrange(4))}
+    odd = (0x0F, 0x10, 0xFF, 0x100, 0x151, rng.randrange(256), rng.getrandbits(33))
+    vector = rng.randrange(0x40, 0x60) if chance(rng, 0.7) else rng.choice(odd)
+    vps = {rng.choice(model.vcpus).vp_index for _ in range(rng.choice((0, 1, 2, 4)))}
     gpa = rng.choice((0x6000, 0x6000, 0x6003, 0x6FF8, MEMORY - 16, MEMORY - 24, MEMORY - 32, MEMORY, (1 << 64) - 8))
     if code == h.HvCall.SEND_IPI:
         mask = sum(1 << vp for vp in vps if vp < 64) | (1 << 60 if chance(rng, 0.2) else 0)
@@ -249,10 +252,13 @@ def hypercall_op(rng: random.Random, model: oh.Machine) -> Op:
         block = vector & 0xFFFF_FFFF | rng.choice((0, 0, 7)) << 32, mask
         fast = vector, mask, ()
     elif code == h.HvCall.SEND_IPI_EX:
-        present = sorted({vp // 64 for vp in vps} | set(rng.sample(range(64), rng.choice((0, 0, 1, 2, 9, 12)))))
+        present = sorted({vp // 64 for vp in vps} | set(rng.sample(range(64), rng.choice((0, 0, 1, 2, 10, 11, 12)))))
         banks = [sum(1 << vp % 64 for vp in vps if vp // 64 == bank) for bank in present]
+        if chance(rng, 0.25):
+            present, banks = [], []
+            vector = rng.choice(odd)
         valid = sum(1 << bank for bank in present)
-        form = rng.choice((0, 0, 0, 1, 2, 1 << 32))
+        form = rng.choice((0, 0, 1, 1, 2, 1 << 32))
         control = control_word(rng, code, len(present))
         block = vector & 0xFFFF_FFFF, form, valid, *banks
         fast = rng.choice((0, 0, 7)) << 32 | vector & 0xFFFF_FFFF, form, tuple([valid, *banks][:12])
@@ -307,7 +313,7 @@ def interrupts_op(rng: random.Random, model: oh.Machine) -> Op:
 
 OPS_OF_A_LIFE: dict[str, tuple[float, Callable[[random.Random, oh.Machine], Op]]] = {
     "MSRs": (8, msr_op),
-    "hypercalls": (2, hypercall_op),
+    "hypercalls": (4, hypercall_op),
     "memory": (3, poke_op),
     "lines": (2, line_op),
     "time": (3, time_op),
@@ -343,7 +349,9 @@ def boot(rng: random.Random, model: oh.Machine) -> list[Op]:
     """What most guests do before they live: APICs on, SynIC and its pages, the assist page, interrupts on."""
     ops = [("boot_x2apic",)] if model.x2apic and chance(rng, 0.7) else list(s.setup_ops(rng, model))
     ops += [("routes",), ("set_msr", 0, h.MSR_HV_GUEST_OS_ID, 1)]
-    for i in range(len(model.vcpus)):
+    indices = rng.sample((0, 1, 2, 3, 5, 64), len(model.vcpus)) if chance(rng, 0.3) else range(len(model.vcpus))
+    for i, index in enumerate(indices):
+        ops.append(("set_msr", i, h.MSR_HV_VP_INDEX, index))
         if chance(rng, 0.5):
             ops.append(("set_msr", i, h.MSR_HV_VP_ASSIST_PAGE, PAGES[i] | 1))
         if chance(rng, 0.9):
