@@ -365,11 +365,11 @@ class Machine:
     def set_time(self, ns: int) -> list[tuple[int, Outcome]]:
         """Move the host's clock; what the timers that are due by then did, as (vCPU index, Outcome) in order.
 
-        An hrtimer fires, at the new time, however long ago it was due: its outcome tells the host whom to wake, kick
-        or notify. Then a preemption timer that has run out makes its vCPU, if that is in guest mode, exit. Times
-        between are not visited: set them one by one (next_timer()) where that matters. No other thread may act on the
-        machine meanwhile. ValueError for a time that has passed already, and for one at which it or the guest's TSC
-        has more than 63 bits.
+        An hrtimer, of a local APIC timer or a synthetic one, fires, at the new time, however long ago it was due: its
+        outcome tells the host whom to wake, kick or notify. Then a preemption timer that has run out makes its vCPU, if
+        that is in guest mode, exit. Times between are not visited: set them one by one (next_timer()) where that
+        matters. No other thread may act on the machine meanwhile. ValueError for a time that has passed already, and
+        for one at which it or the guest's TSC has more than 63 bits.
         """
         ns, khz = integer(ns, "time"), self.mem[L.H_TSC_KHZ]
         if ns > (latest := latest_clock(khz)):
