@@ -25,8 +25,8 @@ from generations import DRAWN
 from oracle_run import Result
 from pair import SETTLE, Pair, spelt
 
-EXAMPLES = 6 if s.JIT else 3
-OPS = 150 if s.JIT else 60
+EXAMPLES = 2
+OPS = 120 if s.JIT else 60
 MEMORY = 16 * 4096
 LINES = ("kvm_hv_", "kvm_eoi", "kvm_pv_eoi", "kvm_set_irq", "kvm_apic_accept_irq")
 MSRS = sorted(set(oh.NEEDS) - {h.MSR_HV_EOI, h.MSR_HV_RESET, h.MSR_HV_EOM, h.MSR_HV_TPR, h.MSR_HV_TIME_REF_COUNT})
