@@ -219,7 +219,7 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_MSR_LENGTH, _up_to(15), "an instruction's length"),
     (L.K_MSR_REASON, _up_to(7), "an MSR exit's reason"),
     (L.K_ACCESS_INFO, _bits(_ACCESS), "an access of user space's"),
-    (L.K_PV_EOI_FLAG, _up_to(1), "a PV EOI flag"),
+    (L.K_PV_EOI_FLAG, _up_to(L.PV_EOI_LOST), "a PV EOI flag"),
     (L.K_AVIC_PLACE, _up_to(R.AVIC_MAX_ID + 1), "the place of an AVIC entry"),
     (L.K_EXITS, _up_to(1 << 63), "a counter"),
     (L.K_SRCU_LOCKS, _up_to(1 << 63), "a counter"),

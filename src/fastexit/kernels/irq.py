@@ -252,12 +252,15 @@ def eoi(m, v):
 def set_pv_eoi(m, v, value):
     """kvm_lapic_set_pv_eoi: where the guest's cell is, bit 0 enables. KVM's own MSR and Hyper-V's share this state.
 
-    The cell is a byte of the guest's memory, where the machine has one; else it is a word of the machine's.
+    The cell is a byte of the guest's memory, where the machine has one; else it is a word of the machine's. A cell that
+    is not there is refused, and KVM has lost its way to the old one by then, which stays enabled and unused.
     """
     if value & k.PV_EOI_RESERVED:
         return k.CODE_GP
     cell = value & ~k.PV_EOI_ENABLED
     lost = value & k.PV_EOI_ENABLED and m[k.H_GUEST_BYTES] and not guestmemory.reaches(m, cell, k.ONE)
+    if value & k.PV_EOI_ENABLED and m[k.H_GUEST_BYTES]:
+        m[own(m, v) + k.K_PV_EOI_FLAG] = k.PV_EOI_LOST if lost else k.ZERO
     if not lost or m[k.H_HYPERV_RULES] & k.HVR_PV_EOI_STORED_FIRST:
         m[own(m, v) + k.K_PV_EOI_MSR] = value
     return k.CODE_GP if lost else k.ZERO
@@ -277,7 +280,7 @@ def offer_pv_eoi(m, v):
         return k.ZERO
     if m[k.H_GUEST_BYTES]:
         cell = m[row + k.K_PV_EOI_MSR] & ~k.PV_EOI_ENABLED
-        if not guestmemory.reaches(m, cell, k.ONE):
+        if not guestmemory.reaches(m, cell, k.ONE) or m[row + k.K_PV_EOI_FLAG] & k.PV_EOI_LOST:
             return k.ZERO
         guestmemory.store(m, cell, k.ONE, k.ONE)
     else:
