@@ -102,7 +102,9 @@ static inline uint32_t vector_of(const uint64_t *words, const struct fx_exit *ex
     int sends = 0;
 
     if (exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_WRITE))
-        sends = exit->msr == FXP_MSR_X2APIC_ICR && (!svm || exit->info);
+        sends = (exit->msr == FXP_MSR_X2APIC_ICR ||
+                 (exit->msr == FXP_MSR_HV_ICR && words[FX_H_CONFIG] & FX_CONFIG_KVM_HYPERV)) &&
+                (!svm || exit->info);
     else if (exit->reason == (svm ? FXP_SVM_NPF : FXP_VMX_EPT_MISCONFIG))
         sends = exit->info & MMIO_WRITE && ((exit->gpa - page_of(words, exit->vcpu)) & ~15ull) == FXP_APIC_ICR;
     return sends ? exit->value & 0xff : 0;
@@ -118,6 +120,12 @@ static inline int reads(const struct fx_exit *exit, int svm)
     return exit->reason == (svm ? FXP_SVM_MSR : FXP_VMX_MSR_READ) && (!svm || !exit->info);
 }
 
+/* RAX behind a hypercall that has a result. */
+static inline uint64_t rax_of(const uint64_t *words, uint32_t vcpu, uint64_t code)
+{
+    return code & (CODE_FAULT | CODE_USER) ? 0 : OWN(words, vcpu)[FX_K_MSR_DATA];
+}
+
 /* One record of the batch door that has been checked. */
 static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, const struct fx_exit *exit,
                                              struct fx_result *out)
@@ -129,6 +137,8 @@ static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, con
     if (table.run(handle(words), handle(exit), handle(&outcome), 0, 1) != 1)
         return FX_UNHANDLED;
     memcpy(&code, &outcome, sizeof code);
+    if (exit->reason == (svm ? FXP_SVM_VMMCALL : FXP_VMX_VMCALL))
+        return put_exit(m, words, out, code, rax_of(words, exit->vcpu, code), exit->vcpu, 0);
     return put_exit(m, words, out, code, reads(exit, svm) ? outcome.value : 0, exit->vcpu, vector_of(words, exit, svm));
 }
 
@@ -278,6 +288,25 @@ static int32_t op_exit(fx_machine *m, const struct fx_exit *exit, struct fx_resu
     return one(m, words, &copy, out);
 }
 
+static int32_t op_hv_hypercall(fx_machine *m, uint32_t vcpu, uint64_t control, uint64_t input, uint64_t output,
+                               const uint64_t *xmm, struct fx_result *out)
+{
+    uint64_t *words = words_of(m), code;
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (xmm)
+        memcpy(words + FX_XMM + (uint64_t)vcpu * FX_XMM_STRIDE, xmm, FX_XMM_WORDS * sizeof *xmm);
+    else
+        memset(words + FX_XMM + (uint64_t)vcpu * FX_XMM_STRIDE, 0, FX_XMM_WORDS * sizeof *xmm);
+    code = table.door_hypercall(handle(words), vcpu, control, input, output);
+    if (code == NONE)
+        return FX_UNHANDLED;
+    return put_exit(m, words, out, code, rax_of(words, vcpu, code), vcpu, 0);
+}
+
 static int32_t op_run(fx_machine *m, const struct fx_exit *exits, struct fx_outcome *outcomes, uint64_t n, uint64_t *done)
 {
     uint64_t *words = words_of(m), stopped;
@@ -316,25 +345,42 @@ static void give_row_back(uint64_t *words, uint64_t row)
         __atomic_fetch_and(&words[FX_HOST_BUSY], ~(1ull << row), __ATOMIC_RELEASE);
 }
 
-static int32_t op_inject(fx_machine *m, uint64_t address, uint32_t data, struct fx_result *out)
+/* The end of a message, by which the host's row is free again. */
+static int32_t sent(fx_machine *m, uint64_t *words, uint64_t row, uint64_t code, uint32_t vector, struct fx_result *out)
 {
-    uint64_t *words = words_of(m), row, code, head;
     int32_t status = FX_E_RANGE;
 
-    if (!words || !out)
-        return refuse(m);
-    row = take_row(words);
-    code = table.signal_msi(handle(words), address, data, FX_HOST + row);
     if (!(code & CODE_FAULT)) {
-        head = OWN(words, FX_HOST + row)[FX_K_TARGETS];
+        uint64_t head = OWN(words, FX_HOST + row)[FX_K_TARGETS];
+
         told.machine = m;
         told.n = list_of(words, FX_HOST + row, head, told.list);
-        status = put(out, code, 0, FX_NOBODY, target_of(code, head), data & 0xff);
+        status = put(out, code, 0, FX_NOBODY, target_of(code, head), vector);
     }
     give_row_back(words, row);
     if (status == FX_OK && m->hooked && code & CODE_EFFECTS)
         call_hooks(m, NULL, FX_NOBODY, 0);
     return status;
+}
+
+static int32_t op_inject(fx_machine *m, uint64_t address, uint32_t data, struct fx_result *out)
+{
+    uint64_t *words = words_of(m), row;
+
+    if (!words || !out)
+        return refuse(m);
+    row = take_row(words);
+    return sent(m, words, row, table.signal_msi(handle(words), address, data, FX_HOST + row), data & 0xff, out);
+}
+
+static int32_t op_hv_sint_line(fx_machine *m, uint32_t vp_index, uint32_t sint, uint32_t level, struct fx_result *out)
+{
+    uint64_t *words = words_of(m), row;
+
+    if (!words || !out)
+        return refuse(m);
+    row = take_row(words);
+    return sent(m, words, row, table.hv_sint_line(handle(words), 0, level, vp_index, sint, FX_HOST + row), 0, out);
 }
 
 static int32_t op_targets(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room, uint64_t *count)

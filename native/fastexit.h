@@ -55,7 +55,7 @@ typedef struct fx_machine fx_machine;
 
 enum {
     FX_OK = 0,
-    FX_GP = 1,        /* #GP(0) for the guest, whose RIP did not move */
+    FX_GP = 1,        /* #GP(0) for the guest, whose RIP did not move; of hv_hypercall() #UD: fx_result.fault */
     FX_USER = 2,      /* KVM_RUN would return: fx_result.user is KVM_EXIT_* + 1 */
     FX_BLOCKED = 3,   /* the vCPU waits (HLT, INIT, SIPI) and is not in the guest: enter() once it is to be woken */
     FX_NOTHING = 4,   /* there is none: no vector, no timer, no vCPU; or the CPU did not take the notification */
@@ -135,7 +135,36 @@ struct fx_config {
     uint32_t disable_exits;  /* KVM_CAP_X86_DISABLE_EXITS */
     uint32_t disable_quirks; /* KVM_CAP_DISABLE_QUIRKS */
     uint32_t boot_cpu_id;
-    uint32_t reserved; /* 0 */
+    uint32_t hv_features; /* FX_HVF_*: the guest's CPUID, which FX_HYPERV_ENFORCE enforces; 0: all of them */
+};
+
+/* Enlightenments in the Hyper-V leaves of the guest's CPUID. */
+enum {
+    FX_HVF_VP_RUNTIME = 1 << 0,
+    FX_HVF_TIME_REF_COUNT = 1 << 1,
+    FX_HVF_SYNIC = 1 << 2,
+    FX_HVF_STIMER = 1 << 3,
+    FX_HVF_APIC_ACCESS = 1 << 4,
+    FX_HVF_HYPERCALL = 1 << 5,
+    FX_HVF_VP_INDEX = 1 << 6,
+    FX_HVF_RESET = 1 << 7,
+    FX_HVF_REFERENCE_TSC = 1 << 8,
+    FX_HVF_FREQUENCIES = 1 << 9,
+    FX_HVF_REENLIGHTENMENT = 1 << 10,
+    FX_HVF_TSC_INVARIANT = 1 << 11,
+    FX_HVF_POST_MESSAGES = 1 << 12,
+    FX_HVF_SIGNAL_EVENTS = 1 << 13,
+    FX_HVF_XMM_INPUT = 1 << 14,
+    FX_HVF_CRASH = 1 << 15,
+    FX_HVF_STIMER_DIRECT = 1 << 16,
+    FX_HVF_REMOTE_TLB_FLUSH = 1 << 17,
+    FX_HVF_APIC_ACCESS_RECOMMENDED = 1 << 18,
+    FX_HVF_AUTO_EOI_DEPRECATED = 1 << 19,
+    FX_HVF_CLUSTER_IPI = 1 << 20,
+    FX_HVF_EX_PROCESSOR_MASKS = 1 << 21,
+    FX_HVF_SPIN_WAIT = 1 << 22,
+    FX_HVF_EXTENDED_HYPERCALLS = 1 << 23,
+    FX_HVF_NONE = 1 << 30 /* alone: none of them */
 };
 
 /* fx_result.effects: what the host has to do for fx_result.target. */
@@ -169,11 +198,27 @@ struct fx_result {
     int16_t accepted; /* APICs that accepted, -1: nobody matched in the slow scan */
     uint8_t user;    /* KVM_EXIT_* + 1, or 0 */
     uint8_t effects; /* FX_NOTIFY | ..., united over all targets */
-    uint64_t value;  /* what a read returned, else 0 */
+    uint64_t value;  /* what a read returned, or RAX behind a hypercall; else 0 */
     int32_t status;  /* what the function returned for it */
     uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message */
     uint32_t target;
     uint32_t vector; /* that the ICR or the message named, sent or not; else 0 */
+};
+
+/* What KVM_EXIT_HYPERV is about. */
+enum {
+    FX_HV_EXIT_SYNIC = 1, /* the guest has written SCONTROL, SIEFP or SIMP; there is nothing to complete */
+    FX_HV_EXIT_HCALL = 2  /* a hypercall is the host's: complete_hypercall() */
+};
+
+/* run->hyperv, and run->system_event.type for KVM_EXIT_SYSTEM_EVENT. */
+struct fx_hv_exit {
+    uint32_t type;         /* FX_HV_EXIT_* */
+    uint32_t msr;          /* of SYNIC: which the guest wrote */
+    uint64_t control;      /* SCONTROL; or the hypercall's control word */
+    uint64_t params[2];    /* SIEFP and SIMP; or the hypercall's other two registers */
+    uint32_t system_event; /* KVM_SYSTEM_EVENT_* of the last KVM_EXIT_SYSTEM_EVENT: 2 reset, 3 crash; 0: none */
+    uint32_t reserved;
 };
 
 /* A vCPU, and what the host has to do for it. */
@@ -330,6 +375,31 @@ struct fx_ops {
      * targets. FX_MORE: there are more than room. A vCPU that accepted and needs nothing is not among them. NULL in a
      * library that is older. [vcpu] */
     int32_t (*targets)(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room, uint64_t *count);
+
+    /* The guest's memory from guest-physical address 0 on, for what KVM itself reads and writes there: assist pages, SynIC
+     * messages, hypercalls' input. Whole pages count. It is the host's, and stays as long as the machine or until the
+     * next such call; NULL and 0 bytes: there is none, as at first, and KVM meets an address without a memory slot. In
+     * no snapshot, which leaves it where it is. FX_E_SIZE: less than a page, or beyond the end of addresses. [alone] */
+    int32_t (*set_guest_memory)(fx_machine *m, void *memory, uint64_t bytes);
+    /* KVM_CAP_HYPERV_SYNIC or, version 2, KVM_CAP_HYPERV_SYNIC2: FX_E_RANGE for EINVAL. It takes the vCPU out of the guest;
+     * targets() tells whom an inhibit of APICv kicks. [alone] */
+    int32_t (*enable_synic)(fx_machine *m, uint32_t vcpu, uint32_t version);
+    /* VMCALL or VMMCALL of a 64-bit guest: RCX, RDX and R8, of a 32-bit one EDX:EAX, EBX:ECX and EDI:ESI; and 12 words of
+     * XMM0 to XMM5, the low half of each first, NULL for zeroes. fx_result.value is RAX (EDX:EAX), an HV_STATUS. FX_USER: it
+     * is the host's, and nothing is in value. While the guest OS id is 0, it is a call of KVM's own whose number is 0.
+     * [vcpu] */
+    int32_t (*hv_hypercall)(fx_machine *m, uint32_t vcpu, uint64_t control, uint64_t input, uint64_t output,
+                            const uint64_t *xmm, struct fx_result *result);
+    /* Behind fx_result.user KVM_EXIT_HYPERV + 1 or KVM_EXIT_SYSTEM_EVENT + 1: what it is about. FX_NOTHING: there was
+     * none, or its hypercall has been completed. [vcpu] */
+    int32_t (*get_hv_exit)(fx_machine *m, uint32_t vcpu, struct fx_hv_exit *exit);
+    /* The result of a hypercall that was the host's, which the vCPU's next exit or enter() ends. FX_NOTHING: none waits.
+     * [vcpu] */
+    int32_t (*complete_hypercall)(fx_machine *m, uint32_t vcpu, uint64_t value);
+    /* KVM_IRQ_LINE of a GSI that user space has routed to a SINT; the routes are the host's. fx_result.accepted is what
+     * KVM_IRQ_LINE_STATUS says: -1 for a level of 0, a vp_index or a SINT that there is not, a masked one, a SynIC that is
+     * off. [any] */
+    int32_t (*hv_sint_line)(fx_machine *m, uint32_t vp_index, uint32_t sint, uint32_t level, struct fx_result *result);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
@@ -361,6 +431,7 @@ FX_SAME_SIZE(fx_exit, 32);
 FX_SAME_SIZE(fx_outcome, 16);
 FX_SAME_SIZE(fx_config, 72);
 FX_SAME_SIZE(fx_result, 32);
+FX_SAME_SIZE(fx_hv_exit, 40);
 FX_SAME_SIZE(fx_target, 8);
 FX_SAME_SIZE(fx_cpu, 40);
 #undef FX_SAME_SIZE

@@ -24,6 +24,8 @@ enum {
     FX_H_NVCPUS = 6,   /* owner */
     FX_H_NOW = 16,     /* owner */
     FX_H_TSC_KHZ = 17, /* owner */
+    FX_H_GUEST_MEMORY = 42, /* owner; in no snapshot, as the next */
+    FX_H_GUEST_BYTES = 43,  /* owner */
     FX_H_STAGE = 256,  /* owner, 128 words */
     FX_MAP_SCRATCH = 2640,
     FX_FILTER = 3704,
@@ -59,6 +61,16 @@ enum {
     FX_HOST_BUSY = 6342656, /* remote */
     FX_HV = 6343168,
     FX_HV_STRIDE = 64,
+    FX_HV_EXIT_TYPE = 51,
+    FX_HV_EXIT_MSR = 52,
+    FX_HV_EXIT_CONTROL = 53,
+    FX_HV_EXIT_EVT_PAGE = 54,
+    FX_HV_EXIT_MSG_PAGE = 55,
+    FX_HV_CALL_LENGTH = 56,
+    FX_HV_SYSTEM_EVENT = 62,
+    FX_XMM = 6605312,
+    FX_XMM_STRIDE = 16,
+    FX_XMM_WORDS = 12,
     FX_WORDS = 6670848
 };
 
@@ -66,6 +78,7 @@ enum {
     FX_CONFIG_SVM = 1,
     FX_CONFIG_APICV = 2,
     FX_CONFIG_THREADS = 4,
+    FX_CONFIG_KVM_HYPERV = 1048576,
     FX_FLAG_X2APIC = 2,
     FX_FLAG_APICV = 8,
     FX_HF_REAL_MODE = 16 /* of FX_K_HFLAGS */

@@ -49,6 +49,7 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
         { FX_VEC, n * FX_VEC_STRIDE },
         { FX_PAGE, n * FX_PAGE_STRIDE },
         { FX_KVM, n * FX_KVM_STRIDE },
+        { FX_HV, n * FX_HV_STRIDE },
     };
     const unsigned parts = sizeof rows / sizeof *rows;
 
@@ -64,12 +65,29 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
         memcpy(at, words + rows[i].first, rows[i].words * 8);
         at += rows[i].words * 8;
     }
+    at -= n * FX_HV_STRIDE * 8;
     for (uint64_t v = 0; v < n; v++) /* lists of targets are in no snapshot */
         memset(at - (n - v) * FX_KVM_STRIDE * 8 + FX_K_TARGETS * 8, 0, 8);
+    at = (unsigned char *)buffer + sizeof head; /* nor is the guest's memory */
+    memset(at + FX_H_GUEST_MEMORY * 8, 0, 8);
+    memset(at + FX_H_GUEST_BYTES * 8, 0, 8);
     head.vcpus = (uint32_t)n;
     head.bytes = (uint32_t)bytes;
     head.crc = crc32_of((unsigned char *)buffer + sizeof head, bytes);
     memcpy(buffer, &head, sizeof head);
+    return FX_OK;
+}
+
+static int32_t op_set_guest_memory(fx_machine *m, void *memory, uint64_t bytes)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words || (!memory && bytes))
+        return refuse(m);
+    if (memory && (bytes < FXP_APIC_PAGE_BYTES || handle(memory) + bytes < bytes))
+        return FX_E_SIZE;
+    words[FX_H_GUEST_MEMORY] = handle(memory);
+    words[FX_H_GUEST_BYTES] = bytes / FXP_APIC_PAGE_BYTES * FXP_APIC_PAGE_BYTES;
     return FX_OK;
 }
 

@@ -40,6 +40,12 @@ static const struct fx_ops calls = {
     .io_write = op_io_write,
     .io_read = op_io_read,
     .targets = op_targets,
+    .set_guest_memory = op_set_guest_memory,
+    .enable_synic = op_enable_synic,
+    .hv_hypercall = op_hv_hypercall,
+    .get_hv_exit = op_get_hv_exit,
+    .complete_hypercall = op_complete_hypercall,
+    .hv_sint_line = op_hv_sint_line,
 };
 
 /* ------------------------------------------------------------------------------------------------ structs that grow */
@@ -76,7 +82,7 @@ static int32_t take_struct(const char *what, void *ours, uint32_t known, const v
 
 /* The first versions end with these. */
 enum {
-    LEAST_CONFIG = offsetof(struct fx_config, reserved) + sizeof(uint32_t),
+    LEAST_CONFIG = offsetof(struct fx_config, hv_features) + sizeof(uint32_t),
     LEAST_HOOKS = offsetof(struct fx_hooks, doorbell) + sizeof(void *),
     LEAST_OPS = offsetof(struct fx_ops, close) + sizeof(void *)
 };

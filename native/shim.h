@@ -14,9 +14,12 @@
 /* cffi:begin */
 enum {
     FXP_MSR_X2APIC_ICR = 0x830,
+    FXP_MSR_HV_ICR = 0x40000071,
     FXP_APIC_ICR = 0x300,
     FXP_LAPIC_PAGE_BYTES = 0x400,
+    FXP_APIC_PAGE_BYTES = 0x1000,
     FXP_VMX_EXTERNAL_INTERRUPT = 1,
+    FXP_VMX_VMCALL = 18,
     FXP_VMX_IO_INSTRUCTION = 30,
     FXP_VMX_MSR_READ = 31,
     FXP_VMX_MSR_WRITE = 32,
@@ -25,6 +28,7 @@ enum {
     FXP_SVM_INTERRUPT = 0x60,
     FXP_SVM_IO = 0x7b,
     FXP_SVM_MSR = 0x7c,
+    FXP_SVM_VMMCALL = 0x81,
     FXP_SVM_NPF = 0x400
 };
 
@@ -52,6 +56,10 @@ struct fxp_table {
     uint64_t (*hv_timer_exit)(uint64_t handle, uint64_t first);
     uint64_t (*next_timer)(uint64_t handle);
     uint64_t (*create_vcpu)(uint64_t handle, uint64_t vcpu_id);
+    uint64_t (*door_hypercall)(uint64_t handle, uint64_t v, uint64_t control, uint64_t given, uint64_t output);
+    uint64_t (*enable_synic)(uint64_t handle, uint64_t v, uint64_t keeps);
+    uint64_t (*hv_sint_line)(uint64_t handle, uint64_t gsi, uint64_t level, uint64_t vp_index, uint64_t sint,
+                             uint64_t sender);
 };
 /* cffi:end */
 
@@ -80,6 +88,7 @@ CFFI_DLLEXPORT int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *wor
 
 #define HOT(words, v) ((words) + FX_HOT + (uint64_t)(v)*FX_HOT_STRIDE)
 #define OWN(words, v) ((words) + FX_KVM + (uint64_t)(v)*FX_KVM_STRIDE)
+#define HV(words, v) ((words) + FX_HV + (uint64_t)(v)*FX_HV_STRIDE)
 
 struct fx_machine {
     uint64_t *words; /* atomic; NULL: closed, or not yet open */

@@ -177,6 +177,62 @@ static int32_t op_reset(fx_machine *m, uint32_t vcpu, uint32_t kind)
     return FX_OK;
 }
 
+static int32_t op_enable_synic(fx_machine *m, uint32_t vcpu, uint32_t version)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (version < 1 || version > 2 || !(words[FX_H_CONFIG] & FX_CONFIG_KVM_HYPERV))
+        return FX_E_RANGE;
+    table.door_leave(handle(words), vcpu);
+    table.enable_synic(handle(words), vcpu, version == 2);
+    return FX_OK;
+}
+
+/* Whether the last KVM_EXIT_HYPERV is still there to be looked at. */
+static int asks(const uint64_t *hv)
+{
+    return hv[FX_HV_EXIT_TYPE] == FX_HV_EXIT_HCALL ? !!hv[FX_HV_CALL_LENGTH] : hv[FX_HV_EXIT_TYPE] == FX_HV_EXIT_SYNIC;
+}
+
+static int32_t op_get_hv_exit(fx_machine *m, uint32_t vcpu, struct fx_hv_exit *exit)
+{
+    uint64_t *words = words_of(m), *hv;
+
+    if (!words || !exit)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    hv = HV(words, vcpu);
+    memset(exit, 0, sizeof *exit);
+    exit->system_event = (uint32_t)hv[FX_HV_SYSTEM_EVENT];
+    if (!asks(hv))
+        return exit->system_event ? FX_OK : FX_NOTHING;
+    exit->type = (uint32_t)hv[FX_HV_EXIT_TYPE];
+    exit->msr = exit->type == FX_HV_EXIT_SYNIC ? (uint32_t)hv[FX_HV_EXIT_MSR] : 0;
+    exit->control = hv[exit->type == FX_HV_EXIT_SYNIC ? FX_HV_EXIT_CONTROL : FX_HV_EXIT_MSR];
+    exit->params[0] = hv[FX_HV_EXIT_EVT_PAGE];
+    exit->params[1] = hv[FX_HV_EXIT_MSG_PAGE];
+    return FX_OK;
+}
+
+static int32_t op_complete_hypercall(fx_machine *m, uint32_t vcpu, uint64_t value)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (!HV(words, vcpu)[FX_HV_CALL_LENGTH])
+        return FX_NOTHING;
+    HV(words, vcpu)[FX_HV_EXIT_CONTROL] = value;
+    return FX_OK;
+}
+
 /* --------------------------------------------------------------------------------------------------------------- time */
 
 /* config.latest_clock: (2^63 - 1) * 10^6 / khz, at most 2^63 - 1. */

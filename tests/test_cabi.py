@@ -554,7 +554,7 @@ def test_l2_is_left_alone(door: Door) -> None:
     assert door.rdmsr(m, 1, 0x808)[0] == Status.UNHANDLED
     assert door.snapshot(m) == p.snapshot()
     assert list(door.set_time(m, 10_000)) == []
-    assert door.exit(m, door.ffi.new("struct fx_exit *", {"vcpu": 0, "reason": 18}))[0] == Status.UNHANDLED
+    assert door.exit(m, door.ffi.new("struct fx_exit *", {"vcpu": 0, "reason": 10}))[0] == Status.UNHANDLED
     door.fx.close(m)
 
 

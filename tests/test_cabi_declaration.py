@@ -12,8 +12,8 @@ import pytest
 
 import fastexit as fx
 from embedded import NOBODY, SEVERAL, declared
+from fastexit import hyperv, outcome, reasons
 from fastexit import layout as L
-from fastexit import outcome, reasons
 from fastexit import regs as R
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
@@ -98,6 +98,9 @@ def test_enums_are_pythons() -> None:
     numbers = {name: row.number + 1 for name, row in PROFILES.items() if name not in ON_TRIAL}
     kernels = {f"KERNEL_{name.upper().replace('.', '_').replace('-', '_')}": n for name, n in numbers.items()}
     assert {name: n for name, n in known.items() if name.startswith("KERNEL_")} == {"KERNEL_DEFAULT": 0} | kernels
+    assert {name: known[f"HVF_{name}"] for name in hyperv.HvFeature.__members__} == dict(hyperv.HvFeature.__members__)
+    assert known["HVF_NONE"] == cabi.HVF_NONE > hyperv.ALL_FEATURES
+    assert {name: known[f"HV_EXIT_{name}"] for name in hyperv.HvExit.__members__} == dict(hyperv.HvExit.__members__)
     assert [known["VMX"], known["SVM"]] == [cabi.VENDORS.index("vmx"), cabi.VENDORS.index("svm")]
     assert {name: known[name] for name in fx.Effect.__members__ if name != "NONE"} == {
         e.name: e.value for e in fx.Effect if e
@@ -119,7 +122,8 @@ def test_shims_numbers_are_pythons() -> None:
     for name in re.findall(r"FXP_(\w+) = ", cabi.declarations(cabi.SHIM)):
         vendor, _, reason = name.partition("_")
         numbers = {"VMX": reasons.VmxExit, "SVM": reasons.SvmExit}.get(vendor)
-        assert getattr(lib, f"FXP_{name}") == (numbers[reason] if numbers else getattr(R, name)), name
+        known = hyperv if name.startswith("MSR_HV_") else R
+        assert getattr(lib, f"FXP_{name}") == (numbers[reason] if numbers else getattr(known, name)), name
 
 
 def test_shims_code_masks_are_pythons() -> None:
@@ -148,24 +152,24 @@ def test_table_is_the_entries() -> None:
         assert [kind.cname for kind in (*function.args, function.result)] == ["uint64_t"] * (len(args) + 1), name
 
 
-IN_PYTHON_ONLY = {"hyperv_features"}
-"""A machine from C has all of Hyper-V's enlightenments, enforced or not."""
-
-
 def test_every_setting_of_a_machine_can_be_said_in_c() -> None:
     """A struct of zeros is a machine of defaults; every flag is a setting's, every number a field of the struct."""
     zeros = dict.fromkeys(cabi.CONFIG.names, 0)
     assert cabi.keywords(SimpleNamespace(**zeros)) == {"vendor": "vmx"}
     flags = [flag for setting in SETTINGS.values() for flag in setting.flags]
     assert sorted([*flags, "BOOT_X2APIC", "QUIET"]) == sorted(Open.__members__)
-    said: list[tuple[dict[str, int], dict[str, object]]] = [({"kernel": 1}, {"kernel": "seed-v3"})]
+    said: list[tuple[dict[str, int], dict[str, object]]] = [
+        ({"kernel": 1}, {"kernel": "seed-v3"}),
+        ({"hv_features": hyperv.HvFeature.SYNIC}, {"hyperv_features": hyperv.HvFeature.SYNIC}),
+        ({"hv_features": cabi.HVF_NONE}, {"hyperv_features": hyperv.HvFeature(0)}),
+    ]
     for name, setting in SETTINGS.items():
         said += [({"flags": Open[flag]}, {name: value}) for flag, value in setting.flags.items()]
         if type(setting.default) is int:
             said.append(({name: 7}, {name: 7}))
     for fields, settings in said:
         assert cabi.keywords(SimpleNamespace(**zeros | fields)) == {"vendor": "vmx"} | settings
-    assert {name for _, settings in said for name in settings} | {"vendor"} == SETTINGS.keys() - IN_PYTHON_ONLY
+    assert {name for _, settings in said for name in settings} | {"vendor"} == SETTINGS.keys()
     assert cabi.keywords(SimpleNamespace(**zeros | {"vendor": 1})) == {"vendor": "svm"}
 
 

@@ -67,5 +67,5 @@ class Routing:
                 raise ValueError(f"GSI {gsi}: the default routes to the IOAPIC and the PICs cannot be used yet")
             routes = {}
         route = routes.get(gsi, HvSint(L.NONE, 0))
-        code = load("hv_sint_line")(self.machine.handle, gsi, level, route.vcpu, route.sint)
+        code = load("hv_sint_line")(self.machine.handle, gsi, level, route.vcpu, route.sint, L.HOST)
         return OUTCOMES[code].accepted

@@ -14,6 +14,7 @@ import numpy as np
 from fastexit import layout as L
 from fastexit import offers
 from fastexit.config import header as config_header
+from fastexit.hyperv import ALL_FEATURES, HvFeature
 from fastexit.jit import declare
 from fastexit.kernels import entries as _entries
 from fastexit.profile import NEWEST, PROFILES
@@ -48,6 +49,9 @@ ENTRIES = (
     "hv_timer_exit",
     "next_timer",
     "create_vcpu",
+    "door_hypercall",
+    "enable_synic",
+    "hv_sint_line",
 )
 """Kernel entries in the order of struct fxp_table."""
 
@@ -118,7 +122,7 @@ CONFIG = np.dtype(
         ("disable_exits", "<u4"),
         ("disable_quirks", "<u4"),
         ("boot_cpu_id", "<u4"),
-        ("reserved", "<u4"),
+        ("hv_features", "<u4"),
     ],
     align=True,
 )
@@ -144,6 +148,8 @@ RESULT = np.dtype(
 """struct fx_result."""
 
 VENDORS = SETTINGS["vendor"].choices
+HVF_NONE = 1 << 30
+"""FX_HVF_NONE of fx_config.hv_features, in which 0 means all."""
 
 
 def declarations(name: str) -> str:
@@ -169,7 +175,7 @@ def keywords(config: Any) -> Settings:
     unknown = flags & ~sum(Open)
     for name, value, known in (
         ("vendor", config.vendor, len(VENDORS)),
-        ("reserved", config.reserved, 1),
+        ("hv_features", config.hv_features & ~HVF_NONE, int(ALL_FEATURES) + 1),
     ):
         if value >= known:
             raise ValueError(f"fx_config.{name} {value} is out of range 0..{known - 1}")
@@ -188,6 +194,8 @@ def keywords(config: Any) -> Settings:
                 given[name] = value
         if type(setting.default) is int and (number := int(getattr(config, name))):
             given[name] = number
+    if config.hv_features:
+        given["hyperv_features"] = HvFeature(int(config.hv_features) & ~HVF_NONE)
     return cast(Settings, given)
 
 

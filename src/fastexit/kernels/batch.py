@@ -10,7 +10,7 @@ from . import bus, unicast
 from . import typed as k
 from .loop import behind_unicast, find_row, handles, run_exit
 from .pi import process_notification
-from .shared import own, vec
+from .shared import clear_words, own, vec
 
 NEAR = k.U(1536)
 """So many vCPUs leave enough of a second-level cache of 1 MiB; to ask for their lines ahead would not pay."""
@@ -147,6 +147,7 @@ def run(m, exits, outcomes, first, n):
             where = exits[at + k.U(3)] if op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ else msr
             if op == k.OP_HYPERCALL:
                 where, info = exits[at + k.U(3)], exits[at + k.ONE]
+                clear_words(m, k.XMM + v * k.XMM_STRIDE, k.XMM_WORDS)
             outcomes[out] = run_exit(m, v, row, reason, where, exits[at + k.U(2)], info)
             reads = op == k.OP_RDMSR or op == k.OP_MMIO_READ or op == k.OP_IO_READ
             outcomes[out + k.ONE] = m[own(m, v) + (k.K_MSR_DATA if reads else k.K_TARGETS)]

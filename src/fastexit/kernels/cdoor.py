@@ -5,7 +5,7 @@ from . import typed as k
 from .events import reset_vcpu_init
 from .halt import set_mp_state
 from .lapicstate import reset
-from .loop import behind_unicast, leave_guest
+from .loop import behind_unicast, find_row, handles, leave_guest, run_exit
 from .shared import clear_word_bits, own
 from .unicast import again, possible, send
 
@@ -19,6 +19,16 @@ def ipi(m, v, icr):
     if not code or again(m, v):
         return code
     return behind_unicast(m, v, code, icr)
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def hypercall(m, v, control, given, output):
+    """A 64-bit guest's VMCALL or VMMCALL with what layout.XMM has: its outcome code, or NONE with nothing touched."""
+    reason = k.SVM_VMMCALL if m[k.H_CONFIG] & k.CONFIG_SVM else k.VMX_VMCALL
+    row = find_row(m, reason, k.ZERO)
+    if not handles(m, v, row):
+        return k.NONE
+    return run_exit(m, v, row, reason, output, given, control)
 
 
 @kernel("u8(words, u8, u8)")

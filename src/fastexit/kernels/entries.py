@@ -377,12 +377,14 @@ def signal_msi(handle, address, data, sender):
 
 
 @entry
-@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
-def hv_sint_line(handle, gsi, level, vp_index, sint):
-    """KVM_IRQ_LINE of a GSI with an hv_sint route, or with none (NONE)."""
+@kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
+def hv_sint_line(handle, gsi, level, vp_index, sint, sender):
+    """KVM_IRQ_LINE of a GSI with an hv_sint route, or with none (NONE); ``sender`` as in signal_msi."""
     m = open_words(handle, k.WORDS)
-    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
-    return synic.irq_line(m, gsi, level, vp_index, sint, k.HOST)
+    if not k.HOST <= sender < k.SENDERS:
+        return NO_VCPU
+    m[shared.own(m, sender) + k.K_TARGETS] = k.ZERO
+    return synic.irq_line(m, gsi, level, vp_index, sint, sender)
 
 
 @entry
@@ -450,3 +452,11 @@ def door_ipi(handle, icr):
     v = handle & (k.MAX_VCPUS - k.ONE)
     m = open_words(handle & ~(k.MAX_VCPUS - k.ONE), k.WORDS)
     return cdoor.ipi(m, v, icr) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def door_hypercall(handle, v, control, given, output):
+    """A 64-bit guest's hypercall, whose XMM registers are in layout.XMM: an outcome code, or NO_VCPU where none is."""
+    m = open_words(handle, k.WORDS)
+    return cdoor.hypercall(m, v, control, given, output) if v < m[k.H_NVCPUS] else NO_VCPU

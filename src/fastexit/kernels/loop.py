@@ -25,7 +25,7 @@ from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .irq import take_pv_eoi
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .shared import clear_words, hot, own
+from .shared import hot, own
 from .tick import trace_wait
 
 VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
@@ -88,7 +88,7 @@ def _fast_stage(m, v, row, msr, value):
 def operate(m, v, row, msr, value, info):
     """Do what an exit asks for, as its generic handler does: an outcome code.
 
-    A hypercall has RCX in ``info``, RDX in ``value`` and R8 in the place of an MSR.
+    A hypercall has RCX in ``info``, RDX in ``value`` and R8 in the place of an MSR; XMM registers are in layout.XMM.
     """
     op = row & k.ROW_OPERATION
     if op == k.OP_WRMSR:
@@ -105,7 +105,6 @@ def operate(m, v, row, msr, value, info):
     if op == k.OP_IO_WRITE or op == k.OP_IO_READ:
         return bus.io(m, v, info, value, _length(row))
     if op == k.OP_HYPERCALL:
-        clear_words(m, k.XMM + v * k.XMM_STRIDE, k.XMM_WORDS)
         how = k.CALL_BITS64 | _length(row)
         return hypercall.emulate(m, v, k.ZERO, k.ZERO, info, value, k.ZERO, k.ZERO, msr, how)
     return k.ZERO

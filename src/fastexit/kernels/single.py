@@ -10,6 +10,7 @@ from . import typed as k
 from . import unicast
 from .batch import outside
 from .loop import behind_unicast, find_row, handles, run_exit
+from .shared import clear_words
 
 UNHANDLED = k.CODE_NOT_IN_GUEST
 
@@ -28,7 +29,9 @@ def run(m, v, reason, where, info, value):
         length = info & k.ACCESS_LENGTH
         if value & ~(k.NONE >> (k.U(64) - (length << k.U(3)))):
             return UNHANDLED
-    elif op != k.OP_MMIO_READ and op != k.OP_HYPERCALL and where > k.LOW32:
+    elif op == k.OP_HYPERCALL:
+        clear_words(m, k.XMM + v * k.XMM_STRIDE, k.XMM_WORDS)
+    elif op != k.OP_MMIO_READ and where > k.LOW32:
         return UNHANDLED
     return run_exit(m, v, row, reason, where, value, info)
 
