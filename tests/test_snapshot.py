@@ -282,6 +282,12 @@ FORGED_HEADER: dict[str, tuple[int, ...]] = {
     "H_FILTER_RANGES": (17, TOP),
     "H_FILTER_DENY": (2, TOP),
     "H_BSP_ID": (4096, TOP),
+    "H_GUEST_MEMORY": (1, TOP),
+    "H_GUEST_BYTES": (4096, TOP),
+    "H_HV_FEATURES": (1 << 24, TOP),
+    "H_HV_AUTO_EOI_VCPUS": (4097, TOP),
+    "H_HV_STIMERS": (2, TOP),
+    "H_HV_VP_INDICES": (4097, 1 << 32, TOP),
 }
 FORGED_MAP: dict[str, tuple[int, ...]] = {
     "MAP_PRESENT": (2, TOP),
@@ -325,6 +331,17 @@ FORGED_KVM: dict[str, tuple[int, ...]] = {
 }
 
 
+FORGED_HV: dict[str, tuple[int, ...]] = {
+    "HV_VP_INDEX": (4096, 1 << 32, TOP),
+    "HV_SYNIC": (4, TOP),
+    "HV_STIMER_PENDING": (16, TOP),
+    "HV_STIMER_STUCK": (16, TOP),
+    "HV_EXIT_TYPE": (3, TOP),
+    "HV_CALL_LENGTH": (16, TOP),
+    "HV_SYSTEM_EVENT": (1, 4, TOP),
+}
+
+
 def forgeries() -> Iterator[Any]:
     """Every word that is checked, with values that are not far outside and with some that are."""
     n, tables = 4, L.MAP1 + L.MAP_WORDS
@@ -352,6 +369,8 @@ def forgeries() -> Iterator[Any]:
         places += [(f"{k} {v}", hot + v * L.HOT_STRIDE + getattr(L, k), values) for k, values in FORGED_HOT.items()]
         places += [(f"VEC_RVI {v}", vec + v * L.VEC_STRIDE + L.VEC_RVI, (256, TOP))]
         places += [(f"{k} {v}", kvm + v * L.KVM_STRIDE + getattr(L, k), values) for k, values in FORGED_KVM.items()]
+        hv = kvm + n * L.KVM_STRIDE + v * L.HV_STRIDE
+        places += [(f"{k} {v}", hv + getattr(L, k), values) for k, values in FORGED_HV.items()]
     for name, at, values in places:
         yield from (pytest.param(at, value, id=f"{name} {value:#x}") for value in values)
 

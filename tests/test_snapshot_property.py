@@ -6,6 +6,7 @@ Operations are those of the property tests, exits one by one and in batches. Bot
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 
 import fastexit as fx
 import oracle
+import oracle_hyperv
 import strategies as s
+import test_hyperv_property as windows
+from fastexit import hyperv as h
 from fastexit import layout as L
 from fastexit import regs as r
 from generations import DRAWN
@@ -162,6 +166,111 @@ def test_life_goes_on(kernel: str, vendor: str, apicv: bool, seed: int) -> None:
 @given(config=s.configs, seed=s.seeds)
 def test_any_machine(config: s.Config, seed: int) -> None:
     split_life(config, seed)
+
+
+# ------------------------------------------------------------------------------------------------------ Windows guests
+
+
+def windows_act(m: fx.Machine, op: s.Op) -> Any:
+    """Carries out one operation of a Windows guest's life, or of its user space; what can be seen of it."""
+    name, *args = op
+    if name == "poke":
+        data = bytes.fromhex(args[1])
+        m.guest_memory[args[0] : args[0] + len(data)] = data
+    elif name == "routes":
+        m.set_gsi_routing([("hv_sint", 40 + 17 * vp + sint, vp, sint) for vp in range(5) for sint in range(17)])
+    elif name == "irq_line":
+        return m.irq_line(*args), m.targets
+    elif name == "set_time":
+        return m.set_time(max(m.time, args[0])), m.next_timer()
+    elif name in (*s.GUEST_OPS, "run", "enable_synic", "hv_hypercall", "complete_hypercall"):
+        v = m.vcpus[args[0]]
+        try:
+            told = windows_exit(v, name, args[1:])
+        except (fx.GeneralProtection, fx.InvalidOpcode) as fault:
+            told = str(fault)
+        return told, v.targets, v.exit_reason, v.user_hyperv, v.user_hypercall, v.rip, v.read_data
+    elif name != "settle":
+        return s.apply(m, op)
+    return None
+
+
+def windows_exit(v: fx.Vcpu, name: str, args: list[Any]) -> Any:
+    svm = v.machine.vendor == "svm"
+    doors = {"guest_wrmsr": v.wrmsr, "guest_rdmsr": v.rdmsr}
+    if name == "complete_hypercall" and v.user_hypercall is None:
+        return None
+    if name == "hv_hypercall":
+        v.real_mode = args[0]
+        return v.hv_hypercall(*args[1:])
+    if name == "hlt":
+        return v.exit(fx.SvmExit.HLT if svm else fx.VmxExit.HLT)
+    if name == "host_interrupt":
+        return v.exit(fx.SvmExit.INTERRUPT if svm else fx.VmxExit.EXTERNAL_INTERRUPT)
+    return doors.get(name, getattr(v, name, None))(*args)  # type: ignore[misc]
+
+
+def windows_life(life: windows.Life, rng: random.Random) -> list[s.Op]:
+    """Operations that make sense one after the other: the oracle has lived them."""
+    model = life[0].build(partial(oracle_hyperv.Machine, **life[1]))
+    pair = windows.HypervPair(life, close=False)
+    pair.model.next_op = None
+    for op in s.setup_ops(rng, model):
+        pair.step(op)
+    pair.step(("routes",))
+    pair.step(("set_msr", 0, h.MSR_HV_GUEST_OS_ID, 1))
+    for i in range(len(model.vcpus)):
+        pair.step(("enable_synic", i, rng.choice((1, 2))))
+    for _ in range(OPS):
+        pair.step(windows.next_op(rng, pair.model))
+    return pair.history
+
+
+def split_windows_life(life: windows.Life, seed: int) -> None:
+    """As split_life; the copy's memory is a copy of the guest's, and its routes are set anew."""
+    rng = random.Random(seed)
+    ops = windows_life(life, rng)
+    m = life[0].build(partial(fx.Machine, **life[1]))
+    m.guest_memory = bytearray(windows.MEMORY)
+    cut = rng.randrange(len(ops) + 1)
+    for op in ops[:cut]:
+        windows_act(m, op)
+    copy = fx.Machine.restore(m.snapshot())
+    copy.guest_memory = bytearray(m.guest_memory)
+    if ("routes",) in ops[:cut]:
+        windows_act(copy, ("routes",))
+    forget_targets(m)
+    for machine in (m, copy):
+        machine.trace.clear()
+        machine.trace.enable()
+    for i, op in enumerate(ops[cut:]):
+        was, now = windows_act(m, op), windows_act(copy, op)
+        assert now == was, f"operation {cut + i} behind a cut at {cut} of {s.story(life[0], ops)}"
+        assert copy.guest_memory == m.guest_memory, op
+    assert_equal(copy, m)
+
+
+@pytest.mark.parametrize("kernel", DRAWN)
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+@profile
+@given(seed=s.seeds)
+def test_a_windows_guest_goes_on(kernel: str, vendor: str, seed: int) -> None:
+    """Timers under way, messages that are stuck, a hypercall that waits for user space, EOI assist offered."""
+    rng = random.Random(seed)
+    split_windows_life(windows.random_life(rng, kernel=kernel, vendor=vendor, apicv=False), seed)
+
+
+def test_the_guests_memory_is_not_in_a_snapshot() -> None:
+    """Nor is its address: what a restored machine has is its own, empty and private."""
+    m = fx.Machine(vcpus=1, hyperv=True)
+    m.guest_memory = bytearray(b"\x5a") * 8192
+    data = m.snapshot()
+    copy = fx.Machine.restore(data)
+    assert copy.snapshot() == data
+    assert (copy.guest_memory[0], len(copy.guest_memory)) == (0, 3 << 30)
+    assert copy.mem[L.H_GUEST_MEMORY] != m.mem[L.H_GUEST_MEMORY] != 0
+    m.guest_memory = bytearray(4096)
+    assert m.snapshot() == data
 
 
 def test_a_lost_word_would_show() -> None:

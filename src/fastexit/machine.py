@@ -172,7 +172,7 @@ class Machine:
         if self._guest_memory is None:
             self.guest_memory = reserve(DEFAULT_BYTES)
         assert self._guest_memory is not None
-        return self._guest_memory
+        return self._guest_memory[:]  # of its own: a caller that releases it must not let go of the machine's
 
     @guest_memory.setter
     def guest_memory(self, buffer: Any) -> None:

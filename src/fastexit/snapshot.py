@@ -134,7 +134,8 @@ def _up_to(most: int) -> _Check:
 
 
 def _bits(mask: int) -> _Check:
-    return lambda words: words & np.uint64(~mask & L.NONE) == 0
+    others = np.uint64(~int(mask) & L.NONE)  # ~ of an IntFlag would stay among its own bits
+    return lambda words: words & others == 0
 
 
 def _among(*values: int) -> _Check:
@@ -157,6 +158,8 @@ _HEADER: tuple[tuple[int, _Check, str], ...] = (
     (L.H_GUEST_BYTES, _among(0), "the guest's memory"),
     (L.H_HV_FEATURES, _bits(HV.ALL_FEATURES), "a Hyper-V feature"),
     (L.H_HV_AUTO_EOI_VCPUS, _up_to(L.MAX_VCPUS), "a number of vCPUs with auto-EOI"),
+    (L.H_HV_STIMERS, _up_to(1), "a synthetic timer"),
+    (L.H_HV_VP_INDICES, _up_to(L.MAX_VCPUS), "a number of VP indices"),
     (L.H_MAP, _among(L.MAP0, L.MAP1), "the map in use"),
     (L.H_MAP_LOCK, _among(0), "the map's lock"),
     (L.H_MAP_DIRTY, _up_to(1), "the map's state"),
@@ -232,6 +235,7 @@ values, and counters, which Python adds to. The others may hold anything: they a
 
 
 _HV: tuple[tuple[int, _Check, str], ...] = (
+    (L.HV_VP_INDEX, _up_to(L.MAX_VCPUS - 1), "a VP index"),
     (L.HV_SYNIC, _bits(L.SYNIC_ACTIVE | L.SYNIC_KEEPS_PAGES), "a SynIC"),
     (L.HV_STIMER_PENDING, _bits((1 << L.STIMERS) - 1), "a synthetic timer"),
     (L.HV_STIMER_STUCK, _bits((1 << L.STIMERS) - 1), "a synthetic timer"),
