@@ -49,7 +49,15 @@ def having(trait: Trait) -> tuple[str, ...]:
 
 def offered(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
     """Machine's keywords without what this generation does not offer, and without vCPU ids that it does not take."""
-    usual = {"x2apic_api": 0, "bus_cycle_ns": 1, "cmci": False, "ipiv": None, "x2avic": False, "disable_exits": 0}
+    usual = {
+        "x2apic_api": 0,
+        "bus_cycle_ns": 1,
+        "cmci": False,
+        "ipiv": None,
+        "x2avic": False,
+        "disable_exits": 0,
+        "hyperv": True,
+    }
     chosen = usual | {"vendor": "vmx"} | options | {"kernel": kernel}
     left = dict(options)
     for offer in offers.OFFERS:

@@ -6,7 +6,8 @@ are made. It prints each machine's seed before it begins, so the last line names
 and property of Machine and Vcpu; whoever adds one adds it to this storm.
 
 A wall stands before and behind a machine's memory, and in every other machine behind the rows of its vCPUs as well, so
-that a row of a vCPU that does not exist cannot be read. In the others such rows must still be zero at the end.
+that a row of a vCPU that does not exist cannot be read. In the others such rows must still be zero at the end. The
+guest's memory, a few pages that are replaced now and then, stands between walls as well.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import fastexit as fx
+from fastexit import hyperv as hv
 from fastexit import layout as L
 from fastexit import machine as machine_module
 from fastexit import regs as r
@@ -46,6 +48,8 @@ REGIONS = (
     (L.PAGE, L.PAGE_STRIDE),
     (L.KVM, L.KVM_STRIDE),
     (L.TARGETS, L.TARGETS_STRIDE),
+    (L.HV, L.HV_STRIDE),
+    (L.XMM, L.XMM_STRIDE),
 )
 GROWING = {"add_vcpu", "create_vcpu"}
 """Doors that a walled machine has no room for."""
@@ -55,7 +59,7 @@ RECORDS = 48
 CALLS_OF_ONE = 1500
 SECONDS_OF_ONE = 100
 """After that a machine hangs: its process says where, and ends."""
-ALLOWED = (ValueError, TypeError, fx.GeneralProtection)
+ALLOWED = (ValueError, TypeError, fx.GeneralProtection, fx.InvalidOpcode)
 HEAD = struct.Struct("<8sIIII")
 NONE, U32, U48 = L.NONE, 0xFFFF_FFFF, (1 << 48) - 1
 NO_NUMBERS = (None, "x", 1.5, b"", bytes(1024), [], [(0, 1)], {}, object())
@@ -83,14 +87,22 @@ def guarded(length: int) -> tuple[memoryview, int]:
     return memoryview(block)[begin : begin + length], first + begin
 
 
-def allocate(walled: bool) -> tuple[memoryview, np.ndarray]:
+def allocate(walled: bool) -> memoryview:
     """What Machine takes for its memory."""
     block, address = guarded(L.BYTES)
     if walled:
         for first, stride in REGIONS:
             begin, end = first + ROWS * stride, first + L.MAX_VCPUS * stride
             forbid(address + 8 * begin, 8 * (end - begin))
-    return block, np.frombuffer(block, dtype=np.uint64)
+    return block
+
+
+def guests_memory(rng: random.Random) -> memoryview:
+    """Some pages, or a little more, that end at a wall; noise, as guests leave it, and zeroes."""
+    block, _ = guarded(rng.choice((1, 1, 2, 3, 16)) * PAGE + rng.choice((0, 0, 8, 4095)))
+    if rng.random() < 0.5:
+        block[: len(block) // 2] = rng.randbytes(len(block) // 2)
+    return block
 
 
 # ----------------------------------------------------------------------------------------------------- hostile numbers
@@ -101,6 +113,8 @@ EDGES = sorted(
     | {r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN, r.APIC_DEFAULT_PHYS_BASE, 0xFEE0_0300, 0xC000_0080}
 )
 MSRS = (r.MSR_APICBASE, r.MSR_TSC_DEADLINE, r.MSR_KVM_PV_EOI_EN, r.MSR_X2APIC_ICR, r.MSR_X2APIC_SELF_IPI, 0x80B, 0x808)
+OF_HYPERV = (0x00, 0x01, 0x02, 0x03, 0x10, 0x20, 0x21, 0x70, 0x71, 0x72, 0x73, 0x73, 0x80, 0x81, 0x82, 0x83, 0x83, 0x84)
+"""Hyper-V's MSRs, less their first number; SINTs and synthetic timers come in besides."""
 
 
 def wild(rng: random.Random) -> int:
@@ -124,13 +138,54 @@ def icr(rng: random.Random) -> int:
     return rng.choice((rng.randrange(80), rng.getrandbits(32), 0xFF, 0xFFFF_FFFF)) << 32 | rng.getrandbits(20)
 
 
+def hyperv_msr(rng: random.Random) -> int:
+    return hv.MSR_HV_FIRST + rng.choice((*OF_HYPERV, 0x90 + rng.randrange(16), *(0xB0 + rng.randrange(8),) * 4))
+
+
+def hyperv_value(rng: random.Random) -> int:
+    """A page that is enabled, a SINT, a timer's configuration or count."""
+    page = rng.choice((0, 0x1000, 0x3000, 0x10000, 0x11000, 1 << 47, NONE & ~0xFFF)) | rng.choice((1, 1, 0, 0x801))
+    sint = rng.randrange(256) | rng.choice((0, hv.HV_SINT_MASKED, hv.HV_SINT_AUTO_EOI, 7 << 16))
+    timer = rng.randrange(16) | rng.choice((0, hv.HV_STIMER_DIRECT)) | rng.randrange(256) << 4 | rng.randrange(16) << 16
+    return rng.choice((page, page, sint, timer, timer, 0, 1, rng.getrandbits(12), NONE, 1 << 63))
+
+
+def hypercall_control(rng: random.Random) -> int:
+    """A call that KVM knows, mostly, with counts that may be right."""
+    code = int(rng.choice((*hv.HvCall, hv.HvCall.SEND_IPI, hv.HvCall.SEND_IPI_EX, hv.HvCall.SEND_IPI_EX)))
+    control = code | rng.choice((0, hv.HV_CALL_FAST))
+    if code > hv.HvCall.SEND_IPI or rng.random() < 0.1:
+        control |= rng.choice((0, 1, 2, 3, 11, 12, 63, 64, 65, 1023)) << hv.HV_CALL_VAR_COUNT_SHIFT
+    if rng.random() < 0.2:
+        control |= rng.choice((1, 15, 16, 4095)) << hv.HV_CALL_REP_COUNT_SHIFT
+    return control | (rng.getrandbits(64) & rng.getrandbits(64) & rng.getrandbits(64) if rng.random() < 0.1 else 0)
+
+
+def hypercall_input(rng: random.Random) -> int:
+    """A vector, or an address in the guest's memory, at its end, or beyond."""
+    end = rng.choice((0, 0x1000, 0x2000, 0x3000, 0x10000))
+    return rng.choice(
+        (rng.randrange(300), rng.randrange(0x10000), end - rng.randrange(48) & NONE, NONE - rng.randrange(48))
+    )
+
+
 def likely(rng: random.Random, name: str, vcpus: int) -> int:
     """What a caller means by a parameter of this name, now and then past its end."""
+    if name == "control" or (name == "rcx" and rng.random() < 0.7):
+        return hypercall_control(rng)
+    if name in ("given", "input", "rdx"):
+        return hypercall_input(rng)
+    if name in ("output", "r8"):
+        return rng.choice((0, 1, rng.getrandbits(8), rng.getrandbits(64), hypercall_input(rng)))
+    if name in ("sint", "level", "gsi", "version", "vp_index"):
+        return rng.randrange(18)
     if name in ("v", "vcpu", "index"):
         return rng.randrange(vcpus + 1) if rng.random() < 0.1 else rng.randrange(vcpus)
     if name in ("cpu", "vcpu_id", "target", "dest", "first", "n"):
         return rng.randrange(2 * vcpus + 1)
     if "msr" in name or name in ("rcx", "ecx"):
+        if rng.random() < 0.4:
+            return hyperv_msr(rng)
         return rng.choice(MSRS) if rng.random() < 0.5 else 0x800 + rng.randrange(0x100)
     if "offset" in name:
         return rng.randrange(0x40) * 16
@@ -144,6 +199,8 @@ def likely(rng: random.Random, name: str, vcpus: int) -> int:
         return r.APIC_DEFAULT_PHYS_BASE | rng.getrandbits(20)
     if "vector" in name:
         return rng.randrange(256)
+    if name == "value" and rng.random() < 0.4:
+        return hyperv_value(rng)
     return icr(rng) if rng.random() < 0.5 else rng.randrange(64)
 
 
@@ -164,6 +221,11 @@ def page(rng: random.Random, old: bytes) -> bytes:
 def thing(rng: random.Random, name: str, vcpus: int) -> Any:
     """A Python argument: mostly a number, else what somebody may pass by mistake."""
     if rng.random() < 0.9:
+        if name == "xmm":
+            return [number(rng, "output", vcpus) for _ in range(rng.choice((0, 1, 2, 11, 12, 12, 13)))]
+        if name == "entries":
+            kinds = ("hv_sint",) * 9 + ("ioapic", "x")
+            return [(rng.choice(kinds), gsi, number(rng, "gsi", vcpus) & U32, rng.randrange(17)) for gsi in range(4)]
         return number(rng, name, vcpus)
     return rng.choice(
         (
@@ -242,7 +304,7 @@ class Storm:
         self.loud = loud
         self.rng = rng = random.Random(seed)
         self.walled = rng.random() < 0.5
-        machine_module._allocate = lambda: allocate(self.walled)
+        machine_module.reserve = lambda size: allocate(self.walled) if size == L.BYTES else guests_memory(rng)
         self.entries = entry_parameters()
         self.methods = {cls: methods(cls) for cls in (fx.Machine, fx.Vcpu)}
         self.settable = {cls: settable(cls) for cls in (fx.Machine, fx.Vcpu)}
@@ -286,9 +348,17 @@ class Storm:
         if options["apicv"]:
             options |= {"ipiv": rng.random() < 0.5, ("x2avic" if svm else "vtd_pi"): rng.random() < 0.5}
         options |= {"apic_ids": ids, "vendor": vendor, "boot_cpu_id": options["boot_cpu_id"]}
+        options["hyperv"] = rng.choice((False, True, True, "enforce"))
+        if rng.random() < 0.5:
+            options["hyperv_features"] = rng.getrandbits(len(hv.HvFeature))
         m = fx.Machine(**offered(options["kernel"], options))
         if options["x2apic"] and rng.random() < 0.7:
             m.boot_x2apic()
+        if options["hyperv"]:
+            for v in m.vcpus:
+                v.set_msr(hv.MSR_HV_GUEST_OS_ID, 1)
+                if rng.random() < 0.7:
+                    v.enable_synic(rng.choice((1, 2)))
         if rng.random() < 0.6:
             m.trace.enable()
             if rng.random() < 0.5:
@@ -321,6 +391,8 @@ class Storm:
             lambda v: v.mmio_write(r.APIC_ICR, rng.getrandbits(20)),
             lambda v: m.signal_msi(likely(rng, "address", 1), rng.getrandbits(16)),
             lambda v: v.run(),
+            lambda v: v.hv_hypercall(hypercall_control(rng), hypercall_input(rng), rng.getrandbits(64)),
+            lambda v: v.set_msr(hyperv_msr(rng), hyperv_value(rng)),
         )
         for _ in range(6):
             self.note("probe")
@@ -331,7 +403,8 @@ class Storm:
         rng = self.rng
         tables = L.MAP1 + L.MAP_WORDS
         hot = tables + L.TABLES_END - L.FILTER
-        kvm = length - n * L.KVM_STRIDE
+        windows = length - n * L.HV_STRIDE
+        kvm = windows - n * L.KVM_STRIDE
         vcpu = rng.randrange(n)
         base = rng.choice((L.MAP0, L.MAP1))
         return rng.choice(
@@ -345,6 +418,8 @@ class Storm:
                 hot + vcpu * L.HOT_STRIDE + rng.randrange(L.HOT_STRIDE),
                 kvm + vcpu * L.KVM_STRIDE + rng.randrange(L.KVM_STRIDE),
                 kvm + vcpu * L.KVM_STRIDE + rng.randrange(L.KVM_STRIDE),
+                windows + vcpu * L.HV_STRIDE + rng.randrange(L.HV_STRIDE),
+                windows + vcpu * L.HV_STRIDE + rng.randrange(L.HV_STRIDE),
                 rng.randrange(length),
             )
         )
@@ -367,6 +442,7 @@ class Storm:
         if name == "exits":
             vendor, vcpus = self.m.dispatcher.vendor, len(self.m.vcpus)
             usual = (vendor.wrmsr_reason, vendor.rdmsr_reason, vendor.mmio_reason, vendor.io_reason)
+            usual += (vendor.hypercall_reason,)
             for i in range(n):
                 reason = rng.choice(usual) if rng.random() < 0.6 else number(rng, "reason", vcpus)
                 info = rng.choice((1, 2, 4, 8)) | rng.choice((0, fx.MMIO_WRITE))
@@ -375,11 +451,17 @@ class Storm:
                 gpa = number(rng, "gpa", vcpus) & U48
                 if reason == vendor.io_reason:
                     info = self.m.io_info(rng.getrandbits(16), rng.choice((1, 2, 4)), rng.random() < 0.5)
+                value = icr(rng)
+                if reason == vendor.hypercall_reason:
+                    control, value, gpa = hypercall_control(rng), hypercall_input(rng), rng.getrandbits(64)
+                    msr, info = control & U32, control >> 32
+                elif hv.MSR_HV_FIRST <= msr <= hv.MSR_HV_LAST:
+                    value = hyperv_value(rng)
                 if hostile and rng.random() < 0.1:
                     msr, info, gpa = wild(rng), wild(rng), wild(rng)
                 if hostile and rng.random() < 0.05:
                     index = rng.choice((vcpus, wild(rng)))
-                array[i] = (index & U32, reason & U32, msr & U32, info & U32, icr(rng), gpa)
+                array[i] = (index & U32, reason & U32, msr & U32, info & U32, value, gpa)
         return array
 
     def note(self, *what: object) -> None:
@@ -432,7 +514,10 @@ class Storm:
                 getattr(target, name)
             return
         if rng.random() < 0.1 and self.settable[cls]:
-            setattr(target, rng.choice(self.settable[cls]), thing(rng, "value", vcpus))
+            name, value = rng.choice(self.settable[cls]), thing(rng, "value", vcpus)
+            if name == "guest_memory" and rng.random() < 0.8:
+                value = guests_memory(rng)
+            setattr(target, name, value)
             return
         name, parameters = rng.choice(list(self.methods[cls].items()))
         if name == "run" and target is m:
