@@ -7,6 +7,7 @@ import random
 import pytest
 
 import fastexit as fx
+from fastexit import hyperv as hv
 from fastexit import layout as L
 from fastexit.costs.profile import cost_profile
 from fastexit.insight.walk import STEPS
@@ -252,3 +253,71 @@ def test_snapshot_takes_costs_again() -> None:
     m = fx.Machine.restore(data, costs=OFF)
     assert m.vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD)).cycles > 0
     assert fx.Machine.restore(data).vcpus[0].wrmsr(ICR, fx.icr(dest=1, vector=0xFD)).cycles is None
+
+
+def on_hyperv(**options: object) -> fx.Machine:
+    m = booted(apicv=True, hyperv=True, **options)
+    m.vcpus[0].set_msr(hv.MSR_HV_GUEST_OS_ID, 1)
+    for v in m.vcpus:
+        v.wrmsr(TPR, 0)
+        v.wrmsr(TPR, 0)
+    return m
+
+
+def test_an_icr_of_hypervs_is_an_icr_by_the_generic_path() -> None:
+    """Same stages as the same write of MSR 0x830 that the fast path declines."""
+    m, other = on_hyperv(), on_hyperv()
+    other.fastpath = False
+    value = fx.icr(dest=1, vector=0xFD)
+    windows, linux = m.vcpus[0].wrmsr(hv.MSR_HV_ICR, value), other.vcpus[0].wrmsr(ICR, value)
+    assert (windows.cycles_ipi, windows.cycles, stages(windows)) == (linux.cycles_ipi, linux.cycles, stages(linux))
+    assert stages(m.vcpus[1].wrmsr(hv.MSR_HV_EOI, 0)) == stages(other.vcpus[1].wrmsr(EOI, 0))
+    m.vcpus[2].enable_synic(1)
+    m.vcpus[2].wrmsr(TPR, 0)
+    sint = m.vcpus[2].wrmsr(hv.MSR_HV_SINT0, 0x41)
+    assert stages(sint)["msr_access"] == 1
+    assert not {"icr", "lapic_access", "timer"} & stages(sint).keys()
+
+
+def test_a_hypercall_of_hypervs_looks_at_every_vcpu_and_pays_for_each_target() -> None:
+    m, profile = on_hyperv(), cost_profile(RETPOLINE)
+    v = m.vcpus[0]
+
+    def call(control: int, given: int, output: int = 0, xmm: tuple[int, ...] = ()) -> dict[str, int]:
+        for other in m.vcpus:
+            other.hw_notify()
+        v.hv_hypercall(control, given, output, xmm)
+        out = v.timed
+        assert out is not None
+        assert out.cycles_spent == sum(charge.cycles for charge in out.charges)
+        assert (out.cycles_ipi is None) == (out.accepted < 1)
+        return stages(out)
+
+    fast = call(hv.HvCall.SEND_IPI | hv.HV_CALL_FAST, 0x41, 0b0110)
+    assert (fast["hv_hypercall"], fast["hv_target"], fast["accept"], fast["notify"]) == (1, 4, 2, 2)
+    assert not {"hypercall", "guest_memory", "msr_access", "icr"} & fast.keys()
+    one = v.timed
+    m.guest_memory[0:16] = bytes([0x42] + [0] * 7 + [0b0110] + [0] * 7)
+    slow = call(hv.HvCall.SEND_IPI, 0)
+    assert slow == fast | {"guest_memory": 1}
+    assert v.timed.cycles_ipi == one.cycles_ipi + profile["guest_memory"]
+    ex = hv.HvCall.SEND_IPI_EX | hv.HV_CALL_FAST | 1 << hv.HV_CALL_VAR_COUNT_SHIFT
+    assert call(ex, 0x43, 0, (1, 0b0110)) == fast
+    refused = call(hv.HvCall.SEND_IPI | hv.HV_CALL_FAST, 0x1, 0b0110)
+    assert refused["hv_hypercall"] == 1
+    assert not {"accept", "hv_target"} & refused.keys()
+    m.vcpus[0].set_msr(hv.MSR_HV_GUEST_OS_ID, 0)
+    assert {"hypercall"} == {"hypercall", "hv_hypercall"} & call(0, 0).keys()
+
+
+def test_a_synthetic_timer_is_set_and_served_at_an_entry() -> None:
+    m = on_hyperv()
+    v = m.vcpus[0]
+    v.enable_synic(1)
+    v.wrmsr(hv.MSR_HV_STIMER0_CONFIG, hv.HV_STIMER_DIRECT | 0x61 << 4 | hv.HV_STIMER_AUTO_ENABLE)
+    armed = v.wrmsr(hv.MSR_HV_STIMER0_CONFIG + 1, 5_000)
+    assert stages(armed)["hrtimer"] == 1
+    m.set_time(600_000)
+    served = v.exit(fx.VmxExit.EXTERNAL_INTERRUPT)
+    assert stages(served)["accept"] == 1
+    assert "hrtimer" not in stages(served)

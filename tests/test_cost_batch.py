@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastexit as fx
+from fastexit import hyperv as hv
 from timedexits import DEADLINE, EOI, ICR, MACHINES, RETPOLINE, TPR, booted
 
 
@@ -94,6 +95,50 @@ def test_quiet_batch_has_the_slow_exits_too(kernel: str) -> None:
         assert np.isnan(total[i]) or total[i] == out.cycles, (i, out)
     assert np.isfinite(total).sum() >= 40
     assert np.isfinite(total).sum() > np.isfinite(unsure).sum()
+
+
+def hypercalls(n: int, svm: bool) -> np.ndarray:
+    """IPIs of a Windows guest: by Hyper-V's ICR, by hypercall from registers and from memory; EOIs, other calls."""
+    rng, out = random.Random(n), np.zeros(n, dtype=fx.EXIT)
+    wrmsr, info, call = (0x7C, 1, 0x81) if svm else (32, 0, 18)
+    for i in range(n):
+        v, kind = rng.randrange(4), rng.randrange(8)
+        if kind < 2:
+            out[i] = (v, wrmsr, hv.MSR_HV_ICR, info, fx.icr(rng.randrange(5), rng.randrange(0x31, 0x39)), 0)
+        elif kind == 2:
+            out[i] = (v, wrmsr, rng.choice((hv.MSR_HV_EOI, hv.MSR_HV_TPR, hv.MSR_HV_GUEST_OS_ID)), info, 1, 0)
+        elif kind < 6:
+            fast = hv.HvCall.SEND_IPI | hv.HV_CALL_FAST
+            out[i] = (v, call, fast, 0, rng.randrange(8, 0x80), rng.getrandbits(4))
+        else:
+            out[i] = (v, call, rng.choice((hv.HvCall.SEND_IPI, 0x77)), 0, 0x1000, 0)
+    return out
+
+
+@pytest.mark.parametrize("apicv", [True, False])
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+def test_batch_of_a_windows_guest_agrees(vendor: str, apicv: bool) -> None:
+    exits = hypercalls(300, vendor == "svm")
+    machines = [booted(costs=costs, vendor=vendor, apicv=apicv, hyperv=True) for costs in (None, RETPOLINE)]
+    for m in machines:
+        m.vcpus[0].set_msr(hv.MSR_HV_GUEST_OS_ID, 1)
+        m.guest_memory[0x1000:0x1010] = bytes([0x55] + [0] * 7 + [6] + [0] * 7)
+    batch, single = machines
+    outcomes = batch.run(exits)
+    seen = []
+    for v, reason, msr, info, value, gpa in exits.tolist():
+        if reason == single.dispatcher.vendor.hypercall_reason:
+            seen.append(single.vcpus[v].exit(reason, rcx=msr, rdx=value, r8=gpa))
+        else:
+            seen.append(single.vcpus[v].exit(reason, msr=msr, value=value, info1=info))
+    assert [out.code for out in seen] == outcomes["code"].tolist()
+    sent, total = fx.batch_cycles(batch, exits, outcomes, RETPOLINE)
+    for i, out in enumerate(seen):
+        assert np.isnan(sent[i]) or sent[i] == out.cycles_ipi, (i, exits[i], out)
+        assert np.isnan(total[i]) or total[i] == out.cycles, (i, exits[i], out)
+        one_kind = out.accepted > 0 and len({sent.effect for sent in out.sent}) <= 1
+        assert not (one_kind and not out.user and np.isnan(sent[i])), out
+    assert np.isfinite(sent).sum() >= 60
 
 
 def test_batch_refuses() -> None:

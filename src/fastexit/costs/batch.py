@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, pointer_calls, work_of
+from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, charge_hyperv, pointer_calls, work_of
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.exits.exit import Exit
 from fastexit.outcome import CODE_EFFECTS, OUTCOMES, TARGETS_COUNT_SHIFT, Effect, Fastpath, Outcome, Path, Refusal
@@ -96,8 +97,9 @@ def _concerns_sender(machine: Machine, exits: np.ndarray) -> np.ndarray:
     logical = value & np.uint64(R.ICR.mask("DEST_MODE")) != 0
     dest = value >> np.uint64(32)
     elsewhere = ~logical & (dest != ids[exits["vcpu"]]) & (dest != R.XAPIC_BROADCAST) & (dest != R.X2APIC_BROADCAST)
-    mmio = exits["reason"] == machine.dispatcher.vendor.mmio_reason  # its destination is in another register
-    safe = np.where(shorthand == 0, elsewhere & ~mmio, shorthand == R.Shorthand.ALL_BUT_SELF)
+    # The page's destination is in another register, that of Hyper-V's ICR in bits that go by the sender's mode.
+    other = (exits["reason"] == machine.dispatcher.vendor.mmio_reason) | (exits["msr"] == HV.MSR_HV_ICR)
+    safe = np.where(shorthand == 0, elsewhere & ~other, shorthand == R.Shorthand.ALL_BUT_SELF)
     posted = all(v.apicv for v in machine.vcpus) & ((value & np.uint64(_MODE)) >> np.uint64(R.ICR.shift("DM")) <= 1)
     concerns: np.ndarray = ~(safe | posted)
     return concerns.astype(np.uint64)
@@ -122,6 +124,7 @@ def _cycles(
         else Exit(reason, msr, info1=info)
     )
     work = work_of(vendor, exit)
+    control = info << 32 | msr if reason == vendor.hypercall_reason and _runs_on_hyperv(machine) else None
     meter = Meter(profile, pointer_calls(machine.kernel))
     charge = partial(meter.charge, "")
     fast_run = not loop.hook_irqoff and reason in vendor.fast_run
@@ -160,7 +163,7 @@ def _cycles(
                     return _NONE
                 direct = vendor.rows[reason].shortcut and config & L.CONFIG_RETPOLINE
                 charge("dispatch_direct" if direct else "dispatch_indirect")
-                known = _handler(meter, work, out, told, accesses_msr(vendor, reason))
+                known = _handler(meter, work, out, told, accesses_msr(vendor, reason), control, len(machine.vcpus))
     ipi = float(meter.ipi) if known and meter.ipi is not None else math.nan
     if not known or work.timer or out.user is not None or out.blocked:
         return ipi, math.nan
@@ -194,15 +197,33 @@ def _takes_srcu(machine: Machine, exit: Exit, out: Outcome) -> bool:
     return row.srcu and (row.work != "msr" or bool(exit.info1))
 
 
-def _handler(meter: Meter, work: Work, out: Outcome, told: int, generic_msr: bool) -> bool:
+def _runs_on_hyperv(machine: Machine) -> bool:
+    """Whether the guest's hypercalls are Hyper-V's, as things are behind the batch."""
+    mem = machine.mem
+    gated = machine.profile.traits & Trait.GATED and not mem[L.H_CONFIG] & L.CONFIG_HYPERV
+    return bool(mem[L.H_HV_GUEST_OS_ID] and mem[L.H_CONFIG] & L.CONFIG_KVM_HYPERV and not gated)
+
+
+def _handler(
+    meter: Meter,
+    work: Work,
+    out: Outcome,
+    told: int,
+    generic_msr: bool,
+    control: int | None = None,
+    vcpus: int = 0,
+) -> bool:
     """What TimedDispatcher._work charges; False when the record does not tell."""
     if generic_msr:
         meter.charge("", "msr_access")
     if out.fault or (out.user is not None and out.path is not Path.FAST):
         return True
-    for stage in work.stages:
-        meter.charge("", stage)
-    if "icr" in work.stages and out.accepted > 0:
+    if control is not None:
+        charge_hyperv(meter, "", control, vcpus, out.accepted > 0)
+    else:
+        for stage in work.stages:
+            meter.charge("", stage)
+    if ("icr" in work.stages or control is not None) and out.accepted > 0:
         effects = [effect for effect in Effect if effect & out.effects]
         if len(effects) > 1 or told > out.accepted:
             return False

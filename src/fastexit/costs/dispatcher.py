@@ -14,10 +14,20 @@ from typing import TypeVar
 
 import numpy as np
 
+from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.costs.accepted import IPI_EVENTS, Before, accepting, before, records
-from fastexit.costs.meter import EFFECT_STAGES, Meter, Sent, TimedOutcome, accesses_msr, pointer_calls, work_of
+from fastexit.costs.meter import (
+    EFFECT_STAGES,
+    Meter,
+    Sent,
+    TimedOutcome,
+    accesses_msr,
+    charge_hyperv,
+    pointer_calls,
+    work_of,
+)
 from fastexit.costs.profile import CostProfile
 from fastexit.exits.dispatcher import BLOCKED, Dispatcher
 from fastexit.exits.exit import Exit, Vendor
@@ -210,9 +220,18 @@ class TimedDispatcher(Dispatcher):
         return code
 
     def service_requests(self, v: Vcpu) -> int:
-        """Step 2."""
+        """Step 2, with the synthetic timers that are served."""
         self.meter.charge("service_requests", "requests")
-        return super().service_requests(v)
+        if not self.mem[v.hot + L.HOT_REQUESTS] & R.REQ_HV_STIMER:
+            return super().service_requests(v)
+        old, deadlines = self._before(v), self._stimers(v)
+        code = super().service_requests(v)
+        told = accepting(v, records(self.mem, self.words, old), old)
+        self._accepted(told, "service_requests", len(told))
+        moved = sum(was != now for was, now in zip(deadlines, self._stimers(v), strict=True))
+        if moved:
+            self.meter.charge("service_requests", "hrtimer", moved)
+        return code
 
     def inject_events(self, v: Vcpu) -> bool:
         """Step 3."""
@@ -270,6 +289,11 @@ class TimedDispatcher(Dispatcher):
     def _apicv(self, v: Vcpu) -> int:
         return self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_APICV
 
+    def _stimers(self, v: Vcpu) -> list[int]:
+        """When the hrtimers of its synthetic timers fire."""
+        first = L.HV + v.index * L.HV_STRIDE + L.HV_STIMER + L.STIMER_DEADLINE
+        return [self.mem[first + i * L.STIMER_STRIDE] for i in range(L.STIMERS)]
+
     def _before(self, v: Vcpu) -> Before:
         return before(self.mem, v)
 
@@ -307,9 +331,14 @@ class TimedDispatcher(Dispatcher):
             meter.charge(step, "msr_access")
         if code & CODE_FAULT or (code & CODE_USER and not code & CODE_FAST):
             return
-        for stage in work.stages:
-            meter.charge(step, stage)
         written = records(self.mem, self.words, old)
+        control = next((control for event, control in written if event == L.TP_HV_HYPERCALL), None)
+        if control is not None:
+            succeeded = not self.mem[v.own + L.K_MSR_DATA] & HV.HV_CALL_CODE
+            charge_hyperv(meter, step, control, self.mem[L.H_NVCPUS], succeeded)
+        else:
+            for stage in work.stages:
+                meter.charge(step, stage)
         told = accepting(v, written, old)
         if told:
             ipi = any(event in IPI_EVENTS for event, _ in written) or exit.reason == vendor.hypercall_reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit, Vendor
@@ -153,7 +154,14 @@ def _register(offset: int, write: bool) -> tuple[str, bool]:
 
 
 def _msr(msr: int, write: bool) -> Work:
-    """RDMSR or WRMSR; generic MSR emulation, which a fast handler avoids, is not among it."""
+    """RDMSR or WRMSR; generic MSR emulation, which a fast handler avoids, is not among it.
+
+    Of Hyper-V's, which are never fast, the ICR is an ICR, and what only stores a value costs no more than any access.
+    """
+    if msr == HV.MSR_HV_ICR:
+        return Work(("icr" if write else "lapic_access",))
+    if msr in (HV.MSR_HV_EOI, HV.MSR_HV_TPR):
+        return Work(("lapic_access",))
     if msr == R.MSR_TSC_DEADLINE:
         return Work(("timer",), timer=write)
     if not R.MSR_X2APIC_BASE <= msr < R.MSR_X2APIC_BASE + 0x100:
@@ -203,6 +211,25 @@ def work_of(vendor: Vendor, exit: Exit) -> Work:
     """Give the work of an exit's built-in handlers."""
     work = WORKS[vendor.rows[exit.reason].work]
     return work if isinstance(work, Work) else work(exit)
+
+
+_READS = {int(HV.HvCall.SEND_IPI): 1, int(HV.HvCall.SEND_IPI_EX): 2, int(HV.HvCall.SIGNAL_EVENT): 1}
+"""Hypercalls with input, and in how many pieces it is read where it is in memory: banks of a set come separately."""
+
+
+def charge_hyperv(meter: Meter, step: str, control: int, vcpus: int, succeeded: bool) -> None:
+    """Charge one of Hyper-V's hypercalls, by its control word, up to its targets.
+
+    An IPI looks at every vCPU of the VM, in turn. What is refused is taken to be refused for its control word.
+    """
+    meter.charge(step, "hv_hypercall")
+    code = control & HV.HV_CALL_CODE
+    if not succeeded or code not in _READS:
+        return
+    if not control & HV.HV_CALL_FAST:
+        meter.charge(step, "guest_memory", _READS[code])
+    if code != HV.HvCall.SIGNAL_EVENT:
+        meter.charge(step, "hv_target", vcpus)
 
 
 def accesses_msr(vendor: Vendor, reason: int) -> bool:

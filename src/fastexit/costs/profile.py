@@ -61,6 +61,9 @@ STAGES: dict[str, str] = {
     "emulator": "an access to the xAPIC page that the instruction emulator has to decode, its fault included",
     "halt": "kvm_emulate_halt",
     "hypercall": "a hypercall's registers and its switch",
+    "hv_hypercall": "one of Hyper-V's: mode, registers, control word, CPUID bits, its switch",
+    "hv_target": "one vCPU of the VM looked for in a set of virtual processors",
+    "guest_memory": "input of a hypercall read from the guest's memory",
     "host_irq": "the host's own handler of the interrupt that caused an exit",
     "other_exit": "the handler of any other exit",
     # -- telling the target
