@@ -257,6 +257,10 @@ class HypervTwins(Twins):
                 return
             yield value
 
+    def may_be_late(self) -> bool:
+        """A tick of the kernel's between entry and handler withdraws the offer of an EOI: it has to show again."""
+        return any(op[0] in ("take", "window", "halt", "test_clear") and op[-1] for op in self.history)
+
     def look(self) -> None:
         """Nothing to see before the end."""
 
