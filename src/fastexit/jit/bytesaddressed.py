@@ -16,11 +16,3 @@ def load_byte(address: np.uint64) -> np.uint64:
 def store_byte(address: np.uint64, value: np.uint64) -> None:
     """Write a byte, the low eight bits of value."""
     c_uint8.from_address(int(address)).value = int(value)
-
-
-def take_byte(address: np.uint64) -> np.uint64:
-    """Set a byte to 0 and return what it was, in one step where it is compiled."""
-    byte = c_uint8.from_address(int(address))
-    was = byte.value
-    byte.value = 0
-    return np.uint64(was)

@@ -93,12 +93,6 @@ def _store_byte(context, builder, address, value):
     return context.get_dummy_value()
 
 
-@lowers(bytesaddressed.take_byte, "u8(u8)")
-def _take_byte(context, builder, address):
-    zero = llvm.Constant(llvm.IntType(8), 0)
-    return builder.zext(builder.atomic_rmw("xchg", _byte(builder, address), zero, ORDER), llvm.IntType(64))
-
-
 # ---------------------------------------------------------------------------------------------------------------- bits
 
 

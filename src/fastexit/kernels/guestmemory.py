@@ -5,7 +5,7 @@ not lie in it whole fails, as one without a slot does in KVM; nothing is then re
 Not modelled: dirty pages, several slots.
 """
 
-from ..jit.bytesaddressed import load_byte, store_byte, take_byte
+from ..jit.bytesaddressed import load_byte, store_byte
 from ..jit.declare import kernel
 from . import typed as k
 
@@ -43,9 +43,3 @@ def clear(m, gpa, size):
     for i in range(size):
         store_byte(at + k.U(i), k.ZERO)
     return k.ZERO
-
-
-@kernel("u8(words, u8)")
-def take(m, gpa):
-    """Set a byte to 0, in one step where the guest may write it at the same time: what it was."""
-    return take_byte(m[k.H_GUEST_MEMORY] + gpa)

@@ -19,7 +19,7 @@ from . import typed as k
 
 @kernel("u8(words, u8)")
 def hv(m, v):
-    """First word of a vCPU's row of Hyper-V's words. Masked: an index may come from memory."""
+    """First word of a vCPU's row of Hyper-V's words."""
     return k.HV + v * k.HV_STRIDE
 
 
