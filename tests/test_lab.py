@@ -22,7 +22,7 @@ from fastexit.kvm import ioctl as K
 from fastexit.kvm import operations as ops
 from fastexit.kvm.device import KvmUnavailable, upstream
 from fastexit.kvm.lab import initramfs, kernels, qemu, traces, wire
-from fastexit.kvm.lab.device import ioctl_record
+from fastexit.kvm.lab.device import LATCHED_INIT_AT, SEEN, LabDevice, ioctl_record
 from fastexit.kvm.lab.turnstile import Turnstile
 from fastexit.kvm.lab.wire import Answer, Ask
 from strategies import JIT
@@ -165,6 +165,49 @@ def test_everybody_hears_of_a_broken_wire() -> None:
     with turnstile.inside(), pytest.raises(wire.WireBroken, match="gone"):
         turnstile.trip([(Ask.READ, 0, b"broken")])
     assert turnstile.trip([(Ask.READ, 0, b"x")]) == [Answer(0, b"x")]
+
+
+class Latched:
+    """A wire to a kernel with one vCPU, whose INIT waits when it is looked at; each look carries it out."""
+
+    closed = False
+    trips = 0
+
+    def trip(self, records: Any, seconds: float = 0) -> list[Answer]:
+        self.trips += 1
+        return [self.answer(what, payload) for what, _, payload in records]
+
+    def answer(self, what: Ask, payload: bytes) -> Answer:
+        if what == Ask.LOOK:
+            return Answer(0, struct.pack("<III", 1, LATCHED_INIT_AT // 4, 1 << 8 * (LATCHED_INIT_AT % 4)))
+        request = struct.unpack_from("<IHHQQ", payload)[3] if what == Ask.IOCTL else None
+        if request == K.CREATE_VM:
+            return Answer(5, b"")
+        return Answer(0, bytes(SEEN[request][1]) if request in SEEN else b"")
+
+
+def test_an_init_that_a_look_carried_out_is_over() -> None:
+    """The look asked for the page and for events before that: each is right until mp_state has been asked for."""
+    device = LabDevice(Latched(), "a kernel")  # type: ignore[arg-type]
+    vm, vcpu = device.call(3, K.CREATE_VM), 6
+    device.created(vm, vcpu)
+    device.watch(vm, states=True)
+    device.call(vcpu, K.SET_MP_STATE, K.ffi.new("struct kvm_mp_state *"))
+    page, events = K.ffi.new("struct kvm_lapic_state *"), K.ffi.new("struct kvm_vcpu_events *")
+    trips = device.wire.trips  # type: ignore[attr-defined]
+
+    def latched() -> int:
+        device.call(vcpu, K.GET_LAPIC, page)
+        device.call(vcpu, K.GET_VCPU_EVENTS, events)
+        return int(events.smi.latched_init)
+
+    assert latched() == latched() == 1
+    device.call(vcpu, K.GET_MP_STATE, K.ffi.new("struct kvm_mp_state *"))
+    assert device.wire.trips == trips  # type: ignore[attr-defined]
+    assert latched() == 0
+    assert device.wire.trips == trips + 2  # type: ignore[attr-defined]
+    device.call(vcpu, K.SET_MP_STATE, K.ffi.new("struct kvm_mp_state *"))
+    assert latched() == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

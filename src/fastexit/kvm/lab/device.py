@@ -43,6 +43,9 @@ _SEEN = (
 SEEN_BYTES = 1408
 REFUSED_AT = 1092
 """Why KVM_GET_LAPIC was refused, an error number, or 0."""
+LATCHED_INIT_AT = 1024 + K.ffi.offsetof("struct kvm_vcpu_events", "smi", "latched_init")
+BEFORE_STATES = (K.GET_LAPIC, K.GET_VCPU_EVENTS)
+"""What a look asks a vCPU before its mp_state, which carries out an INIT."""
 SEEN = {request: (at, length) for _, request, at, length in _SEEN}
 READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, *SEEN)) - {K.GET_MP_STATE}
 """Requests that change nothing that a look shows. KVM_GET_MP_STATE carries out INIT and SIPI."""
@@ -57,6 +60,8 @@ class _Vm:
     flags: int | None = None
     """What is to be looked at behind each change; None: nothing."""
     fresh: bool = False
+    reset: set[int] = field(default_factory=set)
+    """vCPUs that were told the mp_state behind an INIT: what the look asked them before is from before it."""
     lines: list[str] | None = None
     """What tracepoints printed since somebody read it; None where nobody wants to know."""
 
@@ -152,8 +157,10 @@ class LabDevice(Device):
         """One ioctl; what a look brought along is answered without a trip."""
         vm, index = self._vm_of.get(fd, (None, 0))
         seen = SEEN.get(request)
-        if vm is not None and seen is not None and self._is_known(vm, request):
+        if vm is not None and seen is not None and self._is_known(vm, index, request):
             at, length = seen
+            if request == K.GET_MP_STATE and vm.seen[index][LATCHED_INIT_AT]:
+                vm.reset.add(index)
             (refused,) = _WORD.unpack_from(vm.seen[index], REFUSED_AT)
             if refused and request == K.GET_LAPIC:
                 raise OSError(refused, os.strerror(refused))
@@ -173,9 +180,9 @@ class LabDevice(Device):
             self._vms[first.result] = _Vm()
         return first.result
 
-    def _is_known(self, vm: _Vm, request: int) -> bool:
+    def _is_known(self, vm: _Vm, index: int, request: int) -> bool:
         """Whether the last look has what is asked for, and nothing has changed since."""
-        if not vm.fresh or vm.flags is None:
+        if not vm.fresh or vm.flags is None or (request in BEFORE_STATES and index in vm.reset):
             return False
         if request == K.GET_MP_STATE:
             return bool(vm.flags & LOOK_STATES)
@@ -221,6 +228,7 @@ class LabDevice(Device):
         for answer in answers:
             if vm is None:
                 continue
+            vm.reset.clear()
             if answer.result < 0:
                 raise OSError(-answer.result, f"a look failed: {os.strerror(-answer.result)}")
             words = memoryview(answer.data).cast("I")
