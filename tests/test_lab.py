@@ -9,7 +9,9 @@ import shutil
 import struct
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -404,6 +406,52 @@ def test_anybodys_apic_is_compared() -> None:
 def test_what_is_no_judge() -> None:
     with pytest.raises(TypeError, match="neither a Lab nor something that makes machines"):
         judge.of("6.1")  # type: ignore[arg-type]
+
+
+class Prepared:
+    """A vCPU of the model that begins programs as a real one does."""
+
+    def __init__(self, vcpu: Any) -> None:
+        self._vcpu = vcpu
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "ready":
+            raise AttributeError(name)
+        if name in ops.GUEST_OPS:
+            ops.set_regs(self._vcpu)
+        return getattr(self._vcpu, name)
+
+    def is_flat(self) -> bool:
+        return True
+
+
+def driven(**keywords: Any) -> Any:
+    """A machine whose guests are prepared by KVM_SET_REGS, on a kernel where a higher TPR asks for nothing."""
+    machine = fx.Machine(**keywords, **PREPARED.keywords())
+    return SimpleNamespace(vcpus=[Prepared(v) for v in machine.vcpus], signal_msi=machine.signal_msi)
+
+
+PREPARED = replace(judge.plain("6.18"), module="kvm_amd", version="6.18.15")
+driven.host = PREPARED  # type: ignore[attr-defined]
+
+
+def test_a_program_begins_with_a_request_for_events() -> None:
+    """KVM_SET_REGS makes it: the next entry sees that TPR holds back what waits, and CR8 is no longer written back."""
+    base = r.APIC_DEFAULT_PHYS_BASE | r.APICBASE_EN | r.APICBASE_EXTD
+    story: list[ops.Op] = [
+        *(("ready", i) for i in (0, 1)),
+        *(("set_msr", i, r.MSR_APICBASE, base) for i in (0, 1)),
+        *(("set_msr", i, r.MSR_X2APIC_BASE + (r.APIC_SPIV >> 4), 0x1FF) for i in (0, 1)),
+        ("wrmsr", 1, r.MSR_X2APIC_ICR, r.icr(dest=0, vector=0x45)),
+        ("rdmsr", 0, r.MSR_APICBASE),
+        ("set_msr", 0, r.MSR_X2APIC_BASE + (r.APIC_TASKPRI >> 4), 0xEC),
+        ("rdmsr", 0, r.MSR_APICBASE),
+    ]
+    assert comparison.replay("guest", {"apic_ids": [0, 1]}, story, other=driven) is None
+    machine = driven(apic_ids=[0, 1])
+    for op in story:
+        ops.apply(machine, op)
+    assert machine.vcpus[0].get_msr(r.MSR_X2APIC_BASE + (r.APIC_TASKPRI >> 4)) == 0xEC
 
 
 def test_smis_become_fixed() -> None:

@@ -80,6 +80,12 @@ class GuestTwins(Twins):
         super().step(op)
         self.refresh_ppr(i)
 
+    def carry_out(self, op: Op) -> None:
+        """As Twins; each program of the real guest has KVM_SET_REGS before it."""
+        if op[0] in ops.GUEST_OPS:
+            ops.set_regs(self.model.vcpus[op[1]])
+        super().carry_out(op)
+
     def same_result(self, op: Op, expected: Any, got: Any) -> None:
         if op[0] == "mmio_read" and self.is_left_alone(*op[1:]):
             return

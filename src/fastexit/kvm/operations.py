@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastexit import regs as r
+from fastexit.jit.declare import load
 from fastexit.kvm.guest import MEMORY_BYTES
 from fastexit.kvm.programs import Program
 from fastexit.kvm.values import (
@@ -383,6 +384,13 @@ def ready(vcpu: Any) -> None:
         vcpu.ready(again=True)
     else:
         vcpu.set_sregs()
+
+
+def set_regs(vcpu: Any) -> None:
+    """KVM_SET_REGS, which asks for events, as a real vCPU has it before each program; that one does it by itself."""
+    if isinstance(vcpu, Vcpu):
+        vcpu.get_mp_state()
+        load("make_request")(vcpu.machine.handle, vcpu.index, r.REQ_EVENT)
 
 
 def describe(op: Op) -> str:

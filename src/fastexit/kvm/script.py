@@ -24,6 +24,7 @@ import sys
 from contextlib import closing
 
 import fastexit as fx
+from fastexit.kvm.operations import set_regs
 {imports}
 KEYWORDS = {keywords}
 
@@ -49,6 +50,7 @@ def refresh(v):
     if v.apic_base & 0xC00 == 0xC00:
         v.get_msr(0x80A)
     elif v.apic_base & 0x800:
+        set_regs(v)
         v.mmio_read(0xA0)
 
 
@@ -153,7 +155,7 @@ def _lines(op: Op) -> str:
     """One operation as lines of the story."""
     if op[0] not in GUEST_OPS:
         return f"    yield {_call(op)}\n"
-    return f"    refresh(v[{op[1]}])\n    yield {_call(op)}\n    refresh(v[{op[1]}])\n"
+    return f"    refresh(v[{op[1]}])\n    set_regs(v[{op[1]}])\n    yield {_call(op)}\n    refresh(v[{op[1]}])\n"
 
 
 def _call(op: Op) -> str:
