@@ -75,8 +75,6 @@ class ExactTimers(Twins):
         super().__init__(setup, witness, judge)
         self._lost: set[int] = set()
         """vCPUs whose timers were stretched while periodic: the models are in whichever period since then."""
-        self._stretched: set[int] = set()
-        """vCPUs whose timers lie so far apart on the two models that either may be ahead."""
         self._device: LabDevice = self.real.device
         self._fds: list[int] = [vcpu.fd for vcpu in self.real.vcpus]
         self._guests: list[LabGuest] = [vcpu.ready() for vcpu in self.real.vcpus]
@@ -270,20 +268,20 @@ class ExactTimers(Twins):
         results = []
         if self._races(step.op, before, behind):
             return False
-        stretches = self._stretches(step.op, behind)
-        if stretches:
-            self._stretched.add(step.op[1])
-            if self._is_periodic(step.op[1]):
-                self._lost.add(step.op[1])
-        order = (behind, before) if stretches else (before, behind)
+        stretches = self._stretches(step.op, before)
+        if stretches and self._is_periodic(step.op[1]):
+            self._lost.add(step.op[1])
+        reads = step.op[0] == "get_msr" and step.op[2] == TMCCT_MSR
+        order, left = (behind, before) if stretches or reads else (before, behind), []
         for model, when in zip(self.models, order, strict=True):
             advance(model, when)
             results.append(self.carry_out_on(model, step.op))
+            left.append(self._left(model, step.op[1]) if reads else 0)
         advance(early, end)
         advance(late, behind)
         got = self.result(step)
-        if step.op[0] == "get_msr" and step.op[2] == TMCCT_MSR:
-            self._same_count(number, f"{describe(step.op)}", step.op[1], results, got)
+        if reads:
+            self._same_count(number, f"{describe(step.op)}", step.op[1], results, left, got)
         elif results[0] != results[1]:
             return False
         else:
@@ -294,13 +292,15 @@ class ExactTimers(Twins):
         self.pages: int = self.pages + len(step.seen)
         return True
 
-    def _stretches(self, op: Op, until: int) -> bool:
+    def _stretches(self, op: Op, before: int) -> bool:
         """Whether a divider grows while its timer runs: the later, the less is left that grows with it."""
         if op[:3:2] != ("set_msr", msr(r.APIC_TDCR)):
             return False
         shift = ((op[3] & 3 | op[3] >> 1 & 4) + 1) & 7
-        mem, own = self.models[0].mem, self.models[0].vcpus[op[1]].own
-        return bool(1 << shift > mem[own + L.K_DIVIDE] and mem[own + L.K_TARGET] > until)
+        own = self.models[0].vcpus[op[1]].own
+        return any(
+            1 << shift > model.mem[own + L.K_DIVIDE] and model.mem[own + L.K_TARGET] > before for model in self.models
+        )
 
     def _same_vcpu(self, number: int, i: int, seen: bytes, deadline: Answer) -> bool:
         early, late = (model.vcpus[i] for model in self.models)
@@ -318,7 +318,8 @@ class ExactTimers(Twins):
         at, _ = SEEN[K.GET_MP_STATE]
         self._same(number, f"vCPU {i} mp_state", int(states[0]), struct.unpack_from("<I", seen, at)[0])
         counts = [struct.unpack_from("<I", one, r.APIC_TMCCT)[0] for one in pages]
-        self._same_count(number, f"vCPU {i} TMCCT", i, counts, struct.unpack_from("<I", page, r.APIC_TMCCT)[0])
+        left = [self._left(model, i) for model in self.models]
+        self._same_count(number, f"vCPU {i} TMCCT", i, counts, left, struct.unpack_from("<I", page, r.APIC_TMCCT)[0])
         expected = [vcpu.get_msr(r.MSR_TSC_DEADLINE) for vcpu in (early, late)]
         if bool(expected[0]) != bool(expected[1]):
             return False
@@ -327,37 +328,58 @@ class ExactTimers(Twins):
         return True
 
     def _races(self, op: Op, before: int, behind: int) -> bool:
-        """Whether a timer may run out while an operation changes it, or has run out on one of the models alone.
+        """Whether a timer may run out while an operation changes it or runs its vCPU, or has on one model alone.
 
-        Where it ran out first it ended as what it was; else it goes on as what the operation makes of it. The real one
-        is due between those of the models.
+        Where it ran out first it ended as what it was, or is there in time for the run; else it goes on as what the
+        operation makes of it, or its tick comes during the run or behind it. The real one is due between those of the
+        models.
         """
-        if op[0] not in ("set_msr", "set_lapic", "deadline"):
+        if op[0] not in ("set_msr", "set_lapic", "deadline", "take", "run_through"):
             return False
+        runs = op[0] in ("take", "run_through")
         early, late = self._due(op[1])
         if early is None or late is None:
-            return early is not late
-        return early <= behind and late >= before
+            return early is not late and not (runs and (early or late or 0) < before)
+        if self._is_periodic(op[1]):
+            if runs and op[1] in self._lost:
+                return True
+            # The same tick on both, and the first one that is not over on both.
+            period = self._period(self.models[0], op[1])
+            early -= round((early - late) / period) * period
+            over = max(0, before - max(early, late) + period - 1) // period * period
+            early, late = early + over, late + over
+        return min(early, late) <= behind and max(early, late) >= before
 
     def _is_periodic(self, i: int) -> bool:
         mem = self.models[0].mem
         return bool(mem[self.models[0].vcpus[i].own + L.K_TIMER_MODE] == r.LVT_TIMER_PERIODIC)
+
+    @staticmethod
+    def _period(model: Machine, i: int) -> int:
+        return int(model.mem[model.vcpus[i].own + L.K_PERIOD])
+
+    @staticmethod
+    def _left(model: Machine, i: int) -> int:
+        """Time until the target of a vCPU's timer, ns. TMCCT is what a division by the period leaves of it."""
+        return max(0, int(model.mem[model.vcpus[i].own + L.K_TARGET]) - int(model.time))
 
     def _due(self, i: int) -> list[int | None]:
         """When the timer of a vCPU is due on each model, None for one that has stopped."""
         due = (model.mem[model.vcpus[i].own + L.K_HRTIMER] for model in self.models)
         return [None if at == L.NONE else at for at in due]
 
-    def _same_count(self, number: int, what: str, i: int, counts: list[Any], got: Any) -> None:
-        """A count lies between those of the models; one of them may have begun the next period already."""
+    def _same_count(self, number: int, what: str, i: int, counts: list[Any], left: list[int], got: Any) -> None:
+        """A count lies between those of the models; one of them may have begun the next period already.
+
+        A target can be many periods away, where a page changed TMICT and restarted nothing. Then any count is right
+        once the models are a period apart.
+        """
         low, high = counts
         if None in (low, high, got):
             self._same(number, what, low, got)
             return
-        if i in self._lost:
+        if i in self._lost or left[1] - left[0] >= self._period(self.models[0], i) > 0:
             return
-        if i in self._stretched:
-            low, high = sorted(counts)
         if not (low <= got <= high if low <= high else got <= high or got >= low):
             raise self._at(number, f"{what}: expected {low:#x} to {high:#x}, KVM says {got:#x}")
 
