@@ -28,8 +28,8 @@ class OracleVcpu:
     """One vCPU; ``vm.vcpus[i]``. ``index`` is its creation order, ``vcpu_id`` its x2APIC id.
 
     Doors that exit (wrmsr, rdmsr, mmio_write, mmio_read, take, halt) make the vCPU run: it gets flat segments, becomes
-    RUNNABLE, and KVM_RUN carries out whatever waited. Use them from the main thread: only there can a guest that does
-    not come back be interrupted.
+    RUNNABLE, and KVM_RUN carries out whatever waited, for KVM_SET_REGS before it asks for events. Use them from the
+    main thread: only there can a guest that does not come back be interrupted.
     """
 
     def __init__(self, vm: Oracle, index: int, vcpu_id: int, fd: int) -> None:
