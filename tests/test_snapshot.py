@@ -322,7 +322,7 @@ FORGED_KVM: dict[str, tuple[int, ...]] = {
     "K_MSR_INDEX": (1 << 32, TOP),
     "K_MSR_REASON": (8, TOP),
     "K_ACCESS_INFO": (1 << 10, 1 << 20, TOP),
-    "K_PV_EOI_FLAG": (2, TOP),
+    "K_PV_EOI_FLAG": (3, TOP),
     "K_EXITS": (TOP,),
     "K_SRCU_LOCKS": (TOP,),
     "K_IRQ_WINDOWS": (TOP,),

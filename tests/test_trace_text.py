@@ -720,7 +720,7 @@ def test_a_machine_prints_what_its_release_prints(release: str, name: str) -> No
 
 KINDS = {
     "entry": (Kind.MARK, 18, 0, 0),
-    "exit": (Kind.MARK, 18, 0, 0),
+    "exit": (Kind.EXIT, 18, 0, 0),
     "msr write": (Kind.MSR_WRITE, 0x830, 0x1_0000_40FD, 0),
     "msr write that faults": (Kind.MSR_WRITE, 0x830, 0x1_0000_40FD, 1),
     "msr read": (Kind.MSR_READ, 0x802, 0x12, 0),
@@ -731,7 +731,7 @@ KINDS = {
     "accept": (Kind.ACCEPT, 18, 0x41, 0),
     "eoi": (Kind.EOI, 18, 65, 0),
     "eoi of nothing": (Kind.EOI, 18, -1, 0),
-    "pv eoi": (Kind.EOI, 18, 236, 0),
+    "pv eoi": (Kind.PV_EOI, 18, 236, 0),
     "injected interrupt": (Kind.INJECT, -1, 0xFD, 0),
     "injected again": (Kind.INJECT, -1, 0xEC, {"seed-v3": 0, "6.1": 1}),
     "software interrupt": (Kind.INJECT, -1, {"seed-v3": 0x80, "6.1": 0}, {"seed-v3": 0, "6.1": 1}),
