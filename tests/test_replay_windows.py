@@ -512,3 +512,98 @@ def test_the_trace_of_every_generation(kernel: str, vendor: str, x2apic: bool, t
     assert vm.hv_sends.exact > 5
     assert vm.hv_lines.exact > 30
     assert all(g.fast == 0 and g.total == vm.icr_writes + vm.hypercalls for g in vm.generations)
+
+
+# --------------------------------------------------------------------------------------- senders that lose their CPU
+
+
+def taken(vcpu: int, vector: int) -> list[tuple[int, str]]:
+    """An interrupt is injected and ended."""
+    return [
+        (vcpu, f"kvm_inj_virq: IRQ 0x{vector:x}"),
+        exit_line("MSR_WRITE", vcpu),
+        (vcpu, "kvm_apic: apic_write APIC_EOI = 0x0"),
+        (vcpu, f"kvm_eoi: apicid {vcpu:x} vector {vector}"),
+        (vcpu, "kvm_msr: msr_write 40000070 = 0x0"),
+    ]
+
+
+def accepted(sender: int, target: int, vector: int) -> tuple[int, str]:
+    return sender, f"kvm_apic_accept_irq: apicid {target:x} vec {vector} (Fixed|edge)"
+
+
+@pytest.mark.parametrize("by_call", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("served", ["before", "between"])
+def test_a_target_takes_an_earlier_interrupt_before_it_accepts(
+    recorded: Callable[..., Report], by_call: bool, same: bool, served: str
+) -> None:
+    """Real hosts preempt senders, also between the accept lines of one IPI: each target gets it at its own line."""
+    earlier = 0xE1 if same else 0x2F
+    if by_call:
+        begin, _, _, end = send(0xB, 0xE1, 0b110), *[()] * 2, send(0xB, 0xE1, 0b110)[-1:]
+        begin = begin[:-1]
+    else:
+        begin = [(0, "kvm_apic_ipi: dst 0 vec 225 (Fixed|physical|de-assert|edge|all-but-self)")]
+        end = [(0, "kvm_apic: apic_write APIC_ICR = 0xc00e1"), (0, "kvm_msr: msr_write 40000071 = 0xc00e1")]
+    meanwhile = [*taken(2, earlier)]
+    first, second = accepted(0, 1, 0xE1), accepted(0, 2, 0xE1)
+    report = recorded(
+        (-1, f"kvm_apic_accept_irq: apicid 2 vec {earlier} (Fixed|edge)"),
+        *begin,
+        *([*meanwhile, first] if served == "before" else [first, *meanwhile]),
+        second,
+        *end,
+        *taken(2, 0xE1),
+        *taken(1, 0xE1),
+    )
+    assert report.exact, report.mismatches
+    assert report.vms[0].accepted.total == 2
+
+
+def msr_ipi(sender: int, target: int, vector: int) -> list[tuple[int, str]]:
+    """A synthetic MSR's IPI in xAPIC mode, begun and ended."""
+    value = target << 56 | vector
+    return [
+        (sender, f"kvm_apic_ipi: dst {target:x} vec {vector} (Fixed|physical|de-assert|edge|dst)"),
+        accepted(sender, target, vector),
+        (sender, f"kvm_apic: apic_write APIC_ICR = 0x{value:x}"),
+        (sender, f"kvm_msr: msr_write 40000071 = 0x{value:x}"),
+    ]
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_what_comes_between_an_exit_and_its_injection(recorded: Callable[..., Report], certain: bool) -> None:
+    """KVM takes a vector out of IRR before it prints kvm_inj_virq: what is accepted meanwhile may come behind it."""
+    exits = exit_line("MSR_WRITE", 2)
+    report = recorded(
+        *msr_ipi(0, 2, 0x2F),
+        *(() if certain else (exits,)),
+        *msr_ipi(1, 2, 0xE1),
+        *((exits,) if certain else ()),
+        *taken(2, 0x2F),
+        *taken(2, 0xE1),
+        *msr_ipi(0, 2, 0x30),
+        *taken(2, 0x30),
+    )
+    assert report.exact is not certain, report.mismatches
+    if certain:
+        first = min(report.mismatches)
+        assert (first.recorded, first.predicted) == ("apicid 2 vector 47", "apicid 2 vector 225")
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_vector_that_comes_again_while_it_is_injected(recorded: Callable[..., Report], certain: bool) -> None:
+    """Whether it was the same interrupt or one more, only its second injection tells."""
+    exits = exit_line("MSR_WRITE", 2)
+    report = recorded(
+        *msr_ipi(0, 2, 0xE1),
+        *(() if certain else (exits,)),
+        *msr_ipi(1, 2, 0xE1),
+        *((exits,) if certain else ()),
+        *taken(2, 0xE1),
+        *taken(2, 0xE1),
+        *msr_ipi(0, 2, 0x30),
+        *taken(2, 0x30),
+    )
+    assert report.exact is not certain, report.mismatches

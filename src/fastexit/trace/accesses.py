@@ -2,8 +2,9 @@
 
 KVM prints several lines for one access, other threads' lines come in between, and the order differs: an x2APIC write
 ends with its kvm_msr line, an MMIO write begins with its kvm_mmio line, and accept lines stand behind kvm_apic_ipi in
-the generic path, before it in the fast path of 6.18. A write acts at its first line: the target of an IPI may be served
-before the sender's last line is printed. So while one is open, everything later waits for it.
+the generic path, before it in the fast path of 6.18. A write acts at its first line, an IPI at its first accept line:
+the target may be served before the sender's last line is printed, but not before it has accepted, and a sender may lose
+its CPU in between. So while an access is open, everything later waits for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from fastexit import hyperv as HV
 from fastexit import regs as R
+from fastexit.trace.arrivals import Arrival, Arriving
 from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Doing, Door, door_of_exit
 from fastexit.trace.events import STIMER, Event, Kind
 from fastexit.trace.reader import Batch, Task
@@ -84,9 +86,13 @@ class Access:
         fault: the line says #GP.
         traced: its kvm_apic line was seen.
         cut: the file ended in the middle of it.
+        entry: its last one among the calls that wait.
+        later: those of its accept lines before which others went on, so that `Sink.reached` has them.
     """
 
-    __slots__ = tuple("line reg value via length ipi ipi_line call result door accepts fault traced cut done".split())
+    __slots__ = tuple(
+        "line reg value via length ipi ipi_line call result door accepts fault traced cut done entry later".split()
+    )
 
     def __init__(self, line: int, reg: int, door: Door | None, value: int = 0, via: int = 0, length: int = 4) -> None:
         self.line = line
@@ -104,6 +110,8 @@ class Access:
         self.traced = False
         self.cut = False
         self.done = False
+        self.entry: list[Any] = []
+        self.later: list[Event] = []
 
 
 class Sink(Protocol):
@@ -124,8 +132,8 @@ class Sink(Protocol):
     def accept(self, line: int, event: Event, source: str) -> None:
         """An accept line of no IPI."""
 
-    def inject(self, vector: int) -> None:
-        """kvm_inj_virq."""
+    def inject(self, line: int, since: int, vector: int) -> None:
+        """kvm_inj_virq. ``since`` is the thread's line before: KVM took the vector out of IRR between the two."""
 
     def apicbase(self, line: int, value: int, fault: bool) -> None:
         """A write of APICBASE."""
@@ -151,15 +159,20 @@ class Sink(Protocol):
     def ran(self) -> None:
         """The first line after an INIT reached this vCPU."""
 
+    def reached(self, *events: Event) -> None:
+        """Further accept lines of an IPI, before which others have gone on."""
+
 
 class Lane:
     """One thread: where its accesses go, and what of it is open.
 
     ``vcpu`` is its vCPU id or -1, ``mates`` the lanes of its VM by vCPU id. ``traced_eois`` counts EOI writes,
-    ``guest_eois`` those of them that the guest made; ``door`` is what its last kvm_exit line tells.
+    ``guest_eois`` those of them that the guest made; ``door`` is what its last kvm_exit line tells. ``arriving`` has
+    the first and the last accept line of each vector for this vCPU that was not injected since, ``sent`` those that
+    this thread printed and no other line since; ``last`` is its last line.
     """
 
-    __slots__ = ("door", "guest_eois", "loose", "mates", "open", "reset", "sink", "source", "traced_eois", "vcpu")
+    __slots__ = tuple("arriving door guest_eois last loose mates open reset sent sink source traced_eois vcpu".split())
 
     def __init__(self, sink: Sink, vcpu: int, mates: dict[int, Lane]) -> None:
         self.sink: Sink = sink
@@ -170,6 +183,9 @@ class Lane:
         self.source: str = ""
         self.door: Door | None = None
         self.reset: bool = False
+        self.arriving: Arriving = {}
+        self.last: int = 0
+        self.sent: list[Arrival] = []
         self.traced_eois: int = 0
         self.guest_eois: int = 0
 
@@ -210,12 +226,17 @@ class Assembler:
                 self.strays += kind == _ACCEPT
                 self.stray_deadlines += kind == _DEADLINE
                 continue
+            if lane.sent:
+                for arrival in lane.sent:
+                    arrival.by = line
+                lane.sent = []
             if lane.reset:
                 lane.reset = False
                 self._call(lane.sink.ran)
             if kind < _MARK:
                 self._beside(lane, line, event)
                 continue
+            before, lane.last = lane.last, line
             if kind == _EXIT:
                 lane.door = door_of_exit(event.text)
             if lane.loose or lane.source:
@@ -236,9 +257,9 @@ class Assembler:
                     if lane.door is not None:
                         self._trapped_eoi(lane)
                 else:
-                    lane.open = access = Access(line, event.a, lane.door, event.b)
+                    access = Access(line, event.a, lane.door, event.b)
                     access.traced = True
-                    held.append([lane.sink.write, access])
+                    self._begin(lane, access, lane.sink.write)
             elif kind == _MSR:
                 if event.a == _EOI_MSR and not event.c:
                     self._guest_eoi(lane, Door.X2APIC)
@@ -249,18 +270,18 @@ class Assembler:
                     self._guest_eoi(lane, Door.PAGE)
                     lane.door = None  # its kvm_apic line is no second one
                 elif event.a >> 12 == _PAGE:
-                    lane.open = access = Access(line, event.a & 0xFFF, None, event.b, int(Via.MMIO), event.c)
-                    held.append([lane.sink.write, access])
+                    access = Access(line, event.a & 0xFFF, None, event.b, int(Via.MMIO), event.c)
+                    self._begin(lane, access, lane.sink.write)
             elif kind == _READ:
                 self._call(lane.sink.read, line, event.a, event.b)
             elif kind == _IPI:
-                lane.open = access = Access(line, _ICR, lane.door)
+                access = Access(line, _ICR, lane.door)
                 access.ipi, access.ipi_line = event, line
-                held.append([lane.sink.write, access])
+                self._begin(lane, access, lane.sink.write)
             elif kind == _DEADLINE:
                 lane.sink.deadline()
             elif kind == _INJECT and not event.c:
-                self._call(lane.sink.inject, event.b)
+                self._call(lane.sink.inject, line, before, event.b)
             elif kind >= _PV_EOI:
                 self._of_hyperv(lane, line, event)
 
@@ -364,12 +385,12 @@ class Assembler:
         if kind == _HV_MSR:
             self._synthetic(lane, line, event)
         elif kind == _HV_CALL or kind == _HV_SEND:
-            lane.open = access = Access(line, HYPERCALL, Door.HYPERCALL)
+            access = Access(line, HYPERCALL, Door.HYPERCALL)
             if kind == _HV_CALL:
                 access.call = event
             else:
                 access.ipi, access.ipi_line = event, line
-            self._held.append([lane.sink.call, access])
+            self._begin(lane, access, lane.sink.call)
         elif kind == _PV_EOI:
             lane.sink.count(Doing.EOI, Door.ASSIST)
             if not self._eois:
@@ -422,11 +443,18 @@ class Assembler:
             if event.text:
                 self._call(lane.sink.hyperv, line, event)
             return
-        if event.b & R.ICR_DM == _INIT and event.a in lane.mates:
-            lane.mates[event.a].reset = True
+        target = lane.mates.get(event.a)
+        if target is not None:
+            arrival = Arrival(line)
+            lane.sent.append(arrival)
+            vector = event.b & R.ICR_VECTOR
+            waiting = target.arriving.get(vector)
+            target.arriving[vector] = (waiting[0] if waiting else arrival), arrival
+            if event.b & R.ICR_DM == _INIT:
+                target.reset = True
         access = lane.open
         if access is not None and (access.reg == HYPERCALL or (access.ipi is not None and _belongs(access.ipi, event))):
-            access.accepts.append((line, event))
+            self._accepted(lane, access, line, event)
         elif lane.vcpu < 0 or lane.source:
             self._call(lane.sink.accept, line, event, lane.source)
         else:
@@ -434,6 +462,27 @@ class Assembler:
             entry = [None, line, event, ""]
             lane.loose.append(entry)
             self._held.append(entry)
+
+    def _begin(self, lane: Lane, access: Access, function: Callable[[Access], None]) -> None:
+        """An access is open, and acts here."""
+        lane.open = access
+        access.entry = [function, access]
+        self._held.append(access.entry)
+
+    def _accepted(self, lane: Lane, access: Access, line: int, event: Event) -> None:
+        """An accept line of an open access; where others have gone on since its last line, it acts here."""
+        if self._held[-1] is not access.entry:
+            if access.accepts:
+                access.entry = [lane.sink.reached, event]
+                access.later.append(event)
+            else:
+                before, access.entry = access.entry, access.entry[:]
+                before[:] = [_nothing]
+            self._held.append(access.entry)
+        elif access.later:
+            access.later.append(event)
+            access.entry.append(event)
+        access.accepts.append((line, event))
 
     def _raised(self, lane: Lane, event: Event) -> None:
         """Who raised the interrupt whose accept line came last; a timer's message goes through the SynIC."""
@@ -460,9 +509,14 @@ class Assembler:
             lane.open = access = Access(mine[0][1], _ICR, lane.door)
             access.accepts = [(entry[1], entry[2]) for entry in mine]
             lane.loose = [entry for entry in lane.loose if not _belongs(event, entry[2])]
-            mine[0][:] = [lane.sink.write, access]
             for entry in mine[1:]:
-                entry[:] = [_nothing]
+                if access.later or entry[1] - mine[0][1] >= len(mine):
+                    access.later.append(entry[2])
+                    entry[:] = [lane.sink.reached, entry[2]]
+                else:
+                    entry[:] = [_nothing]
+            mine[0][:] = [lane.sink.write, access]
+            access.entry = mine[-1]
         self._let_go(lane)
         lane.source = ""
 

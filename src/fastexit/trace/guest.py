@@ -242,3 +242,4 @@ class Device:
     hyperv: ClassVar[Callable[..., None]] = nothing
     count: ClassVar[Callable[..., None]] = nothing
     ran: ClassVar[Callable[..., None]] = nothing
+    reached: ClassVar[Callable[..., None]] = nothing

@@ -12,6 +12,7 @@ from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.trace.accesses import Access, Lane, Via
+from fastexit.trace.arrivals import Injections, not_pending, vectored
 from fastexit.trace.doors import DOING_OF_REGISTER, REGISTER_OF_SYNTHETIC, Doing, Door, doing_of_synthetic
 from fastexit.trace.events import Event
 from fastexit.trace.hypercall import Hypercall
@@ -50,6 +51,7 @@ class GuestVcpu:
         self._mem = guest.machine.mem
         self._seen = False
         self._host_ends = False
+        self._injections = Injections(guest, v, self.lane.arriving)
         self._timer = _LINUX_TIMER
         self._hyperv = HypervLines(guest, v) if guest.report.hyperv else None
         self._running = False  # before the first line, and no interrupt of this trace has come through yet
@@ -162,11 +164,17 @@ class GuestVcpu:
             found = self.v.ack()
         return found
 
-    def inject(self, vector: int) -> None:
-        self.v.ack()
+    def inject(self, line: int, since: int, vector: int) -> None:
+        self._injections.inject(line, since, vector)
 
     def ran(self) -> None:
         self.v.get_mp_state()
+
+    def reached(self, *events: Event) -> None:
+        """Targets that accept an IPI after others went on: what they took since was not this interrupt."""
+        for event in events:
+            if vectored(event):
+                self._guest.raise_irq(event.a, event.b)
 
     def deadline(self) -> None:
         self._report.deadlines += 1
@@ -264,11 +272,14 @@ class GuestVcpu:
         if targets is None:  # in the guest's memory: taken as recorded
             for _, event in access.accepts:
                 report.accepted.add(True)
-                guest.raise_irq(event.a, event.b)
+                if event not in access.later:
+                    guest.raise_irq(event.a, event.b)
         else:
             self._compare_accepts(access, [(vcpu, made.vector) for vcpu in targets])
+            later = [event.a for event in access.later]
             for vcpu in targets:
-                guest.raise_irq(vcpu, made.vector)
+                if vcpu not in later:
+                    guest.raise_irq(vcpu, made.vector)
         if access.result is not None and (status := made.status()) is not None:
             exact = access.result.b == status
             report.hv_results.add(exact)
@@ -312,6 +323,7 @@ class GuestVcpu:
         mem[L.H_CONFIG] |= _TRACING
         mem[L.H_TRACE_HEAD] = 0
         self._ask_generations(access, door)
+        early = not_pending(self._guest, access.later) if access.later else ()
         if self.x2apic or door is Door.SYNTHETIC:
             msr = HV.MSR_HV_ICR if door is Door.SYNTHETIC else R.MSR_X2APIC_BASE + (access.reg >> 4)
             faulted = not v.set_msr(msr, value)
@@ -320,6 +332,8 @@ class GuestVcpu:
         else:
             v.mmio_write(access.reg, value & 0xFFFF_FFFF, access.length)
         mem[L.H_CONFIG] &= ~_TRACING
+        for word, bit in early:
+            mem[word] &= ~bit
         sent: Printed | None = None
         accepted: list[Printed] = []
         end = L.TRACE + min(mem[L.H_TRACE_HEAD], L.TRACE_CAPACITY) * L.TRACE_STRIDE
