@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import lzma
 import re
 import shutil
@@ -27,6 +28,7 @@ from fastexit.kvm.lab import initramfs, kernels, qemu, traces, wire
 from fastexit.kvm.lab.device import LATCHED_INIT_AT, SEEN, LabDevice, ioctl_record
 from fastexit.kvm.lab.turnstile import Turnstile
 from fastexit.kvm.lab.wire import Answer, Ask
+from fastexit.trace.replay import replay
 from strategies import JIT
 
 LAB = Path(wire.__file__).parent
@@ -587,6 +589,39 @@ def test_models_are_like_their_kernels(version: str) -> None:
             report = fx.kvm.verify(operations, other=lab, only=kind)
             assert report.divergence is None, report.divergence.script()
             assert report.agreed
+
+
+@lab_is_there
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["--x2apic", None])
+def test_a_windows_guest_is_recorded_and_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str | None
+) -> None:
+    kernel, path = kernels.cached()[-1], tmp_path / "guest.trace.xz"
+    options = ["--output", str(path), "--rounds", "10", "--json", *([mode] if mode else [])]
+    assert cli.main(["kernels", "windows", kernel.version, *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    report = replay(path, vendor="svm")
+    assert report.exact, report.mismatches
+    assert told["counts"]["IPI_MSR"] == report.ipi.total > 20
+    assert told["release"] == kernel.release
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["6.12", "--vendor", "vmx", "--output", "x"], "SVM lab"),
+        (["--output", "x"], "either a version"),
+        (["6.12", "--output", "/nowhere/x"], "no directory"),
+        (["6.12", "--output", "x", "--rounds", "-1"], "--rounds"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], why: str
+) -> None:
+    monkeypatch.setattr(kernels, "find", lambda version: None)
+    assert cli.main(["kernels", "windows", *options]) == 2
+    assert why in one_line(capsys.readouterr().err)
 
 
 @lab_is_there

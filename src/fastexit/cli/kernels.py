@@ -1,4 +1,4 @@
-"""``fastexit kernels list | get | boot | paths``: the kernels of the lab, each command taking parsed arguments."""
+"""``fastexit kernels list | get | boot | paths | windows``: the kernels of the lab; each takes parsed arguments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fastexit.checks import integer
 from fastexit.cli import vmx
 
 
@@ -41,6 +42,19 @@ def add(subparsers: Any, raw: Any) -> None:
     paths = step("paths", vmx.paths, "Instructions of a kernel's own exits, counted in the VMX lab.")
     paths.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
     lab_options(paths, vendor="vmx")
+    windows = step(
+        "windows",
+        record_windows,
+        "Record the trace of a guest that uses Hyper-V's doors: IPIs by MSR and by hypercalls, EOIs by the assist page "
+        "and by MSR, SynIC, synthetic timers.",
+    )
+    windows.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
+    windows.add_argument(
+        "--output", type=Path, metavar="FILE", required=True, help="where to; .xz and .gz are compressed"
+    )
+    windows.add_argument("--x2apic", action="store_true", help="the guest puts its APICs into x2APIC mode")
+    windows.add_argument("--rounds", type=int, default=40, metavar="N", help="what each vCPU does that often (40)")
+    lab_options(windows)
 
 
 def lab_options(sub: argparse.ArgumentParser, vendor: str = "svm") -> None:
@@ -118,4 +132,27 @@ def boot_kernel(args: argparse.Namespace) -> int:
     print(f"{lab.kernel.version} came up in {seconds:.1f} s")
     for name, value in host.as_dict().items():
         print(f"  {name}: {value}")
+    return 0
+
+
+def record_windows(args: argparse.Namespace) -> int:
+    """``fastexit kernels windows VERSION --output FILE``."""
+    from fastexit.kvm.lab import kernels
+    from fastexit.kvm.lab.windows import record
+
+    if args.vendor != "svm":
+        raise ValueError("--vendor vmx: the VMX lab's kernels run one program at a time; this guest takes the SVM lab")
+    if (args.version is None) == (args.image is None):
+        raise ValueError("give either a version, or --image and --modules")
+    if not args.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no directory {args.output.absolute().parent} for the trace")
+    kernel = kernels.find(args.version) if args.version is not None else kernels.own(args.image, args.modules)
+    found = record(kernel, rounds=integer(args.rounds, "--rounds", 10_000), x2apic=args.x2apic)
+    found.write(args.output)
+    if args.json:
+        _print_json(found.as_dict() | {"output": str(args.output)})
+        return 0
+    print(f"Linux {found.kernel}: {len(found.lines):,} lines in {args.output}; the guest counted")
+    for count, n in found.counts.items():
+        print(f"  {count.name.lower().replace('_', ' ')}: {n:,}")
     return 0

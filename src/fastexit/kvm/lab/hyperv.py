@@ -328,7 +328,7 @@ class HypervTwins(Twins):
         if name == "memory":
             return guest.store(*arguments)
         if name == "sint_routes":
-            return ioctl_record(self.real.fd, K.SET_GSI_ROUTING, _table(arguments[0]))
+            return ioctl_record(self.real.fd, K.SET_GSI_ROUTING, sint_routes(arguments[0]))
         if name == "irq_line":
             line = K.ffi.new("struct kvm_irq_level *", {"irq": arguments[0], "level": arguments[1]})
             return ioctl_record(self.real.fd, K.IRQ_LINE_STATUS, line)
@@ -520,7 +520,8 @@ def _apply(words: memoryview, at: int, to: bytearray) -> int:
     return at + 1 + 2 * int(count)
 
 
-def _table(pairs: tuple[tuple[int, int, int], ...]) -> Any:
+def sint_routes(pairs: tuple[tuple[int, int, int], ...]) -> Any:
+    """KVM_SET_GSI_ROUTING of lines of SINTs: (gsi, VP index, SINT) of each."""
     table = K.ffi.new("struct sint_routing_table *", {"nr": len(pairs)})
     for entry, (gsi, vp, sint) in zip(table.entries, pairs, strict=False):
         entry.gsi, entry.type, entry.vcpu, entry.sint = gsi, K.ROUTE_HV_SINT, vp, sint

@@ -38,7 +38,7 @@ class Machine:
     """A running machine; ``wire`` carries records to its init. A context manager, and ended when nobody holds it.
 
     Args:
-        kernel: what it boots. exact: its clock counts instructions. memory_mib: its memory.
+        kernel: what it boots. exact: its clock counts instructions. memory_mib: its memory. cpus: how many it has.
         emulator: QEMU's program. cpu: its -cpu.
 
     KvmUnavailable, in one line, where there is no emulator, or the kernel does not come up.
@@ -50,6 +50,7 @@ class Machine:
         *,
         exact: bool = False,
         memory_mib: int = 512,
+        cpus: int = 1,
         emulator: str = EMULATOR,
         cpu: str = "EPYC,+svm,+npt",
     ) -> None:
@@ -72,7 +73,7 @@ class Machine:
             held.callback(ours.close)
             with theirs:
                 arguments = [
-                    *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", "1", "-m", str(memory_mib)),
+                    *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
                     *("-nodefaults", "-nographic", "-no-reboot", "-no-user-config"),
                     *("-kernel", str(kernel.image), "-initrd", str(scratch / "initramfs")),
                     *("-append", COMMAND_LINE),

@@ -52,6 +52,7 @@ class Ask(IntEnum):
     DEADLINE = 17
     PROGRAM = 18
     SURVEY = 19
+    LIVE = 20
 
 
 LOOK_STATES, LOOK_SREGS, SET_REGS, ANEW = 1, 2, 1, 1
