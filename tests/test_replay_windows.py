@@ -1,13 +1,17 @@
 """Windows guests in traces: each door to the APIC is told, and no generation takes fast what is no WRMSR of 0x830.
 
-The small traces under data/windows are written by hand in the order in which KVM prints.
+The small traces under data/windows are written by hand in the order in which KVM prints. The large ones are real
+kernels': `fastexit kernels windows VERSION --output FILE [--x2apic]` records them anew.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import lzma
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from rich.console import Console
 
 import fastexit as fx
 from fastexit import hyperv as HV
+from fastexit.kvm.lab.windows import DOORS, Count, counts
 from fastexit.trace.doors import Doing, Door
 from fastexit.trace.render import render
 from fastexit.trace.replay import replay
@@ -607,3 +612,61 @@ def test_a_vector_that_comes_again_while_it_is_injected(recorded: Callable[..., 
         *taken(2, 0x30),
     )
     assert report.exact is not certain, report.mismatches
+
+
+# ------------------------------------------------------------------------------------------------- real kernels' traces
+
+RECORDED = ("6.1-xapic", "6.12-xapic", "6.18-x2apic", "7.3-x2apic")
+OF_WRITES_AND_EOIS = ("synic_set_msr", "synic_send_eoi", "notify_acked_sint", "stimer_set_config", "stimer_set_count")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_real_kernels_trace(name: str) -> None:
+    """Every line that can be predicted is, and each door has what the guest itself counted."""
+    path = WINDOWS / f"kvm-{name}.trace.xz"
+    text = lzma.open(path, "rt").read()
+    lines = Counter(re.findall(r"\d: (kvm_\w+): ", text))
+    for kernel in (name.split("-")[0], None):
+        report = replay(path, kernel=kernel, vendor="svm")
+        (vm,) = report.vms
+        assert report.mismatches == []
+        assert not report.problems
+        assert not vm.assumptions
+        assert (vm.start, len(vm.threads), vm.hyperv) == ("reset", 4, True)
+        told = counts(text)
+        assert {count: vm.doors[door] for count, door in DOORS.items()} == {count: told[count] for count in DOORS}
+        assert set(vm.doors) == set(DOORS.values())
+        assert all(told[count] > 3 for count in Count)
+        assert vm.ipi.exact == vm.ipi.total == lines["kvm_apic_ipi"] == told[Count.IPI_MSR]
+        assert vm.eoi.exact == vm.eoi.total == lines["kvm_eoi"] == told[Count.EOI_MSR] + told[Count.EOI_ASSIST]
+        assert vm.accepted.exact == vm.accepted.total
+        assert vm.accepted.total + sum(vm.other_accepts.values()) == lines["kvm_apic_accept_irq"]
+        assert vm.other_accepts["SynIC"] == len(re.findall(r" device-.*kvm_hv_synic_set_irq", text)) > 3
+        assert vm.hv_sends.exact == vm.hv_sends.total > 10
+        assert vm.hv_results.exact == vm.hv_results.total > vm.hv_sends.total
+        assert lines["kvm_hv_hypercall"] == told[Count.IPI_CALL] + told[Count.SPIN_WAIT]
+        assert vm.hv_lines.exact == vm.hv_lines.total >= sum(lines[f"kvm_hv_{one}"] for one in OF_WRITES_AND_EOIS)
+        assert all(use.fast.get(kernel, 0) == 0 for use in vm.door_uses for kernel in fx.profiles())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "event"),
+    [
+        (r"(kvm_eoi: apicid 2 vector) 225", r"\1 209", "kvm_eoi"),
+        (r"(kvm_apic_ipi: dst 3 vec) \d+", r"\1 99", "kvm_apic_ipi"),
+        (r"(kvm_hv_stimer_set_config: vcpu_id 1 timer 0 config) 0x\w+", r"\1 0x0", "kvm_hv_stimer_set_config"),
+        (r"(kvm_hv_notify_acked_sint: vcpu_id 1 sint) 4", r"\1 5", "kvm_hv_notify_acked_sint"),
+        (r"(kvm_hv_send_ipi: vector e1 processor_mask) 0x\w+", r"\1 0x0", "kvm_apic_accept_irq"),
+    ],
+)
+def test_a_forged_line_of_a_real_trace_is_found(tmp_path: Path, old: str, new: str, event: str) -> None:
+    text = lzma.open(WINDOWS / "kvm-6.12-xapic.trace.xz", "rt").read()
+    forged, n = re.subn(old, new, text, count=1)
+    assert n == 1
+    (tmp_path / "forged").write_text(forged)
+    assert event in {m.event for m in replay(tmp_path / "forged", vendor="svm").mismatches}
+
+
+def test_a_trace_without_counts_says_so() -> None:
+    with pytest.raises(ValueError, match="no counts"):
+        counts("# tracer: nop\n")
