@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from dataclasses import replace
@@ -14,7 +15,7 @@ import fastexit as fx
 from fastexit import cli
 from fastexit import regs as R
 from fastexit.kvm.host import KvmUnavailable
-from fastexit.kvm.lab import bochs, kernels, paths, vmx, vmxboot, vmxcode, vmxcompare, vmxdraw, vmxrun
+from fastexit.kvm.lab import bochs, elf, kernels, mends, paths, vmx, vmxboot, vmxcode, vmxcompare, vmxdraw, vmxrun
 from fastexit.kvm.lab import vmxwire as W
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxsteps import Step
@@ -58,6 +59,67 @@ def test_a_bochs_that_is_not_known_is_not_patched(jumps: int, texts: int, said: 
     with pytest.raises(kernels.KernelMissing, match=said) as raised:
         bochs.guard(program(jumps, texts))
     assert len(str(raised.value).splitlines()) == 1
+
+
+FILLED = 0x400
+NAMES = (mends.TAKES_INTERRUPT, mends.ENTERS, mends.INJECTS, mends.SETS_MASKS, mends.NOTIFIED)
+
+
+def functions(names: tuple[str, ...] = NAMES) -> bytes:
+    """A 64-bit ELF file of functions that are shown by their names, each filled with its number."""
+    base, at = 0x400000, 0x1000
+    code = b"".join(bytes((n + 1,)) * FILLED for n in range(len(names)))
+    text, table = b"\0", b""
+    for n, name in enumerate(names):
+        table += struct.pack("<IBBHQQ", len(text), 0x12, 0, 1, base + at + FILLED * n, FILLED)
+        text += name.encode() + b"\0"
+    sections = at + len(code) + len(table) + len(text)
+    head = b"\x7fELF\x02" + bytes(27) + struct.pack("<QQ", 64, sections) + bytes(8)
+    head += struct.pack("<HHHH", 1, 64, 2, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, at, base + at, 0, len(code), len(code), 0)
+    end = struct.pack("<IIQQQQIIQQ", 0, 11, 0, 0, at + len(code), len(table), 1, 0, 0, 0)
+    end += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, at + len(code) + len(table), len(text), 0, 0, 0, 0)
+    return (head.ljust(64, b"\0") + segment).ljust(at, b"\0") + code + table + text + end
+
+
+@pytest.fixture
+def known_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mends that expect what `functions` has."""
+    whole, parts, where = functions(), elf.segments(functions()), elf.symbols(functions())
+
+    def now(mend: mends.Mend) -> mends.Mend:
+        at, count = elf.place(parts, where[mend.function] + mend.offset), mend.was[1]
+        return replace(mend, was=(mends.digest(whole[at : at + count]), count))
+
+    monkeypatch.setattr(mends, "MENDS", tuple(map(now, mends.MENDS)))
+
+
+def test_mends_come_where_they_belong_and_call_what_they_name(known_code: None) -> None:
+    old, new, where = functions(), mends.mended(functions()), elf.symbols(functions())
+    assert len(new) == len(old)
+    changed = set()
+    for mend in mends.MENDS:
+        begin = where[mend.function] + mend.offset
+        at = elf.place(elf.segments(old), begin)
+        changed |= set(range(at, at + len(mend.code)))
+        for offset, name, beyond in mend.calls:
+            (distance,) = struct.unpack_from("<i", new, at + offset)
+            assert begin + offset + 4 + distance == where[name] + beyond
+            assert new[at + offset - 1] in (0xE8, 0xE9)
+    assert {n for n, (one, other) in enumerate(zip(old, new, strict=True)) if one != other} <= changed
+    assert len(mends.MENDS[0].code) == mends.MENDS[0].was[1], "behind it is code that stays"
+
+
+def test_a_bochs_of_other_code_is_not_mended(known_code: None) -> None:
+    with pytest.raises(ValueError, match=f"has no {mends.SETS_MASKS}"):
+        mends.mended(functions(tuple(name for name in NAMES if name != mends.SETS_MASKS)))
+    for mend in mends.MENDS:
+        other = bytearray(functions())
+        other[elf.place(elf.segments(other), elf.symbols(other)[mend.function] + mend.offset)] ^= 0xFF
+        with pytest.raises(ValueError, match="other code at"):
+            mends.mended(bytes(other))
+    with pytest.raises(ValueError, match="nothing at 0x1"):
+        elf.place(elf.segments(functions()), 1)
 
 
 def test_a_missing_bochs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -193,37 +255,14 @@ def test_each_kind_of_difference_is_told() -> None:
     assert told(calls=[1]) == "call 0"
 
 
-def test_faults_of_bochs_are_told_by_what_they_do() -> None:
-    steps = [ipi(0, 1, 0xFD), Step(1, "rdmsr", (X2 + 2,))]
-    seen = done(steps)
+def test_a_fault_of_bochs_is_told_by_its_line() -> None:
+    def fault(reason: str, info: int) -> vmxcompare.Fault | None:
+        text = f"kvm_exit: vcpu 1 reason {reason} rip 0x1 info1 0x1 info2 {info:#018x} intr"
+        return vmxcompare.fault([vmxrun.Line("v1", "d..1.", 1, text)])
 
-    def fault(seen_there: Seen, *raw: vmxrun.Line, done: list[Step] = steps) -> vmxcompare.Fault | None:
-        return vmxcompare.fault(done, Setup(), seen, seen_there, raw)
-
-    def exit(rip: int, vcpu: int = 1, reason: str = "EXTERNAL_INTERRUPT", info: int = 0) -> vmxrun.Line:
-        text = f"kvm_exit: vcpu {vcpu} reason {reason} rip {rip:#x} info1 0x1 info2 {info:#018x} intr"
-        return vmxrun.Line(f"v{vcpu}", "d..1.", 1, text)
-
-    early = replace(seen, notes=[[], [(0, 0xFD)]])
-    handler = vmxcode.STUBS_AT + 0xFD * vmxcode.STUB_BYTES
-    assert fault(early, exit(handler)) == vmxcompare.Fault.MASKED_DELIVERY
-    assert fault(early) is None
-    assert fault(early, exit(handler - vmxcode.STUB_BYTES)) is None, "another vector"
-    assert fault(early, exit(handler, vcpu=0)) is None, "another vCPU"
-    assert fault(early, exit(handler, reason="IO_INSTRUCTION")) is None
-    assert fault(replace(seen, notes=[[], [(1, 0xFD)]]), exit(handler), done=[Step(1, "sti"), *steps]) is None, (
-        "IF is 1"
-    )
-    twice = [ipi(0, 1, 0x41), Step(0, "sti"), ipi(0, 1, 0xFD)]
-    wanted = done(twice)
-    assert wanted.renotified == [(2, 1)]
-    for step, told in ((2, vmxcompare.Fault.MASKED_DELIVERY), (1, None)):
-        there = replace(wanted, notes=[[], [(step, 0x41)]])
-        assert vmxcompare.fault(twice, Setup(), wanted, there, []) == told
-    ghost = replace(seen, notes=[[], [(0, 0xFF)]])
-    assert fault(ghost) == vmxcompare.Fault.VECTOR_FF
-    assert fault(ghost, done=[ipi(0, 1, 0xFF)]) is None
-    assert fault(seen, exit(1, reason="EPT_VIOLATION", info=0x8000_0000)) == vmxcompare.Fault.VECTOR_0
+    assert fault("EPT_VIOLATION", 0x8000_0000) == vmxcompare.Fault.VECTOR_0
+    assert fault("EPT_VIOLATION", 0) is None
+    assert fault("EXTERNAL_INTERRUPT", 0x8000_0000) is None
 
 
 def test_self_ipis_that_bochs_does_not_store_are_told_from_others() -> None:
@@ -251,28 +290,11 @@ def test_loads_that_kvm_leaves_undone_are_not_compared() -> None:
     assert not vmxcompare.left_alone(Step(0, "rdmsr", (X2 + 0xC,)))
 
 
-def test_looking_for_who_waits_changes_nothing() -> None:
+def test_ppr_is_what_kvm_stored_last() -> None:
     """6.1.192 without APICv: the CPU takes WRMSR of TPR, and KVM_GET_LAPIC has the PPR that KVM stored last."""
     for kernel in fx.profiles():
         seen = done([Step(1, "wrmsr", (X2 + 8, 0xDC))], Setup(apicv=False), kernel)
         assert (seen.pages[1][R.APIC_TASKPRI], seen.pages[1][R.APIC_PROCPRI]) == (0xDC, 0), kernel
-
-
-def test_who_waits_is_not_quiet() -> None:
-    player = vmx.played(Setup(), [ipi(0, 1, 0x31), Step(0, "rdmsr", (X2 + 2,))], "6.12")
-    assert player.quiet == [frozenset({0}), frozenset({0})]
-    player = vmx.played(Setup(), [Step(1, "wrmsr", (X2 + 8, 0x30)), ipi(0, 1, 0x31)], "6.12")
-    assert player.quiet == [frozenset({0, 1})] * 2
-
-
-def test_without_apicv_who_waits_with_interrupts_off_lets_the_host_in() -> None:
-    steps = [Step(0, "sti"), Step(0, "rdmsr", (X2 + 2,)), ipi(1, 0, 0x31)]
-    opened = vmxcode.STI + vmxcode.CLI + b"\x81\x3d"
-    for apicv, count in ((False, 2), (True, 0)):
-        way = vmxrun.way(Setup(apicv=apicv), [frozenset()] * 3)
-        assert vmxcode.program(1, steps, way).count(opened) == count + apicv
-        assert vmxcode.program(0, steps, way).count(opened) == 1, "after its STI it must not"
-        assert opened not in vmxcode.program(0, steps, vmxrun.way(Setup(apicv=apicv)))
 
 
 def test_both_kinds_of_timers_are_drawn() -> None:
@@ -297,7 +319,7 @@ def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
         seen = player.end()
         again = vmx.played(setup, steps, kernel).end()
         assert (seen.notes, seen.results, seen.lines) == (again.notes, again.results, again.lines)
-        asked = vmxrun.request(setup, steps, player.prepared, 3, vmxrun.way(setup, player.quiet))
+        asked = vmxrun.request(setup, steps, player.prepared, 3)
         assert len(bytes(vmxrun.finish(asked, setup, seen.asleep))) < vmxboot.MAILBOX_BYTES
 
 
@@ -444,6 +466,79 @@ def test_a_machine_that_stops_is_booted_again(counted: kernels.Kernel, monkeypat
     assert "does not answer" in report.as_dict()["differences"][0]
 
 
+@pytest.fixture
+def agreeing(counted: kernels.Kernel, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A lab whose kernel does what the model does, but for the number of a program; what was run, in order."""
+    told: dict[str, Any] = {"run": [], "differs": None, "left": ()}
+
+    def tried(lab: Any, setup: Setup, steps: Any, player: Any) -> Any:
+        told["run"].append((setup, steps))
+        number = len({id(steps) for _, steps in told["run"]}) - 1
+        known = vmxcompare.Fault.VECTOR_0 if number in told["left"] else None
+        differs = number == told["differs"] or known is not None
+        return [vmxcompare.Difference("a vCPU", "1", "2")] * differs, known, 7
+
+    monkeypatch.setattr(vmx.VmxLab, "_tried", tried)
+    return told
+
+
+def test_a_run_that_was_ended_goes_on(agreeing: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    kept = tmp_path / "kept.json"
+    command = ["verify", "--kernel", "6.1", "--vendor", "vmx", "--keep", str(kept), "--json", "--ops"]
+    assert cli.main([*command, "4"]) == 0
+    first = [repr(one) for one in agreeing["run"]]
+    assert cli.main([*command, "10"]) == 0
+    whole = [repr(one) for one in agreeing["run"]]
+    report = json.loads(kept.read_text())
+    assert report["programs"] == report["drawn"] == {"x2apic": 5, "xapic": 5}
+    assert (len(first), report["trace_lines"], report["agreed"]) == (4, 70, True)
+    agreeing["run"].clear()
+    kept.unlink()
+    assert cli.main([*command, "10"]) == 0
+    assert [repr(one) for one in agreeing["run"]] == whole, "the same programs in one run"
+    agreeing["run"].clear()
+    assert cli.main([*command, "10", "--seed", "2"]) == 0, "another seed's report is no beginning"
+    assert len(agreeing["run"]) == 10
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"differences": ["one"]}'])
+def test_a_kept_file_of_something_else_is_begun_anew(agreeing: dict[str, Any], tmp_path: Path, text: str) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(text)
+    assert cli.main(["verify", "--kernel", "6.1", "--vendor", "vmx", "--keep", str(kept), "--json", "--ops", "2"]) == 0
+    assert json.loads(kept.read_text())["programs"] == {"x2apic": 1, "xapic": 1}
+
+
+def test_a_report_that_cannot_be_kept_is_one_line(counted: kernels.Kernel, tmp_path: Path, capsys: Any) -> None:
+    for name in (tmp_path, tmp_path / "none" / "kept.json"):
+        assert cli.main(["verify", "--kernel", "6.1", "--vendor", "vmx", "--keep", str(name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--keep" in line
+
+
+def test_both_modes_get_as_many_though_some_are_left_out(agreeing: dict[str, Any]) -> None:
+    agreeing["left"] = (0, 2)
+    with vmx.VmxLab("6.1") as lab:
+        report = lab.verify(6)
+    assert report.programs == {"x2apic": 3, "xapic": 3}
+    assert (sum(report.drawn.values()), report.left_out) == (8, 2)
+    agreeing["left"] = tuple(range(10_000))
+    with vmx.VmxLab("6.1") as lab:
+        assert not lab.verify(6).agreed, "nothing was compared"
+
+
+def test_a_difference_ends_it_or_so_many(agreeing: dict[str, Any]) -> None:
+    agreeing["differs"] = 3
+    with vmx.VmxLab("6.1") as lab:
+        report = lab.verify(20, shorten=0)
+    assert (report.compared, len(report.stories), report.agreed) == (3, 1, False)
+    agreeing["run"].clear()
+    with vmx.VmxLab("6.1") as lab:
+        report = lab.verify(20, shorten=0, differing=2)
+    assert (report.compared, len(report.stories)) == (20, 1)
+
+
 @pytest.mark.parametrize("name", ["oracle", "trace", "judge"])
 def test_it_has_no_oracle_and_says_what_it_has(counted: kernels.Kernel, name: str) -> None:
     with pytest.raises(ValueError, match=r"verify\(\) or run\(\)") as refused:
@@ -479,6 +574,22 @@ def test_a_one_shot_that_is_over_ticks_at_each_wake_up_of_5_10() -> None:
     assert [vector for _, vector in vmx.played(setup, steps, "5.10").seen.notes[0]] == [0xEC, 0xEC, 0x41, 0xEC, 0x51]
     with lab:
         assert lab.run(setup, steps) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["6.1"])
+def test_interrupts_off_keep_the_guests_out_and_the_hosts_in(version: str) -> None:
+    """Two of mends.py: a host's tick delivers nothing, and who waits for every processor of the VM gets on."""
+    try:
+        lab = vmx.VmxLab(version)
+    except OSError as missing:
+        pytest.skip(str(missing))
+    steps = [Step(1, "store", (R.APIC_ICR, 0x41, 4)), Step(0, "store", (R.APIC_LDR, 0, 4))]
+    steps += [Step(0, "spend", (vmxdraw.SPENT,)), Step(0, "sti")]
+    assert vmx.played(Setup(x2apic=False), steps, version).seen.notes == [[(3, 0x41)], []]
+    with lab:
+        for _ in range(5):
+            assert lab.run(Setup(x2apic=False), steps) == []
 
 
 @pytest.mark.long

@@ -135,7 +135,7 @@ def by_programs(lab: VmxLab, release: str, trait: Trait, operations: int) -> dic
             seen = player.end()
             if not differences(player.machine.trace.events, steps, seen, true.end()):
                 continue
-            tries = [lab._tried(setup, steps, player, opens=True)[:2] for _ in range(TRIES)]
+            tries = [lab._tried(setup, steps, player)[:2] for _ in range(TRIES)]
         if all(found and not known for found, known in tries):
             kind = f"{'x2APIC' if mode else 'xAPIC'} programs"
             return {"operations": done, "found": True, "kind": kind, "traced": False, "text": str(tries[0][0][0])}

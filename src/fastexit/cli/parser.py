@@ -219,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
     verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
     verify.add_argument("--no-apicv", action="store_true", help="with --vendor vmx: kvm_intel without APICv")
+    verify.add_argument(
+        "--keep", metavar="FILE", help="with --vendor vmx: a report, kept while it runs; a run that ended goes on"
+    )
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
 
     demo = command("demo", commands.demo, "Replay the bundled trace, walk one exit, compare fast with generic, draw.")

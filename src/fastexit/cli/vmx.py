@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastexit.checks import quoted
+
+if TYPE_CHECKING:
+    from fastexit.kvm.lab.vmx import VmxReport
 
 BOCHS = "bochs"
 
@@ -28,12 +32,20 @@ def verify(args: argparse.Namespace) -> int:
     """``fastexit verify --kernel VERSION --vendor vmx``: guest programs; 1 when model and kernel differ."""
     from fastexit.kvm.lab.vmx import PROGRAMS, VmxLab
 
+    kept = _Kept(args.keep) if args.keep is not None else None
     for name in ("vcpus", "only", "script"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: programs of the VMX lab choose that themselves")
     progress = _progress(args)
     with VmxLab(args.kernel, image=args.image, modules=args.modules, apicv=not args.no_apicv) as lab:
-        report = lab.verify(args.ops or PROGRAMS, seed=args.seed, seconds=args.seconds, progress=progress)
+        report = lab.verify(
+            args.ops or PROGRAMS,
+            seed=args.seed,
+            seconds=args.seconds,
+            progress=progress,
+            report=kept.report() if kept else None,
+            seen=kept.write if kept else None,
+        )
     if progress:
         print(file=sys.stderr)
     if args.json:
@@ -52,6 +64,31 @@ def verify(args: argparse.Namespace) -> int:
     for story in report.stories:
         print(f"\ndifference: {story.text()}")
     return 0 if report.agreed else 1
+
+
+class _Kept:
+    """A file that has a run's report after each program; a run that is ended goes on there."""
+
+    def __init__(self, name: str) -> None:
+        self._file = Path(name)
+        if not self._file.parent.is_dir() or self._file.is_dir():
+            raise ValueError(f"--keep: {quoted(name)} cannot be a file")
+
+    def report(self) -> VmxReport | None:
+        """What is there; None where that is nothing, something else or a difference, which are begun anew."""
+        from fastexit.kvm.lab.vmx import VmxReport
+
+        try:
+            kept = json.loads(self._file.read_text())
+            return None if kept["differences"] else VmxReport.of(kept)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, report: VmxReport) -> None:
+        """The report so far, whole at any moment."""
+        scratch = self._file.with_name(self._file.name + ".new")
+        scratch.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        scratch.replace(self._file)
 
 
 def get_bochs(apt: Any, as_json: bool) -> int:

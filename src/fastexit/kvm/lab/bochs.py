@@ -1,4 +1,4 @@
-"""Bochs: where a user gets it, and the one test that has to be taken out of it.
+"""Bochs: where a user gets it, and the one test that has to be taken out of it; mends.py has what else is changed.
 
 Models: nothing. Bochs 3.0 emulates VMX with APICv and posted interrupts, so that a kernel's own kvm_intel runs on any
 machine. Its package and the libraries that it needs are unpacked into a cache and run by their own dynamic linker:
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from fastexit.kvm.lab import elf, mends
 from fastexit.kvm.lab.kernels import Apt, KernelMissing, directory, unpack
 
 VERSION = "3.0"
@@ -28,6 +29,7 @@ NEEDED = {
 """One file of each package without which nothing works."""
 GUARDED = b"VMFAIL: VMCS EXEC CTRL: Posted Interrupt Descriptor phy addr malformed"
 """What 3.0 says of a descriptor that is not at the beginning of a page; the architecture wants 64 bytes."""
+MENDED = "bochs-mended"
 JNE, NOP = b"\x0f\x85", b"\x66\x0f\x1f\x44\x00\x00"
 _LEA_RSI = re.compile(rb"\x48\x8d\x35")
 _LIBRARY = re.compile(r"Inst ((?:lib|gcc-)\S*)")
@@ -103,7 +105,10 @@ def guard(program: bytes) -> int:
     text = program.find(GUARDED)
     if text < 0 or program.find(GUARDED, text + 1) >= 0:
         raise _unknown("it has another text for descriptors that it refuses")
-    segments = _segments(program)
+    try:
+        segments = elf.segments(program)
+    except ValueError as none:
+        raise _unknown(str(none)) from None
     loaded = next((address + text - at for at, size, address, _ in segments if at <= text < at + size), None)
     found = []
     for at, size, address, executable in segments:
@@ -130,28 +135,23 @@ def _jumps(code: bytes, target: int) -> list[int]:
     return found
 
 
-def _segments(program: bytes) -> list[tuple[int, int, int, bool]]:
-    """Loaded parts of an ELF file: place, size, address, whether it is code."""
-    if program[:5] != b"\x7fELF\x02":
-        raise _unknown("it is no program of 64 bits")
-    (table,), (count,) = struct.unpack_from("<Q", program, 32), struct.unpack_from("<H", program, 56)
-    parts = (struct.unpack_from("<IIQQQQ", program, table + 56 * n) for n in range(count))
-    return [(at, size, address, bool(flags & 1)) for kind, flags, at, address, _, size in parts if kind == 1]
-
-
 def _unknown(why: str) -> KernelMissing:
     return KernelMissing(0, f"this Bochs cannot be used, {why}: version {VERSION} of Debian 13 is needed")
 
 
 def _patched(program: Path) -> Path:
-    """A copy of the program without the test; it is made once."""
-    made = program.with_name("bochs-lab")
+    """A copy of the program without the test, and with the mends; it is made once."""
+    made = program.with_name(MENDED)
     if made.exists() and made.stat().st_mtime_ns >= program.stat().st_mtime_ns:
         return made
     data = bytearray(program.read_bytes())
     at = guard(bytes(data))
     data[at : at + len(NOP)] = NOP
-    scratch = made.with_name(f"bochs-lab.{os.getpid()}")
+    try:
+        data[:] = mends.mended(bytes(data))
+    except ValueError as other:
+        raise _unknown(str(other)) from None
+    scratch = made.with_name(f"{MENDED}.{os.getpid()}")
     scratch.write_bytes(data)
     scratch.chmod(0o755)
     scratch.replace(made)

@@ -1,7 +1,7 @@
 """The lab's VMX side: random guest programs on the model and on a kernel's own kvm_intel under Bochs, compared.
 
-Models: nothing. A program that differs is run again; one that runs into a fault of Bochs is run another way, and is
-counted under that fault when it goes on running into it. What differs otherwise is made shorter and told.
+Models: nothing. A program that differs is run again; one that runs into a fault of Bochs each time is counted
+under that fault. What differs otherwise is made shorter and told.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ PARAMETERS = ("enable_apicv", "enable_ipiv", "preemption_timer", "unrestricted_g
 """kvm_intel's, of which a kernel may lack some."""
 NO_ORACLE = 'the VMX lab has no oracle: use its verify() or run(), or fx.kvm.Lab(VERSION, vendor="svm").oracle()'
 
+MODES = ("x2apic", "xapic")
+SAME = ("kernel", "release", "apicv", "seed")
+"""What two runs have in common when one can go on where the other ended."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -65,6 +69,8 @@ class VmxReport:
     seed: int
     programs: dict[str, int] = field(default_factory=dict)
     """Mode of the APIC -> programs that were the same."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Mode of the APIC -> programs that were drawn: a run that goes on begins with the next."""
     steps: int = 0
     lines: int = 0
     repeated: int = 0
@@ -78,6 +84,17 @@ class VmxReport:
     stories: list[Story] = field(default_factory=list)
     seconds: float = 0.0
     began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> VmxReport:
+        """A report of what `as_dict` told, without its stories; KeyError where something is missing."""
+        names = ("kernel", "release", "apicv", "seed", "programs", "drawn", "steps", "repeated", "restarted")
+        told = {name: kept[name] for name in (*names, "left_out", "seconds", "began")}
+        return cls(**told, lines=kept["trace_lines"], faults=kept["faults_of_bochs"])
+
+    def follows(self, other: VmxReport) -> bool:
+        """Whether this one's run can go on for the other's: same kernel, same programs."""
+        return all(getattr(self, name) == getattr(other, name) for name in SAME)
 
     def blame(self, known: Fault | None) -> None:
         """Counts a program under a fault."""
@@ -107,6 +124,7 @@ class VmxReport:
             "seed": self.seed,
             "agreed": self.agreed,
             "programs": self.programs,
+            "drawn": self.drawn,
             "steps": self.steps,
             "trace_lines": self.lines,
             "repeated": self.repeated,
@@ -180,17 +198,16 @@ class VmxLab(Lab):
 
     def run(self, setup: Setup, steps: Sequence[Step]) -> list[Difference]:
         """A program on both sides: what differs."""
-        return self._tried(setup, steps, None, opens=True)[0]
+        return self._tried(setup, steps, None)[0]
 
     def _tried(
-        self, setup: Setup, steps: Sequence[Step], player: Player | None, opens: bool = False
+        self, setup: Setup, steps: Sequence[Step], player: Player | None
     ) -> tuple[list[Difference], Fault | None, int]:
         """What differs, the fault of Bochs that it may come from, and how many trace lines there were."""
         player = player or played(setup, steps, self.kernel.version)
         asleep = list(player.seen.asleep)
         expected = player.seen if player.seen.pages else player.end()
-        way = vmxrun.way(setup, player.quiet if opens else None)
-        asked = vmxrun.request(setup, steps, player.prepared, CPUS, way)
+        asked = vmxrun.request(setup, steps, player.prepared, CPUS)
         answer = Answer.of(self.machine.ask(bytes(vmxrun.finish(asked, setup, asleep))))
         got, raw = vmxrun.seen(setup, steps, answer)
         found = differences(player.machine.trace.events, steps, expected, got)
@@ -198,7 +215,7 @@ class VmxLab(Lab):
         told = unstored(setup, steps, found)
         if len(told) == len(found):
             return [], Fault.SELF_IPI_PAGE if found else None, len(raw)
-        return found, fault(steps, setup, expected, got, raw) if found else None, len(raw)
+        return found, fault(raw) if found else None, len(raw)
 
     def verify(
         self,
@@ -209,24 +226,37 @@ class VmxLab(Lab):
         seconds: float | None = None,
         progress: Progress | None = None,
         shorten: float = SHORTEN_SECONDS,
+        report: VmxReport | None = None,
+        seen: Callable[[VmxReport], None] | None = None,
+        differing: int = 1,
     ) -> VmxReport:
-        """Random programs, in x2APIC and xAPIC mode in turn, until so many or one differs."""
-        report = VmxReport(self.kernel.version, self.kernel.release, self.apicv, seed)
-        began = time.monotonic()
-        for number in range(programs):
-            mode = x2apic if x2apic is not None else number % 2 == 0
-            rng = random.Random(f"{seed}/{'x2apic' if mode else 'xapic'}/{number}")
-            setup = vmxdraw.setup(rng, apicv=self.apicv, x2apic=mode)
+        """Random programs, in x2APIC and xAPIC mode in turn, until so many were the same or one differs.
+
+        Those that differ are made shorter for ``shorten`` seconds each, and ``differing`` of them end it; ``seconds``
+        later no program begins. With the ``report`` of an earlier run it goes on there; ``seen`` gets the report after
+        each program.
+        """
+        new = VmxReport(self.kernel.version, self.kernel.release, self.apicv, seed)
+        report = report if report is not None and report.follows(new) else new
+        modes = MODES if x2apic is None else (MODES[not x2apic],)
+        began, before, drawn = time.monotonic(), report.seconds, 0
+        while report.compared < programs and drawn < 2 * programs:
+            mode = min(modes, key=lambda mode: report.programs.get(mode, 0))
+            number = 2 * report.drawn.get(mode, 0) + MODES.index(mode)
+            rng = random.Random(f"{seed}/{mode}/{number}")
+            setup = vmxdraw.setup(rng, apicv=self.apicv, x2apic=mode == "x2apic")
             steps, player = vmxdraw.program(rng, setup, self.kernel.version)
             story = self._compare(setup, steps, player, report)
+            report.drawn[mode], drawn = report.drawn.get(mode, 0) + 1, drawn + 1
             if story is not None:
                 report.stories.append(self._shorter(story, shorten))
-                break
+            report.seconds = before + time.monotonic() - began
+            if seen:
+                seen(report)
             if progress:
-                progress(number + 1, programs)
-            if seconds is not None and time.monotonic() - began > seconds:
+                progress(report.compared, programs)
+            if len(report.stories) >= differing or (seconds is not None and time.monotonic() - began > seconds):
                 break
-        report.seconds = time.monotonic() - began
         return report
 
     def _compare(self, setup: Setup, steps: list[Step], player: Player, report: VmxReport) -> Story | None:
@@ -235,14 +265,14 @@ class VmxLab(Lab):
         found: list[Difference] = []
         for attempt in range(TRIES):
             try:
-                found, known, lines = self._tried(setup, steps, player, opens=attempt != 1)
+                found, known, lines = self._tried(setup, steps, player)
             except KvmUnavailable as stopped:
                 found, known, lines = [Difference("the machine", "it answers", str(stopped))], None, 0
                 report.restarted += 1
                 self.machine.close()
                 self.machine = self._booted()
             if not found:
-                mode = "x2apic" if setup.x2apic else "xapic"
+                mode = MODES[not setup.x2apic]
                 report.programs[mode] = report.programs.get(mode, 0) + 1
                 report.steps += len(steps)
                 report.lines += lines
@@ -264,7 +294,7 @@ class VmxLab(Lab):
             n -= 1
             steps = best.steps[:n] + best.steps[n + 1 :]
             try:
-                found, known, _ = self._tried(best.setup, steps, None, opens=True)
+                found, known, _ = self._tried(best.setup, steps, None)
             except ValueError:
                 continue  # a step that nobody can do now
             if found and known is None:

@@ -29,7 +29,7 @@ TOUCHED = ((0, 0x14000), (SMM_AT, CODE_AT + 4 * CODE_BYTES))
 APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
 
 OPEN = 2
-"""The vCPU that shares the host's processor never has interrupts off: Bochs would keep the host out with them."""
+"""The vCPU that shares the host's processor never has interrupts off."""
 LOG, EOI_MODE, RESUME, FLAG, STARTED = 0, 4, 8, 12, 16
 """Words of a vCPU's area: where the next note goes, how interrupts end, where a fault goes on, what faulted."""
 NOTES, RESULTS, RESULT_BYTES = 0x100, 0x800, 16
@@ -69,18 +69,14 @@ def settle(count: int) -> bytes:
     return b"\xb9" + u32(count) + b"\x49\x75\xfd" if count else b""
 
 
-def wait_for(number: int, opens: bool = False) -> bytes:
-    """Spins until the baton has a number; where it has NOBODY the program is over.
-
-    ``opens``: lets the host's interrupts in at each turn. STI's shadow and CLI keep the guest's own out.
-    """
-    start = (STI + CLI) * opens
+def wait_for(number: int) -> bytes:
+    """Spins until the baton has a number; where it has NOBODY the program is over."""
     end = done()
     mine = b"\x81\x3d" + u32(BATON_AT) + u32(number)
     over = b"\x83\x3d" + u32(BATON_AT) + b"\xff"
-    back = len(start) + len(mine) + 2 + len(over) + 2
+    back = len(mine) + 2 + len(over) + 2
     skipped = len(over) + 2 + len(end)
-    return start + mine + b"\x74" + bytes((skipped,)) + over + b"\x75" + struct.pack("<b", -back) + end
+    return mine + b"\x74" + bytes((skipped,)) + over + b"\x75" + struct.pack("<b", -back) + end
 
 
 @dataclass
@@ -156,38 +152,29 @@ class Way:
 
     Attributes:
         touch: they begin with a load from the APIC page. count: turns of the loop in which effects settle.
-        quiet: after each step the vCPUs that may turn interrupts on for a moment, so that Bochs lets the host's in
-            while they wait (vmxcompare.py); None where nobody does.
-        spins: who waits with interrupts off does so at each turn, whatever waits: without APICv nothing is delivered
-            by mistake.
     """
 
     touch: bool = False
     count: int = 0
-    quiet: Sequence[frozenset[int]] | None = None
-    spins: bool = False
 
 
 def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
     """All of a vCPU's code: its own of all ``steps``, and the end behind the last."""
     code = prelude(way.touch) + (STI if vcpu == OPEN else b"")
-    before, masked = -1, vcpu != OPEN
     for number, step in enumerate(steps):
         if step.vcpu != vcpu:
             continue
-        opens = way.quiet is not None and (before < 0 or vcpu in way.quiet[before])
-        code += (STI + CLI) * (opens and masked) + _turn(number, steps, way, masked)
+        code += _turn(number, steps, way)
         code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.count)
-        before, masked = number, step.masks(masked)
-    code += _turn(len(steps), steps, way, masked) + done()
+    code += _turn(len(steps), steps, way) + done()
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
     return code
 
 
-def _turn(number: int, steps: Sequence[Step], way: Way, masked: bool) -> bytes:
+def _turn(number: int, steps: Sequence[Step], way: Way) -> bytes:
     """Waits until it is a step's turn, and until what the one before does late is over."""
-    return wait_for(number, way.spins and masked) + settle(way.count * _late(steps, number))
+    return wait_for(number) + settle(way.count * _late(steps, number))
 
 
 def _late(steps: Sequence[Step], number: int) -> bool:

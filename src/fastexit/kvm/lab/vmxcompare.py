@@ -13,7 +13,6 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from fastexit import regs as R
-from fastexit.kvm.lab.vmxcode import OPEN, STUB_BYTES, STUBS_AT
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxrun import Line
 from fastexit.kvm.lab.vmxsteps import Step
@@ -30,8 +29,6 @@ class Fault(StrEnum):
     """Where Bochs 3.0 is not a CPU, as far as a program shows it."""
 
     VECTOR_0 = "an EPT violation during delivery reports vector 0"
-    VECTOR_FF = "a notification without anything posted makes vector 0xFF pending"
-    MASKED_DELIVERY = "a host interrupt or a notification delivers a pending virtual interrupt although IF is 0"
     SELF_IPI_PAGE = "a virtualised SELF_IPI does not store its value"
 
 
@@ -132,43 +129,9 @@ def _notes(notes: Sequence[tuple[int, int]]) -> str:
     return " ".join(f"{vector:#x}@{step}" for step, vector in notes) or "none"
 
 
-def fault(steps: Sequence[Step], setup: Setup, expected: Seen, got: Seen, raw: Sequence[Line]) -> Fault | None:
-    """Which fault of Bochs a program ran into; None where what differs is something else."""
+def fault(raw: Sequence[Line]) -> Fault | None:
+    """Which fault of Bochs a program's trace shows; None where what differs is something else."""
     for line in raw:
         if "reason EPT_VIOLATION" in line.text and " info2 0x0000000080000000" in line.text:
             return Fault.VECTOR_0
-    sent = {step.args[1] & 0xFF for step in steps if step.kind in ("wrmsr", "store")}
-    sent |= {call[3] & 0xFF for step in steps if step.kind == "host" for call in step.args if len(call) > 3}
-    if 0xFF not in sent and any(vector == 0xFF for notes in got.notes for _, vector in notes):
-        return Fault.VECTOR_FF
-    if setup.apicv and _masked_delivery(steps, expected, got, raw):
-        return Fault.MASKED_DELIVERY
     return None
-
-
-def _masked_delivery(steps: Sequence[Step], expected: Seen, got: Seen, raw: Sequence[Line]) -> bool:
-    """Whether the first interrupt that nobody expected came while IF was 0, because of a host interrupt.
-
-    That one exits as soon as the guest's is delivered: at the first instruction of that vector's handler. A
-    notification does the same, and makes no exit: it came in that step.
-    """
-    for i, (mine, theirs) in enumerate(zip(expected.notes, got.notes, strict=False)):
-        early = next((note for n, note in enumerate(theirs) if n >= len(mine) or mine[n] != note), None)
-        if early is None or not _is_masked(steps, i, early[0]):
-            continue
-        if (early[0], i) in expected.renotified:
-            return True
-        handler = f" rip {STUBS_AT + STUB_BYTES * early[1]:#x} "
-        exits = (line.text for line in raw if line.thread == f"v{i}" and "reason EXTERNAL_INTERRUPT" in line.text)
-        if any(handler in text for text in exits):
-            return True
-    return False
-
-
-def _is_masked(steps: Sequence[Step], vcpu: int, number: int) -> bool:
-    """Whether a vCPU has interrupts off while step ``number`` is done."""
-    masked = vcpu != OPEN
-    for step in steps[:number]:
-        if step.vcpu == vcpu:
-            masked = step.masks(masked)
-    return masked

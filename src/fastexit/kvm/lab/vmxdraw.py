@@ -63,7 +63,7 @@ def _next(rng: random.Random, made: Setup, player: Player) -> list[Step]:
         return _timer(rng, made, awake, i)
     if kind < 0.68:
         return [Step(i, "host", _calls(rng, made, i))]
-    return [_register(rng, made, i, player.masked[i])]
+    return [_register(rng, made, i)]
 
 
 def _vector(rng: random.Random) -> int:
@@ -126,10 +126,8 @@ def _calls(rng: random.Random, made: Setup, i: int) -> tuple[tuple[Any, ...], ..
     return ((i, "get_msr", rng.choice((R.MSR_APICBASE, R.MSR_TSC_DEADLINE, X2 + 8, X2 + 0x20))),)
 
 
-def _register(rng: random.Random, made: Setup, i: int, masked: bool) -> Step:
+def _register(rng: random.Random, made: Setup, i: int) -> Step:
     offset = rng.choice(READABLE * 2 + VECTORED + ODD)
-    if masked and offset >> 3 == R.APIC_IRR >> 7:
-        offset = R.APIC_TASKPRI >> 4  # Bochs keeps notifications waiting while IF is 0 since the entry
     writes = rng.random() < 0.5
     tpr = rng.randrange(256) if rng.random() < 0.9 else 0x100
     value = rng.choice((0, rng.getrandbits(8), rng.getrandbits(32)))

@@ -20,7 +20,6 @@ from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.machine import Machine
 from fastexit.outcome import Effect, GeneralProtection
 from fastexit.reasons import VmxExit
-from fastexit.vcpu import Vcpu
 
 HOST = "host"
 IMMEDIATE_PORT = 1 << 6
@@ -59,8 +58,6 @@ class Seen:
     """What user space's calls returned."""
     pages: list[bytes] = field(default_factory=list)
     asleep: list[bool] = field(default_factory=list)
-    renotified: list[tuple[int, int]] = field(default_factory=list)
-    """(step, vCPU) of notifications that came while an interrupt waited for IF."""
 
 
 def told(context: str, line: str) -> str:
@@ -93,8 +90,6 @@ class Player:
         )
         self.masked: list[bool] = [i != C.OPEN for i in range(setup.vcpus)]
         self.baton: int = 0
-        self.quiet: list[frozenset[int]] = []
-        """After each step the vCPUs that have interrupts off and nothing that waits for them to be on."""
         self._due: deque[tuple[int, Effect]] = deque()
         self._begin()
 
@@ -161,18 +156,6 @@ class Player:
         self.seen.results[number] = result
         self._settle()
         self.baton = number + 1
-        self.quiet.append(frozenset(v.index for v in self.machine.vcpus if self.masked[v.index] and not self._waits(v)))
-
-    def _waits(self, v: Vcpu, posted: bool = True) -> bool:
-        """Whether an interrupt waits for IF, ``posted`` ones among them.
-
-        Vcpu.pending would tell, and do what KVM has not done: sync, store PPR.
-        """
-        mem = self.machine.mem
-        sets = (v.vec + L.VEC_IRR, v.own + L.K_ISR, v.hot + L.PID_PIR)
-        irr, isr, pir = (sum(int(mem[at + n]) << 64 * n for n in range(4)).bit_length() - 1 for at in sets)
-        tpr = int(mem[L.PAGE + v.index * L.PAGE_STRIDE + (R.APIC_TASKPRI >> 3)]) & 0xFF
-        return max(irr, pir if posted else irr) >> 4 > max(isr, tpr) >> 4
 
     def _read(self, i: int, read: Callable[[], int], wide: bool = False) -> tuple[int, int, int]:
         try:
@@ -266,8 +249,6 @@ class Player:
                 for woken in self.machine.host_interrupt(v.notification.cpu, R.POSTED_INTR_WAKEUP_VECTOR):
                     self._wake(woken)
             else:
-                if self.masked[i] and self._waits(v, posted=False):
-                    self.seen.renotified.append((self.baton, i))
                 v.hw_notify()
         elif effect == Effect.KICK and v.mode != R.OUTSIDE_GUEST_MODE:
             self._act(i, lambda: v.exit(VmxExit.EXTERNAL_INTERRUPT))

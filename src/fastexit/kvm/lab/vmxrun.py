@@ -37,18 +37,14 @@ class Line:
     text: str
 
 
-def way(setup: Setup, quiet: Sequence[frozenset[int]] | None = None) -> C.Way:
-    """How a program is written. ``quiet``: after each step who may let the host's interrupts in; None: nobody."""
-    return C.Way(not setup.x2apic, SETTLE, quiet, quiet is not None and not setup.apicv)
-
-
-def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int, way: C.Way) -> Request:
+def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int) -> Request:
     """Everything of one program but its end. ``prepared``: each vCPU's APIC page at the beginning."""
     asked = Request()
     ids = list(range(setup.vcpus))
     where = [(i + 1) % cpus for i in ids]
     asked.vm(ids, where, split=setup.split)
     image = C.common(setup.vcpus, setup.eoi_mode)
+    way = C.Way(not setup.x2apic, SETTLE)
     for i in ids:
         image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, way))
     for address, data in image.pieces.items():

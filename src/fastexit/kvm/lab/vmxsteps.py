@@ -46,10 +46,6 @@ class Step:
         """Whether others go on before it is done."""
         return self.kind in SLEEPING
 
-    def masks(self, before: bool) -> bool:
-        """Whether interrupts are off behind it."""
-        return {"sti": False, "cli": True, "halt": False}.get(self.kind, before)
-
 
 def _u32(value: int) -> bytes:
     return struct.pack("<I", value & 0xFFFF_FFFF)
