@@ -379,9 +379,59 @@ def rest(rng: random.Random, m: HypervTwins) -> Op | None:
     return ("rest", ns)
 
 
+def ticking(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
+    """A timer with messages that runs out again and again, with its slot free or taken, and EOMs between."""
+    n, s = rng.randrange(4), rng.randrange(1, 16)
+    slot = G.DATA_AT + m.pools.page_of[4 + i % 4] * 0x1000
+    config, count = hv.MSR_HV_STIMER0_CONFIG + 2 * n, hv.MSR_HV_STIMER0_CONFIG + 2 * n + 1
+    yield ("set_msr", i, hv.MSR_HV_SIMP, slot | 1)
+    if chance(rng, 0.7):
+        yield ("wrmsr", i, hv.MSR_HV_SINT0 + s, sint_value(rng, m.pools))
+    yield ("set_msr", i, config, 0)
+    seconds = rng.randrange(20, 40) * TICKS // 10
+    periodic = chance(rng, 0.7)
+    yield ("set_msr", i, count, seconds if periodic else m.model.time // 100 + seconds)
+    yield ("wrmsr", i, config, 1 | periodic * hv.HV_STIMER_PERIODIC | s << hv.HV_STIMER_SINT_SHIFT)
+    yield ("run_through", i)
+    for _ in range(rng.randrange(1, 4)):
+        op = rest(rng, m)
+        if op is None:
+            break
+        yield op
+        yield rng.choice((("take", i, 0), ("run_through", i), ("run_through", i)))
+        if chance(rng, 0.4):
+            yield ("memory", slot + hv.HV_MESSAGE_BYTES * s, bytes(4))
+        if chance(rng, 0.5):
+            yield ("wrmsr", i, hv.MSR_HV_EOM, 0)
+            yield ("run_through", i)
+
+
+def offered(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
+    """Two or three interrupts, one of them perhaps of a SINT with auto-EOI, taken and looked for in the assist page."""
+    at = G.DATA_AT + m.pools.page_of[i] * 0x1000
+    yield ("wrmsr", i, hv.MSR_HV_VP_ASSIST_PAGE, at | 1)
+    yield ("wrmsr", i, SYNTHETIC_TPR, 0)
+    for _ in range(rng.randrange(4)):
+        yield ("wrmsr", i, SYNTHETIC_EOI, 0)
+    vectors = sorted(rng.sample(m.pools.vectors, rng.randrange(2, 4)))
+    if chance(rng, 0.5):
+        yield ("wrmsr", i, hv.MSR_HV_SINT0 + sint(rng, m.pools), rng.choice(vectors) | hv.HV_SINT_AUTO_EOI)
+    target = m.vcpus[i]
+    for one in vectors:
+        address = 0xFEE0_0000 | (target.id & 0xFF) << 12 | (target.id & ~0xFF) << 32
+        yield ("signal_msi", address, one)
+        if chance(rng, 0.7):
+            yield ("take", i, at if chance(rng, 0.6) else 0)
+    for _ in range(rng.randrange(3)):
+        yield rng.choice((("take", i, at), ("run_through", i), ("test_clear", i, at), eoi(rng, m, i)))
+
+
 def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
-    """The next operation, or a few that belong together."""
+    """The next operation, or a few that belong together: each is drawn when those before it are done."""
     i = rng.randrange(len(m.vcpus))
+    if chance(rng, 0.02):
+        yield from (ticking, offered)[chance(rng, 0.5)](rng, m, i)
+        return
     kind = rng.random()
     clears = assist(m, i) if chance(rng, 0.7) else 0
     if kind < 0.14:

@@ -67,9 +67,13 @@ _EXIT = struct.Struct("<II4Q")
 
 
 class Came(NamedTuple):
-    """What a program came to: a vector whose handler ran or None, registers, exits to user space on the way."""
+    """What a program came to: a vector whose handler ran or None, registers, exits to user space on the way.
+
+    ``ticked``: the kernel's own tick came meanwhile, an exit that the model knows nothing of.
+    """
 
     late: bool
+    ticked: bool
     vector: int | None
     regs: dict[str, int]
     exits: tuple[tuple[int, ...], ...]
@@ -157,7 +161,7 @@ class WindowsGuest:
 
 def came(data: bytes) -> Came:
     """What a program's answer says; RuntimeError for an exit that no program makes."""
-    result, late, reason, port, exits, _, *values = _CAME.unpack_from(data)
+    result, late, reason, port, exits, ticked, *values = _CAME.unpack_from(data)
     regs = dict(zip(_REGS, values, strict=True))
     if result < 0 and not late:
         raise RuntimeError(f"KVM_RUN said {result}")
@@ -165,4 +169,4 @@ def came(data: bytes) -> Came:
         raise RuntimeError(f"the guest stopped with KVM_EXIT {reason} at {regs['rip']:#x}")
     told = tuple(_EXIT.unpack_from(data, _CAME.size + n * _EXIT.size) for n in range(exits))
     vector = regs["rax"] & 0xFF if not late and port == PORT_INTERRUPT else None
-    return Came(bool(late), vector, regs, told)
+    return Came(bool(late), bool(ticked), vector, regs, told)

@@ -17,6 +17,7 @@ from itertools import zip_longest
 from typing import Any, ClassVar
 
 from fastexit import hyperv as hv
+from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.kvm import ioctl as K
 from fastexit.kvm.host import Host
@@ -39,6 +40,8 @@ BEGIN_NS = 1_000_000_000_000
 STEP_NS = 150_000
 """What an operation takes on the model; about what it takes in the lab."""
 PROGRAMS = frozenset("run_through take halt window test_clear wrmsr rdmsr mmio_write mmio_read hypercall".split())
+ASSISTED = frozenset(("take", "window", "halt", "test_clear"))
+"""Programs whose last argument says where they test an assist bit, 0: not at all."""
 SURVEYED = (
     hv.MSR_HV_GUEST_OS_ID,
     hv.MSR_HV_HYPERCALL,
@@ -53,6 +56,8 @@ SURVEYED = (
 """What every look reads; all of it costs nothing to read."""
 CLOCKS = frozenset((hv.MSR_HV_VP_RUNTIME, hv.MSR_HV_TIME_REF_COUNT, hv.MSR_HV_TSC_FREQUENCY, hv.MSR_HV_APIC_FREQUENCY))
 """MSRs whose values depend on the time of day or on the machine: whether they can be read is compared."""
+HEADER = slice(L.H_HYPERV_RULES, L.H_HV_SYNDBG + 7)
+"""The VM's words among those that synthetic MSRs are made of."""
 MOST_LINES = 1 << 20
 TIMES_IN_MESSAGE = (24, 32)
 """Bytes of a timer's message: its expiration and when it was written, in 100 ns."""
@@ -128,6 +133,12 @@ class HypervTwins(Twins):
         self.pools: D.Pools = D.Pools(random.Random(repr(setup)))
         self.routes: tuple[int, ...] = ()
         self.steps: list[Step] = []
+        self._memory_seen = b""
+        """The data as they were seen last, kept once for all looks that saw them."""
+        self._drawn: Iterator[Op] = iter(())
+        self._ticked = False
+        self._read: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        """By vCPU the words that its MSRs are made of, and what they said when they were read."""
         self._device: LabDevice = self.real.device
         self._fds: list[int] = [vcpu.fd for vcpu in self.real.vcpus]
         self._guest: G.WindowsGuest | None = None
@@ -186,9 +197,9 @@ class HypervTwins(Twins):
         yield from D.beginning(rng, self)
 
     def draw_op(self, rng: random.Random) -> Op:
-        while not self.planned:
-            self.planned: list[Op] = list(D.draw(rng, self))
-        return self.planned.pop(0)
+        while (op := next(self._drawn, None)) is None:
+            self._drawn = D.draw(rng, self)
+        return op
 
     # ------------------------------------------------------------------------------------------------- what is done
 
@@ -243,14 +254,27 @@ class HypervTwins(Twins):
         pages = tuple(vcpu.get_lapic() for vcpu in vcpus)
         for view, page, vcpu in zip(self.vcpus, pages, vcpus, strict=True):
             view.page, view.apic_base = page, vcpu.apic_base
+        memory = bytes(self.memory[G.DATA_AT :])
+        if memory == self._memory_seen:
+            memory = self._memory_seen
+        self._memory_seen = memory
         return Sight(
             pages,
             tuple((vcpu.events().nmi_pending, int(vcpu.get_mp_state())) for vcpu in vcpus),
-            tuple(tuple(self._msrs(vcpu)) for vcpu in vcpus),
-            bytes(self.memory[G.DATA_AT :]),
+            tuple(self._msrs(vcpu) for vcpu in vcpus),
+            memory,
         )
 
-    def _msrs(self, vcpu: Any) -> Iterator[int]:
+    def _msrs(self, vcpu: Any) -> tuple[int, ...]:
+        """The synthetic MSRs that can be read, asked for anew where a word that they are made of has changed."""
+        mem = self.model.mem
+        words = mem[L.H_CONFIG], mem[HEADER].tobytes(), mem[L.HV + L.HV_STRIDE * vcpu.index :][: L.HV_STRIDE].tobytes()
+        known = self._read.get(vcpu.index)
+        if known is None or known[0] != words:
+            known = self._read[vcpu.index] = words, tuple(self._read_msrs(vcpu))
+        return known[1]
+
+    def _read_msrs(self, vcpu: Any) -> Iterator[int]:
         for msr in SURVEYED:
             value = vcpu.get_msr(msr)
             if value is None:
@@ -258,8 +282,8 @@ class HypervTwins(Twins):
             yield value
 
     def may_be_late(self) -> bool:
-        """A tick of the kernel's between entry and handler withdraws the offer of an EOI: it has to show again."""
-        return any(op[0] in ("take", "window", "halt", "test_clear") and op[-1] for op in self.history)
+        """Whether the kernel's tick came into a program that tests its assist bit: it withdraws the offer of an EOI."""
+        return self._ticked
 
     def look(self) -> None:
         """Nothing to see before the end."""
@@ -448,6 +472,8 @@ class HypervTwins(Twins):
 
     def _came(self, op: Op, came: G.Came) -> tuple[Any, tuple[tuple[int, ...], ...]]:
         name, regs = op[0], came.regs
+        if came.ticked and name in ASSISTED and op[-1]:
+            self._ticked = True
         result: Any = None
         if came.late:
             if name != "halt":

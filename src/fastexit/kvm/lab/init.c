@@ -63,6 +63,48 @@ static int64_t now(void)
 	return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
+/* The kernel's ticks are due each TICK ns from PHASE on: an interrupt of the machine's, which is an exit of a guest's. */
+static int64_t tick_ns, tick_phase;
+
+static int64_t since_tick(int64_t time)
+{
+	return (time - tick_phase) % tick_ns;
+}
+
+/* The coarse clock moves with each tick; the earliest moment of some is nearest to when they are due. */
+static void find_ticks(void)
+{
+	enum { TICKS = 4 };
+	struct timespec last, t;
+	int64_t earliest = INT64_MAX;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &t);
+	tick_ns = t.tv_sec * 1000000000ll + t.tv_nsec;
+	tick_phase = now() % tick_ns;
+	for (int n = 0; n <= TICKS; n++) {
+		clock_gettime(CLOCK_MONOTONIC_COARSE, &last);
+		do
+			clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+		while (t.tv_nsec == last.tv_nsec);
+		if (n && since_tick(now() + tick_ns / 2) < earliest)
+			earliest = since_tick(now() + tick_ns / 2);
+		if (!n) /* the first one may have come out of idleness; the others are half a tick from the origin or so */
+			tick_phase = now() % tick_ns;
+	}
+	tick_phase += earliest - tick_ns / 2;
+}
+
+/* Returns at a moment with no tick near it; which one it is. */
+static int64_t between_ticks(void)
+{
+	enum { BEFORE_NS = 200000, BEHIND_NS = 20000 };
+	int64_t time = now();
+
+	while (since_tick(time) > tick_ns - BEFORE_NS || since_tick(time) < BEHIND_NS)
+		time = now();
+	return (time - tick_phase) / tick_ns;
+}
+
 /* ------------------------------------------------------------------------------------------------------ beginning */
 
 static int number_in(const char *directory, const char *file)
@@ -355,12 +397,12 @@ static void do_execute(const uint8_t *payload, int set_regs)
 static void do_program(const uint8_t *payload)
 {
 	struct { uint32_t slot, unused; struct kvm_regs regs; uint64_t ns, answer; } in;
-	struct { int32_t result; uint32_t late, exit_reason, port, exits, unused; struct kvm_regs regs; } out = { 0 };
+	struct { int32_t result; uint32_t late, exit_reason, port, exits, ticked; struct kvm_regs regs; } out = { 0 };
 	struct { uint32_t reason, type; uint64_t words[4]; } exits[EXITS] = { 0 };
 	struct kvm_mp_state state;
 	struct kvm_run *run;
 	uint8_t *bytes;
-	int64_t due;
+	int64_t due, tick;
 	int fd;
 
 	memcpy(&in, payload, sizeof in);
@@ -381,6 +423,7 @@ static void do_program(const uint8_t *payload)
 		put(-1, 0);
 		return;
 	}
+	tick = between_ticks();
 	alarm_every(in.ns);
 	due = now() + in.ns;
 	for (;;) {
@@ -429,6 +472,7 @@ static void do_program(const uint8_t *payload)
 		}
 		out.exits++;
 	}
+	out.ticked = (now() - tick_phase) / tick_ns != tick;
 	alarm_every(0);
 	if (run->exit_reason == KVM_EXIT_IO)
 		out.port = run->io.port;
@@ -558,6 +602,29 @@ static dword *differing(dword *out, void *kept, const void *seen, size_t count)
 	return out;
 }
 
+/* The same for memory, of which most is as it was. */
+static dword *differing_pages(dword *out, void *kept, const void *seen, size_t count)
+{
+	enum { PAGE_DWORDS = 1024 };
+	dword *head = out++, *old = kept;
+	const dword *new = seen;
+
+	*head = 0;
+	for (size_t from = 0; from < count; from += PAGE_DWORDS) {
+		size_t to = from + PAGE_DWORDS < count ? from + PAGE_DWORDS : count;
+
+		if (!memcmp(old + from, new + from, (to - from) * 4))
+			continue;
+		for (size_t at = from; at < to; at++)
+			if (old[at] != new[at]) {
+				*out++ = at;
+				*out++ = old[at] = new[at];
+				++*head;
+			}
+	}
+	return out;
+}
+
 /* As do_look with states, then MSRs of each vCPU, then a part of the guest's memory: each what is not as it was, or,
  * ``anew``, what is not 0. */
 static void do_survey(const uint32_t *words, int anew)
@@ -609,7 +676,7 @@ static void do_survey(const uint32_t *words, int anew)
 	}
 	if (!surveyed[in.memory])
 		surveyed[in.memory] = calloc(1, in.bytes);
-	out = differing(out, surveyed[in.memory], memories[in.memory] + in.from, in.bytes / 4);
+	out = differing_pages(out, surveyed[in.memory], memories[in.memory] + in.from, in.bytes / 4);
 	put(0, (uint8_t *)out - (uint8_t *)start);
 }
 
@@ -890,5 +957,6 @@ int main(void)
 	sigaction(SIGALRM, &action, NULL);
 	open_bell();
 	map_shared_memory();
+	find_ticks();
 	serve();
 }
