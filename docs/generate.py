@@ -128,6 +128,7 @@ SECTIONS = {
         "mutants": verified.mutants,
         "faults": verified.faults,
         "planted": verified.planted,
+        "windows": verified.windows,
     },
 }
 

@@ -189,9 +189,18 @@ def faults() -> str:
 
 def planted() -> str:
     """What became of each fault of mutants.diff before a kernel of the lab."""
-    table = kept().get("planted")
+    return _found_or_missed("planted", "tests/lab_mutants.py")
+
+
+def windows() -> str:
+    """What became of each fault of mutants_hyperv.diff before a kernel of the lab."""
+    return _found_or_missed("windows", "tests/windows_mutants.py")
+
+
+def _found_or_missed(sort: str, program: str) -> str:
+    table = kept().get(sort)
     if not table:
-        return "No run is kept yet: `python tests/lab_mutants.py`."
+        return f"No run is kept yet: `python {program}`."
     found = {told["what"]: told for told in table if told["found"]}
     missed = {told["what"]: told for told in table if told["what"] not in found}
     last = max(told["operations"] for told in found.values())
@@ -217,8 +226,16 @@ def _order(report: dict[str, Any]) -> tuple[list[int], str, str]:
     return [int(part) for part in version.split(".") if part.isdigit()], report["vendor"], rest
 
 
+def _of_what(report: dict[str, Any]) -> tuple[str, ...]:
+    """What a run with a kernel of the lab replaces: one of the same generation, vendor, kind, traced or not."""
+    return report["host"]["kernel"], report["vendor"], report["only"] or "", str(report["traced"])
+
+
 def main() -> None:
-    """Keeps the reports that are named; those of the same sort that were kept before are replaced."""
+    """Keeps the reports that are named; those of the same sort that were kept before are replaced.
+
+    Of runs with kernels of the lab, those that compared the same.
+    """
     known = kept()
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     if not read:
@@ -226,16 +243,19 @@ def main() -> None:
     for one in read:
         if "beyond" in one:
             known["faults"] = one
-        elif "planted" in one:
-            known["planted"] = one["planted"]
-    read = [one for one in read if "beyond" not in one and "planted" not in one]
+        for sort in ("planted", "windows"):
+            if sort in one:
+                known[sort] = one[sort]
+    read = [one for one in read if not {"beyond", "planted", "windows"} & set(one)]
     programs = [one for one in read if is_vmx(one)]
     if programs:
         known["vmx"] = sorted(programs, key=_order)
     read = [one for one in read if not is_vmx(one)]
     labs = [one for one in read if "mutants" not in one and is_labs(one)]
     if labs:
-        known["kernels"] = sorted(labs, key=_order)
+        again = {_of_what(one) for one in labs}
+        before = [one for one in known.get("kernels", []) if _of_what(one) not in again]
+        known["kernels"] = sorted([*before, *labs], key=_order)
     reports = [one for one in read if "mutants" not in one and not is_labs(one)]
     for one in reports:
         if not one["agreed"]:
