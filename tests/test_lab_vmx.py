@@ -388,7 +388,7 @@ def test_a_guest_that_does_not_come_back_is_told() -> None:
         def ask(self, request: bytes, seconds: float = 0) -> list[str]:
             return ["@stuck vCPU 0"]
 
-    with pytest.raises(RuntimeError, match="did not come back"):
+    with pytest.raises(ChildProcessError, match="did not come back"):
         paths.samples(Stuck(), paths.paths()[0])
 
 

@@ -346,7 +346,7 @@ def stopped(data: bytes) -> tuple[G.Stopped | None, int, tuple[int, int, int], b
     if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
         return G.Stopped(0, 0, 0, KvmExit(reason)), reason, (index, value, why), told
     if reason != KvmExit.IO:
-        raise RuntimeError(f"the guest stopped with KVM_EXIT {reason}")
+        raise ChildProcessError(f"the guest stopped with KVM_EXIT {reason}")
     return G.Stopped(port, eax, edx, KvmExit.MMIO if user else None), reason, (index, value, why), told
 
 

@@ -160,13 +160,13 @@ class WindowsGuest:
 
 
 def came(data: bytes) -> Came:
-    """What a program's answer says; RuntimeError for an exit that no program makes."""
+    """What a program's answer says; ChildProcessError for an exit that no program makes."""
     result, late, reason, port, exits, ticked, *values = _CAME.unpack_from(data)
     regs = dict(zip(_REGS, values, strict=True))
     if result < 0 and not late:
-        raise RuntimeError(f"KVM_RUN said {result}")
+        raise ChildProcessError(f"KVM_RUN said {result}")
     if not late and reason != KvmExit.IO:
-        raise RuntimeError(f"the guest stopped with KVM_EXIT {reason} at {regs['rip']:#x}")
+        raise ChildProcessError(f"the guest stopped with KVM_EXIT {reason} at {regs['rip']:#x}")
     told = tuple(_EXIT.unpack_from(data, _CAME.size + n * _EXIT.size) for n in range(exits))
     vector = regs["rax"] & 0xFF if not late and port == PORT_INTERRUPT else None
     return Came(bool(late), bool(ticked), vector, regs, told)

@@ -170,7 +170,7 @@ class WindowsProgram:
             self.exits.append((int(reason), int(access.write), access.gpa, 0, 0, 0))
             v.complete_access(0)
         else:
-            raise RuntimeError(f"the guest stopped with {reason}")
+            raise ChildProcessError(f"the guest stopped with {reason}")
 
     def _taken(self) -> int | None:
         """The interrupt that the guest runs the handler of now, with interrupts off."""

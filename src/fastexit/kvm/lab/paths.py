@@ -158,10 +158,10 @@ def request(path: Path) -> Request:
 
 
 def samples(machine: Asked, path: Path) -> list[tuple[int, int]]:
-    """(ticks of the exit, ticks to the receiver) of every repetition; RuntimeError where a guest did not come back."""
+    """(ticks of the exit, ticks to the receiver) of every repetition. ChildProcessError: a guest did not come back."""
     answer = Answer.of(machine.ask(bytes(request(path))))
     if answer.stuck or not answer.reads:
-        raise RuntimeError(f"{path.name}, receiver {path.receiver}: the guest did not come back")
+        raise ChildProcessError(f"{path.name}, receiver {path.receiver}: the guest did not come back")
     words = struct.unpack(f"<{2 * REPETITIONS}I", answer.reads[0])
     return list(zip(words[::2], words[1::2], strict=True))
 
