@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import os
 import random
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastexit as fx
+import windows_mutants
 from fastexit.jit.declare import JIT
 from fastexit.kvm import comparison, judge
 from fastexit.kvm.lab import hvguest as G
 from fastexit.kvm.lab import hyperv, kernels
 from fastexit.kvm.lab.wire import Answer
-from fastexit.kvm.twins import Divergence
-from mutants import Mutant, parsed
 
 PACKAGE = Path(fx.__file__).parent
-MUTANTS = tuple(parsed(Path(__file__).with_name("mutants_hyperv.diff").read_text()))
+MUTANTS = windows_mutants.MUTANTS
 OPERATIONS = 20_000
-EACH = 300
 
 
 def test_windows_guests_are_compared_with_kernels_of_the_lab_alone() -> None:
@@ -81,54 +76,45 @@ def test_only_times_of_messages_may_differ_and_not_by_much() -> None:
     assert hyperv.unlike(bytes(one), bytes(two), leaks=True) == 0x300
 
 
+def told(number: int = 0) -> windows_mutants.Told:
+    """Twins without a kernel, as a story begins with them."""
+    plain = judge.of(fx.Machine)
+    where = replace(plain, host=replace(plain.host, module="kvm_amd"))
+    rng = random.Random(f"1/hyperv/{number}")
+    return windows_mutants.Told(hyperv.HypervTwins.draw(rng, where.host, None), None, where)
+
+
+@pytest.mark.parametrize(
+    ("op", "ticked", "late"),
+    [
+        (("take", 0, G.DATA_AT), True, True),
+        (("halt", 0, True, G.DATA_AT), True, True),
+        (("take", 0, G.DATA_AT), False, False),
+        (("take", 0, 0), True, False),
+        (("run_through", 0), True, False),
+    ],
+)
+def test_only_a_tick_in_a_program_that_tests_its_assist_bit_excuses_a_difference(
+    op: tuple[Any, ...], ticked: bool, late: bool
+) -> None:
+    answer = struct.pack("<iIIIII18Q", 0, 0, 2, G.PORT_DONE, 0, ticked, *[0] * 18)
+    with told() as twins:
+        twins._came(op, G.came(answer))
+        assert twins.may_be_late() is late
+
+
+def test_msrs_that_are_remembered_are_those_that_would_be_read() -> None:
+    rng = random.Random("1/hyperv/0")
+    with told() as twins:
+        for op in twins.beginning(rng):
+            twins.step(op)
+        for _ in range(150):
+            twins.step(twins.draw_op(rng))
+            seen = twins.steps[-1].sight.msrs
+            assert seen == tuple(tuple(twins._read_msrs(vcpu)) for vcpu in twins.model.vcpus)
+
+
 # ------------------------------------------------------------------------------------------------------ planted faults
-
-
-def functions(text: str) -> dict[str, ast.FunctionDef]:
-    """Functions of a module by name."""
-    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-
-
-@contextmanager
-def planted(mutant: Mutant) -> Iterator[None]:
-    """The model has a fault: functions run other code, whoever calls them. For interpreted kernels."""
-    text = (PACKAGE / mutant.file).read_text()
-    right, wrong = functions(text), functions(mutant.applied(text))
-    module = importlib.import_module("fastexit." + mutant.file.removesuffix(".py").replace("/", "."))
-    kept: list[tuple[Callable[..., Any], Any]] = []
-    for name, node in wrong.items():
-        if ast.dump(node) == ast.dump(right[name]):
-            continue
-        node.decorator_list = []
-        space = dict(vars(module))
-        exec(compile(ast.Module([node], []), mutant.file, "exec"), space)  # noqa: S102
-        kept.append((getattr(module, name), getattr(module, name).__code__))
-        getattr(module, name).__code__ = space[name].__code__
-    assert kept, mutant.what
-    try:
-        yield
-    finally:
-        for function, code in kept:
-            function.__code__ = code  # type: ignore[attr-defined]
-
-
-def operations_until_found(where: judge.Judge, traced: bool) -> int | None:
-    """How many operations a fault survives; None: all of them."""
-    done = 0
-    for number in range(OPERATIONS // EACH):
-        rng = random.Random(f"1/hyperv/{number}")
-        setup = hyperv.HypervTwins.draw(rng, where.host, None)
-        try:
-            with hyperv.HypervTwins(setup, object() if traced else None, where) as twins:
-                for op in twins.beginning(rng):
-                    twins.step(op)
-                for _ in range(EACH):
-                    twins.step(twins.draw_op(rng))
-                twins.finish()
-                done += len(twins.steps)
-        except Divergence as found:
-            return done + len(found.history)
-    return None
 
 
 def test_each_planted_fault_has_its_place() -> None:
@@ -142,12 +128,8 @@ def test_each_planted_fault_has_its_place() -> None:
 @pytest.mark.skipif(JIT or not kernels.cached(), reason="interpreted, with a kernel of the lab in the cache")
 def test_planted_faults_are_found() -> None:
     version = os.environ.get("FASTEXIT_LAB_KERNEL", "6.12")
+    stories: windows_mutants.Right = {}
     with fx.kvm.Lab(version, exact=True) as lab:
         where = lab.judge()
-        survived = []
-        for mutant in MUTANTS:
-            with planted(mutant):
-                found = operations_until_found(where, mutant.traced)
-            print(f"trap {mutant.trap}: {mutant.what}: {found}")
-            survived += [mutant.what] * (found is None)
-    assert not survived
+        found = [(one.what, windows_mutants.hunted(where, one, OPERATIONS, stories)) for one in MUTANTS]
+    assert not [what for what, result in found if not result["found"]]
