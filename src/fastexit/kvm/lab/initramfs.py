@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,8 +23,7 @@ CONSOLE = 5, 1
 NAME_OF_LAST = "TRAILER!!!"
 SIGNED, SIGNATURE_HEADER = b"~Module signature appended~\n", 12
 """How a signed module ends: the signature, struct module_signature, whose last word is its length, this text."""
-SHARED = "modules.h"
-"""What the inits include."""
+_INCLUDED = re.compile(r'^#include "(.+)"$', re.M)
 
 
 class Entry(NamedTuple):
@@ -75,7 +75,9 @@ def init_program(directory: Path, source: str = "init.c", flags: Iterable[str] =
 
     ``$CC`` is the compiler, otherwise cc.
     """
-    texts = {name: files("fastexit.kvm.lab").joinpath(name).read_bytes() for name in (source, SHARED)}
+    folder = files("fastexit.kvm.lab")
+    names = [source, *_INCLUDED.findall(folder.joinpath(source).read_text())]
+    texts = {name: folder.joinpath(name).read_bytes() for name in names}
     kept = directory / f"{Path(source).stem}-{hashlib.sha256(b''.join(texts.values())).hexdigest()[:16]}"
     if kept.exists():
         return kept.read_bytes()
