@@ -75,6 +75,8 @@ class VmxReport:
     lines: int = 0
     repeated: int = 0
     """Programs that were the same only in another run."""
+    once: list[str] = field(default_factory=list)
+    """What was different the first time in those."""
     restarted: int = 0
     """How often the machine stopped and was booted again."""
     faults: dict[str, int] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class VmxReport:
     @classmethod
     def of(cls, kept: dict[str, Any]) -> VmxReport:
         """A report of what `as_dict` told, without its stories; KeyError where something is missing."""
-        names = ("kernel", "release", "apicv", "seed", "programs", "drawn", "steps", "repeated", "restarted")
+        names = ("kernel", "release", "apicv", "seed", "programs", "drawn", "steps", "repeated", "once", "restarted")
         told = {name: kept[name] for name in (*names, "left_out", "seconds", "began")}
         return cls(**told, lines=kept["trace_lines"], faults=kept["faults_of_bochs"])
 
@@ -128,6 +130,7 @@ class VmxReport:
             "steps": self.steps,
             "trace_lines": self.lines,
             "repeated": self.repeated,
+            "once": self.once,
             "restarted": self.restarted,
             "faults_of_bochs": self.faults,
             "left_out": self.left_out,
@@ -262,6 +265,7 @@ class VmxLab(Lab):
     def _compare(self, setup: Setup, steps: list[Step], player: Player, report: VmxReport) -> Story | None:
         """One program, again where it differs: the story of a difference that is nobody's fault but the model's."""
         blamed: Fault | None = None
+        first = ""
         found: list[Difference] = []
         for attempt in range(TRIES):
             try:
@@ -276,10 +280,13 @@ class VmxLab(Lab):
                 report.programs[mode] = report.programs.get(mode, 0) + 1
                 report.steps += len(steps)
                 report.lines += lines
-                report.repeated += attempt > 0
+                if attempt:
+                    report.repeated += 1
+                    report.once.append(f"{mode} {report.drawn.get(mode, 0)}: {first}")
                 report.blame(known)
                 return None
             blamed = known or blamed
+            first = first or str(found[0])
         if blamed is None:
             return Story(setup, steps, found)
         report.blame(blamed)

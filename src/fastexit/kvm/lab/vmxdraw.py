@@ -63,6 +63,10 @@ def _next(rng: random.Random, made: Setup, player: Player) -> list[Step]:
         return _timer(rng, made, awake, i)
     if kind < 0.68:
         return [Step(i, "host", _calls(rng, made, i))]
+    if kind < 0.72:
+        return _kick(rng, made, awake, i)
+    if kind < 0.74 and made.x2apic and player.masked[i]:
+        return _disabled(rng, i)
     return [_register(rng, made, i)]
 
 
@@ -115,6 +119,32 @@ def _timer(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[St
     else:
         steps.append(Step(i, "spend", (SPENT,)))
     return steps
+
+
+def _kick(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[Step]:
+    """A PV kick of any vCPU, which may sleep; of one that runs, and that is told to run before it halts, too."""
+    others = [j for j in awake if j != i]
+    target = rng.choice(others) if others and rng.random() < 0.5 else rng.randrange(made.vcpus + 1)
+    steps = [Step(i, "vmcall", (R.HC_KICK_CPU, 0, target, 0, 0))]
+    if target in others:
+        if rng.random() < 0.5:
+            steps.append(Step(target, "host", ((target, "set_mp_state", R.MP_RUNNABLE),)))
+        steps.append(Step(target, "halt"))
+    return steps
+
+
+def _disabled(rng: random.Random, i: int) -> list[Step]:
+    """A deadline that is read while the APIC is off; behind it all is as it was, and the deadline over."""
+    off = R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP * (i == 0)
+    written: list[Step] = [
+        Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_MASKED | R.LVT_TIMER_DEADLINE | _vector(rng)))
+    ]
+    written.append(Step(i, "deadline", (DEADLINE,)))
+    for base in (off, off | R.APICBASE_EN, off | R.APICBASE_EN | R.APICBASE_EXTD):
+        written.append(Step(i, "wrmsr", (R.MSR_APICBASE, base)))
+        if base == off or rng.random() < 0.5:
+            written.append(Step(i, "rdmsr", (R.MSR_TSC_DEADLINE,)))
+    return [*written, Step(i, "wrmsr", (X2 + (R.APIC_SPIV >> 4), 0x1FF)), Step(i, "spend", (SPENT,))]
 
 
 def _calls(rng: random.Random, made: Setup, i: int) -> tuple[tuple[Any, ...], ...]:

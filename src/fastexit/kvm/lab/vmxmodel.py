@@ -147,6 +147,10 @@ class Player:
             value = (self.machine.time * TSC_KHZ // 1_000_000) + step.args[0]
             outcome = self._act(v.index, lambda: v.hw_wrmsr(R.MSR_TSC_DEADLINE, value))
             result = (C.FAULTED_GP if outcome.fault else 0, 0, 0)
+        elif step.kind == "vmcall":
+            number_of_call, a0, a1, a2, a3 = step.args
+            self._act(v.index, lambda: v.hypercall(number_of_call, a0, a1, a2, a3, bits64=False))
+            result = (0, v.read_data & 0xFFFF_FFFF, 0)
         elif step.kind == "spend":
             self._spend(step.args[0])
         elif step.kind == "host":

@@ -97,6 +97,8 @@ def _call(asked: Request, who: int, name: str, arguments: Sequence[Any]) -> None
         asked.ioctl(who, K.SET_MSRS, struct.pack("<IIIIQ", 1, 0, arguments[0], 0, arguments[1]))
     elif name == "get_msr":
         asked.ioctl(who, K.GET_MSRS, struct.pack("<IIIIQ", 1, 0, arguments[0], 0, 0))
+    elif name == "set_mp_state":
+        asked.ioctl(who, K.SET_MP_STATE, struct.pack("<I", arguments[0]))
     else:
         raise ValueError(f"no call {name}")
 
@@ -106,6 +108,8 @@ def _returned(name: str, result: int, data: bytes) -> Any:
         return result if result >= 0 else -1
     if name == "set_msr":
         return result == 1
+    if name == "set_mp_state":
+        return None if result == 0 else result
     return struct.unpack_from("<Q", data, 16)[0] if result == 1 else None
 
 
@@ -138,7 +142,7 @@ def seen(setup: Setup, steps: Sequence[Step], answer: Answer) -> tuple[Seen, lis
             if step.vcpu == i:
                 at = (C.RESULTS + C.RESULT_BYTES * number) // 4
                 low, high, flag = words[at : at + 3]
-                reads = step.kind in ("rdmsr", "load") and not flag
+                reads = step.kind in ("rdmsr", "load", "vmcall") and not flag
                 found.results[number] = (flag, low, high) if reads else (flag, 0, 0)
     raw = parsed(answer.files[-1] if answer.files else [])
     for line in raw:

@@ -26,6 +26,7 @@ class Step:
     | sti, cli, halt | |
     | deadline | ticks from now on |
     | spend | ticks that pass |
+    | vmcall | number, four arguments |
     | host | calls: (vCPU or -1, name, arguments ...) |
     """
 
@@ -64,6 +65,9 @@ def _code(kind: str, args: tuple[Any, ...]) -> bytes:
         wide = b"\x66" if length == 2 else b""
         op = (0x88 if kind == "store" else 0x8A) + (length > 1)
         return b"\xb8" + _u32(value) + b"\x31\xd2" + wide + bytes((op, 0x05)) + at
+    if kind == "vmcall":
+        loaded = zip((b"\xb8", b"\xbb", b"\xb9", b"\xba", b"\xbe"), args, strict=True)
+        return b"".join(opcode + _u32(arg) for opcode, arg in loaded) + b"\x0f\x01\xc1\x31\xd2"
     if kind == "deadline":
         added = b"\x05" + _u32(args[0]) + b"\x83\xd2\x00"
         return b"\x0f\x31" + added + b"\xb9" + _u32(R.MSR_TSC_DEADLINE) + b"\x0f\x30\x31\xc0\x31\xd2"
