@@ -50,7 +50,10 @@ BEYOND: dict[str, str] = {
     **dict.fromkeys(("LVTPC_MASKED", "LVTPC_KEPT_ON_AMD"), NEEDS_PMU),
     **dict.fromkeys(("REENTRY_COUNTED", "FILTER_RANGES_COUNTED"), NEEDS_COUNTERS),
     **dict.fromkeys(("SKIP_LATE", "SKIP_AFTER_TRACE", "ICR_REENTERS", "SRCU_IN_FASTPATH", "HLT_FAST"), NEEDS_LENGTHS),
-    **dict.fromkeys(("PI_EMPTY_LOSES_RVI", "PI_NOTIFIES_SELF"), "a notification that finds nothing: Bochs errs there"),
+    **dict.fromkeys(
+        ("PI_EMPTY_LOSES_RVI", "PI_NOTIFIES_SELF"),
+        "a notification that finds nothing: not asked since Bochs was mended there",
+    ),
     "PI_KICK": "a kick that finds its vCPU outside: nothing tells it from a wake-up",
     "WAIT_TRACED_LATE": "kvm_wait_lapic_expire, which is not compared: how long it was depends on the time of day",
     "GUARD_L2": NEEDS_PROGRAMS + "a guest's own guest",
