@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import fastexit as fx
-from fastexit.cli import main
+from fastexit.cli import commands, main
 from fastexit.insight.compare import Comparison
 from fastexit.trace import BUNDLED
 
@@ -453,3 +456,22 @@ def test_demo_json_is_json(capsys: pytest.CaptureFixture[str], small_trace: Path
     assert [w["kernel"] for w in found["walks"]] == ["seed-v3", fx.profiles()[-1]]
     assert all(row["fast_ns"] > 0 and row["generic_ns"] > 0 for row in found["comparison"])
     assert sorted(Path(path).suffix for path in found["pictures"]) == [".png", ".svg"]
+
+
+def test_sigterm_ends_it_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command holds, an emulated machine say, is let go when the process is asked to end."""
+    before = signal.getsignal(signal.SIGTERM)
+    let_go = []
+
+    def held(_args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            let_go.append(True)
+        return 0
+
+    monkeypatch.setattr(commands, "info", held)
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    assert (ended.value.code, let_go, signal.getsignal(signal.SIGTERM)) == (128 + signal.SIGTERM, [True], before)

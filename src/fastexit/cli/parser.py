@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -263,6 +266,23 @@ def _abandon_stdout() -> None:
     os.close(null)
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the command as ^C does, emulated machines with it; in another thread it stays the process's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def _run(argv: Sequence[str] | None) -> int:
     try:
         args = _parser().parse_args(argv)
@@ -278,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.complain("standard output is closed")
         return 2
     try:
-        return _run(argv)
+        with _ended_in_order():
+            return _run(argv)
     except BrokenPipeError:  # the reader has seen enough (``| head``)
         _abandon_stdout()
         return 0
