@@ -25,7 +25,7 @@ LAYERS = (
     {"releases"},
     {"offers"},
     {"exits", "tracepoints"},
-    {"config", "ioctls", "irte", "routing", "settings", "snapshot", "vcpustate"},
+    {"config", "connections", "ioctls", "irte", "routing", "settings", "snapshot", "vcpustate"},
     {"vcpu"},
     {"compiledvcpu", "costs"},
     {"machine"},

@@ -67,9 +67,14 @@ H_HV_STORED = 52  # owner; HV_STORED words: MSRs from CRASH_P0 to TSC_EMULATION_
 HV_STORED = 9
 H_HV_TSC_INVARIANT = 61  # owner; the MSR
 H_HV_SYNDBG = 62  # owner; 6 words: SYNDBG_CONTROL to PENDING_BUFFER, then OPTIONS
+H_HV_EVENTFDS = 69  # owner; number of connections that have an eventfd, user space's and in no snapshot
+H_HV_EVENTFD = 72  # 2 words for each of HV_EVENTFDS: owner, the connection; remote, its signals
 H_STAGE = 256  # owner; 128 words: the page on its way to and from KVM_GET/SET_LAPIC
 H_FAST_MMIO_GPA = 384  # owner; FAST_MMIO words: their guest-physical addresses
 FAST_MMIO = 128
+HV_EVENTFDS = 64
+HV_EVENTFD_SIGNALS = 1
+HV_EVENTFD_STRIDE = 2
 HEADER_WORDS = 512
 
 CONFIG_SVM = 1 << 0

@@ -21,6 +21,7 @@ from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
 from fastexit.compiledvcpu import CompiledVcpu
 from fastexit.config import check_api, header, latest_clock, profile_of, release_of
+from fastexit.connections import Connection, assign
 from fastexit.costs.dispatcher import TimedDispatcher
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
@@ -33,6 +34,7 @@ from fastexit.exits.hardware import Hardware
 from fastexit.exits.svm import Svm
 from fastexit.exits.vmx import Vmx
 from fastexit.guestmemory import DEFAULT_BYTES, PAGE, opened, reserve
+from fastexit.hyperv import MSR_HV_TSC_INVARIANT_CONTROL, MSRS_LISTED
 from fastexit.irte import Irte, RemappingTable
 from fastexit.jit import declare
 from fastexit.jit.declare import load
@@ -45,6 +47,7 @@ from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
 from fastexit.tracepoints.ring import Trace
+from fastexit.traits import Trait
 from fastexit.vcpu import Vcpu
 
 
@@ -300,6 +303,28 @@ class Machine:
         already, a kernel without CONFIG_KVM_HYPERV. A VP index or SINT that there is not is found out by irq_line.
         """
         self.routing.set(entries)
+
+    def hyperv_eventfd(self, connection: int) -> Connection:
+        """KVM_HYPERV_EVENTFD: SIGNAL_EVENT hypercalls for a connection (24 bits) succeed and are counted.
+
+        ``take()`` says how often, ``close()`` ends it. ValueError for one that has an eventfd already, and where all
+        64 places are taken.
+        """
+        return assign(self, connection)
+
+    @property
+    def msr_index_list(self) -> tuple[int, ...]:
+        """KVM_GET_MSR_INDEX_LIST as far as the model's MSRs go: what user space saves when it migrates a guest.
+
+        x2APIC registers and IA32_APICBASE have ioctls of their own. Of Hyper-V's those of the APIC, the SynIC but for
+        SCONTROL, and the timers but for the first one's CONFIG are not in it, and can be saved all the same.
+        """
+        known = {R.MSR_TSC_DEADLINE, R.MSR_KVM_PV_EOI_EN}
+        if self._config(L.CONFIG_KVM_HYPERV):
+            known.update(MSRS_LISTED)
+            if self.profile.traits & Trait.TSC_INVARIANT:
+                known.add(MSR_HV_TSC_INVARIANT_CONTROL)
+        return tuple(sorted(known))
 
     def irq_line(self, gsi: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: 1 where a SINT was raised, 0 where its APIC is disabled, -1 for anything else.

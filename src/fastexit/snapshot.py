@@ -94,6 +94,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     words[L.H_TRACE_HEAD] = 0
     words[L.H_HANDLERS] = 0
     words[L.H_FAST_MMIO] = 0
+    words[L.H_HV_EVENTFDS] = 0
 
 
 _EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168}

@@ -2,7 +2,7 @@
 
 Models: kvm_hv_hypercall, hv_check_hypercall_access, kvm_hv_send_ipi, kvm_get_sparse_vp_set, kvm_hv_flush_tlb as far as
 the guest sees it (all TLBs are empty here), kvm_hvcall_signal_event, kvm_hv_hypercall_complete. Not modelled: L2's
-direct flushes, the debugger's calls (its CPUID leaf is not offered: unknown codes, if not fast), KVM_HYPERV_EVENTFD.
+direct flushes, the debugger's calls (its CPUID leaf is not offered: unknown codes, if not fast).
 Spec: TLFS ch. "Hypercall Interface" and "Virtual Processors".
 
 A call is (control, input, output) of HV_CALL_*: with HV_CALL_FAST the latter two are the first 16 bytes of its input
@@ -15,7 +15,7 @@ from . import guestmemory, hyperv
 from . import typed as k
 from .ipi import accept, combine
 from .msr import skip
-from .shared import emit, hv, make_request, own
+from .shared import emit, hv, increment, make_request, own
 
 SPARSE, ALL = k.ZERO, k.ONE
 """Formats of a set of virtual processors; KVM's IPIs take whatever is not ALL as sparse, its flushes the reverse."""
@@ -315,12 +315,19 @@ def flush_tlb(m, v, control, given, output):
 # ----------------------------------------------------------------------------------------------- messages and events
 
 
-@kernel("u8(u8)")
-def _signal(parameter):
-    """kvm_hvcall_signal_event: nobody has an eventfd for a connection, so a sound one is user space's to look up."""
+@kernel("u8(words, u8)")
+def _signal(m, parameter):
+    """kvm_hvcall_signal_event: the eventfd of a connection is signalled; one without is user space's to look up."""
     if parameter & k.U(0xFFFF_0000_0000):
         return k.HVSTATUS_INVALID_PORT_ID
-    return k.HVSTATUS_INVALID_HYPERCALL_INPUT if parameter & ~CONNECTION else k.HVSTATUS_INVALID_PORT_ID
+    if parameter & ~CONNECTION:
+        return k.HVSTATUS_INVALID_HYPERCALL_INPUT
+    for i in range(umin(m[k.H_HV_EVENTFDS], k.HV_EVENTFDS)):
+        at = k.H_HV_EVENTFD + k.U(i) * k.HV_EVENTFD_STRIDE
+        if m[at] == parameter:
+            increment(m, at + k.HV_EVENTFD_SIGNALS)
+            return k.HVSTATUS_SUCCESS
+    return k.HVSTATUS_INVALID_PORT_ID
 
 
 @kernel("u8(words, u8, u8)")
@@ -355,7 +362,7 @@ def _post_or_signal(m, v, control, given, output, length):
             m[status] = k.HVSTATUS_INVALID_ALIGNMENT
             return k.ZERO
         parameter = given if control & k.HV_CALL_FAST else guestmemory.load(m, given, k.U(8))
-        m[status] = _signal(parameter)
+        m[status] = _signal(m, parameter)
         if m[status] != k.HVSTATUS_INVALID_PORT_ID:
             return k.ZERO
         if m[k.H_HYPERV_RULES] & k.HVR_SIGNAL_PARAMETER:
