@@ -342,19 +342,19 @@ from 16 * (i % 4) on of word i / 4, as the low 16 bits of outcome.TARGETS have i
 TARGETS_STRIDE = MAX_VCPUS // 4
 HOST_BUSY = TARGETS + SENDERS * TARGETS_STRIDE  # remote; which of the host's rows are taken, in bits from 0 on
 
-# --------------------------------------------------------------------------- Hyper-V's words, for Windows guests
+# ------------------- Hyper-V's words, for Windows guests; 0 is how each begins, so other guests' rows take no memory
 HV = HOST_BUSY + 512
 HV_STRIDE = 64
-HV_VP_INDEX = 0  # owner
+HV_VP_INDEX = 0  # owner; exclusive or with the vCPU's index
 HV_SYNIC = 1  # owner; SYNIC_*
 HV_VP_ASSIST_PAGE = 2  # owner; the MSR
 HV_SCONTROL = 3  # owner
-HV_SVERSION = 4  # owner
+HV_SVERSION = 4  # owner; exclusive or with 1
 HV_SIEFP = 5  # owner
 HV_SIMP = 6  # owner
 HV_AUTO_EOI = 8  # owner; 4 words, vectors of unmasked SINTs with auto-EOI
 HV_CONNECTED = 12  # owner; 4 words, vectors of unmasked SINTs
-HV_SINT = 16  # owner; 16 words
+HV_SINT = 16  # owner; 16 words, exclusive or with HV_SINT_MASKED
 HV_STIMER = 32  # owner; 4 timers of STIMER_STRIDE words
 HV_STIMER_PENDING = 48  # remote; timers that wait for service, in bits
 HV_STIMER_STUCK = 49  # owner; timers whose message did not go out (msg_pending), in bits
@@ -373,7 +373,7 @@ STIMER_STRIDE = 4
 STIMER_CONFIG = 0
 STIMER_COUNT = 1
 STIMER_EXPIRATION = 2  # 100 ns of TIME_REF_COUNT
-STIMER_DEADLINE = 3  # when its hrtimer fires, ns of the machine's clock, or NONE
+STIMER_DEADLINE = 3  # when its hrtimer fires, ns of the machine's clock, + 1; 0: not
 STIMERS = 4
 SINTS = 16
 
@@ -389,8 +389,8 @@ CALL_CPL = 3 << 9
 WORDS = XMM + MAX_VCPUS * XMM_STRIDE
 BYTES = WORDS * 8
 
-VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE + HV_STRIDE)
-"""Memory that one vCPU occupies."""
+VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)
+"""Memory that one vCPU occupies; one of a Windows guest has its row of HV_STRIDE words beside it."""
 
 # -------------------------------------------------------------------------------------------------------- batch records
 

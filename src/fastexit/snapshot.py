@@ -112,10 +112,6 @@ def _from_earlier(abi: int, parts: list[np.ndarray], n: int) -> list[np.ndarray]
         rows[:, L.K_PENDING_DB] = rows[:, _EARLIER_PENDING_DB]
         rows[:, _EARLIER_PENDING_DB] = 0
     hv = np.zeros((n, L.HV_STRIDE), dtype=np.uint64)
-    hv[:, L.HV_VP_INDEX] = np.arange(n)
-    hv[:, L.HV_SVERSION] = 1
-    hv[:, L.HV_SINT : L.HV_SINT + L.SINTS] = HV.HV_SINT_MASKED
-    hv[:, L.HV_STIMER + L.STIMER_DEADLINE : L.HV_STIMER + L.STIMERS * L.STIMER_STRIDE : L.STIMER_STRIDE] = L.NONE
     return [fixed, *most, kvm, hv.reshape(-1)]
 
 

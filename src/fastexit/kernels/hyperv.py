@@ -17,7 +17,7 @@ from . import guestmemory, stimer, synic
 from . import typed as k
 from .irq import set_pv_eoi
 from .lapic import icr_read, reg_read, reg_write, x2apic_icr_write
-from .shared import hv, make_request, own
+from .shared import hv, make_request, own, vp_index
 
 
 @kernel("u8(words)")
@@ -209,7 +209,7 @@ def _set_vp_index(m, v, value, host):
     index = value & k.LOW32
     if not host or index >= m[k.H_HV_VP_INDICES]:
         return k.CODE_GP
-    m[hv(m, v) + k.HV_VP_INDEX] = index
+    m[hv(m, v) + k.HV_VP_INDEX] = index ^ v
     return k.ZERO
 
 
@@ -277,7 +277,7 @@ def _get_own(m, v, msr):
     out = own(m, v) + k.K_MSR_DATA
     row = hv(m, v)
     if msr == k.MSR_HV_VP_INDEX:
-        m[out] = m[row + k.HV_VP_INDEX]
+        m[out] = vp_index(m, v)
     elif msr == k.MSR_HV_ICR:
         m[out] = icr_read(m, v)
     elif msr == k.MSR_HV_TPR:

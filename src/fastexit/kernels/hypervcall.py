@@ -15,7 +15,7 @@ from . import guestmemory, hyperv
 from . import typed as k
 from .ipi import accept, combine
 from .msr import skip
-from .shared import emit, hv, increment, make_request, own
+from .shared import emit, hv, increment, make_request, own, vp_index
 
 SPARSE, ALL = k.ZERO, k.ONE
 """Formats of a set of virtual processors; KVM's IPIs take whatever is not ALL as sparse, its flushes the reverse."""
@@ -140,7 +140,7 @@ def _is_target(m, v, me, fast, valid, first, one):
 
     ``first`` says where the banks begin: a half of XMM registers, or an address; with NONE ``one`` is the only bank.
     """
-    index = m[hv(m, v) + k.HV_VP_INDEX]
+    index = vp_index(m, v)
     bank = index // BANKS
     if bank >= BANKS or not (valid >> bank) & k.ONE:
         return k.ZERO

@@ -23,6 +23,12 @@ def hv(m, v):
     return k.HV + v * k.HV_STRIDE
 
 
+@kernel("u8(words, u8)")
+def vp_index(m, v):
+    """kvm_hv_get_vpindex: the order of creation until user space says otherwise."""
+    return m[hv(m, v) + k.HV_VP_INDEX] ^ v
+
+
 @kernel("u8(words, u8, u8)")
 def test_and_set(m, i, bit):
     """Set bit 0..63 of word i; 1 when it was set already."""

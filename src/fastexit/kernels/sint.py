@@ -27,7 +27,7 @@ def auto_eoi(m, v, vector):
 @kernel("u8(words, u8, u8)")
 def vector_of(m, v, sint):
     """synic_get_sint_vector: NONE while it is masked."""
-    value = m[hv(m, v) + k.HV_SINT + sint]
+    value = m[hv(m, v) + k.HV_SINT + sint] ^ k.HV_SINT_MASKED
     return k.NONE if value & k.HV_SINT_MASKED else value & k.HV_SINT_VECTOR
 
 

@@ -36,7 +36,7 @@ def cleanup(m, v, i):
     """stimer_cleanup: the timer neither counts nor waits, and no message of it is on its way."""
     trace(m, k.TP_HV_STIMER_CLEANUP, v, i, k.ZERO, k.ZERO)
     row = hv(m, v)
-    m[timer(m, v, i) + k.STIMER_DEADLINE] = k.NONE
+    m[timer(m, v, i) + k.STIMER_DEADLINE] = k.ZERO
     m[timer(m, v, i) + k.STIMER_EXPIRATION] = k.ZERO
     clear_word_bits(m, row + k.HV_STIMER_PENDING, k.ONE << i)
     m[row + k.HV_STIMER_STUCK] = m[row + k.HV_STIMER_STUCK] & ~(k.ONE << i)

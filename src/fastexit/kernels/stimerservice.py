@@ -42,7 +42,7 @@ def _deadline(m, delta):
 
 @kernel("u8(words, u8, u8, u8)")
 def _arm(m, v, i, delta):
-    m[timer(m, v, i) + k.STIMER_DEADLINE] = _deadline(m, delta)
+    m[timer(m, v, i) + k.STIMER_DEADLINE] = _deadline(m, delta) + k.ONE
     m[k.H_HV_STIMERS] = k.ONE
     return k.ZERO
 
@@ -154,13 +154,19 @@ def process(m, v):
 # ---------------------------------------------------------------------------------------------- all timers of a machine
 
 
+@kernel("u8(words, u8, u8)")
+def _fires(m, v, i):
+    """When a synthetic timer's hrtimer fires; NONE, one less than 0, where it does not."""
+    return m[timer(m, v, i) + k.STIMER_DEADLINE] - k.ONE
+
+
 @kernel("u8(words, u8)")
 def _when(m, which):
     """When an hrtimer fires; NONE for which NONE."""
     if which == k.NONE:
         return k.NONE
     v, number = which & (k.MAX_VCPUS - k.ONE), which >> WHICH_SHIFT
-    return m[timer(m, v, number - k.ONE) + k.STIMER_DEADLINE] if number else m[own(m, v) + k.K_HRTIMER]
+    return _fires(m, v, number - k.ONE) if number else m[own(m, v) + k.K_HRTIMER]
 
 
 @kernel("u8(words)")
@@ -174,7 +180,7 @@ def due(m):
     for index in range(n):
         v = k.U(index)
         for number in range(k.STIMERS):
-            when = m[timer(m, v, k.U(number)) + k.STIMER_DEADLINE]
+            when = _fires(m, v, k.U(number))
             if when <= m[k.H_NOW] and when < first:
                 first, best = when, v | k.U(number) + k.ONE << WHICH_SHIFT
     return best
@@ -187,7 +193,7 @@ def fire(m, which):
     if not number:
         return apic_timer.fire(m, v)
     i = number - k.ONE
-    m[timer(m, v, i) + k.STIMER_DEADLINE] = k.NONE
+    m[timer(m, v, i) + k.STIMER_DEADLINE] = k.ZERO
     trace(m, k.TP_HV_STIMER_CALLBACK, v, i, k.ZERO, k.ZERO)
     mark_pending(m, v, i)
     return kick(m, v, k.NONE)
@@ -201,5 +207,5 @@ def next_event(m):
         n = m[k.H_NVCPUS]
         for index in range(n):
             for number in range(k.STIMERS):
-                best = umin(best, m[timer(m, k.U(index), k.U(number)) + k.STIMER_DEADLINE])
+                best = umin(best, _fires(m, k.U(index), k.U(number)))
     return best

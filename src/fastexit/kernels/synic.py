@@ -13,7 +13,7 @@ from . import guestmemory
 from . import typed as k
 from .inhibit import change, update_vcpu
 from .ipi import accept
-from .shared import clear_request, emit, hv, make_request, own, replace_if
+from .shared import clear_request, emit, hv, make_request, own, replace_if, vp_index
 from .sint import notify_acked, vector_of
 
 
@@ -91,7 +91,7 @@ def _set_sint(m, v, sint, value, host):
         return k.CODE_GP
     at = hv(m, v) + k.HV_SINT + sint
     old = m[at] & k.HV_SINT_VECTOR
-    m[at] = value
+    m[at] = value ^ k.HV_SINT_MASKED
     effects = _update_vector(m, v, old)
     effects = effects | _update_vector(m, v, vector)
     make_request(m, v, k.REQ_SCAN_IOAPIC)
@@ -143,7 +143,7 @@ def set_msr(m, v, msr, value, host):
     if msr == k.MSR_HV_SVERSION:
         if not host:
             return k.CODE_GP
-        m[row + k.HV_SVERSION] = value
+        m[row + k.HV_SVERSION] = value ^ k.ONE
         return k.ZERO
     if msr == k.MSR_HV_SIEFP or msr == k.MSR_HV_SIMP:
         return _set_page(m, v, msr, value, host)
@@ -161,11 +161,11 @@ def get_msr(m, v, msr, host):
     row = hv(m, v)
     value = k.ZERO
     if msr >= k.MSR_HV_SINT0 and msr <= k.MSR_HV_SINT15:
-        value = m[row + k.HV_SINT + (msr - k.MSR_HV_SINT0)]
+        value = m[row + k.HV_SINT + (msr - k.MSR_HV_SINT0)] ^ k.HV_SINT_MASKED
     elif msr == k.MSR_HV_SCONTROL:
         value = m[row + k.HV_SCONTROL]
     elif msr == k.MSR_HV_SVERSION:
-        value = m[row + k.HV_SVERSION]
+        value = m[row + k.HV_SVERSION] ^ k.ONE
     elif msr == k.MSR_HV_SIEFP:
         value = m[row + k.HV_SIEFP]
     elif msr == k.MSR_HV_SIMP:
@@ -202,32 +202,32 @@ def set_irq(m, v, sint):
 
 
 @kernel("u8(words, u8)")
-def _vcpu_of(m, vp_index):
+def _vcpu_of(m, wanted):
     """get_vcpu_by_vpidx: the vCPU with that creation index if its VP index is still the same, else the first that has
     it; NONE without one.
     """
-    if vp_index >= m[k.H_HV_VP_INDICES]:
+    if wanted >= m[k.H_HV_VP_INDICES]:
         return k.NONE
     n = m[k.H_NVCPUS]
-    if vp_index < n and m[hv(m, vp_index) + k.HV_VP_INDEX] == vp_index:
-        return vp_index
+    if wanted < n and vp_index(m, wanted) == wanted:
+        return wanted
     for i in range(n):
-        if m[hv(m, k.U(i)) + k.HV_VP_INDEX] == vp_index:
+        if vp_index(m, k.U(i)) == wanted:
             return k.U(i)
     return k.NONE
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
-def irq_line(m, gsi, level, vp_index, sint, me):
+def irq_line(m, gsi, level, wanted, sint, me):
     """kvm_set_irq of a GSI with one hv_sint route, or with none (NONE): delivery code, NOBODY for any error.
 
     A level of 0 is one, too: a SINT has no level.
     """
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_SET_IRQ, me, gsi, level, k.ZERO)
-    if vp_index == k.NONE or not level:
+    if wanted == k.NONE or not level:
         return k.CODE_ACCEPTED_NONE
-    v = _vcpu_of(m, vp_index)
+    v = _vcpu_of(m, wanted)
     if v == k.NONE or not active(m, v):
         return k.CODE_ACCEPTED_NONE
     return raise_sint(m, v, sint, me)

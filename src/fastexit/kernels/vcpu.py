@@ -9,20 +9,7 @@ from .avictable import addressable
 from .inhibit import begin
 from .lapicstate import reset
 from .pi import publish
-from .shared import hot, hv, make_request, own
-
-
-@kernel("u8(words, u8)")
-def _create_hyperv(m, v):
-    """kvm_hv_vcpu_init, which KVM does at the first use: all is as if it had been done then."""
-    row = hv(m, v)
-    m[row + k.HV_VP_INDEX] = v
-    m[row + k.HV_SVERSION] = k.ONE
-    for i in range(k.SINTS):
-        m[row + k.HV_SINT + k.U(i)] = k.HV_SINT_MASKED
-    for i in range(k.STIMERS):
-        m[row + k.HV_STIMER + k.U(i) * k.STIMER_STRIDE + k.STIMER_DEADLINE] = k.NONE
-    return k.ZERO
+from .shared import hot, make_request, own
 
 
 @kernel("u8(words, u8)")
@@ -51,7 +38,6 @@ def create(m, vcpu_id):
         # KVM's IOAPIC asks for the EOIs of its RTC pin, which rests at vector 0 for APIC id 0.
         m[row + k.K_IOAPIC_HANDLED] = k.ONE
     publish(m, v)
-    _create_hyperv(m, v)
     m[row + k.K_CPU] = v
     # Enabled from the start, as kvm_create_lapic stuffs it: the RESET below then changes no mode.
     m[row + k.K_APIC_BASE] = k.APICBASE_EN

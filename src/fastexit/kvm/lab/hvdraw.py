@@ -374,7 +374,7 @@ def rest(rng: random.Random, m: HypervTwins) -> Op | None:
     for i in range(len(m.vcpus)):
         for n in range(L.STIMERS):
             due = mem[L.HV + L.HV_STRIDE * i + L.HV_STIMER + L.STIMER_STRIDE * n + L.STIMER_DEADLINE]
-            if due != L.NONE and abs(due - m.model.time - ns) < MARGIN_NS:
+            if due and abs(due - 1 - m.model.time - ns) < MARGIN_NS:
                 return None
     return ("rest", ns)
 
