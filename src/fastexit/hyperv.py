@@ -93,8 +93,6 @@ HV_CALL_REP_COUNT_SHIFT, HV_CALL_REP_COUNT_BITS = 32, 12
 HV_CALL_REP_START_SHIFT, HV_CALL_REP_START_BITS = 48, 12
 HV_CALL_RESERVED = 0x1F << 27 | 0xF << 44 | 0xF << 60
 """Input of a hypercall: the control word in RCX. Bit 31, nested, is KVM's to refuse as well."""
-HV_XMM_BYTES = 96
-"""A fast hypercall with XMM input has XMM0 to XMM5."""
 
 
 class HvCall(IntEnum):

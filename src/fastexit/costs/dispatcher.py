@@ -290,7 +290,7 @@ class TimedDispatcher(Dispatcher):
         return self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_APICV
 
     def _stimers(self, v: Vcpu) -> list[int]:
-        """When the hrtimers of its synthetic timers fire, as the words say it."""
+        """The words that say when its synthetic timers fire: one that moved was started or cancelled."""
         first = L.HV + v.index * L.HV_STRIDE + L.HV_STIMER + L.STIMER_DEADLINE
         return [self.mem[first + i * L.STIMER_STRIDE] for i in range(L.STIMERS)]
 
