@@ -170,6 +170,8 @@ def _register(rng: random.Random, made: Setup, i: int) -> Step:
         value = 0 if rng.random() < 0.8 else value
     elif place in (0x0F, 0x38):
         writes = False
+    elif place << 4 == R.APIC_ICR and value >> 8 & 7 in (R.DM_SMI, R.DM_INIT):
+        value &= ~(7 << 8)  # either takes its target away from its program
     if made.x2apic:
         return Step(i, "wrmsr", (X2 + place, value)) if writes else Step(i, "rdmsr", (X2 + offset,))
     length = rng.choices((4, 2, 1), (8, 1, 1))[0]
