@@ -299,6 +299,23 @@ def test_modified_id_in_a_page(kernel: str) -> None:
     assert m.inhibits == {Inhibit.APIC_ID_MODIFIED}
 
 
+@pytest.mark.parametrize("kernel", SINCE_6_1)
+def test_page_while_inhibited(kernel: str) -> None:
+    """Nothing is mapped at the page then, so another vCPU's access is an EPT violation, each time."""
+    m = xapic(kernel=kernel)
+    v, other = m.vcpus[:2]
+    for vcpu in v, other:
+        run(vcpu)
+    other.mmio_write(r.APIC_ID, 7 << 24)
+    run(v)
+    m.trace.enable()
+    v.hw_mmio_write(r.APIC_ICR2, 2 << 24)
+    v.hw_mmio_write(r.APIC_ICR2, 3 << 24)
+    assert v.hw_mmio_read(r.APIC_ICR2) == 3 << 24
+    exits = [[int(args[0]), int(args[2])] for event, _, args in m.trace.records() if event == L.TP_EXIT]
+    assert exits == [[fx.VmxExit.EPT_VIOLATION, qualification] for qualification in (0x182, 0x182, 0x181)]
+
+
 def test_long_ids_are_compared_by_their_low_byte() -> None:
     """vCPU 0x102 has xAPIC id 2 and is unmodified; vCPU 2 beside it is an alias."""
     m = fx.Machine(apic_ids=[0, 0x102])

@@ -518,6 +518,11 @@ VMX_IO = Layout(64, SIZE=3, IN=1, STRING=1, REP=1, IMMEDIATE=1, _7=9, PORT=16, _
 1."""
 VMX_IO_SIZE = VMX_IO.mask("SIZE")
 VMX_IO_IN = VMX_IO.mask("IN")
+
+EPT_VIOLATION_READ = 1 << 0
+EPT_VIOLATION_WRITE = 1 << 1
+EPT_VIOLATION_LINEAR = 3 << 7
+"""The linear address is known, and the access is to what it translates to."""
 SVM_IO = Layout(64, IN=1, _1=1, STRING=1, REP=1, SIZE=3, ADDRESS=3, SEGMENT=3, _13=3, PORT=16, _32=32)
 """EXITINFO1 of an I/O instruction (APM vol. 2, IOIO intercept information); SIZE and ADDRESS have a bit for each width,
 so that SIZE is the number of bytes."""

@@ -97,6 +97,10 @@ class Trait(IntFlag):
     """The APIC map inhibits APICv, for as long as it is dropped or useless; a change of the APIC's mode requests an
     update instead of making it at once."""
 
+    INHIBITED_PAGE_UNMAPPED = 1 << 39
+    """VMX: an access to the xAPIC page while APICv is inhibited is an EPT violation, each time, and emulated; before,
+    the page stayed mapped."""
+
     # -- order of tracepoints
     TRACE_ICR2_FIRST = 1 << 32
     """Generic x2APIC path writes ICR2, then ICR, and traces both before the IPI."""

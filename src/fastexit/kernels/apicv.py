@@ -8,10 +8,12 @@ IPI virtualisation) and its EOI-exit bitmap (the vectors that the IOAPIC wants, 
 exits is accelerated.py's.
 Spec: SDM vol. 3C ch. "APIC Virtualization and Virtual Interrupts".
 
-Without APICv every access to the page exits, by EPT_MISCONFIG: a host without flexpriority. Of the MSRs TPR does not:
-it has a shadow, which x2APIC virtualisation lets through, and a write below the TPR threshold exits when it is done.
-Not modelled: the single-step trap of an instruction that does not exit, accesses of L2 (all exit), the APIC-access page
-that shows through as memory in x2APIC mode.
+Without APICv every access to the page exits, by EPT_MISCONFIG: a host without flexpriority. While APICv is inhibited
+(INHIBITED_PAGE_UNMAPPED) it is an EPT violation: the APIC-access page has its slot, but KVM maps nothing there. Of the
+MSRs TPR does not exit: it has a shadow, which x2APIC virtualisation lets through, and a write below the TPR threshold
+exits when it is done. Not modelled: the single-step trap of an instruction that does not exit, accesses of L2 (all
+exit), the APIC-access page that shows through as memory in x2APIC mode, and up to 5.10 under an inhibit (EPT_MISCONFIG
+here as well).
 
 An access returns ``CODE_HARDWARE``, with CODE_GP or effects, when the CPU has done it; else ``CODE_EXIT``, the exit
 reason in bits 47:32 and the exit qualification in bits 31:0. APIC_WRITE and EOI_INDUCED are trap-like: the instruction
@@ -275,11 +277,20 @@ def page_readable(offset):
     return page_writable(offset)
 
 
+@kernel("u8(words, u8, u8)")
+def _page_exit(m, v, access):
+    """The exit of an access that the CPU does not virtualise; ``access`` is the bit of a violation's qualification."""
+    unmapped = m[k.H_INHIBITS] and m[k.H_CONFIG] & k.CONFIG_APICV and m[k.H_TRAITS] & k.T_INHIBITED_PAGE_UNMAPPED
+    if not unmapped or m[own(m, v) + k.K_APIC_BASE] & ~k.U(0xFFF) != k.APIC_DEFAULT_PHYS_BASE:
+        return exit_code(k.VMX_EPT_MISCONFIG, k.ZERO)
+    return exit_code(k.VMX_EPT_VIOLATION, k.EPT_VIOLATION_LINEAR | access)
+
+
 @kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, offset, length):
     """A read of the page as the guest executes it."""
     if not virtualized(m, v, k.ZERO):
-        return exit_code(k.VMX_EPT_MISCONFIG, k.ZERO)
+        return _page_exit(m, v, k.EPT_VIOLATION_READ)
     aligned = offset & k.U(0xFF0)
     if (offset & k.U(0xF)) + length > k.U(4) or not page_readable(aligned):
         return exit_code(k.VMX_APIC_ACCESS, offset | INSTRUCTION_READ)
@@ -308,7 +319,7 @@ def mmio_write(m, v, offset, length, value):
     What follows goes by the exact offset; a write into the middle of a register only ever exits, except in ICR high.
     """
     if not virtualized(m, v, k.ZERO):
-        return exit_code(k.VMX_EPT_MISCONFIG, k.ZERO)
+        return _page_exit(m, v, k.EPT_VIOLATION_WRITE)
     aligned = offset & k.U(0xFF0)
     if (offset & k.U(0xF)) + length > k.U(4) or not page_writable(aligned):
         return exit_code(k.VMX_APIC_ACCESS, offset | INSTRUCTION_WRITE)
