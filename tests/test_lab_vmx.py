@@ -419,6 +419,19 @@ def test_programs_of_too_many_steps_are_refused() -> None:
         vmxcode.program(0, [Step(0, "rdmsr", (X2 + 2,))] * 500, vmxcode.Way(count=100))
 
 
+def test_who_comes_next_waits_as_long_as_a_sleeper_takes_interrupts() -> None:
+    vectors = (0x44, 0x62, 0x7F)
+    for count in range(4):
+        steps = [ipi(0, 0, vector) for vector in vectors[:count]] + [Step(0, "halt"), ipi(1, 0, 0x31)]
+        player = vmx.played(Setup(apicv=False), steps, "7.3")
+        seen = player.end()
+        taken = [number for number, _ in seen.notes[0]]
+        assert taken == [count + 1] * (count + 1), "all of them before the step of the other, which adds one"
+        asked = bytes(vmxrun.request(Setup(apicv=False), steps, player.prepared, 3, seen.notes))
+        loop = vmxcode.settle(vmxrun.SETTLE * max(1, count + 1))
+        assert vmxcode.wait_for(count + 1) + loop in asked
+
+
 # --------------------------------------------------------------------------------------------------------- path lengths
 
 

@@ -210,7 +210,7 @@ class VmxLab(Lab):
         player = player or played(setup, steps, self.kernel.version)
         asleep = list(player.seen.asleep)
         expected = player.seen if player.seen.pages else player.end()
-        asked = vmxrun.request(setup, steps, player.prepared, CPUS)
+        asked = vmxrun.request(setup, steps, player.prepared, CPUS, expected.notes)
         answer = Answer.of(self.machine.ask(bytes(vmxrun.finish(asked, setup, asleep))))
         got, raw = vmxrun.seen(setup, steps, answer)
         found = differences(player.machine.trace.events, steps, expected, got)

@@ -8,7 +8,7 @@ turns all the same. Handlers note which step an interrupt came in, and end it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastexit import regs as R
@@ -151,11 +151,17 @@ class Way:
     """How programs are written: all but the steps themselves.
 
     Attributes:
-        touch: they begin with a load from the APIC page. count: turns of the loop in which effects settle.
+        touch: they begin with a load from the APIC page. count: turns of the loop in which effects settle. taken: how
+            many interrupts are taken while the baton has a number, by the model: each takes its time.
     """
 
     touch: bool = False
     count: int = 0
+    taken: Mapping[int, int] = field(default_factory=dict)
+
+    def settling(self, number: int) -> int:
+        """Turns of the loop in which what happens at a number is over."""
+        return self.count * max(1, self.taken.get(number, 0))
 
 
 def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
@@ -165,7 +171,7 @@ def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
         if step.vcpu != vcpu:
             continue
         code += _turn(number, steps, way)
-        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.count)
+        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.settling(number))
     code += _turn(len(steps), steps, way) + done()
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")
@@ -174,7 +180,7 @@ def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
 
 def _turn(number: int, steps: Sequence[Step], way: Way) -> bytes:
     """Waits until it is a step's turn, and until what the one before does late is over."""
-    return wait_for(number) + settle(way.count * _late(steps, number))
+    return wait_for(number) + settle(way.settling(number) * _late(steps, number))
 
 
 def _late(steps: Sequence[Step], number: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,12 @@ from fastexit.kvm.lab.vmxwire import Answer, Op, Request
 TRACE_FILE = "/sys/kernel/tracing/trace_pipe"
 """Reading it empties the buffer, and waits for nobody: `trace` would wait until every processor has been idle."""
 SETTLE = 4000
-"""Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes."""
+"""Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes, and longer
+than a window, an injection and an EOI that exits, of each of several interrupts that a sleeper had pending."""
 HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
+Notes = Sequence[tuple[int, int]]
+"""Of one vCPU (step, vector) of the interrupts that it took."""
 _LINE = re.compile(r"\s*(\S+)-\d+\s+\[(\d+)\]\s+(\S+)\s+(\d+): (\w+: .*)")
 
 
@@ -37,14 +41,19 @@ class Line:
     text: str
 
 
-def request(setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int) -> Request:
-    """Everything of one program but its end. ``prepared``: each vCPU's APIC page at the beginning."""
+def request(
+    setup: Setup, steps: Sequence[Step], prepared: Sequence[bytes], cpus: int, notes: Sequence[Notes] = ()
+) -> Request:
+    """Everything of one program but its end.
+
+    ``prepared``: each vCPU's APIC page at the beginning. ``notes``: the interrupts that each takes on the model.
+    """
     asked = Request()
     ids = list(range(setup.vcpus))
     where = [(i + 1) % cpus for i in ids]
     asked.vm(ids, where, split=setup.split)
     image = C.common(setup.vcpus, setup.eoi_mode)
-    way = C.Way(not setup.x2apic, SETTLE)
+    way = C.Way(not setup.x2apic, SETTLE, Counter(number for taken in notes for number, _ in taken))
     for i in ids:
         image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, way))
     for address, data in image.pieces.items():
