@@ -399,6 +399,17 @@ def test_what_a_kernel_did_is_read_as_the_model_tells_it() -> None:
     assert raw[0].stamp == 12345
 
 
+def test_a_thread_without_a_name_is_known_by_what_it_does() -> None:
+    text = """
+           <...>-71      [001] d..1. 10: kvm_exit: vcpu 0 reason HLT rip 0x1 info1 0x0
+           <...>-71      [001] d..1. 11: kvm_entry: vcpu 0, rip 0x1
+              v1-72      [002] d..1. 12: kvm_entry: vcpu 1, rip 0x1
+           <...>-70      [000] ..... 13: kvm_msi_set_irq: dst 1 vec 243 (Fixed|physical|edge)
+    """
+    lines = vmxrun.parsed(text.splitlines())
+    assert [(line.thread, line.stamp) for line in lines] == [("v0", 10), ("v0", 11), ("v1", 12), ("host", 13)]
+
+
 def test_a_waiting_vcpu_sees_its_turn_and_the_end() -> None:
     code = vmxcode.wait_for(5)
     mine, over = code.index(struct.pack("<I", 5)) + 4, code.index(b"\x83\x3d")

@@ -28,7 +28,10 @@ HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
 Notes = Sequence[tuple[int, int]]
 """Of one vCPU (step, vector) of the interrupts that it took."""
-_LINE = re.compile(r"\s*(\S+)-\d+\s+\[(\d+)\]\s+(\S+)\s+(\d+): (\w+: .*)")
+_LINE = re.compile(r"\s*(\S+)-(\d+)\s+\[\d+\]\s+(\S+)\s+(\d+): (\w+: .*)")
+_ENTRY = re.compile(r"kvm_entry: vcpu (\d+)")
+NAMELESS = "<...>"
+"""A thread whose name was not kept: the kernel passes over it while another processor keeps one."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,15 @@ def _returned(name: str, result: int, data: bytes) -> Any:
 
 
 def parsed(lines: Sequence[str]) -> list[Line]:
-    """Lines of a trace file."""
+    """Lines of a trace file. A thread without a name is that of the vCPU that enters in it, or else the host's."""
+    matches = [match for match in map(_LINE.match, lines) if match]
+    entered = {match[2]: entry[1] for match in matches if (entry := _ENTRY.match(match[5]))}
     found = []
-    for line in lines:
-        match = _LINE.match(line)
-        if match:
-            thread, _, flags, stamp, text = match.groups()
-            found.append(Line(thread, flags, int(stamp), text))
+    for match in matches:
+        thread, number, flags, stamp, text = match.groups()
+        if thread == NAMELESS:
+            thread = f"v{entered[number]}" if number in entered else HOST
+        found.append(Line(thread, flags, int(stamp), text))
     return found
 
 
