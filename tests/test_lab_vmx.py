@@ -403,7 +403,7 @@ def test_a_thread_without_a_name_is_known_by_what_it_does() -> None:
     text = """
            <...>-71      [001] d..1. 10: kvm_exit: vcpu 0 reason HLT rip 0x1 info1 0x0
            <...>-71      [001] d..1. 11: kvm_entry: vcpu 0, rip 0x1
-              v1-72      [002] d..1. 12: kvm_entry: vcpu 1, rip 0x1
+            init-72      [002] d..1. 12: kvm_entry: vcpu 1, rip 0x1
            <...>-70      [000] ..... 13: kvm_msi_set_irq: dst 1 vec 243 (Fixed|physical|edge)
     """
     lines = vmxrun.parsed(text.splitlines())

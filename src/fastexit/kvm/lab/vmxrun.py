@@ -126,14 +126,16 @@ def _returned(name: str, result: int, data: bytes) -> Any:
 
 
 def parsed(lines: Sequence[str]) -> list[Line]:
-    """Lines of a trace file. A thread without a name is that of the vCPU that enters in it, or else the host's."""
+    """Lines of a trace file. A thread is that of the vCPU that enters in it, whatever its name; without one the host's."""
     matches = [match for match in map(_LINE.match, lines) if match]
     entered = {match[2]: entry[1] for match in matches if (entry := _ENTRY.match(match[5]))}
     found = []
     for match in matches:
         thread, number, flags, stamp, text = match.groups()
-        if thread == NAMELESS:
-            thread = f"v{entered[number]}" if number in entered else HOST
+        if number in entered:
+            thread = f"v{entered[number]}"
+        elif thread == NAMELESS:
+            thread = HOST
         found.append(Line(thread, flags, int(stamp), text))
     return found
 
