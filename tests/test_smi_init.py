@@ -298,3 +298,27 @@ def test_sregs_of_a_boot_cpu_at_its_reset_vector() -> None:
         v.rip, m.mem[v.own + L.K_CS] = 0xFFF0, 0xF000
         v.set_sregs()
         assert v.get_mp_state() is state
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_nmis_and_smis_of_user_space_are_those_of_ipis(vendor: str) -> None:
+    """KVM_NMI counts up to two, with NMIs that others send; KVM_SMI is taken by the next entry, before them."""
+    m = booted(vendor)
+    v = m.vcpus[1]
+    v.nmi()
+    send(m, NMI)
+    v.nmi()
+    assert v.mode == 0
+    assert v.events().nmi_pending == 2
+    v.smi()
+    assert v.run()
+    assert (v.smm, v.counters()["smis"]) == (True, 1)
+    v.rsm()
+    run(v)
+    assert (v.smm, v.nmi_masked, v.events().nmi_pending) == (False, True, 1)
+
+
+def test_user_spaces_smi_needs_smm() -> None:
+    with pytest.raises(ValueError, match=r"KVM_SMI.*ENOTTY"):
+        booted(smm=False, kernel="6.18").vcpus[1].smi()
+    booted(smm=False, kernel="5.10").vcpus[1].smi()

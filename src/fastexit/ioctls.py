@@ -319,6 +319,18 @@ class VcpuIoctls(VcpuState):
         self._mem[self.own + L.K_EXTINT] = vector + 1
         load("make_request")(self._handle, self.index, R.REQ_EVENT)
 
+    def nmi(self) -> None:
+        """KVM_NMI: an NMI of user space's; as those of IPIs it is counted, two at most, when the vCPU looks."""
+        self._loop.leave_guest(self)
+        load("queue_nmi")(self._handle, self.index)
+
+    def smi(self) -> None:
+        """KVM_SMI; ValueError where the kernel has no SMM."""
+        if not (self._mem[L.H_CONFIG] & L.CONFIG_SMM or self._rule(Trait.SMI_ALWAYS)):
+            raise ValueError("KVM_SMI: this kernel has no CONFIG_KVM_SMM (ENOTTY)")
+        self._loop.leave_guest(self)
+        load("make_request")(self._handle, self.index, R.REQ_SMI)
+
     def complete_msr(self, *, error: bool = False, data: int | None = None) -> None:
         """User space's answer to KVM_EXIT_X86_RDMSR or X86_WRMSR: run->msr.error, and the data of a read.
 

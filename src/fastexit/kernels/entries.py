@@ -87,6 +87,7 @@ _ON_ONE_VCPU = {
         "leave_l2": events.leave_l2,
         "leave_smm": events.leave_smm,
         "process_nmi": events.process_nmi,
+        "queue_nmi": events.queue_nmi,
         "process_smi": events.process_smi,
         "emulate_halt": halt.emulate_halt,
         "init_blocked": halt.init_blocked,

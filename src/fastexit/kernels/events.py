@@ -13,7 +13,7 @@ from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, n
 from .inhibit import irq_window, nested_changed, window_served
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi, update_cr8_intercept
 from .lapicstate import reset
-from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take
+from .shared import clear_word_bits, emit, hot, increment, make_request, or_word, own, take
 
 BLOCKED = k.ONE
 INTR_INFO_VALID = k.U(1 << 31)
@@ -40,6 +40,13 @@ def process_nmi(m, v):
     if m[row + k.K_NMI_PENDING] or not m[k.H_RULES] & k.R_NMI_COUNTED:
         make_request(m, v, k.REQ_EVENT)
     return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def queue_nmi(m, v):
+    """kvm_inject_nmi: user space's NMI is counted with those of other vCPUs."""
+    increment(m, own(m, v) + k.K_NMI_QUEUED)
+    return make_request(m, v, k.REQ_NMI)
 
 
 @kernel("u8(words, u8)")

@@ -112,6 +112,7 @@ SET_LAPIC = _request(0x8F, "kvm_lapic_state", writes=True)
 SET_CPUID2 = _request(0x90, "kvm_cpuid2", writes=True)
 GET_MP_STATE = _request(0x98, "kvm_mp_state", reads=True)
 SET_MP_STATE = _request(0x99, "kvm_mp_state", writes=True)
+NMI = _request(0x9A)
 X86_SETUP_MCE = 1 << 30 | 8 << 16 | _KVM << 8 | 0x9C
 X86_GET_MCE_CAP_SUPPORTED = 1 << 31 | 8 << 16 | _KVM << 8 | 0x9D
 GET_VCPU_EVENTS = _request(0x9F, "kvm_vcpu_events", reads=True)
@@ -119,6 +120,7 @@ SET_VCPU_EVENTS = _request(0xA0, "kvm_vcpu_events", writes=True)
 ENABLE_CAP = _request(0xA3, "kvm_enable_cap", writes=True)
 GET_TSC_KHZ = _request(0xA3)
 SIGNAL_MSI = _request(0xA5, "kvm_msi", writes=True)
+SMI = _request(0xB7)
 X86_SET_MSR_FILTER = _request(0xC6, "kvm_msr_filter", writes=True)
 
 CAP_HYPERV = 44

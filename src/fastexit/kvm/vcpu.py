@@ -147,6 +147,14 @@ class OracleVcpu:
         one = K.ffi.new("struct kvm_interrupt *", {"irq": integer(vector, "vector", 0xFF)})
         self._refusable("KVM_INTERRUPT", K.INTERRUPT, one, errno.ENXIO, errno.EEXIST)
 
+    def nmi(self) -> None:
+        """KVM_NMI."""
+        self.call(self.fd, K.NMI)
+
+    def smi(self) -> None:
+        """KVM_SMI; ValueError where the kernel has no SMM."""
+        self._refusable("KVM_SMI", K.SMI, None, errno.ENOTTY)
+
     @property
     def apic_base(self) -> int:
         """IA32_APICBASE."""
@@ -172,7 +180,7 @@ class OracleVcpu:
         self.call(self.fd, K.GET_SREGS, sregs)
         return sregs
 
-    def _refusable(self, name: str, request: int, argument: K.ffi.CData, *more: int) -> None:
+    def _refusable(self, name: str, request: int, argument: K.ffi.CData | None, *more: int) -> None:
         """An ioctl that may answer EINVAL, or ``more``, as a ValueError."""
         try:
             self.call(self.fd, request, argument)
