@@ -399,6 +399,14 @@ def test_what_a_kernel_did_is_read_as_the_model_tells_it() -> None:
     assert raw[0].stamp == 12345
 
 
+def test_a_violation_is_compared_by_its_access_alone() -> None:
+    line = "d kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0x1f info1 0x{} info2 0x0000000000000000"
+    wanted = frozenset({"kvm_exit"})
+    for bits, same in (("0000000000000182", True), ("0000000000000782", True), ("0000000000000181", False)):
+        told = [line.format(bits), ". kvm_apic: apic_write"]
+        assert (vmxcompare.normal(told, wanted) == vmxcompare.normal([line.format("182")], wanted)) is same
+
+
 def test_a_thread_without_a_name_is_known_by_what_it_does() -> None:
     text = """
            <...>-71      [001] d..1. 10: kvm_exit: vcpu 0 reason HLT rip 0x1 info1 0x0

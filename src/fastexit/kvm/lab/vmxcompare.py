@@ -68,8 +68,8 @@ def normal(lines: Iterable[str], wanted: frozenset[str]) -> list[str]:
 
 def _plain(line: str) -> str:
     """Without addresses, deadlines, and what a violation says of page tables and rights."""
-    line = _VIOLATION.sub(lambda found: f"{found[1]}{int(found[2], 16) & _ACCESS:016x}", line)
-    return _DEADLINE.sub(r"\1deadline", _RIP.sub("", line))
+    line = _DEADLINE.sub(r"\1deadline", _RIP.sub("", line))
+    return _VIOLATION.sub(lambda found: f"{found[1]}{int(found[2], 16) & _ACCESS:016x}", line)
 
 
 def differences(wanted: frozenset[str], steps: Sequence[Step], expected: Seen, got: Seen) -> list[Difference]:
