@@ -126,7 +126,7 @@ def _returned(name: str, result: int, data: bytes) -> Any:
 
 
 def parsed(lines: Sequence[str]) -> list[Line]:
-    """Lines of a trace file. A thread is that of the vCPU that enters in it, whatever its name; without one the host's."""
+    """Lines of a trace file. A thread is that of the vCPU that enters in it, whatever its name; else the host's."""
     matches = [match for match in map(_LINE.match, lines) if match]
     entered = {match[2]: entry[1] for match in matches if (entry := _ENTRY.match(match[5]))}
     found = []
