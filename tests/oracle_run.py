@@ -158,7 +158,7 @@ class RunLoop:
             v.mp_state = r.MP_RUNNABLE
         v.in_guest, v.kicked = True, False
         v.load_v_tpr()
-        if v.interrupt_injected and (behind or v.timer.hv_due()):
+        if self._under_way() and (behind or v.timer.hv_due()):
             v.rflags &= ~r.RFLAGS_IF  # delivered before the guest leaves again
         v.exception = None
         v.nmi_injected = False

@@ -295,6 +295,33 @@ def test_nmi_ignores_if_tpr_and_software_disable() -> None:
     assert v.events().nmi_masked
 
 
+@pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12"])
+def test_what_waits_behind_an_exception_waits_for_a_window(kernel: str) -> None:
+    """The entry that is left at once has delivered the exception: IF is clear, as 6.12.118 showed in the lab."""
+    m = booted(kernel, vendor="svm")
+    v = m.vcpus[1]
+    v.rflags |= IF
+    send(m, 1, vector=0x51)
+    v.set_events(exception=6)
+    m.trace.enable()
+    run(v)
+    assert [line for line in m.trace.lines() if line.startswith("kvm_inj")] == [
+        f"kvm_inj_exception: #UD{' (0x0)' if kernel == '5.10' else ''} [reinjected]"
+    ]
+    assert (v.injected, v.rflags & IF, v.irq_window) == (None, 0, True)
+    assert (v.events().exception, in_service(v, 0x51)) == (None, False)
+
+
+def test_an_exception_from_user_space_wakes_nobody() -> None:
+    """It counts as injected, and kvm_vcpu_has_events looks at pending ones."""
+    m = booted()
+    v = m.vcpus[1]
+    v.set_mp_state(fx.MpState.HALTED)
+    v.set_events(exception=6)
+    assert not v.run()
+    assert v.events().exception == 6
+
+
 def test_gp_goes_before_an_interrupt() -> None:
     """An exception is injected first; the interrupt takes the entry after that."""
     m = booted()

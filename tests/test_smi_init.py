@@ -114,7 +114,10 @@ def test_smi_nmi_and_interrupt_in_their_order() -> None:
     assert v.events().nmi_pending == 1
     v.rsm()
     run(v)
-    run(v)
+    assert v.nmi_masked
+    assert (v.rflags & IF, v.irq_window, v.injected) == (0, True, None), "the NMI's gate has cleared IF"
+    v.rflags |= IF
+    v.exit(fx.VmxExit.INTERRUPT_WINDOW)
     assert v.injected == 0x61
 
 

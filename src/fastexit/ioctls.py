@@ -212,6 +212,8 @@ class VcpuIoctls(VcpuState):
         exception = mem[own + L.K_EXCEPTION]
         again = mem[own + L.K_REINJECT]
         external = again & R.VECTORING_INFO_VALID and not again >> 8 & 7
+        if again & R.VECTORING_INFO_VALID and again >> 8 & 7 == R.INTR_TYPE_EXCEPTION:
+            exception = (again & 0xFF) + 1
         return Events(
             nmi_pending=mem[own + L.K_NMI_PENDING] if counted else int(mem[own + L.K_NMI_PENDING] > 0),
             nmi_masked=bool(mem[own + L.K_NMI_MASKED]),
@@ -238,7 +240,8 @@ class VcpuIoctls(VcpuState):
     ) -> None:
         """KVM_SET_VCPU_EVENTS. None leaves out what a flag of the structure would make valid.
 
-        ``exception`` and ``interrupt`` have no such flag: None is that there is none, whatever was queued before.
+        ``exception`` and ``interrupt`` have no such flag: None is that there is none, whatever was queued before. An
+        exception is one that was injected already: it wakes nobody, has no error code, and is injected again.
         ``smm`` makes the four SMM fields valid, ``latched_init`` among them: it sets or clears a pending INIT. The SIPI
         vector alone is no SIPI. Up to 6.1 ``nmi_pending`` is as it was given, later it is limited when it is looked at.
         ValueError where KVM says EINVAL.
@@ -261,9 +264,14 @@ class VcpuIoctls(VcpuState):
             raise ValueError("SMM: the vCPU waits for SIPI, where SMIs are latched (EINVAL)")
         self._loop.leave_guest(self)
         load("process_nmi")(self._handle, self.index)
-        mem[own + L.K_EXCEPTION] = 0 if exception is None else exception + 1
+        # KVM keeps both and injects the exception; there is one place here for what is injected again.
+        both = exception is not None and interrupt is not None
+        again = 0 if interrupt is None else R.VECTORING_INFO_VALID | interrupt
+        if exception is not None and not both:
+            again = R.VECTORING_INFO_VALID | R.INTR_TYPE_EXCEPTION << 8 | exception
+        mem[own + L.K_EXCEPTION] = exception + 1 if exception is not None and both else 0
         mem[own + L.K_PENDING_DB] = 0
-        mem[own + L.K_REINJECT] = 0 if interrupt is None else R.VECTORING_INFO_VALID | interrupt
+        mem[own + L.K_REINJECT] = again
         if shadow is not None:
             mem[own + L.K_SHADOW] = shadow
         if nmi_pending is not None and not self._rule(Trait.NMI_COUNTED):

@@ -11,8 +11,6 @@ from . import typed as k
 from .clock import hv_in_use
 from .events import (
     INTR_INFO_VALID,
-    INTR_TYPE,
-    INTR_TYPE_EXTERNAL,
     accept_events,
     cancel_injection,
     process_nmi,
@@ -294,14 +292,14 @@ def vm_entry(m, v):
     """VM entry: kvm_entry with the event that it injects, then the wait for a deadline that came early.
 
     An entry that is forced to exit at once leaves an EVENT request behind: the event for which it was forced is to be
-    looked for again. An interrupt is delivered even where the guest leaves again at once: RFLAGS.IF is clear then.
+    looked for again. What is injected is delivered even where the guest leaves again at once: its gate, taken to be an
+    interrupt gate, has cleared RFLAGS.IF, so an interrupt that waits behind an exception or NMI waits for a window.
     """
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = _injected(m, info)
     m[row + k.K_IMMEDIATE] = m[row + k.K_FORCE_EXIT]
-    external = info & INTR_INFO_VALID and info & INTR_TYPE == INTR_TYPE_EXTERNAL
-    if external and (m[row + k.K_FORCE_EXIT] or hv_due(m, v)):
+    if info & INTR_INFO_VALID and (m[row + k.K_FORCE_EXIT] or hv_due(m, v)):
         m[row + k.K_RFLAGS] = m[row + k.K_RFLAGS] & ~k.RFLAGS_IF
     if m[row + k.K_FORCE_EXIT]:
         make_request(m, v, k.REQ_EVENT)
