@@ -13,11 +13,13 @@ import pytest
 
 import fastexit as fx
 import windows_mutants
+from fastexit import regs as r
 from fastexit.jit.declare import JIT
 from fastexit.kvm import comparison, judge
 from fastexit.kvm.lab import hvguest as G
-from fastexit.kvm.lab import hyperv, kernels
+from fastexit.kvm.lab import hvsurvey, hyperv, kernels
 from fastexit.kvm.lab.wire import Answer
+from fastexit.kvm.twins import Setup
 
 PACKAGE = Path(fx.__file__).parent
 MUTANTS = windows_mutants.MUTANTS
@@ -47,14 +49,14 @@ def test_the_guest_has_a_handler_for_each_vector_and_no_program_begins_with_its_
 def survey(page: dict[int, int], msrs: dict[int, int], memory: dict[int, int]) -> Answer:
     """A survey's answer for one vCPU with these dwords changed."""
     words: list[int] = []
-    for count, changed in ((None, page), (len(hyperv.SURVEYED), msrs), (None, memory)):
+    for count, changed in ((None, page), (len(hvsurvey.SURVEYED), msrs), (None, memory)):
         words += [] if count is None else [count]
         words += [len(changed), *(word for pair in changed.items() for word in pair)]
     return Answer(0, struct.pack(f"<{len(words)}I", *words))
 
 
 def test_surveys_add_up() -> None:
-    eyes = hyperv.Eyes(1)
+    eyes = hvsurvey.Eyes(1)
     eyes.see(survey({8: 0x1000000}, {0: 5, 3: 1}, {0x40: 7}))
     seen = eyes.see(survey({9: 2}, {0: 6}, {}))
     assert struct.unpack_from("<II", seen.pages[0], 32) == (0x1000000, 2)
@@ -67,13 +69,13 @@ def test_only_times_of_messages_may_differ_and_not_by_much() -> None:
     for at, value, found in ((0x218, 1, None), (0x220, 99, None), (0x218, 1 << 40, 0x218), (0x228, 1, 0x228)):
         two = bytearray(one)
         struct.pack_into("<Q", two, at, value)
-        assert hyperv.unlike(bytes(one), bytes(two)) == found
+        assert hvsurvey.unlike(bytes(one), bytes(two)) == found
     two = bytearray(one)
     two[0x305] = 0x92
-    assert hyperv.unlike(bytes(one), bytes(two)) == 0x300
-    assert hyperv.unlike(bytes(one), bytes(two), leaks=True) is None
+    assert hvsurvey.unlike(bytes(one), bytes(two)) == 0x300
+    assert hvsurvey.unlike(bytes(one), bytes(two), leaks=True) is None
     two[0x305] = 0x93
-    assert hyperv.unlike(bytes(one), bytes(two), leaks=True) == 0x300
+    assert hvsurvey.unlike(bytes(one), bytes(two), leaks=True) == 0x300
 
 
 def told(number: int = 0) -> windows_mutants.Told:
@@ -112,6 +114,62 @@ def test_msrs_that_are_remembered_are_those_that_would_be_read() -> None:
             twins.step(twins.draw_op(rng))
             seen = twins.steps[-1].sight.msrs
             assert seen == tuple(tuple(twins._read_msrs(vcpu)) for vcpu in twins.model.vcpus)
+
+
+def alone(*ops: tuple[Any, ...]) -> list[hyperv.Step]:
+    """What operations come to on a guest with one vCPU in x2APIC mode, all of Hyper-V's features and SVR 0x1FF."""
+    plain = judge.of(fx.Machine)
+    where = replace(plain, host=replace(plain.host, module="kvm_amd"))
+    with windows_mutants.Told(Setup((0,), hyperv=True), None, where) as twins:
+        for op in (("set_msr", 0, 0x1B, 0xFEE0_0D00), ("set_msr", 0, 0x80F, 0x1FF), *ops):
+            twins.step(op)
+        return twins.steps[2:]
+
+
+def test_what_comes_first_of_a_fault_an_nmi_and_an_interrupt() -> None:
+    """As kernel 6.12.118 has it: handlers that were entered one on top of the other, the last one runs."""
+    nmi, irq, fault = ("set_msr", 0, 0x4000_0071, 0x400), ("set_msr", 0, 0x4000_0071, 0x41), ("fault", 0, 6)
+    for ops, came in (
+        ((nmi,), (2, False)),
+        ((irq,), (0x41, False)),
+        ((irq, nmi), (2, False)),
+        ((irq, fault), "#UD"),
+        ((irq, nmi, fault), (2, False)),
+    ):
+        steps = alone(*ops, ("take", 0, 0))
+        assert steps[-1].result == came
+        assert steps[-1].sight.states[0][:2] == (0, int(nmi in ops))
+
+
+def test_an_init_takes_a_vcpu_away_until_it_is_made_ready() -> None:
+    init = r.DM_INIT << r.ICR_DM_SHIFT | r.ICR_LEVEL
+    _, again, program = alone(("set_msr", 0, 0x4000_0071, init), ("signal_msi", 0xFEE0_0000, 0x400), ("run_through", 0))
+    assert again.sight.states[0] == (1, 0, 0, 0)
+    assert program.readied
+    assert program.result is None, "nor is the NMI there any more"
+
+
+def test_signals_of_a_connection_stay_in_its_eventfd() -> None:
+    """Also where it is taken from it, and where it is given to another one."""
+    os_id = ("set_msr", 0, 0x4000_0000, 1)
+    signal = ("hypercall", 0, 0x1_005D, 7, 0, bytes(96), False, 0)
+    results = [
+        step.result
+        for step in alone(
+            os_id,
+            ("connect", 1, 7),
+            ("connect", 0, 7),
+            signal,
+            signal,
+            ("disconnect", 0, 7),
+            ("connect", 0, 7),
+            signal,
+            *(("signals", n, 0) for n in (1, 1, 0)),
+            ("connect", 0, 1 << 24),
+            ("disconnect", 0, 8),
+        )
+    ]
+    assert results == [True, None, "EINVAL", 0, 0, None, None, 0, 2, 0, 1, "EINVAL", "EINVAL"]
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults

@@ -60,6 +60,7 @@ ffi.cdef(
     struct routing_table { uint32_t nr, flags; struct route_to_msi entries[24]; };
     struct route_to_sint { uint32_t gsi, type, flags, pad, vcpu, sint, rest[6]; };
     struct sint_routing_table { uint32_t nr, flags; struct route_to_sint entries[64]; };
+    struct kvm_hyperv_eventfd { uint32_t conn_id; int32_t fd; uint32_t flags, padding[3]; };
     struct kvm_irq_level { uint32_t irq, level; };
     struct kvm_clock_data { uint64_t clock; uint32_t flags, pad0; uint64_t realtime, host_tsc; uint32_t pad[4]; };
     struct kvm_run {
@@ -121,6 +122,7 @@ ENABLE_CAP = _request(0xA3, "kvm_enable_cap", writes=True)
 GET_TSC_KHZ = _request(0xA3)
 SIGNAL_MSI = _request(0xA5, "kvm_msi", writes=True)
 SMI = _request(0xB7)
+HYPERV_EVENTFD = _request(0xBD, "kvm_hyperv_eventfd", writes=True)
 X86_SET_MSR_FILTER = _request(0xC6, "kvm_msr_filter", writes=True)
 
 CAP_HYPERV = 44
@@ -138,6 +140,7 @@ CAP_DISABLE_QUIRKS2 = 213
 CAP_X86_APIC_BUS_CYCLES_NS = 237
 
 ROUTE_HV_SINT = 4
+HYPERV_EVENTFD_DEASSIGN = 1
 EVENTS_NMI_PENDING, EVENTS_SIPI_VECTOR, EVENTS_SHADOW, EVENTS_SMM = 1, 2, 4, 8
 MCG_CMCI_P = 1 << 10
 

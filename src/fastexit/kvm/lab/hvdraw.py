@@ -54,6 +54,8 @@ ALL_MSRS = (
     *range(hv.MSR_HV_STIMER0_CONFIG, hv.MSR_HV_STIMER3_COUNT + 1),
     *REFUSED,
 )
+MODES = (r.DM_FIXED, r.DM_LOWEST, r.DM_REMRD, r.DM_EXTINT, r.DM_NMI, r.DM_INIT, r.DM_STARTUP)
+EVENTFDS = 3
 CALLS = (0x0000, 0x0001, 0x0012, 0x0016, 0x0050, 0x0069, 0x006A, 0x006B, 0x00FF, 0x8000, 0x8042, 0xFFFF)
 GSIS = 24
 
@@ -67,6 +69,7 @@ class Pools:
         )
         self.sints: list[int] = rng.sample(range(16), 5)
         self.page_of: list[int] = rng.sample(range(8), 8)
+        self.connections: list[int] = [0, 1, rng.randrange(1 << 24), 0xFF_FFFF]
 
 
 def page(rng: random.Random, most: float = 0.85) -> int:
@@ -105,8 +108,10 @@ def sint_value(rng: random.Random, pools: Pools) -> int:
 
 
 def icr(rng: random.Random, m: HypervTwins) -> int:
-    """An ICR of a mode that no vCPU here minds, for the mode of whoever writes it, or for the other one."""
-    low = vector(rng, m.pools) | rng.choices((r.DM_FIXED, r.DM_LOWEST, r.DM_REMRD, r.DM_EXTINT), (20, 4, 1, 1))[0] << 8
+    """An ICR of any delivery mode but SMI, for which guests have no memory; its destination for the mode of whoever
+    writes it, or for the other one.
+    """
+    low = vector(rng, m.pools) | rng.choices(MODES, (80, 16, 4, 4, 8, 2, 6))[0] << 8
     if chance(rng, 0.35):
         low |= r.ICR_LOGICAL
     if chance(rng, 0.4):
@@ -197,6 +202,13 @@ def msr_and_value(rng: random.Random, m: HypervTwins, i: int) -> tuple[int, int]
     return rng.choice((*READ_ONLY, hv.MSR_HV_SVERSION, *REFUSED, hv.MSR_HV_APIC_FREQUENCY)), rng.choice((0, 1, 0x123))
 
 
+def by_guest(msr: int, value: int) -> tuple[int, int]:
+    """The same, but that no INIT takes away the vCPU that writes it."""
+    if msr == SYNTHETIC_ICR and value >> r.ICR_DM_SHIFT & 7 == r.DM_INIT:
+        value = value & ~r.ICR_SHORTHAND | r.SH_ALLBUT << r.ICR_SHORTHAND_SHIFT
+    return msr, value
+
+
 def wide(rng: random.Random, value: int) -> int:
     """Now and then with bits that a 32-bit register has no room for."""
     return value | 1 << rng.randrange(32, 64) if chance(rng, 0.08) else value
@@ -240,6 +252,7 @@ def hypercall(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
                 HvCall.POST_MESSAGE,
                 HvCall.POST_MESSAGE,
                 HvCall.SIGNAL_EVENT,
+                HvCall.SIGNAL_EVENT,
                 HvCall.EXT_CALL_QUERY_CAPABILITIES,
                 HvCall.EXT_CALL_LAST,
                 *m.flushes,
@@ -247,8 +260,9 @@ def hypercall(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
                 rng.choice(CALLS),
             )
         )
-        data = struct.pack("<QQQ", rng.choice((0, 1, 1 << 40)), rng.getrandbits(3), vps(rng))
-        inputs = (rng.choice((0, 1, 1 << 40)), rng.getrandbits(16))
+        parameter = rng.choice((*m.pools.connections, 1 << 40, m.pools.connections[2] | 1 << rng.randrange(24, 64)))
+        data = struct.pack("<QQQ", parameter, rng.getrandbits(3), vps(rng))
+        inputs = (parameter, rng.getrandbits(16))
         xmm = rng.randbytes(96)
     if chance(rng, 0.06):
         var = rng.randrange(1, 12)
@@ -379,59 +393,9 @@ def rest(rng: random.Random, m: HypervTwins) -> Op | None:
     return ("rest", ns)
 
 
-def ticking(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
-    """A timer with messages that runs out again and again, with its slot free or taken, and EOMs between."""
-    n, s = rng.randrange(4), rng.randrange(1, 16)
-    slot = G.DATA_AT + m.pools.page_of[4 + i % 4] * 0x1000
-    config, count = hv.MSR_HV_STIMER0_CONFIG + 2 * n, hv.MSR_HV_STIMER0_CONFIG + 2 * n + 1
-    yield ("set_msr", i, hv.MSR_HV_SIMP, slot | 1)
-    if chance(rng, 0.7):
-        yield ("wrmsr", i, hv.MSR_HV_SINT0 + s, sint_value(rng, m.pools))
-    yield ("set_msr", i, config, 0)
-    seconds = rng.randrange(20, 40) * TICKS // 10
-    periodic = chance(rng, 0.7)
-    yield ("set_msr", i, count, seconds if periodic else m.model.time // 100 + seconds)
-    yield ("wrmsr", i, config, 1 | periodic * hv.HV_STIMER_PERIODIC | s << hv.HV_STIMER_SINT_SHIFT)
-    yield ("run_through", i)
-    for _ in range(rng.randrange(1, 4)):
-        op = rest(rng, m)
-        if op is None:
-            break
-        yield op
-        yield rng.choice((("take", i, 0), ("run_through", i), ("run_through", i)))
-        if chance(rng, 0.4):
-            yield ("memory", slot + hv.HV_MESSAGE_BYTES * s, bytes(4))
-        if chance(rng, 0.5):
-            yield ("wrmsr", i, hv.MSR_HV_EOM, 0)
-            yield ("run_through", i)
-
-
-def offered(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
-    """Two or three interrupts, one of them perhaps of a SINT with auto-EOI, taken and looked for in the assist page."""
-    at = G.DATA_AT + m.pools.page_of[i] * 0x1000
-    yield ("wrmsr", i, hv.MSR_HV_VP_ASSIST_PAGE, at | 1)
-    yield ("wrmsr", i, SYNTHETIC_TPR, 0)
-    for _ in range(rng.randrange(4)):
-        yield ("wrmsr", i, SYNTHETIC_EOI, 0)
-    vectors = sorted(rng.sample(m.pools.vectors, rng.randrange(2, 4)))
-    if chance(rng, 0.5):
-        yield ("wrmsr", i, hv.MSR_HV_SINT0 + sint(rng, m.pools), rng.choice(vectors) | hv.HV_SINT_AUTO_EOI)
-    target = m.vcpus[i]
-    for one in vectors:
-        address = 0xFEE0_0000 | (target.id & 0xFF) << 12 | (target.id & ~0xFF) << 32
-        yield ("signal_msi", address, one)
-        if chance(rng, 0.7):
-            yield ("take", i, at if chance(rng, 0.6) else 0)
-    for _ in range(rng.randrange(3)):
-        yield rng.choice((("take", i, at), ("run_through", i), ("test_clear", i, at), eoi(rng, m, i)))
-
-
 def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
     """The next operation, or a few that belong together: each is drawn when those before it are done."""
     i = rng.randrange(len(m.vcpus))
-    if chance(rng, 0.02):
-        yield from (ticking, offered)[chance(rng, 0.5)](rng, m, i)
-        return
     kind = rng.random()
     clears = assist(m, i) if chance(rng, 0.7) else 0
     if kind < 0.14:
@@ -439,7 +403,7 @@ def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
     elif kind < 0.18:
         yield ("get_msr", i, rng.choice(ALL_MSRS))
     elif kind < 0.36:
-        yield ("wrmsr", i, *msr_and_value(rng, m, i))
+        yield ("wrmsr", i, *by_guest(*msr_and_value(rng, m, i)))
     elif kind < 0.40:
         yield ("rdmsr", i, rng.choice(ALL_MSRS))
     elif kind < 0.50:
@@ -461,6 +425,8 @@ def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
     elif kind < 0.96:
         base = m.vcpus[i].apic_base & ~BOTH
         yield ("set_msr", i, r.MSR_APICBASE, base | rng.choice((0, r.APICBASE_EN, BOTH)))
+    elif kind < 0.9625:
+        yield connection(rng, m)
     elif kind < 0.965:
         yield ("enable_synic", i, rng.randrange(1, 3))
     elif kind < 0.97:
@@ -474,6 +440,19 @@ def draw(rng: random.Random, m: HypervTwins) -> Iterator[Op]:
     else:
         taken = bytes((1, 0, 0, 0, 0x18, rng.choice((0, 0x80, 0xFE)), 0, 0))
         yield ("memory", page(rng, 1.0) + 0x100 * sint(rng, m.pools), rng.choice((bytes(4), bytes(4), taken)))
+
+
+def connection(rng: random.Random, m: HypervTwins) -> Op:
+    """KVM_HYPERV_EVENTFD, mostly of a connection that is in that state."""
+    n = rng.randrange(EVENTFDS)
+    kind = rng.random()
+    if kind < 0.4:
+        return ("signals", n, 0)
+    known = list(m.connections)
+    number = rng.choice(m.pools.connections) if chance(rng, 0.9) else rng.choice((1 << 24, 1 << 31, 2))
+    if kind < 0.75 or not known:
+        return ("connect", n, number)
+    return ("disconnect", n, rng.choice(known) if chance(rng, 0.8) else number)
 
 
 def eoi(rng: random.Random, m: HypervTwins, i: int) -> Op:

@@ -34,7 +34,7 @@ MEMORY_BYTES = DATA_AT + DATA_BYTES
 """Behind it there is no memory: an address from here on is one that KVM cannot read."""
 CS64, DATA, CS32 = 0x08, 0x10, 0x18
 PORT_DONE, PORT_INTERRUPT = 0x10, 0x12
-VECTOR_UD, VECTOR_GP = 6, 13
+VECTOR_NMI, VECTOR_UD, VECTOR_GP = 2, 6, 13
 HALT_NS = 5_000_000
 RUN_NS = 2_000_000_000
 """How long a program may take by the machine's clock, which counts instructions."""
@@ -126,6 +126,7 @@ class WindowsGuest:
         self._device = device
         self.memory: int = device.take_memory()
         self.slots: list[int] = []
+        self._sregs: list[bytes] = []
         device.ask((Ask.MEMORY, 0, struct.pack("<III", vm, self.memory, MEMORY_BYTES)), self.store(0, image()))
         for fd in vcpus:
             self.slots.append(device.take_guest())
@@ -134,6 +135,7 @@ class WindowsGuest:
             device.call(fd, K.GET_SREGS, sregs)
             long_mode(sregs)
             device.call(fd, K.SET_SREGS, sregs)
+            self._sregs.append(bytes(K.ffi.buffer(sregs)))
 
     def close(self) -> None:
         """Gives memory and run areas back."""
@@ -148,6 +150,10 @@ class WindowsGuest:
     def touch(self, i: int) -> Record:
         """Lets the guest write each of its pages."""
         return self.program(i, "touch", rdi=0, rcx=MEMORY_BYTES // 4096, r11=XMM_AT)
+
+    def ready(self, i: int) -> Record:
+        """Lets a vCPU run programs again that an INIT or an NMI has taken away from them."""
+        return (Ask.READY, 0, struct.pack("<II", self.slots[i], 0) + self._sregs[i])
 
     def program(
         self, i: int, name: str, *, interrupts: bool = False, ns: int = RUN_NS, answer: int = 0, **registers: int

@@ -34,25 +34,31 @@ class WindowsProgram:
         self.memory = memory
         self.exits: Exits = []
         self.answer: int = 0
+        self._blocked = False
+        """NMIs were blocked when the program began."""
+        self._clears = 0
+        """Where a handler tests the assist bit, 0: it does not."""
 
     def run(self, op: Op) -> Any:
         """Carries out an operation: what it came to."""
         name, _, *arguments = op
         return getattr(self, name)(*arguments)
 
-    def run_through(self) -> None:
+    def run_through(self) -> Any:
         """Nothing but the OUT."""
-        self._enter()
-        self._out()
+        return self._enter() or self._out()
 
     def take(self, clears: int) -> Any:
         """The vector that comes instead of the program, and whether its handler found the assist bit set."""
-        self._enter(interrupts=True)
-        return self._handled(clears)
+        self._clears = clears
+        return self._enter(interrupts=True) or self._handle(self._taken())
 
     def halt(self, interrupts: bool, clears: int) -> Any:
         """HLT: as `take` for what ended it or came before it, None where it went on, or "asleep"."""
-        self._enter(interrupts=interrupts)
+        self._clears = clears
+        nmi = self._enter(interrupts=interrupts)
+        if nmi is not None:
+            return nmi
         taken = self._taken()
         if taken is None:
             outcome = self.v.exit(SvmExit.HLT)
@@ -60,50 +66,60 @@ class WindowsProgram:
                 return ASLEEP
             self._again(outcome)
             taken = self._taken()
-        return self._handle(taken, clears)
+        return self._nmi() or self._handle(taken)
 
     def window(self, clears: int) -> Any:
         """STI with what waits: the interrupt window opens, and the interrupt comes then."""
-        self._enter()
+        self._clears = clears
+        nmi = self._enter()
+        if nmi is not None:
+            return nmi
         v = self.v
         v.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF
         if v.irq_window:
             self._again(v.exit(SvmExit.VINTR))
-        return self._handle(self._taken(), clears)
+        return self._nmi() or self._handle(self._taken())
 
-    def test_clear(self, at: int) -> bool:
+    def test_clear(self, at: int) -> Any:
         """The guest's own test of its assist bit."""
-        self._enter()
+        self._clears = at
+        nmi = self._enter()
+        if nmi is not None:
+            return nmi
         found = self._clear(at)
         self._out()
         return found
 
     def wrmsr(self, msr: int, value: int) -> Any:
         """WRMSR: "#GP" or None."""
-        self._enter()
-        return self._end(self.v.wrmsr(msr, value))
+        return self._enter() or self._end(self.v.wrmsr(msr, value))
 
     def rdmsr(self, msr: int) -> Any:
         """RDMSR: its value or "#GP"."""
-        self._enter()
+        nmi = self._enter()
+        if nmi is not None:
+            return nmi
         end = self._end(self.v.exit(SvmExit.MSR, info1=0, msr=msr))
         return self.v.read_data if end is None else end
 
     def mmio_write(self, offset: int, value: int) -> Any:
         """A store to the xAPIC page."""
-        self._enter()
-        return self._end(self.v.mmio_write(offset, value))
+        return self._enter() or self._end(self.v.mmio_write(offset, value))
 
     def mmio_read(self, offset: int) -> Any:
         """A load from the xAPIC page."""
-        self._enter()
+        nmi = self._enter()
+        if nmi is not None:
+            return nmi
         value = self.v.mmio_read(offset)
         self._out()
         return value
 
     def hypercall(self, control: int, given: int, output: int, xmm: bytes, narrow: bool, answer: int) -> Any:
         """VMMCALL: what RAX (of 32-bit code EDX:EAX) is then, or "#UD"."""
-        self._enter()
+        nmi = self._enter()
+        if nmi is not None:
+            return nmi
         self.answer = answer
         v = self.v
         registers = {"rax": NO_SUCH_CALL, "rcx": control, "rdx": given, "r8": output}
@@ -125,15 +141,32 @@ class WindowsProgram:
 
     # ------------------------------------------------------------------------------------------------------ its parts
 
-    def _enter(self, *, interrupts: bool = False) -> None:
-        """KVM_RUN as the lab's init prepares it: RUNNABLE, KVM_SET_REGS, which asks for events."""
+    def _enter(self, *, interrupts: bool = False) -> Any:
+        """KVM_RUN as the lab's init prepares it: RUNNABLE, KVM_SET_REGS, which asks for events.
+
+        What the handler of an NMI or of a queued fault ends with, which comes instead of the program, or None.
+        """
         v = self.v
+        self._blocked = v.nmi_masked
+        fault = v.events().exception
         if v.get_mp_state() != R.MP_RUNNABLE:
             v.set_mp_state(R.MP_RUNNABLE)
         load("make_request")(v.machine.handle, v.index, R.REQ_EVENT)
         v.rflags = R.RFLAGS_FIXED | R.RFLAGS_IF * interrupts
         v.machine.mem[v.own + L.K_INTERRUPT] = 0
         self._go_on()
+        nmi = self._nmi()
+        if nmi is None and fault is not None:
+            v.rflags = R.RFLAGS_FIXED
+            return self._fault(fault)
+        return nmi
+
+    def _nmi(self) -> Any:
+        """What the handler of an NMI that was taken since the program began ends with, or None."""
+        if self._blocked or not self.v.nmi_masked:
+            return None
+        self.v.rflags = R.RFLAGS_FIXED
+        return self._handle(R.VECTOR_NMI)
 
     def _go_on(self) -> None:
         while not self.v.run():
@@ -179,14 +212,11 @@ class WindowsProgram:
             self.v.rflags = R.RFLAGS_FIXED
         return vector
 
-    def _handled(self, clears: int) -> Any:
-        return self._handle(self._taken(), clears)
-
-    def _handle(self, vector: int | None, clears: int) -> Any:
+    def _handle(self, vector: int | None) -> Any:
         if vector is None:
             self._out()
             return None
-        found = self._clear(clears) if clears else False
+        found = self._clear(self._clears) if self._clears else False
         self._out(G.PORT_INTERRUPT)
         return vector, found
 
@@ -195,11 +225,23 @@ class WindowsProgram:
         self.memory[at] &= ~1
         return found
 
-    def _end(self, outcome: Outcome) -> str | None:
+    def _end(self, outcome: Outcome) -> Any:
+        """What an instruction came to: its fault, the NMI that came behind it, or None."""
         fault = outcome.fault
         self._again(outcome)
-        self._out(G.PORT_INTERRUPT if fault else G.PORT_DONE)
-        return None if not fault else "#GP" if fault == R.VECTOR_GP else "#UD"
+        nmi = None if fault else self._nmi()
+        if nmi is not None:
+            return nmi
+        if fault:
+            return self._fault(fault)
+        self._out()
+        return None
+
+    def _fault(self, fault: int) -> str:
+        if self._clears:
+            self._clear(self._clears)
+        self._out(G.PORT_INTERRUPT)
+        return "#GP" if fault == R.VECTOR_GP else "#UD"
 
     def _out(self, port: int = G.PORT_DONE) -> None:
         self.v.io_write(port, 0)

@@ -19,13 +19,16 @@ from typing import Any, ClassVar
 from fastexit import hyperv as hv
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.connections import Connection
 from fastexit.kvm import ioctl as K
 from fastexit.kvm.host import Host
 from fastexit.kvm.judge import Judge
 from fastexit.kvm.lab import hvdraw as D
 from fastexit.kvm.lab import hvguest as G
-from fastexit.kvm.lab.device import SEEN, SEEN_BYTES, LabDevice, ioctl_record
+from fastexit.kvm.lab import hvstories as S
+from fastexit.kvm.lab.device import LabDevice, ioctl_record
 from fastexit.kvm.lab.hvmodel import ASLEEP, NO_SUCH_CALL, WindowsProgram
+from fastexit.kvm.lab.hvsurvey import SURVEYED, Eyes, Sight, unlike
 from fastexit.kvm.lab.trace import LabTrace
 from fastexit.kvm.lab.traces import plain, same
 from fastexit.kvm.lab.wire import ANEW, Answer, Ask, Record
@@ -34,6 +37,7 @@ from fastexit.kvm.tracefs import TraceLost
 from fastexit.kvm.twins import Setup, Twins, random_ids
 from fastexit.kvm.values import differences, masked
 from fastexit.machine import Machine
+from fastexit.vcpu import Vcpu
 
 BEGIN_NS = 1_000_000_000_000
 """The clock of both sides at the beginning of a story: KVM_SET_CLOCK says so to the kernel."""
@@ -42,30 +46,13 @@ STEP_NS = 150_000
 PROGRAMS = frozenset("run_through take halt window test_clear wrmsr rdmsr mmio_write mmio_read hypercall".split())
 ASSISTED = frozenset(("take", "window", "halt", "test_clear"))
 """Programs whose last argument says where they test an assist bit, 0: not at all."""
-SURVEYED = (
-    hv.MSR_HV_GUEST_OS_ID,
-    hv.MSR_HV_HYPERCALL,
-    hv.MSR_HV_VP_INDEX,
-    hv.MSR_HV_REFERENCE_TSC,
-    hv.MSR_HV_VP_ASSIST_PAGE,
-    *range(hv.MSR_HV_SCONTROL, hv.MSR_HV_SIMP + 1),
-    *range(hv.MSR_HV_SINT0, hv.MSR_HV_SINT15 + 1),
-    *range(hv.MSR_HV_STIMER0_CONFIG, hv.MSR_HV_STIMER3_COUNT + 1),
-    *range(hv.MSR_HV_CRASH_P0, hv.MSR_HV_TSC_EMULATION_STATUS + 1),
-)
-"""What every look reads; all of it costs nothing to read."""
 CLOCKS = frozenset((hv.MSR_HV_VP_RUNTIME, hv.MSR_HV_TIME_REF_COUNT, hv.MSR_HV_TSC_FREQUENCY, hv.MSR_HV_APIC_FREQUENCY))
 """MSRs whose values depend on the time of day or on the machine: whether they can be read is compared."""
 HEADER = slice(L.H_HYPERV_RULES, L.H_HV_SYNDBG + 7)
 """The VM's words among those that synthetic MSRs are made of."""
 MOST_LINES = 1 << 20
-TIMES_IN_MESSAGE = (24, 32)
-"""Bytes of a timer's message: its expiration and when it was written, in 100 ns."""
 STACK_IN_FLAGS = frozenset(("5.4", "5.6", "5.8", "5.10"))
 """Generations whose kernels are built without zeroes for what a function has not set: so are Debian's up to 5.10."""
-UNUSED_FLAGS = 0xFE << 40
-"""Of the first eight bytes of a message: flags that nobody has named."""
-TOLERANCE = D.MARGIN_NS // 100
 IGNORED_EVENTS = frozenset(("kvm_msi_set_irq", "kvm_wait_lapic_expire"))
 _TIMES = re.compile(
     r"(kvm_hv_stimer_start_(?:periodic|one_shot): vcpu_id \d+ timer \d+) time_now \d+(?: exp_time \d+)?"
@@ -77,21 +64,12 @@ _OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What can be seen of a machine behind an operation."""
-
-    pages: tuple[bytes, ...]
-    states: tuple[tuple[int, ...], ...]
-    """NMIs pending, mp_state."""
-    msrs: tuple[tuple[int, ...], ...]
-    memory: bytes
-
-
-@dataclass(frozen=True)
 class Step:
     """One operation on the model."""
 
     op: Op
+    readied: bool
+    """The vCPU was made ready for the program first: an INIT had taken it away."""
     result: Any
     exits: tuple[tuple[int, ...], ...]
     sight: Sight
@@ -106,6 +84,9 @@ class HypervTwins(Twins):
     test alone. ("hypercall", i, control, input, output, xmm, narrow, answer) is VMMCALL, ``narrow`` by 32-bit code;
     ``answer`` is user space's where it is asked. ("memory", at, bytes) writes the guest's memory, ("sint_routes",
     ((gsi, VP index, SINT), ...)) and ("irq_line", gsi, level) are the lines of SINTs, ("rest", ns) is time that passes.
+    ("connect", n, connection), ("disconnect", n, connection) and ("signals", n, 0) are KVM_HYPERV_EVENTFD with the n-th
+    eventfd. ("ready", i) unblocks NMIs and lets a vCPU run programs again, as is done before a program behind an INIT,
+    ("fault", i, exception) queues a fault for it.
     """
 
     kind = "hyperv"
@@ -121,7 +102,8 @@ class HypervTwins(Twins):
     """Hypercalls that flush TLBs."""
     about: ClassVar[str] = (
         "synthetic MSRs by KVM_SET_MSRS, KVM_GET_MSRS, WRMSR and RDMSR, KVM_CAP_HYPERV_SYNIC, SINT lines, synthetic "
-        "timers, hypercalls, EOIs by all doors and by the assist page, CPUID enforcement; pages, MSRs, messages, exits"
+        "timers, hypercalls, KVM_HYPERV_EVENTFD, NMI, INIT and SIPI, EOIs by all doors and by the assist page, CPUID "
+        "enforcement; pages, MSRs, messages, exits"
     )
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
@@ -135,6 +117,16 @@ class HypervTwins(Twins):
         self.steps: list[Step] = []
         self._memory_seen = b""
         """The data as they were seen last, kept once for all looks that saw them."""
+        self._astray: set[int] = set()
+        """vCPUs that have had an INIT since they were made ready for programs."""
+        self._eventfds: list[int] = [
+            answer.result for answer in self.real.device.ask(*[(Ask.EVENTFD, 0, b"")] * D.EVENTFDS)
+        ]
+        self.connections: dict[int, Connection] = {}
+        """By their numbers, those that have an eventfd."""
+        self._fd_of: dict[int, int] = {}
+        self._signals: list[int] = [0] * D.EVENTFDS
+        """What the model has counted of eventfds whose connections were taken from them."""
         self._drawn: Iterator[Op] = iter(())
         self._ticked = False
         self._read: dict[int, tuple[Any, tuple[int, ...]]] = {}
@@ -152,8 +144,7 @@ class HypervTwins(Twins):
             raise
         self.model.set_time(BEGIN_NS)
         for vcpu in self.model.vcpus:
-            apply(self.model, ("ready", vcpu.index))
-            vcpu.real_mode = False
+            self._ready(vcpu)
         self._see()
 
     def _open_trace(self) -> None:
@@ -170,6 +161,9 @@ class HypervTwins(Twins):
         if guest is not None:
             guest.close()
             self._guest = None
+        for fd in getattr(self, "_eventfds", ()):
+            self._device.close(fd)
+        self._eventfds = []
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
@@ -198,7 +192,7 @@ class HypervTwins(Twins):
 
     def draw_op(self, rng: random.Random) -> Op:
         while (op := next(self._drawn, None)) is None:
-            self._drawn = D.draw(rng, self)
+            self._drawn = S.draw(rng, self)
         return op
 
     # ------------------------------------------------------------------------------------------------- what is done
@@ -209,6 +203,9 @@ class HypervTwins(Twins):
         model = self.model
         advance(model, model.time + (op[1] if op[0] == "rest" else STEP_NS))
         exits: list[tuple[int, ...]] = []
+        readied = op[0] in PROGRAMS and op[1] in self._astray
+        if readied:
+            self._ready(model.vcpus[op[1]])
         if self.witness is not None:
             model.trace.clear()
             model.trace.enable()
@@ -218,7 +215,13 @@ class HypervTwins(Twins):
             if self.witness is not None:
                 model.trace.disable()
         lines = tuple(model.trace.lines()) if self.witness is not None else ()
-        self.steps.append(Step(op, result, tuple(exits), self._see(), lines))
+        self.steps.append(Step(op, readied, result, tuple(exits), self._see(), lines))
+
+    def _ready(self, vcpu: Vcpu) -> None:
+        """Lets a vCPU run programs, as LabDevice's record READY does."""
+        apply(self.model, ("ready", vcpu.index))
+        vcpu.real_mode = False
+        self._astray.discard(vcpu.index)
 
     def _on_model(self, op: Op, exits: list[tuple[int, ...]]) -> Any:
         name, *arguments = op
@@ -232,6 +235,12 @@ class HypervTwins(Twins):
         if name == "sint_routes":
             self.routes = tuple(gsi for gsi, _, _ in arguments[0])
             return self._route(arguments[0])
+        if name == "fault":
+            return model.vcpus[arguments[0]].set_events(exception=arguments[1])
+        if name == "ready":
+            return self._ready(model.vcpus[arguments[0]])
+        if name in ("connect", "disconnect", "signals"):
+            return self._on_connection(*op)
         if name == "irq_line":
             return model.irq_line(arguments[0], int(arguments[1]))
         if name == "enable_synic":
@@ -245,6 +254,26 @@ class HypervTwins(Twins):
         result = apply(model, op)
         return "a clock" if name == "get_msr" and arguments[1] in CLOCKS and result is not None else result
 
+    def _on_connection(self, name: str, n: int, number: int) -> Any:
+        """KVM_HYPERV_EVENTFD with the n-th eventfd, or what that has been signalled since it was read last."""
+        if name == "signals":
+            here = [one for one in self.connections.values() if self._fd_of[one.number] == n]
+            signals, self._signals[n] = self._signals[n], 0
+            return signals + sum(one.take() for one in here)
+        if name == "connect":
+            try:
+                self.connections[number] = self.model.hyperv_eventfd(number)
+            except ValueError:
+                return "EINVAL"
+            self._fd_of[number] = n
+            return None
+        one = self.connections.pop(number, None)
+        if one is None:
+            return "EINVAL"
+        self._signals[self._fd_of.pop(number)] += one.take()
+        one.close()
+        return None
+
     def _route(self, pairs: tuple[tuple[int, int, int], ...]) -> None:
         self.model.set_gsi_routing([("hv_sint", gsi, vp, sint) for gsi, vp, sint in pairs])
 
@@ -252,6 +281,7 @@ class HypervTwins(Twins):
         """What the model looks like; views for drawing are made anew."""
         vcpus = self.model.vcpus
         pages = tuple(vcpu.get_lapic() for vcpu in vcpus)
+        states = tuple(tuple(self._state(vcpu)) for vcpu in vcpus)
         for view, page, vcpu in zip(self.vcpus, pages, vcpus, strict=True):
             view.page, view.apic_base = page, vcpu.apic_base
         memory = bytes(self.memory[G.DATA_AT :])
@@ -260,10 +290,20 @@ class HypervTwins(Twins):
         self._memory_seen = memory
         return Sight(
             pages,
-            tuple((vcpu.events().nmi_pending, int(vcpu.get_mp_state())) for vcpu in vcpus),
+            states,
             tuple(self._msrs(vcpu) for vcpu in vcpus),
             memory,
         )
+
+    def _state(self, vcpu: Vcpu) -> Iterator[int]:
+        """KVM_GET_VCPU_EVENTS and then KVM_GET_MP_STATE, which carries out an INIT."""
+        events = vcpu.events()
+        yield events.nmi_pending
+        yield int(events.nmi_masked)
+        yield int(events.latched_init)
+        yield int(vcpu.get_mp_state())
+        if events.latched_init:
+            self._astray.add(vcpu.index)
 
     def _msrs(self, vcpu: Any) -> tuple[int, ...]:
         """The synthetic MSRs that can be read, asked for anew where a word that they are made of has changed."""
@@ -310,6 +350,8 @@ class HypervTwins(Twins):
         reads: list[Record] = [(Ask.READ, 0, struct.pack("<II", self._device.pipe, 1 << 16))] if self._traced else []
         clock_record: Record = (Ask.CLOCK, 0, b"")
         for step in self.steps:
+            if step.readied:
+                records.append(guest.ready(step.op[1]))
             if step.op[0] == "hypercall":
                 records.append(guest.store(G.XMM_AT, step.op[5]))
             records += [*reads, self._record(step.op), *reads, survey, clock_record]
@@ -319,8 +361,8 @@ class HypervTwins(Twins):
         eyes = Eyes(len(self._fds))
         eyes.see(next(answers))
         for number, step in enumerate(self.steps, 1):
-            for _ in range(len(reads) + (step.op[0] == "hypercall")):
-                next(answers)
+            for _ in range(step.readied + len(reads) + (step.op[0] == "hypercall")):
+                self._came_through(next(answers), (Ask.READY, 0, b""))
             answer = next(answers)
             lines = next(answers).data.decode(errors="replace").splitlines() if reads else []
             seen = eyes.see(next(answers))
@@ -334,7 +376,7 @@ class HypervTwins(Twins):
 
     def _came_through(self, answer: Answer, record: Record) -> None:
         if answer.result < 0:
-            raise OSError(-answer.result, f"record {record[0].name} failed before the story began")
+            raise OSError(-answer.result, f"record {record[0].name} failed")
 
     def _survey(self) -> Record:
         assert self._guest is not None
@@ -356,6 +398,15 @@ class HypervTwins(Twins):
         if name == "irq_line":
             line = K.ffi.new("struct kvm_irq_level *", {"irq": arguments[0], "level": arguments[1]})
             return ioctl_record(self.real.fd, K.IRQ_LINE_STATUS, line)
+        if name in ("connect", "disconnect"):
+            n, number = arguments
+            flags = K.HYPERV_EVENTFD_DEASSIGN if name == "disconnect" else 0
+            eventfd = K.ffi.new(
+                "struct kvm_hyperv_eventfd *", {"conn_id": number, "fd": self._eventfds[n], "flags": flags}
+            )
+            return ioctl_record(self.real.fd, K.HYPERV_EVENTFD, eventfd)
+        if name == "signals":
+            return (Ask.READ, 0, struct.pack("<II", self._eventfds[arguments[0]], 8))
         if name == "signal_msi":
             address, data = arguments
             message = {"address_lo": address & 0xFFFF_FFFF, "address_hi": address >> 32, "data": data}
@@ -364,6 +415,11 @@ class HypervTwins(Twins):
         if name in PROGRAMS:
             return self._program(guest, name, i, *rest)
         fd = self._fds[i]
+        if name == "ready":
+            return guest.ready(i)
+        if name == "fault":
+            events = K.ffi.new("struct kvm_vcpu_events *", {"exception": {"injected": 1, "nr": rest[0]}})
+            return ioctl_record(fd, K.SET_VCPU_EVENTS, events)
         if name == "enable_synic":
             cap = K.CAP_HYPERV_SYNIC if rest[0] == 1 else K.CAP_HYPERV_SYNIC2
             return ioctl_record(fd, K.ENABLE_CAP, K.ffi.new("struct kvm_enable_cap *", {"cap": cap}))
@@ -417,7 +473,7 @@ class HypervTwins(Twins):
             if masked(page) != masked(other):
                 raise self._at(number, f"{told}: vCPU {i}: {differences(masked(page), masked(other))}")
         for i, (state, other_state) in enumerate(zip(expected.states, seen.states, strict=True)):
-            self._same(number, f"{told}: vCPU {i} NMIs pending and mp_state", state, other_state)
+            self._same(number, f"{told}: vCPU {i} NMIs pending, blocked, INIT pending, mp_state", state, other_state)
         for i, (msrs, others) in enumerate(zip(expected.msrs, seen.msrs, strict=True)):
             for msr, value, other_value in zip_longest(SURVEYED, msrs, others):
                 if value != other_value:
@@ -463,6 +519,8 @@ class HypervTwins(Twins):
             return (struct.unpack_from("<i", answer.data)[0] if result >= 0 else "refused"), ()
         if result < 0:
             return "EINVAL", ()
+        if name == "signals":
+            return int.from_bytes(answer.data, "little"), ()
         if name == "set_msr":
             return result == 1, ()
         if name == "get_msr":
@@ -481,7 +539,7 @@ class HypervTwins(Twins):
             result = ASLEEP
         elif came.vector in (G.VECTOR_GP, G.VECTOR_UD):
             result = "#GP" if came.vector == G.VECTOR_GP else "#UD"
-        elif came.vector is not None:
+        elif came.vector is not None:  # an NMI's handler, too, in any program
             result = came.vector, bool(regs["r14"] & 1)
         elif name == "test_clear":
             result = bool(regs["r14"] & 1)
@@ -506,72 +564,12 @@ class HypervTwins(Twins):
         return found
 
 
-class Eyes:
-    """What surveys have shown so far: each tells only what has changed."""
-
-    def __init__(self, vcpus: int) -> None:
-        self._seen = [bytearray(SEEN_BYTES) for _ in range(vcpus)]
-        self._msrs = [bytearray(8 * len(SURVEYED)) for _ in range(vcpus)]
-        self._memory = bytearray(G.DATA_BYTES)
-
-    def see(self, answer: Answer) -> Sight:
-        """What a survey's answer adds up to."""
-        if answer.result < 0:
-            raise OSError(-answer.result, "a look failed")
-        words = memoryview(answer.data).cast("I")
-        at = 0
-        counts = []
-        for seen, msrs in zip(self._seen, self._msrs, strict=True):
-            at = _apply(words, at, seen)
-            counts.append(words[at])
-            at = _apply(words, at + 1, msrs)
-        _apply(words, at, self._memory)
-        nmi, state = SEEN[K.GET_VCPU_EVENTS][0] + 13, SEEN[K.GET_MP_STATE][0]
-        return Sight(
-            tuple(bytes(seen[: r.LAPIC_PAGE_BYTES]) for seen in self._seen),
-            tuple((seen[nmi], struct.unpack_from("<I", seen, state)[0]) for seen in self._seen),
-            tuple(
-                struct.unpack(f"<{count}Q", msrs[: 8 * count]) for count, msrs in zip(counts, self._msrs, strict=True)
-            ),
-            bytes(self._memory),
-        )
-
-
-def _apply(words: memoryview, at: int, to: bytearray) -> int:
-    """Applies a list of changed dwords, of which the first word says how many; where the next one begins."""
-    count = words[at]
-    dwords = memoryview(to).cast("I")
-    for n in range(at + 1, at + 1 + 2 * count, 2):
-        dwords[words[n]] = words[n + 1]
-    return at + 1 + 2 * int(count)
-
-
 def sint_routes(pairs: tuple[tuple[int, int, int], ...]) -> Any:
     """KVM_SET_GSI_ROUTING of lines of SINTs: (gsi, VP index, SINT) of each."""
     table = K.ffi.new("struct sint_routing_table *", {"nr": len(pairs)})
     for entry, (gsi, vp, sint) in zip(table.entries, pairs, strict=False):
         entry.gsi, entry.type, entry.vcpu, entry.sint = gsi, K.ROUTE_HV_SINT, vp, sint
     return table
-
-
-def unlike(expected: bytes, got: bytes, leaks: bool = False) -> int | None:
-    """Where two memories differ, None if it is only in the times of messages, by less than a story's uncertainty.
-
-    ``leaks``: nor does what a kernel's stack had count, in the flags of a message that is in another one's way.
-    """
-    for page in range(0, len(expected), 4096):
-        if expected[page : page + 4096] == got[page : page + 4096]:
-            continue
-        for at in range(page, page + 4096, 8):
-            one, two = (struct.unpack_from("<Q", memory, at)[0] for memory in (expected, got))
-            if one == two:
-                continue
-            if leaks and at % hv.HV_MESSAGE_BYTES == 0 and not (one ^ two) & ~UNUSED_FLAGS:
-                continue
-            is_time = at % hv.HV_MESSAGE_BYTES in TIMES_IN_MESSAGE
-            if not is_time or abs(one - two) > TOLERANCE:
-                return at
-    return None
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -26,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE, PROGRAM, SURVEY, LIVE };
+enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE, PROGRAM, SURVEY, LIVE, EVENTFD, MAKE_READY };
 enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000, EXITS = 16, MSRS = 64 };
 enum { LOOK_STATES = 1, LOOK_SREGS = 2, SET_REGS = 1, ANEW = 1 };
 
@@ -502,6 +503,12 @@ static void carry_out(const struct record *record)
 		break;
 	case LIVE:
 		do_live(payload);
+		break;
+	case EVENTFD:
+		put(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), 0);
+		break;
+	case MAKE_READY:
+		do_make_ready(payload);
 		break;
 	case QUIT:
 		reboot(RB_POWER_OFF);

@@ -96,3 +96,29 @@ static void do_program(const uint8_t *payload)
 	memcpy(bytes + sizeof out, exits, out.exits * sizeof *exits);
 	put(0, sizeof out + out.exits * sizeof *exits);
 }
+
+/* Brings a vCPU that an INIT or an NMI has taken away back to where programs run: no NMI, RUNNABLE, these segments and
+ * control registers, with the APICBASE and CR8 that it has. */
+static void do_make_ready(const uint8_t *payload)
+{
+	struct { uint32_t slot, unused; struct kvm_sregs sregs; } in;
+	struct kvm_vcpu_events events = { .flags = KVM_VCPUEVENT_VALID_NMI_PENDING };
+	struct kvm_mp_state state;
+	struct kvm_sregs now;
+	int fd;
+
+	memcpy(&in, payload, sizeof in);
+	fd = guests[in.slot].fd;
+	if (ioctl(fd, KVM_SET_VCPU_EVENTS, &events) || ioctl(fd, KVM_GET_MP_STATE, &state)) {
+		put(-1, 0);
+		return;
+	}
+	state.mp_state = KVM_MP_STATE_RUNNABLE;
+	if (ioctl(fd, KVM_SET_MP_STATE, &state) || ioctl(fd, KVM_GET_SREGS, &now)) {
+		put(-1, 0);
+		return;
+	}
+	in.sregs.apic_base = now.apic_base;
+	in.sregs.cr8 = now.cr8;
+	put(ioctl(fd, KVM_SET_SREGS, &in.sregs), 0);
+}

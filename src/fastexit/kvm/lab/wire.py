@@ -53,6 +53,8 @@ class Ask(IntEnum):
     PROGRAM = 18
     SURVEY = 19
     LIVE = 20
+    EVENTFD = 21
+    READY = 22
 
 
 LOOK_STATES, LOOK_SREGS, SET_REGS, ANEW = 1, 2, 1, 1
