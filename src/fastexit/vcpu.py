@@ -196,7 +196,8 @@ class Vcpu(VcpuIoctls):
         length = self._loop.vendor.rows[reason].length
         code = self._loop.run_exit(self, Exit(reason, args=args, xmm=_halves(xmm), length=length))
         if code & CODE_FAULT:
-            raise InvalidOpcode(f"hypercall {control:#x} on vCPU {self.index}: #UD")
+            why = ", for it is in real mode: boot_x2apic and real_mode = False end that" if self.real_mode else ""
+            raise InvalidOpcode(f"hypercall {control:#x} on vCPU {self.index}: #UD{why}")
         return 0 if code & CODE_USER else self.read_data
 
     def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
