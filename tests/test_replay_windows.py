@@ -25,32 +25,12 @@ from fastexit.trace.doors import Doing, Door
 from fastexit.trace.render import render
 from fastexit.trace.replay import replay
 from fastexit.trace.report import IcrClass, Report
+from framed import exit_line, recorded
+
+__all__ = ["recorded"]
 
 WINDOWS = Path(__file__).parent / "data" / "windows"
 NONE_FAST = dict.fromkeys(fx.profiles(), 0)
-RIP = "rip 0xfffff80653f32daf info1 0x0 info2 0x0 intr_info 0x00000000 error_code 0x00000000"
-
-
-def exit_line(reason: str, vcpu: int = 0) -> tuple[int, str]:
-    return vcpu, f"kvm_exit: vcpu {vcpu} reason {reason} {RIP}"
-
-
-@pytest.fixture
-def recorded(tmp_path: Path) -> Callable[..., Report]:
-    """Replays lines of (vCPU or -1 for the VMM's main thread, text), all vCPUs' entries in front."""
-
-    def run(*lines: tuple[int, str], vcpus: int = 3, **options: object) -> Report:
-        entries = [(vcpu, f"kvm_entry: vcpu {vcpu}, rip 0x1") for vcpu in range(vcpus)]
-        path = tmp_path / "trace.txt"
-        path.write_text(
-            "".join(
-                f"  {'qemu' if vcpu < 0 else f'CPU {vcpu}/KVM'}-{100 + vcpu} (  99) [000] ..... 10.{i:06d}: {text}\n"
-                for i, (vcpu, text) in enumerate([*entries, *lines])
-            )
-        )
-        return replay(path, **options)  # type: ignore[arg-type]
-
-    return run
 
 
 def doors(report: Report) -> dict[tuple[Doing, Door], int]:
@@ -617,6 +597,7 @@ def test_a_vector_that_comes_again_while_it_is_injected(recorded: Callable[..., 
 # ------------------------------------------------------------------------------------------------- real kernels' traces
 
 RECORDED = ("6.1-xapic", "6.12-xapic", "6.18-x2apic", "7.3-x2apic")
+OF_TIMERS = ("stimer_start_periodic", "stimer_start_one_shot", "stimer_callback", "stimer_cleanup", "stimer_expiration")
 OF_WRITES_AND_EOIS = ("synic_set_msr", "synic_send_eoi", "notify_acked_sint", "stimer_set_config", "stimer_set_count")
 
 
@@ -646,6 +627,7 @@ def test_a_real_kernels_trace(name: str) -> None:
         assert vm.hv_results.exact == vm.hv_results.total > vm.hv_sends.total
         assert lines["kvm_hv_hypercall"] == told[Count.IPI_CALL] + told[Count.SPIN_WAIT]
         assert vm.hv_lines.exact == vm.hv_lines.total >= sum(lines[f"kvm_hv_{one}"] for one in OF_WRITES_AND_EOIS)
+        assert vm.hv_timers.exact == vm.hv_timers.total == sum(lines[f"kvm_hv_{one}"] for one in OF_TIMERS) > 200
         assert all(use.fast.get(kernel, 0) == 0 for use in vm.door_uses for kernel in fx.profiles())
 
 
@@ -657,6 +639,11 @@ def test_a_real_kernels_trace(name: str) -> None:
         (r"(kvm_hv_stimer_set_config: vcpu_id 1 timer 0 config) 0x\w+", r"\1 0x0", "kvm_hv_stimer_set_config"),
         (r"(kvm_hv_notify_acked_sint: vcpu_id 1 sint) 4", r"\1 5", "kvm_hv_notify_acked_sint"),
         (r"(kvm_hv_send_ipi: vector e1 processor_mask) 0x\w+", r"\1 0x0", "kvm_apic_accept_irq"),
+        (r"(kvm_hv_stimer_start_periodic: .* exp_time \d+)(\d)", r"\g<1>9\2", "kvm_hv_stimer_start_periodic"),
+        (r"(kvm_hv_stimer_start_one_shot: .* count) (\d+)", r"\1 1\2", "kvm_hv_stimer_start_one_shot"),
+        (r"(kvm_hv_stimer_expiration: vcpu_id 2 timer 0 direct) 1", r"\1 0", "kvm_hv_stimer_expiration"),
+        (r".*kvm_hv_stimer_start_periodic: .*\n", "", "kvm_hv_stimer_callback"),
+        (r"(kvm_hv_stimer_set_count.*\n).*kvm_hv_stimer_cleanup.*\n", r"\1", "kvm_hv_stimer_cleanup"),
     ],
 )
 def test_a_forged_line_of_a_real_trace_is_found(tmp_path: Path, old: str, new: str, event: str) -> None:

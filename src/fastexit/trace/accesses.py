@@ -18,7 +18,7 @@ from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.trace.arrivals import Arrival, Arriving
 from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Doing, Door, door_of_exit
-from fastexit.trace.events import STIMER, Event, Kind
+from fastexit.trace.events import STIMER, Event, Kind, expiration
 from fastexit.trace.reader import Batch, Task
 
 WINDOW = 1 << 14
@@ -210,6 +210,8 @@ class Assembler:
         self._held: deque[list[Any]] = deque()
         self.strays: int = 0
         self.stray_deadlines: int = 0
+        self.timers: Callable[..., None] | None = None
+        """Takes lines of synthetic timers from threads that have no lane: an hrtimer fires on any, the idle one too."""
 
     def feed(self, batch: Batch) -> None:
         """A batch of lines."""
@@ -225,6 +227,8 @@ class Assembler:
             if lane is None:
                 self.strays += kind == _ACCEPT
                 self.stray_deadlines += kind == _DEADLINE
+                if kind == _HYPERV and event.text and self.timers is not None:
+                    self._call(self.timers, line, event)
                 continue
             if lane.sent:
                 for arrival in lane.sent:
@@ -438,6 +442,8 @@ class Assembler:
             return
         if event.kind == _RAISED:
             self._raised(lane, event)
+            if event.text == STIMER:
+                self._call(lane.sink.hyperv, line, expiration(event))
             return
         if event.kind == _HYPERV:
             if event.text:

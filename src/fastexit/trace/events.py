@@ -275,11 +275,24 @@ def _synic(name: str, payload: bytes) -> Event | None:
 
 def _expired(name: str, payload: bytes) -> Event | None:
     match = _EXPIRED.fullmatch(payload)
-    return _EVENTS[Kind.RAISED, name, int(match[1]), -1, 0, STIMER] if match else None
+    if match is None:
+        return None
+    result = int(match[4])
+    return _EVENTS[
+        Kind.RAISED, name, int(match[1]), -1, (result & 0xFF) << 8 | int(match[3]) << 4 | int(match[2]), STIMER
+    ]
+
+
+def expiration(event: Event) -> Event:
+    """A kvm_hv_stimer_expiration as a line of its own, from the event that says who raised an interrupt."""
+    result = (event.c >> 8 ^ 0x80) - 0x80
+    text = f"vcpu_id {event.a} timer {event.c & 0xF} direct {event.c >> 4 & 1} send result {result}"
+    return Event(Kind.HYPERV, event.name, -1, 0, 0, text)
 
 
 def _hyperv(name: str, payload: bytes) -> Event:
-    return _EVENTS[Kind.HYPERV, name, -1, 0, 0, payload.decode("ascii", "replace") if name in ACTED else ""]
+    told = name in ACTED or name in TIMED
+    return _EVENTS[Kind.HYPERV, name, -1, 0, 0, payload.decode("ascii", "replace") if told else ""]
 
 
 ACTED = frozenset(
@@ -287,6 +300,11 @@ ACTED = frozenset(
     for name in "notify_acked_sint synic_send_eoi synic_set_msr stimer_set_config stimer_set_count".split()
 )
 """Lines that a guest's own EOI or write of a synthetic MSR prints at once; the rest comes when time has passed."""
+TIMED = frozenset(
+    "kvm_hv_stimer_" + name
+    for name in "set_config set_count start_periodic start_one_shot callback cleanup expiration".split()
+)
+"""Lines of synthetic timers: of writes of their registers, and of what comes when time has passed."""
 SYNIC, STIMER = "SynIC", "Hyper-V timer"
 """Who raised an interrupt, in the text of an event of kind RAISED."""
 

@@ -9,10 +9,11 @@ from fastexit import regs as R
 from fastexit.machine import Machine
 from fastexit.trace.accesses import Lane
 from fastexit.trace.doors import Doing, Door
-from fastexit.trace.events import STIMER, SYNIC, Event
+from fastexit.trace.events import STIMER, SYNIC, TIMED, Event
 from fastexit.trace.generations import Generations
 from fastexit.trace.guestvcpu import TIMER, GuestVcpu
 from fastexit.trace.report import DoorUse, Mismatch, Mismatches, VmReport
+from fastexit.trace.stimerlines import StimerLines
 from fastexit.trace.threads import Vm
 
 DEVICE = "device thread"
@@ -77,6 +78,7 @@ class Guest:
         self.by_decimal: int = 0
         self._decide_hv_timer(vm, hv_timer, vendor)
         self.generations: Generations = Generations(self.machine, ids, irqchip, api, self.report.hv_timer, kernels)
+        self.stimers: StimerLines = StimerLines(self)
         self.lanes: dict[int, Lane] = {}
         self._mismatches = mismatches
         self.vcpus: list[GuestVcpu] = [GuestVcpu(self, v) for v in self.machine.vcpus]
@@ -227,6 +229,11 @@ class Device:
             self._guest.report.other_accepts = +causes
         self._last = -1
 
+    def hyperv(self, line: int, event: Event) -> None:
+        """A synthetic timer's hrtimer fires on any thread."""
+        if event.name in TIMED:
+            self._guest.stimers.seen(line, event)
+
     def nothing(self, *args: object) -> None:
         """Whatever else such a thread shows."""
 
@@ -239,7 +246,6 @@ class Device:
     deadline: ClassVar[Callable[..., None]] = nothing
     call: ClassVar[Callable[..., None]] = nothing
     synthetic: ClassVar[Callable[..., None]] = nothing
-    hyperv: ClassVar[Callable[..., None]] = nothing
     count: ClassVar[Callable[..., None]] = nothing
     ran: ClassVar[Callable[..., None]] = nothing
     reached: ClassVar[Callable[..., None]] = nothing

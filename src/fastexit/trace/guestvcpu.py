@@ -14,7 +14,7 @@ from fastexit import regs as R
 from fastexit.trace.accesses import Access, Lane, Via
 from fastexit.trace.arrivals import Injections, not_pending, vectored
 from fastexit.trace.doors import DOING_OF_REGISTER, REGISTER_OF_SYNTHETIC, Doing, Door, doing_of_synthetic
-from fastexit.trace.events import Event
+from fastexit.trace.events import ACTED, TIMED, Event
 from fastexit.trace.hypercall import Hypercall
 from fastexit.trace.hypervlines import HypervLines
 from fastexit.trace.report import FAULTED, call_class, icr_class
@@ -193,7 +193,9 @@ class GuestVcpu:
             self._hyperv.written(line, msr, value, fault)
 
     def hyperv(self, line: int, event: Event) -> None:
-        if self._hyperv is not None:
+        if event.name in TIMED:
+            self._guest.stimers.seen(line, event)
+        if self._hyperv is not None and event.name in ACTED:
             self._hyperv.seen(line, event)
 
     def apicbase(self, line: int, value: int, fault: bool) -> None:

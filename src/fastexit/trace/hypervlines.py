@@ -1,7 +1,7 @@
 """SynIC and synthetic timers of one replayed vCPU: the kvm_hv_* lines of its EOIs and MSR writes, against the model's.
 
 KVM prints them before the kvm_msr line of the write that causes them, and behind the kvm_eoi line of an EOI. What a
-timer prints when its time has come depends on a clock that no line shows; it is not predicted.
+timer prints when its time has come is stimerlines.py's.
 """
 
 from __future__ import annotations

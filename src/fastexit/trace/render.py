@@ -140,7 +140,8 @@ def _predictions(vm: VmReport) -> Table:
         table.add_row(f"kvm_apic_accept_irq, caused by: {escape(cause)}", f"{n:,}", "", "not IPIs")
     row("kvm_hv_send_ipi", vm.hv_sends)
     row("kvm_hv_hypercall_done", vm.hv_results)
-    row("kvm_hv_*, SynIC and synthetic timers", vm.hv_lines)
+    row("kvm_hv_*, SynIC and writes of synthetic timers", vm.hv_lines)
+    row("kvm_hv_stimer_*, timers that run", vm.hv_timers)
     row("kvm_eoi", vm.eoi)
     if vm.host_eois:
         table.add_row("  of them the recorded host's own EOI at injection", f"{vm.host_eois:,}", "", "")

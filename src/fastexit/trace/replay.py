@@ -109,6 +109,9 @@ def replay(
         lanes |= {clues.task: guest.lanes[vcpu] for vcpu, clues in vm.vcpus.items() if clues}
         lanes |= {task: Lane(Device(guest), -1, guest.lanes) for task in vm.others}
     assembler = Assembler(lanes, eois=Kind.EOI in survey.kinds)
+    if len(guests) == 1:
+        guests[0].stimers.alone = True
+        assembler.timers = Device(guests[0]).hyperv
     for batch in reader.again(kept, done.add):
         assembler.feed(batch)
     assembler.finish()

@@ -186,7 +186,7 @@ class VmReport:
         hyperv: kvm_hv lines or synthetic MSRs: the guest uses Hyper-V's interface. windows: RIPs of Windows's kernel.
         hv_sends, hv_results: kvm_hv_send_ipi(_ex) and kvm_hv_hypercall_done lines of IPI hypercalls, as far as the
             lines before them tell what they must be. hv_lines: other kvm_hv_* lines that a guest's EOI or MSR write
-            prints.
+            prints. hv_timers: what synthetic timers print when they are started, run out and end.
         classes: IcrClass -> writes.
         vectors: (vector, shorthand) of Fixed and lowest-priority IPIs -> writes.
         sent: (sender, target) vCPU ids -> interrupts that IPIs delivered.
@@ -217,6 +217,7 @@ class VmReport:
     hv_sends: Lines = field(default_factory=Lines)
     hv_results: Lines = field(default_factory=Lines)
     hv_lines: Lines = field(default_factory=Lines)
+    hv_timers: Lines = field(default_factory=Lines)
     classes: Counter[IcrClass] = field(default_factory=Counter)
     vectors: Counter[tuple[int, str]] = field(default_factory=Counter)
     sent: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -263,6 +264,7 @@ class VmReport:
             "kvm_hv_send_ipi": self.hv_sends.as_dict(),
             "kvm_hv_hypercall_done": self.hv_results.as_dict(),
             "kvm_hv_other": self.hv_lines.as_dict(),
+            "kvm_hv_stimer": self.hv_timers.as_dict(),
             "faults": self.faults.as_dict(),
             "kvm_eoi": {**self.eoi.as_dict(), "by_recorded_host": self.host_eois},
             "register_reads": self.reads.as_dict(),
