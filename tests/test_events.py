@@ -268,16 +268,20 @@ def test_nmis_are_counted_to_two() -> None:
     assert m.vcpus[2].events().nmi_pending == 1
 
 
-def test_nmi_masks_the_next() -> None:
-    """The entry injects one NMI and masks further ones: what comes meanwhile is kept, one deep."""
-    m = booted()
+@pytest.mark.parametrize(("vendor", "info"), [("vmx", "0x80000202"), ("svm", "0x80000200")])
+def test_nmi_masks_the_next(vendor: str, info: str) -> None:
+    """The entry injects one NMI and masks further ones: what comes meanwhile is kept, one deep.
+
+    SVM's event injection names no vector for it, as kvm_amd of 6.18.15 printed in the lab.
+    """
+    m = booted(vendor=vendor)
     v = m.vcpus[1]
     run(v)
     assert send(m, 1, delivery=NMI).effects == fx.Effect.KICK
     send(m, 1, delivery=NMI)
     m.trace.enable()
     run(v)
-    assert " intr_info 0x80000202 " in m.trace.lines()[-1]
+    assert f" intr_info {info} " in m.trace.lines()[-1]
     events = v.events()
     assert (events.nmi_masked, events.nmi_pending) == (True, 1)
     send(m, 1, delivery=NMI)

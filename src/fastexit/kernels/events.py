@@ -205,6 +205,13 @@ def accept_events(m, v):
     return events
 
 
+@kernel("u8(words)")
+def _nmi_info(m):
+    """What an entry that injects an NMI is told: svm_inject_nmi names no vector, vmx_inject_nmi names 2."""
+    vector = k.ZERO if m[k.H_CONFIG] & k.CONFIG_SVM else VECTOR_NMI
+    return INTR_INFO_VALID | INTR_TYPE_NMI | vector
+
+
 @kernel("u8(words, u8, u8)")
 def requeue(m, v, info):
     """vmx_complete_interrupts: an event whose delivery did not finish is injected again by the next entry.
@@ -218,7 +225,7 @@ def requeue(m, v, info):
     kind = info & INTR_TYPE
     again = info & (INTR_INFO_VALID | INTR_TYPE | k.ICR_VECTOR)
     if kind == INTR_TYPE_NMI:
-        again = INTR_INFO_VALID | INTR_TYPE_NMI | VECTOR_NMI
+        again = _nmi_info(m)
         if not m[k.H_CONFIG] & k.CONFIG_SVM:
             m[row + k.K_NMI_MASKED] = k.ZERO
     elif kind == INTR_TYPE_EXCEPTION or kind == INTR_TYPE_SOFT_EXCEPTION:
@@ -325,7 +332,7 @@ def _inject_nmi(m, v, can_inject):
     if nmi_allowed(m, v):
         m[row + k.K_NMI_PENDING] = m[row + k.K_NMI_PENDING] - k.ONE
         m[row + k.K_NMI_MASKED] = k.ONE
-        m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_NMI | VECTOR_NMI
+        m[row + k.K_ENTRY_INFO] = _nmi_info(m)
     if m[row + k.K_NMI_PENDING]:
         m[row + k.K_NMI_WINDOW] = k.ONE
     return k.ONE
