@@ -46,7 +46,7 @@ class WindowsProgram:
 
     def run_through(self) -> Any:
         """Nothing but the OUT."""
-        return self._enter() or self._out()
+        return self._enter() or self._handle(None)
 
     def take(self, clears: int) -> Any:
         """The vector that comes instead of the program, and whether its handler found the assist bit set."""
