@@ -882,6 +882,7 @@ class Vcpu(Doors):
         self.before_smm = self.rip, self.rflags, self.nmi_masked
         self.smm = self.nmi_masked = True
         self.rip, self.rflags, self.shadow = 0x8000, r.RFLAGS_FIXED, 0
+        self.requests.add("EVENT")  # as always when KVM sets RFLAGS
 
     def rsm(self) -> None:
         """The guest leaves system management mode; ValueError where it is not in it."""

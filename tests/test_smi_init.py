@@ -325,3 +325,18 @@ def test_user_spaces_smi_needs_smm() -> None:
     with pytest.raises(ValueError, match=r"KVM_SMI.*ENOTTY"):
         booted(smm=False, kernel="6.18").vcpus[1].smi()
     booted(smm=False, kernel="5.10").vcpus[1].smi()
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_what_waits_behind_an_smi_forces_no_exit(vendor: str) -> None:
+    """enter_smm sets RFLAGS, which asks for an EVENT: the entry is cancelled, and the NMI then asks for its window."""
+    m = booted(vendor)
+    v = m.vcpus[1]
+    v.nmi()
+    v.smi()
+    m.trace.enable()
+    assert v.run()
+    entries = [line for line in m.trace.lines() if line.startswith("kvm_entry")]
+    assert len(entries) == 1
+    assert "immediate" not in entries[0]
+    assert (v.smm, v.nmi_window, v.events().nmi_pending) == (True, True, 1)

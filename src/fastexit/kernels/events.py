@@ -58,7 +58,11 @@ def process_smi(m, v):
 
 @kernel("u8(words, u8)")
 def enter_smm(m, v):
-    """enter_smm: the state that matters here is saved, NMIs are masked."""
+    """enter_smm: the state that matters here is saved, NMIs are masked.
+
+    New RFLAGS ask for an EVENT (kvm_set_rflags), which cancels the entry: what waits behind the SMI is looked at again,
+    and asks for a window where it would have forced an exit.
+    """
     row = own(m, v)
     hflags = m[row + k.K_HFLAGS] | k.HF_SMM
     if m[row + k.K_NMI_MASKED]:
@@ -73,7 +77,7 @@ def enter_smm(m, v):
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_SHADOW] = k.ZERO
     m[row + k.K_SMI_COUNT] = m[row + k.K_SMI_COUNT] + k.ONE
-    return k.ZERO
+    return make_request(m, v, k.REQ_EVENT)
 
 
 @kernel("u8(words, u8)")
