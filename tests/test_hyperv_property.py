@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import fastexit as fx
+import oracle_hvmsrs as msrs
 import oracle_hyperv as oh
 import strategies as s
 from fastexit import hyperv as h
@@ -29,7 +30,7 @@ EXAMPLES = 2
 OPS = 120 if s.JIT else 60
 MEMORY = 16 * 4096
 LINES = ("kvm_hv_", "kvm_eoi", "kvm_pv_eoi", "kvm_set_irq", "kvm_apic_accept_irq")
-MSRS = sorted(set(oh.NEEDS) - {h.MSR_HV_EOI, h.MSR_HV_RESET, h.MSR_HV_EOM, h.MSR_HV_TPR, h.MSR_HV_TIME_REF_COUNT})
+MSRS = sorted(set(msrs.NEEDS) - {h.MSR_HV_EOI, h.MSR_HV_RESET, h.MSR_HV_EOM, h.MSR_HV_TPR, h.MSR_HV_TIME_REF_COUNT})
 """Those that are looked at; a read of TPR is an access to the APIC with a line of its own."""
 
 profile = settings(
@@ -179,9 +180,9 @@ def stimer_count(rng: random.Random, now: int) -> int:
 
 def value_of(rng: random.Random, model: oh.Machine, sender: oh.Vcpu, msr: int) -> int:
     """A value that matters for one of the MSRs."""
-    if msr in oh.SINT_MSRS:
+    if msr in msrs.SINT_MSRS:
         return sint_value(rng)
-    if msr in oh.STIMER_MSRS:
+    if msr in msrs.STIMER_MSRS:
         return stimer_count(rng, model.reference()) if msr & 1 else stimer_config(rng)
     if msr == h.MSR_HV_ICR:
         vector = rng.randrange(0x40, 0x60)
@@ -212,8 +213,8 @@ WEIGHTS = {
     h.MSR_HV_VP_ASSIST_PAGE: 4,
     h.MSR_HV_EOM: 5,
     h.MSR_HV_SIMP: 2,
-    **dict.fromkeys(list(oh.SINT_MSRS)[:4], 3),
-    **dict.fromkeys(list(oh.STIMER_MSRS)[:4], 5),
+    **dict.fromkeys(list(msrs.SINT_MSRS)[:4], 3),
+    **dict.fromkeys(list(msrs.STIMER_MSRS)[:4], 5),
 }
 """Of the rest each has 0.3: most of them are dull, or leave little to do afterwards."""
 
@@ -221,7 +222,7 @@ WEIGHTS = {
 def msr_op(rng: random.Random, model: oh.Machine) -> Op:
     """A read or write by the guest or by user space."""
     i = rng.randrange(len(model.vcpus))
-    known = sorted(oh.NEEDS)
+    known = sorted(msrs.NEEDS)
     msr = rng.choices(known, [WEIGHTS.get(msr, 0.3) for msr in known])[0]
     by_guest = chance(rng, 0.7)
     if chance(rng, 0.15):
