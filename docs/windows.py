@@ -89,6 +89,10 @@ class Use(NamedTuple):
     act: Act | None = None
 
 
+BY_PAGE = Use("xAPIC page", page_ipi), Use("xAPIC page", page_eoi)
+TRAPPED = Use("xAPIC page, exit behind it (APIC_WRITE)", page_ipi)
+VAPIC = Use("MSR 0x40000071", synthetic_ipi)
+BY_CPU, BY_CPU_X2APIC = Use("by the CPU", page_eoi), Use("by the CPU", x2apic_eoi)
 ASSIST = Use("none where the assist page says so, else MSR 0x40000070", synthetic_eoi)
 NO_ASSIST = Use("MSR 0x40000070: the assist page is of no use with APICv", synthetic_eoi)
 DEVICE = Use("HPET, RTC or LAPIC timer")
@@ -111,23 +115,21 @@ class Setup(NamedTuple):
 
 
 SETUPS = (
-    Setup(
-        "nothing of Hyper-V, no APICv", Use("xAPIC page", page_ipi), Use("xAPIC page", page_eoi), DEVICE, hyperv=False
-    ),
+    Setup("nothing of Hyper-V, no APICv", *BY_PAGE, DEVICE, hyperv=False),
     Setup(
         "nothing of Hyper-V, APICv",
-        Use("xAPIC page, exit behind it (APIC_WRITE)", page_ipi),
-        Use("by the CPU", page_eoi),
+        TRAPPED,
+        BY_CPU,
         DEVICE,
         apicv=True,
         hyperv=False,
     ),
-    Setup("hv-vapic, no APICv", Use("MSR 0x40000071", synthetic_ipi), ASSIST, DEVICE),
-    Setup("hv-vapic, APICv", Use("MSR 0x40000071", synthetic_ipi), NO_ASSIST, DEVICE, apicv=True),
+    Setup("hv-vapic, no APICv", VAPIC, ASSIST, DEVICE),
+    Setup("hv-vapic, APICv", VAPIC, NO_ASSIST, DEVICE, apicv=True),
     Setup("hv-vapic + hv-ipi: a set of vCPUs", Use("hypercall 0x0b, fast", hypercall_ipi), ASSIST, DEVICE),
     Setup(
         "hv-vapic + hv-synic + hv-stimer on a host with APICv",
-        Use("MSR 0x40000071", synthetic_ipi),
+        VAPIC,
         Use("none of SINTs with auto-EOI, which switch APICv off; else as with hv-vapic", synthetic_eoi),
         STIMER,
         apicv=True,
@@ -136,8 +138,8 @@ SETUPS = (
     ),
     Setup(
         "hv-avic: APIC MSRs not recommended, auto-EOI deprecated; hv-stimer; APICv",
-        Use("xAPIC page, exit behind it (APIC_WRITE)", page_ipi),
-        Use("by the CPU", page_eoi),
+        TRAPPED,
+        BY_CPU,
         STIMER,
         apicv=True,
         synic=True,
@@ -145,7 +147,7 @@ SETUPS = (
     Setup(
         "the same with x2APIC",
         Use("MSR 0x830", x2apic_ipi),
-        Use("by the CPU", x2apic_eoi),
+        BY_CPU_X2APIC,
         STIMER,
         x2apic=True,
         apicv=True,
@@ -154,7 +156,7 @@ SETUPS = (
     Setup(
         "the same with x2APIC and IPI virtualization",
         Use("by the CPU", x2apic_ipi),
-        Use("by the CPU", x2apic_eoi),
+        BY_CPU_X2APIC,
         STIMER,
         x2apic=True,
         apicv=True,
@@ -197,8 +199,9 @@ def _serves(setup: Setup, kernel: str) -> bool:
     return not setup.ipiv or fx.profiles().index(kernel) >= fx.profiles().index("6.1")
 
 
-def _exits(outcomes: tuple[TimedOutcome, ...]) -> int:
-    return sum(outcome.path is not Path.HARDWARE for outcome in outcomes)
+def _exits(outcomes: tuple[TimedOutcome, ...]) -> list[TimedOutcome]:
+    """Those that the CPU did not carry out by itself."""
+    return [outcome for outcome in outcomes if outcome.path is not Path.HARDWARE]
 
 
 def _who(setup: Setup, use: Use) -> str:
@@ -209,7 +212,7 @@ def _who(setup: Setup, use: Use) -> str:
     for kernel in PROFILES:
         if _serves(setup, kernel):
             outcomes = _done(setup, use, kernel)
-            exits = [outcome for outcome in outcomes if outcome.path is not Path.HARDWARE]
+            exits = _exits(outcomes)
             fast = all(outcome.path is Path.FAST for outcome in exits)
             found[kernel] = "no exit" if not exits else "yes" if fast else "no"
     runs = [(answer, [kernel for kernel, _ in run]) for answer, run in groupby(found.items(), lambda item: item[1])]
@@ -248,7 +251,7 @@ def cycles() -> str:
         "|---|---|" + "---|" * len(columns),
     ]
     for setup in SETUPS:
-        exits = _exits(_done(setup, setup.ipi, NEWEST))
+        exits = len(_exits(_done(setup, setup.ipi, NEWEST)))
         cells = [
             "-" if setup.ipiv and costs != IPIV_COSTS else _cycles(setup, kernel, costs) for kernel, costs in columns
         ]
