@@ -502,3 +502,18 @@ def test_without_hyperv_in_its_cpuid(kernel: str) -> None:
     assert told(m) == ["kvm_msr: msr_write 40000071 = 0x41 (#GP)"]
     assert v.set_msr(OS_ID, 1)
     assert v.get_msr(OS_ID) == 1
+
+
+def test_a_kernel_without_hyperv() -> None:
+    """As /dev/kvm of a 6.18 without CONFIG_KVM_HYPERV answered: every access is refused, by every door."""
+    m = fx.Machine(1, kernel="6.18", kvm_hyperv=False)
+    v = m.vcpus[0]
+    registers = (*range(SCONTROL, EOM + 1), *range(SINT0, SINT0 + 16), *range(CONFIG0, CONFIG0 + 8))
+    for msr in (*range(OS_ID, OS_ID + 4), EOI, ICR, TPR, ASSIST, *registers):
+        assert (v.get_msr(msr), v.set_msr(msr, 0), read(v, msr)) == (None, False, None)
+        assert v.wrmsr(msr, 0).fault is fx.Fault.GP
+    for version in (1, 2):
+        with pytest.raises(ValueError, match="CONFIG_KVM_HYPERV"):
+            v.enable_synic(version)
+    with pytest.raises(ValueError, match="CONFIG_KVM_HYPERV"):
+        m.set_gsi_routing([("hv_sint", 20, 0, 2)])
