@@ -376,6 +376,104 @@ def test_drawn_programs_can_be_done(apicv: bool, x2apic: bool) -> None:
         assert len(bytes(vmxrun.finish(asked, setup, seen.asleep))) < vmxboot.MAILBOX_BYTES
 
 
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+EVENTS = {"vcpus": 2, "apicv": False, "events": True}
+
+
+def event(vcpu: int, dest: int, delivery: int, vector: int = 0) -> Step:
+    return Step(vcpu, "wrmsr", (R.MSR_X2APIC_ICR, R.icr(dest, vector, delivery=delivery, level=True)))
+
+
+def told(seen: Seen, vcpu: int, event: str = "kvm_exit") -> list[str]:
+    """Reasons of a vCPU's exits."""
+    lines = [line for line in seen.lines[f"v{vcpu}"] if line[2:].startswith(event)]
+    return [line.partition("reason ")[2].split()[0] for line in lines]
+
+
+def test_an_nmi_gets_in_where_interrupts_are_off_and_the_next_asks_for_its_window() -> None:
+    seen = done([Step(1, "host", ((1, "nmi"), (1, "nmi"), (1, "nmi")))], Setup(**EVENTS))
+    assert seen.notes[1] == [(1, 2), (1, 2)], "two at most are kept"
+    assert told(seen, 1) == ["IO_INSTRUCTION", "NMI_WINDOW", "IO_INSTRUCTION"]
+
+
+def test_an_smi_is_over_when_its_handler_leaves_and_the_nmi_comes_then() -> None:
+    seen = done([Step(1, "host", ((1, "nmi"), (1, "smi")))], Setup(**EVENTS))
+    assert told(seen, 1) == ["IO_INSTRUCTION", "EXCEPTION_NMI", "NMI_WINDOW", "IO_INSTRUCTION"]
+    assert seen.notes[1] == [(1, 2)]
+
+
+def test_a_vcpu_begins_anew_and_goes_on_with_its_next_step() -> None:
+    steps = [event(0, 1, R.DM_INIT), event(0, 1, R.DM_STARTUP, vmxcode.startup_vector(1))]
+    steps += [Step(1, "wrmsr", (X2 + 0x0F, 0x1FF)), Step(1, "sti"), ipi(0, 1, 0x51)]
+    seen = done(steps, Setup(**EVENTS))
+    assert told(seen, 1)[:3] == ["EXTERNAL_INTERRUPT", "CR_ACCESS", "MSR_WRITE"]
+    assert seen.notes[1] == [(4, 0x51)]
+    waiting = vmx.played(Setup(**EVENTS), steps[:1], "6.12")
+    assert waiting.waits == waiting.seen.asleep == [False, True]
+    with pytest.raises(ValueError, match="sleeps"):
+        done([steps[0], steps[3]], Setup(**EVENTS))
+    with pytest.raises(ValueError, match="has no code where it begins"):
+        done([steps[0], event(0, 1, R.DM_STARTUP, 0x99)], Setup(**EVENTS))
+    with pytest.raises(ValueError, match="has no code where it begins"):
+        done([event(1, 0, R.DM_INIT)], Setup(**EVENTS))
+    with pytest.raises(ValueError, match="before it has passed the baton on"):
+        done([event(1, 1, R.DM_INIT)], Setup(**EVENTS))
+
+
+def test_vmx_operation_keeps_an_init_waiting() -> None:
+    vmxed = [Step(1, "vmxon"), Step(1, "vmxon"), event(0, 1, R.DM_INIT), Step(1, "rdmsr", (X2 + 2,))]
+    off = Step(1, "vmxoff", (1,))
+    seen = done([*vmxed, off, Step(0, "rdmsr", (X2 + 2,))], Setup(**EVENTS, paged=True))
+    assert (seen.results[0], seen.results[1], seen.results[3]) == ((0, 0, 0), (0, 1, 0), (0, 1, 0))
+    assert told(seen, 1)[-1] == "VMOFF"
+    assert seen.asleep == [False, True], "it waits for SIPI now"
+    seen = done([Step(1, "vmxon"), Step(1, "vmxoff")], Setup(**EVENTS))
+    assert seen.results == {0: (vmxcode.FAULTED_UD, 0, 0), 1: (vmxcode.FAULTED_UD, 0, 0)}, "without CR4.VMXE"
+
+
+@pytest.mark.parametrize("x2apic", [True, False])
+def test_programs_with_events_can_be_done(x2apic: bool) -> None:
+    seen: set[str] = set()
+    for number in range(9):
+        kernel = ("5.10", "6.12", "7.3")[number % 3]
+        mode = ("x2apic" if x2apic else "xapic") + " events"
+        setup, steps, player = vmx.drawn_program(1, mode, number, kernel, apicv=number % 2 == 0)
+        assert setup.mode == mode
+        end = player.end()
+        again = vmx.played(setup, steps, kernel).end()
+        assert (end.notes, end.results, end.lines) == (again.notes, again.results, again.lines)
+        asked = vmxrun.request(setup, steps, player.prepared, 3, end.notes)
+        assert len(bytes(vmxrun.finish(asked, setup, end.asleep))) < vmxboot.MAILBOX_BYTES
+        for i in range(setup.vcpus):
+            seen |= set(told(end, i))
+    assert seen >= {"NMI_WINDOW", "EXCEPTION_NMI", "CR_ACCESS", "VMON"}
+
+
+def test_events_leave_the_plain_programs_as_they_were() -> None:
+    def all_of(setup: Setup) -> list[tuple[int, str, Any]]:
+        rng = random.Random("1/x2apic/0")
+        vmxdraw.setup(rng, apicv=True, x2apic=True)
+        return [(step.vcpu, step.kind, step.args) for step in vmxdraw.program(rng, setup, "6.12")[0]]
+
+    setup, steps, _ = vmx.drawn_program(1, "x2apic", 0, "6.12", apicv=True)
+    assert all_of(setup) == [(step.vcpu, step.kind, step.args) for step in steps]
+    assert not any(step.kind.startswith("vmx") for step in steps)
+
+
+def test_where_a_vcpu_goes_on_is_the_turn_behind_its_step() -> None:
+    way = vmxcode.Way(restarts=True, count=10)
+    code = vmxcode.program(1, [Step(1, "cli"), Step(0, "cli"), Step(1, "sti")], way)
+    base = vmxcode.CODE_AT + vmxcode.CODE_BYTES
+    marker = b"\xc7\x45" + bytes((vmxcode.RESTART,))
+    places = [n for n in range(len(code)) if code[n : n + 3] == marker]
+    targets = [struct.unpack_from("<I", code, n + 3)[0] - base for n in places]
+    assert len(targets) == 3
+    for target, number in zip(targets, (0, 2, 3), strict=True):
+        assert code[target:].startswith(vmxcode.wait_for(number))
+
+
 def test_what_a_kernel_did_is_read_as_the_model_tells_it() -> None:
     steps = [Step(1, "sti"), Step(0, "rdmsr", (X2 + 2,))]
     area = bytearray(vmxcode.AREA_BYTES)

@@ -39,6 +39,8 @@ Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_i
 
 MOST_VCPUS = 4096
 VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces", "hyperv")
+PROGRAM_KINDS = ("plain", "events")
+"""Of the VMX lab's programs."""
 
 
 def _number(text: str) -> int:
@@ -218,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--vcpus", type=_vcpus, metavar="LIST", help="a number, or APIC ids: 0,1,300 (default: 4 to 9 random ones)"
     )
-    verify.add_argument("--only", "--kind", choices=VERIFY_KINDS, help="one kind of operations (default: all)")
+    verify.add_argument(
+        "--only",
+        "--kind",
+        choices=VERIFY_KINDS + PROGRAM_KINDS,
+        help="one kind of operations (default: all); with --vendor vmx plain, events (NMI, SMI, INIT, SIPI, VMXON)",
+    )
     verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
     verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")
     verify.add_argument("--no-apicv", action="store_true", help="with --vendor vmx: kvm_intel without APICv")

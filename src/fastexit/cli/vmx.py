@@ -30,10 +30,12 @@ def _progress(args: argparse.Namespace) -> Any:
 
 def verify(args: argparse.Namespace) -> int:
     """``fastexit verify --kernel VERSION --vendor vmx``: guest programs; 1 when model and kernel differ."""
-    from fastexit.kvm.lab.vmx import PROGRAMS, VmxLab
+    from fastexit.kvm.lab.vmx import KINDS, PROGRAMS, VmxLab
 
     kept = _Kept(args.keep) if args.keep is not None else None
-    for name in ("vcpus", "only", "script"):
+    if args.only is not None and args.only not in KINDS:
+        raise ValueError(f"--only {args.only}: programs of the VMX lab are {' or '.join(KINDS)}")
+    for name in ("vcpus", "script"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: programs of the VMX lab choose that themselves")
     progress = _progress(args)
@@ -41,6 +43,7 @@ def verify(args: argparse.Namespace) -> int:
         report = lab.verify(
             args.ops or PROGRAMS,
             seed=args.seed,
+            only=args.only,
             seconds=args.seconds,
             progress=progress,
             report=kept.report() if kept else None,

@@ -22,7 +22,7 @@ from fastexit.kvm.lab.bochs import Tree
 from fastexit.kvm.lab.lab import Lab
 from fastexit.kvm.lab.vmxcompare import Difference, Fault, differences, fault, unstored
 from fastexit.kvm.lab.vmxmachine import Machine
-from fastexit.kvm.lab.vmxmodel import Player, Setup
+from fastexit.kvm.lab.vmxmodel import EVENTS, Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.kvm.lab.vmxwire import Answer
 
@@ -36,6 +36,10 @@ PARAMETERS = ("enable_apicv", "enable_ipiv", "preemption_timer", "unrestricted_g
 NO_ORACLE = 'the VMX lab has no oracle: use its verify() or run(), or fx.kvm.Lab(VERSION, vendor="svm").oracle()'
 
 MODES = ("x2apic", "xapic")
+KINDS = ("plain", "events")
+"""Programs without NMI, SMI, INIT, SIPI and VMXON, and those with them."""
+EVENTS_EVERY = 4
+"""How many plain programs come for each one with events."""
 SAME = ("kernel", "release", "apicv", "seed")
 """What two runs have in common when one can go on where the other ended."""
 
@@ -226,6 +230,7 @@ class VmxLab(Lab):
         *,
         seed: int = 1,
         x2apic: bool | None = None,
+        only: str | None = None,
         seconds: float | None = None,
         progress: Progress | None = None,
         shorten: float = SHORTEN_SECONDS,
@@ -235,20 +240,21 @@ class VmxLab(Lab):
     ) -> VmxReport:
         """Random programs, in x2APIC and xAPIC mode in turn, until so many were the same or one differs.
 
+        ``only``: "plain" ones or those with "events", which are every fifth otherwise.
+
         Those that differ are made shorter for ``shorten`` seconds each, and ``differing`` of them end it; ``seconds``
         later no program begins. With the ``report`` of an earlier run it goes on there; ``seen`` gets the report after
         each program.
         """
         new = VmxReport(self.kernel.version, self.kernel.release, self.apicv, seed)
         report = report if report is not None and report.follows(new) else new
-        modes = MODES if x2apic is None else (MODES[not x2apic],)
+        modes = modes_of(x2apic, only)
         began, before, drawn = time.monotonic(), report.seconds, 0
         while report.compared < programs and drawn < 2 * programs:
-            mode = min(modes, key=lambda mode: report.programs.get(mode, 0))
-            number = 2 * report.drawn.get(mode, 0) + MODES.index(mode)
-            rng = random.Random(f"{seed}/{mode}/{number}")
-            setup = vmxdraw.setup(rng, apicv=self.apicv, x2apic=mode == "x2apic")
-            steps, player = vmxdraw.program(rng, setup, self.kernel.version)
+            mode = min(modes, key=lambda mode: report.programs.get(mode, 0) * weight(mode))
+            setup, steps, player = drawn_program(
+                seed, mode, report.drawn.get(mode, 0), self.kernel.version, apicv=self.apicv
+            )
             story = self._compare(setup, steps, player, report)
             report.drawn[mode], drawn = report.drawn.get(mode, 0) + 1, drawn + 1
             if story is not None:
@@ -276,7 +282,7 @@ class VmxLab(Lab):
                 self.machine.close()
                 self.machine = self._booted()
             if not found:
-                mode = MODES[not setup.x2apic]
+                mode = setup.mode
                 report.programs[mode] = report.programs.get(mode, 0) + 1
                 report.steps += len(steps)
                 report.lines += lines
@@ -309,6 +315,26 @@ class VmxLab(Lab):
         return best
 
 
+def modes_of(x2apic: bool | None, only: str | None) -> list[str]:
+    """Names of the modes that a run has."""
+    kinds = KINDS if only is None else (one_of(only, "only", KINDS),)
+    modes = MODES if x2apic is None else (MODES[not x2apic],)
+    return [mode + EVENTS * (kind == "events") for kind in kinds for mode in modes]
+
+
+def weight(mode: str) -> int:
+    """How many programs one of a mode stands for, when it is asked which comes next."""
+    return EVENTS_EVERY if mode.endswith(EVENTS) else 1
+
+
+def drawn_program(seed: int, mode: str, number: int, kernel: str, *, apicv: bool) -> tuple[Setup, list[Step], Player]:
+    """The program of a number: what is drawn depends on seed, mode and number alone."""
+    plain, _, events = mode.partition(" ")
+    rng = random.Random(f"{seed}/{mode}/{2 * number + MODES.index(plain)}")
+    setup = vmxdraw.setup(rng, apicv=apicv, x2apic=plain == "x2apic", events=bool(events))
+    return setup, *vmxdraw.program(rng, setup, kernel)
+
+
 def parameters(version: str, apicv: bool) -> dict[str, str]:
     """Module parameters that leave nothing to time."""
     return {"kvm": "halt_poll_ns=0", "kvm-intel": "" if apicv else "enable_apicv=0 flexpriority=0"}
@@ -331,10 +357,11 @@ def verify(
     seed: int = 1,
     apicv: bool = True,
     x2apic: bool | None = None,
+    only: str | None = None,
     seconds: float | None = None,
     progress: Progress | None = None,
     tree: Tree | None = None,
 ) -> VmxReport:
     """Boots a kernel of the cache and compares ``programs`` with it; the machine is gone afterwards."""
     with VmxLab(kernel, apicv=apicv, tree=tree) as lab:
-        return lab.verify(programs, seed=seed, x2apic=x2apic, seconds=seconds, progress=progress)
+        return lab.verify(programs, seed=seed, x2apic=x2apic, only=only, seconds=seconds, progress=progress)

@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastexit import regs as R
-from fastexit.kvm.lab.vmxsteps import Step
+from fastexit.kvm.lab.vmxsteps import VMXON_AT, VMXON_POINTER_AT, Step
 
 MEMORY_BYTES = 1 << 20
 STUB_BYTES = 16
 GDT_AT, IDT_AT, STUBS_AT, HANDLER_AT, FAULT_AT = 0x1000, 0x2000, 0x3000, 0x4000, 0x4100
-STARTUP_AT = 0x5000
-"""One page a vCPU, for SIPI: real mode."""
+GDTR_AT, IDTR_AT = 0x1018, 0x1020
+STARTUP_AT, FLAT_OFFSET = 0x5000, 0x80
+"""One page a vCPU, for SIPI: real mode, and behind it the code in protected mode."""
 BATON_AT = 0x8000
 AREA_AT, AREA_BYTES = 0x9000, 0x1000
 STACK_AT = 0xE000
+PAGES_AT = 0x12000
+"""A page directory, for vCPUs that have paging: 4 MiB pages, each at its own address."""
 SMM_AT = 0x38000
 CODE_AT, CODE_BYTES = 0x40000, 0x8000
 TOUCHED = ((0, 0x14000), (SMM_AT, CODE_AT + 4 * CODE_BYTES))
@@ -30,12 +33,15 @@ APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
 
 OPEN = 2
 """The vCPU that shares the host's processor never has interrupts off."""
-LOG, EOI_MODE, RESUME, FLAG, STARTED = 0, 4, 8, 12, 16
-"""Words of a vCPU's area: where the next note goes, how interrupts end, where a fault goes on, what faulted."""
+LOG, EOI_MODE, RESUME, FLAG, STARTED, RESTART = 0, 4, 8, 12, 16, 20
+"""Words of a vCPU's area: where the next note goes, how interrupts end, where a fault goes on, what faulted, that it
+began anew, where it goes on then."""
+RESTART_BYTES = 7
 NOTES, RESULTS, RESULT_BYTES = 0x100, 0x800, 16
 NO_EOI, X2APIC_EOI, XAPIC_EOI = range(3)
 FAULTED_GP, FAULTED_UD = 1, 2
 PORT_READY, PORT_DONE, PORT_HOST = 0x30, 0x31, 0x32
+MSR_VMX_BASIC = 0x480
 STI, CLI, HLT, RDMSR, WRMSR, RDTSC = b"\xfb", b"\xfa", b"\xf4", b"\x0f\x32", b"\x0f\x30", b"\x0f\x31"
 
 
@@ -90,6 +96,16 @@ class Image:
         self.pieces[address] = data
 
 
+def startup_vector(vcpu: int) -> int:
+    """The vector of a SIPI that lets a vCPU begin where its own code is."""
+    return STARTUP_AT + 0x1000 * vcpu >> 12
+
+
+def stack(vcpu: int) -> int:
+    """Where a vCPU's stack begins."""
+    return STACK_AT + 0x1000 * (vcpu + 1) - 16
+
+
 def common(vcpus: int, eoi_mode: int) -> Image:
     """Tables and handlers, which all vCPUs share, and each one's words."""
     image = Image()
@@ -115,6 +131,27 @@ def common(vcpus: int, eoi_mode: int) -> Image:
     return image
 
 
+def beginnings(image: Image, vcpus: int) -> None:
+    """Adds what a vCPU does that begins anew: to protected mode, and on with its next step."""
+    image.put(GDTR_AT, struct.pack("<HI", 23, GDT_AT))
+    image.put(IDTR_AT, struct.pack("<HI", 0x7FF, IDT_AT))
+    for i in range(vcpus):
+        at = STARTUP_AT + 0x1000 * i
+        real = b"\x31\xc0\x8e\xd8"  # ds = 0
+        real += b"\x66\x0f\x01\x16" + struct.pack("<H", GDTR_AT) + b"\x66\x0f\x01\x1e" + struct.pack("<H", IDTR_AT)
+        real += b"\x0f\x20\xc0\x0c\x01\x0f\x22\xc0"  # CR0.PE
+        real += b"\x66\xea" + struct.pack("<IH", at + FLAT_OFFSET, 8)
+        flat = b"\x66\xb8\x10\x00" + b"".join(b"\x8e" + bytes([0xC0 | n << 3]) for n in (0, 2, 3, 4, 5))
+        flat += b"\xbc" + u32(stack(i)) + b"\xbd" + u32(area(i)) + (STI if i == OPEN else b"")
+        image.put(at, real.ljust(FLAT_OFFSET, b"\x90") + flat + bytes((0xFF, 0x65, RESTART)))
+
+
+def paging(image: Image) -> None:
+    """Adds a page directory that maps each address to itself, and VMXON's operand."""
+    image.put(PAGES_AT, b"".join(u32(n << 22 | 0x83) for n in range(1024)))
+    image.put(VMXON_POINTER_AT, struct.pack("<Q", VMXON_AT))
+
+
 def _handler() -> bytes:
     """Notes baton << 8 | vector, ends the interrupt, and returns."""
     code = b"\x50\x51\x52\x8b\x44\x24\x0c\x8b\x0d" + u32(BATON_AT) + b"\xc1\xe1\x08\x09\xc8"
@@ -135,14 +172,19 @@ def _fault() -> bytes:
     return code + b"\x89\x45\x0c\x58\x83\xc4\x08\xcf"
 
 
-def prelude(touch_apic_page: bool) -> bytes:
-    """Writes to every page once that a program has, so that nothing is missing later, and stops."""
+def prelude(touch_apic_page: bool, paged: bool = False) -> bytes:
+    """Writes to every page once that a program has, so that nothing is missing later, and stops.
+
+    ``paged``: the VMXON region gets its revision, from IA32_VMX_BASIC.
+    """
     code = b""
     for first, end in TOUCHED:
         # eax = first; again: or [eax], 0; eax += 4096; cmp eax, end; jne
         code += b"\xb8" + u32(first) + b"\x83\x08\x00\x05" + u32(0x1000) + b"\x3d" + u32(end) + b"\x75\xf1"
     if touch_apic_page:
         code += b"\xa1" + u32(APIC_PAGE + R.APIC_LVR)
+    if paged:
+        code += b"\xb9" + u32(MSR_VMX_BASIC) + RDMSR + b"\x25" + u32(0x7FFF_FFFF) + b"\xa3" + u32(VMXON_AT)
     return code + out(PORT_READY)
 
 
@@ -152,12 +194,15 @@ class Way:
 
     Attributes:
         touch: they begin with a load from the APIC page. count: turns of the loop in which effects settle. taken: how
-            many interrupts are taken while the baton has a number, by the model: each takes its time.
+            many interrupts are taken while the baton has a number, by the model: each takes its time. restarts: a vCPU
+            may have to begin anew, and knows where it goes on then. paged: it has paging, and may enter VMX operation.
     """
 
     touch: bool = False
     count: int = 0
     taken: Mapping[int, int] = field(default_factory=dict)
+    restarts: bool = False
+    paged: bool = False
 
     def settling(self, number: int) -> int:
         """Turns of the loop in which what happens at a number is over."""
@@ -166,12 +211,20 @@ class Way:
 
 def program(vcpu: int, steps: Sequence[Step], way: Way) -> bytes:
     """All of a vCPU's code: its own of all ``steps``, and the end behind the last."""
-    code = prelude(way.touch) + (STI if vcpu == OPEN else b"")
+    code = prelude(way.touch, way.paged) + (STI if vcpu == OPEN else b"")
+    base = CODE_AT + CODE_BYTES * vcpu
+    if way.restarts:
+        code += set_word_at_ebp(RESTART, base + len(code) + RESTART_BYTES)
     for number, step in enumerate(steps):
         if step.vcpu != vcpu:
             continue
         code += _turn(number, steps, way)
-        code += _guarded(step, CODE_AT + CODE_BYTES * vcpu + len(code), number, way.settling(number))
+        if way.restarts:
+            at = base + len(code) + RESTART_BYTES
+            body = _guarded(step, at, number, way.settling(number))
+            code += set_word_at_ebp(RESTART, at + len(body)) + body
+        else:
+            code += _guarded(step, base + len(code), number, way.settling(number))
     code += _turn(len(steps), steps, way) + done()
     if len(code) > CODE_BYTES:
         raise ValueError(f"{len(code)} bytes of code for vCPU {vcpu}: a program of fewer steps is needed")

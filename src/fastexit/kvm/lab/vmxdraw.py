@@ -6,9 +6,11 @@ Models: nothing.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from fastexit import regs as R
+from fastexit.kvm.lab import vmxevents
 from fastexit.kvm.lab.vmxcode import OPEN
 from fastexit.kvm.lab.vmxmodel import TSC_KHZ, Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
@@ -26,11 +28,12 @@ LVTS = (R.APIC_LVTT, R.APIC_LVTTHMR, R.APIC_LVTPC, R.APIC_LVT0, R.APIC_LVT1, R.A
 KINDS = ("guest", "posted", "halts", "timers", "host")
 
 
-def setup(rng: random.Random, *, apicv: bool, x2apic: bool) -> Setup:
-    """A VM."""
-    return Setup(
+def setup(rng: random.Random, *, apicv: bool, x2apic: bool, events: bool = False) -> Setup:
+    """A VM; ``events``: of a program with NMI, SMI, INIT, SIPI and VMXON."""
+    made = Setup(
         vcpus=rng.choice((2, 2, 3)), apicv=apicv, x2apic=x2apic, split=rng.random() < 0.2, eoi=rng.random() < 0.75
     )
+    return replace(made, events=True, paged=rng.random() < 0.5) if events else made
 
 
 def program(rng: random.Random, made: Setup, kernel: str, count: int = STEPS) -> tuple[list[Step], Player]:
@@ -38,10 +41,24 @@ def program(rng: random.Random, made: Setup, kernel: str, count: int = STEPS) ->
     player = Player(made, kernel)
     steps: list[Step] = []
     while len(steps) < count:
-        for step in _next(rng, made, player):
+        waiting = list(player.waits)
+        for step in _drawn(rng, made, player):
             steps.append(step)
             player.step(step)
+        for i, waited in enumerate(waiting):
+            if waited and not player.seen.asleep[i] and rng.random() < 0.8:
+                for step in vmxevents.enabled(rng, made, i):
+                    steps.append(step)
+                    player.step(step)
     return steps, player
+
+
+def _drawn(rng: random.Random, made: Setup, player: Player) -> list[Step]:
+    """What comes next, of events where the program has any."""
+    if made.events and rng.random() < vmxevents.SHARE:
+        return vmxevents.steps(rng, made, player)
+    found = _next(rng, made, player)
+    return [] if any(vmxevents.waits_for_sipi(player, step) for step in found) else found
 
 
 def _awake(player: Player) -> list[int]:

@@ -305,8 +305,21 @@ static void keep_vm(void)
 		fail("the VM that is kept");
 }
 
-/* Protected mode, flat, running, interrupts off; tables as vmxcode.py puts them. */
-static void setup(int fd, uint32_t eip, uint32_t esp, uint32_t ebp)
+/* The same memory for vCPUs in SMM. */
+static void smm_memory(void)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = 1 << 16, .memory_size = MEMORY_BYTES, .userspace_addr = (uintptr_t)memory
+	};
+
+	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region))
+		fail("SMM's memory");
+}
+
+/* Protected mode, flat, running, interrupts off; tables as vmxcode.py puts them. With a page directory: paging with
+ * pages of 4 MiB, CR0.NE and CR4.VMXE, as VMXON wants.
+ */
+static void setup(int fd, uint32_t eip, uint32_t esp, uint32_t ebp, uint32_t pages)
 {
 	struct kvm_segment flat = { .limit = 0xffffffff, .type = 3, .present = 1, .db = 1, .s = 1, .g = 1, .selector = 16 };
 	struct kvm_regs regs = { .rip = eip, .rsp = esp, .rbp = ebp, .rflags = 2 };
@@ -324,6 +337,11 @@ static void setup(int fd, uint32_t eip, uint32_t esp, uint32_t ebp)
 	sregs.idt.base = 0x2000;
 	sregs.idt.limit = 0x7ff;
 	sregs.cr0 |= 1;
+	if (pages) {
+		sregs.cr0 |= 0x80000020;
+		sregs.cr4 |= 0x2010;
+		sregs.cr3 = pages;
+	}
 	if (ioctl(fd, KVM_SET_SREGS, &sregs) || ioctl(fd, KVM_SET_REGS, &regs) || ioctl(fd, KVM_SET_MP_STATE, &state))
 		fail("protected mode");
 }
@@ -338,7 +356,7 @@ static uint64_t stamp(void)
 
 /* ---- requests: words of 32 bits */
 
-enum op { END, VM, STORE, IOCTL, RUN, PARKED, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP, HAS };
+enum op { END, VM, STORE, IOCTL, RUN, PARKED, SET, DELAY, KICK, TRACE, READ, FILE_, PUT, QUIT, CLOCK, SETUP, HAS, SMM };
 
 static void answer_bytes(const char *word, int result, const void *data, size_t bytes)
 {
@@ -431,11 +449,14 @@ static void carry_out(const uint32_t *at)
 			say("@put %d\n", put_file(name, name + strlen(name) + 1));
 			break;
 		}
-		case SETUP: /* vCPU, EIP, ESP, EBP */
-			setup(vcpus[a[0]].fd, a[1], a[2], a[3]);
+		case SETUP: /* vCPU, EIP, ESP, EBP, page directory if it has paging */
+			setup(vcpus[a[0]].fd, a[1], a[2], a[3], at[1] > 4 ? a[4] : 0);
 			break;
 		case HAS: /* a capability of the VM */
 			say("@ioctl %d \n", ioctl(vm, KVM_CHECK_EXTENSION, (unsigned long)a[0]));
+			break;
+		case SMM:
+			smm_memory();
 			break;
 		case CLOCK:
 			say("@clock %llu\n", (unsigned long long)stamp());

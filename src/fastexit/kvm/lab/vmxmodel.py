@@ -16,12 +16,15 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import quoted
 from fastexit.kvm.lab import vmxcode as C
-from fastexit.kvm.lab.vmxsteps import Step
+from fastexit.kvm.lab.vmxguest import UD_INFO, GuestCpus
+from fastexit.kvm.lab.vmxsteps import VMXON_POINTER_AT, Step
 from fastexit.machine import Machine
 from fastexit.outcome import Effect, GeneralProtection
 from fastexit.reasons import VmxExit
 
 HOST = "host"
+EVENTS = " events"
+"""End of the name of a mode whose programs send NMI, SMI, INIT and SIPI."""
 IMMEDIATE_PORT = 1 << 6
 """Bit of an I/O exit's qualification: the instruction itself names the port."""
 TSC_KHZ = 50_000
@@ -38,6 +41,15 @@ class Setup:
     split: bool = False
     eoi: bool = True
     """Handlers end their interrupt."""
+    events: bool = False
+    """vCPUs may be sent NMI, SMI, INIT and SIPI."""
+    paged: bool = False
+    """They have paging, and what else it takes to enter VMX operation."""
+
+    @property
+    def mode(self) -> str:
+        """Mode of its APICs, and whether its programs are those with events: what reports count by."""
+        return ("x2apic" if self.x2apic else "xapic") + EVENTS * self.events
 
     @property
     def eoi_mode(self) -> int:
@@ -89,6 +101,9 @@ class Player:
             asleep=[False] * setup.vcpus,
         )
         self.masked: list[bool] = [i != C.OPEN for i in range(setup.vcpus)]
+        self.waits: list[bool] = [False] * setup.vcpus
+        """Which vCPUs wait for SIPI."""
+        self.cpus: GuestCpus = GuestCpus(self.machine, setup.paged)
         self.baton: int = 0
         self._due: deque[tuple[int, Effect]] = deque()
         self._begin()
@@ -153,10 +168,17 @@ class Player:
             result = (0, v.read_data & 0xFFFF_FFFF, 0)
         elif step.kind == "spend":
             self._spend(step.args[0])
+        elif step.kind in ("vmxon", "vmxoff"):
+            self.baton += step.passes_first
+            reason, at = (VmxExit.VMON, VMXON_POINTER_AT) if step.kind == "vmxon" else (VmxExit.VMOFF, 0)
+            self._act(v.index, lambda: v.exit(reason, info1=at))
+            result = self.cpus.results[v.index]
         elif step.kind == "host":
             self._host(v.index, step.args)
         else:
             raise ValueError(f"no step {quoted(step.kind)}")
+        if self.waits[v.index] and not step.passes_first and step.kind != "host":
+            raise ValueError(f"vCPU {v.index} begins anew before it has passed the baton on")
         self.seen.results[number] = result
         self._settle()
         self.baton = number + 1
@@ -221,6 +243,27 @@ class Player:
             self.seen.lines[thread] += map(told, trace.contexts(), trace.lines())
             if isinstance(who, int):
                 self._due += [(t.vcpu, t.effect) for t in self.machine.vcpus[who].targets]
+                if self.machine.vcpus[who].real_mode:
+                    self._begin_anew(who)
+
+    def _begin_anew(self, i: int) -> None:
+        """A vCPU took an INIT: it waits for SIPI, or goes on with its next step, in protected mode.
+
+        ValueError where it would run where it has no code.
+        """
+        v = self.machine.vcpus[i]
+        if v.smm:
+            return
+        self.waits[i] = self.machine.mem[v.own + L.K_MP_STATE] == R.MP_INIT_RECEIVED
+        self.cpus.able[i] = False
+        self.seen.asleep[i] = self.waits[i]
+        if self.waits[i] or v.mode == R.OUTSIDE_GUEST_MODE:
+            return
+        if v.cs >> 8 != C.startup_vector(i):
+            raise ValueError(f"vCPU {i} has no code where it begins")
+        self._act(i, lambda: v.exit(VmxExit.CR_ACCESS))
+        self.masked[i] = i != C.OPEN
+        self._set_flags(i)
 
     def _sort(self) -> None:
         """Lines of what happened by itself, each to the thread of its vCPU."""
@@ -265,6 +308,12 @@ class Player:
         v = self.machine.vcpus[i]
         if self.seen.asleep[i] or v.mode == R.OUTSIDE_GUEST_MODE:
             return False
+        if v.smm:
+            self._act(i, lambda: v.exit(VmxExit.EXCEPTION_NMI, intr_info=UD_INFO))
+            return True
+        if v.nmi_masked:
+            self._nmi(i)
+            return True
         vector = v.injected
         if vector is None and not self.masked[i]:
             if v.irq_window:
@@ -283,3 +332,12 @@ class Player:
                 self._act(i, lambda: v.hw_mmio_write(R.APIC_EOI, 0))
         self._set_flags(i)
         return True
+
+    def _nmi(self, i: int) -> None:
+        """The NMI's handler, to its IRET: NMIs get in again, and KVM may have asked to be told of that."""
+        v = self.machine.vcpus[i]
+        self.seen.notes[i].append((self.baton, R.VECTOR_NMI))
+        self.machine.mem[v.own + L.K_NMI_MASKED] = 0
+        self._set_flags(i)
+        if v.nmi_window:
+            self._act(i, lambda: v.exit(VmxExit.NMI_WINDOW))

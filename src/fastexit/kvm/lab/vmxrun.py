@@ -24,6 +24,10 @@ TRACE_FILE = "/sys/kernel/tracing/trace_pipe"
 SETTLE = 4000
 """Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes, and longer
 than a window, an injection and an EOI that exits, of each of several interrupts that a sleeper had pending."""
+SETTLE_EVENTS = 3 * SETTLE
+"""With INIT, SIPI and SMI, which take longer."""
+FEATURE_CONTROL, VMXON_ALLOWED = 0x3A, 5
+"""IA32_FEATURE_CONTROL: locked, VMXON outside SMX."""
 HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
 Notes = Sequence[tuple[int, int]]
@@ -56,7 +60,18 @@ def request(
     where = [(i + 1) % cpus for i in ids]
     asked.vm(ids, where, split=setup.split)
     image = C.common(setup.vcpus, setup.eoi_mode)
-    way = C.Way(not setup.x2apic, SETTLE, Counter(number for taken in notes for number, _ in taken))
+    way = C.Way(
+        touch=not setup.x2apic,
+        count=SETTLE_EVENTS if setup.events else SETTLE,
+        taken=Counter(number for taken in notes for number, _ in taken),
+        restarts=setup.events,
+        paged=setup.paged,
+    )
+    if setup.events:
+        asked.add(Op.SMM)
+        C.beginnings(image, setup.vcpus)
+    if setup.paged:
+        C.paging(image)
     for i in ids:
         image.put(C.CODE_AT + C.CODE_BYTES * i, C.program(i, steps, way))
     for address, data in image.pieces.items():
@@ -66,7 +81,11 @@ def request(
             base = R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_EN | R.APICBASE_EXTD | R.APICBASE_BSP * (i == 0)
             asked.ioctl(i, K.SET_MSRS, struct.pack("<IIIIQ", 1, 0, R.MSR_APICBASE, 0, base))
         asked.ioctl(i, K.SET_LAPIC, prepared[i])
-        asked.add(Op.SETUP, i, C.CODE_AT + C.CODE_BYTES * i, C.STACK_AT + 0x1000 * (i + 1) - 16, C.area(i))
+        pages = []
+        if setup.paged:
+            asked.ioctl(i, K.SET_MSRS, struct.pack("<IIIIQ", 1, 0, FEATURE_CONTROL, 0, VMXON_ALLOWED))
+            pages = [C.PAGES_AT]
+        asked.add(Op.SETUP, i, C.CODE_AT + C.CODE_BYTES * i, C.stack(i), C.area(i), *pages)
     for i in ids:
         asked.add(Op.RUN, i)
         asked.add(Op.PARKED, i, MOST_MICROSECONDS)
@@ -111,6 +130,8 @@ def _call(asked: Request, who: int, name: str, arguments: Sequence[Any]) -> None
         asked.ioctl(who, K.GET_MSRS, struct.pack("<IIIIQ", 1, 0, arguments[0], 0, 0))
     elif name == "set_mp_state":
         asked.ioctl(who, K.SET_MP_STATE, struct.pack("<I", arguments[0]))
+    elif name in ("nmi", "smi"):
+        asked.ioctl(who, K.NMI if name == "nmi" else K.SMI)
     else:
         raise ValueError(f"no call {name}")
 
@@ -120,7 +141,7 @@ def _returned(name: str, result: int, data: bytes) -> Any:
         return result if result >= 0 else -1
     if name == "set_msr":
         return result == 1
-    if name == "set_mp_state":
+    if name in ("set_mp_state", "nmi", "smi"):
         return None if result == 0 else result
     return struct.unpack_from("<Q", data, 16)[0] if result == 1 else None
 
@@ -143,7 +164,7 @@ def parsed(lines: Sequence[str]) -> list[Line]:
 def seen(setup: Setup, steps: Sequence[Step], answer: Answer) -> tuple[Seen, list[Line]]:
     """What the kernel and its guests did, as the model tells it; and the trace as it was."""
     found = Seen(lines={name: [] for name in (*(f"v{i}" for i in range(setup.vcpus)), HOST)})
-    skipped = setup.vcpus * (2 if setup.x2apic else 1)
+    skipped = setup.vcpus * (1 + setup.x2apic + setup.paged)
     results = answer.ioctls[skipped:]
     calls = [call for step in steps if step.kind == "host" for call in step.args]
     for (_, name, *_), (result, data) in zip(calls, results, strict=False):
@@ -158,7 +179,7 @@ def seen(setup: Setup, steps: Sequence[Step], answer: Answer) -> tuple[Seen, lis
             if step.vcpu == i:
                 at = (C.RESULTS + C.RESULT_BYTES * number) // 4
                 low, high, flag = words[at : at + 3]
-                reads = step.kind in ("rdmsr", "load", "vmcall") and not flag
+                reads = step.kind in ("rdmsr", "load", "vmcall", "vmxon", "vmxoff") and not flag
                 found.results[number] = (flag, low, high) if reads else (flag, 0, 0)
     raw = parsed(answer.files[-1] if answer.files else [])
     for line in raw:

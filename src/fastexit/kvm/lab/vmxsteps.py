@@ -11,6 +11,8 @@ from typing import Any
 
 from fastexit import regs as R
 
+VMXON_AT, VMXON_POINTER_AT = 0x13000, 0x1030
+"""The VMXON region, which all vCPUs share (KVM looks at its revision alone), and the operand of VMXON."""
 SLEEPING = ("halt",)
 """Kinds that pass the baton on before they do what they do."""
 
@@ -27,6 +29,7 @@ class Step:
     | deadline | ticks from now on |
     | spend | ticks that pass |
     | vmcall | number, four arguments |
+    | vmxon, vmxoff | 1 where the vCPU begins anew before it could pass the baton on |
     | host | calls: (vCPU or -1, name, arguments ...) |
     """
 
@@ -45,11 +48,15 @@ class Step:
     @property
     def passes_first(self) -> bool:
         """Whether others go on before it is done."""
-        return self.kind in SLEEPING
+        return self.kind in SLEEPING or (self.kind == "vmxoff" and self.args == (1,))
 
 
 def _u32(value: int) -> bytes:
     return struct.pack("<I", value & 0xFFFF_FFFF)
+
+
+FLAGS = b"\x9c\x58\x83\xe0\x41\x31\xd2"
+"""pushfd; pop eax; eax &= CF | ZF; edx = 0."""
 
 
 def _code(kind: str, args: tuple[Any, ...]) -> bytes:
@@ -75,4 +82,8 @@ def _code(kind: str, args: tuple[Any, ...]) -> bytes:
         # until the low word of the TSC has moved on: rdtsc; esi = eax; again: rdtsc; eax -= esi; cmp eax, ticks; jb
         loop = b"\x0f\x31\x29\xf0\x3d" + _u32(args[0])
         return b"\x0f\x31\x89\xc6" + loop + b"\x72" + struct.pack("<b", -len(loop) - 2) + b"\x31\xc0\x31\xd2"
+    if kind == "vmxon":
+        return b"\xf3\x0f\xc7\x35" + _u32(VMXON_POINTER_AT) + FLAGS
+    if kind == "vmxoff":
+        return b"\x0f\x01\xc4" + FLAGS
     return {"sti": b"\xfb", "cli": b"\xfa", "halt": b"\xfb\xf4", "host": b""}[kind]

@@ -34,6 +34,7 @@ class Op(IntEnum):
     CLOCK = 14
     SETUP = 15
     HAS = 16
+    SMM = 17
 
 
 class Request:
