@@ -174,6 +174,27 @@ def test_init_and_sipi(vendor: str, apicv: bool) -> None:
     assert not run(v).blocked
 
 
+@pytest.mark.parametrize("kernel", ["5.10", "7.3"])
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+def test_a_window_that_was_asked_for_outlives_init_on_vmx(vendor: str, kernel: str) -> None:
+    """INIT makes SVM's VMCB anew; vmx_vcpu_reset does not touch the controls, so the exit comes with nothing to do."""
+    m = booted(kernel, vendor)
+    v = m.vcpus[1]
+    run(v)
+    send(m, 1, vector=0xFD)
+    run(v)
+    assert v.irq_window
+    send(m, 1, delivery=INIT, level=True)
+    assert run(v).blocked
+    assert v.irq_window is (vendor == "vmx")
+    send(m, 1, delivery=SIPI, vector=0x9A)
+    assert v.run()
+    assert v.irq_window is (vendor == "vmx")
+    v.rflags |= IF
+    window(v)
+    assert (v.injected, v.irq_window) == (None, False)
+
+
 def test_init_ends_a_loop_of_fast_exits() -> None:
     """A vCPU that does nothing but fast exits still notices INIT at the next one."""
     m = booted(apicv=True)

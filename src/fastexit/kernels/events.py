@@ -99,7 +99,9 @@ def reset_vcpu_init(m, v):
     """kvm_vcpu_reset(init_event = true): LAPIC in its INIT flavour, queued events gone, RIP at the reset vector.
 
     An L2 that INIT could interrupt without L1 (SVM) is forgotten. KVM_INTERRUPT's vector stays: it is the PIC's. SVM's
-    NMI mask was one of the flags that INIT clears; since it has a word of its own, it stays.
+    NMI mask was one of the flags that INIT clears; since it has a word of its own, it stays. Windows that KVM asked for
+    are bits of the VMCB, which is made anew; vmx_vcpu_reset leaves the execution controls alone, so on VMX their exits
+    come although nothing waits any more.
     """
     row = own(m, v)
     if m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
@@ -115,8 +117,9 @@ def reset_vcpu_init(m, v):
     m[row + k.K_EXCEPTION] = k.ZERO
     m[row + k.K_PENDING_DB] = k.ZERO
     m[row + k.K_INTERRUPT] = k.ZERO
-    m[row + k.K_IRQ_WINDOW] = k.ZERO
-    m[row + k.K_NMI_WINDOW] = k.ZERO
+    if m[k.H_CONFIG] & k.CONFIG_SVM:
+        m[row + k.K_IRQ_WINDOW] = k.ZERO
+        m[row + k.K_NMI_WINDOW] = k.ZERO
     m[row + k.K_REINJECT] = k.ZERO
     m[row + k.K_SMI_COUNT] = k.ZERO
     m[row + k.K_HFLAGS] = k.HF_REAL_MODE
