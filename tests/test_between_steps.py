@@ -257,6 +257,9 @@ def test_cancelled_nmi(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
         external(v)
     assert v.nmi_masked
     assert v.events().nmi_pending == 0
+    assert taken(m, v) == [], "the NMI's gate cleared IF"
+    v.rflags |= r.RFLAGS_IF
+    v.exit(fx.VmxExit.INTERRUPT_WINDOW)
     assert taken(m, v) == [LATE]
 
 
