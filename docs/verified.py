@@ -84,16 +84,17 @@ def vmx() -> str:
     if not reports:
         return "No run is kept yet: `make verify-kernels`."
     rows = [
-        "| kernel | modelled as | APICv | x2APIC | xAPIC | steps | trace lines | same in another run only "
-        "| left out | found | seed, date |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | modelled as | APICv | x2APIC | xAPIC | with events | steps | trace lines "
+        "| same in another run only | left out | found | seed, date |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     faults: dict[str, int] = {}
     for report in reports:
         programs = report["programs"]
         rows.append(
             f"| {report['kernel']} | {report['modelled_as']} | {'on' if report['apicv'] else 'off'} "
-            f"| {programs.get('x2apic', 0):,} | {programs.get('xapic', 0):,} | {report['steps']:,} "
+            f"| {programs.get('x2apic', 0):,} | {programs.get('xapic', 0):,} "
+            f"| {sum(count for mode, count in programs.items() if ' ' in mode):,} | {report['steps']:,} "
             f"| {report['trace_lines']:,} | {report['repeated']:,} | {report['left_out']:,} "
             f"| {len(report['differences'])} | {report['seed']}, {report['began'][:10]} |"
         )

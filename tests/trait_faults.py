@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import fastexit as fx
-from fastexit.kvm.lab import vmxdraw
-from fastexit.kvm.lab.vmx import VmxLab, played
+from fastexit.kvm.lab.vmx import VmxLab, drawn_program, modes_of, played
 from fastexit.kvm.lab.vmxcompare import differences
+from fastexit.kvm.lab.vmxmodel import Player, Setup
+from fastexit.kvm.lab.vmxsteps import Step
 from fastexit.profile import PROFILES
 from fastexit.traits import Trait
 
 KEPT = Path(__file__).resolve().parents[1] / "build" / "verify" / "faults.json"
 TRIES = 2
 """A program that differs has to do so each time, without a fault of Bochs."""
+MODES = modes_of(None, None)
 STEPS_EACH = 16
 """Operations of a program of the VMX lab."""
 
@@ -50,6 +51,7 @@ BEYOND: dict[str, str] = {
     **dict.fromkeys(("LVTPC_MASKED", "LVTPC_KEPT_ON_AMD"), NEEDS_PMU),
     **dict.fromkeys(("REENTRY_COUNTED", "FILTER_RANGES_COUNTED"), NEEDS_COUNTERS),
     **dict.fromkeys(("SKIP_LATE", "SKIP_AFTER_TRACE", "ICR_REENTERS", "SRCU_IN_FASTPATH", "HLT_FAST"), NEEDS_LENGTHS),
+    "FORCED_EXIT_HANDLED": NEEDS_LENGTHS,
     **dict.fromkeys(
         ("PI_EMPTY_LOSES_RVI", "PI_NOTIFIES_SELF"),
         "a notification that finds nothing: not asked since Bochs was mended there",
@@ -62,7 +64,6 @@ BEYOND: dict[str, str] = {
     "MSR_IMM": "WRMSR with an immediate: the emulated CPUs have none",
     "ICR_NO_RESERVED": NEEDS_PROGRAMS + "reserved ICR bits on kernels that take them",
     "TRACE_WRITE_FIRST": "the fast path of 5.4 and 5.6, of which there is no package",
-    "FORCED_EXIT_HANDLED": NEEDS_PROGRAMS + "an immediate exit that KVM asks for",
     "TIMER_NO_CATCH_UP": NEEDS_PROGRAMS + "a periodic timer that is late by a period",
     **dict.fromkeys(
         ("HV_TIMER_CANCELLED", "HV_TIMER_CANCELLED_FIRST", "MODE_KEEPS_HV_TIMER"),
@@ -78,7 +79,6 @@ BEYOND: dict[str, str] = {
     **dict.fromkeys(
         ("INHIBIT_REQUESTS_EVENT", "APICV_AT_ENTRY"), NEEDS_PROGRAMS + "an inhibit while an interrupt waits"
     ),
-    "BLOCKED_INIT_WAKES": "a halted vCPU whose INIT is blocked: by SMM, VMXON or GIF, which no program brings about",
     "MMIO_NOT_VECTORING": "a guest whose stack or vector table is a device",
 }
 """Traits that no lab can show, and what it would take."""
@@ -125,24 +125,35 @@ def by_programs(lab: VmxLab, release: str, trait: Trait, operations: int) -> dic
     """
     done = 0
     for number in range(operations // STEPS_EACH):
-        mode = number % 2 == 0
-        rng = random.Random(f"1/{'x2apic' if mode else 'xapic'}/{number}")
-        setup = vmxdraw.setup(rng, apicv=lab.apicv, x2apic=mode)
-        steps, true = vmxdraw.program(rng, setup, release)
+        mode = MODES[number % len(MODES)]
+        setup, steps, true = drawn_program(1, mode, number // len(MODES), release, apicv=lab.apicv)
         done += len(steps)
         with flipped(release, trait):
-            try:
-                player = played(setup, steps, release)
-            except ValueError:
-                continue  # a vCPU of the wrong row sleeps when its step comes
+            done_of, player = as_far_as_it_goes(setup, steps, release)
             seen = player.end()
-            if not differences(player.machine.trace.events, steps, seen, true.end()):
-                continue
-            tries = [lab._tried(setup, steps, player)[:2] for _ in range(TRIES)]
+        if len(done_of) < len(steps):
+            true = played(setup, done_of, release)
+        if not differences(player.machine.trace.events, done_of, seen, true.end()):
+            continue
+        with flipped(release, trait):
+            tries = [lab._tried(setup, done_of, player)[:2] for _ in range(TRIES)]
         if all(found and not known for found, known in tries):
-            kind = f"{'x2APIC' if mode else 'xAPIC'} programs"
+            kind = f"{'x2APIC' if setup.x2apic else 'xAPIC'} programs{' with events' * setup.events}"
             return {"operations": done, "found": True, "kind": kind, "traced": False, "text": str(tries[0][0][0])}
     return {"operations": done, "found": False}
+
+
+def as_far_as_it_goes(setup: Setup, steps: list[Step], release: str) -> tuple[list[Step], Player]:
+    """The steps that a row's model can do, and that model: the next one's vCPU sleeps there, or begins nowhere."""
+    player = Player(setup, release)
+    for number, step in enumerate(steps):
+        if player.seen.asleep[step.vcpu]:
+            return steps[:number], player
+        try:
+            player.step(step)
+        except ValueError:
+            return steps[:number], played(setup, steps[:number], release)
+    return steps, player
 
 
 def by_kinds(judge: Any, operations: int, kinds: tuple[str, ...]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _drawn(rng: random.Random, made: Setup, player: Player) -> list[Step]:
     if made.events and rng.random() < vmxevents.SHARE:
         return vmxevents.steps(rng, made, player)
     found = _next(rng, made, player)
-    return [] if any(vmxevents.waits_for_sipi(player, step) for step in found) else found
+    return [] if made.events and any(vmxevents.may_spin(player, step) for step in found) else found
 
 
 def _awake(player: Player) -> list[int]:

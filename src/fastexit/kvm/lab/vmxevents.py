@@ -33,9 +33,14 @@ def steps(rng: random.Random, made: Setup, player: Player) -> list[Step]:
     return drawn(rng, made, player, i)
 
 
-def waits_for_sipi(player: Player, step: Step) -> bool:
-    """Whether a step kicks a vCPU that waits for SIPI: its thread would spin until then, and nobody sees it."""
-    return step.kind == "vmcall" and step.args[2] in [i for i, waits in enumerate(player.waits) if waits]
+def may_spin(player: Player, step: Step) -> bool:
+    """Whether a step kicks a vCPU that no halt uses up the kick of.
+
+    A thread that waits for SIPI with a kick left spins until it comes, where the model's sleeps; up to 5.15 its timer
+    is then not started again.
+    """
+    halted = [i for i, asleep in enumerate(player.seen.asleep) if asleep and not player.waits[i]]
+    return step.kind == "vmcall" and step.args[2] < len(player.waits) and step.args[2] not in halted
 
 
 def _icr(made: Setup, i: int, value: int) -> list[Step]:
@@ -108,7 +113,10 @@ def _init(rng: random.Random, made: Setup, player: Player, i: int) -> list[Step]
     shorthand = R.SH_ALLBUT if everybody else R.SH_NONE
     trigger = rng.random() < 0.5
     level = not trigger or rng.random() < 0.9
-    found = _icr(made, i, R.icr(target, delivery=R.DM_INIT, level=level, trigger_level=trigger, shorthand=shorthand))
+    found: list[Step] = []
+    if player.machine.vcpus[target].vmxon and not player.seen.asleep[target] and rng.random() < 0.5:
+        found.append(Step(target, "halt"))  # which an INIT that is blocked ended in old kernels
+    found += _icr(made, i, R.icr(target, delivery=R.DM_INIT, level=level, trigger_level=trigger, shorthand=shorthand))
     if rng.random() < 0.2:
         found += _icr(made, i, R.icr(target, delivery=R.DM_INIT, trigger_level=True, shorthand=shorthand))
     if rng.random() < 0.2:
