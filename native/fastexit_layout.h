@@ -12,7 +12,7 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 5,
+    FX_ABI_VERSION = 6,
     FX_MAX_VCPUS = 4096,
     FX_HOT = 12288,
     FX_HOT_STRIDE = 16

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -329,6 +329,12 @@ TP_HV_STIMER_CLEANUP = 39
 TP_HV_STIMER_EXPIRATION = 40
 TP_SET_IRQ = 41
 TP_HYPERCALL = 42
+TP_IOAPIC_SET_IRQ = 43
+TP_IOAPIC_DELAYED_EOI_INJ = 44
+TP_PIC_SET_IRQ = 45
+TP_ACK_IRQ = 46
+TP_PIO = 47
+TP_MMIO = 48
 """Record: word 0 event | vCPU index + 1 << 8 | TRACE_*, words 1-7 the event's arguments (tracepoints/text.py prints
 them)."""
 TRACE_CONTEXT_SHIFT = 40
@@ -386,7 +392,101 @@ CALL_LENGTH = 0xF  # how a hypercall is made, for kernels: length of its instruc
 CALL_BITS64 = 1 << 8  # all 64 bits of registers count
 CALL_CPL = 3 << 9
 
-WORDS = XMM + MAX_VCPUS * XMM_STRIDE
+# --------------------------- the irqchip of a VM: IOAPIC, PIC pair, PIT, routes; 0 is how each begins, but where said
+IOAPIC = XMM + MAX_VCPUS * XMM_STRIDE
+"""Words of kvm_ioapic. KVM guards them by a lock (IRQ_LOCK); so does a machine with threads."""
+IOAPIC_BASE = 0  # base_address; created as regs.IOAPIC_DEFAULT_BASE
+IOAPIC_IOREGSEL = 1
+IOAPIC_ID = 2
+IOAPIC_IRR = 3
+IOAPIC_PAD = 4
+IOAPIC_IRR_DELIVERED = 5
+IOAPIC_RTC_PENDING = 6  # rtc_status.pending_eoi, as 64 bits with sign
+IOAPIC_DELAYED = 7  # when the delayed re-delivery runs, ns of the machine's clock, + 1; 0: not
+IOAPIC_REDIRTBL = 8  # 24 words; created masked
+IOAPIC_SOURCES = 32  # 24 words, the source ids that hold a pin up, in bits
+IOAPIC_EOIS = 56  # 24 words, irq_eoi: EOIs in a row that found the line up
+IOAPIC_PINS = 24
+IOAPIC_WORDS = 128
+
+PIC = IOAPIC + IOAPIC_WORDS
+"""Master, then slave; a word for each field of kvm_pic_state in its order, then the pins' source ids."""
+PIC_STRIDE = 32
+PIC_LAST_IRR = 0
+PIC_IRR = 1
+PIC_IMR = 2
+PIC_ISR = 3
+PIC_PRIORITY_ADD = 4
+PIC_IRQ_BASE = 5
+PIC_READ_REG_SELECT = 6
+PIC_POLL = 7
+PIC_SPECIAL_MASK = 8
+PIC_INIT_STATE = 9
+PIC_AUTO_EOI = 10
+PIC_ROTATE_ON_AUTO_EOI = 11
+PIC_SPECIAL_FULLY_NESTED = 12
+PIC_INIT4 = 13
+PIC_ELCR = 14
+PIC_ELCR_MASK = 15  # created as regs.PIC_ELCR_MASKS
+PIC_FIELDS = 16
+PIC_SOURCES = 16  # 8 words, the source ids that hold a pin up, in bits
+PIC_PINS = 16  # of both
+PIC_OUTPUT = PIC + 2 * PIC_STRIDE  # the pair's INTR line
+IRQ_LOCK = PIC_OUTPUT + 1  # remote; taken around every change of chips and routes
+IRQ_DEPTH = PIC_OUTPUT + 2
+
+PIT = PIC + 128
+"""kvm_kpit_state: three channels, then what they share."""
+PIT_STRIDE = 16
+PIT_COUNT = 0
+PIT_LATCHED_COUNT = 1
+PIT_COUNT_LATCHED = 2
+PIT_STATUS_LATCHED = 3
+PIT_STATUS = 4
+PIT_READ_STATE = 5
+PIT_WRITE_STATE = 6
+PIT_WRITE_LATCH = 7
+PIT_RW_MODE = 8
+PIT_MODE = 9
+PIT_BCD = 10
+PIT_GATE = 11
+PIT_LOADED = 12  # count_load_time, ns of the machine's clock
+PIT_CHANNELS = 3
+PIT_PRESENT = PIT + 48  # bit 0: there is one, bit 1: with the speaker port
+PIT_FLAGS = PIT + 49
+PIT_REINJECT = PIT + 50
+PIT_PENDING = PIT + 51
+PIT_IRQ_ACK = PIT + 52
+PIT_DEADLINE = PIT + 53  # when channel 0's hrtimer fires, ns of the machine's clock, + 1; 0: not
+PIT_PERIOD = PIT + 54  # ns, 0: one-shot
+PIT_NMI_VCPUS = PIT + 55  # vapics_in_nmi_mode: vCPUs whose LVT0 is in NMI mode
+PIT_WORDS = 64
+
+ROUTES = PIT + PIT_WORDS
+"""The GSI routing table. MAX_ROUTES rows in the order in which a GSI's routes are worked, all of a GSI together."""
+MAX_ROUTES = 4096
+ROUTE_STRIDE = 4
+ROUTE_KIND = 0  # ROUTE_*, less than 8; the GSI from bit 8 on
+ROUTE_A = 1  # pin of a chip (PIC: 0..15 of the pair), address of an MSI, VP index
+ROUTE_B = 2  # data of an MSI, SINT
+ROUTE_IOAPIC = 1
+ROUTE_PIC = 2
+ROUTE_MSI = 3
+ROUTE_HV_SINT = 4
+ROUTE_FIRST = ROUTES + MAX_ROUTES * ROUTE_STRIDE  # MAX_ROUTES + 1 words: a GSI's first row; its last is before the next's
+ROUTE_GSIS = ROUTE_FIRST + MAX_ROUTES + 1  # size of the table: largest GSI + 1
+ROUTE_OF_PIN = ROUTE_GSIS + 1  # 40 words: GSI + 1 of the IOAPIC's pins, then of the PICs', 0: none
+RESAMPLERS = ROUTE_OF_PIN + 48
+"""A row a GSI: how many resampling irqfds it has, and how often their resamplefds were signalled."""
+RESAMPLER_STRIDE = 2
+
+IRQ = RESAMPLERS + MAX_ROUTES * RESAMPLER_STRIDE
+"""A row a vCPU: what the chips keep about it."""
+IRQ_STRIDE = 4
+IRQ_RTC_VECTOR = 0  # dest_map: vector + 1 of the RTC's pin that it has not ended yet, 0: none
+IRQ_STALE = 1  # highest_stale_pending_ioapic_eoi + 1, 0: none
+
+WORDS = -(-(IRQ + MAX_VCPUS * IRQ_STRIDE) // 512) * 512
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)

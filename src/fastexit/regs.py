@@ -350,6 +350,31 @@ AVIC_OFFSET = 0xFF0
 AVIC_WRITE_SHIFT = 24
 AVIC_INFO1_WRITE = 1 << 32
 
+# ------------------------------------------------------------------------------------------ IOAPIC, PIC pair, PIT, GSIs
+
+IOAPIC_DEFAULT_BASE = 0xFEC0_0000
+IOAPIC_BYTES = 0x100
+IOAPIC_VERSION = 0x17_0011
+REDIR_LOGICAL = 1 << 11
+REDIR_STATUS = 1 << 12
+REDIR_REMOTE_IRR = 1 << 14
+REDIR_LEVEL = 1 << 15
+REDIR_MASK = 1 << 16
+REDIR_DEST_SHIFT = 56
+
+PIC_ELCR_MASKS = 0xF8, 0xDE
+"""Lines that can be level-triggered: master's, slave's."""
+
+PIT_HZ = 1_193_181
+"""KVM_PIT_FREQ."""
+
+SOURCE_USER = 0
+"""KVM_USERSPACE_IRQ_SOURCE_ID."""
+SOURCE_RESAMPLE = 1
+"""KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID."""
+SOURCE_PIT = 2
+"""KVM_PIT_IRQ_SOURCE_ID."""
+
 # ---------------------------------------------------------------------------------------------------- KVM's own numbers
 
 OUTSIDE_GUEST_MODE = 0

@@ -27,8 +27,9 @@ from fastexit.traits import HYPERV, RULES, Trait
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
-_READABLE = (3, 4, L.ABI_VERSION)
-"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V."""
+_READABLE = (3, 4, 5, L.ABI_VERSION)
+"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V, up to
+5 none of the irqchip's."""
 
 
 def _rows(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
@@ -97,7 +98,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     words[L.H_HV_EVENTFDS] = 0
 
 
-_EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168}
+_EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168, 5: 6_670_848}
 _EARLIER_PENDING_DB = 13
 """Up to version 3 a queued #DB lay where the targets are now."""
 
