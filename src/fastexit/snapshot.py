@@ -28,8 +28,8 @@ from fastexit.traits import HYPERV, RULES, Trait
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
 _READABLE = (3, 4, 5, L.ABI_VERSION)
-"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V, up to
-5 none of the irqchip's."""
+"""ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V, up
+to 5 none of the irqchip's."""
 
 
 def _rows(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
