@@ -556,6 +556,65 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         },
     ),
     "set irq": (L.TP_SET_IRQ, (24, 1, 0), {"seed-v3": "kvm_set_irq: gsi 24 level 1 source 0"}),
+    "set irq with a level below 0": (
+        L.TP_SET_IRQ,
+        (4095, 0xFFFF_FFFE, 1),
+        {"seed-v3": "kvm_set_irq: gsi 4095 level -2 source 1"},
+    ),
+    "IOAPIC": (
+        L.TP_IOAPIC_SET_IRQ,
+        (0x0100_0000_0000_0033, 4, 0),
+        {"seed-v3": "kvm_ioapic_set_irq: pin 4 dst 1 vec 51 (Fixed|physical|edge)"},
+    ),
+    "masked IOAPIC pin": (
+        L.TP_IOAPIC_SET_IRQ,
+        (0xFF00_0000_0001_F942, 23, 1),
+        {"seed-v3": "kvm_ioapic_set_irq: pin 23 dst ff vec 66 (LowPrio|logical|level|masked) (coalesced)"},
+    ),
+    "delayed EOI": (
+        L.TP_IOAPIC_DELAYED_EOI_INJ,
+        (0x0A00_0000_0000_8742,),
+        {"seed-v3": "kvm_ioapic_delayed_eoi_inj: dst a vec 66 (ExtINT|physical|level)"},
+    ),
+    "PIC": (L.TP_PIC_SET_IRQ, (3, 0, 0xF7), {"seed-v3": "kvm_pic_set_irq: chip 0 pin 3 (edge)"}),
+    "masked PIC pin": (
+        L.TP_PIC_SET_IRQ,
+        (1 << 8 | 6 | L.TRACE_COALESCED, 0x40, 0x40),
+        {"seed-v3": "kvm_pic_set_irq: chip 1 pin 6 (level|masked) (coalesced)"},
+    ),
+    "ack of the master": (L.TP_ACK_IRQ, (0, 2), {"seed-v3": "kvm_ack_irq: irqchip PIC master pin 2"}),
+    "ack of the slave": (L.TP_ACK_IRQ, (1, 15), {"seed-v3": "kvm_ack_irq: irqchip PIC slave pin 15"}),
+    "ack of the IOAPIC": (L.TP_ACK_IRQ, (2, 17), {"seed-v3": "kvm_ack_irq: irqchip IOAPIC pin 17"}),
+    "port written": (
+        L.TP_PIO,
+        (0x20 | L.TRACE_PIO_WRITE, 1 | 1 << 8, 0x1F20),
+        {"seed-v3": "kvm_pio: pio_write at 0x20 size 1 count 1 val 0x20 "},
+    ),
+    "port read": (
+        L.TP_PIO,
+        (0x4D0, 2 | 1 << 8, 0x1_BEEF),
+        {"seed-v3": "kvm_pio: pio_read at 0x4d0 size 2 count 1 val 0xbeef "},
+    ),
+    "string of a port": (
+        L.TP_PIO,
+        (0x1F0, 4 | 128 << 8, 0x1_DEAD_BEEF),
+        {"seed-v3": "kvm_pio: pio_read at 0x1f0 size 4 count 128 val 0xdeadbeef (...)"},
+    ),
+    "device read": (
+        L.TP_MMIO,
+        (L.TRACE_MMIO_READ | 4 << 8, 0xFEC0_0010, 0x17_0011),
+        {"seed-v3": "kvm_mmio: mmio read len 4 gpa 0xfec00010 val 0x170011"},
+    ),
+    "device written": (
+        L.TP_MMIO,
+        (L.TRACE_MMIO_WRITE | 8 << 8, 0xFEC0_0000, 0x1234_5678_9ABC_DEF0),
+        {"seed-v3": "kvm_mmio: mmio write len 8 gpa 0xfec00000 val 0x123456789abcdef0"},
+    ),
+    "device that user space has": (
+        L.TP_MMIO,
+        (L.TRACE_MMIO_UNSATISFIED | 1 << 8, 0xFED0_0000, 0),
+        {"seed-v3": "kvm_mmio: mmio unsatisfied-read len 1 gpa 0xfed00000 val 0x0"},
+    ),
     "Hyper-V hypercall": (
         L.TP_HV_HYPERCALL,
         (0x0003_0005_0041_0015, 0x51, 0xE),

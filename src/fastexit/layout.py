@@ -327,19 +327,24 @@ TP_HV_STIMER_START_ONE_SHOT = 37
 TP_HV_STIMER_CALLBACK = 38
 TP_HV_STIMER_CLEANUP = 39
 TP_HV_STIMER_EXPIRATION = 40
-TP_SET_IRQ = 41
+TP_SET_IRQ = 41  # GSI, level as given (an int), source id
 TP_HYPERCALL = 42
-TP_IOAPIC_SET_IRQ = 43
-TP_IOAPIC_DELAYED_EOI_INJ = 44
-TP_PIC_SET_IRQ = 45
-TP_ACK_IRQ = 46
-TP_PIO = 47
-TP_MMIO = 48
+TP_IOAPIC_SET_IRQ = 43  # redirection entry as it was before, pin, 1: result was 0
+TP_IOAPIC_DELAYED_EOI_INJ = 44  # redirection entry
+TP_PIC_SET_IRQ = 45  # pin of the chip, 0..7 | chip << 8 | TRACE_COALESCED; ELCR and IMR of the chip, as they are after
+TP_ACK_IRQ = 46  # chip: 0 master, 1 slave, 2 IOAPIC; pin, of the slave 8..15
+TP_PIO = 47  # port | TRACE_PIO_WRITE; length | count << 8; first value
+TP_MMIO = 48  # TRACE_MMIO_* | length << 8, address, value (of an unsatisfied read 0)
 """Record: word 0 event | vCPU index + 1 << 8 | TRACE_*, words 1-7 the event's arguments (tracepoints/text.py prints
 them)."""
 TRACE_CONTEXT_SHIFT = 40
 TRACE_IRQS_OFF = 1 << TRACE_CONTEXT_SHIFT  # host interrupts were off on the vCPU's pCPU
 TRACE_PREEMPT_OFF = 1 << TRACE_CONTEXT_SHIFT + 1  # its thread could not be preempted
+TRACE_COALESCED = 1 << 16  # in an argument: the result was 0
+TRACE_PIO_WRITE = 1 << 16  # in an argument
+TRACE_MMIO_UNSATISFIED = 0
+TRACE_MMIO_READ = 1
+TRACE_MMIO_WRITE = 2
 
 # ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot
 TARGETS = TRACE + TRACE_CAPACITY * TRACE_STRIDE
@@ -473,7 +478,7 @@ ROUTE_IOAPIC = 1
 ROUTE_PIC = 2
 ROUTE_MSI = 3
 ROUTE_HV_SINT = 4
-ROUTE_FIRST = ROUTES + MAX_ROUTES * ROUTE_STRIDE  # MAX_ROUTES + 1 words: a GSI's first row; the next GSI's ends it
+ROUTE_FIRST = ROUTES + MAX_ROUTES * ROUTE_STRIDE  # MAX_ROUTES + 1 words: a GSI's first row; the next's ends it
 ROUTE_GSIS = ROUTE_FIRST + MAX_ROUTES + 1  # size of the table: largest GSI + 1
 ROUTE_OF_PIN = ROUTE_GSIS + 1  # 40 words: GSI + 1 of the IOAPIC's pins, then of the PICs', 0: none
 RESAMPLERS = ROUTE_OF_PIN + 48

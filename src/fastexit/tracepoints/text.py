@@ -44,6 +44,7 @@ _CALL = "0x{repeats:x} idx 0x{first:x} in 0x{1:x} out 0x{2:x}"
 _FLUSH = "processor_mask 0x{0:x} address_space 0x{1:x} flags 0x{2:x}"
 _FLUSH_EX = "valid_bank_mask 0x{0:x} format 0x{1:x} address_space 0x{2:x} flags 0x{3:x}"
 _STIMER = "vcpu_id {vcpu} timer {0}"
+_REDIR = "dst {dst:x} vec {vector} ({mode}|{dest}|{trigger}{masked})"
 
 FORMATS: dict[int, dict[str, str]] = {
     L.TP_ENTRY: {
@@ -108,7 +109,13 @@ FORMATS: dict[int, dict[str, str]] = {
         "6.18": f"kvm_pi_irte_update: {_PI}",
     },
     L.TP_HYPERCALL: {"5.4": "kvm_hypercall: nr 0x{nr:x} a0 0x{a0:x} a1 0x{a1:x} a2 0x{a2:x} a3 0x{a3:x}"},
-    L.TP_SET_IRQ: {"5.4": "kvm_set_irq: gsi {0} level {1} source {2}"},
+    L.TP_SET_IRQ: {"5.4": "kvm_set_irq: gsi {0} level {level} source {2}"},
+    L.TP_IOAPIC_SET_IRQ: {"5.4": f"kvm_ioapic_set_irq: pin {{1}} {_REDIR}{{coalesced}}"},
+    L.TP_IOAPIC_DELAYED_EOI_INJ: {"5.4": f"kvm_ioapic_delayed_eoi_inj: {_REDIR}"},
+    L.TP_PIC_SET_IRQ: {"5.4": "kvm_pic_set_irq: chip {chip} pin {pin} ({trigger}{masked}){coalesced}"},
+    L.TP_ACK_IRQ: {"5.4": "kvm_ack_irq: irqchip {chip} pin {1}"},
+    L.TP_PIO: {"5.4": "kvm_pio: pio_{way} at 0x{port:x} size {size} count {count} val 0x{value:x} {more}"},
+    L.TP_MMIO: {"5.4": "kvm_mmio: mmio {way} len {length} gpa 0x{1:x} val 0x{2:x}"},
     L.TP_HV_HYPERCALL: {
         "5.4": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} cnt {_CALL}",
         "6.1": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} var_cnt 0x{{variable:x}} rep_cnt {_CALL}",
@@ -140,7 +147,8 @@ FORMATS: dict[int, dict[str, str]] = {
 }
 """Event -> release from which a format holds -> the format.
 
-{0}, {1} ... are the record's arguments, {vcpu} the id of its vCPU, the other names what _FIELDS makes of them.
+{0}, {1} ... are the record's arguments, {vcpu} the id of its vCPU, the other names what _FIELDS makes of them. Where a
+record packs things into one argument, layout.py says beside the event how.
 """
 
 ARGUMENTS = {
@@ -159,6 +167,8 @@ ARGUMENTS = {
     L.TP_AVIC_KICK_VCPU_SLOWPATH: 2,
     L.TP_USERSPACE_EXIT: 2,
     L.TP_HYPERCALL: 6,
+    L.TP_IOAPIC_DELAYED_EOI_INJ: 1,
+    L.TP_ACK_IRQ: 2,
     L.TP_HV_HYPERCALL_DONE: 1,
     L.TP_HV_SEND_IPI: 2,
     L.TP_HV_FLUSH_TLB_EX: 4,
@@ -284,6 +294,65 @@ def _msi(source: Source, a: list[int]) -> Fields:
     }
 
 
+def _set_irq(source: Source, a: list[int]) -> Fields:
+    """What user space gave as a level is an int."""
+    return {"level": (a[1] & _U32) - (a[1] >> 31 & 1) * (_U32 + 1)}
+
+
+_COALESCED = " (coalesced)"
+
+
+def _redir(source: Source, a: list[int]) -> Fields:
+    """A redirection entry; "coalesced" is what KVM calls a result of 0, whatever its reason."""
+    return {
+        "dst": a[0] >> R.REDIR_DEST_SHIFT,
+        "vector": a[0] & 0xFF,
+        "mode": _mode(a[0]),
+        "dest": _dest_mode(a[0]),
+        "trigger": _trigger(a[0]),
+        "masked": "|masked" if a[0] & R.REDIR_MASK else "",
+        "coalesced": _COALESCED if a[2] else "",
+    }
+
+
+def _pic(source: Source, a: list[int]) -> Fields:
+    pin = a[0] & 7
+    return {
+        "chip": a[0] >> 8 & 0xFF,
+        "pin": pin,
+        "trigger": "level" if a[1] >> pin & 1 else "edge",
+        "masked": "|masked" if a[2] >> pin & 1 else "",
+        "coalesced": _COALESCED if a[0] & L.TRACE_COALESCED else "",
+    }
+
+
+_CHIPS = ("PIC master", "PIC slave", "IOAPIC")
+
+
+def _ack(source: Source, a: list[int]) -> Fields:
+    return {"chip": _CHIPS[a[0]] if a[0] < len(_CHIPS) else f"0x{a[0]:x}"}
+
+
+def _pio(source: Source, a: list[int]) -> Fields:
+    """Of a string instruction's values the first alone is printed."""
+    size, count = a[1] & 0xFF, a[1] >> 8 & _U32
+    return {
+        "way": "write" if a[0] & L.TRACE_PIO_WRITE else "read",
+        "port": a[0] & 0xFFFF,
+        "size": size,
+        "count": count,
+        "value": a[2] & (0xFF if size == 1 else 0xFFFF if size == 2 else _U32),
+        "more": "(...)" if count > 1 else "",
+    }
+
+
+_ACCESSES = {L.TRACE_MMIO_UNSATISFIED: "unsatisfied-read", L.TRACE_MMIO_READ: "read", L.TRACE_MMIO_WRITE: "write"}
+
+
+def _mmio(source: Source, a: list[int]) -> Fields:
+    return {"way": _ACCESSES.get(a[0] & 0xFF, f"0x{a[0] & 0xFF:x}"), "length": a[0] >> 8 & _U32}
+
+
 def _expire(source: Source, a: list[int]) -> Fields:
     delta = a[0] - (a[0] >> 63 << 64)
     return {"delta": delta, "side": "early" if delta < 0 else "late"}
@@ -352,6 +421,13 @@ def _hv_result(source: Source, a: list[int]) -> Fields:
 
 
 _FIELDS: dict[int, Callable[[Source, list[int]], Fields | None]] = {
+    L.TP_SET_IRQ: _set_irq,
+    L.TP_IOAPIC_SET_IRQ: _redir,
+    L.TP_IOAPIC_DELAYED_EOI_INJ: _redir,
+    L.TP_PIC_SET_IRQ: _pic,
+    L.TP_ACK_IRQ: _ack,
+    L.TP_PIO: _pio,
+    L.TP_MMIO: _mmio,
     L.TP_HYPERCALL: _hypercall,
     L.TP_HV_HYPERCALL: _hv_hypercall,
     L.TP_HV_SYNIC_SET_IRQ: _hv_result,
