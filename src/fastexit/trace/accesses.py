@@ -18,7 +18,7 @@ from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.trace.arrivals import Arrival, Arriving
 from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Doing, Door, door_of_exit
-from fastexit.trace.events import STIMER, Event, Kind, expiration
+from fastexit.trace.events import IOAPIC, PIT, STIMER, Event, Kind, expiration
 from fastexit.trace.reader import Batch, Task
 
 WINDOW = 1 << 14
@@ -27,6 +27,7 @@ WINDOW = 1 << 14
 _EOI_REG, _ICR, _SELF_IPI = R.APIC_EOI, R.APIC_ICR, R.APIC_SELF_IPI
 _EOI_MSR, _MSR_BASE = R.MSR_X2APIC_EOI, R.MSR_X2APIC_BASE
 _PAGE = R.APIC_DEFAULT_PHYS_BASE >> 12
+_IOAPIC_PAGE = R.IOAPIC_DEFAULT_BASE >> 12
 _EOI_GPA = R.APIC_DEFAULT_PHYS_BASE + _EOI_REG
 _SENDERS = (_ICR, _SELF_IPI)
 _INIT = R.DM_INIT << R.ICR_DM_SHIFT
@@ -41,6 +42,9 @@ HYPERCALL = -1
     _SOURCE,
     _ACCEPT,
     _RAISED,
+    _LINE,
+    _PIN,
+    _PIC,
     _MARK,
     _IPI,
     _WRITE,
@@ -150,8 +154,11 @@ class Sink(Protocol):
     def hyperv(self, line: int, event: Event) -> None:
         """A line of the SynIC or of a synthetic timer that the vCPU's EOI or MSR write prints."""
 
-    def raised(self, vector: int, source: str) -> None:
-        """Who raised the interrupt accepted last; ``vector`` is -1 where the line does not say it."""
+    def raised(self, vector: int, source: str, since: int) -> None:
+        """Who raised the interrupts of a vector whose accept lines stand behind line ``since``."""
+
+    def pic(self, pin: int) -> None:
+        """A pin of the PIC pair, 0 to 15, that is not masked has changed."""
 
     def count(self, doing: Doing, door: Door) -> None:
         """One access, of which nothing but its door matters."""
@@ -169,10 +176,15 @@ class Lane:
     ``vcpu`` is its vCPU id or -1, ``mates`` the lanes of its VM by vCPU id. ``traced_eois`` counts EOI writes,
     ``guest_eois`` those of them that the guest made; ``door`` is what its last kvm_exit line tells. ``arriving`` has
     the first and the last accept line of each vector for this vCPU that was not injected since, ``sent`` those that
-    this thread printed and no other line since; ``last`` is its last line.
+    this thread printed and no other line since; ``last`` is its last line. ``source`` raises what the thread delivers
+    next, with ``vector`` or any (-1). ``on_line``: it is between kvm_set_irq of source id ``driven`` and what that ends
+    with. Of accept lines up to ``told`` nothing that comes tells whose they are.
     """
 
-    __slots__ = tuple("arriving door guest_eois last loose mates open reset sent sink source traced_eois vcpu".split())
+    __slots__ = tuple(
+        "arriving door driven guest_eois last loose mates on_line open reset sent sink source told traced_eois vcpu "
+        "vector".split()
+    )
 
     def __init__(self, sink: Sink, vcpu: int, mates: dict[int, Lane]) -> None:
         self.sink: Sink = sink
@@ -181,6 +193,10 @@ class Lane:
         self.open: Access | None = None
         self.loose: list[list[Any]] = []
         self.source: str = ""
+        self.vector: int = -1
+        self.driven: int = -1
+        self.on_line: bool = False
+        self.told: int = 0
         self.door: Door | None = None
         self.reset: bool = False
         self.arriving: Arriving = {}
@@ -243,7 +259,7 @@ class Assembler:
             before, lane.last = lane.last, line
             if kind == _EXIT:
                 lane.door = door_of_exit(event.text)
-            if lane.loose or lane.source:
+            if lane.loose or lane.source or lane.on_line:
                 self._settle(lane, event)
             if lane.open is not None and self._continues(lane, line, event):
                 continue
@@ -276,6 +292,8 @@ class Assembler:
                 elif event.a >> 12 == _PAGE:
                     access = Access(line, event.a & 0xFFF, None, event.b, int(Via.MMIO), event.c)
                     self._begin(lane, access, lane.sink.write)
+                elif event.a >> 12 == _IOAPIC_PAGE:
+                    lane.source, lane.vector = IOAPIC, -1  # a pin that waited is served
             elif kind == _READ:
                 self._call(lane.sink.read, line, event.a, event.b)
             elif kind == _IPI:
@@ -437,15 +455,23 @@ class Assembler:
 
     def _beside(self, lane: Lane, line: int, event: Event) -> None:
         """An accept line, one that says where accept lines come from, one of Hyper-V's: none ends an access."""
-        if event.kind == _SOURCE:
-            lane.source = event.text
+        kind = event.kind
+        if kind == _SOURCE:
+            lane.source, lane.vector = (PIT if lane.on_line and lane.driven == R.SOURCE_PIT else event.text), event.b
             return
-        if event.kind == _RAISED:
-            self._raised(lane, event)
+        if kind == _LINE:
+            if event.b:  # a line that goes down delivers nothing
+                lane.source, lane.driven, lane.on_line, lane.told = "", event.c, True, line
+            return
+        if kind == _RAISED or kind == _PIN:
+            self._raised(lane, line, event)
             if event.text == STIMER:
                 self._call(lane.sink.hyperv, line, expiration(event))
             return
-        if event.kind == _HYPERV:
+        if kind == _PIC:
+            self._call(lane.sink.pic, event.a)
+            return
+        if kind == _HYPERV:
             if event.text:
                 self._call(lane.sink.hyperv, line, event)
             return
@@ -458,11 +484,17 @@ class Assembler:
             target.arriving[vector] = (waiting[0] if waiting else arrival), arrival
             if event.b & R.ICR_DM == _INIT:
                 target.reset = True
-        access = lane.open
-        if access is not None and (access.reg == HYPERCALL or (access.ipi is not None and _belongs(access.ipi, event))):
+        access, source = lane.open, lane.source
+        if lane.vector >= 0 and lane.vector != event.b & R.ICR_VECTOR:
+            source = ""
+        if (
+            access is not None
+            and not lane.on_line
+            and (access.reg == HYPERCALL or (access.ipi is not None and _belongs(access.ipi, event)))
+        ):
             self._accepted(lane, access, line, event)
-        elif lane.vcpu < 0 or lane.source:
-            self._call(lane.sink.accept, line, event, lane.source)
+        elif lane.vcpu < 0 or source:
+            self._call(lane.sink.accept, line, event, source)
         else:
             # In the fast path of 6.18 the IPI comes after what it caused: the thread's next line tells.
             entry = [None, line, event, ""]
@@ -490,14 +522,18 @@ class Assembler:
             access.entry.append(event)
         access.accepts.append((line, event))
 
-    def _raised(self, lane: Lane, event: Event) -> None:
-        """Who raised the interrupt whose accept line came last; a timer's message goes through the SynIC."""
+    def _raised(self, lane: Lane, line: int, event: Event) -> None:
+        """Who raised the interrupts whose accept lines came before; a timer's message goes through the SynIC."""
+        source = PIT if lane.on_line and lane.driven == R.SOURCE_PIT else event.text
+        since, lane.told, lane.on_line = lane.told, line, False
         if lane.vcpu < 0:
-            self._call(lane.sink.raised, event.b, event.text)
+            self._call(lane.sink.raised, event.b, source, since)
         for entry in reversed(lane.loose):
-            if event.text == STIMER or entry[2].b & R.ICR_VECTOR == event.b:
-                entry[3] = event.text
+            if event.text == STIMER:
+                entry[3] = STIMER
                 return
+            if entry[1] > since and not entry[3] and entry[2].b & R.ICR_VECTOR == event.b:
+                entry[3] = source
 
     def _let_go(self, lane: Lane) -> None:
         """Accept lines that turned out to belong to no IPI."""
@@ -508,13 +544,13 @@ class Assembler:
 
     def _settle(self, lane: Lane, event: Event) -> None:
         """The line after accept lines: the IPI that they belong to, or not."""
-        mine = [entry for entry in lane.loose if event.kind == _IPI and _belongs(event, entry[2])]
+        mine = [e for e in lane.loose if event.kind == _IPI and not e[3] and _belongs(event, e[2])]
         if mine:
             if lane.open is not None:
                 self._close(lane)
             lane.open = access = Access(mine[0][1], _ICR, lane.door)
             access.accepts = [(entry[1], entry[2]) for entry in mine]
-            lane.loose = [entry for entry in lane.loose if not _belongs(event, entry[2])]
+            lane.loose = [entry for entry in lane.loose if entry[3] or not _belongs(event, entry[2])]
             for entry in mine[1:]:
                 if access.later or entry[1] - mine[0][1] >= len(mine):
                     access.later.append(entry[2])
@@ -524,7 +560,7 @@ class Assembler:
             mine[0][:] = [lane.sink.write, access]
             access.entry = mine[-1]
         self._let_go(lane)
-        lane.source = ""
+        lane.source, lane.on_line = "", False
 
 
 def _nothing() -> None:

@@ -27,47 +27,54 @@ class Kind(IntEnum):
     HYPERV = 3
     """Any other line of KVM's Hyper-V side; ``text`` is what it says, where a vCPU's own action prints it."""
     SOURCE = 4
-    """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, IOAPIC, PIC or a hypercall."""
+    """Names who raises the interrupts that the thread delivers next: ``text`` is MSI, a hypercall, or IOAPIC where an
+    EOI lets it deliver again; ``b`` their vector, -1 where the line does not say it."""
     ACCEPT = 5
     """``a`` vCPU id, ``b`` vector, delivery and trigger mode in their ICR bits."""
     RAISED = 6
     """Names who raised the interrupt of the accept line before it: ``text`` is SynIC or a Hyper-V timer."""
-    MARK = 7
+    LINE = 7
+    """kvm_set_irq, before what comes of it: ``a`` GSI, ``b`` level, ``c`` who drives the line."""
+    PIN = 8
+    """kvm_ioapic_set_irq, behind what came of it: ``b`` vector."""
+    PIC = 9
+    """kvm_pic_set_irq of a pin that is not masked: ``a`` pin, 0 to 15."""
+    MARK = 10
     """``a`` vCPU id or -1."""
-    IPI = 8
+    IPI = 11
     """``a`` destination, ``b`` low 32 ICR bits, as far as the line shows them."""
-    APIC_WRITE = 9
+    APIC_WRITE = 12
     """``a`` register offset, ``b`` value."""
-    APIC_READ = 10
-    EOI = 11
+    APIC_READ = 13
+    EOI = 14
     """``a`` vCPU id, ``b`` vector or -1."""
-    MSR_WRITE = 12
+    MSR_WRITE = 15
     """An x2APIC MSR or APICBASE: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
-    MSR_READ = 13
-    MMIO_WRITE = 14
+    MSR_READ = 16
+    MMIO_WRITE = 17
     """``a`` guest physical address, ``b`` value, ``c`` length."""
-    MMIO_READ = 15
-    INJECT = 16
+    MMIO_READ = 18
+    INJECT = 19
     """kvm_inj_virq: ``b`` vector, ``c`` 1 when it is no new interrupt."""
-    DEADLINE = 17
+    DEADLINE = 20
     """A write of the TSC deadline MSR."""
-    EXIT = 18
+    EXIT = 21
     """kvm_exit: ``a`` vCPU id or -1, ``text`` the reason, ``c`` 1 where the first such line has a RIP of Windows's."""
-    PV_EOI = 19
+    PV_EOI = 22
     """kvm_pv_eoi: the guest ended an interrupt without an exit. ``a`` vCPU id, ``b`` vector."""
-    HV_MSR = 20
+    HV_MSR = 23
     """A write of one of Hyper-V's synthetic MSRs: ``a`` MSR, ``b`` value, ``c`` 1 for #GP."""
-    HV_CALL = 21
+    HV_CALL = 24
     """An IPI hypercall begins: ``a`` call code, ``b`` input, ``c`` output, ``text`` fast or slow."""
-    HV_SEND = 22
+    HV_SEND = 25
     """kvm_hv_send_ipi, kvm_hv_send_ipi_ex: ``a`` format or -1, ``b`` processor or bank mask, ``c`` vector."""
-    HV_DONE = 23
+    HV_DONE = 26
     """kvm_hv_hypercall_done: ``b`` result."""
-    CR8 = 24
+    CR8 = 27
     """A write of CR8."""
 
 
-BY_BEGINNING = frozenset((Kind.OTHER, Kind.VCPU, Kind.SOURCE, Kind.MARK, Kind.DEADLINE, Kind.EXIT, Kind.CR8))
+BY_BEGINNING = frozenset((Kind.OTHER, Kind.VCPU, Kind.MARK, Kind.DEADLINE, Kind.EXIT, Kind.CR8))
 """Kinds whose event follows from the first three words of the text, of EXIT's from the first five; the rest differs on
 almost every line."""
 
@@ -118,6 +125,10 @@ _HV_SEND = re.compile(rb"vector ([0-9a-f]+) (?:format ([0-9a-f]+) valid_bank|pro
 _HV_DONE = re.compile(rb"result 0x([0-9a-f]+)")
 _SYNIC = re.compile(rb"vcpu_id (\d+) sint \d+ vector (\d+) ret (-?\d+)")
 _EXPIRED = re.compile(rb"vcpu_id (\d+) timer (\d) direct ([01]) send result (-?\d+)")
+_MSI = re.compile(rb"dst [0-9a-f]+ vec (\d+) \(")
+_LINE = re.compile(rb"gsi (\d+) level (-?\d+) source (\d+)")
+_PIN = re.compile(rb"pin \d+ dst [0-9a-f]+ vec (\d+) \(")
+_PIC = re.compile(rb"chip ([01]) pin ([0-7]) \((?:edge|level)(\|masked)?\)")
 _INJECT = re.compile(rb"(?:IRQ 0x([0-9a-f]+)|irq (\d+))")
 
 
@@ -227,13 +238,37 @@ def _inject(name: str, payload: bytes) -> Event:
     return _EVENTS[Kind.INJECT, name, -1, int(match[1], 16) if match[1] else int(match[2]), int(again), ""]
 
 
-def _source(what: str) -> Callable[[str, bytes], Event]:
-    return lambda name, payload: _EVENTS[Kind.SOURCE, name, -1, 0, 0, what]
+def _msi(name: str, payload: bytes) -> Event | None:
+    match = _MSI.match(payload)
+    return _EVENTS[Kind.SOURCE, name, -1, int(match[1]), 0, MSI] if match else None
+
+
+def _line(name: str, payload: bytes) -> Event | None:
+    match = _LINE.fullmatch(payload)
+    return _EVENTS[Kind.LINE, name, int(match[1]), int(match[2]), int(match[3]), ""] if match else None
+
+
+def _pin(name: str, payload: bytes) -> Event | None:
+    match = _PIN.match(payload)
+    return _EVENTS[Kind.PIN, name, -1, int(match[1]), 0, IOAPIC] if match else None
+
+
+def _pic(name: str, payload: bytes) -> Event | None:
+    match = _PIC.match(payload)
+    if match is None:
+        return None
+    kind = Kind.OTHER if match[3] else Kind.PIC
+    return _EVENTS[kind, name, int(match[1]) * 8 + int(match[2]), 0, 0, ""]
+
+
+def _ack(name: str, payload: bytes) -> Event:
+    kind = Kind.SOURCE if payload.startswith(b"irqchip IOAPIC ") else Kind.OTHER
+    return _EVENTS[kind, name, -1, -1, 0, IOAPIC]
 
 
 def _hypercall(name: str, payload: bytes) -> Event:
     send_ipi = payload.startswith((b"nr 0xa ", b"nr 10 "))
-    return _EVENTS[Kind.SOURCE, name, -1, 0, 0, "hypercall"] if send_ipi else _mark(name, payload)
+    return _EVENTS[Kind.SOURCE, name, -1, -1, 0, "hypercall"] if send_ipi else _mark(name, payload)
 
 
 def _cr(name: str, payload: bytes) -> Event:
@@ -305,8 +340,8 @@ TIMED = frozenset(
     for name in "set_config set_count start_periodic start_one_shot callback cleanup expiration".split()
 )
 """Lines of synthetic timers: of writes of their registers, and of what comes when time has passed."""
-SYNIC, STIMER = "SynIC", "Hyper-V timer"
-"""Who raised an interrupt, in the text of an event of kind RAISED."""
+SYNIC, STIMER, MSI, IOAPIC, PIT = "SynIC", "Hyper-V timer", "MSI", "IOAPIC", "PIT"
+"""Who raised an interrupt, in the text of an event of kind SOURCE, RAISED or PIN."""
 
 _PARSERS: dict[bytes, Callable[[str, bytes], Event | None]] = {
     b"kvm_apic_ipi": _ipi,
@@ -325,9 +360,11 @@ _PARSERS: dict[bytes, Callable[[str, bytes], Event | None]] = {
     b"kvm_msr": _msr,
     b"kvm_mmio": _mmio,
     b"kvm_inj_virq": _inject,
-    b"kvm_msi_set_irq": _source("MSI"),
-    b"kvm_ioapic_set_irq": _source("IOAPIC"),
-    b"kvm_pic_set_irq": _source("PIC"),
+    b"kvm_set_irq": _line,
+    b"kvm_msi_set_irq": _msi,
+    b"kvm_ioapic_set_irq": _pin,
+    b"kvm_pic_set_irq": _pic,
+    b"kvm_ack_irq": _ack,
     b"kvm_hypercall": _hypercall,
     b"kvm_hv_timer_state": _hv_timer,
     b"kvm_halt_poll_ns": _vcpu,

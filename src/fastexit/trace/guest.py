@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -9,15 +10,16 @@ from fastexit import regs as R
 from fastexit.machine import Machine
 from fastexit.trace.accesses import Lane
 from fastexit.trace.doors import Doing, Door
-from fastexit.trace.events import STIMER, SYNIC, TIMED, Event
+from fastexit.trace.events import TIMED, Event
 from fastexit.trace.generations import Generations
-from fastexit.trace.guestvcpu import TIMER, GuestVcpu
+from fastexit.trace.guestvcpu import UNTOLD, GuestVcpu
 from fastexit.trace.report import DoorUse, Mismatch, Mismatches, VmReport
 from fastexit.trace.stimerlines import StimerLines
 from fastexit.trace.threads import Vm
 
 DEVICE = "device thread"
 """Cause of an accept line: a thread that is no vCPU."""
+_UNTOLD = 1 << 12
 MOST_ASSUMPTIONS = 50
 """So many assumptions about a VM are said one by one; the rest is counted."""
 
@@ -74,6 +76,7 @@ class Guest:
             for v in self.machine.vcpus:
                 v.enable_synic(2)
         self.windows: bool = vm.hyperv or vm.windows
+        self.pic_pins: set[int] = set()
         self.trapped: int = 0
         self.by_decimal: int = 0
         self._decide_hv_timer(vm, hv_timer, vendor)
@@ -134,7 +137,7 @@ class Guest:
 
     def accept(self, line: int, event: Event, source: str) -> None:
         """An interrupt that is no IPI: counted by cause, and raised in the model so that IRR stays right."""
-        if not self.recorded.ipis and source not in (TIMER, SYNIC, STIMER, DEVICE):
+        if not self.recorded.ipis and source == UNTOLD:
             self.report.other_accepts["unknown, as kvm_apic_ipi was not recorded"] += 1
             return
         if event.b & R.ICR_DM > R.DM_LOWEST << R.ICR_DM_SHIFT:
@@ -215,19 +218,24 @@ class Device:
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
-        self._last = -1
+        self._untold: deque[tuple[int, int]] = deque(maxlen=_UNTOLD)
 
     def accept(self, line: int, event: Event, source: str) -> None:
-        self._last = -1 if source else event.b & R.ICR_VECTOR
+        if not source and event.b & R.ICR_DM <= R.DM_LOWEST << R.ICR_DM_SHIFT:
+            self._untold.append((line, event.b & R.ICR_VECTOR))
         self._guest.accept(line, event, source or DEVICE)
 
-    def raised(self, vector: int, source: str) -> None:
+    def raised(self, vector: int, source: str, since: int) -> None:
         causes = self._guest.report.other_accepts
-        if self._last == vector and causes[DEVICE]:
-            causes[DEVICE] -= 1
-            causes[source] += 1
+        n = sum(line > since and one == vector for line, one in self._untold)
+        if n:
+            causes[DEVICE] -= n
+            causes[source] += n
             self._guest.report.other_accepts = +causes
-        self._last = -1
+        self._untold.clear()
+
+    def pic(self, pin: int) -> None:
+        self._guest.pic_pins.add(pin)
 
     def hyperv(self, line: int, event: Event) -> None:
         """A synthetic timer's hrtimer fires on any thread."""

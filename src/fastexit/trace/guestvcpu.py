@@ -12,7 +12,7 @@ from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.trace.accesses import Access, Lane, Via
-from fastexit.trace.arrivals import Injections, not_pending, vectored
+from fastexit.trace.arrivals import Injections, irr_bit, not_pending, vectored
 from fastexit.trace.doors import DOING_OF_REGISTER, REGISTER_OF_SYNTHETIC, Doing, Door, doing_of_synthetic
 from fastexit.trace.events import ACTED, TIMED, Event
 from fastexit.trace.hypercall import Hypercall
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TIMER = "timer"
 """Cause of an accept line: the vCPU's own timer."""
+UNTOLD = "MSI or IOAPIC"
+"""Cause of an accept line of a vCPU's thread that nothing else explains."""
 
 _RUNS_BY_ITSELF = frozenset((R.APIC_TMCCT, R.APIC_TMICT))
 _IPI_BITS = R.ICR_VECTOR | R.ICR_DM | R.ICR_LOGICAL | R.ICR_LEVEL | R.ICR_TRIGGER | R.ICR_SHORTHAND
@@ -103,7 +105,7 @@ class GuestVcpu:
 
     def accept(self, line: int, event: Event, source: str) -> None:
         own = event.a == self.v.vcpu_id and event.b == self._timer
-        self._guest.accept(line, event, source or (TIMER if own else "MSI or IOAPIC"))
+        self._guest.accept(line, event, source or (TIMER if own else UNTOLD))
 
     def eoi(self, line: int, vector: int, induced: bool) -> None:
         """The interrupt of a kvm_eoi line leaves service.
@@ -165,6 +167,12 @@ class GuestVcpu:
         return found
 
     def inject(self, line: int, since: int, vector: int) -> None:
+        """What goes into service; what the APIC does not have, and a pin of the PICs fits, comes from them."""
+        word, bit = irr_bit(self.v, vector)
+        if not self._mem[word] & bit and vector not in self.lane.arriving:
+            if any(pin & 7 == vector & 7 for pin in self._guest.pic_pins):
+                self._report.pic_interrupts += 1
+                return
         self._injections.inject(line, since, vector)
 
     def ran(self) -> None:
@@ -182,7 +190,10 @@ class GuestVcpu:
     def count(self, doing: Doing, door: Door) -> None:
         self._report.doors[doing, door] += 1
 
-    def raised(self, vector: int, source: str) -> None:
+    def pic(self, pin: int) -> None:
+        self._guest.pic_pins.add(pin)
+
+    def raised(self, vector: int, source: str, since: int) -> None:
         """Not for a vCPU's own thread: its accept lines wait for this one."""
 
     def synthetic(self, line: int, msr: int, value: int, fault: bool) -> None:

@@ -138,6 +138,8 @@ def _predictions(vm: VmReport) -> Table:
     row("kvm_apic_accept_irq, caused by IPIs", vm.accepted)
     for cause, n in vm.other_accepts.most_common():
         table.add_row(f"kvm_apic_accept_irq, caused by: {escape(cause)}", f"{n:,}", "", "not IPIs")
+    if vm.pic_interrupts:
+        table.add_row("kvm_inj_virq, from the PICs", f"{vm.pic_interrupts:,}", "", "not the APIC's")
     row("kvm_hv_send_ipi", vm.hv_sends)
     row("kvm_hv_hypercall_done", vm.hv_results)
     row("kvm_hv_*, SynIC and writes of synthetic timers", vm.hv_lines)

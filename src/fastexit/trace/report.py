@@ -193,6 +193,7 @@ class VmReport:
         taken_back: ICR values that only their kvm_apic_ipi line shows.
         ipi, accepted: kvm_apic_ipi lines, and kvm_apic_accept_irq lines that IPIs caused.
         other_accepts: kvm_apic_accept_irq lines by cause, when it was no IPI.
+        pic_interrupts: kvm_inj_virq lines of what came from the PICs, past the local APIC.
         faults: writes that were recorded with #GP.
         eoi: kvm_eoi lines; host_eois of them are the recorded host's own EOI at injection.
         reads: register reads, the running timer count left out.
@@ -225,6 +226,7 @@ class VmReport:
     ipi: Lines = field(default_factory=Lines)
     accepted: Lines = field(default_factory=Lines)
     other_accepts: Counter[str] = field(default_factory=Counter)
+    pic_interrupts: int = 0
     faults: Lines = field(default_factory=Lines)
     eoi: Lines = field(default_factory=Lines)
     host_eois: int = 0
@@ -261,6 +263,7 @@ class VmReport:
                 "by_ipi": self.accepted.as_dict(),
                 "by_other": dict(self.other_accepts.most_common()),
             },
+            "pic_interrupts": self.pic_interrupts,
             "kvm_hv_send_ipi": self.hv_sends.as_dict(),
             "kvm_hv_hypercall_done": self.hv_results.as_dict(),
             "kvm_hv_other": self.hv_lines.as_dict(),

@@ -48,6 +48,8 @@ class Clues:
     """The one of them that it is."""
     accepted: set[int] = field(default_factory=set)
     """vCPU ids that its interrupts reached."""
+    pic: bool = False
+    """It changed a pin of the PICs that is not masked."""
     apic: bool = False
     """It accesses a local APIC."""
     born: int = 0
@@ -175,6 +177,8 @@ class Survey:
             clues.accepted.add(event.a)
             if event.b & R.ICR_DM == R.DM_INIT << R.ICR_DM_SHIFT:
                 clues.init_sent.setdefault(event.a, self._seen)
+        elif kind == Kind.PIC:
+            clues.pic = True
         elif kind == Kind.APIC_READ:
             if event.a in _LEARNED - (_OF_THE_MODE if clues.moved else set()) - clues.written:
                 clues.registers.setdefault(event.a, event.b)
@@ -238,7 +242,7 @@ class Survey:
             if max(vcpus) > MAX_VCPU_ID:
                 raise TraceError(f"{self.path}: vCPU id {max(vcpus)} is beyond the model's highest, {MAX_VCPU_ID}")
             vms.append(Vm(number, dict(sorted(vcpus.items())), assumed=assumed))
-        self._place_others(vms, [c for c in self.clues.values() if c not in actors and c.accepted])
+        self._place_others(vms, [c for c in self.clues.values() if c not in actors and (c.accepted or c.pic)])
         return vms
 
     def _decide(self, clues: Clues) -> None:
