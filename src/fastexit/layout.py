@@ -193,6 +193,7 @@ K_SIPI_VECTOR = 16  # remote store; written before the SIPI bit
 K_NMI_QUEUED = 17  # remote
 K_NMI_PENDING = 18  # owner
 K_NMI_MASKED = 19  # owner
+K_SENT = 20  # owner; effects of what its entry has sent to others, until an outcome takes them
 K_SVI = 21  # owner; servicing virtual interrupt
 K_TSC_DEADLINE = 22  # owner
 K_TIMER_MODE = 23  # owner; LVTT bits 18:17 in force

@@ -44,8 +44,9 @@ _UNTIL_6_1 = (
     | _T.ID_FROM_PAGE
     | _T.AVIC_LDR_LOOSE
     | _T.AVIC_ID_REFUSED
+    | _T.PIC_POLL_BARE
 )
-_UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE | _T.UNHALT_KEPT
+_UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE | _T.UNHALT_KEPT | _T.PIC_WAKES_ANYWAY
 _FROM_5_8 = _T.TMCCT_RESTORED | _T.TICK_POSTED_AT_ONCE
 _FROM_5_10 = _FROM_5_8 | _T.TDCR_MASKED | _T.SMI_FOLDED | _T.LVTPC_MASKED
 _FROM_5_15 = (
@@ -435,6 +436,7 @@ PROFILES: dict[str, Profile] = {
             | _T.HLT_FAST
             | _T.LVTPC_KEPT_ON_AMD
             | _T.UNHALT_KEPT
+            | _T.PIC_WAKES_ANYWAY
             | _T.CR8_WITH_PPR
             | _T.CR8_FOLLOWS_AVIC
             | _T.TICK_ONLY_IN_RUN
@@ -464,7 +466,7 @@ PROFILES: dict[str, Profile] = {
                     | _T.STIMER_SATURATES,
                 ),
                 Stable("6.15", removed=_T.UNHALT_KEPT),
-                Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI),
+                Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI, removed=_T.PIC_WAKES_ANYWAY),
                 Stable("6.17", added=_T.MP_STATE_CHECKED_IN_RUN, removed=_T.V_TPR_KEPT_BY_AVIC),
             ),
         ),

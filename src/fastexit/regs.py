@@ -362,6 +362,9 @@ REDIR_LEVEL = 1 << 15
 REDIR_MASK = 1 << 16
 REDIR_DEST_SHIFT = 56
 
+PIC_PORT = 0x20
+PIC_PORT_SLAVE = 0xA0
+PIC_PORT_ELCR = 0x4D0
 PIC_ELCR_MASKS = 0xF8, 0xDE
 """Lines that can be level-triggered: master's, slave's."""
 

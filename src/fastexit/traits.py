@@ -244,6 +244,12 @@ class Trait(IntFlag):
     READ_ACROSS_TRACED = 1 << 106
     """A read of the xAPIC page over a register's end has its kvm_apic line all the same."""
 
+    # -- PIC pair
+    PIC_POLL_BARE = 1 << 116
+    """A poll answers the pin alone; later bit 7 says that there is one."""
+    PIC_WAKES_ANYWAY = 1 << 126
+    """Whenever the pair's output is looked at anew and was low, the first vCPU that takes its interrupts is woken."""
+
     # -- Hyper-V
     GATED = 1 << 128
     """A guest may use Hyper-V's MSRs and hypercalls if its CPUID says "Hv#1"; before, any guest may."""

@@ -231,7 +231,7 @@ class Vcpu(VcpuIoctls):
         return self.mem_read(self.apic_page + offset, access_size(length))
 
     def io_write(self, port: int, value: int, length: int = 1) -> Outcome:
-        """A guest's OUT of 1, 2 or 4 bytes. No device has a port: it leaves to user space, where ``user_io`` has it."""
+        """A guest's OUT of 1, 2 or 4 bytes. What no device claims leaves to user space: ``user_io`` is the access."""
         length = access_size(length)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
         info1 = self.machine.io_info(port, length, write=True)

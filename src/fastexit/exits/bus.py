@@ -1,7 +1,8 @@
-"""Find the device that answers to a guest-physical address; what none claims is user space's.
+"""Find the device that answers to a guest-physical address or to a port; what none claims is user space's.
 
-Models: vcpu_mmio_write and vcpu_mmio_read, which ask the vCPU's own APIC first and then kvm_io_bus; KVM_FAST_MMIO_BUS.
-kernels/bus.py is the compiled twin, and says what is not modelled. A device is a row of ``Bus.devices``.
+Models: vcpu_mmio_write and vcpu_mmio_read, which ask the vCPU's own APIC first and then kvm_io_bus; KVM_FAST_MMIO_BUS;
+kernel_pio. kernels/bus.py is the compiled twin, and says what is not modelled. A device is a row of ``Bus.devices`` or
+of ``Bus.ports``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ NOT_MINE = L.NONE
 
 
 class Device(Protocol):
-    """What kvm_iodevice_ops are: an access's outcome code, or NOT_MINE. What was read is v.read_data."""
+    """What kvm_iodevice_ops are: an access's outcome code, or NOT_MINE. What was read is v.read_data.
+
+    ``gpa`` is the port of a device that has ports.
+    """
 
     def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int: ...
 
@@ -41,6 +45,21 @@ class LocalApic:
     def read(self, v: Vcpu, gpa: int, size: int) -> int:
         """apic_mmio_read."""
         return load("mmio_read")(self.handle, v.index, gpa, size)
+
+
+class PicPair:
+    """Ports 0x20, 0x21, 0xA0, 0xA1, 0x4D0 and 0x4D1, with a full irqchip."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:
+        """picdev_write."""
+        return load("pic_write")(self.handle, v.index, gpa, size, value)
+
+    def read(self, v: Vcpu, gpa: int, size: int) -> int:
+        """picdev_read."""
+        return load("pic_read")(self.handle, v.index, gpa, size)
 
 
 class FastMmio(MutableSet[int]):
@@ -98,19 +117,38 @@ class Bus:
     def __init__(self, memory: memoryview, handle: int) -> None:
         self.fast_mmio: FastMmio = FastMmio(memory)
         self.devices: list[Device] = [LocalApic(handle), self.fast_mmio]
+        self.ports: list[Device] = [PicPair(handle)]
 
     def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:
         """vcpu_mmio_write."""
-        for device in self.devices:
-            code = device.write(v, gpa, size, value)
-            if code != NOT_MINE:
-                return code
-        return NOT_MINE
+        return _write(self.devices, v, gpa, size, value)
 
     def read(self, v: Vcpu, gpa: int, size: int) -> int:
         """vcpu_mmio_read."""
-        for device in self.devices:
-            code = device.read(v, gpa, size)
-            if code != NOT_MINE:
-                return code
-        return NOT_MINE
+        return _read(self.devices, v, gpa, size)
+
+    def io_write(self, v: Vcpu, port: int, size: int, value: int) -> int:
+        """kernel_pio of an OUT."""
+        return _write(self.ports, v, port, size, value)
+
+    def io_read(self, v: Vcpu, port: int, size: int) -> int:
+        """kernel_pio of an IN."""
+        return _read(self.ports, v, port, size)
+
+
+def _write(devices: list[Device], v: Vcpu, gpa: int, size: int, value: int) -> int:
+    """kvm_io_bus_write: the code of the first device that claims the access, or NOT_MINE."""
+    for device in devices:
+        code = device.write(v, gpa, size, value)
+        if code != NOT_MINE:
+            return code
+    return NOT_MINE
+
+
+def _read(devices: list[Device], v: Vcpu, gpa: int, size: int) -> int:
+    """kvm_io_bus_read."""
+    for device in devices:
+        code = device.read(v, gpa, size)
+        if code != NOT_MINE:
+            return code
+    return NOT_MINE

@@ -198,8 +198,14 @@ class Dispatcher:
             user = self.loop_tail(v)
         if user:
             self.return_to_user(v, user)
-            return user
-        return self.vcpu_run(v)
+        else:
+            user = self.vcpu_run(v)
+        return user | self.sent(v)
+
+    def sent(self, v: Vcpu) -> int:
+        """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
+        effects, self.mem[v.own + L.K_SENT] = self.mem[v.own + L.K_SENT], 0
+        return effects
 
     def leave_and_handle(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Steps 13-20: out of the guest, and what the exit asked for."""

@@ -134,8 +134,18 @@ class CommonHandlers:
         return self._to_user(v, exit.gpa, exit.size, exit.write, exit)
 
     def io(self, v: Vcpu, exit: Exit, access: PortAccess) -> int:
-        """kvm_fast_pio. No device of the model has a port."""
-        return self._to_user(v, access.port, access.size | L.ACCESS_PORT, access.write, exit)
+        """kvm_fast_pio. What is read is traced when it is there."""
+        port, size, write = access
+        if write:
+            self._emit(L.TP_PIO, v, port | L.TRACE_PIO_WRITE, size | 1 << 8, exit.value)
+            code = self.bus.io_write(v, port, size, exit.value)
+        else:
+            code = self.bus.io_read(v, port, size)
+            if code != NOT_MINE:
+                self._emit(L.TP_PIO, v, port, size | 1 << 8, v.read_data)
+        if code != NOT_MINE:
+            return code | self.skip_instruction(v, exit)
+        return self._to_user(v, port, size | L.ACCESS_PORT, write, exit)
 
     def _to_user(self, v: Vcpu, address: int, access: int, write: bool, exit: Exit) -> int:
         """KVM_EXIT_MMIO or KVM_EXIT_IO."""
@@ -153,9 +163,9 @@ class CommonHandlers:
             return False
         return bool(vendor.cut_short(exit) & R.VECTORING_INFO_VALID)
 
-    def _emit(self, event: int, v: Vcpu, a: int) -> None:
+    def _emit(self, event: int, v: Vcpu, a: int, b: int = 0, c: int = 0) -> None:
         if self.memory[L.H_CONFIG] & L.CONFIG_TRACE:
-            load("emit")(self.handle, event, v.index, a, 0, 0)
+            load("emit")(self.handle, event, v.index, a, b, c)
 
     def hlt(self, v: Vcpu, exit: Exit) -> int:
         """kvm_emulate_halt."""

@@ -2,14 +2,15 @@
 
 Models: vcpu_mmio_write and vcpu_mmio_read, which ask the vCPU's own APIC first and then kvm_io_bus; KVM_FAST_MMIO_BUS;
 kvm_fast_pio; KVM_EXIT_MMIO and KVM_EXIT_IO with complete_emulated_mmio, complete_fast_pio_in and _out. exits/bus.py is
-the same in Python. A device is a row in ``write`` and in ``read``: it does the access, or says NOT_MINE.
+the same in Python. A device is a row in ``write`` and in ``read``, or in ``io_write`` and in ``io_read``: it does the
+access, or says NOT_MINE.
 
 Not modelled: an access across a page's border, which KVM splits in two (its first byte decides here), string I/O as
-more than one access, kvm_mmio and kvm_pio. No device of the model has a port.
+more than one access, kvm_mmio.
 """
 
 from ..jit.declare import kernel, umin
-from . import lapic
+from . import lapic, picdev
 from . import typed as k
 from .lapic import NOT_MINE
 from .msr import skip
@@ -82,10 +83,42 @@ def io_reads(m, info):
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
+def io_write(m, v, port, length, value):
+    """kernel_pio of an OUT: the delivery code of the device that claims the port, or NOT_MINE."""
+    return picdev.io_write(m, v, port, length, value)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def io_read(m, v, port, length):
+    """kernel_pio of an IN: the value in K_MSR_DATA and a delivery code, or NOT_MINE."""
+    return picdev.io_read(m, v, port, length)
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
+def trace_pio(m, v, port, length, value):
+    """kvm_pio of one access; ``port`` has TRACE_PIO_WRITE for an OUT."""
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_PIO, v, port, length | k.ONE << k.U(8), value)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8)")
 def io(m, v, info, value, insn):
-    """kvm_fast_pio: USER_IO, since no device has a port."""
-    access = io_length(m, info) | k.ACCESS_PORT | (k.ZERO if io_reads(m, info) else k.ACCESS_WRITE)
-    return to_user(m, v, (info >> k.IO_PORT_SHIFT) & k.IO_PORT, value, access | (insn << k.ACCESS_INSN_SHIFT))
+    """kvm_fast_pio: a device's code, and RIP moves; or USER_IO. What is read is traced when it is there."""
+    length = io_length(m, info)
+    port = (info >> k.IO_PORT_SHIFT) & k.IO_PORT
+    access = length | k.ACCESS_PORT
+    if io_reads(m, info):
+        code = io_read(m, v, port, length)
+        if code != NOT_MINE:
+            trace_pio(m, v, port, length, m[own(m, v) + k.K_MSR_DATA])
+    else:
+        access = access | k.ACCESS_WRITE
+        trace_pio(m, v, port | k.TRACE_PIO_WRITE, length, value)
+        code = io_write(m, v, port, length, value)
+    if code == NOT_MINE:
+        return to_user(m, v, port, value, access | (insn << k.ACCESS_INSN_SHIFT))
+    return code | skip(m, v, insn)
 
 
 # ---------------------------------------------------------------------------------------------------- user space
@@ -120,4 +153,6 @@ def complete(m, v):
     m[row + k.K_ACCESS_INFO] = k.ZERO
     if info & (k.ACCESS_WRITE | k.ACCESS_PORT) == k.ACCESS_WRITE:
         return k.ZERO
+    if info & (k.ACCESS_WRITE | k.ACCESS_PORT) == k.ACCESS_PORT:
+        trace_pio(m, v, m[row + k.K_ACCESS_ADDRESS], info & k.ACCESS_LENGTH, m[row + k.K_MSR_DATA])
     return skip(m, v, (info & k.ACCESS_INSN) >> k.ACCESS_INSN_SHIFT)

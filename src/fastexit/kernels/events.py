@@ -7,9 +7,11 @@ shadow is not), exceptions of L2, double faults; that L1 intercepts interrupts, 
 """
 
 from ..jit.declare import kernel, umin
+from . import picdev
 from . import typed as k
 from .avictable import init_vmcb
-from .halt import accepts_extint, has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
+from .halt import has_extint, init_blocked, interrupt_allowed, nmi_allowed, set_mp_state, smi_allowed
+from .i8259 import accepts_extint
 from .inhibit import irq_window, nested_changed, window_served
 from .irq import ack, apicv_active, has_interrupt, offer_pv_eoi, update_cr8_intercept
 from .lapicstate import reset
@@ -304,6 +306,14 @@ def _ask_for_window(m, v):
     return k.ONE
 
 
+@kernel("u8(words, u8)")
+def _get_extint(m, v):
+    """kvm_cpu_get_extint: the vector of the PIC, which the vCPU acknowledges, or of KVM_INTERRUPT."""
+    if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
+        return take(m, own(m, v) + k.K_EXTINT) - k.ONE
+    return picdev.read_irq(m, v)
+
+
 @kernel("u8(words, u8, u8)")
 def _inject_interrupt(m, v, can_inject):
     """External interrupts: now, when the guest opens its window, or (0 returned) behind the event that goes first."""
@@ -313,11 +323,7 @@ def _inject_interrupt(m, v, can_inject):
     if not can_inject:
         return k.ZERO
     if interrupt_allowed(m, v):
-        if has_extint(m, v):
-            vector = m[row + k.K_EXTINT] - k.ONE
-            m[row + k.K_EXTINT] = k.ZERO
-        else:
-            vector = ack(m, v)
+        vector = _get_extint(m, v) if has_extint(m, v) else ack(m, v)
         m[row + k.K_INTERRUPT] = vector + k.ONE
         m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXTERNAL | vector
         if m[row + k.K_AVIC_WINDOW]:

@@ -1,14 +1,13 @@
 """HLT: what keeps a vCPU awake, and what a halted one waits for.
 
 Models: kvm_emulate_halt, kvm_vcpu_has_events, kvm_arch_vcpu_runnable, the vendors' interrupt_allowed and nmi_allowed,
-kvm_apic_accept_pic_intr, kvm_cpu_has_extint. Not modelled: asynchronous page faults, Xen timers, the PIC
-(user space's is KVM_INTERRUPT).
+kvm_cpu_has_extint. Not modelled: asynchronous page faults, Xen timers.
 """
 
 from ..jit.declare import kernel
 from . import typed as k
+from .i8259 import accepts_extint
 from .irq import has_interrupt
-from .lapicreg import reg
 from .msr import skip
 from .shared import hot, hv, own
 
@@ -48,18 +47,11 @@ def init_blocked(m, v):
 
 
 @kernel("u8(words, u8)")
-def accepts_extint(m, v):
-    """kvm_apic_accept_pic_intr: LINT0 lets the PIC through, or there is no local APIC in the way."""
-    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
-        return k.ONE
-    lint0 = reg(m, v, k.APIC_LVT0)
-    return k.ONE if lint0 & (k.LVT_MASKED | k.ICR_DM) == k.DM_EXTINT << k.ICR_DM_SHIFT else k.ZERO
-
-
-@kernel("u8(words, u8)")
 def has_extint(m, v):
-    """kvm_cpu_has_extint: KVM_INTERRUPT left a vector, and it can come in."""
-    return k.ONE if m[own(m, v) + k.K_EXTINT] and accepts_extint(m, v) else k.ZERO
+    """kvm_cpu_has_extint: the PIC pair's output is up, or KVM_INTERRUPT left a vector, and it can come in."""
+    split = m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP
+    waits = m[own(m, v) + k.K_EXTINT] if split else m[k.PIC_OUTPUT]
+    return k.ONE if waits and accepts_extint(m, v) else k.ZERO
 
 
 @kernel("u8(words, u8)")

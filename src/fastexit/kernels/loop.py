@@ -229,8 +229,17 @@ def go_on(m, v, user):
         user = steps.loop_tail(m, v)
     if user:
         return_to_user(m, v, user)
-        return user
-    return vcpu_run(m, v, k.ZERO)
+    else:
+        user = vcpu_run(m, v, k.ZERO)
+    return user | sent(m, v)
+
+
+@kernel("u8(words, u8)")
+def sent(m, v):
+    """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
+    effects = m[own(m, v) + k.K_SENT]
+    m[own(m, v) + k.K_SENT] = k.ZERO
+    return effects
 
 
 @inlined
