@@ -218,14 +218,23 @@ def page(rng: random.Random, old: bytes) -> bytes:
     return bytes(new)
 
 
+def entry(rng: random.Random, kind: str, gsi: int, vcpus: int) -> tuple[Any, ...]:
+    """One entry of a GSI routing table."""
+    if kind == "ioapic":
+        return kind, gsi, rng.randrange(26)
+    if kind == "pic":
+        return kind, gsi, rng.randrange(2), rng.randrange(9)
+    return kind, gsi, number(rng, "gsi", vcpus) & U32, rng.randrange(17)
+
+
 def thing(rng: random.Random, name: str, vcpus: int) -> Any:
     """A Python argument: mostly a number, else what somebody may pass by mistake."""
     if rng.random() < 0.9:
         if name == "xmm":
             return [number(rng, "output", vcpus) for _ in range(rng.choice((0, 1, 2, 11, 12, 12, 13)))]
         if name == "entries":
-            kinds = ("hv_sint",) * 9 + ("ioapic", "x")
-            return [(rng.choice(kinds), gsi, number(rng, "gsi", vcpus) & U32, rng.randrange(17)) for gsi in range(4)]
+            kinds = ("hv_sint", "msi") * 4 + ("ioapic", "ioapic", "pic", "x")
+            return [entry(rng, rng.choice(kinds), gsi, vcpus) for gsi in range(4)]
         return number(rng, name, vcpus)
     return rng.choice(
         (

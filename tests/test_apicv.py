@@ -833,7 +833,7 @@ def test_ept_violation_on_the_page() -> None:
     v = m.vcpus[0]
     out = v.exit(fx.VmxExit.EPT_VIOLATION, gpa=0xFEE0_0080, value=0x23, write=True)
     assert (out.user, page(v, 0x80)) == (None, 0x23)
-    assert v.exit(fx.VmxExit.EPT_VIOLATION, gpa=0xFEC0_0080).user == fx.KvmExit.MMIO
+    assert v.exit(fx.VmxExit.EPT_VIOLATION, gpa=0xFED0_0080).user == fx.KvmExit.MMIO
     v.set_msr(0x1B, 0xD000_0900)
     assert v.exit(fx.VmxExit.EPT_VIOLATION, gpa=0xFEE0_0080).user == fx.KvmExit.MMIO
     v.exit(fx.VmxExit.EPT_VIOLATION, gpa=0xD000_0080)

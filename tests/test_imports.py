@@ -25,7 +25,7 @@ LAYERS = (
     {"releases"},
     {"offers"},
     {"exits", "tracepoints"},
-    {"config", "connections", "ioctls", "irte", "routing", "settings", "snapshot", "vcpustate"},
+    {"config", "connections", "gsis", "ioctls", "irqchip", "irte", "routing", "settings", "snapshot", "vcpustate"},
     {"vcpu"},
     {"compiledvcpu", "costs"},
     {"machine"},

@@ -265,12 +265,13 @@ def test_route_to_a_disabled_apic() -> None:
 @pytest.mark.parametrize(
     ("entries", "error", "text"),
     [
-        ([("ioapic", 1, 2, 3)], ValueError, "entry 0: kind 'ioapic' cannot be routed yet"),
+        ([("ioapic", 1, 2, 3)], TypeError, r"entry 0 is no \('ioapic', gsi, pin\)"),
+        ([("hv_sint", 1, 0, 0), ("ioapic", 1, 1)], ValueError, "entry 1: GSI 1 has a route already"),
         ([("hv_sint", 1, 0, 0), ("hv_sint", 1, 0, 1)], ValueError, "entry 1: GSI 1 has a route already"),
         ([("hv_sint", 4096, 0, 0)], ValueError, "entry 0: GSI 0x1000 is out of range"),
-        ([("xen", 1, 0, 0)], ValueError, "entry 0: kind 'xen' is none of hv_sint"),
-        ([("hv_sint", 1)], TypeError, r"entry 0 is no \(kind, gsi, vcpu, sint\)"),
-        ([7], TypeError, r"entry 0 is no \(kind, gsi, vcpu, sint\)"),
+        ([("xen", 1, 0, 0)], ValueError, "entry 0: kind 'xen' is none of ioapic, pic, msi, hv_sint"),
+        ([("hv_sint", 1)], TypeError, r"entry 0 is no \('hv_sint', gsi, vcpu, sint\)"),
+        ([7], TypeError, r"entry 0 is no \(kind, gsi, ...\)"),
         ([("hv_sint", 1, 0, -1)], ValueError, "entry 0: SINT -0x1 is out of range"),
     ],
 )
@@ -285,9 +286,9 @@ def test_bad_tables(entries: list[Any], error: type[Exception], text: str) -> No
 
 
 def test_default_table() -> None:
-    """With a full irqchip it has routes to the IOAPIC and the PICs, which are not there yet; split it is empty."""
-    with pytest.raises(ValueError, match="GSI 3: the default routes to the IOAPIC and the PICs cannot be used yet"):
-        synic().irq_line(3, 1)
+    """With a full irqchip it has routes to the IOAPIC, whose pins are masked, and the PICs; split it is empty."""
+    assert synic().irq_line(16, 1) == -1
+    assert synic().irq_line(16, 0) == 1
     assert synic(irqchip="split").irq_line(3, 1) == -1
     with pytest.raises(ValueError, match="no CONFIG_KVM_HYPERV"):
         booted(hyperv=False, kvm_hyperv=False).set_gsi_routing([("hv_sint", 1, 0, 0)])

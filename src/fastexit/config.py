@@ -16,6 +16,7 @@ from fastexit import offers
 from fastexit import regs as R
 from fastexit.checks import U64, integer, one_of, quoted
 from fastexit.hyperv import ALL_FEATURES, HvFeature
+from fastexit.irqchip import created
 from fastexit.profile import PROFILES, Profile, numbered
 from fastexit.releases import generation, has_fast_path, release
 from fastexit.settings import SETTINGS, Settings
@@ -70,7 +71,9 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_HV_FEATURES: int(hyperv_features(chosen["hyperv_features"])),
         L.H_HV_VP_INDICES: offers.room(kernel).vcpus,
         L.H_INHIBITS: 0 if chosen["apicv"] else 1 << R.Inhibit.DISABLED,
-    } | ({} if kernel in PROFILES else release_words(kernel))
+        **created(chosen["irqchip"]),
+        **({} if kernel in PROFILES else release_words(kernel)),
+    }
 
 
 def release_words(release: str) -> dict[int, int]:

@@ -472,9 +472,11 @@ ROUTES = PIT + PIT_WORDS
 """The GSI routing table. MAX_ROUTES rows in the order in which a GSI's routes are worked, all of a GSI together."""
 MAX_ROUTES = 4096
 ROUTE_STRIDE = 4
-ROUTE_KIND = 0  # ROUTE_*, less than 8; the GSI from bit 8 on
+ROUTE_KIND = 0  # ROUTE_*, in ROUTE_KINDS; the GSI from bit 8 on
 ROUTE_A = 1  # pin of a chip (PIC: 0..15 of the pair), address of an MSI, VP index
 ROUTE_B = 2  # data of an MSI, SINT
+ROUTE_KINDS = 7
+ROUTE_GSI_SHIFT = 8
 ROUTE_IOAPIC = 1
 ROUTE_PIC = 2
 ROUTE_MSI = 3
@@ -482,15 +484,19 @@ ROUTE_HV_SINT = 4
 ROUTE_FIRST = ROUTES + MAX_ROUTES * ROUTE_STRIDE  # MAX_ROUTES + 1 words: a GSI's first row; the next's ends it
 ROUTE_GSIS = ROUTE_FIRST + MAX_ROUTES + 1  # size of the table: largest GSI + 1
 ROUTE_OF_PIN = ROUTE_GSIS + 1  # 40 words: GSI + 1 of the IOAPIC's pins, then of the PICs', 0: none
+ROUTE_RESERVED = ROUTE_OF_PIN + 40  # GSIs that are pins of user space's IOAPIC (nr_reserved_ioapic_pins)
 RESAMPLERS = ROUTE_OF_PIN + 48
 """A row a GSI: how many resampling irqfds it has, and how often their resamplefds were signalled."""
 RESAMPLER_STRIDE = 2
+RESAMPLER_FDS = 0
+RESAMPLER_SIGNALS = 1  # remote
 
 IRQ = RESAMPLERS + MAX_ROUTES * RESAMPLER_STRIDE
 """A row a vCPU: what the chips keep about it."""
 IRQ_STRIDE = 4
 IRQ_RTC_VECTOR = 0  # dest_map: vector + 1 of the RTC's pin that it has not ended yet, 0: none
 IRQ_STALE = 1  # highest_stale_pending_ioapic_eoi + 1, 0: none
+IRQ_GIVEN = 2  # 1: K_IOAPIC_HANDLED is what the embedder says, and no scan changes it
 
 WORDS = -(-(IRQ + MAX_VCPUS * IRQ_STRIDE) // 512) * 512
 BYTES = WORDS * 8

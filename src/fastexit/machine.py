@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from fastexit import irqchip as chips
 from fastexit import layout as L
 from fastexit import offers
 from fastexit import regs as R
@@ -42,7 +43,7 @@ from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import NEWEST, Profile
 from fastexit.reasons import SvmExit, VmxExit
-from fastexit.routing import Routing
+from fastexit.routing import Irqfd, Routing
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
 from fastexit.targets import Target, told
@@ -297,10 +298,13 @@ class Machine:
         return OUTCOMES[code].accepted
 
     def set_gsi_routing(self, entries: Iterable[tuple[Any, ...]]) -> None:
-        """KVM_SET_GSI_ROUTING: the whole table anew. Each entry is ("hv_sint", gsi, VP index, SINT).
+        """KVM_SET_GSI_ROUTING: the whole table anew.
 
-        TypeError or ValueError, in which case the table stays as it was: for another kind, a GSI that has a route
-        already, a kernel without CONFIG_KVM_HYPERV. A VP index or SINT that there is not is found out by irq_line.
+        Each entry is ("ioapic", gsi, pin), ("pic", gsi, chip 0 or 1, pin 0..7), ("msi", gsi, address of 64 bits, data)
+        or ("hv_sint", gsi, VP index, SINT). A GSI may have one route to each of the three chips, which are worked in
+        the order given, or one of another kind. TypeError or ValueError, in which case the table stays as it was: for
+        what is none of these, for chips with irqchip="split", for hv_sint without CONFIG_KVM_HYPERV. A VP index or SINT
+        that there is not is found out by irq_line.
         """
         self.routing.set(entries)
 
@@ -326,13 +330,39 @@ class Machine:
                 known.add(MSR_HV_TSC_INVARIANT_CONTROL)
         return tuple(sorted(known))
 
-    def irq_line(self, gsi: int, level: int) -> int:
-        """KVM_IRQ_LINE_STATUS: 1 where a SINT was raised, 0 where its APIC is disabled, -1 for anything else.
+    def irq_line(self, gsi: int, level: int, status: bool = True) -> int:
+        """KVM_IRQ_LINE_STATUS: the sum of what a GSI's routes say, -1 where none says anything else.
 
-        That is a GSI without a route, a level of 0, an unknown VP index, a SynIC that is not enabled, a SINT that is
-        masked or that there is not. ``targets`` are those for which the host has something to do.
+        A pin of the IOAPIC or of a PIC says 1 to a level of 0; to any other how many APICs took the interrupt (a PIC:
+        1), 0 where it coalesced with one that waits, or nobody took it, -1 where it is masked, or level-triggered and
+        still to be ended. A message and a SINT say -1 to a level of 0; a SINT 1 where it was raised, 0 where its APIC
+        is disabled, -1 for an unknown VP index, a SynIC that is not enabled, a SINT that is masked or that there is
+        not. A GSI without a route gives -1. With ``status=False`` it is KVM_IRQ_LINE, which lets RTC interrupts (pin 8
+        of the IOAPIC) coalesce unseen. ``targets`` are those for which the host has something to do.
         """
-        return self.routing.line(gsi, level)
+        return self.routing.line(gsi, level, status)
+
+    def irqfd(self, gsi: int, resample: bool = False) -> Irqfd:
+        """KVM_IRQFD: an eventfd that raises a GSI when it is signalled.
+
+        A plain one pulses its line, or sends its message; a resampling one (KVM_IRQFD_FLAG_RESAMPLE) holds the line up
+        until a guest acknowledges the interrupt. ValueError for the latter with irqchip="split".
+        """
+        return Irqfd(self, gsi, resample)
+
+    def get_irqchip(self, chip: int) -> bytes:
+        """KVM_GET_IRQCHIP: 512 bytes, of which the PICs (0 master, 1 slave) fill 16 and the IOAPIC (2) 216.
+
+        ValueError with irqchip="split".
+        """
+        return chips.get(self, chip)
+
+    def set_irqchip(self, chip: int, data: bytes) -> None:
+        """KVM_SET_IRQCHIP of 512 bytes: nothing in them is checked, and what waits at the IOAPIC is delivered.
+
+        ValueError for another length, and with irqchip="split".
+        """
+        chips.put(self, chip, data)
 
     def set_msr_filter(
         self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()

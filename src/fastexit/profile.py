@@ -81,6 +81,8 @@ _FROM_6_6 = (
     | _T.TSC_INVARIANT
     | _T.CALL_EXTENDED
     | _T.CALL_FLUSH_LIST
+    | _T.SCAN_SPLIT_PENDING
+    | _T.RESAMPLER_ASKED
 )
 # What stable releases of 6.1 and 6.6 took from later kernels.
 _BACKPORTED = (
@@ -96,6 +98,7 @@ _BACKPORTED = (
 )
 _FROM_6_18 = (
     _FROM_6_6
+    | _T.SCAN_STALE
     | _T.SVM_NEXT_RIP
     | _T.ICR_ANY_RESOLVED
     | _T.ICR_NO_RESERVED
@@ -185,6 +188,8 @@ PROFILES: dict[str, Profile] = {
             | _T.GUARD_L2
             | _T.ICR_NO_SHORTHAND
             | _T.TRACE_WRITE_FIRST
+            | _T.LAZY_EOI_WHOLE
+            | _T.LAZY_EOI_LEVEL
             | _T.INHIBITS
             | _T.CR8_KEEPS_TPR_BIT_2
             | _T.DEADLINE_WRITTEN_DISABLED
@@ -205,6 +210,7 @@ PROFILES: dict[str, Profile] = {
             | _IRQOFF
             | _T.GUARD_L2
             | _UNICAST
+            | _T.LAZY_EOI_WHOLE
             | _T.INHIBITS
             | _T.CR8_KEEPS_TPR_BIT_2
             | _T.DEADLINE_WRITTEN_DISABLED
@@ -465,7 +471,7 @@ PROFILES: dict[str, Profile] = {
                     | _T.TIMER_NO_CATCH_UP
                     | _T.STIMER_SATURATES,
                 ),
-                Stable("6.15", removed=_T.UNHALT_KEPT),
+                Stable("6.15", added=_T.SCAN_STALE, removed=_T.UNHALT_KEPT),
                 Stable("6.16", added=_T.PI_EMPTY_LOSES_RVI, removed=_T.PIC_WAKES_ANYWAY),
                 Stable("6.17", added=_T.MP_STATE_CHECKED_IN_RUN, removed=_T.V_TPR_KEPT_BY_AVIC),
             ),

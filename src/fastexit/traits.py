@@ -249,6 +249,17 @@ class Trait(IntFlag):
     """A poll answers the pin alone; later bit 7 says that there is one."""
     PIC_WAKES_ANYWAY = 1 << 126
     """Whenever the pair's output is looked at anew and was low, the first vCPU that takes its interrupts is woken."""
+    # -- IOAPIC
+    SCAN_STALE = 1 << 109
+    """The EOI of a vector that a vCPU has from an entry that now means others makes it scan again."""
+    SCAN_SPLIT_PENDING = 1 << 110
+    """Split irqchip: a vCPU's handled vectors have those that it is still to end, whomever their messages mean now."""
+    RESAMPLER_ASKED = 1 << 113
+    """A pin that is unmasked while it waits asks its resampling irqfds; before, it delivered."""
+    LAZY_EOI_WHOLE = 1 << 114
+    """Where APICv swallows EOIs, a line that rises makes up for all that the last one would have done."""
+    LAZY_EOI_LEVEL = 1 << 115
+    """It does so for level pins, too."""
 
     # -- Hyper-V
     GATED = 1 << 128

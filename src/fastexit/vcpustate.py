@@ -307,10 +307,11 @@ class VcpuState:
 
     @property
     def ioapic_handled(self) -> frozenset[int]:
-        """Vectors whose EOI the IOAPIC wants, by its routing: KVM's ioapic_handled_vectors.
+        """Vectors whose EOI the IOAPIC wants, by its entries or routes: KVM's ioapic_handled_vectors.
 
-        With KVM's own IOAPIC the vCPU with id 0 begins with vector 0, where the RTC's pin rests until the guest
-        programs it: with APICv, an EOI with nothing in service is an EOI_INDUCED exit there.
+        KVM makes the set anew when the vCPU enters the guest and something has asked for it. With KVM's own IOAPIC the
+        vCPU with id 0 begins with vector 0, where the RTC's pin rests until the guest programs it: with APICv, an EOI
+        with nothing in service is an EOI_INDUCED exit there. A set that is assigned stays, whatever is programmed.
         """
         words = [self._mem[self.own + L.K_IOAPIC_HANDLED + i] for i in range(4)]
         return frozenset(v for v in range(256) if words[v >> 6] >> (v & 63) & 1)
@@ -323,6 +324,7 @@ class VcpuState:
             words[vector >> 6] |= 1 << (vector & 63)
         for i, word in enumerate(words):
             self._mem[self.own + L.K_IOAPIC_HANDLED + i] = word
+        self._mem[L.IRQ + self.index * L.IRQ_STRIDE + L.IRQ_GIVEN] = 1
         load("make_request")(self._handle, self.index, R.REQ_LOAD_EOI_EXITMAP)
 
     @property

@@ -180,10 +180,11 @@ class TimedDispatcher(Dispatcher):
         super().srcu_lock(v)
         self.meter.charge("srcu_lock", "srcu_lock")
 
-    def sync_from_vapic(self, v: Vcpu) -> None:
+    def sync_from_vapic(self, v: Vcpu) -> int:
         """Step 18."""
-        super().sync_from_vapic(v)
+        effects = super().sync_from_vapic(v)
         self.meter.charge("sync_from_vapic", "vapic_sync")
+        return effects
 
     def handle_exit(self, v: Vcpu, exit: Exit, code: int) -> int:
         """Step 20 up to the tail that both vendors share."""

@@ -47,6 +47,21 @@ class LocalApic:
         return load("mmio_read")(self.handle, v.index, gpa, size)
 
 
+class IoApic:
+    """The IOAPIC's page, with a full irqchip."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:
+        """ioapic_mmio_write."""
+        return load("ioapic_write")(self.handle, v.index, gpa, size, value)
+
+    def read(self, v: Vcpu, gpa: int, size: int) -> int:
+        """ioapic_mmio_read."""
+        return load("ioapic_read")(self.handle, v.index, gpa, size)
+
+
 class PicPair:
     """Ports 0x20, 0x21, 0xA0, 0xA1, 0x4D0 and 0x4D1, with a full irqchip."""
 
@@ -116,7 +131,7 @@ class Bus:
 
     def __init__(self, memory: memoryview, handle: int) -> None:
         self.fast_mmio: FastMmio = FastMmio(memory)
-        self.devices: list[Device] = [LocalApic(handle), self.fast_mmio]
+        self.devices: list[Device] = [LocalApic(handle), IoApic(handle), self.fast_mmio]
         self.ports: list[Device] = [PicPair(handle)]
 
     def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:

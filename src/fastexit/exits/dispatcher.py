@@ -214,7 +214,7 @@ class Dispatcher:
         self.irq_window(v)
         self.guest_time_stop(v)
         self.srcu_lock(v)
-        self.sync_from_vapic(v)
+        code |= self.sync_from_vapic(v)
         if code & CODE_COMPLETION != COMPLETION_USERSPACE:
             code = self.handle_exit(v, exit, code)
         return code
@@ -253,10 +253,9 @@ class Dispatcher:
         mem[own + L.K_SRCU] = 1
         mem[own + L.K_SRCU_LOCKS] += 1
 
-    def sync_from_vapic(self, v: Vcpu) -> None:
-        """Step 18: did the guest end its interrupt by the paravirtual flag?"""
-        if self.mem[v.own + L.K_ATTENTION]:
-            load("take_pv_eoi")(self.handle, v.index)
+    def sync_from_vapic(self, v: Vcpu) -> int:
+        """Step 18: did the guest end its interrupt by the paravirtual flag? Effect code."""
+        return load("take_pv_eoi")(self.handle, v.index) if self.mem[v.own + L.K_ATTENTION] else 0
 
     def return_to_user(self, v: Vcpu, code: int) -> None:
         """KVM_RUN returns for the USER field of an outcome code; a signal makes it -EINTR, UNKNOWN is -EINVAL."""

@@ -92,9 +92,9 @@ class Vmx:
         """handle_apic_write: the instruction is done, the value in the page."""
         return load("write_nodecode")(self.common.handle, v.index, exit.info1 & _PAGE)
 
-    def _eoi_induced(self, v: Vcpu, exit: Exit) -> None:
+    def _eoi_induced(self, v: Vcpu, exit: Exit) -> int:
         """handle_apic_eoi_induced."""
-        load("set_eoi_accelerated")(self.common.handle, v.index, exit.info1 & 0xFF)
+        return load("set_eoi_accelerated")(self.common.handle, v.index, exit.info1 & 0xFF)
 
     def _tpr_below_threshold(self, v: Vcpu, exit: Exit) -> None:
         """handle_tpr_below_threshold."""

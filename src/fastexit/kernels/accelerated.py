@@ -6,7 +6,8 @@ apicv.py's. Kernels up to 5.10 read the register through the path of a guest's r
 
 from ..jit.declare import kernel
 from . import typed as k
-from .irq import send_ioapic_eoi, update_ppr
+from .eoi import send_ioapic_eoi
+from .irq import update_ppr
 from .lapic import in_x2apic_mode, readable, reg_read, reg_write, x2apic_icr_write
 from .lapicreg import reg, vector_slot, x2apic_icr
 from .msr import skip
@@ -39,20 +40,22 @@ def write_nodecode(m, v, offset):
 
 @kernel("u8(words, u8, u8)")
 def set_eoi(m, v, vector):
-    """kvm_apic_set_eoi_accelerated: ISR and PPR are the CPU's work; the IOAPIC and a next interrupt are KVM's."""
+    """kvm_apic_set_eoi_accelerated: ISR and PPR are the CPU's work; the IOAPIC and a next interrupt are KVM's.
+
+    Effect code.
+    """
     vector = vector & k.ICR_VECTOR
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_EOI, v, vector, k.ZERO, k.ZERO)
-    send_ioapic_eoi(m, v, vector)
+    effects = send_ioapic_eoi(m, v, vector)
     make_request(m, v, k.REQ_EVENT)
-    return k.ZERO
+    return effects
 
 
 @kernel("u8(words, u8, u8)")
 def access_eoi(m, v, length):
     """handle_apic_access for a write to EOI: no decoding, the value does not matter; what the skip says."""
-    reg_write(m, v, k.APIC_EOI, k.ZERO)
-    return skip(m, v, length)
+    return reg_write(m, v, k.APIC_EOI, k.ZERO) | skip(m, v, length)
 
 
 @kernel("u8(words, u8)")

@@ -17,7 +17,7 @@ from . import typed as k
 from .inhibit import id_modified, map_rebuilt
 from .lapicreg import reg
 from .match import is_broadcast, lowest_priority
-from .shared import clear_words, hot, own, renew_words, replace_if
+from .shared import ask_all, clear_words, hot, own, renew_words, replace_if
 
 CLEAN, DIRTY, IN_PROGRESS = k.ZERO, k.ONE, k.U(2)
 UNRESOLVED = k.NONE
@@ -260,9 +260,10 @@ def _build(m, base):
 
 @kernel("u8(words, u8)")
 def recalculate(m, me):
-    """kvm_recalculate_apic_map: rebuild if something marked the map dirty. Effect code of the inhibits that change.
+    """kvm_recalculate_apic_map: rebuild if something marked the map dirty. Effect code: inhibits may change, and every
+    vCPU is asked which EOIs the IOAPIC wants of it now.
 
-    ``me`` is told whom to kick for them, as in ipi.py.
+    ``me`` is told whom to kick for that, as in ipi.py.
     """
     if load_acquire(m, k.H_MAP_DIRTY) == CLEAN:
         return k.ZERO
@@ -283,4 +284,4 @@ def recalculate(m, me):
     store_release(m, k.H_MAP, idle)
     compare_exchange(m, k.H_MAP_DIRTY, IN_PROGRESS, CLEAN)
     store_release(m, k.H_MAP_LOCK, k.ZERO)
-    return effects
+    return effects | ask_all(m, k.REQ_SCAN_IOAPIC, me)

@@ -10,7 +10,7 @@ more than one access, kvm_mmio.
 """
 
 from ..jit.declare import kernel, umin
-from . import lapic, picdev
+from . import ioapic, lapic, picdev
 from . import typed as k
 from .lapic import NOT_MINE
 from .msr import skip
@@ -33,13 +33,17 @@ def write(m, v, gpa, length, value):
     code = lapic.mmio_write(m, v, gpa, length, value)
     if code != NOT_MINE:
         return code
+    code = ioapic.mmio_write(m, v, gpa, length, value)
+    if code != NOT_MINE:
+        return code
     return k.ZERO if listens(m, gpa) else NOT_MINE
 
 
 @kernel("u8(words, u8, u8, u8)")
 def read(m, v, gpa, length):
     """vcpu_mmio_read: the value in K_MSR_DATA, or NOT_MINE and 0. Nobody can read an ioeventfd."""
-    return lapic.mmio_read(m, v, gpa, length)
+    code = lapic.mmio_read(m, v, gpa, length)
+    return code if code != NOT_MINE else ioapic.mmio_read(m, v, gpa, length)
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")

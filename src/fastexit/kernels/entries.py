@@ -13,13 +13,16 @@ from . import (
     batch,
     bus,
     cdoor,
+    chipstate,
     cr8,
+    eoi,
     events,
     fastpath,
     halt,
     hvtimer,
     hypercall,
     inhibit,
+    ioapic,
     irq,
     irte,
     lapic,
@@ -29,6 +32,7 @@ from . import (
     msr,
     pi,
     picdev,
+    routes,
     sched,
     shared,
     single,
@@ -94,10 +98,10 @@ _ON_ONE_VCPU = {
         "init_blocked": halt.init_blocked,
         "nested_changed": inhibit.nested_changed,
         "ack": irq.ack,
-        "eoi": irq.eoi,
+        "eoi": eoi.end,
         "pending": irq.has_interrupt,
         "complete_access": bus.complete,
-        "take_pv_eoi": irq.take_pv_eoi,
+        "take_pv_eoi": eoi.take_pv_eoi,
         "get_state": lapicstate.get_state,
         "set_state": lapicstate.set_state,
         "pi_has_pending": pi.has_pending,
@@ -145,6 +149,7 @@ _ON_ONE_VCPU = {
         "avic_mmio_read": avic.mmio_read,
         "avic_wrmsr": avic.wrmsr,
         "latch": events.latch,
+        "ioapic_read": ioapic.mmio_read,
         "mmio_read": lapic.mmio_read,
         "emulate_cr8": msr.emulate_cr8,
         "emulate_rdmsr": msr.emulate_rdmsr,
@@ -156,6 +161,7 @@ _ON_ONE_VCPU = {
         "apicv_mmio_write": apicv.mmio_write,
         "avic_mmio_write": avic.mmio_write,
         "pic_write": picdev.io_write,
+        "ioapic_write": ioapic.mmio_write,
         "mmio_write": lapic.mmio_write,
         "emulate_wrmsr": msr.emulate_wrmsr,
     },
@@ -383,12 +389,64 @@ def signal_msi(handle, address, data, sender):
 @entry
 @kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
 def hv_sint_line(handle, gsi, level, vp_index, sint, sender):
-    """KVM_IRQ_LINE of a GSI with an hv_sint route, or with none (NONE); ``sender`` as in signal_msi."""
+    """KVM_IRQ_LINE of a GSI that would have an hv_sint route; ``sender`` as in signal_msi."""
     m = open_words(handle, k.WORDS)
     if not k.HOST <= sender < k.SENDERS:
         return NO_VCPU
     m[shared.own(m, sender) + k.K_TARGETS] = k.ZERO
     return synic.irq_line(m, gsi, level, vp_index, sint, sender)
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8)", nogil=False)
+def irq_line(handle, gsi, level, line_status, sender):
+    """KVM_IRQ_LINE, with ``line_status`` KVM_IRQ_LINE_STATUS; ``sender`` as in signal_msi."""
+    m = open_words(handle, k.WORDS)
+    return routes.irq_line(m, gsi, level, line_status, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def irqfd_signal(handle, gsi, resample, sender):
+    """An eventfd that KVM_IRQFD has tied to a GSI was written to; ``sender`` as in signal_msi."""
+    m = open_words(handle, k.WORDS)
+    return routes.signal(m, gsi, resample, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8)", nogil=False)
+def irqfd_resample(handle, gsi, on, sender):
+    """A GSI below MAX_ROUTES has one more or less resampling irqfd; ``sender`` as in signal_msi."""
+    m = open_words(handle, k.WORDS)
+    if gsi >= k.MAX_ROUTES or not k.HOST <= sender < k.SENDERS:
+        return NO_VCPU
+    return routes.resample(m, gsi, on, sender)
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def rerouted(handle, sender):
+    """The words of the routing table have changed; ``sender`` as in signal_msi."""
+    m = open_words(handle, k.WORDS)
+    return routes.rerouted(m, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def get_irqchip(handle, chip):
+    """KVM_GET_IRQCHIP into H_STAGE; NO_VCPU for a chip that there is not."""
+    m = open_words(handle, k.WORDS)
+    return chipstate.get_irqchip(m, chip) if chip <= chipstate.IOAPIC_CHIP else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8)", nogil=False)
+def set_irqchip(handle, chip, sender):
+    """KVM_SET_IRQCHIP from H_STAGE; ``sender`` as in signal_msi. NO_VCPU for a chip that there is not."""
+    m = open_words(handle, k.WORDS)
+    if chip > chipstate.IOAPIC_CHIP or not k.HOST <= sender < k.SENDERS:
+        return NO_VCPU
+    return chipstate.set_irqchip(m, chip, sender)
 
 
 @entry

@@ -21,7 +21,7 @@ from . import typed as k
 from .avictable import addressable, refresh
 from .irq import recount
 from .lapicreg import reg
-from .shared import clear_word_bits, emit, hot, hv, make_request, or_word, own, replace_if, tell
+from .shared import ask_all, clear_word_bits, emit, hot, hv, make_request, or_word, own, replace_if
 
 EARLY = k.INHIBIT_DISABLED | k.INHIBIT_HYPERV
 EARLY_SVM = k.INHIBIT_NESTED | k.INHIBIT_IRQWIN | k.INHIBIT_PIT_REINJ
@@ -45,23 +45,6 @@ def required(m):
     if traits & k.T_INHIBIT_MAP:
         reasons = reasons | k.INHIBIT_PHYSICAL_ID_ALIASED | (k.INHIBIT_LOGICAL_ID_ALIASED if svm else k.ZERO)
     return reasons
-
-
-@kernel("u8(words, u8)")
-def _ask_all(m, me):
-    """kvm_make_all_cpus_request(APICV_UPDATE): Effect code KICK if a vCPU was in the guest. Nobody is woken for it.
-
-    ``me`` is told whom to kick, as in ipi.py. The vCPU that runs here is never in guest mode when its APIC changes, so
-    it is not told apart.
-    """
-    effects = k.ZERO
-    for i in range(m[k.H_NVCPUS]):
-        v = k.U(i)
-        make_request(m, v, k.REQ_APICV_UPDATE)
-        mode = hot(m, v) + k.HOT_MODE
-        if replace_if(m, mode, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) == k.IN_GUEST_MODE:
-            effects = tell(m, me, v, k.EF_KICK << k.CODE_EFFECTS_SHIFT)
-    return effects
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
@@ -99,7 +82,7 @@ def change(m, me, reason, on):
     if counted:
         _count(m, final & k.INHIBIT_IRQWIN)
         _trace(m, k.INHIBIT_IRQWIN, final & k.INHIBIT_IRQWIN, final, switches)
-    return _ask_all(m, me) if switches else k.ZERO
+    return ask_all(m, k.REQ_APICV_UPDATE, me) if switches else k.ZERO
 
 
 @kernel("u8(words, u8)")

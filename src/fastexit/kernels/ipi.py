@@ -195,9 +195,11 @@ def _is_candidate(m, v, src, icr_dest):
     return matches(m, v, src, icr_dest & k.LOW32, icr_dest >> k.U(32))
 
 
-@kernel("u8(words, u8, u8, u8, u8)")
-def _slow_lowest(m, src, icr, dest, me):
-    """Lowest priority over all vCPUs: the (vector mod n)-th candidate, or the smallest arb_prio without hashing."""
+@kernel("u8(words, u8, u8, u8)")
+def choose_lowest(m, src, icr, dest):
+    """Lowest priority over all vCPUs: the (vector mod n)-th candidate, or the smallest arb_prio without hashing; NONE
+    where there is no candidate.
+    """
     n = m[k.H_NVCPUS]
     both = icr | (dest << k.U(32))
     count = k.ZERO
@@ -208,25 +210,23 @@ def _slow_lowest(m, src, icr, dest, me):
             count = count + k.ONE
             if best == k.NONE or m[own(m, v) + k.K_ARB_PRIO] < m[own(m, best) + k.K_ARB_PRIO]:
                 best = v
-    if count == k.ZERO:
-        return NOBODY
-    if m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
+    if count and m[k.H_CONFIG] & k.CONFIG_VECTOR_HASHING:
         skip = (icr & k.ICR_VECTOR) % count
         for i in range(n):
             v = k.U(i)
             if _is_candidate(m, v, src, both):
                 if skip == k.ZERO:
-                    best = v
-                    break
+                    return v
                 skip = skip - k.ONE
-    return accept(m, best, icr, me)
+    return best
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver_slow(m, src, icr, dest, hint, me):
     """The scan of kvm_irq_delivery_to_apic: every vCPU in creation order; NOBODY when none matches."""
     if lowest_priority(icr, hint):
-        return _slow_lowest(m, src, icr, dest, me)
+        best = choose_lowest(m, src, icr, dest)
+        return NOBODY if best == k.NONE else accept(m, best, icr, me)
     code = NOBODY
     n = m[k.H_NVCPUS]
     for i in range(n):

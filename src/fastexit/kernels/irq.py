@@ -1,7 +1,7 @@
-"""IRR, ISR, PPR and EOI bookkeeping of one vCPU.
+"""IRR, ISR and PPR of one vCPU, and what PV EOI offers; eoi.py has what ends an interrupt.
 
 Models: apic_find_highest_isr, apic_set_isr/clear_isr, apic_clear_irr, apic_update_ppr, apic_has_interrupt_for_ppr,
-kvm_apic_has_interrupt, kvm_apic_ack_interrupt, apic_set_eoi, kvm_ioapic_send_eoi up to the IOAPIC itself, PV EOI.
+kvm_apic_has_interrupt, kvm_apic_ack_interrupt, kvm_ioapic_handles_vector, apic_sync_pv_eoi_to_guest.
 Differs by APICv: isr_count is a constant 1 and the cache is never used, because hardware moves the ISR bits. By
 generation: up to 5.15 PV EOI's cell becomes 0 whatever the guest has made of it, and its MSR keeps a value that it
 refuses.
@@ -13,7 +13,7 @@ from . import guestmemory, sint
 from . import typed as k
 from .lapicreg import reg, set_reg
 from .pid import highest, highest_irr, sync_pir_to_irr
-from .shared import clear_word_bits, emit, hot, make_request, or_word, own, take, vec
+from .shared import clear_word_bits, hot, make_request, or_word, own, vec
 
 
 @kernel("u8(words, u8)")
@@ -207,44 +207,6 @@ def ioapic_handles(m, v, vector):
     return (m[own(m, v) + k.K_IOAPIC_HANDLED + ((vector >> k.U(6)) & k.U(3))] >> (vector & k.U(63))) & k.ONE
 
 
-@kernel("u8(words, u8, u8)")
-def send_ioapic_eoi(m, v, vector):
-    """kvm_ioapic_send_eoi: to user space's IOAPIC by an exit, to KVM's with the trigger mode that TMR has now.
-
-    Suppress-EOI-broadcast counts only where user space asked for it; by default KVM advertises it on a split irqchip
-    and broadcasts all the same.
-    """
-    if not ioapic_handles(m, v, vector):
-        return k.ZERO
-    row = own(m, v)
-    if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
-        if reg(m, v, k.APIC_SPIV) & k.SVR_SUPPRESS_EOI and m[k.H_API] & k.X2API_SUPPRESS_EOI:
-            return k.ZERO
-        m[row + k.K_IOAPIC_EOI] = vector
-        return make_request(m, v, k.REQ_IOAPIC_EOI_EXIT)
-    level = (m[hot(m, v) + k.HOT_TMR + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
-    m[row + k.K_IOAPIC_EOI] = vector | (level << k.U(8))
-    m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
-    return k.ZERO
-
-
-@kernel("u8(words, u8)")
-def eoi(m, v):
-    """apic_set_eoi: the vector that left service, or NONE; with nothing in service only the trace line appears."""
-    vector = highest_isr(m, v)
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_EOI, v, vector, k.ZERO, k.ZERO)
-    if vector == k.NONE:
-        return k.NONE
-    clear_isr(m, v, vector)
-    update_ppr(m, v)
-    if sint.connected(m, v, vector):
-        sint.send_eoi(m, v, vector)
-    send_ioapic_eoi(m, v, vector)
-    make_request(m, v, k.REQ_EVENT)
-    return vector
-
-
 # ------------------------------------------------------------------------------------------------------------- PV EOI
 
 
@@ -287,31 +249,3 @@ def offer_pv_eoi(m, v):
         m[row + k.K_PV_EOI_FLAG] = k.ONE
     m[row + k.K_ATTENTION] = k.ONE
     return k.ZERO
-
-
-@kernel("u8(words, u8)")
-def _withdraw(m, v):
-    """pv_eoi_test_and_clr_pending: 1 when the guest has left the offer alone. Of an unreadable cell it stays open."""
-    row = own(m, v)
-    if not m[k.H_GUEST_BYTES]:
-        m[row + k.K_ATTENTION] = k.ZERO
-        return take(m, row + k.K_PV_EOI_FLAG)
-    cell = m[row + k.K_PV_EOI_MSR] & ~k.PV_EOI_ENABLED
-    if not guestmemory.reaches(m, cell, k.ONE):
-        return k.ZERO
-    left = guestmemory.load(m, cell, k.ONE) & k.ONE
-    if left or m[k.H_HYPERV_RULES] & k.HVR_PV_EOI_ALWAYS_CLEARED:
-        guestmemory.store(m, cell, k.ONE, k.ZERO)
-    m[row + k.K_ATTENTION] = k.ZERO
-    return left
-
-
-@kernel("u8(words, u8)")
-def take_pv_eoi(m, v):
-    """apic_sync_pv_eoi_from_guest: the offer is withdrawn; if the guest took it, its interrupt ends here."""
-    if _withdraw(m, v):
-        return k.ZERO
-    vector = eoi(m, v)
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_PV_EOI, v, vector, k.ZERO, k.ZERO)
-    return vector

@@ -11,9 +11,10 @@ latter, since MMIO has no way to fault.
 from ..jit.declare import kernel
 from . import typed as k
 from .apicmap import mark_dirty, recalculate
+from .eoi import set_eoi
 from .inhibit import id_written
 from .ipi import send
-from .irq import eoi, update_ppr
+from .irq import update_ppr
 from .lapicreg import (
     reg,
     set_reg,
@@ -21,11 +22,8 @@ from .lapicreg import (
     vector_slot,
     x2apic_icr,
 )
-from .shared import emit, hot, make_request, own
+from .shared import NOT_MINE, emit, hot, make_request, own
 from .timer import current_count, timer_mode_mask, update_lvtt, write_tdcr, write_tmict
-
-NOT_MINE = k.NONE
-"""Result of a device's access to an address that is not its own; no code has all bits set."""
 
 
 @kernel("u8(words, u8)")
@@ -180,7 +178,7 @@ def reg_write(m, v, offset, value):
     if offset == k.APIC_ICR:
         code = _write_icr(m, v, value)
     elif offset == k.APIC_EOI:
-        eoi(m, v)
+        code = set_eoi(m, v)
     elif offset == k.APIC_TASKPRI:
         _report_tpr_access(m, v)
         set_reg(m, v, offset, value & k.U(0xFF))

@@ -5,11 +5,13 @@ Spec: SDM vol. 3A 10.4, 10.12.
 """
 
 from ..jit.declare import kernel
+from . import rtc
 from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .avictable import restore
 from .inhibit import base_written, id_written
 from .irq import compute_ppr, recount, update_cr8_intercept, update_ppr
+from .irqlock import lock, unlock
 from .lapic import (
     in_x2apic_mode,
     lvt_count,
@@ -246,8 +248,12 @@ def set_state(m, v):
     if m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         _clear_pid(m, v)
     restore(m, v)
-    m[row + k.K_ARB_PRIO] = k.ZERO
     make_request(m, v, k.REQ_EVENT)
+    if not m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
+        lock(m)
+        rtc.restore(m, v)
+        unlock(m)
+    m[row + k.K_ARB_PRIO] = k.ZERO
     if not m[k.H_RULES] & k.R_CR8_WITH_PPR:
         update_cr8_intercept(m, v)
     return effects

@@ -19,11 +19,11 @@ from ..jit.declare import inlined, kernel
 from . import bus, hypercall, steps
 from . import typed as k
 from .cr8 import sync_cr8_to_lapic
+from .eoi import take_pv_eoi
 from .events import inject_events
 from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, refuse
 from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
-from .irq import take_pv_eoi
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
 from .shared import hot, own
 from .tick import trace_wait
@@ -251,7 +251,7 @@ def leave_and_handle(m, v, row, reason, msr, value, info, code):
     irq_window(m, v)
     guest_time_stop(m, v)
     srcu_lock(m, v)
-    sync_from_vapic(m, v)
+    code = code | sync_from_vapic(m, v)
     if code & k.CODE_COMPLETION != k.COMPLETION_USERSPACE:
         code = handle_exit(m, v, row, reason, msr, value, info, code)
     return code
@@ -301,7 +301,7 @@ def srcu_lock(m, v):
 
 @kernel("u8(words, u8)")
 def sync_from_vapic(m, v):
-    """Step 18: did the guest end its interrupt by the paravirtual flag?"""
+    """Step 18: did the guest end its interrupt by the paravirtual flag? Effect code."""
     return take_pv_eoi(m, v) if m[own(m, v) + k.K_ATTENTION] else k.ZERO
 
 

@@ -16,6 +16,9 @@ from ..jit.atomics import (
 from ..jit.declare import kernel
 from . import typed as k
 
+NOT_MINE = k.NONE
+"""Result of a device's access to an address that is not its own; no code has all bits set."""
+
 
 @kernel("u8(words, u8)")
 def hv(m, v):
@@ -230,6 +233,28 @@ def tell(m, me, target, code):
         else:
             m[at] = k.TARGETS_ONE | one
     return code
+
+
+@kernel("u8(words, u8, u8, u8)")
+def ask(m, v, request, me):
+    """kvm_make_vcpus_request_mask for one vCPU: Effect code KICK if it was in the guest. Nobody is woken for it.
+
+    ``me`` is told whom to kick, as in ipi.py. The vCPU that runs here is never in guest mode when it asks, so it is not
+    told apart.
+    """
+    make_request(m, v, request)
+    if replace_if(m, hot(m, v) + k.HOT_MODE, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) == k.IN_GUEST_MODE:
+        return tell(m, me, v, k.EF_KICK << k.CODE_EFFECTS_SHIFT)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def ask_all(m, request, me):
+    """kvm_make_all_cpus_request: Effect code."""
+    effects = k.ZERO
+    for i in range(m[k.H_NVCPUS]):
+        effects = effects | ask(m, k.U(i), request, me)
+    return effects
 
 
 @kernel("u8(words, u8)")

@@ -6,9 +6,10 @@ these steps one by one; loop.py strings the same steps together. events.py has w
 
 from ..jit.atomics import exchange, fence
 from ..jit.declare import kernel
-from . import bus, hypervcall, msr, stimerservice
+from . import bus, hypervcall, msr, scan, stimerservice
 from . import typed as k
 from .clock import hv_in_use
+from .eoi import take_pv_eoi
 from .events import (
     INTR_INFO_VALID,
     accept_events,
@@ -21,7 +22,7 @@ from .fastpath import exit_requested
 from .halt import end_halt, init_blocked, runnable
 from .hvtimer import hv_due
 from .inhibit import update_vcpu
-from .irq import ioapic_handles, take_pv_eoi
+from .irq import ioapic_handles
 from .pi import post_block, pre_block
 from .pid import sync_pir_to_irr
 from .sched import vcpu_load, vcpu_put
@@ -36,6 +37,7 @@ SERVICED = (
     | k.REQ_SMI
     | k.REQ_NMI
     | k.REQ_IOAPIC_EOI_EXIT
+    | k.REQ_SCAN_IOAPIC
     | k.REQ_HV_CRASH
     | k.REQ_HV_RESET
     | k.REQ_HV_EXIT
@@ -79,14 +81,16 @@ def service_requests(m, v):
     if clear_word_bits(m, requests, k.REQ_IOAPIC_EOI_EXIT) & k.REQ_IOAPIC_EOI_EXIT:
         if ioapic_handles(m, v, m[own(m, v) + k.K_IOAPIC_EOI]):
             return k.USER_IOAPIC_EOI
+    if clear_word_bits(m, requests, k.REQ_SCAN_IOAPIC) & k.REQ_SCAN_IOAPIC:
+        scan.scan(m, v)
     if m[requests] & (k.REQ_HV_CRASH | k.REQ_HV_RESET | k.REQ_HV_EXIT):
         return _tell_user(m, v)
     if clear_word_bits(m, requests, k.REQ_HV_STIMER) & k.REQ_HV_STIMER:
         stimerservice.process(m, v)
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
-    # The rest has nothing to do here: timers migrate, EOI bitmaps and IOAPIC routes are read where they are used. One
-    # of the above may have come again by now, behind its check: it stays, and cancels the entry.
+    # The rest has nothing to do here: timers migrate, EOI bitmaps are read where they are used. One of the above may
+    # have come again by now, behind its check: it stays, and cancels the entry.
     clear_word_bits(m, requests, ~SERVICED)
     return k.ZERO
 

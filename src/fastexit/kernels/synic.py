@@ -217,17 +217,23 @@ def _vcpu_of(m, wanted):
     return k.NONE
 
 
-@kernel("u8(words, u8, u8, u8, u8, u8)")
-def irq_line(m, gsi, level, wanted, sint, me):
-    """kvm_set_irq of a GSI with one hv_sint route, or with none (NONE): delivery code, NOBODY for any error.
+@kernel("u8(words, u8, u8, u8, u8)")
+def set_line(m, level, wanted, sint, me):
+    """kvm_hv_set_sint, the handler of an hv_sint route: delivery code, NOBODY for any error.
 
     A level of 0 is one, too: a SINT has no level.
     """
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_SET_IRQ, me, gsi, level, k.ZERO)
-    if wanted == k.NONE or not level:
+    if not level:
         return k.CODE_ACCEPTED_NONE
     v = _vcpu_of(m, wanted)
     if v == k.NONE or not active(m, v):
         return k.CODE_ACCEPTED_NONE
     return raise_sint(m, v, sint, me)
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def irq_line(m, gsi, level, wanted, sint, me):
+    """KVM_IRQ_LINE of a GSI with one hv_sint route, in the table or not: delivery code, NOBODY for errors."""
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_SET_IRQ, me, gsi, level, k.ZERO)
+    return set_line(m, level, wanted, sint, me)

@@ -34,9 +34,6 @@ def create(m, vcpu_id):
     m[row + k.K_HFLAGS] = k.HF_REAL_MODE
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
     m[row + k.K_DIVIDE] = k.U(2)
-    if not vcpu_id and not m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
-        # KVM's IOAPIC asks for the EOIs of its RTC pin, which rests at vector 0 for APIC id 0.
-        m[row + k.K_IOAPIC_HANDLED] = k.ONE
     publish(m, v)
     m[row + k.K_CPU] = v
     # Enabled from the start, as kvm_create_lapic stuffs it: the RESET below then changes no mode.
