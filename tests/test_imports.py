@@ -25,7 +25,10 @@ LAYERS = (
     {"releases"},
     {"offers"},
     {"exits", "tracepoints"},
-    {"config", "connections", "gsis", "ioctls", "irqchip", "irte", "routing", "settings", "snapshot", "vcpustate"},
+    {
+        *("config", "connections", "gsis", "ioctls", "irqchip", "irte", "pit", "routing", "settings", "snapshot"),
+        "vcpustate",
+    },
     {"vcpu"},
     {"compiledvcpu", "costs"},
     {"machine"},

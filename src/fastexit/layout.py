@@ -283,6 +283,12 @@ the same time take one of HOSTS each."""
 HOSTS = 64
 SENDERS = HOST + HOSTS
 
+HOST_TIMERS = 8
+"""Timers and work by number, above a vCPU's index: 0 is a local APIC timer, 1 to STIMERS are synthetic ones, those from
+here on are the machine's own, and the row of HOST has whom their effects are for."""
+HOST_TIMER_PIT = 8
+HOST_WORK_PIT = 9
+
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + SENDERS * KVM_STRIDE
 TRACE_STRIDE = 8
@@ -461,11 +467,14 @@ PIT_CHANNELS = 3
 PIT_PRESENT = PIT + 48  # bit 0: there is one, bit 1: with the speaker port
 PIT_FLAGS = PIT + 49
 PIT_REINJECT = PIT + 50
-PIT_PENDING = PIT + 51
-PIT_IRQ_ACK = PIT + 52
+PIT_PENDING = PIT + 51  # remote; ticks that no guest has acknowledged
+PIT_IRQ_ACK = PIT + 52  # remote; the last tick was acknowledged
 PIT_DEADLINE = PIT + 53  # when channel 0's hrtimer fires, ns of the machine's clock, + 1; 0: not
-PIT_PERIOD = PIT + 54  # ns, 0: one-shot
-PIT_NMI_VCPUS = PIT + 55  # vapics_in_nmi_mode: vCPUs whose LVT0 is in NMI mode
+PIT_PERIOD = PIT + 54  # ns
+PIT_EXPIRES = PIT + 55  # what that hrtimer was set to last, ns; kept when it has fired or was cancelled
+PIT_PERIODIC = PIT + 56  # is_periodic
+PIT_WORK = PIT + 57  # remote; 1 while the worker is queued
+PIT_SPEAKER = PIT + 58  # speaker_data_on, where it is no flag
 PIT_WORDS = 64
 
 ROUTES = PIT + PIT_WORDS

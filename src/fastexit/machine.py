@@ -17,7 +17,7 @@ import numpy as np
 
 from fastexit import irqchip as chips
 from fastexit import layout as L
-from fastexit import offers
+from fastexit import offers, pit
 from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
 from fastexit.compiledvcpu import CompiledVcpu
@@ -40,7 +40,7 @@ from fastexit.irte import Irte, RemappingTable
 from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
 from fastexit.profile import NEWEST, Profile
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.routing import Irqfd, Routing
@@ -364,6 +364,34 @@ class Machine:
         """
         chips.put(self, chip, data)
 
+    def create_pit(self, speaker: bool = True) -> Effect:
+        """KVM_CREATE_PIT2: the PIT at ports 0x40 to 0x43, whose channel 0 is GSI 0; with ``speaker``, port 0x61, too.
+
+        Its timer is one of the machine's (next_timer, set_time). It begins in reinject mode, which AVIC cannot have:
+        Effect.KICK if the host has to kick anybody (``targets``). ValueError where there is one already, and without an
+        in-kernel PIC.
+        """
+        return pit.create(self, speaker)
+
+    def get_pit(self) -> bytes:
+        """KVM_GET_PIT2: 112 bytes, kvm_pit_state2; times in it are the machine's. ValueError where there is no PIT."""
+        return pit.get(self)
+
+    def set_pit(self, data: bytes) -> Effect:
+        """KVM_SET_PIT2 of 112 bytes, or KVM_SET_PIT of 72, which leaves the flags alone: counts begin anew.
+
+        Effects (``targets``) are of a tick whose work was still to be done. ValueError for another length, and where
+        there is no PIT.
+        """
+        return pit.put(self, data)
+
+    def reinject_control(self, on: bool) -> Effect:
+        """KVM_REINJECT_CONTROL: ticks that a guest is late for wait for its acknowledgements (on), or are lost.
+
+        Effect.KICK if the host has to kick anybody (``targets``). ValueError where there is no PIT.
+        """
+        return pit.reinject(self, on)
+
     def set_msr_filter(
         self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()
     ) -> None:
@@ -421,10 +449,11 @@ class Machine:
         """Move the host's clock; what the timers that are due by then did, as (vCPU index, Outcome) in order.
 
         An hrtimer, of a local APIC timer or a synthetic one, fires, at the new time, however long ago it was due: its
-        outcome tells the host whom to wake, kick or notify. Then a preemption timer that has run out makes its vCPU, if
-        that is in guest mode, exit. Times between are not visited: set them one by one (next_timer()) where that
-        matters. No other thread may act on the machine meanwhile. ValueError for a time that has passed already, and
-        for one at which it or the guest's TSC has more than 63 bits.
+        outcome tells the host whom to wake, kick or notify. Then the host's threads do their work, such as a tick of
+        the PIT: a line for each vCPU that it has effects for, or one of vCPU 0 without any. Then a preemption timer
+        that has run out makes its vCPU, if that is in guest mode, exit. Times between are not visited: set them one by
+        one (next_timer()) where that matters. No other thread may act on the machine meanwhile. ValueError for a time
+        that has passed already, and for one at which it or the guest's TSC has more than 63 bits.
         """
         ns, khz = integer(ns, "time"), self.mem[L.H_TSC_KHZ]
         if ns > (latest := latest_clock(khz)):
@@ -434,7 +463,12 @@ class Machine:
         self.mem[L.H_NOW] = ns
         happened = []
         while (index := load("due_timer")(self.handle)) != L.NONE:
-            happened.append((index & L.MAX_VCPUS - 1, OUTCOMES[load("fire_timer")(self.handle, index)]))
+            outcome = OUTCOMES[load("fire_timer")(self.handle, index)]
+            if index // L.MAX_VCPUS < L.HOST_TIMERS:
+                happened.append((index & L.MAX_VCPUS - 1, outcome))
+            elif index // L.MAX_VCPUS >= L.HOST_WORK_PIT:
+                effects = [(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT]) for vcpu, effect in self.targets]
+                happened += effects or [(0, outcome)]
         index = load("hv_timer_exit")(self.handle, 0)
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)

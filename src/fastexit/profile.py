@@ -35,6 +35,7 @@ _UNTIL_5_15 = (
     | _T.NV_BEFORE_BLOCKING
     | _T.PV_EOI_ALWAYS_CLEARED
     | _T.PV_EOI_STORED_FIRST
+    | _T.PIT_SPEAKER_APART
 )
 _UNTIL_6_1 = (
     _T.MAP_BY_VOTES
@@ -46,6 +47,7 @@ _UNTIL_6_1 = (
     | _T.AVIC_ID_REFUSED
     | _T.PIC_POLL_BARE
 )
+_UNTIL_6_6 = _T.PIT_ANYWHERE
 _UNTIL_6_8 = _T.SET_LAPIC_STORES_BASE | _T.UNHALT_KEPT | _T.PIC_WAKES_ANYWAY
 _FROM_5_8 = _T.TMCCT_RESTORED | _T.TICK_POSTED_AT_ONCE
 _FROM_5_10 = _FROM_5_8 | _T.TDCR_MASKED | _T.SMI_FOLDED | _T.LVTPC_MASKED
@@ -176,6 +178,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8,
             "Fixed + physical, any shorthand, broadcast too; no L2 guard; wrong exit code on SVM",
         ),
@@ -199,6 +202,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8,
             "Fixed + physical, no shorthand; broadcast too",
         ),
@@ -222,6 +226,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8,
             "Fixed + physical unicast",
         ),
@@ -245,6 +250,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8
             | _FROM_5_8,
             "Fixed + physical unicast, in the vendor's run function; TSC_DEADLINE with the preemption timer",
@@ -271,6 +277,7 @@ PROFILES: dict[str, Profile] = {
             | _UNTIL_5_10
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8
             | _FROM_5_10,
             "as 5.8; SVM only with a next RIP",
@@ -315,6 +322,7 @@ PROFILES: dict[str, Profile] = {
             | _T.INHIBIT_X2APIC
             | _UNTIL_5_15
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8
             | _FROM_5_15,
             "as 5.10",
@@ -354,6 +362,7 @@ PROFILES: dict[str, Profile] = {
             | _T.AVIC_MANY_SCANNED
             | _T.STIMER_SATURATES
             | _UNTIL_6_1
+            | _UNTIL_6_6
             | _UNTIL_6_8
             | _FROM_6_1,
             "Fixed + physical unicast with reserved bits clear; TSC_DEADLINE with the preemption timer",
@@ -391,6 +400,7 @@ PROFILES: dict[str, Profile] = {
             | _BACKPORTED
             | _T.TSCDL_HV_TIMER
             | _T.AVIC_ID_REFUSED
+            | _UNTIL_6_6
             | _UNTIL_6_8
             | _FROM_6_6,
             "as 6.1; SRCU taken around it",

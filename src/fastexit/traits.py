@@ -234,6 +234,12 @@ class Trait(IntFlag):
     AVIC_ID_REFUSED = 1 << 102
     """A vCPU whose id is beyond AVIC's table cannot be made; otherwise it inhibits AVIC."""
 
+    # -- PIT
+    PIT_SPEAKER_APART = 1 << 117
+    """The speaker's bit of port 0x61 is no flag of KVM_GET_PIT2, nor one that KVM_SET_PIT2 sets."""
+    PIT_ANYWHERE = 1 << 118
+    """KVM_CREATE_PIT2 succeeds without an in-kernel PIC; the PIT counts nothing then, but its ports are there."""
+
     # -- counters, windows, traces
     REENTRY_COUNTED = 1 << 103
     """stat.exits counts fast re-entries."""

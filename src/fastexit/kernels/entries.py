@@ -19,8 +19,10 @@ from . import (
     events,
     fastpath,
     halt,
+    hosttimers,
     hvtimer,
     hypercall,
+    i8254,
     inhibit,
     ioapic,
     irq,
@@ -37,7 +39,6 @@ from . import (
     shared,
     single,
     steps,
-    stimerservice,
     synic,
     tick,
     unicast,
@@ -151,6 +152,7 @@ _ON_ONE_VCPU = {
         "latch": events.latch,
         "ioapic_read": ioapic.mmio_read,
         "mmio_read": lapic.mmio_read,
+        "pit_read": i8254.io_read,
         "emulate_cr8": msr.emulate_cr8,
         "emulate_rdmsr": msr.emulate_rdmsr,
         "finish_run": steps.finish_run,
@@ -163,6 +165,7 @@ _ON_ONE_VCPU = {
         "pic_write": picdev.io_write,
         "ioapic_write": ioapic.mmio_write,
         "mmio_write": lapic.mmio_write,
+        "pit_write": i8254.io_write,
         "emulate_wrmsr": msr.emulate_wrmsr,
     },
 }
@@ -335,19 +338,21 @@ def local_deliver(handle, v, offset, me):
 @entry
 @kernel("u8(u8)", nogil=False)
 def due_timer(handle):
-    """An hrtimer for fire_timer, or NO_VCPU; its vCPU's index is in the bits below MAX_VCPUS."""
-    return stimerservice.due(open_words(handle, k.WORDS))
+    """An hrtimer or work for fire_timer, or NO_VCPU; its vCPU's index is in the bits below MAX_VCPUS."""
+    return hosttimers.due(open_words(handle, k.WORDS))
 
 
 @entry
 @kernel("u8(u8, u8)", nogil=False)
 def fire_timer(handle, which):
-    """``which`` is what due_timer gave."""
+    """``which`` is what due_timer gave. Targets of what belongs to no vCPU are in the row of HOST."""
     m = open_words(handle, k.WORDS)
-    number = which >> stimerservice.WHICH_SHIFT
-    if which & (k.MAX_VCPUS - k.ONE) >= m[k.H_NVCPUS] or number > k.STIMERS:
+    number = which >> hosttimers.WHICH_SHIFT
+    if which & (k.MAX_VCPUS - k.ONE) >= m[k.H_NVCPUS] or (number > k.STIMERS and number < k.HOST_TIMERS):
         return NO_VCPU
-    return stimerservice.fire(m, which)
+    if number >= k.HOST_TIMERS:
+        m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
+    return hosttimers.fire(m, which, k.HOST)
 
 
 @entry
@@ -359,7 +364,7 @@ def hv_timer_exit(handle, first):
 @entry
 @kernel("u8(u8)", nogil=False)
 def next_timer(handle):
-    return stimerservice.next_event(open_words(handle, k.WORDS))
+    return hosttimers.next_event(open_words(handle, k.WORDS))
 
 
 @entry
@@ -489,6 +494,37 @@ def update_irte(handle, host_irq, gsi, address, data, was_posted):
     if msi.route_invalid(m, address):
         return k.CODE_GP
     return irte.update(m, host_irq, gsi, address, data, was_posted)
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def create_pit(handle, speaker):
+    """Effect code; targets are in the row of HOST, here and in the next three."""
+    m = open_words(handle, k.WORDS)
+    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
+    return i8254.create(m, speaker, k.HOST)
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def pit_reinject(handle, on):
+    m = open_words(handle, k.WORDS)
+    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
+    return i8254.set_reinject(m, k.ONE if on else k.ZERO, k.HOST)
+
+
+@entry
+@kernel("u8(u8)", nogil=False)
+def get_pit(handle):
+    return i8254.get_state(open_words(handle, k.WORDS))
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def set_pit(handle, with_flags):
+    m = open_words(handle, k.WORDS)
+    m[shared.own(m, k.HOST) + k.K_TARGETS] = k.ZERO
+    return i8254.set_state(m, with_flags, k.HOST)
 
 
 @entry

@@ -1,7 +1,7 @@
 """Synthetic timers that run: started, fired by the host's clock, served at the next entry, delivered.
 
 Models: kvm_hv_process_stimers, stimer_start, stimer_timer_callback, stimer_expiration, stimer_send_msg,
-stimer_notify_direct, synic_deliver_msg; and the host's hrtimers of a machine, local APIC timers among them, in the
+stimer_notify_direct, synic_deliver_msg; and the hrtimers of a machine's vCPUs, local APIC timers among them, in the
 order in which they fire. stimer.py has the registers. Spec: TLFS ch. "Timers" and "Synthetic Interrupt Controller".
 """
 
@@ -151,7 +151,7 @@ def process(m, v):
     return k.ZERO
 
 
-# ---------------------------------------------------------------------------------------------- all timers of a machine
+# ------------------------------------------------------------------------------------------- hrtimers of the vCPUs
 
 
 @kernel("u8(words, u8, u8)")
@@ -161,7 +161,7 @@ def _fires(m, v, i):
 
 
 @kernel("u8(words, u8)")
-def _when(m, which):
+def when(m, which):
     """When an hrtimer fires; NONE for which NONE."""
     if which == k.NONE:
         return k.NONE
@@ -175,14 +175,14 @@ def due(m):
     best = apic_timer.due(m)
     if not m[k.H_HV_STIMERS]:
         return best
-    first = _when(m, best)
+    first = when(m, best)
     n = m[k.H_NVCPUS]
     for index in range(n):
         v = k.U(index)
         for number in range(k.STIMERS):
-            when = _fires(m, v, k.U(number))
-            if when <= m[k.H_NOW] and when < first:
-                first, best = when, v | k.U(number) + k.ONE << WHICH_SHIFT
+            then = _fires(m, v, k.U(number))
+            if then <= m[k.H_NOW] and then < first:
+                first, best = then, v | k.U(number) + k.ONE << WHICH_SHIFT
     return best
 
 

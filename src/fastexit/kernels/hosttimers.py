@@ -1,0 +1,45 @@
+"""All timers of a machine, and what the host's own threads have to do: which is next, and do it.
+
+First the hrtimers that are due, in the order in which they fire: local APIC timers, synthetic timers, the PIT's; then
+work that was queued, because a host's interrupt goes before its threads. What to do is named by one word: a vCPU's
+index, which is less than MAX_VCPUS, plus a number above it: 0 is the local APIC timer, 1 to STIMERS are synthetic
+timers, from HOST_TIMERS on it is a timer or work of the machine's, with no vCPU.
+"""
+
+from ..jit.declare import kernel, umin
+from . import i8254, stimerservice
+from . import typed as k
+
+WHICH_SHIFT = stimerservice.WHICH_SHIFT
+PIT_TIMER = k.HOST_TIMER_PIT << WHICH_SHIFT
+PIT_WORK = k.HOST_WORK_PIT << WHICH_SHIFT
+
+
+@kernel("u8(words)")
+def due(m):
+    """What is to be done at or before now: hrtimers, earliest first, then work; NONE when there is nothing."""
+    best = stimerservice.due(m)
+    when = i8254.fires(m)
+    if when <= m[k.H_NOW] and when < stimerservice.when(m, best):
+        best = PIT_TIMER
+    if best == k.NONE and m[k.PIT_WORK]:
+        return PIT_WORK
+    return best
+
+
+@kernel("u8(words, u8, u8)")
+def fire(m, which, me):
+    """Do what ``due`` named: Effect code; ``me`` has the list of targets of what belongs to no vCPU."""
+    if which == PIT_TIMER:
+        return i8254.fire(m)
+    if which == PIT_WORK:
+        return i8254.work(m, me)
+    return stimerservice.fire(m, which) if which >> WHICH_SHIFT < k.HOST_TIMERS else k.ZERO
+
+
+@kernel("u8(words)")
+def next_event(m):
+    """Clock at which there is something to do next, or a preemption timer exits; NONE for never."""
+    if m[k.PIT_WORK]:
+        return m[k.H_NOW]
+    return umin(stimerservice.next_event(m), i8254.fires(m))
