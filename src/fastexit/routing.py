@@ -101,9 +101,10 @@ class Routing:
     # --------------------------------------------------------------------------------------------------- the lines
 
     def line(self, gsi: int, level: int, status: bool) -> int:
-        """KVM_IRQ_LINE_STATUS, or without ``status`` KVM_IRQ_LINE: the result that the former tells."""
+        """KVM_IRQ_LINE_STATUS: its status; or without ``status`` KVM_IRQ_LINE, which tells none: 0."""
         gsi, level = integer(gsi, "GSI", U32), integer(level, "level", U32)
-        return OUTCOMES[load("irq_line")(self.machine.handle, gsi, level, int(bool(status)), L.HOST)].accepted
+        code = load("irq_line")(self.machine.handle, gsi, level, int(bool(status)), L.HOST)
+        return OUTCOMES[code].accepted if status else 0
 
 
 def _chip(route: Route) -> int:
@@ -145,11 +146,12 @@ class Irqfd:
         """How often the resamplefd was signalled: by a guest's acknowledgement, or by its unmasking the pin."""
         return self._signals() - self._before if not self.closed else self._before
 
-    def signal(self) -> int:
-        """Write to the eventfd, whatever number: how many APICs took the interrupt, or irq_line's result for the rise.
+    def signal(self, count: int = 1) -> int:
+        """Write to the eventfd: how many APICs took the interrupt, or irq_line's result for the rise.
 
-        ValueError once it is closed. ``Machine.targets`` are those for which the host has something to do.
+        Whatever ``count`` is written, it is one event. ValueError once it is closed. ``Machine.targets`` are those for which the host has something to do.
         """
+        integer(count, "count", L.NONE - 1)
         if self.closed:
             raise ValueError(f"the irqfd of GSI {self.gsi} is closed")
         return OUTCOMES[load("irqfd_signal")(self.machine.handle, self.gsi, int(self.resample), L.HOST)].accepted
