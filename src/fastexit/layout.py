@@ -288,6 +288,7 @@ HOST_TIMERS = 8
 here on are the machine's own, and the row of HOST has whom their effects are for."""
 HOST_TIMER_PIT = 8
 HOST_WORK_PIT = 9
+HOST_WORK_IOAPIC = 10
 
 # ----------------------------------------------------------------------------------------- trace ring, 8 words a record
 TRACE = KVM + SENDERS * KVM_STRIDE

@@ -338,7 +338,8 @@ class Machine:
         still to be ended. A message and a SINT say -1 to a level of 0; a SINT 1 where it was raised, 0 where its APIC
         is disabled, -1 for an unknown VP index, a SynIC that is not enabled, a SINT that is masked or that there is
         not. A GSI without a route gives -1. With ``status=False`` it is KVM_IRQ_LINE, which says 0 and does not
-        follow RTC interrupts (pin 8 of the IOAPIC) to their end. ``targets`` are those for which the host has something to do.
+        follow RTC interrupts (pin 8 of the IOAPIC) to their end. ``targets`` are those for which the host has something
+        to do.
         """
         return self.routing.line(gsi, level, status)
 

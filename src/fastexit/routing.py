@@ -149,7 +149,8 @@ class Irqfd:
     def signal(self, count: int = 1) -> int:
         """Write to the eventfd: how many APICs took the interrupt, or irq_line's result for the rise.
 
-        Whatever ``count`` is written, it is one event. ValueError once it is closed. ``Machine.targets`` are those for which the host has something to do.
+        Whatever ``count`` is written, it is one event. ValueError once it is closed. ``Machine.targets`` are those for
+        which the host has something to do.
         """
         integer(count, "count", L.NONE - 1)
         if self.closed:

@@ -7,12 +7,13 @@ timers, from HOST_TIMERS on it is a timer or work of the machine's, with no vCPU
 """
 
 from ..jit.declare import kernel, umin
-from . import i8254, stimerservice
+from . import i8254, ioapicpin, stimerservice
 from . import typed as k
 
 WHICH_SHIFT = stimerservice.WHICH_SHIFT
 PIT_TIMER = k.HOST_TIMER_PIT << WHICH_SHIFT
 PIT_WORK = k.HOST_WORK_PIT << WHICH_SHIFT
+IOAPIC_WORK = k.HOST_WORK_IOAPIC << WHICH_SHIFT
 
 
 @kernel("u8(words)")
@@ -22,9 +23,11 @@ def due(m):
     when = i8254.fires(m)
     if when <= m[k.H_NOW] and when < stimerservice.when(m, best):
         best = PIT_TIMER
-    if best == k.NONE and m[k.PIT_WORK]:
+    if best != k.NONE:
+        return best
+    if m[k.PIT_WORK]:
         return PIT_WORK
-    return best
+    return IOAPIC_WORK if ioapicpin.delayed(m) <= m[k.H_NOW] else k.NONE
 
 
 @kernel("u8(words, u8, u8)")
@@ -34,6 +37,8 @@ def fire(m, which, me):
         return i8254.fire(m)
     if which == PIT_WORK:
         return i8254.work(m, me)
+    if which == IOAPIC_WORK:
+        return ioapicpin.inject_delayed(m, me)
     return stimerservice.fire(m, which) if which >> WHICH_SHIFT < k.HOST_TIMERS else k.ZERO
 
 
@@ -42,4 +47,4 @@ def next_event(m):
     """Clock at which there is something to do next, or a preemption timer exits; NONE for never."""
     if m[k.PIT_WORK]:
         return m[k.H_NOW]
-    return umin(stimerservice.next_event(m), i8254.fires(m))
+    return umin(umin(stimerservice.next_event(m), i8254.fires(m)), ioapicpin.delayed(m))

@@ -11,6 +11,7 @@ from . import pitack, routes
 from . import typed as k
 from .i8254count import BYTE, SECOND, WORD, channel, count, latch_count, latch_status, out
 from .inhibit import change
+from .irqlock import lock, unlock
 from .lapic import NOT_MINE
 from .shared import hot, make_request, or_word, own, replace_if, take, tell
 from .tick import local_deliver
@@ -44,8 +45,10 @@ def work(m, me):
     """
     if not take(m, k.PIT_WORK) or (m[k.PIT_REINJECT] and not take(m, k.PIT_IRQ_ACK)):
         return k.ZERO
+    lock(m)
     code = routes.set_irq(m, k.ZERO, k.ONE, k.SOURCE_PIT, k.ZERO, me)
     code = code | routes.set_irq(m, k.ZERO, k.ZERO, k.SOURCE_PIT, k.ZERO, me)
+    unlock(m)
     if _in_nmi_mode(m):
         n = m[k.H_NVCPUS]
         for i in range(n):

@@ -14,6 +14,7 @@ from ..jit.declare import kernel
 from . import rtc
 from . import typed as k
 from .ipi import ACCEPT, NOBODY, deliver
+from .irqlock import lock, unlock
 from .match import matches
 from .shared import emit
 
@@ -125,9 +126,16 @@ def move(m, pin, level, line_status, me):
     return code
 
 
+@kernel("u8(words)")
+def delayed(m):
+    """When the delayed re-delivery of a storm runs; NONE, one less than 0, where it does not."""
+    return m[k.IOAPIC + k.IOAPIC_DELAYED] - k.ONE
+
+
 @kernel("u8(words, u8)")
 def inject_delayed(m, me):
-    """kvm_ioapic_eoi_inject_work: every level pin that an interrupt storm has left waiting, once."""
+    """kvm_ioapic_eoi_inject_work: every level pin that waits, of whichever storm, once. Effect code."""
+    lock(m)
     m[k.IOAPIC + k.IOAPIC_DELAYED] = k.ZERO
     effects = k.ZERO
     for i in range(k.IOAPIC_PINS):
@@ -136,4 +144,5 @@ def inject_delayed(m, me):
         waits = m[IRR] & (k.ONE << pin) and not entry & k.REDIR_REMOTE_IRR
         if entry & k.REDIR_LEVEL and waits:
             effects = effects | service(m, pin, k.ZERO, me) & k.CODE_EFFECTS
+    unlock(m)
     return effects
