@@ -106,7 +106,10 @@ class VcpuIoctls(VcpuState):
         return bool(self.machine.profile.traits & trait)
 
     def set_msr(self, msr: int, value: int) -> bool:
-        """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt."""
+        """KVM_SET_MSRS of one MSR: False where the ioctl stops. 0x830 really sends, 0x80B really ends an interrupt.
+
+        IA32_TSC within a second of what other vCPUs' TSC has come to, or 0, gives the vCPU theirs.
+        """
         msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
         self._loop.leave_guest(self)
         code = load("set_msr")(self._handle, self.index, msr, value)
@@ -119,6 +122,22 @@ class VcpuIoctls(VcpuState):
         self._loop.leave_guest(self)
         code = load("get_msr")(self._handle, self.index, msr)
         return None if code & CODE_GP else self.read_data
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: what the vCPU's TSC runs at from the clock's beginning on; 0: Machine's ``tsc_khz``.
+
+        Timers that run are left alone. Within 250 ppm of the host's frequency the TSC runs as the host's, and only what
+        counts in it goes by ``khz``. ValueError where KVM says EINVAL: beyond what the hardware can scale to, or 10
+        million kHz.
+        """
+        khz = integer(khz, "TSC frequency in kHz", 0xFFFF_FFFF)
+        self._loop.leave_guest(self)
+        if load("set_tsc_khz")(self._handle, self.index, khz) & CODE_GP:
+            raise ValueError(f"TSC frequency {khz} kHz: beyond what the hardware can scale to (EINVAL)")
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return self._mem[L.H_TSC_KHZ] ^ self._mem[L.TSC + self.index * L.TSC_STRIDE + L.TSC_KHZ]
 
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes, PIR synced first, PPR as it was stored last.

@@ -38,7 +38,7 @@ H_LOST_LOWEST = 12  # remote store; set once lowest-priority hashing chose an em
 H_TRACE_HEAD = 13  # remote; records written since the last clear
 H_HANDLERS = 15  # owner; 1 when an embedder replaced a handler that the batch kernel has
 H_NOW = 16  # owner; the host's monotonic clock, ns
-H_TSC_KHZ = 17  # owner; guest TSC ticks a millisecond, counted from clock 0
+H_TSC_KHZ = 17  # owner; TSC ticks a millisecond, the host's and a new vCPU's, counted from clock 0
 H_BUS_NS = 18  # owner; APIC bus cycle, ns (KVM_CAP_X86_APIC_BUS_CYCLES_NS)
 H_MIN_PERIOD_NS = 19  # owner; shortest periodic timer
 H_TIMER_ADVANCE_NS = 20  # owner; timer_advance_ns of a new vCPU, 0: lapic_timer_advance off
@@ -211,7 +211,7 @@ K_ENTRY_INFO = 34  # owner; VM-entry interruption info (EVENTINJ) of the next en
 K_DR0 = 35  # owner
 K_DIVIDE = 36  # owner; divide_count of TDCR
 K_HRTIMER = 37  # owner; when the hrtimer fires, ns, or NONE
-K_HV_DEADLINE = 38  # owner; guest TSC at which the VMX preemption timer exits, or NONE: hv timer not in use
+K_HV_DEADLINE = 38  # owner; host TSC at which the VMX preemption timer exits, or NONE: hv timer not in use
 K_INTERRUPT = 39  # owner; vector + 1 of the interrupt injected last
 
 # Host-side bookkeeping of the run loop, the work that a fast exit avoids. Not guest-visible.
@@ -508,7 +508,22 @@ IRQ_RTC_VECTOR = 0  # dest_map: vector + 1 of the RTC's pin that it has not ende
 IRQ_STALE = 1  # highest_stale_pending_ioapic_eoi + 1, 0: none
 IRQ_GIVEN = 2  # 1: K_IOAPIC_HANDLED is what the embedder says, and no scan changes it
 
-WORDS = -(-(IRQ + MAX_VCPUS * IRQ_STRIDE) // 512) * 512
+# ------------------------------------------- guests' TSCs; 0 is how each word begins in a machine whose clock is at 0
+TSC = IRQ + MAX_VCPUS * IRQ_STRIDE
+"""A row a vCPU. Frequencies are those of H_TSC_KHZ XOR the word."""
+TSC_STRIDE = 4
+TSC_OFFSET = 0  # owner; l1_tsc_offset
+TSC_KHZ = 1  # owner; virtual_tsc_khz
+TSC_RATE = 2  # owner; what it really runs at, l1_tsc_scaling_ratio as a frequency
+TSC_ADJUST = 3  # owner; ia32_tsc_adjust_msr
+TSC_LAST_NSEC = TSC + MAX_VCPUS * TSC_STRIDE  # tsc_write_lock; clock at the last write that user space or KVM made
+TSC_LAST_WRITE = TSC_LAST_NSEC + 1  # what it wrote
+TSC_LAST_KHZ = TSC_LAST_NSEC + 2  # that vCPU's frequency, as TSC_KHZ
+TSC_CURRENT = TSC_LAST_NSEC + 3  # cur_tsc_offset, the offset of those that are synchronised
+TSC_USER = TSC_LAST_NSEC + 4  # user_set_tsc
+TSC_WORDS = 8
+
+WORDS = -(-(TSC_LAST_NSEC + TSC_WORDS) // 512) * 512
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)

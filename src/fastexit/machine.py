@@ -323,7 +323,7 @@ class Machine:
         x2APIC registers and IA32_APICBASE have ioctls of their own. Of Hyper-V's those of the APIC, the SynIC but for
         SCONTROL, and the timers but for the first one's CONFIG are not in it, and can be saved all the same.
         """
-        known = {R.MSR_TSC_DEADLINE, R.MSR_KVM_PV_EOI_EN}
+        known = {R.MSR_TSC, R.MSR_TSC_ADJUST, R.MSR_TSC_DEADLINE, R.MSR_KVM_PV_EOI_EN}
         if self._config(L.CONFIG_KVM_HYPERV):
             known.update(MSRS_LISTED)
             if self.profile.traits & Trait.TSC_INVARIANT:
@@ -443,7 +443,9 @@ class Machine:
 
     @property
     def time(self) -> int:
-        """The host's monotonic clock in ns, as set_time left it. The guest's TSC is this times tsc_khz / 10^6."""
+        """The host's monotonic clock in ns, as set_time left it. The host's TSC is this times tsc_khz / 10^6, and a
+        guest's is the same until somebody writes it (Vcpu.set_msr, set_tsc_khz).
+        """
         return self.mem[L.H_NOW]
 
     def set_time(self, ns: int) -> list[tuple[int, Outcome]]:

@@ -25,7 +25,11 @@ _OLD_REGISTERS = _T.SELF_IPI_WRITES_ICR | _T.ICR_SPLIT | _T.TRACE_ICR2_FIRST | _
 _IRQOFF = _T.HOOK_IRQOFF | _T.SKIP_LATE | _T.TRACE_EXIT_LATE_VMX | _T.TRACE_EXIT_LATE_SVM
 _UNICAST = _T.ICR_NO_SHORTHAND | _T.ICR_NO_BROADCAST
 _UNTIL_5_8 = (
-    _T.HV_TIMER_CANCELLED_FIRST | _T.POSTS_TIMER_ANYWAY | _T.DEADLINE_READ_DISABLED | _T.DEADLINE_WRITTEN_IN_MODE_3
+    _T.HV_TIMER_CANCELLED_FIRST
+    | _T.POSTS_TIMER_ANYWAY
+    | _T.DEADLINE_READ_DISABLED
+    | _T.DEADLINE_WRITTEN_IN_MODE_3
+    | _T.TSC_SYNCED_BY_GUEST
 )
 _UNTIL_5_10 = _T.NV_WHATEVER_IF | _T.SET_LAPIC_KEEPS_WAIT | _T.WAKE_RESTARTS_TIMER | _T.SYNIC_INHIBITS
 _UNTIL_5_15 = (
@@ -120,6 +124,7 @@ _FROM_6_18 = (
     | _T.MP_STATE_CHECKED_IN_RUN
     | _T.SN_ON_EVERY_PUT
     | _T.CR8_FOLLOWS_AVIC
+    | _T.TSC_FIRST_WRITE_KEPT
 )
 _FROM_6_18_39 = _T.CR8_WITH_PPR | _T.X2AVIC_WRITES_EXIT | _T.TICK_ONLY_IN_RUN
 
@@ -431,6 +436,7 @@ PROFILES: dict[str, Profile] = {
             | _T.AVIC_ID_REFUSED
             | _UNTIL_6_8
             | _T.V_TPR_KEPT_BY_AVIC
+            | _T.TSC_FIRST_WRITE_KEPT
             | _FROM_6_6,
             "as 6.6, reserved bits or not",
         ),
@@ -458,6 +464,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TICK_ONLY_IN_RUN
             | _T.AVIC_ID_REFUSED
             | _T.STIMER_SATURATES
+            | _T.TSC_FIRST_WRITE_KEPT
             | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
             stable=(

@@ -175,7 +175,11 @@ class Settings(TypedDict, total=False):
     maxphyaddr: Annotated[int, Setting(48, "guest physical address bits, which limit APICBASE.", limits=(32, 52))]
     tsc_khz: Annotated[
         int,
-        Setting(1_000_000, "guest TSC ticks a millisecond of the machine's clock.", limits=(1, 10_000_000)),
+        Setting(
+            1_000_000,
+            "the host's TSC ticks a millisecond of the machine's clock, and so a guest's, but for KVM_SET_TSC_KHZ.",
+            limits=(1, 10_000_000),
+        ),
     ]
     bus_cycle_ns: Annotated[
         int, Setting(1, "APIC bus cycle (KVM_CAP_X86_APIC_BUS_CYCLES_NS).", limits=(1, _MAX_BUS_NS))

@@ -234,6 +234,12 @@ class Trait(IntFlag):
     AVIC_ID_REFUSED = 1 << 102
     """A vCPU whose id is beyond AVIC's table cannot be made; otherwise it inhibits AVIC."""
 
+    # -- the guest's TSC
+    TSC_SYNCED_BY_GUEST = 1 << 119
+    """A guest's write of IA32_TSC within a second of the other vCPUs' TSC gives it theirs; later only user space's."""
+    TSC_FIRST_WRITE_KEPT = 1 << 125
+    """User space's first write of IA32_TSC in a VM is taken as it is, near to the TSC that vCPUs began with or not."""
+
     # -- PIT
     PIT_SPEAKER_APART = 1 << 117
     """The speaker's bit of port 0x61 is no flag of KVM_GET_PIT2, nor one that KVM_SET_PIT2 sets."""

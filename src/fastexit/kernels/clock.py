@@ -1,11 +1,14 @@
-"""The machine's clock in ns and in the guest's TSC, and which timer of the host counts on it for a vCPU.
+"""The machine's clock in ns and in TSC ticks, the host's and a guest's, and which timer of the host counts for a vCPU.
 
-Models: nsec_to_cycles, kvm_read_l1_tsc, hv_timer_in_use, kvm_can_use_hv_timer, kvm_can_post_timer_interrupt.
+Models: nsec_to_cycles, kvm_read_l1_tsc, kvm_scale_tsc, hv_timer_in_use, kvm_can_use_hv_timer,
+kvm_can_post_timer_interrupt; tsc.py has how a guest's TSC is moved.
 
-The clock is H_NOW, which only the caller moves, and no further than 63 bits of guest TSC. Guest TSC is the clock times
-tsc_khz, computed exactly, where KVM multiplies by a rounded fraction. Not modelled: TSC offsets and scaling.
+The clock is H_NOW, which only the caller moves, and no further than 63 bits of TSC. The host's TSC is the clock times
+tsc_khz, computed exactly; a guest's runs at that rate, or at the vCPU's own, from the same moment, plus the vCPU's
+offset, where KVM multiplies by a rounded fraction.
 
-Times that exceed 64 bits of TSC stay at the last one, where KVM's wrap: a period of centuries does not end at once.
+Times that exceed 64 bits of TSC stay at the last one, where KVM's wrap: a period of centuries does not end at once. An
+offset wraps, as KVM's.
 """
 
 from ..jit.declare import kernel, umin
@@ -15,10 +18,15 @@ from .shared import hot, own
 MILLION = k.U(1_000_000)
 
 
-@kernel("u8(words, u8)")
-def cycles(m, ns):
-    """nsec_to_cycles, at most 2^64 - 1."""
-    khz = m[k.H_TSC_KHZ]
+@kernel("u8(u8)")
+def tsc_row(v):
+    """First word of a vCPU's row of TSC words."""
+    return k.TSC + v * k.TSC_STRIDE
+
+
+@kernel("u8(u8, u8)")
+def at_rate(khz, ns):
+    """TSC ticks in so many ns, at most 2^64 - 1."""
     whole, rest = ns // MILLION, ns % MILLION * khz // MILLION
     if whole >> k.U(40) and whole > (k.NONE - rest) // khz:  # the frequency has 24 bits
         return k.NONE
@@ -26,15 +34,40 @@ def cycles(m, ns):
 
 
 @kernel("u8(words)")
-def guest_tsc(m):
-    """The guest's TSC at the machine's clock. kvm_read_l1_tsc."""
-    return cycles(m, m[k.H_NOW])
+def host_tsc(m):
+    """The host's TSC at the machine's clock. rdtsc."""
+    return at_rate(m[k.H_TSC_KHZ], m[k.H_NOW])
 
 
 @kernel("u8(words, u8)")
-def tsc_after(m, ns):
-    """The guest's TSC when so many ns have gone by, at most 2^64 - 1."""
-    return later(guest_tsc(m), cycles(m, ns))
+def virtual_khz(m, v):
+    """virtual_tsc_khz: what user space has said that a vCPU's TSC runs at."""
+    return m[k.H_TSC_KHZ] ^ m[tsc_row(v) + k.TSC_KHZ]
+
+
+@kernel("u8(words, u8, u8)")
+def scaled(m, v, host):
+    """kvm_scale_tsc of the host's TSC as it is now: the guest's without its offset."""
+    rate = m[tsc_row(v) + k.TSC_RATE]
+    return at_rate(m[k.H_TSC_KHZ] ^ rate, m[k.H_NOW]) if rate else host
+
+
+@kernel("u8(words, u8, u8)")
+def cycles(m, v, ns):
+    """nsec_to_cycles, at most 2^64 - 1."""
+    return at_rate(virtual_khz(m, v), ns)
+
+
+@kernel("u8(words, u8)")
+def guest_tsc(m, v):
+    """A vCPU's TSC at the machine's clock. kvm_read_l1_tsc."""
+    return scaled(m, v, host_tsc(m)) + m[tsc_row(v) + k.TSC_OFFSET]
+
+
+@kernel("u8(words, u8, u8)")
+def tsc_after(m, v, ns):
+    """A vCPU's TSC when so many ns have gone by: before its offset, at most 2^64 - 1."""
+    return later(scaled(m, v, host_tsc(m)), cycles(m, v, ns)) + m[tsc_row(v) + k.TSC_OFFSET]
 
 
 @kernel("u8(u8, u8)")
@@ -43,11 +76,11 @@ def later(tsc, ticks):
     return tsc + umin(ticks, k.NONE - tsc)
 
 
-@kernel("u8(words, u8)")
-def nanoseconds(m, tsc):
-    """Guest TSC ticks as ns."""
-    khz = m[k.H_TSC_KHZ]
-    return tsc // khz * MILLION + tsc % khz * MILLION // khz
+@kernel("u8(words, u8, u8)")
+def nanoseconds(m, v, ticks):
+    """TSC ticks of a vCPU as ns."""
+    khz = virtual_khz(m, v)
+    return ticks // khz * MILLION + ticks % khz * MILLION // khz
 
 
 @kernel("u8(words, u8)")

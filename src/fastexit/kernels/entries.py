@@ -41,6 +41,7 @@ from . import (
     steps,
     synic,
     tick,
+    tsc,
     unicast,
     vcpu,
 )
@@ -133,6 +134,7 @@ _ON_ONE_VCPU = {
         "clear_request": shared.clear_request,
         "complete_msr": msr.complete,
         "set_cr8": cr8.set_sregs_cr8,
+        "set_tsc_khz": tsc.set_khz,
         "skip": msr.skip,
         "enable_synic": synic.activate,
         "external_interrupt": pi.external_interrupt,

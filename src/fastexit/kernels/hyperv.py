@@ -15,6 +15,7 @@ Differs by generation: up to 5.10 every guest may use them; before 6.0 the ICR i
 from ..jit.declare import kernel
 from . import guestmemory, stimer, synic
 from . import typed as k
+from .clock import virtual_khz
 from .irq import set_pv_eoi
 from .lapic import icr_read, reg_read, reg_write, x2apic_icr_write
 from .shared import hv, make_request, own, vp_index
@@ -291,7 +292,7 @@ def _get_own(m, v, msr):
         word = k.STIMER_COUNT if index & k.ONE else k.STIMER_CONFIG
         m[out] = m[row + k.HV_STIMER + (index >> k.ONE) * k.STIMER_STRIDE + word]
     elif msr == k.MSR_HV_TSC_FREQUENCY:
-        m[out] = m[k.H_TSC_KHZ] * k.U(1000)
+        m[out] = virtual_khz(m, v) * k.U(1000)
     elif msr == k.MSR_HV_APIC_FREQUENCY:
         m[out] = k.U(1_000_000_000) // m[k.H_BUS_NS]
     else:

@@ -1,14 +1,15 @@
 """Generic MSR emulation and the skip of the instruction that exited.
 
-Models: kvm_set_msr_common/kvm_get_msr_common as far as APIC state goes (IA32_APICBASE, 0x800-0x8FF, TSC_DEADLINE,
-MSR_KVM_PV_EOI_EN, Hyper-V's), kvm_msr_allowed, kvm_emulate_wrmsr/rdmsr with kvm_msr_user_space,
-kvm_skip_emulated_instruction, kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled: nested single-step
-bookkeeping, counts of retired instructions.
+Models: kvm_set_msr_common/kvm_get_msr_common as far as APIC state and time go (IA32_APICBASE, 0x800-0x8FF, IA32_TSC,
+IA32_TSC_ADJUST, TSC_DEADLINE, MSR_KVM_PV_EOI_EN, Hyper-V's), kvm_msr_allowed, kvm_emulate_wrmsr/rdmsr with
+kvm_msr_user_space, kvm_skip_emulated_instruction, kvm_set_cr8. Other MSRs are unknown here and fault. Not modelled:
+nested single-step bookkeeping, counts of retired instructions.
 """
 
 from ..jit.declare import inlined, kernel, umin
-from . import hyperv
+from . import hyperv, tsc
 from . import typed as k
+from .clock import guest_tsc, tsc_row
 from .irq import set_pv_eoi, update_ppr
 from .lapic import x2apic_msr_read, x2apic_msr_write
 from .lapicreg import reg, set_reg
@@ -49,6 +50,10 @@ def set_msr(m, v, msr, value, host):
         return k.ZERO
     if msr == k.MSR_APICBASE:
         return set_base(m, v, value, host)
+    if msr == k.MSR_TSC:
+        return tsc.write(m, v, value, host)
+    if msr == k.MSR_TSC_ADJUST:
+        return tsc.write_adjust(m, v, value, host)
     if msr == k.MSR_KVM_PV_EOI_EN:
         return set_pv_eoi(m, v, value)
     if hyperv.serves(m, msr):
@@ -68,6 +73,12 @@ def get_msr(m, v, msr, host):
         return k.ZERO
     if msr == k.MSR_APICBASE:
         m[out] = m[own(m, v) + k.K_APIC_BASE]
+        return k.ZERO
+    if msr == k.MSR_TSC:
+        m[out] = guest_tsc(m, v)
+        return k.ZERO
+    if msr == k.MSR_TSC_ADJUST:
+        m[out] = m[tsc_row(v) + k.TSC_ADJUST]
         return k.ZERO
     if msr == k.MSR_KVM_PV_EOI_EN:
         m[out] = m[own(m, v) + k.K_PV_EOI_MSR]

@@ -6,7 +6,7 @@ kvm_wait_lapic_expire. Spec: SDM vol. 3A 10.5.4.
 
 from ..jit.declare import kernel
 from . import typed as k
-from .clock import MILLION, can_post, guest_tsc, hv_in_use, nanoseconds
+from .clock import MILLION, can_post, guest_tsc, hv_in_use, nanoseconds, virtual_khz
 from .ipi import accept
 from .lapicreg import reg, set_reg
 from .shared import emit, hot, kick, make_request, own, vec
@@ -88,7 +88,7 @@ def _adapt_advance(m, v, error, early):
     if error > ADJUST_MAX or error < ADJUST_MIN:
         return k.ZERO
     row = own(m, v)
-    step = error * MILLION // m[k.H_TSC_KHZ] // ADJUST_STEP
+    step = error * MILLION // virtual_khz(m, v) // ADJUST_STEP
     # 32 bits in KVM too: a step below zero wraps and is then reset as too large.
     advance = m[row + k.K_TIMER_ADVANCE]
     advance = (advance - step if early else advance + step) & k.LOW32
@@ -102,7 +102,7 @@ def _wait(m, v):
     row = own(m, v)
     deadline = m[row + k.K_EXPIRED_DEADLINE]
     m[row + k.K_EXPIRED_DEADLINE] = k.ZERO
-    tsc = guest_tsc(m)
+    tsc = guest_tsc(m, v)
     early = k.ONE if tsc < deadline else k.ZERO
     error = deadline - tsc if early else tsc - deadline
     if m[k.H_RULES] & k.R_WAIT_TRACED_LATE:
@@ -110,7 +110,7 @@ def _wait(m, v):
     elif m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_WAIT_LAPIC_EXPIRE, v, tsc - deadline, k.ZERO, k.ZERO)
     if early:
-        m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, error)
+        m[row + k.K_WAITED] = m[row + k.K_WAITED] + nanoseconds(m, v, error)
     return _adapt_advance(m, v, error, early)
 
 

@@ -13,7 +13,7 @@ K_TSC_DEADLINE is KVM's ktimer->tscdeadline: the MSR in deadline mode, and the g
 
 from ..jit.declare import kernel, umax, umin
 from . import typed as k
-from .clock import MILLION, can_use_hv, cycles, guest_tsc, hv_in_use, later, tsc_after
+from .clock import MILLION, can_use_hv, cycles, guest_tsc, host_tsc, hv_in_use, later, tsc_after, virtual_khz
 from .hvtimer import arm_hv
 from .lapicreg import reg, set_reg
 from .shared import emit, hot, own
@@ -82,7 +82,7 @@ def advance_period(m, v):
         target = now
         late = False
     m[row + k.K_TARGET] = target
-    m[row + k.K_TSC_DEADLINE] = k.NONE if late else tsc_after(m, target - now)
+    m[row + k.K_TSC_DEADLINE] = k.NONE if late else tsc_after(m, v, target - now)
     return k.ZERO
 
 
@@ -99,7 +99,7 @@ def _catch_up(m, v):
     if target <= now and not m[k.H_TRAITS] & k.T_TIMER_NO_CATCH_UP:
         target = target + ((now - target) // period + k.ONE) * period
         m[row + k.K_TARGET] = target
-        m[row + k.K_TSC_DEADLINE] = tsc_after(m, target - now)
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, v, target - now)
     return k.ZERO
 
 
@@ -114,10 +114,10 @@ def start_sw(m, v):
     now = m[k.H_NOW]
     if mode == k.TIMER_DEADLINE:
         deadline = m[row + k.K_TSC_DEADLINE]
-        tsc = guest_tsc(m)
+        tsc = guest_tsc(m, v)
         if deadline:
             # KVM's product has 64 bits: a deadline centuries away may wrap, and then fires early or at once.
-            ns = (deadline - tsc) * MILLION // m[k.H_TSC_KHZ]
+            ns = (deadline - tsc) * MILLION // virtual_khz(m, v)
             if deadline > tsc and ns > m[row + k.K_TIMER_ADVANCE]:
                 m[row + k.K_HRTIMER] = now + ns - m[row + k.K_TIMER_ADVANCE]
             else:
@@ -195,7 +195,7 @@ def start(m, v, offset):
             elif ns > period:
                 set_reg(m, v, offset, k.ZERO)
                 ns = period
-        m[row + k.K_TSC_DEADLINE] = tsc_after(m, ns)
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, v, ns)
         m[row + k.K_TARGET] = m[k.H_NOW] + ns
     return restart(m, v)
 
@@ -256,9 +256,9 @@ def write_tdcr(m, v, value):
     target = m[row + k.K_TARGET]
     left = target - now if target > now else k.ZERO
     scaled = left // old * new + left % old * new // old
-    was, shorter, longer = m[row + k.K_TSC_DEADLINE], cycles(m, left), cycles(m, scaled)
+    was, shorter, longer = m[row + k.K_TSC_DEADLINE], cycles(m, v, left), cycles(m, v, scaled)
     if was == k.NONE:  # beyond 64 bits: how far is not known
-        m[row + k.K_TSC_DEADLINE] = tsc_after(m, scaled)
+        m[row + k.K_TSC_DEADLINE] = tsc_after(m, v, scaled)
     else:
         m[row + k.K_TSC_DEADLINE] = later(was, longer - shorter) if longer > shorter else was - (shorter - longer)
     m[row + k.K_TARGET] = now + scaled
@@ -364,7 +364,7 @@ def next_event(m):
         best = umin(best, m[row + k.K_HRTIMER])
         deadline = m[row + k.K_HV_DEADLINE]
         if deadline != k.NONE and m[hot(m, k.U(i)) + k.HOT_MODE] == k.IN_GUEST_MODE:
-            tsc = guest_tsc(m)
+            tsc = host_tsc(m)
             ahead = deadline - tsc if deadline > tsc else k.ZERO
             # Rounded up: at that ns the deadline has been reached.
             wait = (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ]

@@ -2,7 +2,7 @@
 
 from ..jit.atomics import store_release
 from ..jit.declare import kernel
-from . import avictable
+from . import avictable, tsc
 from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .avictable import addressable
@@ -34,6 +34,7 @@ def create(m, vcpu_id):
     m[row + k.K_HFLAGS] = k.HF_REAL_MODE
     m[row + k.K_L1_WANTS_EXIT] = k.ONE
     m[row + k.K_DIVIDE] = k.U(2)
+    tsc.synchronize(m, v, k.ZERO, k.ONE)
     publish(m, v)
     m[row + k.K_CPU] = v
     # Enabled from the start, as kvm_create_lapic stuffs it: the RESET below then changes no mode.

@@ -230,7 +230,10 @@ class UnicornCpu(Interruptible):
     def tsc(self) -> int:
         """The guest's TSC: the machine's clock, and what this slice has done since."""
         done = self.words[H.COUNT] - self._slice_began
-        return (self.host.machine.time + self.host.ns(done)) * self._mem[L.H_TSC_KHZ] // 1_000_000
+        row = L.TSC + self.vcpu.index * L.TSC_STRIDE
+        khz = self._mem[L.H_TSC_KHZ] ^ self._mem[row + L.TSC_RATE]
+        ticks = (self.host.machine.time + self.host.ns(done)) * khz // 1_000_000
+        return ticks + self._mem[row + L.TSC_OFFSET] & L.NONE
 
     def _rdtsc(self, stop: Stop) -> None:
         rip = self._begin(stop)
