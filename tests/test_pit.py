@@ -214,6 +214,116 @@ def test_nmi_watchdog() -> None:
     assert vectors(first) == {0x55}
 
 
+# ------------------------------------------------------------------------------------------------------ acknowledged
+
+
+def take(v: fx.Vcpu) -> int | None:
+    """The vector that a guest with interrupts on is given at the next entry."""
+    v.set_events()
+    v.machine.mem[v.own + L.K_INTERRUPT] = 0
+    v.rflags = r.RFLAGS_FIXED | r.RFLAGS_IF
+    v.run()
+    v.set_events()
+    v.rflags = r.RFLAGS_FIXED
+    return v.injected
+
+
+def with_pic(**options: Any) -> fx.Machine:
+    """A PIC pair that a BIOS has started, vectors from 0x30 on, GSI 0 routed to it alone."""
+    m = with_pit(**options)
+    m.set_gsi_routing([("pic", 0, 0, 0)])
+    for port, value in ((0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1)):
+        m.vcpus[0].io_write(port, value)
+    return m
+
+
+def late(m: fx.Machine, ticks: int) -> None:
+    """So many periods of 1 kHz go by, one by one."""
+    for _ in range(ticks):
+        m.set_time(m.next_timer() or 0)
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("reinject", [True, False])
+def test_backlog_by_the_pic(reinject: bool, dispatcher: str) -> None:
+    """Each end of an interrupt brings the next tick that is due, until there is none left."""
+    m = with_pic(dispatcher=dispatcher)
+    m.reinject_control(reinject)
+    v = m.vcpus[0]
+    count_to(v, 1193)
+    late(m, 5)
+    taken = 0
+    while take(v) == 0x30:
+        taken += 1
+        v.io_write(0x20, 0x20)
+    assert taken == (5 if reinject else 1)
+    late(m, 1)
+    assert take(v) == 0x30
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_automatic_end(dispatcher: str) -> None:
+    """In automatic EOI mode the acknowledging vCPU itself is what brings the next tick."""
+    m = with_pic(dispatcher=dispatcher)
+    v = m.vcpus[0]
+    for port, value in ((0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 3)):
+        v.io_write(port, value)
+    count_to(v, 1193)
+    late(m, 4)
+    assert [take(v) for _ in range(6)] == [0x30] * 4 + [None] * 2
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+@pytest.mark.parametrize("level", [False, True])
+def test_backlog_by_the_ioapic(level: bool, vendor: str, dispatcher: str) -> None:
+    """The EOI of the pin that GSI 0 goes to is an acknowledgement; a pulse is all that a level pin sees, too."""
+    m = fx.Machine(2, vendor=vendor, dispatcher=dispatcher, apicv=False)
+    m.create_pit()
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    m.set_gsi_routing([("ioapic", 0, 2)])
+    for index, value in ((0x14, 0x50 | level << 15), (0x15, 0)):
+        v.mem_write(0xFEC0_0000, index)
+        v.mem_write(0xFEC0_0010, value)
+    count_to(v, 1193)
+    late(m, 5)
+    assert m.mem[L.PIT_PENDING] == 5
+    taken = 0
+    while take(v) == 0x50:
+        taken += 1
+        v.wrmsr(0x80B, 0)
+    assert taken == 5
+    assert m.mem[L.PIT_PENDING] == 0
+
+
+def test_unmasking_forgets() -> None:
+    """Whoever unmasks the pin does not get what came before."""
+    m = with_pic()
+    v = m.vcpus[0]
+    count_to(v, 1193)
+    v.io_write(0x21, 1)
+    late(m, 50)
+    assert m.mem[L.PIT_PENDING] == 50
+    v.io_write(0x21, 0)
+    assert m.mem[L.PIT_PENDING] == 0
+    assert take(v) == 0x30
+    v.io_write(0x20, 0x20)
+    assert take(v) is None
+
+
+def test_nobody_acknowledges_without_reinjection() -> None:
+    """The PIT listens in reinject mode alone."""
+    m = with_pic()
+    v = m.vcpus[0]
+    count_to(v, 1193)
+    late(m, 3)
+    m.reinject_control(False)
+    assert take(v) == 0x30
+    v.io_write(0x20, 0x20)
+    assert m.mem[L.PIT_PENDING] == 3
+
+
 # --------------------------------------------------------------------------------------------------- against the model
 
 

@@ -77,6 +77,21 @@ class PicPair:
         return load("pic_read")(self.handle, v.index, gpa, size)
 
 
+class Pit:
+    """Ports 0x40 to 0x43, and 0x61 if it was given to the PIT."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:
+        """pit_ioport_write, speaker_ioport_write."""
+        return load("pit_write")(self.handle, v.index, gpa, size, value)
+
+    def read(self, v: Vcpu, gpa: int, size: int) -> int:
+        """pit_ioport_read, speaker_ioport_read."""
+        return load("pit_read")(self.handle, v.index, gpa, size)
+
+
 class FastMmio(MutableSet[int]):
     """Addresses of the ioeventfds without a length, a set: m.fast_mmio.add(0xFEB0_0000). ValueError for a 129th one."""
 
@@ -132,7 +147,7 @@ class Bus:
     def __init__(self, memory: memoryview, handle: int) -> None:
         self.fast_mmio: FastMmio = FastMmio(memory)
         self.devices: list[Device] = [LocalApic(handle), IoApic(handle), self.fast_mmio]
-        self.ports: list[Device] = [PicPair(handle)]
+        self.ports: list[Device] = [PicPair(handle), Pit(handle)]
 
     def write(self, v: Vcpu, gpa: int, size: int, value: int) -> int:
         """vcpu_mmio_write."""

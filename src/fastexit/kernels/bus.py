@@ -10,7 +10,7 @@ more than one access, kvm_mmio.
 """
 
 from ..jit.declare import kernel, umin
-from . import ioapic, lapic, picdev
+from . import i8254, ioapic, lapic, picdev
 from . import typed as k
 from .lapic import NOT_MINE
 from .msr import skip
@@ -89,13 +89,15 @@ def io_reads(m, info):
 @kernel("u8(words, u8, u8, u8, u8)")
 def io_write(m, v, port, length, value):
     """kernel_pio of an OUT: the delivery code of the device that claims the port, or NOT_MINE."""
-    return picdev.io_write(m, v, port, length, value)
+    code = picdev.io_write(m, v, port, length, value)
+    return code if code != NOT_MINE else i8254.io_write(m, v, port, length, value)
 
 
 @kernel("u8(words, u8, u8, u8)")
 def io_read(m, v, port, length):
     """kernel_pio of an IN: the value in K_MSR_DATA and a delivery code, or NOT_MINE."""
-    return picdev.io_read(m, v, port, length)
+    code = picdev.io_read(m, v, port, length)
+    return code if code != NOT_MINE else i8254.io_read(m, v, port, length)
 
 
 @kernel("u8(words, u8, u8, u8, u8)")

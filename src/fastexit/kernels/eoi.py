@@ -6,7 +6,7 @@ Spec: SDM vol. 3A 10.8.5; TLFS, "Virtual Interrupt Controller", for EOI assist.
 """
 
 from ..jit.declare import kernel
-from . import guestmemory, ioapic, sint
+from . import guestmemory, i8254, ioapic, sint
 from . import typed as k
 from .irq import clear_isr, highest_isr, ioapic_handles, update_ppr
 from .lapicreg import reg
@@ -18,7 +18,7 @@ def send_ioapic_eoi(m, v, vector):
     """kvm_ioapic_send_eoi: to user space's IOAPIC by an exit, to KVM's with the trigger mode that TMR has now.
 
     Suppress-EOI-broadcast counts only where user space asked for it; by default KVM advertises it on a split irqchip
-    and broadcasts all the same. Effect code of what the IOAPIC delivers.
+    and broadcasts all the same. Effect code of what the IOAPIC delivers, and the PIT behind it.
     """
     if not ioapic_handles(m, v, vector):
         return k.ZERO
@@ -34,7 +34,8 @@ def send_ioapic_eoi(m, v, vector):
     level = (m[hot(m, v) + k.HOT_TMR + (vector >> k.U(6))] >> (vector & k.U(63))) & k.ONE
     m[row + k.K_IOAPIC_EOI] = vector | (level << k.U(8))
     m[row + k.K_IOAPIC_EOIS] = m[row + k.K_IOAPIC_EOIS] + k.ONE
-    return ioapic.update_eoi(m, v, vector, v)
+    effects = ioapic.update_eoi(m, v, vector, v)
+    return effects | i8254.work(m, v)
 
 
 @kernel("u8(words, u8)")

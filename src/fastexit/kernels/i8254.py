@@ -2,8 +2,8 @@
 
 Models: arch/x86/kvm/i8254.c; i8254count.py has what counters show, pitack.py what the chips tell. A tick is two steps,
 as in KVM: the hrtimer counts it, and a kernel thread raises and lowers GSI 0. The thread's work waits in PIT_WORK until
-``work`` is called: where time is set, at the latest. Not modelled: BCD counts, which KVM stores and ignores; the
-message about a period that is too short. Spec: Intel 8254 data sheet.
+``work`` is called: at the end of an EOI or of a PIC's acknowledgement, and where time is set. Not modelled: BCD counts,
+which KVM stores and ignores; the message about a period that is too short. Spec: Intel 8254 data sheet.
 """
 
 from ..jit.declare import kernel, umax
@@ -12,8 +12,7 @@ from . import typed as k
 from .i8254count import BYTE, SECOND, WORD, channel, count, latch_count, latch_status, out
 from .inhibit import change
 from .irqlock import lock, unlock
-from .lapic import NOT_MINE
-from .shared import hot, make_request, or_word, own, replace_if, take, tell
+from .shared import NOT_MINE, ask_all, or_word, own, take
 from .tick import local_deliver
 
 LSB, MSB, WORD0, WORD1 = k.ONE, k.U(2), k.U(3), k.U(4)
@@ -43,7 +42,7 @@ def work(m, me):
     In reinject mode the pulse waits for the last one's acknowledgement. The NMI watchdog is LVT0 on every vCPU,
     whatever its mode there, once one of them has it in NMI mode.
     """
-    if not take(m, k.PIT_WORK) or (m[k.PIT_REINJECT] and not take(m, k.PIT_IRQ_ACK)):
+    if not m[k.PIT_WORK] or not take(m, k.PIT_WORK) or (m[k.PIT_REINJECT] and not take(m, k.PIT_IRQ_ACK)):
         return k.ZERO
     lock(m)
     code = routes.set_irq(m, k.ZERO, k.ONE, k.SOURCE_PIT, k.ZERO, me)
@@ -241,16 +240,6 @@ def io_read(m, v, port, length):
 
 
 @kernel("u8(words, u8, u8)")
-def _ask_for_scan(m, v, me):
-    """A vCPU's part of kvm_make_scan_ioapic_request: it is kicked if it runs, and not woken."""
-    make_request(m, v, k.REQ_SCAN_IOAPIC)
-    mode = hot(m, v) + k.HOT_MODE
-    if replace_if(m, mode, k.IN_GUEST_MODE, k.EXITING_GUEST_MODE) != k.IN_GUEST_MODE:
-        return k.ZERO
-    return tell(m, me, v, k.EF_KICK << k.CODE_EFFECTS_SHIFT)
-
-
-@kernel("u8(words, u8, u8)")
 def set_reinject(m, on, me):
     """kvm_pit_set_reinject: with acknowledgements, which AVIC would keep from KVM, or without; Effect code."""
     if m[k.PIT_REINJECT] == on:
@@ -259,10 +248,7 @@ def set_reinject(m, on, me):
     if on:
         pitack.reset_reinject(m)
     m[k.PIT_REINJECT] = on
-    n = m[k.H_NVCPUS]
-    for i in range(n):
-        code = code | _ask_for_scan(m, k.U(i), me)
-    return code
+    return code | ask_all(m, k.REQ_SCAN_IOAPIC, me)
 
 
 @kernel("u8(words, u8, u8)")

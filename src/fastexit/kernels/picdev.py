@@ -7,7 +7,7 @@ Spec: Intel 8259A data sheet, as far as KVM follows it.
 """
 
 from ..jit.declare import kernel
-from . import irqack
+from . import i8254, irqack
 from . import typed as k
 from .i8259 import CASCADE, MASTER, NO_PIN, SLAVE, bit, first_accepting, priority, update, wanted
 from .irqlock import lock, unlock
@@ -77,6 +77,7 @@ def read_irq(m, v):
     code = _acknowledge(m, v)
     code = code | update(m, v)
     unlock(m)
+    code = code | i8254.work(m, v)
     m[own(m, v) + k.K_SENT] = m[own(m, v) + k.K_SENT] | (code & k.CODE_EFFECTS)
     return code & k.ICR_VECTOR
 
@@ -217,7 +218,7 @@ def io_write(m, v, port, length, value):
     lock(m)
     code = _write(m, v, port, value & k.U(0xFF))
     unlock(m)
-    return code
+    return code | i8254.work(m, v)
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -271,4 +272,4 @@ def io_read(m, v, port, length):
     lock(m)
     code = _read(m, v, port, out)
     unlock(m)
-    return code
+    return code | i8254.work(m, v)
