@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class Device:
         """One ioctl, as `fastexit.kvm.ioctl.call`."""
         return K.call(fd, request, argument)
 
+    def calls(self, fd: int, asked: Sequence[tuple[int, Any]]) -> None:
+        """Several ioctls that change nothing, each a request and its argument."""
+        for request, argument in asked:
+            self.call(fd, request, argument)
+
     def enable_cap(self, fd: int, cap: int, argument: int) -> None:
         """KVM_ENABLE_CAP of a VM with one argument."""
         enable = K.ffi.new("struct kvm_enable_cap *", {"cap": cap, "args": [argument]})
@@ -91,6 +96,21 @@ class Device:
     def wait(self, seconds: float) -> None:
         """Lets time pass."""
         time.sleep(seconds)
+
+    def eventfd(self) -> int:
+        """An eventfd that nobody waits for: `signal` adds to it, `drain` takes what there is."""
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def signal(self, vm: int, fd: int, count: int = 1) -> None:
+        """Adds to an eventfd, which does something to a VM."""
+        os.eventfd_write(fd, count)
+
+    def drain(self, fd: int) -> int:
+        """What an eventfd has counted, which is 0 then."""
+        try:
+            return os.eventfd_read(fd)
+        except BlockingIOError:
+            return 0
 
     def text(self, path: Path) -> str | None:
         """A file of the kernel's, or None."""

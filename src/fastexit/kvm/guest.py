@@ -31,6 +31,7 @@ CODE_AT = 0x8000
 CODE_BYTES = 16
 """What each program has for itself, whoever runs it: code that is written once is never written again."""
 PORT_DONE, PORT_FAULT, PORT_INTERRUPT = 0x10, 0x11, 0x12
+PORTS = frozenset((PORT_DONE, PORT_FAULT, PORT_INTERRUPT))
 VECTOR_GP = 13
 
 OUT = 0xE6
@@ -38,12 +39,25 @@ MOV_AL = 0xB0
 WRMSR, RDMSR, HLT, NOTHING = b"\x0f\x30", b"\x0f\x32", b"\xf4", b"\x90"
 """No program begins with its OUT: KVM skips an OUT that RIP is still at, so the next program would lose its first
 instruction if it began there."""
+OUTS = {4: b"\x66\xef", 2: b"\xef", 1: b"\xee"}
+INS = {4: b"\x66\xed", 2: b"\xed", 1: b"\xec"}
+"""EAX, AX, AL to and from the port in DX, by length, for 16-bit code."""
 STORES = {4: b"\x67\x66\x89\x07", 2: b"\x67\x89\x07", 1: b"\x67\x88\x07"}
 LOADS = {4: b"\x67\x66\x8b\x07", 2: b"\x67\x8b\x07", 1: b"\x67\x8a\x07"}
 """[EDI] from and to EAX, AX, AL, by length, for 16-bit code."""
 
 RUN_SECONDS = 5.0
 """After so long a KVM_RUN that does not come back is interrupted, in the main thread."""
+
+
+class Access(NamedTuple):
+    """A guest's access to memory or to a port that was left to user space; ``data`` of a write."""
+
+    port: bool
+    address: int
+    length: int
+    write: bool
+    data: int
 
 
 class Stopped(NamedTuple):
@@ -56,7 +70,9 @@ class Stopped(NamedTuple):
 
     @property
     def interrupt(self) -> int | None:
-        """The vector whose handler ran, or None."""
+        """The vector whose handler ran, or None. The handler of a fault is an interrupt's of that vector, too."""
+        if self.port == PORT_FAULT:
+            return VECTOR_GP
         return self.eax & 0xFF if self.port == PORT_INTERRUPT else None
 
 
@@ -68,7 +84,7 @@ def first_bytes() -> bytes:
         struct.pack_into("<HH", memory, 4 * vector, at, 0)
         memory[at : at + len(code)] = code
 
-    for vector in range(16, 256):
+    for vector in range(256):
         handler(vector, VECTOR_HANDLERS_AT + 4 * vector, bytes((MOV_AL, vector, OUT, PORT_INTERRUPT)))
     handler(VECTOR_GP, FAULT_HANDLER_AT, bytes((OUT, PORT_FAULT)))
     return bytes(memory)
@@ -122,6 +138,8 @@ class Guest:
         self._regs = K.ffi.new("struct kvm_regs *")
         self.ioapic_eois: list[int] = []
         """Vectors of KVM_EXIT_IOAPIC_EOI since somebody emptied the list."""
+        self.left: list[Access] = []
+        """Accesses that came to user space since somebody emptied the list."""
 
     def close(self) -> None:
         """Unmaps the run area."""
@@ -166,8 +184,8 @@ class Guest:
     def go_on(self) -> Stopped:
         """KVM_RUN until the program ends or an MSR access is left to user space.
 
-        A store or load outside the APIC is answered here: with zeros. TimeoutError when the guest does not come back,
-        as one that waits for INIT, SIPI or the end of a halt does not.
+        An access to what the kernel has no device for is answered here: with zeros. TimeoutError when the guest does
+        not come back, as one that waits for INIT, SIPI or the end of a halt does not.
         """
         user = None
         with self.limit(RUN_SECONDS):
@@ -180,12 +198,15 @@ class Guest:
                     raise TimeoutError(f"the guest did not come back in {RUN_SECONDS} s") from None
                 reason = self._run.exit_reason
                 if reason == KvmExit.IO:
-                    break
-                if reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+                    if self._run.io.port in PORTS:
+                        break
+                    user = KvmExit.IO
+                    self._answer_port()
+                elif reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
                     return Stopped(0, 0, 0, KvmExit(reason))
-                if reason == KvmExit.MMIO:
+                elif reason == KvmExit.MMIO:
                     user = KvmExit.MMIO
-                    K.ffi.buffer(self._run.mmio.data)[:] = bytes(8)
+                    self._answer_memory()
                 elif reason == KvmExit.IOAPIC_EOI:
                     self.ioapic_eois.append(self._run.eoi.vector)
                 else:
@@ -193,6 +214,20 @@ class Guest:
         port = self._run.io.port
         self.call(K.GET_REGS, self._regs)
         return Stopped(port, self._regs.rax & 0xFFFF_FFFF, self._regs.rdx & 0xFFFF_FFFF, user)
+
+    def _answer_memory(self) -> None:
+        mmio, data = self._run.mmio, K.ffi.buffer(self._run.mmio.data)
+        value = int.from_bytes(data[: mmio.len], "little") if mmio.is_write else 0
+        self.left.append(Access(False, mmio.phys_addr, mmio.len, bool(mmio.is_write), value))
+        data[:] = bytes(8)
+
+    def _answer_port(self) -> None:
+        io = self._run.io
+        data = K.ffi.buffer(K.ffi.cast("char *", self._run) + io.data_offset, io.size)
+        value = int.from_bytes(data[:], "little") if io.direction else 0
+        self.left.append(Access(True, io.port, io.size, bool(io.direction), value))
+        if not io.direction:
+            data[:] = bytes(io.size)
 
     def halt(self, seconds: float, *, interrupts: bool) -> Stopped | None:
         """HLT: what the guest did then, or None when it sleeps.

@@ -62,6 +62,11 @@ ffi.cdef(
     struct sint_routing_table { uint32_t nr, flags; struct route_to_sint entries[64]; };
     struct kvm_hyperv_eventfd { uint32_t conn_id; int32_t fd; uint32_t flags, padding[3]; };
     struct kvm_irq_level { uint32_t irq, level; };
+    struct kvm_irqchip { uint32_t chip_id, pad; uint8_t chip[512]; };
+    struct kvm_irqfd { uint32_t fd, gsi, flags, resamplefd; uint8_t pad[16]; };
+    struct kvm_pit_config { uint32_t flags, pad[15]; };
+    struct kvm_pit_state2 { uint8_t channels[72]; uint32_t flags, reserved[9]; };
+    struct kvm_reinject_control { uint8_t pit_reinject, reserved[31]; };
     struct kvm_clock_data { uint64_t clock; uint32_t flags, pad0; uint64_t realtime, host_tsc; uint32_t pad[4]; };
     struct kvm_run {
         uint8_t request_interrupt_window, immediate_exit, padding[6];
@@ -96,8 +101,14 @@ GET_SUPPORTED_CPUID = _request(0x05, "kvm_cpuid2", reads=True, writes=True)
 CREATE_VCPU = _request(0x41)
 SET_USER_MEMORY_REGION = _request(0x46, "kvm_userspace_memory_region", writes=True)
 CREATE_IRQCHIP = _request(0x60)
-SET_GSI_ROUTING = _request(0x6A, "kvm_irq_routing", writes=True)
+IRQ_LINE = _request(0x61, "kvm_irq_level", writes=True)
+GET_IRQCHIP = _request(0x62, "kvm_irqchip", reads=True, writes=True)
+SET_IRQCHIP = _request(0x63, "kvm_irqchip", reads=True)
 IRQ_LINE_STATUS = _request(0x67, "kvm_irq_level", reads=True, writes=True)
+SET_GSI_ROUTING = _request(0x6A, "kvm_irq_routing", writes=True)
+REINJECT_CONTROL = _request(0x71)
+IRQFD = _request(0x76, "kvm_irqfd", writes=True)
+CREATE_PIT2 = _request(0x77, "kvm_pit_config", writes=True)
 SET_CLOCK = _request(0x7B, "kvm_clock_data", writes=True)
 SET_BOOT_CPU_ID = _request(0x78)
 RUN = _request(0x80)
@@ -116,6 +127,8 @@ SET_MP_STATE = _request(0x99, "kvm_mp_state", writes=True)
 NMI = _request(0x9A)
 X86_SETUP_MCE = 1 << 30 | 8 << 16 | _KVM << 8 | 0x9C
 X86_GET_MCE_CAP_SUPPORTED = 1 << 31 | 8 << 16 | _KVM << 8 | 0x9D
+GET_PIT2 = _request(0x9F, "kvm_pit_state2", reads=True)
+SET_PIT2 = _request(0xA0, "kvm_pit_state2", writes=True)
 GET_VCPU_EVENTS = _request(0x9F, "kvm_vcpu_events", reads=True)
 SET_VCPU_EVENTS = _request(0xA0, "kvm_vcpu_events", writes=True)
 ENABLE_CAP = _request(0xA3, "kvm_enable_cap", writes=True)
@@ -139,8 +152,10 @@ CAP_HYPERV_ENFORCE_CPUID = 199
 CAP_DISABLE_QUIRKS2 = 213
 CAP_X86_APIC_BUS_CYCLES_NS = 237
 
-ROUTE_HV_SINT = 4
+ROUTE_IRQCHIP, ROUTE_MSI, ROUTE_HV_SINT = 1, 2, 4
 HYPERV_EVENTFD_DEASSIGN = 1
+IRQFD_DEASSIGN, IRQFD_RESAMPLE = 1, 2
+PIT_SPEAKER = 1
 EVENTS_NMI_PENDING, EVENTS_SIPI_VECTOR, EVENTS_SHADOW, EVENTS_SMM = 1, 2, 4, 8
 MCG_CMCI_P = 1 << 10
 

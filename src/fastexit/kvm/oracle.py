@@ -17,6 +17,7 @@ from fastexit.hyperv import ALL_FEATURES, CPUID_OF_FEATURE, HvFeature
 from fastexit.kvm import guest as G
 from fastexit.kvm import host as H
 from fastexit.kvm import ioctl as K
+from fastexit.kvm.chips import Chips
 from fastexit.kvm.device import LOCAL, Device
 from fastexit.kvm.vcpu import OracleVcpu
 
@@ -26,7 +27,7 @@ CPUID_1_ECX_X2APIC = 1 << 21
 CPUID_1_ECX_DEADLINE = 1 << 24
 
 
-class Oracle:
+class Oracle(Chips):
     """A real virtual machine; a context manager, and closed by itself when nobody holds it any more.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastexit import regs as R
-from fastexit.checks import U64, access_size, integer
+from fastexit.checks import U32, U64, access_size, integer
 from fastexit.ioctls import Events, UserMsr
 from fastexit.kvm import guest as G
 from fastexit.kvm import ioctl as K
@@ -232,6 +232,34 @@ class OracleVcpu:
         offset, length = integer(offset, "xAPIC page offset", 0xFFF), access_size(length)
         stopped = self.ready().execute(G.LOADS[length], rdi=self._page_at() + offset)
         return stopped.eax & (1 << 8 * length) - 1
+
+    def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
+        """A guest's write to guest-physical memory, ``length`` 1, 2 or 4 bytes; ``left`` has it if it is nobody's."""
+        length = access_size(length)
+        value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
+        return self._outcome(self.ready().execute(G.STORES[length], rax=value, rdi=integer(gpa, "address", U32)))
+
+    def mem_read(self, gpa: int, length: int = 4) -> int:
+        """A guest's read of guest-physical memory; what is nobody's is 0, and ``left`` has it."""
+        length = access_size(length)
+        stopped = self.ready().execute(G.LOADS[length], rdi=integer(gpa, "address", U32))
+        return stopped.eax & (1 << 8 * length) - 1
+
+    def io_write(self, port: int, value: int, length: int = 1) -> Outcome:
+        """A guest's OUT of 1, 2 or 4 bytes; ``left`` has it if the port is nobody's."""
+        length, port = access_size(length), integer(port, "port", R.IO_PORT)
+        value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
+        return self._outcome(self.ready().execute(G.OUTS[length], rax=value, rdx=port))
+
+    def io_read(self, port: int, length: int = 1) -> int:
+        """A guest's IN of 1, 2 or 4 bytes; 0 from a port that is nobody's, and ``left`` has it."""
+        length, port = access_size(length), integer(port, "port", R.IO_PORT)
+        return self.ready().execute(G.INS[length], rdx=port).eax & (1 << 8 * length) - 1
+
+    @property
+    def left(self) -> list[G.Access]:
+        """Accesses that came to user space since somebody emptied the list."""
+        return [] if self._guest is None else self._guest.left
 
     def _page_at(self) -> int:
         """Where APICBASE has the page: 32-bit code has to reach it, and the guest's memory has to be elsewhere."""
