@@ -38,7 +38,7 @@ Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_i
 
 
 MOST_VCPUS = 4096
-VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces", "hyperv")
+VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces", "hyperv", "irqchip")
 PROGRAM_KINDS = ("plain", "events")
 """Of the VMX lab's programs."""
 

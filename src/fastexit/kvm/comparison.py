@@ -19,6 +19,7 @@ from fastexit import __version__
 from fastexit.kvm import host as H
 from fastexit.kvm import judge as J
 from fastexit.kvm.guests import GuestTwins
+from fastexit.kvm.irqchip import IrqchipTwins
 from fastexit.kvm.many import ManyTwins
 from fastexit.kvm.operations import Op
 from fastexit.kvm.runs import RunTwins
@@ -27,7 +28,9 @@ from fastexit.kvm.timers import TimerTwins
 from fastexit.kvm.tracefs import TraceLost
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
-KINDS: dict[str, type[Twins]] = {twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins)}
+KINDS: dict[str, type[Twins]] = {
+    twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins, IrqchipTwins)
+}
 SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.0003}
 """How many of the operations are of which kind, unless one is asked for."""
 TRACES_SHARE = 0.1

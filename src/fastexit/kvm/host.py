@@ -6,6 +6,7 @@ out by an experiment on a VM that lives for its length.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ VENDOR_MODULES = ("kvm_intel", "kvm_amd", "kvm_pvm")
 NOWHERE = 0x7FFF_FFF0
 """A destination that no vCPU has."""
 TRIED_VECTOR = 0x41
+IOREGSEL_AT, TABLE_AT, FIRST_ENTRY = 8, 24, 0x10
+"""Offsets in struct kvm_ioapic_state, and the register that has the first entry's low half."""
 CPUID_ADDRESS_SIZES = 0x8000_0008
 
 
@@ -76,6 +79,9 @@ class Host:
     hyperv: bool = True
     enforces_hyperv: bool = False
     """Whether it has KVM_CAP_HYPERV_ENFORCE_CPUID."""
+    one_entry: bool = False
+    """Whether a guest's instructions are emulated one after the other within one entry: what they request of their
+    vCPU is looked at by the next KVM_RUN."""
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `fastexit.Machine` that make the model like this host."""
@@ -160,10 +166,14 @@ class _Tried:
             (R.MSR_APICBASE, R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP | R.APICBASE_EN | R.APICBASE_EXTD),
             (R.MSR_X2APIC_ICR, R.icr(NOWHERE, 0xFD)),
         ):
-            one = K.ffi.new("struct one_msr *", {"nmsrs": 1, "index": msr, "data": value})
-            if self.device.call(self.vcpu, K.SET_MSRS, one) != 1:
-                raise KvmUnavailable(0, f"this KVM refuses MSR {msr:#x}: it has no x2APIC")
+            self.set_msr(msr, value)
         return not any(self.page().regs[R.APIC_ICR + 4 : R.APIC_ICR + 8])
+
+    def set_msr(self, msr: int, value: int) -> None:
+        """KVM_SET_MSRS of one of x2APIC's; KvmUnavailable where there are none."""
+        one = K.ffi.new("struct one_msr *", {"nmsrs": 1, "index": msr, "data": value})
+        if self.device.call(self.vcpu, K.SET_MSRS, one) != 1:
+            raise KvmUnavailable(0, f"this KVM refuses MSR {msr:#x}: it has no x2APIC")
 
     @contextmanager
     def guest(self, run_bytes: int) -> Iterator[G.Guest]:
@@ -191,6 +201,41 @@ class _Tried:
         self.device.call(self.vcpu, K.SET_LAPIC, page)
         taken = guest.execute(G.NOTHING, interrupts=True).interrupt
         return taken == TRIED_VECTOR and not self.page().regs[R.APIC_ISR + byte] & bit
+
+
+def _looks_between_instructions(device: Device, run_bytes: int, cpuid: Any) -> bool:
+    """Whether what a guest's store asks of its vCPU is done before the guest's next KVM_RUN.
+
+    A store gives an IOAPIC's level-triggered entry another vector, which the vCPU has in service: whether an EOI of it
+    reaches the entry then depends on whether the vCPU has looked at the IOAPIC again.
+    """
+    with scratch(device) as (vm, vcpu):
+        tried = _Tried(device, vm, vcpu)
+        device.call(vcpu, K.SET_CPUID2, cpuid)
+        base = R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP | R.APICBASE_EN | R.APICBASE_EXTD
+        tried.set_msr(R.MSR_APICBASE, base)
+        with tried.guest(run_bytes) as guest:
+            guest.execute(G.NOTHING)
+            chip = K.ffi.new("struct kvm_irqchip *", {"chip_id": 2})
+            device.call(vm, K.GET_IRQCHIP, chip)
+            image = K.ffi.buffer(chip.chip)
+            entry = TRIED_VECTOR | R.REDIR_LEVEL | R.REDIR_MASK | R.REDIR_REMOTE_IRR
+            image[IOREGSEL_AT : IOREGSEL_AT + 4] = struct.pack("<I", FIRST_ENTRY)
+            image[TABLE_AT : TABLE_AT + 8] = struct.pack("<Q", entry)
+            device.call(vm, K.SET_IRQCHIP, chip)
+            page = tried.page()
+            other = TRIED_VECTOR + 1
+            byte, bit = other // 32 * 0x10 + other % 32 // 8, 1 << other % 8
+            page.regs[R.APIC_SPIV + 1] |= R.SVR_ENABLE >> 8
+            for bitmap in (R.APIC_ISR, R.APIC_TMR):
+                page.regs[bitmap + byte] |= bit
+            device.call(vcpu, K.SET_LAPIC, page)
+            store = other | R.REDIR_LEVEL | R.REDIR_MASK
+            guest.execute(G.STORES[4], rax=store, rdi=R.IOAPIC_DEFAULT_BASE + 0x10)
+            tried.set_msr(R.MSR_X2APIC_EOI, 0)
+            device.call(vm, K.GET_IRQCHIP, chip)
+            (entry,) = struct.unpack_from("<Q", image, TABLE_AT)
+            return not entry & R.REDIR_REMOTE_IRR
 
 
 def supported_cpuid(device: Device, system: int) -> Any:
@@ -276,4 +321,5 @@ def _look(device: Device) -> Host:
             maxphyaddr=_address_bits(cpuid),
             hyperv=bool(has(K.CAP_HYPERV)),
             enforces_hyperv=bool(has(K.CAP_HYPERV_ENFORCE_CPUID)),
+            one_entry=not _looks_between_instructions(device, run_bytes, cpuid),
         )

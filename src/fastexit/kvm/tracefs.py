@@ -19,8 +19,11 @@ from typing import Any, Self
 
 from cffi import FFI
 
-EVENTS = ("kvm_apic", "kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_eoi", "kvm_msi_set_irq")
-"""What every local APIC emits, whoever runs the guest."""
+EVENTS = (
+    *("kvm_apic", "kvm_apic_ipi", "kvm_apic_accept_irq", "kvm_eoi", "kvm_msi_set_irq"),
+    *("kvm_set_irq", "kvm_ioapic_set_irq", "kvm_ioapic_delayed_eoi_inj", "kvm_pic_set_irq", "kvm_ack_irq"),
+)
+"""What every local APIC and the VM's irqchip emit, whoever runs the guest."""
 
 MARK = "tracing_mark_write"
 """The event that a mark shows as."""

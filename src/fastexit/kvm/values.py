@@ -42,6 +42,9 @@ class SeenVcpu(Protocol):
     def x2apic(self) -> bool: ...
 
     @property
+    def hw_enabled(self) -> bool: ...
+
+    @property
     def xapic_id(self) -> int: ...
 
     def reg(self, offset: int) -> int:
