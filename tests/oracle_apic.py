@@ -717,11 +717,18 @@ class Vcpu(Doors):
                 self.isr_count -= 1
                 self.isr_cache = None
         self._update_ppr()
+        self.ended(vector)
+        self.requests.add("EVENT")
+        return vector
+
+    def ended(self, vector: int) -> None:
+        """The EOI goes on to an IOAPIC: user space's is told at the next entry."""
         if vector in self.ioapic_handled and self.m.split_irqchip and not self._suppresses_eoi():
             self.ioapic_eoi = vector
             self.requests.add("IOAPIC_EOI")
-        self.requests.add("EVENT")
-        return vector
+
+    def scan_ioapic(self) -> None:
+        """What an entry does when routes or destinations may have changed; here user space says whose EOIs are told."""
 
     def _suppresses_eoi(self) -> bool:
         return bool(self.m.x2apic_api & r.X2API_SUPPRESS_EOI and self.reg(r.APIC_SPIV) & r.SVR_SUPPRESS_EOI)

@@ -132,7 +132,9 @@ class RunLoop:
             v.requests.discard("IOAPIC_EOI")
             if v.ioapic_eoi in v.ioapic_handled:
                 return KvmExit.IOAPIC_EOI
-        v.requests.discard("SCAN_IOAPIC")
+        if "SCAN_IOAPIC" in v.requests:
+            v.requests.discard("SCAN_IOAPIC")
+            v.scan_ioapic()
         if (user := v.hyperv_requests()) is not None:
             return user
         if "APICV_UPDATE" in v.requests:
