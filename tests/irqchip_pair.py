@@ -5,25 +5,22 @@ NUMBA_DISABLE_JIT=1 python tests/irqchip_pair.py 100000 [SEED [traced]]
 
 from __future__ import annotations
 
-import inspect
 import random
 import sys
 import time
 from collections import Counter
 from typing import Any
 
-import oracle
 import oracle_irqchip
-from fastexit import releases
-from fastexit.kvm.irqchip import ACCESSES, IrqchipTwins, Ran
+from fastexit.kvm.irqchip import IrqchipTwins, Ran
 from fastexit.kvm.judge import Judge, local
 from fastexit.kvm.operations import Op, describe
 from fastexit.kvm.shrink import shortened
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.kvm.twins import Divergence
+from irqchip_plain import made, run
 
 MOST_SHOWN = 30
-KEYWORDS = frozenset(inspect.signature(oracle.Machine.__init__).parameters)
 
 
 class Lines(list[str]):
@@ -45,46 +42,16 @@ class PlainTwins(IrqchipTwins):
     machine: type[oracle_irqchip.Machine] = oracle_irqchip.Machine
 
     def make_model(self) -> Any:
-        keywords = {name: value for name, value in self.model_keywords().items() if name in KEYWORDS}
-        keywords["kernel"] = releases.generation(keywords["kernel"]).name
-        machine = self.machine(**keywords)
+        machine = made(self.machine, self.model_keywords())
         machine.trace = Lines()
         return machine
 
     def model_run(self, op: Op) -> Ran:
-        return plain_run(self.model, op, eoi_at_injection=self.host.eoi_at_injection, one_entry=self.host.one_entry)
-
-
-def plain_run(machine: Any, op: Op, *, eoi_at_injection: bool, one_entry: bool) -> Ran:
-    """A guest's program on the plain model."""
-    name, i, *arguments = op
-    vcpu: oracle_irqchip.Vcpu = machine.vcpus[i]
-    eois: list[int] = []
-    left: list[Any] = []
-    result: Any = None
-    vcpu.enter(eois, interrupts=name == "take")
-    if name == "take":
-        result = vcpu.injected
-        if result is not None:
-            vcpu.rflags = 2
-            if eoi_at_injection:
-                vcpu.eoi()
-    elif name in ACCESSES:
-        result, access = machine.guest_access(vcpu, op)
-        left += [access] if access else []
-        between(vcpu, eois, one_entry and not access)
-    elif name == "wrmsr":
-        vcpu.write_msr(*arguments, host=False)
-        between(vcpu, eois, one_entry)
-    vcpu.leave()
-    return result, tuple(eois), tuple(left)
-
-
-def between(vcpu: oracle_irqchip.Vcpu, eois: list[int], one_entry: bool) -> None:
-    """From one instruction to the next: an exit and an entry, where the kernel makes them."""
-    if not one_entry:
-        vcpu.thread.out()
-        vcpu.go_on(eois)
+        host = self.host
+        result, eois, left = run(
+            self.model, op, eoi_at_injection=host.eoi_at_injection, one_entry=host.one_entry
+        )
+        return result, tuple(eois), tuple(left)
 
 
 def played(
@@ -114,6 +81,9 @@ def played(
                         ends[op[0]] += 1
                 twins.settle()
         except Divergence as found:
+            if found.late and shortened(cls, found, witness, 0) is None:
+                print(f"late: {found.text}", file=sys.stderr)
+                continue
             found.operations = done  # type: ignore[attr-defined]
             return found
     return None

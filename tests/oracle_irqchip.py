@@ -89,7 +89,12 @@ class Vcpu(oracle_apic.Vcpu):
 
     def __init__(self, machine: Machine, apic_id: int, index: int) -> None:
         self.stale = -1
+        self.flat = False  # its segments, which an INIT takes away
         super().__init__(machine, apic_id, index)
+
+    def _reset(self, *, init: bool) -> None:
+        super()._reset(init=init)
+        self.flat = False
 
     @property
     def vcpu_id(self) -> int:

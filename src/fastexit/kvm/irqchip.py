@@ -35,6 +35,8 @@ OUTPUT = 0x80
 REFRESH_AND_OUTPUT = 0x30
 WORKER_SECONDS, WORKER_WAITS = 3e-4, 0.5
 """How long a worker of the kernel's usually takes, and how long it may."""
+LATELY = 40
+"""Operations behind which such an exit no longer counts as an excuse."""
 EOI_WRITTEN = "kvm_apic: apic_write APIC_EOI = 0x0"
 """How an interrupt is ended that is injected (`Host.eoi_at_injection`)."""
 IOAPIC_WORDS = ("base", "ioregsel", "id", "irr", "pad")
@@ -171,6 +173,10 @@ class IrqchipTwins(Twins):
             and self.real.vcpus[i].is_flat()
             and MEMORY_BYTES <= model.apic_base & r.APICBASE_PAGE < 1 << 32
         )
+
+    def may_be_late(self) -> bool:
+        """A host that is busy may take a guest out between two instructions that are one entry otherwise."""
+        return self.host.one_entry and any(op[0] in ACCESSES for op in self.history[-LATELY:])
 
     # ------------------------------------------------------------------------------------------------- what is done
 
