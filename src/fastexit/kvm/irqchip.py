@@ -248,7 +248,8 @@ class IrqchipTwins(Twins):
         try:
             if name == "irq_line":
                 gsi, level, status = arguments
-                return machine.irq_line(gsi, level, status=status)
+                result = machine.irq_line(gsi, level, status=status)
+                return result if status else None  # KVM_IRQ_LINE tells nothing
             if name == "set_irqchip":
                 return machine.set_irqchip(arguments[0], arguments[1].ljust(CHIP_BYTES, b"\0"))
             if name in ("set_gsi_routing", "create_pit", "set_pit", "reinject_control"):
