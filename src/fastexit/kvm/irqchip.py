@@ -205,7 +205,8 @@ class IrqchipTwins(Twins):
         if op[0] in PROGRAMS:
             return self.model_run(op)
         if op[0] == "irqfd_signal":
-            return self.model_irqfds[op[1]].signal()  # an event is an event, whatever was written
+            self.model_irqfds[op[1]].signal()  # an event is an event, whatever was written
+            return None
         return self._chips(self.model, self.model_irqfds, op)
 
     def real_does(self, op: Op) -> Any:
