@@ -14,7 +14,7 @@ from fastexit.ioctls import UserIo, UserMmio
 
 VENDORS = ("vmx", "svm")
 PAGE = r.APIC_DEFAULT_PHYS_BASE
-DEVICE = 0xFEC0_0000
+DEVICE = 0xFED0_0000
 RIP = 0x40_1000
 
 

@@ -143,7 +143,7 @@ def test_python_stays_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     v.wrmsr(0x80B, 0)
     v.wrmsr(0x830, fx.icr(dest=1, vector=0x41))
     assert v.rdmsr(0x802) == 0
-    v.mem_write(0xFEC0_0000, 1)
+    v.mem_write(0xFED0_0000, 1)
     v.mmio_read(0x20)
     v.exit(fx.VmxExit.HLT)
     v.exit(fx.VmxExit.EXTERNAL_INTERRUPT)
