@@ -278,8 +278,8 @@ def get_state(m):
         m[to + k.U(2)] = m[at + k.PIT_LOADED]
     at = k.H_STAGE + k.PIT_CHANNELS * k.U(3)
     m[at] = m[k.PIT_FLAGS]
-    for n in range(4):
-        m[at + k.ONE + k.U(n)] = k.ZERO
+    for word in range(4):
+        m[at + k.ONE + k.U(word)] = k.ZERO
     return k.ZERO
 
 
