@@ -203,6 +203,7 @@ _KVM: tuple[tuple[int, _Check, str], ...] = (
     (L.K_EXTINT, _up_to(256), "an injected vector"),
     (L.K_SIPI_VECTOR, _up_to(255), "a SIPI vector"),
     (L.K_NMI_PENDING, _up_to(2), "a number of pending NMIs"),
+    (L.K_SENT, _among(0), "what an entry has sent"),
     (L.K_SVI, _up_to(255), "SVI"),
     (L.K_TARGETS, _among(0), "a list of targets"),
     (L.K_TIMER_MODE, _bits(_TIMER_MODES), "a timer's mode"),

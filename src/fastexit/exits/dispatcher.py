@@ -22,6 +22,7 @@ from fastexit.outcome import (
     CODE_BLOCKED,
     CODE_COMPLETION,
     CODE_DELIVERY,
+    CODE_EFFECTS,
     CODE_FAULT,
     CODE_NOT_IN_GUEST,
     CODE_REFUSAL_SHIFT,
@@ -122,7 +123,9 @@ class Dispatcher:
         if user:
             self.return_to_user(v, user)
             return False
-        return not self.vcpu_run(v)
+        runs = not self.vcpu_run(v)
+        self.sent(v)  # there is no outcome, only targets
+        return runs
 
     def start_run(self, v: Vcpu) -> None:
         """KVM_RUN up to the VM entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says.
@@ -138,6 +141,7 @@ class Dispatcher:
                 self.return_to_user(v, code)
             else:
                 code = self.vcpu_run(v, forced=True)
+        self.sent(v)
 
     def leave_guest(self, v: Vcpu) -> None:
         """A signal takes the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as any vCPU ioctl needs.
@@ -204,7 +208,8 @@ class Dispatcher:
 
     def sent(self, v: Vcpu) -> int:
         """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
-        effects, self.mem[v.own + L.K_SENT] = self.mem[v.own + L.K_SENT], 0
+        effects = self.mem[v.own + L.K_SENT] & CODE_EFFECTS
+        self.mem[v.own + L.K_SENT] = 0
         return effects
 
     def leave_and_handle(self, v: Vcpu, exit: Exit, code: int) -> int:

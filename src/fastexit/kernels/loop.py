@@ -147,7 +147,9 @@ def kvm_run(m, v):
     if user:
         return_to_user(m, v, user)
         return user
-    return vcpu_run(m, v, k.ZERO)
+    user = vcpu_run(m, v, k.ZERO)
+    sent(m, v)  # there is no outcome, only targets
+    return user
 
 
 @kernel("u8(words, u8)")
@@ -163,6 +165,7 @@ def start_run(m, v):
         if user:
             return_to_user(m, v, user)
         elif not vcpu_run(m, v, k.ONE):
+            sent(m, v)
             return k.ZERO
 
 
@@ -237,7 +240,7 @@ def go_on(m, v, user):
 @kernel("u8(words, u8)")
 def sent(m, v):
     """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
-    effects = m[own(m, v) + k.K_SENT]
+    effects = m[own(m, v) + k.K_SENT] & k.CODE_EFFECTS
     m[own(m, v) + k.K_SENT] = k.ZERO
     return effects
 
