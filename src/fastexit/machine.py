@@ -365,33 +365,33 @@ class Machine:
         """
         chips.put(self, chip, data)
 
-    def create_pit(self, speaker: bool = True) -> Effect:
+    def create_pit(self, speaker: bool = True) -> None:
         """KVM_CREATE_PIT2: the PIT at ports 0x40 to 0x43, whose channel 0 is GSI 0; with ``speaker``, port 0x61, too.
 
         Its timer is one of the machine's (next_timer, set_time). It begins in reinject mode, which AVIC cannot have:
-        Effect.KICK if the host has to kick anybody (``targets``). ValueError where there is one already, and without an
-        in-kernel PIC.
+        ``targets`` are those whom the host has to kick. ValueError where there is one already, and without an in-kernel
+        PIC.
         """
-        return pit.create(self, speaker)
+        pit.create(self, speaker)
 
     def get_pit(self) -> bytes:
         """KVM_GET_PIT2: 112 bytes, kvm_pit_state2; times in it are the machine's. ValueError where there is no PIT."""
         return pit.get(self)
 
-    def set_pit(self, data: bytes) -> Effect:
+    def set_pit(self, data: bytes) -> None:
         """KVM_SET_PIT2 of 112 bytes, or KVM_SET_PIT of 72, which leaves the flags alone: counts begin anew.
 
-        Effects (``targets``) are of a tick whose work was still to be done. ValueError for another length, and where
-        there is no PIT.
+        ``targets`` are those of a tick whose work was still to be done. ValueError for another length, and where there
+        is no PIT.
         """
-        return pit.put(self, data)
+        pit.put(self, data)
 
-    def reinject_control(self, on: bool) -> Effect:
+    def reinject_control(self, on: bool) -> None:
         """KVM_REINJECT_CONTROL: ticks that a guest is late for wait for its acknowledgements (on), or are lost.
 
-        Effect.KICK if the host has to kick anybody (``targets``). ValueError where there is no PIT.
+        ``targets`` are those whom the host has to kick. ValueError where there is no PIT.
         """
-        return pit.reinject(self, on)
+        pit.reinject(self, on)
 
     def set_msr_filter(
         self, default_deny: bool = False, ranges: Iterable[tuple[int, int, Iterable[bool]]] = ()

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.jit.declare import load
-from fastexit.outcome import OUTCOMES, Effect
 from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from fastexit.machine import Machine
 
 
-def create(m: Machine, speaker: bool) -> Effect:
+def create(m: Machine, speaker: bool) -> None:
     """KVM_CREATE_PIT2. ValueError where there is one, and without an in-kernel PIC."""
     if m.mem[L.PIT_PRESENT]:
         raise ValueError("create_pit: there is a PIT already (EEXIST)")
     if m.mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP and not m.profile.traits & Trait.PIT_ANYWHERE:
         raise ValueError(f"create_pit: kernel {m.release} wants an in-kernel PIC, irqchip='full' (ENOENT)")
-    return OUTCOMES[load("create_pit")(m.handle, int(bool(speaker)))].effects
+    load("create_pit")(m.handle, int(bool(speaker)))
 
 
 def _require(m: Machine) -> None:
@@ -40,7 +39,7 @@ def get(m: Machine) -> bytes:
         return m.mem[L.H_STAGE : L.H_STAGE + R.PIT_STATE2_BYTES // 8].tobytes()
 
 
-def put(m: Machine, data: bytes) -> Effect:
+def put(m: Machine, data: bytes) -> None:
     """KVM_SET_PIT2 of 112 bytes, KVM_SET_PIT of 72. TypeError or ValueError for anything else."""
     try:
         state = bytes(memoryview(data).cast("B"))
@@ -51,10 +50,10 @@ def put(m: Machine, data: bytes) -> Effect:
     _require(m)
     with m.lock:
         m.mem[L.H_STAGE : L.H_STAGE + len(state) // 8] = memoryview(state).cast("Q")
-        return OUTCOMES[load("set_pit")(m.handle, int(len(state) == R.PIT_STATE2_BYTES))].effects
+        load("set_pit")(m.handle, int(len(state) == R.PIT_STATE2_BYTES))
 
 
-def reinject(m: Machine, on: bool) -> Effect:
+def reinject(m: Machine, on: bool) -> None:
     """KVM_REINJECT_CONTROL."""
     _require(m)
-    return OUTCOMES[load("pit_reinject")(m.handle, int(bool(on)))].effects
+    load("pit_reinject")(m.handle, int(bool(on)))
