@@ -256,7 +256,8 @@ class IrqchipTwins(Twins):
             if name == "set_irqchip":
                 return machine.set_irqchip(arguments[0], arguments[1].ljust(CHIP_BYTES, b"\0"))
             if name in ("set_gsi_routing", "create_pit", "set_pit", "reinject_control"):
-                return getattr(machine, name)(*arguments)
+                getattr(machine, name)(*arguments)  # whom the host has to kick is not compared
+                return None
             if name == "irqfd":
                 number, gsi, resample = arguments
                 irqfds[number] = machine.irqfd(gsi, resample=resample)
