@@ -48,9 +48,7 @@ class PlainTwins(IrqchipTwins):
 
     def model_run(self, op: Op) -> Ran:
         host = self.host
-        result, eois, left = run(
-            self.model, op, eoi_at_injection=host.eoi_at_injection, one_entry=host.one_entry
-        )
+        result, eois, left = run(self.model, op, eoi_at_injection=host.eoi_at_injection, one_entry=host.one_entry)
         return result, tuple(eois), tuple(left)
 
 
