@@ -164,7 +164,9 @@ def test_truncated_head(length: int) -> None:
     refuses(DATA[:length], f"snapshot is truncated: {length} bytes")
 
 
-PARTS = list(itertools.accumulate(8 * (rows.stop - rows.start) for rows in _rows(4)))
+PARTS = [*itertools.accumulate(8 * (rows.stop - rows.start) for rows in _rows(4)), len(DATA) - HEAD.size]
+ROUTES = PARTS[-2] // 8
+"""Where the routes in use begin: first rows of 24 GSIs and of the one behind them, then 40 routes."""
 
 
 @pytest.mark.parametrize(
@@ -200,24 +202,44 @@ def test_other_abi_version(version: int) -> None:
 
 
 def earlier(abi: int, words: int, inner: int | None = None, pending_db: int = 0) -> bytes:
-    """DATA as an ABI version had it that had no words of Hyper-V; version 3 with a #DB queued at vCPU 0."""
+    """DATA as an ABI version had it that had no chips, up to 4 no words of Hyper-V; version 3 with a #DB at vCPU 0."""
     magic, _, n, _, _ = HEAD.unpack_from(DATA)
-    body = np.frombuffer(DATA, dtype=np.uint64, offset=HEAD.size)[: -n * L.HV_STRIDE].copy()
+    length = sum(rows.stop - rows.start for rows in _rows(n, abi))
+    body = np.frombuffer(DATA, dtype=np.uint64, offset=HEAD.size)[:length].copy()
     body[L.H_ABI], body[L.H_WORDS] = inner or abi, words
     if pending_db:
         body[len(body) - n * L.KVM_STRIDE + 13] = pending_db
     return HEAD.pack(magic, abi, n, zlib.crc32(body.tobytes()), 8 * len(body)) + body.tobytes()
 
 
-EARLIER = {3: 2_076_672, 4: 6_343_168}
+EARLIER = {3: 2_076_672, 4: 6_343_168, 5: 6_670_848}
 
 
 @pytest.mark.parametrize("abi", EARLIER)
 def test_earlier_abi_version(abi: int) -> None:
-    """Version 5 has Hyper-V's words, which are those of a new vCPU in what an earlier one wrote."""
+    """Version 5 has Hyper-V's words, 6 the chips: they are those of a new machine in what an earlier one wrote."""
     assert fx.Machine.restore(earlier(abi, EARLIER[abi])).snapshot() == DATA
     refuses(earlier(abi, L.WORDS), "snapshot is damaged: its header")
     refuses(earlier(abi, EARLIER[abi], inner=abi + 1), "snapshot is damaged: its header")
+    magic, _, n, _, length = HEAD.unpack_from(earlier(abi, EARLIER[abi]))
+    body = earlier(abi, EARLIER[abi])[HEAD.size :] + bytes(8)
+    refuses(HEAD.pack(magic, abi, n, zlib.crc32(body), length + 8) + body, "snapshot is damaged: its size")
+
+
+def test_whose_eois_an_earlier_version_was_told() -> None:
+    """What the embedder had said of user space's IOAPIC stays; the pin of the RTC is no word of his."""
+    first = kvm_word(4, L.K_IOAPIC_HANDLED)
+
+    def told(*values: tuple[int, int]) -> list[int]:
+        def change(words: np.ndarray) -> None:
+            for at, value in values:
+                words[first + at] = value
+
+        copy = fx.Machine.restore(forged(earlier(5, EARLIER[5]), change))
+        return [copy.mem[L.IRQ + v * L.IRQ_STRIDE + L.IRQ_GIVEN] for v in range(4)]
+
+    assert told((0, 1), (L.KVM_STRIDE, 0)) == [0, 0, 0, 0]
+    assert told((0, 3), (L.KVM_STRIDE, 1), (2 * L.KVM_STRIDE + 3, 1 << 63)) == [1, 1, 1, 0]
 
 
 def test_abi_version_3() -> None:
@@ -248,7 +270,8 @@ def test_flipped_head_bit(bit: int) -> None:
 def test_other_number_of_vcpus(vcpus: int) -> None:
     """A head that speaks of other vCPUs than the body has."""
     magic, abi, _, crc, length = HEAD.unpack_from(DATA)
-    refuses(HEAD.pack(magic, abi, vcpus, crc, length) + DATA[HEAD.size :], "snapshot is damaged: its size")
+    what = "the number of vCPUs" if vcpus < 4 else "its size"
+    refuses(HEAD.pack(magic, abi, vcpus, crc, length) + DATA[HEAD.size :], f"snapshot is damaged: {what}")
 
 
 @pytest.mark.parametrize("wrong", ["x" * 2000, 5000, None, 1.5], ids=lambda wrong: type(wrong).__name__)
@@ -307,6 +330,7 @@ FORGED_KVM: dict[str, tuple[int, ...]] = {
     "K_EXTINT": (257, TOP),
     "K_SIPI_VECTOR": (256, TOP),
     "K_NMI_PENDING": (3, TOP),
+    "K_SENT": (1, TOP),
     "K_SVI": (256, TOP),
     "K_TIMER_MODE": (1, 1 << 19, TOP),
     "K_PERIOD": ((1 << 63) + 1, TOP),
@@ -342,12 +366,46 @@ FORGED_HV: dict[str, tuple[int, ...]] = {
 }
 
 
+FORGED_CHIPS: list[tuple[str, int, tuple[int, ...]]] = [
+    ("IOREGSEL", L.IOAPIC + L.IOAPIC_IOREGSEL, (1 << 32, TOP)),
+    ("IOAPIC id", L.IOAPIC + L.IOAPIC_ID, (1 << 32, TOP)),
+    ("IOAPIC IRR", L.IOAPIC + L.IOAPIC_IRR, (1 << 24, TOP)),
+    ("IOAPIC pad", L.IOAPIC + L.IOAPIC_PAD, (1 << 32, TOP)),
+    ("IOAPIC delivered", L.IOAPIC + L.IOAPIC_IRR_DELIVERED, (1 << 24, TOP)),
+    ("source of pin 0", L.IOAPIC + L.IOAPIC_SOURCES, (8, TOP)),
+    ("source of pin 23", L.IOAPIC + L.IOAPIC_SOURCES + 23, (8, TOP)),
+    ("EOIs of pin 0", L.IOAPIC + L.IOAPIC_EOIS, (10_000, TOP)),
+    ("EOIs of pin 23", L.IOAPIC + L.IOAPIC_EOIS + 23, (10_000, TOP)),
+    *((f"PIC {i}", L.PIC + i // 16 * L.PIC_STRIDE + i % 16, (256, TOP)) for i in range(32)),
+    ("source of IRQ 0", L.PIC + L.PIC_SOURCES, (8, TOP)),
+    ("source of IRQ 15", L.PIC + L.PIC_STRIDE + L.PIC_SOURCES + 7, (8, TOP)),
+    ("PIC output", L.PIC_OUTPUT, (2, TOP)),
+    ("lock", L.IRQ_LOCK, (1, TOP)),
+    ("depth", L.IRQ_DEPTH, (1, TOP)),
+    ("count", L.PIT + L.PIT_COUNT, (1 << 32, TOP)),
+    ("latched count", L.PIT + L.PIT_LATCHED_COUNT, (1 << 16, TOP)),
+    *((f"PIT {i}", L.PIT + i // 16 * L.PIT_STRIDE + i % 16, (256,)) for i in range(48) if 2 <= i % 16 <= L.PIT_GATE),
+    ("PIT present", L.PIT_PRESENT, (1, 4, TOP)),
+    ("PIT flags", L.PIT_FLAGS, (1 << 32, TOP)),
+    ("PIT reinject", L.PIT_REINJECT, (2, TOP)),
+    ("PIT ack", L.PIT_IRQ_ACK, (2, TOP)),
+    ("PIT pending", L.PIT_PENDING, (TOP,)),
+    ("PIT period", L.PIT_PERIOD, (TOP,)),
+    ("PIT expires", L.PIT_EXPIRES, (TOP,)),
+    ("PIT deadline", L.PIT_DEADLINE, (2, TOP)),
+    ("PIT periodic without a period", L.PIT_PERIODIC, (1, 2, TOP)),
+    ("PIT work", L.PIT_WORK, (2, TOP)),
+    ("PIT speaker", L.PIT_SPEAKER, (2, TOP)),
+]
+
+
 def forgeries() -> Iterator[Any]:
     """Every word that is checked, with values that are not far outside and with some that are."""
     n, tables = 4, L.MAP1 + L.MAP_WORDS
     hot = tables + L.TABLES_END - L.FILTER
     vec = hot + n * L.HOT_STRIDE
     kvm = vec + n * (L.VEC_STRIDE + L.PAGE_STRIDE)
+    hv0 = kvm + n * L.KVM_STRIDE
     places = [(name, getattr(L, name), values) for name, values in FORGED_HEADER.items()]
     places += [
         (f"{name} {base}", base + getattr(L, name), v) for name, v in FORGED_MAP.items() for base in (L.MAP0, L.MAP1)
@@ -369,8 +427,36 @@ def forgeries() -> Iterator[Any]:
         places += [(f"{k} {v}", hot + v * L.HOT_STRIDE + getattr(L, k), values) for k, values in FORGED_HOT.items()]
         places += [(f"VEC_RVI {v}", vec + v * L.VEC_STRIDE + L.VEC_RVI, (256, TOP))]
         places += [(f"{k} {v}", kvm + v * L.KVM_STRIDE + getattr(L, k), values) for k, values in FORGED_KVM.items()]
-        hv = kvm + n * L.KVM_STRIDE + v * L.HV_STRIDE
+        hv = hv0 + v * L.HV_STRIDE
         places += [(f"{k} {v}", hv + getattr(L, k), values) for k, values in FORGED_HV.items()]
+    chips = hv0 + n * L.HV_STRIDE
+    of_chips = chips - L.IOAPIC
+    places += [(name, of_chips + at, values) for name, at, values in FORGED_CHIPS]
+    routing = chips + L.ROUTES - L.IOAPIC
+    places += [
+        ("GSIs", routing, (23, 25, 4097, TOP)),
+        ("first pin's GSI", routing + 1, (4097, TOP)),
+        ("last pin's GSI", routing + 40, (4097, TOP)),
+        ("reserved pins", routing + 41, (256, TOP)),
+    ]
+    irq = routing + L.RESAMPLERS - L.ROUTE_GSIS
+    for v in (0, 3):
+        at = irq + v * L.IRQ_STRIDE
+        places += [(f"RTC {v}", at + L.IRQ_RTC_VECTOR, (257, TOP)), (f"stale {v}", at + L.IRQ_STALE, (257, TOP))]
+        places += [(f"given {v}", at + L.IRQ_GIVEN, (2, TOP))]
+        at = irq + n * L.IRQ_STRIDE + v * L.TSC_STRIDE
+        khz = 1_000_000  # XOR the word is the frequency
+        places += [(f"TSC {i} {v}", at + i, (khz, khz ^ 10_000_001, TOP)) for i in (L.TSC_KHZ, L.TSC_RATE)]
+    places += [("TSC user", ROUTES - L.TSC_WORDS + L.TSC_USER - L.TSC_LAST_NSEC, (2, TOP))]
+    routes = ROUTES + 25
+    places += [
+        ("first row of GSI 0", ROUTES, (1, TOP)),
+        ("first row of GSI 1", ROUTES + 1, (0, 1, 3, 5, 41, TOP)),
+        ("last row", routes - 1, (39, 41, 4097, 1 << 60, TOP)),
+        ("first route", routes, (0, 5, 7, 1 << 8 | 1, 1 << 63 | 1, TOP)),
+        ("first route's pin", routes + L.ROUTE_A, (24, TOP)),
+        ("second route's pin", routes + L.ROUTE_STRIDE + L.ROUTE_A, (16, TOP)),
+    ]
     for name, at, values in places:
         yield from (pytest.param(at, value, id=f"{name} {value:#x}") for value in values)
 
@@ -449,6 +535,78 @@ def test_words_at_the_edge_are_good(word: int, value: int, v: int) -> None:
     """What is still right is restored as it is."""
     copy = fx.Machine.restore(forged(DATA, put(kvm_word(4, word) + v * L.KVM_STRIDE, value)))
     assert copy.mem[copy.vcpus[v].own + word] == value
+
+
+def with_chips(irqchip: str = "full") -> fx.Machine:
+    """Two vCPUs, a level interrupt that is served and still up, one that is masked, the RTC's, a ticking PIT, a TSC."""
+    m = fx.Machine(vcpus=2, irqchip=irqchip)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    m.set_time(5_000)
+    v.wrmsr(0x10, 1 << 62)
+    m.vcpus[1].set_tsc_khz(3_000_000)
+    if irqchip == "split":
+        m.set_gsi_routing([("msi", 3, 0xFEE0_0000, 0x8055), ("msi", 9, 0xFEE0_1000, 0x56)])
+        return m
+    m.create_pit()
+    m.set_gsi_routing([("ioapic", 0, 2), ("pic", 0, 0, 0), ("ioapic", 8, 8), ("ioapic", 17, 17), ("ioapic", 18, 18)])
+    for pin, entry in ((2, 0x30), (8, 0x38), (17, 0x8041), (18, 0x1_8042)):
+        for half in (0, 1):
+            v.mem_write(0xFEC0_0000, 0x10 + 2 * pin + half)
+            v.mem_write(0xFEC0_0010, entry >> 32 * half & 0xFFFF_FFFF)
+    for gsi in (8, 17, 18):
+        m.irq_line(gsi, 1)
+    for port, value in ((0x43, 0x34), (0x40, 0x00), (0x40, 0x10), (0x21, 0xFE), (0x20, 0x11), (0x21, 0x20)):
+        v.io_write(port, value)
+    m.set_time(10_000_000)
+    return m
+
+
+@pytest.mark.parametrize("irqchip", ["full", "split"])
+def test_chips_go_on(irqchip: str) -> None:
+    """Chips, routes, source ids, the RTC's map, the PIT's clock and TSCs come back, and the copy goes on alike."""
+
+    def goes_on(m: fx.Machine) -> list[Any]:
+        told: list[Any] = [m.irq_line(gsi, level) for gsi in (0, 3, 8, 9, 17, 18, 19) for level in (1, 0, 1)]
+        for ns in range(11_000_000, 40_000_000, 7_000_000):
+            told += [m.set_time(ns), [(v.pending(), v.ack(), v.wrmsr(0x80B, 0), v.rdmsr(0x10)) for v in m.vcpus]]
+        if irqchip == "full":
+            told += [m.get_irqchip(chip) for chip in range(3)] + [m.get_pit()]
+        return told
+
+    m = with_chips(irqchip)
+    data = m.snapshot()
+    copy = fx.Machine.restore(data)
+    assert copy.snapshot() == data
+    assert goes_on(copy) == goes_on(m)
+    assert copy.snapshot() == m.snapshot()
+
+
+@pytest.mark.parametrize("gsis", [0, 1, 4096])
+def test_routes_come_back(gsis: int) -> None:
+    """As many as are used, however few or many; what an older table left behind them does not."""
+    m = fx.Machine(vcpus=2)
+    m.words[L.ROUTE_FIRST : L.ROUTE_FIRST + gsis + 1] = range(gsis + 1)
+    rows = m.words[L.ROUTES : L.ROUTES + gsis * L.ROUTE_STRIDE].reshape(-1, L.ROUTE_STRIDE)
+    rows[:, L.ROUTE_KIND] = [L.ROUTE_MSI | gsi << L.ROUTE_GSI_SHIFT for gsi in range(gsis)]
+    rows[:, L.ROUTE_A] = TOP
+    m.mem[L.ROUTE_GSIS] = gsis
+    data = m.snapshot()
+    copy = fx.Machine.restore(data)
+    assert copy.snapshot() == data
+    for first, size in ((L.ROUTES, gsis * L.ROUTE_STRIDE), (L.ROUTE_FIRST, gsis + 1), (L.ROUTE_GSIS, 49)):
+        assert (copy.words[first : first + size] == m.words[first : first + size]).all()
+    assert not copy.words[L.ROUTES + gsis * L.ROUTE_STRIDE : L.ROUTE_FIRST].any()
+    assert not copy.words[L.ROUTE_FIRST + gsis + 1 : L.ROUTE_GSIS].any()
+
+
+def test_irqfds_stay_behind() -> None:
+    """They are user space's: a copy has no resampler, and nobody was signalled."""
+    m = fx.Machine(vcpus=2)
+    data = m.snapshot()
+    m.words[L.RESAMPLERS : L.RESAMPLERS + 4] = 7
+    assert m.snapshot() == data
+    assert not fx.Machine.restore(data).words[L.RESAMPLERS : L.IRQ].any()
 
 
 def test_unchanged_forgery_is_no_forgery() -> None:

@@ -605,7 +605,7 @@ class Machine:
         The kernel generation is the snapshot's. What it does is what this version of fastexit knows of it, which may be
         more than the version knew that took the snapshot.
 
-        Handlers are the built-in ones; ioeventfds (``fast_mmio``) and remapping entries of assigned devices are user
+        Handlers are the built-in ones; ioeventfds (``fast_mmio``), irqfds and remapping entries of devices are user
         space's, which makes them anew; ``costs`` and ``dispatcher`` are Machine's, which no snapshot has.
         """
         profile = _checked(costs, dispatcher)
