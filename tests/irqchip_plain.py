@@ -1,6 +1,6 @@
 """The plain irqchip of oracle_irqchip.py with the face of `fastexit.kvm.Oracle`, to hold the library against it.
 
-Where it agrees with a kernel (irqchip_pair.py), it stands for that kernel: on machines without KVM, and in a fraction of
+Where it agrees with a kernel (irqchip_pair.py), it stands for that kernel: without KVM, and in a fraction of
 the time. Nothing is tested here.
 """
 

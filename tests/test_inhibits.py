@@ -155,7 +155,9 @@ def test_sleeper_sleeps_on() -> None:
         other.get_msr(APICBASE)
     assert m.set_inhibit(Inhibit.BLOCKIRQ) == fx.Effect.NONE
     assert m.mem[v.hot + L.HOT_BLOCKED] == 1
-    assert v.requests & ~r.REQ_SCAN_IOAPIC == r.REQ_APICV_UPDATE | r.REQ_EVENT, "the INIT that it waits behind asked for an EVENT"
+    assert v.requests & ~r.REQ_SCAN_IOAPIC == r.REQ_APICV_UPDATE | r.REQ_EVENT, (
+        "the INIT that it waits behind asked for an EVENT"
+    )
 
 
 @pytest.mark.parametrize("kernel", ["5.8", "6.1", "6.18"])
