@@ -26,8 +26,8 @@ LAYERS = (
     {"offers"},
     {"exits", "tracepoints"},
     {
-        *("config", "connections", "gsis", "ioctls", "irqchip", "irte", "pit", "routing", "settings", "snapshot"),
-        "vcpustate",
+        *("config", "connections", "gsis", "ioctls", "irqchip", "irte", "pit", "routing", "settings"),
+        *("snapshot", "snapshotchips", "snapshotwords", "vcpustate"),
     },
     {"vcpu"},
     {"compiledvcpu", "costs"},
