@@ -345,18 +345,31 @@ static void give_row_back(uint64_t *words, uint64_t row)
         __atomic_fetch_and(&words[FX_HOST_BUSY], ~(1ull << row), __ATOMIC_RELEASE);
 }
 
+/* Whom effects of no vCPU's are for: the list of a row of the host's, which targets() has from now on. */
+static uint64_t learn(fx_machine *m, const uint64_t *words, uint64_t row)
+{
+    uint64_t head = OWN(words, row)[FX_K_TARGETS];
+
+    told.machine = m;
+    told.n = list_of(words, row, head, told.list);
+    return head;
+}
+
+/* The result of what a row of the host's has sent, and the hooks. */
+static void tell(fx_machine *m, const uint64_t *words, uint64_t row, uint64_t code, struct fx_result *out)
+{
+    put(out, code, 0, FX_NOBODY, target_of(code, learn(m, words, row)), 0);
+    if (m->hooked && code & CODE_EFFECTS)
+        call_hooks(m, NULL, FX_NOBODY, 0);
+}
+
 /* The end of a message, by which the host's row is free again. */
 static int32_t sent(fx_machine *m, uint64_t *words, uint64_t row, uint64_t code, uint32_t vector, struct fx_result *out)
 {
     int32_t status = FX_E_RANGE;
 
-    if (!(code & CODE_FAULT)) {
-        uint64_t head = OWN(words, FX_HOST + row)[FX_K_TARGETS];
-
-        told.machine = m;
-        told.n = list_of(words, FX_HOST + row, head, told.list);
-        status = put(out, code, 0, FX_NOBODY, target_of(code, head), vector);
-    }
+    if (!(code & CODE_FAULT))
+        status = put(out, code, 0, FX_NOBODY, target_of(code, learn(m, words, FX_HOST + row)), vector);
     give_row_back(words, row);
     if (status == FX_OK && m->hooked && code & CODE_EFFECTS)
         call_hooks(m, NULL, FX_NOBODY, 0);

@@ -96,7 +96,7 @@ enum {
     FX_BOOT_X2APIC = 1 << 0,      /* every vCPU as a booted x2APIC guest has it: APICBASE EN and EXTD, SVR 0x1ff */
     FX_ONE_OWNER = 1 << 1,        /* one thread at a time: plain words in the place of atomics */
     FX_NO_APICV = 1 << 2,         /* no posted interrupts or AVIC */
-    FX_SPLIT_IRQCHIP = 1 << 3,    /* the IOAPIC is user space's */
+    FX_SPLIT_IRQCHIP = 1 << 3,    /* IOAPIC, PICs and PIT are user space's */
     FX_NO_X2APIC = 1 << 4,        /* CPUID does not offer it */
     FX_NO_TSC_DEADLINE = 1 << 5,  /* CPUID does not offer it */
     FX_NO_VECTOR_HASHING = 1 << 6,
@@ -200,7 +200,7 @@ struct fx_result {
     uint8_t effects; /* FX_NOTIFY | ..., united over all targets */
     uint64_t value;  /* what a read returned, or RAX behind a hypercall; else 0 */
     int32_t status;  /* what the function returned for it */
-    uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message */
+    uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message, a line, a chip's work */
     uint32_t target;
     uint32_t vector; /* that the ICR or the message named, sent or not; else 0 */
 };
@@ -225,6 +225,23 @@ struct fx_hv_exit {
 struct fx_target {
     uint32_t vcpu;
     uint32_t effects; /* FX_NOTIFY | ... */
+};
+
+/* Where a GSI leads. */
+enum {
+    FX_ROUTE_IOAPIC = 1,
+    FX_ROUTE_PIC = 2,
+    FX_ROUTE_MSI = 3,
+    FX_ROUTE_HV_SINT = 4
+};
+
+/* An entry of the GSI routing table. */
+struct fx_route {
+    uint32_t gsi;
+    uint32_t kind;    /* FX_ROUTE_* */
+    uint64_t address; /* of an MSI; a pin of the IOAPIC, or 0 to 15 of the PICs, the slave's from 8 on; a VP index */
+    uint32_t data;    /* of an MSI; a SINT; else 0 */
+    uint32_t reserved;
 };
 
 /*
@@ -342,7 +359,8 @@ struct fx_ops {
     /* Move the clock to ns, never back, nor beyond 63 bits of ns or of guest TSC (FX_E_RANGE); results of the timers
      * that are due by then, in order. FX_MORE: room was not enough, call again with the same ns for the rest. *count is
      * how many were written. The preemption timer of a vCPU that runs L2 is left alone. FX_E_RANGE sets *count to 0.
-     * [alone] */
+     * What is no vCPU's, a tick of the PIT or the IOAPIC's delayed work, has FX_NOBODY in vcpu and in target as inject()
+     * has it; targets() of FX_NOBODY has those of the last one only, attention() has all. [alone] */
     int32_t (*set_time)(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count);
     /* When the next timer is due: FX_OK or FX_NOTHING. [alone] */
     int32_t (*next_timer)(fx_machine *m, uint64_t *ns);
@@ -371,7 +389,7 @@ struct fx_ops {
     int32_t (*io_read)(fx_machine *m, uint32_t vcpu, uint32_t port, uint32_t length, struct fx_result *result);
 
     /* Whom the effects of a vCPU's last exit, enter() or ioctl are for, or with FX_NOBODY those of this thread's last
-     * inject() to this machine, in the order of sending: *count of them, the first ones, as far as there is room, in
+     * inject(), irq_line() or other call of no vCPU to this machine, in the order of sending: *count of them, the first ones, as far as there is room, in
      * targets. FX_MORE: there are more than room. A vCPU that accepted and needs nothing is not among them. NULL in a
      * library that is older. [vcpu] */
     int32_t (*targets)(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room, uint64_t *count);
@@ -400,6 +418,34 @@ struct fx_ops {
      * KVM_IRQ_LINE_STATUS says: -1 for a level of 0, a vp_index or a SINT that there is not, a masked one, a SynIC that is
      * off. [any] */
     int32_t (*hv_sint_line)(fx_machine *m, uint32_t vp_index, uint32_t sint, uint32_t level, struct fx_result *result);
+
+    /* KVM_IRQ_LINE_STATUS: fx_result.accepted is the sum of what the GSI's routes say, -1 without any; targets() of
+     * FX_NOBODY tells whom effects are for. [any] */
+    int32_t (*irq_line)(fx_machine *m, uint32_t gsi, uint32_t level, struct fx_result *result);
+    /* KVM_SET_GSI_ROUTING: the whole table anew. FX_E_RANGE where KVM says EINVAL; the old one stays then. A new machine
+     * has KVM's default table, with FX_SPLIT_IRQCHIP none. [alone] */
+    int32_t (*set_gsi_routing)(fx_machine *m, const struct fx_route *routes, uint32_t n);
+    /* An eventfd that KVM_IRQFD has tied to a GSI was written to; the eventfds are the host's. With resample it is one of
+     * KVM_IRQFD_FLAG_RESAMPLE, and the line stays up until a guest acknowledges. [any] */
+    int32_t (*irqfd_signal)(fx_machine *m, uint32_t gsi, uint32_t resample, struct fx_result *result);
+    /* A GSI below FX_MAX_ROUTES has one resampling irqfd more, or with on 0 one less, which lowers the line with the last.
+     * FX_E_RANGE for another GSI, with FX_SPLIT_IRQCHIP, and where there is none to take away. [alone] */
+    int32_t (*irqfd_resample)(fx_machine *m, uint32_t gsi, uint32_t on);
+    /* How often the resamplefds of a GSI were signalled since the machine was made. [any] */
+    int32_t (*irqfd_resampled)(fx_machine *m, uint32_t gsi, uint64_t *count);
+    /* KVM_GET_IRQCHIP and KVM_SET_IRQCHIP: 0 the master PIC, 1 the slave, 2 the IOAPIC; 512 bytes (FX_E_SIZE), in which
+     * nothing is checked. FX_E_RANGE for another chip and with FX_SPLIT_IRQCHIP. targets() of FX_NOBODY tells whom a set
+     * wakes or kicks. [alone] */
+    int32_t (*get_irqchip)(fx_machine *m, uint32_t chip, void *state, uint64_t size);
+    int32_t (*set_irqchip)(fx_machine *m, uint32_t chip, const void *state, uint64_t size);
+    /* KVM_CREATE_PIT2, FX_E_RANGE for a second one and with FX_SPLIT_IRQCHIP; KVM_GET_PIT2, and KVM_SET_PIT2 of 112 bytes
+     * or KVM_SET_PIT of 72 (FX_E_SIZE), FX_NOTHING where there is no PIT. It ticks in set_time(). [alone] */
+    int32_t (*create_pit)(fx_machine *m, uint32_t speaker);
+    int32_t (*get_pit)(fx_machine *m, void *state, uint64_t size);
+    int32_t (*set_pit)(fx_machine *m, const void *state, uint64_t size);
+    /* The last EOI of a vCPU that went to the IOAPIC: its vector, and whether TMR called it level. Behind fx_result.user
+     * KVM_EXIT_IOAPIC_EOI + 1 the vector is run->eoi.vector, and level means nothing. FX_NOTHING: there was none. [vcpu] */
+    int32_t (*get_ioapic_eoi)(fx_machine *m, uint32_t vcpu, uint32_t *vector, uint32_t *level);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
@@ -433,6 +479,7 @@ FX_SAME_SIZE(fx_config, 72);
 FX_SAME_SIZE(fx_result, 32);
 FX_SAME_SIZE(fx_hv_exit, 40);
 FX_SAME_SIZE(fx_target, 8);
+FX_SAME_SIZE(fx_route, 24);
 FX_SAME_SIZE(fx_cpu, 40);
 #undef FX_SAME_SIZE
 

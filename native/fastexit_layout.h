@@ -21,6 +21,7 @@ enum {
 /* Where the rest of a machine is, in words from its first one. */
 enum {
     FX_H_CONFIG = 3,   /* owner */
+    FX_H_API = 5,      /* owner */
     FX_H_NVCPUS = 6,   /* owner */
     FX_H_NOW = 16,     /* owner */
     FX_H_TSC_KHZ = 17, /* owner */
@@ -51,6 +52,8 @@ enum {
     FX_K_CS = 26,
     FX_K_MSR_DATA = 27,
     FX_K_IN_RUN = 46,
+    FX_K_IOAPIC_EOI = 58,
+    FX_K_IOAPIC_EOIS = 59,
     FX_K_HFLAGS = 53,
     FX_K_USER_EXIT = 80,
     FX_K_ISR = 88,
@@ -71,13 +74,39 @@ enum {
     FX_XMM = 6605312,
     FX_XMM_STRIDE = 16,
     FX_XMM_WORDS = 12,
-    FX_WORDS = 6670848
+    FX_IOAPIC = 6670848, /* from here to FX_ROUTES the chips: a lock of the library's guards them */
+    FX_PIT_PRESENT = 6671152,
+    FX_ROUTES = 6671168,
+    FX_MAX_ROUTES = 4096,
+    FX_ROUTE_STRIDE = 4,
+    FX_ROUTE_KIND = 0, /* with the GSI from FX_ROUTE_GSI_SHIFT on */
+    FX_ROUTE_A = 1,
+    FX_ROUTE_B = 2,
+    FX_ROUTE_GSI_SHIFT = 8,
+    FX_ROUTE_FIRST = 6687552,
+    FX_ROUTE_GSIS = 6691649,
+    FX_ROUTE_OF_PIN = 6691650,
+    FX_IOAPIC_PINS = 24,
+    FX_PIC_PINS = 16, /* of both */
+    FX_RESAMPLERS = 6691698,
+    FX_RESAMPLER_STRIDE = 2,
+    FX_RESAMPLER_SIGNALS = 1, /* remote */
+    FX_IRQ = 6699890,
+    FX_IRQ_STRIDE = 4,
+    FX_TSC = 6716274,
+    FX_TSC_STRIDE = 4,
+    FX_TSC_LAST_NSEC = 6732658,
+    FX_TSC_WORDS = 8,
+    FX_HOST_TIMERS = 8,
+    FX_HOST_WORK_PIT = 9,
+    FX_WORDS = 6732800
 };
 
 enum {
     FX_CONFIG_SVM = 1,
     FX_CONFIG_APICV = 2,
     FX_CONFIG_THREADS = 4,
+    FX_CONFIG_SPLIT_IRQCHIP = 8,
     FX_CONFIG_KVM_HYPERV = 1048576,
     FX_FLAG_X2APIC = 2,
     FX_FLAG_APICV = 8,

@@ -50,10 +50,17 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
         { FX_PAGE, n * FX_PAGE_STRIDE },
         { FX_KVM, n * FX_KVM_STRIDE },
         { FX_HV, n * FX_HV_STRIDE },
+        { FX_IOAPIC, FX_ROUTES - FX_IOAPIC },
+        { FX_ROUTE_GSIS, FX_RESAMPLERS - FX_ROUTE_GSIS },
+        { FX_IRQ, n * FX_IRQ_STRIDE },
+        { FX_TSC, n * FX_TSC_STRIDE },
+        { FX_TSC_LAST_NSEC, FX_TSC_WORDS },
+        { FX_ROUTE_FIRST, words[FX_ROUTE_GSIS] + 1 }, /* and of the routes as many as it says */
+        { FX_ROUTES, words[FX_ROUTE_FIRST + words[FX_ROUTE_GSIS]] * FX_ROUTE_STRIDE },
     };
-    const unsigned parts = sizeof rows / sizeof *rows;
+    enum { PARTS = sizeof rows / sizeof *rows, OWN_WORDS = 5 };
 
-    for (unsigned i = 0; i < parts; i++)
+    for (unsigned i = 0; i < PARTS; i++)
         bytes += rows[i].words * 8;
     *needed = sizeof head + bytes;
     if (!buffer)
@@ -61,13 +68,12 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
     if (size < *needed)
         return FX_E_SIZE;
     at += sizeof head;
-    for (unsigned i = 0; i < parts; i++) {
+    for (unsigned i = 0; i < PARTS; i++) {
         memcpy(at, words + rows[i].first, rows[i].words * 8);
+        for (uint64_t v = 0; i == OWN_WORDS && v < n; v++) /* lists of targets are in no snapshot */
+            memset(at + (v * FX_KVM_STRIDE + FX_K_TARGETS) * 8, 0, 8);
         at += rows[i].words * 8;
     }
-    at -= n * FX_HV_STRIDE * 8;
-    for (uint64_t v = 0; v < n; v++) /* lists of targets are in no snapshot */
-        memset(at - (n - v) * FX_KVM_STRIDE * 8 + FX_K_TARGETS * 8, 0, 8);
     at = (unsigned char *)buffer + sizeof head; /* nor is the guest's memory */
     memset(at + FX_H_GUEST_MEMORY * 8, 0, 8);
     memset(at + FX_H_GUEST_BYTES * 8, 0, 8);

@@ -46,6 +46,17 @@ static const struct fx_ops calls = {
     .get_hv_exit = op_get_hv_exit,
     .complete_hypercall = op_complete_hypercall,
     .hv_sint_line = op_hv_sint_line,
+    .irq_line = op_irq_line,
+    .set_gsi_routing = op_set_gsi_routing,
+    .irqfd_signal = op_irqfd_signal,
+    .irqfd_resample = op_irqfd_resample,
+    .irqfd_resampled = op_irqfd_resampled,
+    .get_irqchip = op_get_irqchip,
+    .set_irqchip = op_set_irqchip,
+    .create_pit = op_create_pit,
+    .get_pit = op_get_pit,
+    .set_pit = op_set_pit,
+    .get_ioapic_eoi = op_get_ioapic_eoi,
 };
 
 /* ------------------------------------------------------------------------------------------------ structs that grow */

@@ -65,6 +65,7 @@ CFFI_DLLEXPORT const char *fx_strerror(int32_t status)
 
 #include "exits.c"
 #include "vcpu.c"
+#include "chips.c"
 #include "memory.c"
 #include "python.c"
 #include "open.c"

@@ -18,6 +18,9 @@ enum {
     FXP_APIC_ICR = 0x300,
     FXP_LAPIC_PAGE_BYTES = 0x400,
     FXP_APIC_PAGE_BYTES = 0x1000,
+    FXP_PIT_STATE_BYTES = 72,
+    FXP_PIT_STATE2_BYTES = 112,
+    FXP_X2API_32BIT_IDS = 1,
     FXP_VMX_EXTERNAL_INTERRUPT = 1,
     FXP_VMX_VMCALL = 18,
     FXP_VMX_IO_INSTRUCTION = 30,
@@ -60,6 +63,15 @@ struct fxp_table {
     uint64_t (*enable_synic)(uint64_t handle, uint64_t v, uint64_t keeps);
     uint64_t (*hv_sint_line)(uint64_t handle, uint64_t gsi, uint64_t level, uint64_t vp_index, uint64_t sint,
                              uint64_t sender);
+    uint64_t (*irq_line)(uint64_t handle, uint64_t gsi, uint64_t level, uint64_t line_status, uint64_t sender);
+    uint64_t (*rerouted)(uint64_t handle, uint64_t sender);
+    uint64_t (*irqfd_signal)(uint64_t handle, uint64_t gsi, uint64_t resample, uint64_t sender);
+    uint64_t (*irqfd_resample)(uint64_t handle, uint64_t gsi, uint64_t on, uint64_t sender);
+    uint64_t (*get_irqchip)(uint64_t handle, uint64_t chip);
+    uint64_t (*set_irqchip)(uint64_t handle, uint64_t chip, uint64_t sender);
+    uint64_t (*create_pit)(uint64_t handle, uint64_t speaker);
+    uint64_t (*get_pit)(uint64_t handle);
+    uint64_t (*set_pit)(uint64_t handle, uint64_t with_flags);
 };
 /* cffi:end */
 

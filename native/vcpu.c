@@ -256,11 +256,16 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
         return FX_E_RANGE;
     words[FX_H_NOW] = ns;
     while ((v = table.due_timer(handle(words))) != NONE) {
-        uint64_t code;
+        uint64_t code, number = v / FX_MAX_VCPUS;
 
         if (*count == room)
             return FX_MORE;
         code = table.fire_timer(handle(words), v);
+        if (number >= FX_HOST_TIMERS) {
+            if (number >= FX_HOST_WORK_PIT)
+                tell(m, words, FX_HOST, code, &results[(*count)++]);
+            continue;
+        }
         v &= FX_MAX_VCPUS - 1; /* above is which of its timers it was */
         out = &results[(*count)++];
         put(out, code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);

@@ -24,7 +24,7 @@ NATIVE = Path(__file__).parent / "native"
 HEADERS = "fastexit_layout.h", "fastexit.h"
 SHIM = "shim.h"
 """What the library's own C declares for itself: the kernels' table."""
-PARTS = "shim.c", "exits.c", "vcpu.c", "memory.c", "python.c", "open.c"
+PARTS = "shim.c", "exits.c", "vcpu.c", "chips.c", "memory.c", "python.c", "open.c"
 """The library's own C; the first one includes the others."""
 SOURCES = *HEADERS, SHIM, *PARTS
 
@@ -52,6 +52,15 @@ ENTRIES = (
     "door_hypercall",
     "enable_synic",
     "hv_sint_line",
+    "irq_line",
+    "rerouted",
+    "irqfd_signal",
+    "irqfd_resample",
+    "get_irqchip",
+    "set_irqchip",
+    "create_pit",
+    "get_pit",
+    "set_pit",
 )
 """Kernel entries in the order of struct fxp_table."""
 
