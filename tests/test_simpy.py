@@ -446,3 +446,111 @@ def test_document_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(code, {})
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown] == ["FAST", "vector"]
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def level_pin(cpu: Cpu, pin: int, vector: int, dest: int) -> Any:
+    """Program a level-triggered pin of the IOAPIC, as a guest does: high half, then low half."""
+    for index, value in ((0x11 + 2 * pin, dest << 24), (0x10 + 2 * pin, 0x8000 | vector)):
+        yield from cpu.mem_write(0xFEC0_0000, index)
+        yield from cpu.mem_write(0xFEC0_0010, value)
+
+
+@needs_simpy
+@pytest.mark.parametrize(("kernel", "vendor", "apicv"), MACHINES)
+def test_a_device_holds_its_line_until_it_is_served(kernel: str, vendor: str, apicv: bool) -> None:
+    """A level interrupt comes again as long as the line is up at its EOI; the driver's port write lets it go."""
+    sim = Simulation(machine(kernel, vendor=vendor, apicv=apicv))
+    line, served = sim.line(17), []
+
+    def driver(cpu: Cpu, vector: int) -> Any:
+        yield from cpu.compute(500)
+        served.append(sim.env.now)
+        if len(served) == 3:
+            line.down()
+
+    def guest(cpu: Cpu) -> Any:
+        yield from level_pin(cpu, 17, 0x41, 0)
+        assert (yield from cpu.mem_read(0xFEC0_0010)) == 0x8041
+        yield from cpu.wait(100_000)
+
+    def device() -> Any:
+        yield sim.env.timeout(60_000)
+        assert line.up() == 1
+        assert line.up() == -1
+
+    sim.cpus[0].start(guest, handlers={0x41: driver})
+    sim.env.process(device())
+    sim.run()
+    assert len(served) == 3 == sim.cpus[0].interrupts
+    assert served[0] > 60_000
+    assert "up" not in repr(line)
+
+
+@needs_simpy
+def test_a_line_wakes_a_sleeper() -> None:
+    sim = Simulation(machine())
+    line, taken = sim.line(4), []
+
+    def guest(cpu: Cpu) -> Any:
+        yield from cpu.mem_write(0xFEC0_0000, 0x18)
+        yield from cpu.mem_write(0xFEC0_0010, 0x33)
+        yield from cpu.halt()
+
+    def device() -> Any:
+        yield sim.env.timeout(1_000_000)
+        line.pulse()
+
+    sim.cpus[0].start(guest, handlers={0x33: lambda cpu, vector: taken.append(sim.env.now)})
+    sim.env.process(device())
+    sim.run()
+    assert len(taken) == 1
+    assert taken[0] > 1_000_000 + sim.ns(sim.costs["schedule"])
+
+
+@needs_simpy
+def test_the_pit_ticks_and_the_pics_deliver() -> None:
+    """A boot by the PICs: ICWs, a periodic channel 0, ticks as ExtINT through LINT0, each acknowledged at port 0x20."""
+    m = machine(vcpus=1, apicv=False)
+    sim = Simulation(m)
+    m.create_pit()
+    ticks = []
+
+    def tick(cpu: Cpu, vector: int) -> Any:
+        ticks.append(sim.env.now)
+        yield from cpu.io_write(0x20, 0x20)
+
+    def guest(cpu: Cpu) -> Any:
+        yield from cpu.wrmsr(0x835, 0x700)
+        for port, value in ((0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0xFE)):
+            yield from cpu.io_write(port, value)
+        for port, value in ((0x43, 0x34), (0x40, 0xA9), (0x40, 0x04)):
+            yield from cpu.io_write(port, value)
+        assert (yield from cpu.io_read(0x21)) == 0xFE
+        yield from cpu.wait(10_500_000)
+
+    sim.cpus[0].start(guest, handlers={0x30: tick})
+    sim.run(until=12_000_000)
+    assert len(ticks) == 10
+    gaps = {round(after - before, -5) for before, after in zip(ticks, ticks[1:], strict=False)}
+    assert gaps == {1_000_000}
+
+
+@needs_simpy
+def test_devices_cost_time() -> None:
+    """Their stages are charged: the register, and the IOAPIC's part of an EOI."""
+    m = machine(vcpus=1)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.mem_write(0xFEC0_0000, 0x32)
+    out = v.mem_write(0xFEC0_0010, 0x8041)
+    assert [charge.stage for charge in out.charges if charge.stage in ("device", "emulator")] == ["emulator", "device"]
+    out = v.io_write(0x21, 0xFF)
+    assert [charge.stage for charge in out.charges if charge.stage in ("device", "other_exit")] == ["device"]
+    m.irq_line(17, 1)
+    assert v.ack() == 0x41
+    stages = [charge.stage for charge in v.wrmsr(0x80B, 0).charges]
+    assert stages.count("ioapic_eoi") == stages.count("lapic_access") == stages.count("accept") == 1
+    assert "ioapic_eoi" not in [charge.stage for charge in v.wrmsr(0x80B, 0).charges]

@@ -12,6 +12,11 @@ A guest is a generator that gets its Cpu and says what the guest does::
     sim.cpus[1].start(other, handlers={0xFD: on_reschedule})
     sim.run()
 
+A device is a process too, or a callback, that has a line::
+
+    line = sim.line(gsi=17)
+    line.up()                                       # KVM_IRQ_LINE; pulse() and down() likewise
+
 Time is in ns. What is simplified: the machine's state moves at the beginning of an exit, not in its course; what
 arrives while an exit lasts is looked at behind it, where a kick that this exit has not seen yet costs one of its own. A
 vector that was posted in the meantime may be taken by an exit of the target's own up to one sender's exit early. Every
@@ -96,6 +101,10 @@ class Simulation:
         """Cycles as nanoseconds of the cost profile's clock."""
         return self.costs.ns(cycles)
 
+    def line(self, gsi: int) -> Line:
+        """A device's interrupt line, by GSI: a pin of IOAPIC and PICs, a message or a SINT, as the routes say."""
+        return Line(self, gsi)
+
     def after(self, ns: float, act: Callable[[], None]) -> None:
         """Call ``act`` that much later, give or take the jitter."""
         if self.jitter:
@@ -125,6 +134,46 @@ class Simulation:
             self.set_time()
 
         self.env.timeout(max(due - self.env.now, 0)).callbacks.append(lambda _event: fire())
+
+
+class Line:
+    """A device's interrupt line: ``level`` is 1 while the device holds it up. It takes no time of any vCPU.
+
+    Whom an interrupt makes something to do for, it reaches ``flight`` later, a sleeper ``schedule``.
+    """
+
+    def __init__(self, sim: Simulation, gsi: int) -> None:
+        self.sim = sim
+        self.gsi: int = integer(gsi, "GSI", 0xFFFF_FFFF)
+        self.level: int = 0
+
+    def __repr__(self) -> str:
+        return f"<Line of GSI {self.gsi}, {'up' if self.level else 'down'}>"
+
+    def up(self) -> int:
+        """Raise it: what KVM_IRQ_LINE_STATUS says, as Machine.irq_line."""
+        return self._move(1)
+
+    def down(self) -> int:
+        """Lower it."""
+        return self._move(0)
+
+    def pulse(self) -> int:
+        """Raise and lower it, as an edge-triggered device does: what the rise came to."""
+        accepted = self.up()
+        self.down()
+        return accepted
+
+    def _move(self, level: int) -> int:
+        sim = self.sim
+        sim.set_time()
+        self.level = level
+        accepted = sim.machine.irq_line(self.gsi, level)
+        for vcpu, effect in sim.machine.targets:
+            way = "schedule" if effect & Effect.WAKE else "flight"
+            sim.after(sim.ns(sim.costs[way]), partial(sim.cpus[vcpu].arrive, effect))
+        sim.arm()
+        return accepted
 
 
 class Cpu:
@@ -209,6 +258,43 @@ class Cpu:
     def ipi(self, dest: int = 0, vector: int = 0, **icr: Any) -> Guest:
         """An ICR write; arguments as for fastexit.icr."""
         return (yield from self.wrmsr(R.MSR_X2APIC_ICR, R.icr(dest, vector, **icr)))
+
+    def mem_write(self, gpa: int, value: int, length: int = 4) -> Guest:
+        """A store to a device, such as the IOAPIC: the TimedOutcome. RuntimeError where it is user space's."""
+        self.sim.set_time()
+        out = yield from self._exit(lambda: self.v.mem_write(gpa, value, length))
+        yield from self._look()
+        return out
+
+    def mem_read(self, gpa: int, length: int = 4) -> Guest:
+        """A load from a device: its value."""
+        return (yield from self._read(lambda: self.v.mem_read(gpa, length)))
+
+    def io_write(self, port: int, value: int, length: int = 1) -> Guest:
+        """OUT to a device, such as the PICs: the TimedOutcome. RuntimeError where it is user space's."""
+        self.sim.set_time()
+        out = yield from self._exit(lambda: self.v.io_write(port, value, length))
+        self.sim.arm()
+        yield from self._look()
+        return out
+
+    def io_read(self, port: int, length: int = 1) -> Guest:
+        """IN from a device: its value."""
+        return (yield from self._read(lambda: self.v.io_read(port, length)))
+
+    def _read(self, load: Callable[[], int]) -> Guest:
+        """An exit that reads, until the guest has its value."""
+        self.sim.set_time()
+        found: list[int] = []
+
+        def act() -> Outcome:
+            found.append(load())
+            assert self.v.timed is not None
+            return self.v.timed
+
+        yield from self._exit(act)
+        yield from self._look()
+        return found[0]
 
     def halt(self) -> Guest:
         """HLT with interrupts on: sleeps until woken, and has then taken what woke it."""
