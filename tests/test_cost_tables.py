@@ -48,7 +48,7 @@ OTHER = 'base = "epyc"\n'
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "description is missing and 55 more, which base = NAME would give"),
+        ("", "description is missing and 57 more, which base = NAME would give"),
         ("description = 1\n" + OTHER, "description is not a text"),
         (OTHER + 'base2 = "x"', "unknown key 'base2', not base?"),
         (OTHER + "vm_exti = 4", "unknown key 'vm_exti', not vm_exit?"),

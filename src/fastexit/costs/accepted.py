@@ -19,17 +19,20 @@ IPI_EVENTS = (L.TP_APIC_IPI, L.TP_AVIC_INCOMPLETE_IPI)
 
 
 class Before(NamedTuple):
-    """What is read in front of a handler: records written, targets told, the timers of the vCPU that exits."""
+    """What is read in front of a handler: records written, targets told, timers and EOIs of the vCPU that exits."""
 
     head: int
     told: int
     hv_deadline: int
     hrtimer: int
+    ioapic_eois: int
 
 
 def before(mem: memoryview, v: Vcpu) -> Before:
     """Read it."""
-    return Before(mem[L.H_TRACE_HEAD], len(v.targets), mem[v.own + L.K_HV_DEADLINE], mem[v.own + L.K_HRTIMER])
+    own = v.own
+    timers = mem[own + L.K_HV_DEADLINE], mem[own + L.K_HRTIMER]
+    return Before(mem[L.H_TRACE_HEAD], len(v.targets), *timers, mem[own + L.K_IOAPIC_EOIS])
 
 
 def records(mem: memoryview, words: np.ndarray, old: Before) -> list[tuple[int, int]]:

@@ -62,7 +62,9 @@ def batch_cycles(
     _warn_of_strangers(machine)
     keys = np.empty((len(exits), 4), dtype=np.uint64)
     mmio = exits["reason"] == machine.dispatcher.vendor.mmio_reason
-    where = np.where(mmio, exits["gpa"] & np.uint64(R.APIC_PAGE_BYTES - 1), exits["msr"])
+    ioapic = exits["gpa"] >> np.uint64(12) == R.IOAPIC_DEFAULT_BASE >> 12
+    page = np.where(ioapic, exits["gpa"], exits["gpa"] & np.uint64(R.APIC_PAGE_BYTES - 1))
+    where = np.where(mmio, page, exits["msr"])
     keys[:, 0] = exits["reason"].astype(np.uint64) << np.uint64(32) | where
     keys[:, 1] = exits["info"].astype(np.uint64) << np.uint64(1) | _concerns_sender(machine, exits)
     keys[:, 2] = outcomes["code"]
@@ -240,7 +242,7 @@ def _handler(
 
 def _leaves_nothing(machine: Machine, exit: Exit, stages: tuple[str, ...], out: Outcome, concerns_sender: bool) -> bool:
     """The exit itself has left no request that its entry had to serve, except for the #GP that the code tells of."""
-    if "lapic_access" in stages or "halt" in stages or "hypercall" in stages:
+    if not {"lapic_access", "device", "halt", "hypercall"}.isdisjoint(stages):
         return False
     if "icr" in stages and out.accepted and (concerns_sender or exit.msr == R.MSR_X2APIC_SELF_IPI):
         return False

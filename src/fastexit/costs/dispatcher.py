@@ -340,6 +340,8 @@ class TimedDispatcher(Dispatcher):
         else:
             for stage in work.stages:
                 meter.charge(step, stage)
+        if self.mem[v.own + L.K_IOAPIC_EOIS] != old.ioapic_eois:
+            meter.charge(step, "ioapic_eoi")
         told = accepting(v, written, old)
         if told:
             ipi = any(event in IPI_EVENTS for event, _ in written) or exit.reason == vendor.hypercall_reason

@@ -173,9 +173,16 @@ def _msr(msr: int, write: bool) -> Work:
     return Work((stage,), timer)
 
 
-def _page(offset: int, write: bool) -> Work:
-    """An access to the xAPIC page by way of the instruction emulator."""
-    stage, timer = _register(offset, write)
+def is_ioapic(gpa: int) -> bool:
+    """Tell whether an address lies in the IOAPIC's page."""
+    return gpa >> 12 == R.IOAPIC_DEFAULT_BASE >> 12
+
+
+def _page(gpa: int, write: bool) -> Work:
+    """An access to the IOAPIC's page, or else to the xAPIC page, by way of the instruction emulator."""
+    if is_ioapic(gpa):
+        return Work(("emulator", "device"), skips=False)
+    stage, timer = _register(gpa & 0xFFF, write)
     return Work(("emulator", stage), timer, skips=False)
 
 
@@ -197,7 +204,8 @@ WORKS: dict[str, Work | Callable[[Exit], Work]] = {
     "rdmsr": lambda exit: _msr(exit.msr, False),
     "wrmsr": lambda exit: _msr(exit.msr, True),
     "msr": lambda exit: _msr(exit.msr, bool(exit.info1)),
-    "page": lambda exit: _page(exit.gpa & 0xFFF, exit.write),
+    "page": lambda exit: _page(exit.gpa, exit.write),
+    "port": Work(("device",)),
     "apic_access": lambda exit: _page(exit.info1 & 0xFFF, exit.write),
     "apic_write": _apic_write,
     "avic_access": lambda exit: Work(("lapic_access",), bool(exit.info1 & R.AVIC_INFO1_WRITE), skips=False),
