@@ -30,9 +30,14 @@ RUN_SECONDS = 20.0
 
 _PAIR = struct.Struct("<II")
 _WORD = struct.Struct("<I")
+COUNT = struct.Struct("<Q")
+"""What an eventfd is written and read."""
+WORKER_NS = 500_000
+"""How long a worker of the kernel's may take, in the machine's time."""
 _IOCTL = struct.Struct("<IHHQQ")
 _PROGRAM = struct.Struct("<IIQQQQQQQQ")
 _STOPPED = struct.Struct("<8IQII")
+_ACCESS = struct.Struct("<QQ4H")
 _SEEN = (
     ("kvm_lapic_state", K.GET_LAPIC, 0, 1024),
     ("kvm_vcpu_events", K.GET_VCPU_EVENTS, 1024, 64),
@@ -47,7 +52,9 @@ LATCHED_INIT_AT = 1024 + K.ffi.offsetof("struct kvm_vcpu_events", "smi", "latche
 BEFORE_STATES = (K.GET_LAPIC, K.GET_VCPU_EVENTS)
 """What a look asks a vCPU before its mp_state, which carries out an INIT."""
 SEEN = {request: (at, length) for _, request, at, length in _SEEN}
-READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, *SEEN)) - {K.GET_MP_STATE}
+READS = frozenset((K.CHECK_EXTENSION, K.GET_VCPU_MMAP_SIZE, K.GET_TSC_KHZ, K.GET_IRQCHIP, K.GET_PIT2, *SEEN)) - {
+    K.GET_MP_STATE
+}
 """Requests that change nothing that a look shows. KVM_GET_MP_STATE carries out INIT and SIPI."""
 
 
@@ -128,6 +135,25 @@ class LabDevice(Device):
         """Lets time pass in the machine."""
         self.ask((Ask.SLEEP, 0, struct.pack("<I", min(int(seconds * 1e9), 0xFFFF_FFFF))))
 
+    def eventfd(self) -> int:
+        """An eventfd of the machine's."""
+        return self.ask((Ask.EVENTFD, 0, b""))[0].result
+
+    def signal(self, vm: int, fd: int, count: int = 1) -> None:
+        """Adds to an eventfd, which does something to a VM: soon, where a worker of the kernel's does it."""
+        records: list[Record] = [
+            (Ask.WRITE, 0, _PAIR.pack(fd, COUNT.size) + COUNT.pack(count)),
+            (Ask.SLEEP, 0, _WORD.pack(WORKER_NS)),
+        ]
+        for answer in self._change(self._vms[vm], records):
+            if answer.result < 0:
+                raise OSError(-answer.result, os.strerror(-answer.result))
+
+    def drain(self, fd: int) -> int:
+        """What an eventfd has counted, which is 0 then."""
+        (answer,) = self.turnstile.trip([(Ask.READ, 0, _PAIR.pack(fd, COUNT.size))])
+        return int(COUNT.unpack(answer.data)[0]) if len(answer.data) == COUNT.size else 0
+
     def text(self, path: Path) -> str | None:
         """A file of the kernel's, or None."""
         try:
@@ -179,6 +205,12 @@ class LabDevice(Device):
         if request == K.CREATE_VM:
             self._vms[first.result] = _Vm()
         return first.result
+
+    def calls(self, fd: int, asked: Sequence[tuple[int, Any]]) -> None:
+        """Several ioctls that change nothing, in one trip; OSError as `ask`."""
+        answers = self.ask(*(ioctl_record(fd, request, argument) for request, argument in asked))
+        for (_, argument), answer in zip(asked, answers, strict=True):
+            K.ffi.memmove(argument, answer.data, len(answer.data))
 
     def _is_known(self, vm: _Vm, index: int, request: int) -> bool:
         """Whether the last look has what is asked for, and nothing has changed since."""
@@ -337,6 +369,15 @@ def ioctl_record(fd: int, request: int, argument: Any) -> Record:
     return (Ask.IOCTL, 0, head + b"".join(pointers) + data + more)
 
 
+def accesses(data: bytes) -> list[G.Access]:
+    """Accesses that an EXECUTE left to user space."""
+    *_, eois, count = _STOPPED.unpack_from(data)
+    found = _ACCESS.iter_unpack(data[_STOPPED.size + eois :][: count * _ACCESS.size])
+    return [
+        G.Access(bool(port), address, length, bool(write), value) for address, value, port, length, write, _ in found
+    ]
+
+
 def stopped(data: bytes) -> tuple[G.Stopped | None, int, tuple[int, int, int], bytes]:
     """What an EXECUTE came to: None when it was too late; exit reason, MSR access, IOAPIC EOIs."""
     late, reason, port, eax, edx, user, why, index, value, eois, _ = _STOPPED.unpack_from(data)
@@ -347,7 +388,7 @@ def stopped(data: bytes) -> tuple[G.Stopped | None, int, tuple[int, int, int], b
         return G.Stopped(0, 0, 0, KvmExit(reason)), reason, (index, value, why), told
     if reason != KvmExit.IO:
         raise ChildProcessError(f"the guest stopped with KVM_EXIT {reason}")
-    return G.Stopped(port, eax, edx, KvmExit.MMIO if user else None), reason, (index, value, why), told
+    return G.Stopped(port, eax, edx, KvmExit(user) if user else None), reason, (index, value, why), told
 
 
 class LabMemory(G.Memory):
@@ -386,6 +427,7 @@ class LabGuest(G.Guest):
         self._reason = 0
         self._access = (0, 0, 0)
         self.ioapic_eois: list[int] = []
+        self.left: list[G.Access] = []
         device.ask((Ask.GUEST, 0, struct.pack("<III", fd, self._slot, run_bytes)))
 
     def close(self) -> None:
@@ -424,6 +466,7 @@ class LabGuest(G.Guest):
         data = self._device.act(self._fd, (Ask.EXECUTE, set_regs, payload))[0].data
         came, self._reason, self._access, eois = stopped(data)
         self.ioapic_eois.extend(eois)
+        self.left.extend(accesses(data))
         if came is None:
             raise TimeoutError(f"the guest did not come back in {seconds} s")
         return came

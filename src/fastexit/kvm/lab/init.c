@@ -28,7 +28,8 @@
 #include <unistd.h>
 
 enum op { OPEN = 1, CLOSE, IOCTL, READ, WRITE, MEMORY, STORE, GUEST, FREE, EXECUTE, WATCH, LOOK, CLOCK, SLEEP, QUIT, ANSWER, DEADLINE, PROGRAM, SURVEY, LIVE, EVENTFD, MAKE_READY };
-enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000, EXITS = 16, MSRS = 64 };
+enum { READY = 0x4654, HEADER = 4096, ARGUMENT = 1 << 16, SLOTS = 8192, PIECE = 1 << 20, EOIS = 64, MEMORY_BYTES = 0x10000, EXITS = 16, MSRS = 64, ACCESSES = 16 };
+enum { PORT_DONE = 0x10, PORT_FAULT, PORT_INTERRUPT }; /* by which programs report themselves */
 enum { LOOK_STATES = 1, LOOK_SREGS = 2, SET_REGS = 1, ANEW = 1 };
 
 struct header {
@@ -311,11 +312,41 @@ static void alarm_every(int64_t ns)
 	setitimer(ITIMER_REAL, &timer, NULL);
 }
 
+/* An access of a guest's to what the kernel has no device for. */
+struct access { uint64_t address, data; uint16_t port, length, write, unused; };
+
+/* Answers an access with zeros, and notes it. */
+static int answer_access(struct kvm_run *run, struct access *access)
+{
+	memset(access, 0, sizeof *access);
+	if (run->exit_reason == KVM_EXIT_MMIO) {
+		access->address = run->mmio.phys_addr;
+		access->length = run->mmio.len;
+		access->write = run->mmio.is_write;
+		if (access->write)
+			memcpy(&access->data, run->mmio.data, run->mmio.len);
+		memset(run->mmio.data, 0, sizeof run->mmio.data);
+	} else {
+		uint8_t *data = (uint8_t *)run + run->io.data_offset;
+
+		access->address = run->io.port;
+		access->port = 1;
+		access->length = run->io.size;
+		access->write = run->io.direction == KVM_EXIT_IO_OUT;
+		if (access->write)
+			memcpy(&access->data, data, run->io.size);
+		else
+			memset(data, 0, run->io.size);
+	}
+	return run->exit_reason;
+}
+
 /* KVM_RUN until a program ends, its time is over, or an exit is for Python to answer. */
 static void do_execute(const uint8_t *payload, int set_regs)
 {
 	struct { uint32_t slot, unused; uint64_t rax, rcx, rdx, rdi, rsp, rip, rflags, ns; } in;
-	struct { uint32_t late, exit_reason, port, eax, edx, user, msr_reason, msr_index; uint64_t msr_data; uint32_t eois, unused; } out = { 0 };
+	struct { uint32_t late, exit_reason, port, eax, edx, user, msr_reason, msr_index; uint64_t msr_data; uint32_t eois, accesses; } out = { 0 };
+	struct access accesses[ACCESSES];
 	struct kvm_regs regs = { 0 };
 	struct kvm_run *run;
 	uint8_t eois[EOIS], *bytes;
@@ -351,9 +382,9 @@ static void do_execute(const uint8_t *payload, int set_regs)
 			out.late = errno == EINTR;
 			break;
 		}
-		if (run->exit_reason == KVM_EXIT_MMIO) {
-			out.user = KVM_EXIT_MMIO;
-			memset(run->mmio.data, 0, sizeof run->mmio.data);
+		if (out.accesses < ACCESSES && (run->exit_reason == KVM_EXIT_MMIO ||
+		    (run->exit_reason == KVM_EXIT_IO && (run->io.port < PORT_DONE || run->io.port > PORT_INTERRUPT)))) {
+			out.user = answer_access(run, &accesses[out.accesses++]);
 		} else if (run->exit_reason == KVM_EXIT_IOAPIC_EOI && out.eois < EOIS) {
 			eois[out.eois++] = run->eoi.vector;
 		} else {
@@ -384,14 +415,15 @@ static void do_execute(const uint8_t *payload, int set_regs)
 		out.msr_index = run->msr.index;
 		out.msr_data = run->msr.data;
 	}
-	bytes = room(sizeof out + EOIS);
+	bytes = room(sizeof out + EOIS + sizeof accesses);
 	if (!bytes) {
 		put_error(ENOSPC);
 		return;
 	}
 	memcpy(bytes, &out, sizeof out);
 	memcpy(bytes + sizeof out, eois, out.eois);
-	put(0, sizeof out + out.eois);
+	memcpy(bytes + sizeof out + out.eois, accesses, out.accesses * sizeof *accesses);
+	put(0, sizeof out + out.eois + out.accesses * sizeof *accesses);
 }
 
 #include "program.h"
