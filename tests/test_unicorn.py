@@ -201,6 +201,17 @@ def test_cpuid_and_tsc() -> None:
     assert [second - first, third - second, fourth - third] == [24, 6, 8]  # twice the instructions between
 
 
+def test_tsc_is_the_guests_to_move() -> None:
+    """IA32_TSC and IA32_TSC_ADJUST, within a slice of instructions."""
+    code = wrmsr(0x10, 1000) + b"\x0f\x31" + G.keep(0x500) + G.rdmsr(0x3B, 0x508) + wrmsr(0x3B, 0)
+    host = guest(b"", code + b"\x0f\x31" + G.keep(0x510) + STOP, x2apic=True, tsc_khz=2_000_000)
+    host.run(instructions=LONG)
+    written, moved, back = struct.unpack_from("<3Q", host.memory, 0x500)
+    assert written == 1002  # one instruction behind the WRMSR, two ticks each
+    assert 900 < moved < 1000
+    assert 0 < back - (written - moved) < 200
+
+
 # --------------------------------------------------------------------------------------------------- the xAPIC page
 
 

@@ -21,9 +21,17 @@ from fastexit.reasons import SvmExit, VmxExit
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
 
-MSR_TSC, MSR_TSC_AUX = 0x10, 0xC000_0103
-OURS = frozenset({R.MSR_APICBASE, R.MSR_TSC_DEADLINE, *range(R.MSR_X2APIC_BASE, R.MSR_X2APIC_BASE + 0x100)})
-"""MSRs that fastexit answers for; all others but the TSC are Unicorn's."""
+MSR_TSC_AUX = 0xC000_0103
+OURS = frozenset(
+    {
+        R.MSR_TSC,
+        R.MSR_APICBASE,
+        R.MSR_TSC_ADJUST,
+        R.MSR_TSC_DEADLINE,
+        *range(R.MSR_X2APIC_BASE, R.MSR_X2APIC_BASE + 0x100),
+    }
+)
+"""MSRs that fastexit answers for; all others are Unicorn's."""
 ICRS = frozenset(R.MSR_X2APIC_BASE + (offset >> 4) for offset in (R.APIC_ICR, R.APIC_SELF_IPI))
 CPUID_X2APIC, CPUID_DEADLINE, CPUID_APIC = 1 << 21, 1 << 24, 1 << 9
 """Of leaf 1: the first two of ECX, the last of EDX."""
@@ -189,12 +197,10 @@ class UnicornCpu(Interruptible):
         rip = self._begin(stop)
         msr = self.read("RCX") & _U32
         if msr not in OURS:
-            if msr == MSR_TSC:  # the clock is the host's
-                self._end(rip)
-            else:
-                self._leave_to_unicorn(stop)
-            return None
+            return self._leave_to_unicorn(stop)
         value = (self.read("RDX") & _U32) << 32 | self.read("RAX") & _U32
+        if msr == R.MSR_TSC:  # the machine's clock is at the slice's beginning
+            value = value - self._ticks() & L.NONE
         outcome = self.vcpu.hw_wrmsr(msr, value)
         if outcome.fault:
             return self._general_protection()
@@ -209,10 +215,10 @@ class UnicornCpu(Interruptible):
     def _rdmsr(self, stop: Stop) -> None:
         rip = self._begin(stop)
         msr = self.read("RCX") & _U32
-        if msr == MSR_TSC:
-            self._answer(self.tsc())
-        elif msr not in OURS:
+        if msr not in OURS:
             return self._leave_to_unicorn(stop)
+        if msr == R.MSR_TSC:
+            self._answer(self.tsc())  # the CPU reads it by itself
         else:
             code = self._hardware.rdmsr(self.vcpu, msr)
             if code & CODE_GP:
@@ -227,13 +233,20 @@ class UnicornCpu(Interruptible):
         self.write("RAX", value & _U32)
         self.write("RDX", value >> 32)
 
-    def tsc(self) -> int:
-        """The guest's TSC: the machine's clock, and what this slice has done since."""
-        done = self.words[H.COUNT] - self._slice_began
+    def _at(self, ns: int) -> int:
+        """The vCPU's TSC when the machine's clock is there."""
         row = L.TSC + self.vcpu.index * L.TSC_STRIDE
         khz = self._mem[L.H_TSC_KHZ] ^ self._mem[row + L.TSC_RATE]
-        ticks = (self.host.machine.time + self.host.ns(done)) * khz // 1_000_000
-        return ticks + self._mem[row + L.TSC_OFFSET] & L.NONE
+        return ns * khz // 1_000_000 + self._mem[row + L.TSC_OFFSET]
+
+    def _ticks(self) -> int:
+        """What the TSC has counted in this slice, which the machine's clock has not."""
+        time, done = self.host.machine.time, self.words[H.COUNT] - self._slice_began
+        return self._at(time + self.host.ns(done)) - self._at(time)
+
+    def tsc(self) -> int:
+        """The guest's TSC: the vCPU's at the machine's clock, and what this slice has done since."""
+        return self._at(self.host.machine.time) + self._ticks() & L.NONE
 
     def _rdtsc(self, stop: Stop) -> None:
         rip = self._begin(stop)
