@@ -140,3 +140,42 @@ def test_vcpus_created_at_once() -> None:
         thread.join()
     assert [vcpu.index for vcpu in machine.vcpus] == list(range(46))
     assert len({vcpu.vcpu_id for vcpu in machine.vcpus}) == 46
+
+
+@pytest.mark.skipif(not declare.JIT, reason="interpreted kernels are Python: their accesses are atomic towards nobody")
+def test_lines_while_a_guest_programs_the_ioapic() -> None:
+    """A guest masks and unmasks a level pin that waits, over and over; an edge of another pin arrives each time."""
+    machine = fx.Machine(vcpus=3, apicv=False)
+    machine.boot_x2apic()
+    v = machine.vcpus[0]
+    for index, value in (
+        (0x11 + 2 * 18, 2 << 24),
+        (0x10 + 2 * 18, 0x42),
+        (0x11 + 2 * 17, 1 << 24),
+        (0x10 + 2 * 17, 0x1_8041),
+    ):
+        v.mem_write(0xFEC0_0000, index)
+        v.mem_write(0xFEC0_0010, value)
+    exits = np.zeros(4000, dtype=fx.EXIT)
+    exits["reason"], exits["gpa"], exits["info"] = fx.VmxExit.EPT_MISCONFIG, 0xFEC0_0010, 4 | L.MMIO_WRITE
+    exits["value"][::2], exits["value"][1::2] = 0x1_8041, 0x8041
+    declare.warmup()
+    for _ in range(ROUNDS):
+        programmer = threading.Thread(target=machine.run, args=(exits,))
+        programmer.start()
+        while programmer.is_alive():
+            for level in (1, 0):
+                machine.irq_line(17, level)
+                assert machine.irq_line(18, level) == 1
+            assert machine.vcpus[2].ack() == 0x42
+            machine.vcpus[2].eoi()
+        programmer.join()
+        base = L.IOAPIC + L.IOAPIC_REDIRTBL
+        assert machine.mem[base + 18] == 2 << 56 | 0x42
+        assert machine.mem[L.IOAPIC + L.IOAPIC_IRR] & 1 << 17 == 0
+        remote_irr = bool(machine.mem[base + 17] & 1 << 14)
+        assert remote_irr is (machine.vcpus[1].pending() == 0x41)
+        if machine.vcpus[1].ack() is not None:
+            machine.vcpus[1].eoi()
+        for value in (0x1_0041, 0x1_8041):  # edge in between: that clears remote IRR
+            v.mem_write(0xFEC0_0010, value)

@@ -280,7 +280,7 @@ def enter(m, v):
         m[host + k.K_SRCU_LOCKS] = m[host + k.K_SRCU_LOCKS] + k.ONE
         cancel_injection(m, v)
         if m[host + k.K_ATTENTION]:
-            take_pv_eoi(m, v)
+            m[host + k.K_SENT] = m[host + k.K_SENT] | take_pv_eoi(m, v)
         return k.ZERO
     return ENTERED
 
