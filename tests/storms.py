@@ -31,6 +31,10 @@ PAGE = r.APIC_DEFAULT_PHYS_BASE
 FAST = 0xFEB0_0000
 DEVICES = (FAST, FAST + 4, 0xFEC0_0000, PAGE - 1, PAGE, PAGE + 0x30, PAGE + 0x1000, 0, (1 << 48) - 1)
 """Addresses with an ioeventfd, with nothing, and around the page."""
+PORT_ACCESSES = [(0x60, 1, 0), (0x3F8, 2, 1), (0xFFFF, 4, 1)]
+PORT_ACCESSES += [(port, 1, reads) for port in (0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1) for reads in (0, 0, 1)]
+PORT_ACCESSES += [(port, length, reads) for port in (0x20, 0xA1, 0x4D0) for length in (2, 4) for reads in (0, 1)]
+"""Port, length, and whether it is an IN: user space's, and the PICs'."""
 
 
 class Numbers:
@@ -45,7 +49,7 @@ class Numbers:
         self.interrupt = int(fx.SvmExit.INTERRUPT if svm else fx.VmxExit.EXTERNAL_INTERRUPT)
         self.memory = [self.page] if svm else [self.page, int(fx.VmxExit.EPT_VIOLATION)]
         self.io = int(fx.SvmExit.IO if svm else fx.VmxExit.IO_INSTRUCTION)
-        self.io_infos = (0x0060_0010, 0x03F8_0021, 0xFFFF_0041) if svm else (0x0060_0000, 0x03F8_0009, 0xFFFF_0003)
+        self.io_infos = [self.io_info(*access) for access in PORT_ACCESSES]
         self.others = [
             int(reason)
             for reason in (
@@ -54,6 +58,10 @@ class Numbers:
                 else (fx.VmxExit.HLT, fx.VmxExit.INTERRUPT_WINDOW, fx.VmxExit.CPUID, fx.VmxExit.RDPMC, 0xFFF0)
             )
         ]
+
+    def io_info(self, port: int, length: int, reads: int) -> int:
+        """An exit qualification, or EXITINFO1."""
+        return port << 16 | (length << 4 | reads if self.svm else length - 1 | reads << 3)
 
 
 def build(
@@ -99,7 +107,10 @@ def build(
 
 
 def between(rng: random.Random, machines: Sequence[fx.Machine]) -> None:
-    """What is no exit: a guest takes PV EOI's offer, a signal comes, user space sets or wants something."""
+    """What is no exit: a guest takes PV EOI's offer, a signal or a line comes, user space sets or wants something."""
+    gsi, level = rng.randrange(24), rng.randrange(2)
+    for m in machines:
+        m.irq_line(gsi, level)
     for twins in zip(*(m.vcpus for m in machines)):
         what = rng.randrange(10)
         for v in twins:
@@ -173,7 +184,7 @@ def one(rng: random.Random, on: Numbers) -> tuple[int, int, int, int, int, int]:
     if kind < 0.97:
         reason, length, gpa = rng.choice(on.memory), rng.choice((1, 2, 4, 8)), rng.choice(DEVICES)
         return vcpu, reason, 0, length | rng.choice((0, L.MMIO_WRITE)), rng.getrandbits(8 * length), gpa
-    if kind < 0.98:
+    if kind < 0.99:
         return vcpu, on.io, 0, rng.choice(on.io_infos), rng.getrandbits(32), 0
     return vcpu, rng.choice(on.others), 0x830, rng.choice((0, 1)), 0x1000000FD, 0
 
