@@ -36,6 +36,7 @@ H_PROFILE = 10  # owner; Profile.number of the kernel generation
 H_MAXPHYADDR = 11  # owner
 H_LOST_LOWEST = 12  # remote store; set once lowest-priority hashing chose an empty slot
 H_TRACE_HEAD = 13  # remote; records written since the last clear
+H_TSC_MOVED = 14  # remote store; 1 once a vCPU's TSC may not be the host's
 H_HANDLERS = 15  # owner; 1 when an embedder replaced a handler that the batch kernel has
 H_NOW = 16  # owner; the host's monotonic clock, ns
 H_TSC_KHZ = 17  # owner; TSC ticks a millisecond, the host's and a new vCPU's, counted from clock 0

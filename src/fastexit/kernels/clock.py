@@ -42,14 +42,27 @@ def host_tsc(m):
 @kernel("u8(words, u8)")
 def virtual_khz(m, v):
     """virtual_tsc_khz: what user space has said that a vCPU's TSC runs at."""
-    return m[k.H_TSC_KHZ] ^ m[tsc_row(v) + k.TSC_KHZ]
+    khz = m[k.H_TSC_KHZ]
+    return khz ^ m[tsc_row(v) + k.TSC_KHZ] if m[k.H_TSC_MOVED] else khz
+
+
+@kernel("u8(words, u8)")
+def is_scaled(m, v):
+    """Whether a vCPU's TSC runs at another rate than the host's."""
+    return m[tsc_row(v) + k.TSC_RATE] if m[k.H_TSC_MOVED] else k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
-def scaled(m, v, host):
-    """kvm_scale_tsc of the host's TSC as it is now: the guest's without its offset."""
+def _scaled(m, v, host):
+    """kvm_scale_tsc of the host's TSC as it is now."""
     rate = m[tsc_row(v) + k.TSC_RATE]
     return at_rate(m[k.H_TSC_KHZ] ^ rate, m[k.H_NOW]) if rate else host
+
+
+@kernel("u8(words, u8, u8)")
+def guest_of(m, v, host):
+    """A vCPU's TSC while the host's is ``host``, as it is now."""
+    return _scaled(m, v, host) + m[tsc_row(v) + k.TSC_OFFSET] if m[k.H_TSC_MOVED] else host
 
 
 @kernel("u8(words, u8, u8)")
@@ -61,13 +74,16 @@ def cycles(m, v, ns):
 @kernel("u8(words, u8)")
 def guest_tsc(m, v):
     """A vCPU's TSC at the machine's clock. kvm_read_l1_tsc."""
-    return scaled(m, v, host_tsc(m)) + m[tsc_row(v) + k.TSC_OFFSET]
+    return guest_of(m, v, host_tsc(m))
 
 
 @kernel("u8(words, u8, u8)")
 def tsc_after(m, v, ns):
     """A vCPU's TSC when so many ns have gone by: before its offset, at most 2^64 - 1."""
-    return later(scaled(m, v, host_tsc(m)), cycles(m, v, ns)) + m[tsc_row(v) + k.TSC_OFFSET]
+    ticks = cycles(m, v, ns)
+    if not m[k.H_TSC_MOVED]:
+        return later(host_tsc(m), ticks)
+    return later(_scaled(m, v, host_tsc(m)), ticks) + m[tsc_row(v) + k.TSC_OFFSET]
 
 
 @kernel("u8(u8, u8)")

@@ -5,7 +5,7 @@ Models: start_hv_timer, vmx_set_hv_timer; what follows its exit is timer.expire_
 
 from ..jit.declare import kernel, umax
 from . import typed as k
-from .clock import can_use_hv, cycles, host_tsc, scaled, tsc_row, virtual_khz
+from .clock import can_use_hv, cycles, guest_of, host_tsc, is_scaled, virtual_khz
 from .shared import hot, own
 from .tick import expired
 
@@ -34,11 +34,12 @@ def arm_hv(m, v):
     if not can_use_hv(m, v) or not deadline:
         return k.ZERO
     host = host_tsc(m)
-    tsc = scaled(m, v, host) + m[tsc_row(v) + k.TSC_OFFSET]
+    tsc = guest_of(m, v, host)
     delta = umax(deadline, tsc) - tsc
-    ahead = cycles(m, v, m[row + k.K_TIMER_ADVANCE])
-    delta = delta - ahead if delta > ahead else k.ZERO
-    if m[tsc_row(v) + k.TSC_RATE]:
+    if m[row + k.K_TIMER_ADVANCE]:
+        ahead = cycles(m, v, m[row + k.K_TIMER_ADVANCE])
+        delta = delta - ahead if delta > ahead else k.ZERO
+    if is_scaled(m, v):
         delta = _host_ticks(m, v, delta)
     if delta >> (PREEMPTION_TIMER_SHIFT + k.U(32)):
         return k.ZERO

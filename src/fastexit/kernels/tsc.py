@@ -1,9 +1,10 @@
 """A guest's TSC moved: IA32_TSC and IA32_TSC_ADJUST written by guest and user space, KVM_SET_TSC_KHZ.
 
 Models: kvm_synchronize_tsc (kvm_write_tsc up to 5.8) with __kvm_synchronize_tsc, adjust_tsc_offset_guest,
-kvm_set_tsc_khz. Timers that run are left alone, as KVM leaves them. Not modelled: a host without TSC scaling, whose KVM
-lets a guest's TSC catch up; an unstable host TSC; KVM_VCPU_TSC_OFFSET; masterclock and kvmclock; L2's own offset. Spec:
-SDM vol. 3B 18.17.
+kvm_set_tsc_khz. Timers that run are left alone, as KVM leaves them. H_TSC_MOVED says that somebody has moved one: where
+nobody has, no timer looks at a vCPU's offset and rate. Not modelled: a host without TSC scaling, whose KVM lets a
+guest's TSC catch up; an unstable host TSC; KVM_VCPU_TSC_OFFSET; masterclock and kvmclock; L2's own offset. Spec: SDM
+vol. 3B 18.17.
 """
 
 from ..jit.declare import kernel, umin
@@ -57,6 +58,7 @@ def write(m, v, value, host):
 
     Up to 5.8 a guest's write synchronised too.
     """
+    m[k.H_TSC_MOVED] = k.ONE
     row = tsc_row(v)
     was = m[row + k.TSC_OFFSET]
     if host:
@@ -76,6 +78,7 @@ def write_adjust(m, v, value, host):
     """IA32_TSC_ADJUST: the guest's write moves its TSC by the difference; user space's only says what is read."""
     row = tsc_row(v)
     if not host:
+        m[k.H_TSC_MOVED] = k.ONE
         m[row + k.TSC_OFFSET] = m[row + k.TSC_OFFSET] + (value - m[row + k.TSC_ADJUST])
         make_request(m, v, k.REQ_CLOCK_UPDATE)
     m[row + k.TSC_ADJUST] = value
@@ -90,6 +93,7 @@ def set_khz(m, v, khz):
     most = host * (k.TSC_MOST_SVM if m[k.H_CONFIG] & k.CONFIG_SVM else k.TSC_MOST_VMX) - k.ONE
     if khz >= umin(most, k.TSC_MOST_KHZ + k.ONE):
         return k.CODE_GP
+    m[k.H_TSC_MOVED] = k.ONE
     million = k.U(1_000_000)
     low = host * (million - k.TSC_TOLERANCE_PPM) // million
     high = host * (million + k.TSC_TOLERANCE_PPM) // million
