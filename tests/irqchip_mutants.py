@@ -48,6 +48,8 @@ def told(where: Judge, witness: Any, operations: int, seed: int) -> tuple[int, s
         except Divergence as found:
             if not found.late or shortened(IrqchipTwins, found, witness, 0) is not None:
                 return done, found.text
+        except Exception as error:  # a side that raises what it may not is as good a difference as any
+            return done, f"{type(error).__name__}: {error}"
     return done, None
 
 

@@ -107,7 +107,10 @@ def destination(rng: random.Random, machine: Chips) -> int:
 
 def entry(rng: random.Random, machine: Chips, pools: Pools) -> int:
     """A redirection entry."""
-    value = pools.vector(rng) | mode(rng, machine) << 8 | destination(rng, machine) << r.REDIR_DEST_SHIFT
+    how = mode(rng, machine)
+    if how == r.DM_INIT and machine.tells_eoi_at_once:
+        how = r.DM_FIXED  # a guest whose own store raises it would not come back from that
+    value = pools.vector(rng) | how << 8 | destination(rng, machine) << r.REDIR_DEST_SHIFT
     for bit, likely in (
         (r.REDIR_LOGICAL, 0.4),
         (r.REDIR_STATUS, 0.1),
