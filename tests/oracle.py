@@ -191,10 +191,14 @@ class Machine:
         for why, there in changes.items():
             self._inhibit(why, there, switches)
         if switches:
-            for vcpu in self.vcpus:
-                if vcpu.in_guest and not vcpu.kicked:
-                    vcpu.tell("KICK")
-                vcpu.request("APICV_UPDATE")
+            self.ask_all("APICV_UPDATE")
+
+    def ask_all(self, name: str) -> None:
+        """A KVM_REQ_* of every vCPU; nobody is woken for it."""
+        for vcpu in self.vcpus:
+            if vcpu.in_guest and not vcpu.kicked:
+                vcpu.tell("KICK")
+            vcpu.request(name)
 
     def _inhibit(self, reason: r.Inhibit, on: bool, switches: bool) -> None:
         (self.inhibits.add if on else self.inhibits.discard)(reason)
@@ -302,10 +306,13 @@ class Machine:
     # ------------------------------------------------------------------------------------------------- APIC map
 
     def rebuild_map(self) -> None:
-        """Rebuilds the map if something it depends on has changed."""
-        if not self.map_dirty:
-            return
-        self.map_dirty = False
+        """Rebuilds the map if something it depends on has changed; whose EOIs the IOAPIC wants may have, too."""
+        if self.map_dirty:
+            self.map_dirty = False
+            self._build_map()
+            self.ask_all("SCAN_IOAPIC")
+
+    def _build_map(self) -> None:
         present = [v for v in self.vcpus if v.hw_enabled]
         if self.generation < self.at("6.6"):
             self.map = self._map_up_to_6_1(present)

@@ -227,12 +227,6 @@ class Machine(oracle.Machine):
     def new_vcpu(self, apic_id: int) -> Vcpu:
         return Vcpu(self, apic_id, len(self.vcpus))
 
-    def rebuild_map(self) -> None:
-        changes = self.map_dirty
-        super().rebuild_map()
-        if changes:
-            self.scan(self.vcpus)
-
     @staticmethod
     def scan(vcpus: Iterable[Vcpu]) -> None:
         for vcpu in vcpus:
