@@ -84,6 +84,16 @@ BARS = {
         6,
         cases=("EOI", "TPR", "read ID", "read TPR", "ICR, 5.8"),
     ),
+    "13 line": Bar(
+        "batch: an edge-triggered line up, consumed, down, over one IPI, consumed", "x", 3, 2, cases=("irq_line",)
+    ),
+    "13": Bar(
+        "batch: over an RDMSR of the local APIC that exits",
+        "x",
+        3,
+        2,
+        cases=("EOI of a level interrupt", "IOAPIC page access"),
+    ),
 }
 
 
