@@ -89,9 +89,12 @@ def test_readme_batch_runs() -> None:
     assert [set(ipi.cycles_ipi), set(ipi.cycles)] == [{n} for n in said]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("for-*.md")), ids=lambda page: page.stem)
+PAGES = [*sorted((ROOT / "docs").glob("for-*.md")), ROOT / "docs" / "irqchip.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_for_readers_run(page: Path) -> None:
-    """Every Python block of a page for one kind of reader runs as it stands, from a fresh start."""
+    """Every Python block of a page for one kind of reader, or of the irqchip's, runs as it stands, from the start."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
