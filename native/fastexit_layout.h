@@ -124,6 +124,8 @@ enum {
 
 /* A record's reason that is no exit: 0xF2 reaches the vCPU's pCPU. */
 #define FX_NOTIFICATION 0xF00000F2u
+/* Another one: a device sets the line of the GSI in msr to the level in info; accepted is KVM_IRQ_LINE_STATUS's. */
+#define FX_IRQ_LINE 0xF000AE67u
 
 /* The descriptor: SDM vol. 3C, "Posted-Interrupt Processing". */
 struct fx_pid {

@@ -386,3 +386,42 @@ def test_batch_releases_the_gil() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+# ---------------------------------------------------------------------------------------------------- devices' lines
+
+
+@pytest.mark.parametrize("options", [{}, {"apicv": False}, {"threads": False}, {"irqchip": "split"}, {"vendor": "svm"}])
+def test_lines_of_devices(options: dict[str, Any]) -> None:
+    """A record of a line does what irq_line does, between exits of the vCPUs that it interrupts."""
+    one, many = (fx.Machine(vcpus=3, **options) for _ in range(2))
+    for m in (one, many):
+        m.boot_x2apic()
+        m.set_gsi_routing([("msi", 30, 0xFEE0_2000, 0x61), ("msi", 31, 0xFEE0_0000, 0x8062)])
+        if options.get("irqchip") != "split":
+            routes = [("ioapic", 4, 4), ("ioapic", 17, 17), ("pic", 4, 0, 4), ("msi", 30, 0xFEE0_2000, 0x61)]
+            m.set_gsi_routing(routes)
+            for pin, entry in ((4, 1 << 56 | 0x34), (17, 0x8041)):
+                for half in (0, 1):
+                    m.vcpus[0].mem_write(0xFEC0_0000, 0x10 + 2 * pin + half)
+                    m.vcpus[0].mem_write(0xFEC0_0010, entry >> 32 * half & 0xFFFF_FFFF)
+    rng = random.Random(7)
+    wrmsr = one.dispatcher.vendor.wrmsr_reason
+    records = []
+    for _ in range(200):
+        if rng.random() < 0.6:
+            gsi, level = rng.choice([4, 17, 30, 31, 99, 5000, 0xFFFF_FFFF]), rng.choice([0, 1, 1, 0xFFFF_FFFF])
+            records.append((rng.randrange(3), L.IRQ_LINE, gsi, level, 0, 0))
+        else:
+            info = int(options.get("vendor") == "svm")
+            records.append((rng.randrange(3), wrmsr, 0x80B, info, 0, 0))
+    outcomes = many.run(np.array(records, dtype=L.EXIT))
+    for (v, reason, where, info, _, _), outcome in zip(records, outcomes, strict=True):
+        if reason == L.IRQ_LINE:
+            assert one.irq_line(where, info) == outcome["accepted"]
+            told = [(int(outcome["value"]) & 0xFFF, int(outcome["value"]) >> 12 & 0xF)]
+            assert told[: int(outcome["value"]) >> 32 > 0] == list(one.targets)[:1]
+        else:
+            assert one.vcpus[v].wrmsr(where, 0).code == outcome["code"]
+    assert many.snapshot() == one.snapshot()
+    assert not many.words[L.HOST_BUSY]

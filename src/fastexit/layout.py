@@ -552,9 +552,12 @@ All others: ``info`` is the exit qualification or EXITINFO1.
 
 A reason of NOTIFICATION is no exit: vector 0xF2 reaches the pCPU of ``vcpu``, as Vcpu.hw_notify has it. Its outcome is
 Path.HARDWARE when the CPU took PIR to IRR, and nothing but Path.SLOW when the host's handler got the vector.
+A reason of IRQ_LINE is none either: a device sets the line of the GSI in ``msr`` to the level in ``info``, as
+Machine.irq_line does, whatever ``vcpu`` is; ``accepted`` of its outcome is the status.
 """
 MMIO_WRITE = 1 << 31
 NOTIFICATION = 0xF000_00F2  # among the exit codes that the APM leaves to hosts; no VMX exit has such a number
+IRQ_LINE = 0xF000_AE67
 
 OUTCOME = np.dtype(
     {

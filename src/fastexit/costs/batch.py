@@ -113,7 +113,7 @@ def _cycles(
     """The two numbers of one kind of record, for some of whose targets, ``told`` of them, there was something to do."""
     reason, msr = where >> 32, where & 0xFFFF_FFFF
     info, concerns_sender = info >> 1, bool(info & 1)
-    if reason == L.NOTIFICATION:
+    if reason in (L.NOTIFICATION, L.IRQ_LINE):
         return _NONE
     loop, config = machine.dispatcher, machine.mem[L.H_CONFIG]
     vendor, out = loop.vendor, OUTCOMES[code]

@@ -6,8 +6,9 @@ exit, and the caller hands it to the Python dispatcher.
 
 from ..jit.atomics import prefetch
 from ..jit.declare import inlined, kernel
-from . import bus, unicast
+from . import bus, routes, unicast
 from . import typed as k
+from .hostrow import give_row, take_row
 from .loop import behind_unicast, find_row, handles, run_exit
 from .pi import process_notification
 from .shared import clear_words, own, vec
@@ -139,6 +140,11 @@ def run(m, exits, outcomes, first, n):
         if reason == k.NOTIFICATION:
             outcomes[out + k.ONE] = k.ZERO
             outcomes[out] = k.CODE_HARDWARE if process_notification(m, v) else k.ZERO
+        elif reason == k.IRQ_LINE:
+            me = take_row(m)
+            outcomes[out] = routes.irq_line(m, msr, info, k.ONE, me)
+            outcomes[out + k.ONE] = m[own(m, me) + k.K_TARGETS]
+            give_row(m, me)
         else:
             row = find_row(m, reason, info)
             op = row & k.ROW_OPERATION
