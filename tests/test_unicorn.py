@@ -493,3 +493,67 @@ def test_missing_unicorn_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "ImportError: unicorn is not installed: pip install unicorn"
+
+
+# --------------------------------------------------------------------------------------------------------- devices
+
+
+def out(port: int, value: int) -> bytes:
+    """mov edx, port; mov al, value; out dx, al."""
+    return b"\xba" + G.word(port) + b"\xb0" + bytes((value,)) + b"\xee"
+
+
+def into(port: int, place: int) -> bytes:
+    """mov edx, port; in al, dx; mov [place], al."""
+    return b"\xba" + G.word(port) + b"\xec" + b"\x88\x04\x25" + G.word(place)
+
+
+def pin(number: int, entry: int) -> bytes:
+    """Program a pin of the IOAPIC, for CPU 0."""
+    halves = ((0x11 + 2 * number, 0), (0x10 + 2 * number, entry))
+    return b"".join(G.poke(0xFEC0_0000, index) + G.poke(0xFEC0_0010, value) for index, value in halves)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_the_ioapic_delivers_a_line(machine: dict[str, object]) -> None:
+    """A level interrupt comes again at its EOI as long as the line is up, and a guest reads what it wrote."""
+    host = guest(pin(17, 0x8000 | IPI) + G.peek(0xFEC0_0010, 0x500) + STI + SPIN, quantum=20, **machine)
+    host.run(instructions=100)
+    assert read(host, 0x500) == 0x8000 | IPI
+    assert count(host, IPI) == 0
+    host.machine.irq_line(17, 1)
+    assert host.run(lambda host: count(host, IPI) >= 3, instructions=1000) is Ended.UNTIL
+    host.machine.irq_line(17, 0)
+    host.run(instructions=1000)
+    taken = count(host, IPI)
+    assert 3 <= taken <= 5  # what was under way
+    host.machine.irq_line(17, 1)
+    host.machine.irq_line(17, 0)
+    host.run(instructions=1000)
+    assert count(host, IPI) == taken + 1
+    assert host.cpus[0].counters.devices == 5
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_the_pics_and_the_pit_by_their_ports(machine: dict[str, object]) -> None:
+    """IRQ 0 by way of LINT0, each tick ended at port 0x20; a sleeping CPU is woken by it."""
+    setup = b"".join(out(*write) for write in ((0x20, 0x11), (0x21, IPI), (0x21, 4), (0x21, 1), (0x21, 0xFE)))
+    timer = b"".join(out(*write) for write in ((0x43, 0x34), (0x40, 0xA9), (0x40, 0x04)))
+    again = into(0x21, 0x504) + STI + HLT + b"\xeb\xfd"  # jmp to the hlt
+    host = guest(wrmsr(0x835, 0x700) + setup + timer + again, **machine)
+    host.machine.create_pit()
+    ends = b"\x50\x52" + bump(G.COUNTS + 8 * IPI) + out(0x20, 0x20) + b"\x5a\x58" + G.IRETQ
+    host.load(G.HANDLERS, ends)
+    host.run(instructions=10_500_000)
+    assert read(host, 0x504) & 0xFF == 0xFE
+    assert count(host, IPI) == 10
+
+
+def test_a_port_where_nobody_is() -> None:
+    """It leaves to user space, which has no device there: all ones, and the guest goes on."""
+    host = guest(put(0x500, 0) + into(0x3F8, 0x500) + out(0x3F8, 65) + STOP)
+    assert host.run(instructions=LONG) is Ended.IDLE
+    assert read(host, 0x500) == 0xFF
+    split = guest(put(0x500, 0) + into(0x21, 0x500) + STOP, irqchip="split")
+    assert split.run(instructions=LONG) is Ended.IDLE
+    assert read(split, 0x500) == 0xFF

@@ -1,12 +1,17 @@
 """One emulated CPU: which instructions of the guest become what of its vCPU.
 
 An access to the APIC is ``Vcpu.hw_wrmsr`` and its like: the instruction as the CPU under fastexit's hypervisor does it,
-with an exit or without. What comes of it between two instructions is in interrupts.py.
+with an exit or without. An access to the IOAPIC's page is ``Vcpu.mem_write``, IN and OUT are ``Vcpu.io_read`` and
+``io_write``; where no device of the machine is, nobody answers. What comes of it all between two instructions is in
+interrupts.py.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import unicorn
+from unicorn import x86_const
 
 from fastexit import layout as L
 from fastexit import regs as R
@@ -60,6 +65,7 @@ class UnicornCpu(Interruptible):
         self._apic_pages: set[int] = set()
         self._slice_began = 0
         self._map_apic()
+        self._reach_devices()
 
     def __repr__(self) -> str:
         return f"<UnicornCpu {self.index} {self.state} at {self.read('RIP'):#x}>"
@@ -145,14 +151,55 @@ class UnicornCpu(Interruptible):
         self._after_access(outcome)
 
     def _begin_mmio(self, page: int) -> bool:
-        """False where nobody answers. Whatever comes of the access is looked at before the next instruction."""
+        """False where nobody answers."""
         if page != self.vcpu.apic_base & R.APICBASE.mask("BASE"):
             return False
         self.counters.mmio += 1
+        self._begin_access()
+        return True
+
+    def _begin_access(self) -> None:
+        """Whatever comes of an access to a device is looked at before the next instruction."""
         self.words[H.LIMIT] = 0
         self._flags = self.read("EFLAGS")
         self._sync()
-        return True
+
+    # --------------------------------------------------------------------------------------- devices behind the APIC
+
+    def _reach_devices(self) -> None:
+        """The IOAPIC's page becomes a device where the machine has an IOAPIC; ports are the machine's in any case."""
+        if not self._mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP:
+            base = R.IOAPIC_DEFAULT_BASE
+            self.uc.mmio_map(base, 0x1000, self._ioapic_read, base, self._ioapic_write, base)
+        for instruction, act in (
+            (x86_const.UC_X86_INS_IN, self._port_read),
+            (x86_const.UC_X86_INS_OUT, self._port_write),
+        ):
+            self.uc.hook_add(unicorn.UC_HOOK_INSN, act, None, 1, 0, instruction)
+
+    def _ioapic_read(self, uc: Any, offset: int, size: int, base: int) -> int:
+        self._begin_access()
+        self.counters.devices += 1
+        return self._answered(self.vcpu.mem_read(base + offset, size), size)
+
+    def _ioapic_write(self, uc: Any, offset: int, size: int, value: int, base: int) -> None:
+        self._begin_access()
+        self.counters.devices += 1
+        self._after_access(self.vcpu.mem_write(base + offset, value & (1 << 8 * size) - 1, size))
+
+    def _port_read(self, uc: Any, port: int, size: int, data: Any) -> int:
+        self._begin_access()
+        self.counters.devices += 1
+        return self._answered(self.vcpu.io_read(port, size), size)
+
+    def _port_write(self, uc: Any, port: int, size: int, value: int, data: Any) -> None:
+        self._begin_access()
+        self.counters.devices += 1
+        self._after_access(self.vcpu.io_write(port, value & (1 << 8 * size) - 1, size))
+
+    def _answered(self, value: int, size: int) -> int:
+        """What a read gives: all ones where it has left to user space, which has no device there."""
+        return value if self.vcpu.exit_reason is None else (1 << 8 * size) - 1
 
     def _after_access(self, outcome: Outcome) -> None:
         self.counters.paths[outcome.path] += 1

@@ -6,8 +6,9 @@
     host.cpus[0].start(0x1000, rsp=0x8000)
     host.run(until=lambda host: host.memory[0x500] == 1)
 
-WRMSR, RDMSR, the xAPIC page, HLT, MOV CR8 and CPUID of the guest go to the machine; what it delivers goes through the
-guest's own IDT. CPUs take turns, so that a run is the same each time. Time goes by instructions.
+WRMSR, RDMSR, the xAPIC page, the IOAPIC's, ports, HLT, MOV CR8 and CPUID of the guest go to the machine; what it
+delivers goes through the guest's own IDT. CPUs take turns, so that a run is the same each time. Time goes by
+instructions.
 """
 
 from __future__ import annotations

@@ -35,13 +35,15 @@ class Counters:
     """What happened on a CPU.
 
     ``ipis``: writes to the ICR and SELF_IPI that did not fault, ``ipis_fast`` those that took the fast path; ``paths``:
-    accesses to the APIC by their Path, ``refused``: those that faulted; ``taken``: interrupts that went through the
-    guest's IDT, by vector; ``exceptions`` likewise; ``stops``: why Unicorn stopped, how often.
+    accesses to the APIC by their Path, ``refused``: those that faulted; ``devices``: accesses to IOAPIC and ports;
+    ``taken``: interrupts that went through the guest's IDT, by vector; ``exceptions`` likewise; ``stops``: why Unicorn
+    stopped, how often.
     """
 
     ipis: int = 0
     ipis_fast: int = 0
     mmio: int = 0
+    devices: int = 0
     refused: int = 0
     paths: Counter[Path] = field(default_factory=Counter)
     taken: Counter[int] = field(default_factory=Counter)
