@@ -428,6 +428,8 @@ def test_sleeper_is_woken(shorthand: int) -> None:
     m.vcpus[0].wrmsr(ICR, fx.icr(dest=2, delivery=5))
     assert run(v).blocked
     put(v, blocking=True)
+    for other in m.vcpus[0], m.vcpus[1], *m.vcpus[3:]:
+        run(other)  # whom the INIT's new APIC map had scan
     out = m.vcpus[0].hw_wrmsr(ICR, fx.icr(dest=0 if shorthand else 2, vector=0x41, shorthand=shorthand))
     assert out.effects == fx.Effect.WAKE | (DOORBELL if shorthand else fx.Effect.NONE)
     assert irr(v) == {0x41}
@@ -938,6 +940,8 @@ def test_incomplete_ipi_by_generation(kernel: str) -> None:
     """Up to 5.15 only sleepers are woken, nobody who runs gets a doorbell, and an invalid target is nobody's."""
     m = old(kernel)
     v, sleeper = m.vcpus[0], m.vcpus[2]
+    for vcpu in m.vcpus:
+        run(vcpu)
     put(sleeper, blocking=True)
     m.mem[sleeper.hot + L.HOT_BLOCKED], m.mem[sleeper.hot + L.HOT_MODE] = 1, 0
     v.exit(INCOMPLETE, info1=fx.icr(vector=0x41, shorthand=3), info2=1 << 32)

@@ -139,6 +139,15 @@ READ: dict[str, tuple[str, str]] = {
         "kvm_msr_allowed of 5.10.262",
         "test_timer_generations.py::test_ranges_of_the_filter_in_stat_exits",
     ),
+    "LAZY_EOI_WHOLE": (
+        "ioapic_lazy_update_eoi of 5.6.4, 5.7.6 and 5.8.18; 5.4.286 has none",
+        "test_ioapic.py::test_lazy_eoi",
+    ),
+    "LAZY_EOI_LEVEL": ("ioapic_set_irq of 5.6.4 and 5.7.6", "test_ioapic.py::test_lazy_eoi"),
+    "TSC_SYNCED_BY_GUEST": (
+        "kvm_set_msr_common of 5.4.286, 5.6.4, 5.7.6, 5.8.18 and 5.10.262",
+        "test_tsc.py::test_guests_that_synchronise",
+    ),
     "READ_ACROSS_TRACED": (
         "kvm_lapic_reg_read of 5.4.286, 5.6.4, 5.7.6, 5.8.18 and 5.10.262",
         "test_register_rules.py::test_a_read_across_a_registers_end",
