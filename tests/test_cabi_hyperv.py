@@ -11,6 +11,7 @@ import pytest
 import fastexit as fx
 from embedded import NOBODY, Door, compiled
 from fastexit import hyperv as HV
+from fastexit import layout as L
 from fastexit.embed.cabi import Open, Status
 from test_cabi import check, whom
 
@@ -144,7 +145,9 @@ def step(pair: Pair, rng: random.Random) -> None:
     elif kind == 8:
         sint, level, index = rng.choice([2, 3, 16]), rng.randrange(2), rng.choice([0, 1, 2, 3])
         pair.p.set_gsi_routing([("hv_sint", 5, index, sint)])
-        status, result = door.hv_sint_line(pair.c, index, sint, level)
+        route = door.ffi.new("struct fx_route *", {"gsi": 5, "kind": L.ROUTE_HV_SINT, "address": index, "data": sint})
+        assert door.fx.set_gsi_routing(pair.c, route, 1) == Status.OK
+        status, result = door.irq_line(pair.c, 5, level)
         assert (status, result.accepted) == (Status.OK, pair.p.irq_line(5, level))
         whom(door, pair.c, NOBODY, result, pair.p.targets)
     elif kind == 9:
