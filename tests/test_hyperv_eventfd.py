@@ -83,7 +83,7 @@ def test_none_is_in_a_snapshot() -> None:
 def test_msr_index_list() -> None:
     """What is not enumerated can be saved all the same: an asymmetry that a VMM has to know."""
     listed = windows("6.12").msr_index_list
-    assert set(listed) - set(range(0x4000_0000, 0x4000_0200)) == {0x6E0, 0x4B56_4D04}
+    assert set(listed) - set(range(0x4000_0000, 0x4000_0200)) == {0x10, 0x3B, 0x6E0, 0x4B56_4D04}
     names = {msr - 0x4000_0000 for msr in listed if 0x4000_0000 <= msr < 0x4000_0200}
     wanted = {
         0,
@@ -104,6 +104,6 @@ def test_msr_index_list() -> None:
     }
     assert names == wanted | {0x118}
     assert hv.MSR_HV_TSC_INVARIANT_CONTROL not in windows("6.1").msr_index_list
-    assert fx.Machine(1, kvm_hyperv=False).msr_index_list == (0x6E0, 0x4B56_4D04)
+    assert fx.Machine(1, kvm_hyperv=False).msr_index_list == (0x10, 0x3B, 0x6E0, 0x4B56_4D04)
     assert hv.MSR_HV_ICR not in listed
     assert windows().vcpus[0].set_msr(hv.MSR_HV_ICR, 0x41)
