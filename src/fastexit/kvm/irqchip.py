@@ -77,6 +77,11 @@ class ChipProgram(Program):
             read = None
         else:
             read = (v.io_read if port else v.mem_read)(where, length)
+        return self._behind(port, read, value, length)
+
+    def _behind(self, port: bool, read: int | None, value: int | None, length: int) -> int | None:
+        """What was read; user space has answered an access that was left to it, and the guest is in again."""
+        v = self.v
         for waits in (v.user_mmio, v.user_io):
             if waits is not None:
                 self.left.append(Access(port, waits[0], waits.length, waits.write, waits.data))
@@ -86,7 +91,7 @@ class ChipProgram(Program):
         if v.exit_reason == KvmExit.IOAPIC_EOI:
             self._note_eoi()
             self._go_on()
-        return None if read is None else read & (1 << 8 * length) - 1
+        return None if read is None or value is not None else read & (1 << 8 * length) - 1
 
 
 class IrqchipTwins(Twins):
@@ -226,16 +231,16 @@ class IrqchipTwins(Twins):
             eois += more
         return result, eois, left
 
+    def program(self, i: int, *, interrupts: bool) -> ChipProgram:
+        """What runs a vCPU's programs on the model."""
+        host = self.host
+        quirks = {"eoi_at_injection": host.eoi_at_injection, "one_entry": host.one_entry}
+        return ChipProgram(self.model.vcpus[i], interrupts=interrupts, **quirks)
+
     def model_run(self, op: Op) -> Ran:
         """A guest's program on the model."""
         name, i, *arguments = op
-        host = self.host
-        program = ChipProgram(
-            self.model.vcpus[i],
-            interrupts=name == "take",
-            eoi_at_injection=host.eoi_at_injection,
-            one_entry=host.one_entry,
-        )
+        program = self.program(i, interrupts=name == "take")
         if name in ACCESSES:
             where, *value, length = arguments
             result: Any = program.access(name, where, value[0] if value else None, length)
