@@ -116,6 +116,7 @@ class IrqchipTwins(Twins):
         self.split: bool = setup.irqchip == "split"
         self.calm: bool = self.host.smm
         self.tells_eoi_at_once: bool = not self.host.one_entry
+        self.ends_at_injection: bool = self.host.eoi_at_injection
         self.model_irqfds: dict[int, Any] = {}
         self.irqfds: dict[int, Any] = {}
         self.images: Sequence[bytes] = []

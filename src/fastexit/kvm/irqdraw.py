@@ -47,6 +47,8 @@ class Chips(Protocol):
     calm: bool
     """Whether modes that take a vCPU away are left out: with an SMM there is no memory for a handler of it."""
     tells_eoi_at_once: bool
+    ends_at_injection: bool
+    """`Host.eoi_at_injection`."""
 
     @property
     def vcpus(self) -> Sequence[SeenVcpu]: ...
@@ -76,10 +78,12 @@ class Pools:
     def draw(cls, rng: random.Random, split: bool, traced: bool) -> Pools:
         """One machine's: half of all full irqchips are never put into a state by user space, which hides scans."""
         style = "split" if split else rng.choices(("full", "scans", "pic", "pit"), (5, 4, 3, 1))[0]
-        pins = sorted({*rng.sample(range(PINS), 3), *rng.sample((RTC_PIN, 0, 3, 17), 2)})
-        gsis = [*pins, rng.randrange(28)] if style != "pic" else list(range(PIC_PINS))
+        pins = sorted({RTC_PIN, *rng.sample((0, 3, 17, 19, *range(PINS)), 2 if style == "scans" else 4)})
+        gsis = [*pins, RTC_PIN, rng.randrange(28)] if style != "pic" else list(range(PIC_PINS))
         high = rng.choice((0x30, 0x40, 0x50))
-        vectors = [high | 1, high | 4, high + 0x20, rng.randrange(16, 256)]
+        vectors = (
+            [high | 1, high | 4] if style == "scans" else [high | 1, high | 4, high + 0x20, rng.randrange(16, 256)]
+        )
         return cls(style, pins, gsis, vectors, chance(rng, 0.5) and not traced, style == "pit" or chance(rng, 0.15))
 
     def pin(self, rng: random.Random) -> int:
@@ -519,7 +523,7 @@ WEIGHTS: dict[str, dict[Drawer, float]] = {
     "pit": {pit: 60, line: 10, pic_port: 8, run: 10, redirect: 6, rest_of_vcpu: 2, recover: 2},
 }
 """How often what is drawn, by style."""
-IRQFD_WEIGHT, PIT_WEIGHT = 8, 1.5
+IRQFD_WEIGHT, PIT_WEIGHT, EOI_WEIGHT = 8, 1.5, 14
 
 
 def beginning(rng: random.Random, machine: Chips, pools: Pools) -> Iterator[Op]:
@@ -549,6 +553,8 @@ def draw(rng: random.Random, machine: Chips, pools: Pools) -> Op:
     """The next operation; some come in a row."""
     while not pools.planned:
         weights = dict(WEIGHTS[pools.style])
+        if not machine.ends_at_injection:
+            weights[eoi] = max(EOI_WEIGHT, weights.get(eoi, 0))
         if pools.devices:
             weights[irqfd] = IRQFD_WEIGHT
         if pools.pit and pools.style == "full":
