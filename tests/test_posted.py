@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastexit as fx
-from fastexit.jit.declare import load
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.jit.declare import load
 from generations import kernels
 
 ICR = 0x830
