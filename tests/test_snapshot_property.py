@@ -227,7 +227,7 @@ def windows_life(life: windows.Life, rng: random.Random) -> list[s.Op]:
 
 
 def split_windows_life(life: windows.Life, seed: int) -> None:
-    """As split_life; the copy's memory is a copy of the guest's, and its routes are set anew."""
+    """As split_life; the copy's memory is a copy of the guest's."""
     rng = random.Random(seed)
     ops = windows_life(life, rng)
     m = life[0].build(partial(fx.Machine, **life[1]))
@@ -237,8 +237,6 @@ def split_windows_life(life: windows.Life, seed: int) -> None:
         windows_act(m, op)
     copy = fx.Machine.restore(m.snapshot())
     copy.guest_memory = bytearray(m.guest_memory)
-    if ("routes",) in ops[:cut]:
-        windows_act(copy, ("routes",))
     forget_targets(m)
     for machine in (m, copy):
         machine.trace.clear()

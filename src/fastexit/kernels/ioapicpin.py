@@ -70,8 +70,11 @@ def ended_unseen(m, entry):
 
 @kernel("u8(words, u8)")
 def _end_unseen(m, entry):
-    """ioapic_lazy_update_eoi: the CPU has ended the last edge without an exit; only the RTC's pin counts them."""
-    if m[k.H_RULES] & k.R_LAZY_EOI_WHOLE or not swallows_eois(m):
+    """ioapic_lazy_update_eoi: the CPU has ended the last edge without an exit; only the RTC's pin counts them.
+
+    No vCPU is in its map while the count is 0, so nobody has to be looked for then.
+    """
+    if not m[k.IOAPIC + k.IOAPIC_RTC_PENDING] or m[k.H_RULES] & k.R_LAZY_EOI_WHOLE or not swallows_eois(m):
         return k.ZERO
     v = ended_unseen(m, entry)
     return rtc.end(m, v, entry & k.ICR_VECTOR) if v != k.NONE else k.ZERO
