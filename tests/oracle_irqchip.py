@@ -205,7 +205,7 @@ class Machine(oracle.Machine):
         at, generation = self.at, self.at(kernel)
         self.stale_eois_rescan = generation >= at("6.18")
         self.split_scan_looks_at_pending = generation >= at("6.12")
-        self.poll_bit_7 = generation >= at("6.18")
+        self.poll_bit_7 = generation > at("6.1")
         self.unmasking_resamples = generation >= at("6.6")
         self.full = irqchip == "full"
         self.base, self.ioregsel, self.id, self.irr, self.pad = r.IOAPIC_DEFAULT_BASE, 0, 0, 0, 0

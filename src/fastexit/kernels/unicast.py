@@ -72,6 +72,7 @@ IRRELEVANT = (
     | k.T_TRACE_REENTRY
     | k.T_TRACE_DOORBELL
     | k.T_MMIO_NOT_VECTORING
+    | k.T_INHIBITED_PAGE_UNMAPPED
 )
 """Traits that make no difference here: of other exits, of values that are declined, of traces, of the other vendor, and
 PI_KICK, which pid.rouse looks at. A generation with any other trait, one that is not listed yet included, is declined.
@@ -126,6 +127,17 @@ IRRELEVANT_RULES = (
     | k.R_AVIC_ID_REFUSED
     | k.R_IRQWIN_COUNTED
     | k.R_READ_ACROSS_TRACED
+    | k.R_TSC_SYNCED_BY_GUEST
+    | k.R_TSC_FIRST_WRITE_KEPT
+    | k.R_PIT_SPEAKER_APART
+    | k.R_PIT_ANYWHERE
+    | k.R_PIC_POLL_BARE
+    | k.R_PIC_WAKES_ANYWAY
+    | k.R_SCAN_STALE
+    | k.R_SCAN_SPLIT_PENDING
+    | k.R_RESAMPLER_ASKED
+    | k.R_LAZY_EOI_WHOLE
+    | k.R_LAZY_EOI_LEVEL
 )
 """The same for the rules: PI_NOTIFIES_SELF is the one that an IPI would see."""
 HAS_RULES = k.R_REENTRY_COUNTED
