@@ -71,11 +71,12 @@ def offered(rng: random.Random, m: HypervTwins, i: int) -> Iterator[Op]:
 def _sent(rng: random.Random, m: HypervTwins, i: int, j: int, low: int) -> Op:
     """The synthetic ICR of vCPU i, written by its guest or by user space, for vCPU j alone.
 
-    Of ids that eight bits do not tell apart a guest's might be for itself.
+    Of ids that eight bits do not tell apart a guest's might be for itself, and so might one in xAPIC mode, whose
+    register may have another id than its own.
     """
     sender, target = m.vcpus[i], m.vcpus[j]
     shift = r.ICR_DEST_SHIFT + (0 if sender.x2apic else r.XAPIC_DEST_SHIFT)
-    by_guest = i != j and max(sender.id, target.id) < 0xFF and chance(rng, 0.7)
+    by_guest = i != j and max(sender.id, target.id) < 0xFF and chance(rng, 0.7) and sender.x2apic
     return ("wrmsr" if by_guest else "set_msr", i, hv.MSR_HV_ICR, (target.id << shift | low) & (1 << 64) - 1)
 
 
