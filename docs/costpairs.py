@@ -27,6 +27,10 @@ def booted(kernel: str, costs: str, fastpath: bool = True, x2apic: bool = True, 
         if not x2apic:
             v.mmio_write(0xF0, 0x1FF)
         m.dispatcher.start_run(v)
+    for v in m.vcpus:
+        v.exit(
+            fx.SvmExit.CPUID if m.vendor == "svm" else fx.VmxExit.CPUID
+        )  # whoever had to scan for a new APIC map is in the guest again
     return m
 
 

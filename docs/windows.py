@@ -184,6 +184,8 @@ def vcpu(setup: Setup, kernel: str, costs: str) -> fx.Vcpu:
         if setup.hyperv and v is m.vcpus[0]:
             v.set_msr(HV.MSR_HV_GUEST_OS_ID, 1)
         m.dispatcher.start_run(v)
+    for v in m.vcpus:
+        v.exit(fx.VmxExit.CPUID)  # whoever had to scan for a new APIC map is in the guest again
     return m.vcpus[0]
 
 

@@ -193,7 +193,7 @@ def test_every_line_shape_says_the_same(guest: list[str], shape: str, write: Cal
         ("kvm_hv_send_ipi_ex: vector e1 format 1 valid_bank_mask 0x3", Kind.HV_SEND, (1, 3, 0xE1)),
         ("kvm_hv_hypercall_done: result 0x3", Kind.HV_DONE, (-1, 3, 0)),
         ("kvm_hv_synic_set_irq: vcpu_id 2 sint 3 vector 149 ret 1", Kind.RAISED, (2, 149, 0)),
-        ("kvm_hv_stimer_expiration: vcpu_id 2 timer 0 direct 1 send result 0", Kind.RAISED, (2, -1, 0)),
+        ("kvm_hv_stimer_expiration: vcpu_id 2 timer 0 direct 1 send result 0", Kind.RAISED, (2, -1, 1 << 4)),
         ("kvm_hv_notify_acked_sint: vcpu_id 2 sint 3", Kind.HYPERV, (-1, 0, 0)),
         ("kvm_entry: vcpu 12, rip 0xfff0 intr_info 0x00000000 error_code 0x00000000", Kind.MARK, (12, 0, 0)),
         ("kvm:kvm_entry:   vcpu 2", Kind.MARK, (2, 0, 0)),

@@ -794,7 +794,7 @@ KINDS = {
     "injected interrupt": (Kind.INJECT, -1, 0xFD, 0),
     "injected again": (Kind.INJECT, -1, 0xEC, {"seed-v3": 0, "6.1": 1}),
     "software interrupt": (Kind.INJECT, -1, {"seed-v3": 0x80, "6.1": 0}, {"seed-v3": 0, "6.1": 1}),
-    "msi": (Kind.SOURCE, -1, 0, 0),
+    "msi": (Kind.SOURCE, -1, 0x52, 0),
     "hv timer": (Kind.HV_TIMER, 18, 1, 0),
     "late": (Kind.VCPU, 18, 0, 0),
     "user space": (Kind.MARK, -1, 0, 0),
