@@ -153,7 +153,7 @@ class WindowsGuest:
 
     def ready(self, i: int) -> Record:
         """Lets a vCPU run programs again that an INIT or an NMI has taken away from them."""
-        return (Ask.READY, 0, struct.pack("<II", self.slots[i], 0) + self._sregs[i])
+        return (Ask.MAKE_READY, 0, struct.pack("<II", self.slots[i], 0) + self._sregs[i])
 
     def program(
         self, i: int, name: str, *, interrupts: bool = False, ns: int = RUN_NS, answer: int = 0, **registers: int

@@ -362,7 +362,7 @@ class HypervTwins(Twins):
         eyes.see(next(answers))
         for number, step in enumerate(self.steps, 1):
             for _ in range(step.readied + len(reads) + (step.op[0] == "hypercall")):
-                self._came_through(next(answers), (Ask.READY, 0, b""))
+                self._came_through(next(answers), (Ask.MAKE_READY, 0, b""))
             answer = next(answers)
             lines = next(answers).data.decode(errors="replace").splitlines() if reads else []
             seen = eyes.see(next(answers))

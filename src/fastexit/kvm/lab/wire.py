@@ -54,7 +54,7 @@ class Ask(IntEnum):
     SURVEY = 19
     LIVE = 20
     EVENTFD = 21
-    READY = 22
+    MAKE_READY = 22
 
 
 LOOK_STATES, LOOK_SREGS, SET_REGS, ANEW = 1, 2, 1, 1
