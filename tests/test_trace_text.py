@@ -600,21 +600,6 @@ EVENTS: dict[str, tuple[int, tuple[int, ...], dict[str, str | None]]] = {
         (0x1F0, 4 | 128 << 8, 0x1_DEAD_BEEF),
         {"seed-v3": "kvm_pio: pio_read at 0x1f0 size 4 count 128 val 0xdeadbeef (...)"},
     ),
-    "device read": (
-        L.TP_MMIO,
-        (L.TRACE_MMIO_READ | 4 << 8, 0xFEC0_0010, 0x17_0011),
-        {"seed-v3": "kvm_mmio: mmio read len 4 gpa 0xfec00010 val 0x170011"},
-    ),
-    "device written": (
-        L.TP_MMIO,
-        (L.TRACE_MMIO_WRITE | 8 << 8, 0xFEC0_0000, 0x1234_5678_9ABC_DEF0),
-        {"seed-v3": "kvm_mmio: mmio write len 8 gpa 0xfec00000 val 0x123456789abcdef0"},
-    ),
-    "device that user space has": (
-        L.TP_MMIO,
-        (L.TRACE_MMIO_UNSATISFIED | 1 << 8, 0xFED0_0000, 0),
-        {"seed-v3": "kvm_mmio: mmio unsatisfied-read len 1 gpa 0xfed00000 val 0x0"},
-    ),
     "Hyper-V hypercall": (
         L.TP_HV_HYPERCALL,
         (0x0003_0005_0041_0015, 0x51, 0xE),

@@ -343,7 +343,6 @@ TP_IOAPIC_DELAYED_EOI_INJ = 44  # redirection entry
 TP_PIC_SET_IRQ = 45  # pin of the chip, 0..7 | chip << 8 | TRACE_COALESCED; ELCR and IMR of the chip, as they are after
 TP_ACK_IRQ = 46  # chip: 0 master, 1 slave, 2 IOAPIC; pin, of the slave 8..15
 TP_PIO = 47  # port | TRACE_PIO_WRITE; length | count << 8; first value
-TP_MMIO = 48  # TRACE_MMIO_* | length << 8, address, value (of an unsatisfied read 0)
 """Record: word 0 event | vCPU index + 1 << 8 | TRACE_*, words 1-7 the event's arguments (tracepoints/text.py prints
 them)."""
 TRACE_CONTEXT_SHIFT = 40
@@ -351,9 +350,6 @@ TRACE_IRQS_OFF = 1 << TRACE_CONTEXT_SHIFT  # host interrupts were off on the vCP
 TRACE_PREEMPT_OFF = 1 << TRACE_CONTEXT_SHIFT + 1  # its thread could not be preempted
 TRACE_COALESCED = 1 << 16  # in an argument: the result was 0
 TRACE_PIO_WRITE = 1 << 16  # in an argument
-TRACE_MMIO_UNSATISFIED = 0
-TRACE_MMIO_READ = 1
-TRACE_MMIO_WRITE = 2
 
 # ------------------------------------- whom an exit or a message was for, from its second target on; in no snapshot
 TARGETS = TRACE + TRACE_CAPACITY * TRACE_STRIDE

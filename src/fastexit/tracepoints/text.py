@@ -115,7 +115,6 @@ FORMATS: dict[int, dict[str, str]] = {
     L.TP_PIC_SET_IRQ: {"5.4": "kvm_pic_set_irq: chip {chip} pin {pin} ({trigger}{masked}){coalesced}"},
     L.TP_ACK_IRQ: {"5.4": "kvm_ack_irq: irqchip {chip} pin {1}"},
     L.TP_PIO: {"5.4": "kvm_pio: pio_{way} at 0x{port:x} size {size} count {count} val 0x{value:x} {more}"},
-    L.TP_MMIO: {"5.4": "kvm_mmio: mmio {way} len {length} gpa 0x{1:x} val 0x{2:x}"},
     L.TP_HV_HYPERCALL: {
         "5.4": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} cnt {_CALL}",
         "6.1": f"kvm_hv_hypercall: code 0x{{code:x}} {{fast}} var_cnt 0x{{variable:x}} rep_cnt {_CALL}",
@@ -346,13 +345,6 @@ def _pio(source: Source, a: list[int]) -> Fields:
     }
 
 
-_ACCESSES = {L.TRACE_MMIO_UNSATISFIED: "unsatisfied-read", L.TRACE_MMIO_READ: "read", L.TRACE_MMIO_WRITE: "write"}
-
-
-def _mmio(source: Source, a: list[int]) -> Fields:
-    return {"way": _ACCESSES.get(a[0] & 0xFF, f"0x{a[0] & 0xFF:x}"), "length": a[0] >> 8 & _U32}
-
-
 def _expire(source: Source, a: list[int]) -> Fields:
     delta = a[0] - (a[0] >> 63 << 64)
     return {"delta": delta, "side": "early" if delta < 0 else "late"}
@@ -427,7 +419,6 @@ _FIELDS: dict[int, Callable[[Source, list[int]], Fields | None]] = {
     L.TP_PIC_SET_IRQ: _pic,
     L.TP_ACK_IRQ: _ack,
     L.TP_PIO: _pio,
-    L.TP_MMIO: _mmio,
     L.TP_HYPERCALL: _hypercall,
     L.TP_HV_HYPERCALL: _hv_hypercall,
     L.TP_HV_SYNIC_SET_IRQ: _hv_result,

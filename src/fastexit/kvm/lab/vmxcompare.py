@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from fastexit import regs as R
+from fastexit.kvm.lab.traces import unwritten
 from fastexit.kvm.lab.vmxmodel import Seen, Setup
 from fastexit.kvm.lab.vmxrun import Line
 from fastexit.kvm.lab.vmxsteps import Step
@@ -22,8 +23,6 @@ NOT_COMPARED = frozenset({"kvm_wait_lapic_expire", "kvm_pi_irte_update"})
 """What depends on time, or on hardware that is not there."""
 _RIP = re.compile(r",? rip 0x[0-9a-f]+")
 _DEADLINE = re.compile(r"(kvm_msr: msr_(?:read|write) 6e0 = )0x[0-9a-f]{2,}")
-_OUT = re.compile(r"(kvm_pio: pio_write at 0x[0-9a-f]+ size \d+ count \d+ val )0x[0-9a-f]+")
-"""What a program tells by its ports is compared as its notes."""
 _VIOLATION = re.compile(r"(reason EPT_VIOLATION info1 0x)([0-9a-f]+)")
 _ACCESS = R.EPT_VIOLATION_READ | R.EPT_VIOLATION_WRITE | R.EPT_VIOLATION_LINEAR
 _NOISE = ("reason EXTERNAL_INTERRUPT", "reason EPT_VIOLATION")
@@ -70,7 +69,7 @@ def normal(lines: Iterable[str], wanted: frozenset[str]) -> list[str]:
 
 def _plain(line: str) -> str:
     """Without addresses, deadlines, and what a violation says of page tables and rights."""
-    line = _DEADLINE.sub(r"\1deadline", _OUT.sub(r"\1", _RIP.sub("", line)))
+    line = _DEADLINE.sub(r"\1deadline", unwritten(_RIP.sub("", line)))
     return _VIOLATION.sub(lambda found: f"{found[1]}{int(found[2], 16) & _ACCESS:016x}", line)
 
 
