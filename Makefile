@@ -79,7 +79,7 @@ verify-kernels: compile ## the model against the lab's kernels, hours; kernels a
 	for kernel in $(KERNELS); do for apicv in on off; do \
 		file=build/verify/kernels/$$kernel-vmx-$$apicv.json; case $$apicv in on) without=;; *) without=--no-apicv;; esac; \
 		echo "== $$kernel, VMX, APICv $$apicv"; \
-		$(PY) -m fastexit verify --kernel $$kernel --vendor vmx $$without --ops $$(($(OPERATIONS) / 40)) --keep $$file > /dev/null; \
+		$(PY) -m fastexit verify --kernel $$kernel --vendor vmx $$without --ops $$(($(OPERATIONS) / 50)) --keep $$file > /dev/null; \
 		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
 	$(PY) docs/verified.py build/verify/kernels/*.json && $(PY) docs/generate.py && exit $$failed
 

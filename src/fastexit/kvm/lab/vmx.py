@@ -38,8 +38,6 @@ NO_ORACLE = 'the VMX lab has no oracle: use its verify() or run(), or fx.kvm.Lab
 MODES = ("x2apic", "xapic")
 KINDS = ("plain", "events")
 """Programs without NMI, SMI, INIT, SIPI and VMXON, and those with them."""
-EVENTS_EVERY = 4
-"""How many plain programs come for each one with events."""
 SAME = ("kernel", "release", "apicv", "seed")
 """What two runs have in common when one can go on where the other ended."""
 
@@ -240,7 +238,7 @@ class VmxLab(Lab):
     ) -> VmxReport:
         """Random programs, in x2APIC and xAPIC mode in turn, until so many were the same or one differs.
 
-        ``only``: "plain" ones or those with "events", which are every fifth otherwise.
+        ``only``: "plain" ones, which is the default, or those with "events" (NMI, SMI, INIT, VMXON).
 
         Those that differ are made shorter for ``shorten`` seconds each, and ``differing`` of them end it; ``seconds``
         later no program begins. With the ``report`` of an earlier run it goes on there; ``seen`` gets the report after
@@ -251,7 +249,7 @@ class VmxLab(Lab):
         modes = modes_of(x2apic, only)
         began, before, drawn = time.monotonic(), report.seconds, 0
         while report.compared < programs and drawn < 2 * programs:
-            mode = min(modes, key=lambda mode: report.programs.get(mode, 0) * weight(mode))
+            mode = min(modes, key=lambda mode: report.programs.get(mode, 0))
             setup, steps, player = drawn_program(
                 seed, mode, report.drawn.get(mode, 0), self.kernel.version, apicv=self.apicv
             )
@@ -317,14 +315,9 @@ class VmxLab(Lab):
 
 def modes_of(x2apic: bool | None, only: str | None) -> list[str]:
     """Names of the modes that a run has."""
-    kinds = KINDS if only is None else (one_of(only, "only", KINDS),)
+    kind = KINDS[0] if only is None else one_of(only, "only", KINDS)
     modes = MODES if x2apic is None else (MODES[not x2apic],)
-    return [mode + EVENTS * (kind == "events") for kind in kinds for mode in modes]
-
-
-def weight(mode: str) -> int:
-    """How many programs one of a mode stands for, when it is asked which comes next."""
-    return EVENTS_EVERY if mode.endswith(EVENTS) else 1
+    return [mode + EVENTS * (kind == "events") for mode in modes]
 
 
 def drawn_program(seed: int, mode: str, number: int, kernel: str, *, apicv: bool) -> tuple[Setup, list[Step], Player]:
