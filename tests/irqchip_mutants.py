@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import irqchip_plain
 from fastexit.kvm.irqchip import IrqchipTwins
 from fastexit.kvm.judge import Judge, local
-from fastexit.kvm.shrink import shortened
 from fastexit.kvm.tracefs import EVENTS, KernelTrace
-from fastexit.kvm.twins import Divergence
+from irqchip_pair import played
 from lab_mutants import planted
 from mutants import Mutant, parsed
 
@@ -33,24 +32,12 @@ OPERATIONS = 20_000
 
 def told(where: Judge, witness: Any, operations: int, seed: int) -> tuple[int, str | None]:
     """How many operations it took to see a difference, and which one; all of them and None."""
-    done = number = 0
-    while done < operations:
-        rng = random.Random(f"{seed}/irqchip/{number}")
-        number += 1
-        try:
-            with IrqchipTwins(IrqchipTwins.draw(rng, where.host, None), witness, where) as twins:
-                for op in twins.beginning(rng):
-                    twins.step(op)
-                for _ in range(min(twins.operations_each, operations - done)):
-                    done += 1
-                    twins.step(twins.draw_op(rng))
-                twins.settle()
-        except Divergence as found:
-            if not found.late or shortened(IrqchipTwins, found, witness, 0) is not None:
-                return done, found.text
-        except Exception as error:  # a side that raises what it may not is as good a difference as any
-            return done, f"{type(error).__name__}: {error}"
-    return done, None
+    done: Counter[str] = Counter()
+    try:
+        found = played(IrqchipTwins, operations, seed, judge=where, witness=witness, ends=done)
+    except Exception as error:  # a side that raises what it may not is as good a difference as any
+        return done.total() + 1, f"{type(error).__name__}: {error}"
+    return done.total() + (found is not None), None if found is None else found.text
 
 
 def hunted(where: Judge, mutant: Mutant, operations: int, seed: int) -> dict[str, Any]:

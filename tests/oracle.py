@@ -495,11 +495,14 @@ class Machine:
 
     def signal_msi(self, address: int, data: int) -> int:
         """KVM_SIGNAL_MSI: accepting APICs, -1 for EPERM; ValueError for EINVAL."""
-        long_ids = self.x2apic_api & r.X2API_32BIT_IDS
-        if long_ids and address >> 32 & 0xFF:
+        if self.x2apic_api & r.X2API_32BIT_IDS and address >> 32 & 0xFF:
             raise ValueError("address bits 39:32 are reserved")
+        return self.deliver(None, self.msi(address, data))
+
+    def msi(self, address: int, data: int) -> Irq:
+        """A message, told to whoever traces."""
         dest = address >> 12 & 0xFF
-        if long_ids:
+        if self.x2apic_api & r.X2API_32BIT_IDS:
             dest |= address >> 32 & 0xFFFF_FF00
         irq = Irq(
             vector=data & 0xFF,
@@ -516,7 +519,7 @@ class Machine:
             f"{'logical' if irq.logical else 'physical'}|{'level' if irq.trigger_level else 'edge'}"
             f"{'|rh' if irq.redirection_hint else ''})"
         )
-        return self.deliver(None, irq)
+        return irq
 
 
 def bits_of(mask: int) -> list[int]:

@@ -297,28 +297,6 @@ class Machine(oracle.Machine):
     def _invalid(self, address: int) -> bool:
         return bool(self.x2apic_api & r.X2API_32BIT_IDS and address >> 32 & 0xFF)
 
-    def msi(self, address: int, data: int) -> Irq:
-        """A message, told to whoever traces."""
-        dest = address >> 12 & 0xFF
-        if self.x2apic_api & r.X2API_32BIT_IDS:
-            dest |= address >> 32 & 0xFFFF_FF00
-        irq = Irq(
-            vector=data & 0xFF,
-            mode=data >> 8 & 7,
-            logical=bool(address & 4),
-            level=True,
-            trigger_level=bool(data & 0x8000),
-            shorthand=r.SH_NONE,
-            dest=dest,
-            redirection_hint=bool(address & 8),
-        )
-        self.log(
-            f"kvm_msi_set_irq: dst {dest:x} vec {irq.vector} ({r.DeliveryMode(irq.mode).name}|"
-            f"{'logical' if irq.logical else 'physical'}|{'level' if irq.trigger_level else 'edge'}"
-            f"{'|rh' if irq.redirection_hint else ''})"
-        )
-        return irq
-
     # ------------------------------------------------------------------------------------------------------- irqfds
 
     def irqfd(self, gsi: int, resample: bool = False) -> Irqfd:

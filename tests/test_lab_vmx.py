@@ -392,6 +392,24 @@ def told(seen: Seen, vcpu: int, event: str = "kvm_exit") -> list[str]:
     return [line.partition("reason ")[2].split()[0] for line in lines]
 
 
+def test_whom_an_init_kicks_scans_before_his_next_step() -> None:
+    """The new APIC map of a vCPU that takes an INIT on its way in, of which no exit tells."""
+    setup = Setup(vcpus=3, apicv=False, events=True, paged=True)
+    init = R.icr(2, delivery=R.DM_INIT, level=True, trigger_level=True)
+    player = vmx.played(setup, [Step(0, "wrmsr", (R.MSR_X2APIC_ICR, init))], "6.18")
+    lines = player.end().lines["v0"]
+    asked = [line for line in lines if "kvm_exit" in line and f"requests 0x{R.REQ_SCAN_IOAPIC:016x}" in line]
+    assert [line.split("reason ")[1].split()[0] for line in asked] == ["EXTERNAL_INTERRUPT"]
+
+
+def test_a_program_ends_where_nobody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([[0], [0], []])
+    monkeypatch.setattr(vmxdraw, "_awake", lambda player: next(left))
+    monkeypatch.setattr(vmxdraw, "_drawn", lambda *_: [Step(0, "sti")])
+    steps, _ = vmxdraw.program(random.Random(1), Setup(), "6.18")
+    assert len(steps) == 2
+
+
 def test_an_nmi_gets_in_where_interrupts_are_off_and_the_next_asks_for_its_window() -> None:
     seen = done([Step(1, "host", ((1, "nmi"), (1, "nmi"), (1, "nmi")))], Setup(**WITH_EVENTS))
     assert seen.notes[1] == [(1, 2), (1, 2)], "two at most are kept"

@@ -284,6 +284,10 @@ class Player:
         while True:
             while self._due:
                 self._follow(*self._due.popleft())
+            # An INIT that a vCPU takes on its way in makes a new APIC map: whom that kicks, no exit tells.
+            self._due += [(v.index, Effect.KICK) for v in self.machine.vcpus if v.mode == R.EXITING_GUEST_MODE]
+            if self._due:
+                continue
             if not any([self._deliver(i) for i in range(self.setup.vcpus)]) and not self._due:
                 return
 
