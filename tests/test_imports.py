@@ -34,6 +34,9 @@ LAYERS = (
     {"machine"},
     {"insight"},
     {"adapters", "embed", "kvm", "trace"},
+    {"records"},
+    {"answers"},
+    {"pages"},
     {"cli"},
     {"__main__"},
 )

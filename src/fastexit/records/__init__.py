@@ -1,0 +1,1 @@
+"""A trace as columns: one row a line, numbers instead of text."""
