@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from irqchip_scene import JUDGES, LEVEL, MASKED, scene
@@ -105,6 +108,35 @@ def test_a_resampler_lets_go_before_the_pin_is_free(judge: str) -> None:
         s.serve()
         s.eoi()
         assert s.waits() == {VECTOR}  # user space holds it up
+
+
+@pytest.mark.parametrize("gsi", [4096, 1 << 31])
+def test_resamplers_of_a_gsi_without_routes_make_everybody_scan(judge: str, gsi: int) -> None:
+    with scene(judge) as s:
+
+        def scanned(change: Callable[[], Any]) -> bool:
+            """Whether a vCPU that has the pin's vector, which is another's, ends it for the pin as well."""
+            before = s.model_irqfds[1].resampled
+            s.put()  # everybody scans, and nobody has the vector
+            s.run()
+            s.do("signal_msi", MSI, VECTOR)
+            change()
+            s.run()
+            s.serve()
+            s.eoi()
+            return bool(s.model_irqfds[1].resampled > before)
+
+        s.entry(PIN, VECTOR | LEVEL, dest=1, i=1)
+        s.do("irqfd", 1, PIN, True)
+        for what, change in {
+            "nothing": lambda: None,
+            "first": lambda: s.do("irqfd", 2, gsi, True),
+            "second": lambda: s.do("irqfd", 3, gsi, True),
+            "not the last": lambda: s.do("irqfd_close", 2),
+            "last": lambda: s.do("irqfd_close", 3),
+            "no resampler": lambda: s.do("irqfd", 4, gsi, False),
+        }.items():
+            assert scanned(change) is (what in ("first", "last")), what
 
 
 def test_trap_65_gsi_0_is_pin_0(judge: str) -> None:

@@ -6,6 +6,7 @@ gsis.py the table's words; eventfds are user space's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,15 @@ CHIPS = (L.ROUTE_IOAPIC, L.ROUTE_PIC)
 
 
 class Routing:
-    """One machine's table and irqfds."""
+    """One machine's table and irqfds.
+
+    Attributes:
+        far: resampling irqfds by GSI, of GSIs that can have no route: their first and last make everybody scan, too.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine: Machine = machine
+        self.far: Counter[int] = Counter()
 
     # --------------------------------------------------------------------------------------------------- the table
 
@@ -133,8 +139,12 @@ class Irqfd:
         return f"<irqfd of GSI {self.gsi}{', resampling' if self.resample else ''}{', closed' if self.closed else ''}>"
 
     def _count(self, on: int) -> None:
-        if self.gsi < L.MAX_ROUTES:
-            load("irqfd_resample")(self.machine.handle, self.gsi, on, L.HOST)
+        far = self.machine.routing.far
+        if self.gsi >= L.MAX_ROUTES:
+            far[self.gsi] += 1 if on else -1
+            if far[self.gsi] != on:  # neither the first nor the last
+                return
+        load("irqfd_resample")(self.machine.handle, self.gsi, on, L.HOST)
 
     def _signals(self) -> int:
         if not self.resample or self.gsi >= L.MAX_ROUTES:

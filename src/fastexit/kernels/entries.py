@@ -423,11 +423,9 @@ def irqfd_signal(handle, gsi, resample, sender):
 @entry
 @kernel("u8(u8, u8, u8, u8)", nogil=False)
 def irqfd_resample(handle, gsi, on, sender):
-    """A GSI below MAX_ROUTES has one more or less resampling irqfd; ``sender`` as in signal_msi."""
+    """A GSI has one more or less resampling irqfd, see routes.resample; ``sender`` as in signal_msi."""
     m = open_words(handle, k.WORDS)
-    if gsi >= k.MAX_ROUTES or not k.HOST <= sender < k.SENDERS:
-        return NO_VCPU
-    return routes.resample(m, gsi, on, sender)
+    return routes.resample(m, gsi, on, sender) if k.HOST <= sender < k.SENDERS else NO_VCPU
 
 
 @entry

@@ -141,9 +141,11 @@ def resample(m, gsi, on, me):
     """irqfd_resampler: a GSI gets one more resampling irqfd, or one less. Effect code.
 
     The first and the last one change who listens to acknowledgements, so everybody scans; with the last one its source
-    lets go.
+    lets go. Of a GSI that can have no route the host tells the first and the last alone.
     """
     m[own(m, me) + k.K_TARGETS] = k.ZERO
+    if gsi >= k.MAX_ROUTES:
+        return ask_all(m, k.REQ_SCAN_IOAPIC, me)
     at = k.RESAMPLERS + gsi * k.RESAMPLER_STRIDE + k.RESAMPLER_FDS
     lock(m)
     was = m[at]
