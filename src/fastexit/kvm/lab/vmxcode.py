@@ -31,6 +31,8 @@ TOUCHED = ((0, 0x14000), (SMM_AT, CODE_AT + 4 * CODE_BYTES))
 """Everything above, for four vCPUs."""
 APIC_PAGE = R.APIC_DEFAULT_PHYS_BASE
 
+SLOWER = 3
+"""So many times as long each step takes with INIT, SIPI and SMI."""
 OPEN = 2
 """The vCPU that shares the host's processor never has interrupts off."""
 LOG, EOI_MODE, RESUME, FLAG, STARTED, RESTART = 0, 4, 8, 12, 16, 20

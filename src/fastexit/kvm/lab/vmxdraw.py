@@ -11,7 +11,7 @@ from typing import Any
 
 from fastexit import regs as R
 from fastexit.kvm.lab import vmxevents
-from fastexit.kvm.lab.vmxcode import OPEN
+from fastexit.kvm.lab.vmxcode import OPEN, SLOWER
 from fastexit.kvm.lab.vmxmodel import TSC_KHZ, Player, Setup
 from fastexit.kvm.lab.vmxsteps import Step
 
@@ -83,7 +83,7 @@ def _next(rng: random.Random, made: Setup, player: Player) -> list[Step]:
     if kind < 0.72:
         return _kick(rng, made, awake, i)
     if kind < 0.74 and made.x2apic and player.masked[i]:
-        return _disabled(rng, i)
+        return _disabled(rng, made, i)
     return [_register(rng, made, i)]
 
 
@@ -117,24 +117,25 @@ def _ipi(rng: random.Random, made: Setup, i: int) -> Step:
 def _timer(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[Step]:
     """A deadline or a one-shot on vCPU i, which may sleep, and time that passes on another, or on itself."""
     vector = _vector(rng)
+    deadline, spent = _ticks(made)
     if rng.random() < 0.5:
         steps = [
             Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | vector)),
-            Step(i, "deadline", (DEADLINE,)),
+            Step(i, "deadline", (deadline,)),
         ]
     else:
         steps = [
             Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), vector)),
             Step(i, "wrmsr", (X2 + (R.APIC_TDCR >> 4), BY_ONE)),
-            Step(i, "wrmsr", (X2 + (R.APIC_TMICT >> 4), DEADLINE * 1_000_000 // TSC_KHZ)),
+            Step(i, "wrmsr", (X2 + (R.APIC_TMICT >> 4), deadline * 1_000_000 // TSC_KHZ)),
         ]
     if len(awake) > 1:
         other = rng.choice([j for j in awake if j != i])
         if rng.random() < 0.5:
             steps.append(Step(i, "halt"))
-        steps.append(Step(other, "spend", (SPENT,)))
+        steps.append(Step(other, "spend", (spent,)))
     else:
-        steps.append(Step(i, "spend", (SPENT,)))
+        steps.append(Step(i, "spend", (spent,)))
     return steps
 
 
@@ -150,18 +151,25 @@ def _kick(rng: random.Random, made: Setup, awake: list[int], i: int) -> list[Ste
     return steps
 
 
-def _disabled(rng: random.Random, i: int) -> list[Step]:
+def _ticks(made: Setup) -> tuple[int, int]:
+    """A deadline's and those in which it is over."""
+    times = SLOWER if made.events else 1
+    return DEADLINE * times, SPENT * times
+
+
+def _disabled(rng: random.Random, made: Setup, i: int) -> list[Step]:
     """A deadline that is read while the APIC is off; behind it all is as it was, and the deadline over."""
+    deadline, spent = _ticks(made)
     off = R.APIC_DEFAULT_PHYS_BASE | R.APICBASE_BSP * (i == 0)
     written: list[Step] = [
         Step(i, "wrmsr", (X2 + (R.APIC_LVTT >> 4), R.LVT_MASKED | R.LVT_TIMER_DEADLINE | _vector(rng)))
     ]
-    written.append(Step(i, "deadline", (DEADLINE,)))
+    written.append(Step(i, "deadline", (deadline,)))
     for base in (off, off | R.APICBASE_EN, off | R.APICBASE_EN | R.APICBASE_EXTD):
         written.append(Step(i, "wrmsr", (R.MSR_APICBASE, base)))
         if base == off or rng.random() < 0.5:
             written.append(Step(i, "rdmsr", (R.MSR_TSC_DEADLINE,)))
-    return [*written, Step(i, "wrmsr", (X2 + (R.APIC_SPIV >> 4), 0x1FF)), Step(i, "spend", (SPENT,))]
+    return [*written, Step(i, "wrmsr", (X2 + (R.APIC_SPIV >> 4), 0x1FF)), Step(i, "spend", (spent,))]
 
 
 def _calls(rng: random.Random, made: Setup, i: int) -> tuple[tuple[Any, ...], ...]:

@@ -173,6 +173,8 @@ class Player:
             reason, at = (VmxExit.VMON, VMXON_POINTER_AT) if step.kind == "vmxon" else (VmxExit.VMOFF, 0)
             self._act(v.index, lambda: v.exit(reason, info1=at))
             result = self.cpus.results[v.index]
+            if step.passes_first and result[0]:
+                raise ValueError(f"vCPU {v.index} is not in VMX operation, and a fault has nowhere to go on")
         elif step.kind == "host":
             self._host(v.index, step.args)
         else:

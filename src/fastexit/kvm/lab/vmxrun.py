@@ -24,12 +24,12 @@ TRACE_FILE = "/sys/kernel/tracing/trace_pipe"
 SETTLE = 4000
 """Turns of a loop of two instructions: several times what the longest way from a sender to a sleeper takes, and longer
 than a window, an injection and an EOI that exits, of each of several interrupts that a sleeper had pending."""
-SETTLE_EVENTS = 3 * SETTLE
-"""With INIT, SIPI and SMI, which take longer."""
 FEATURE_CONTROL, VMXON_ALLOWED = 0x3A, 5
 """IA32_FEATURE_CONTROL: locked, VMXON outside SMX."""
 HOST_MICROSECONDS = 1_000
 MOST_MICROSECONDS = 400_000
+ASLEEP_MICROSECONDS = 5 * HOST_MICROSECONDS
+"""What the last steps take, with room to spare."""
 Notes = Sequence[tuple[int, int]]
 """Of one vCPU (step, vector) of the interrupts that it took."""
 _LINE = re.compile(r"\s*(\S+)-(\d+)\s+\[\d+\]\s+(\S+)\s+(\d+): (\w+: .*)")
@@ -62,7 +62,7 @@ def request(
     image = C.common(setup.vcpus, setup.eoi_mode)
     way = C.Way(
         touch=not setup.x2apic,
-        count=SETTLE_EVENTS if setup.events else SETTLE,
+        count=SETTLE * C.SLOWER if setup.events else SETTLE,
         taken=Counter(number for taken in notes for number, _ in taken),
         restarts=setup.events,
         paged=setup.paged,
@@ -108,6 +108,8 @@ def finish(asked: Request, setup: Setup, asleep: Sequence[bool]) -> Request:
     for i in range(setup.vcpus):
         if not asleep[i]:
             asked.add(Op.PARKED, i, MOST_MICROSECONDS)
+    if all(asleep):  # nobody is left whose end says that the last one has fallen asleep
+        asked.add(Op.DELAY, ASLEEP_MICROSECONDS)
     asked.add(Op.TRACE, 0)
     for i in range(setup.vcpus):
         if asleep[i]:
