@@ -204,6 +204,7 @@ class Machine(oracle.Machine):
     def __init__(self, vcpus: int | None = None, *, kernel: str = "6.18", irqchip: str = "full", **more: Any) -> None:
         at, generation = self.at, self.at(kernel)
         self.stale_eois_rescan = generation >= at("6.18")
+        self.scans_by_old_mode = generation >= at("7.3")
         self.split_scan_looks_at_pending = generation >= at("6.12")
         self.poll_bit_7 = generation > at("6.1")
         self.unmasking_resamples = generation >= at("6.6")
@@ -537,6 +538,8 @@ class Machine(oracle.Machine):
         targets = self._whom(irq)
         if (old ^ new) & (LOGICAL | 0xFF << 56):
             irq.dest = old >> 56
+            if self.scans_by_old_mode:
+                irq.logical = bool(old & LOGICAL)
             targets += self._whom(irq)
         self.scan(targets)
 

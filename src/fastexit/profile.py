@@ -514,14 +514,14 @@ PROFILES: dict[str, Profile] = {
                     added=_T.CR8_WITH_PPR | _T.IRQWIN_COUNTED | _T.X2AVIC_WRITES_EXIT,
                     removed=_T.PI_EMPTY_LOSES_RVI,
                 ),
-                Stable("7.2", added=_T.TICK_ONLY_IN_RUN | _T.STIMER_SATURATES),
+                Stable("7.2", added=_T.TICK_ONLY_IN_RUN | _T.STIMER_SATURATES | _T.SCAN_OLD_MODE),
             ),
         ),
         Profile(
             "7.3",
             11,
             "7.3.4",
-            _FROM_6_18 | _FROM_6_18_39 | _T.IRQWIN_COUNTED | _T.STIMER_SATURATES,
+            _FROM_6_18 | _FROM_6_18_39 | _T.IRQWIN_COUNTED | _T.STIMER_SATURATES | _T.SCAN_OLD_MODE,
             "as 6.18",
         ),
     )

@@ -127,12 +127,14 @@ def _ask_meant(m, icr, dest, me):
 
 @kernel("u8(words, u8, u8, u8)")
 def _ask_for_scan(m, old, new, me):
-    """Whose EOIs come here may have changed with an entry. The old destination is read in the new mode."""
+    """Whose EOIs come here may have changed with an entry. Up to 7.1 the old destination is read in the new mode."""
     if new & k.ICR_DM or not m[k.H_TRAITS] & k.T_INHIBITS:
         return ask_all(m, k.REQ_SCAN_IOAPIC, me)
     icr = new & (k.ICR_VECTOR | k.ICR_LOGICAL | k.ICR_TRIGGER)
     effects = _ask_meant(m, icr, new >> k.REDIR_DEST_SHIFT, me)
     if (old ^ new) & k.REDIR_LOGICAL or (old ^ new) >> k.REDIR_DEST_SHIFT:
+        if m[k.H_RULES] & k.R_SCAN_OLD_MODE:
+            icr = icr & ~k.ICR_LOGICAL | old & k.REDIR_LOGICAL
         effects = effects | _ask_meant(m, icr, old >> k.REDIR_DEST_SHIFT, me)
     return effects
 
