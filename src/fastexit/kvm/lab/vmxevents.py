@@ -55,8 +55,9 @@ def _others(made: Setup, player: Player) -> list[int]:
     return [i for i in range(made.vcpus) if not player.waits[i]]
 
 
-def _nmi(rng: random.Random, made: Setup, player: Player, i: int) -> list[Step]:
-    able = _others(made, player)
+def _nmi(rng: random.Random, made: Setup, player: Player, i: int, but: int | None = None) -> list[Step]:
+    """To anybody but a vCPU that waits for SIPI, or will: it has no handler where it begins."""
+    able = [j for j in _others(made, player) if j != but]
     shorthand = R.SH_NONE
     if len(able) == made.vcpus:
         shorthand = rng.choices((R.SH_NONE, R.SH_SELF, R.SH_ALLINC, R.SH_ALLBUT), (7, 1, 1, 1))[0]
@@ -120,7 +121,7 @@ def _init(rng: random.Random, made: Setup, player: Player, i: int) -> list[Step]
     if rng.random() < 0.2:
         found += _icr(made, i, R.icr(target, delivery=R.DM_INIT, trigger_level=True, shorthand=shorthand))
     if rng.random() < 0.2:
-        found += _nmi(rng, made, player, i) if rng.random() < 0.5 and made.vcpus == 2 else []
+        found += _nmi(rng, made, player, i, target) if rng.random() < 0.5 and made.vcpus == 2 else []
     return found + _sipi(rng, made, i, target) if rng.random() < 0.8 else found
 
 
