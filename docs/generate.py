@@ -129,6 +129,7 @@ SECTIONS = {
         "faults": verified.faults,
         "planted": verified.planted,
         "windows": verified.windows,
+        "irqchip": verified.irqchip,
     },
 }
 

@@ -15,6 +15,8 @@ from fastexit.traits import Trait
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "verified.json"
+PLANTED = ("planted", "windows", "irqchip")
+"""Results of the three programs that plant faults and ask a kernel."""
 
 
 def kept() -> dict[str, Any]:
@@ -198,6 +200,11 @@ def windows() -> str:
     return _found_or_missed("windows", "tests/windows_mutants.py")
 
 
+def irqchip() -> str:
+    """What became of each fault of mutants_irqchip.diff before the plain irqchip or this machine's kernel."""
+    return _found_or_missed("irqchip", "tests/irqchip_mutants.py")
+
+
 def _found_or_missed(sort: str, program: str) -> str:
     table = kept().get(sort)
     if not table:
@@ -244,10 +251,10 @@ def main() -> None:
     for one in read:
         if "beyond" in one:
             known["faults"] = one
-        for sort in ("planted", "windows"):
+        for sort in PLANTED:
             if sort in one:
                 known[sort] = one[sort]
-    read = [one for one in read if not {"beyond", "planted", "windows"} & set(one)]
+    read = [one for one in read if not {"beyond", *PLANTED} & set(one)]
     programs = [one for one in read if is_vmx(one)]
     if programs:
         known["vmx"] = sorted(programs, key=_order)

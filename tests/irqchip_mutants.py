@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=KEPT, help="file of results")
     arguments = parser.parse_args()
     where = local() if arguments.kvm else irqchip_plain.judge()
-    results = json.loads(arguments.to.read_text())["planted"] if arguments.to.exists() else []
+    results = json.loads(arguments.to.read_text())["irqchip"] if arguments.to.exists() else []
     arguments.to.parent.mkdir(parents=True, exist_ok=True)
     survived = 0
     for mutant in MUTANTS:
@@ -66,11 +66,11 @@ def main() -> int:
             continue
         if any(one["what"] == mutant.what and one["found"] for one in results):
             continue
-        told_of: dict[str, Any] = {"trap": mutant.trap, "what": mutant.what, "by": where.name, "traced": mutant.traced}
-        told_of |= hunted(where, mutant, arguments.operations, arguments.seed)
+        told_of: dict[str, Any] = {"trap": mutant.trap, "what": mutant.what, "kernel": where.name, "kind": "irqchip"}
+        told_of |= {"traced": mutant.traced} | hunted(where, mutant, arguments.operations, arguments.seed)
         survived += not told_of["found"]
         results.append(told_of)
-        arguments.to.write_text(json.dumps({"planted": results}, indent=1) + "\n")
+        arguments.to.write_text(json.dumps({"irqchip": results}, indent=1) + "\n")
         print(json.dumps(told_of), file=sys.stderr, flush=True)
     return survived
 
