@@ -13,6 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastexit.trace.found import Table as Table
+from fastexit.trace.found import TableRow as TableRow
+from fastexit.trace.found import Unreadable as Unreadable
+
 NO_TIME = -(1 << 63)
 """``time`` of a line that has none."""
 
@@ -138,35 +142,6 @@ class Thread(NamedTuple):
     pid: int
     tgid: int
     comm: str
-
-
-class Unreadable(NamedTuple):
-    """A line that could not be read, shortened to what fits a message and with control characters replaced."""
-
-    line: int
-    text: str
-
-
-class TableRow(NamedTuple):
-    """A row of a table that another tool printed; -1 for a column that it does not have. Times are in ns."""
-
-    label: str
-    number: int
-    share: float
-    total: float = -1.0
-    minimum: float = -1.0
-    mean: float = -1.0
-    maximum: float = -1.0
-
-
-@dataclass
-class Table:
-    """A table in place of lines: ``kind`` is "perf kvm stat", "kvm_stat", "bcc kvmexit" or "perf top"."""
-
-    kind: str
-    title: str
-    line: int
-    rows: list[TableRow] = field(default_factory=list)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from fastexit.trace.events import BY_BEGINNING, DEEPER, UNREADABLE, Event, Kind, parse
-from fastexit.trace.files import TraceFile
+from fastexit.trace.text import TraceText
 
 _LONGEST_LINE = 1 << 12
 _KNOWN_BODIES = 1 << 16
@@ -26,9 +26,6 @@ _LINE = re.compile(
     rb"| +(?:(?P<perf_tgid>\d+)/)?(?P<perf_pid>\d+) +)"
     rb"\[\d+\] +(?:(?P<flags>[^\s:\[\]]{4,8}) +)?(?P<time>\d+\.\d+): +(?P<body>\S.*)"
 )
-_LOST = re.compile(rb"CPU:? ?\d+ \[(?:LOST )?(\d*) ?EVENTS(?: DROPPED)?\]")
-_ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d+)/(\d+)")
-_BINARY = b"\0"
 
 
 @dataclass(eq=False, slots=True)
@@ -77,15 +74,14 @@ class TraceReader:
         problems: damage, one line each, with line numbers.
         notes: oddities that do not put the result in doubt.
 
-    Raises TraceError as TraceFile does.
+    Raises TraceError as TraceText does.
     """
 
     def __init__(self, path: str | os.PathLike[str], dating: Dates | None = None) -> None:
         self._dating = dating
-        self._by_kernel = True
-        self._file = TraceFile(path)
-        self.path: str = self._file.path
-        self.size: int = self._file.size
+        self.text: TraceText = TraceText(path)
+        self.path: str = self.text.path
+        self.size: int = self.text.size
         self.lines: int = 0
         self.events: int = 0
         self.problems: list[str] = []
@@ -103,20 +99,15 @@ class TraceReader:
         self.lines = self.events = 0
         self.problems = []
         self.notes = []
-        self._lost = self._backwards = self._unreadable = 0
-        self._first_lost = self._first_backwards = self._first_unreadable = ""
-        self._promised = -1
+        self._backwards = 0
+        self._first_backwards = ""
         self._clock: dict[int, float] = {}
         self._latest = b""
         self._unended: list[bytes] = []
         self._read = 0
-        for text in self._file.chunks(progress):
-            yield self._seen(_lines(text))
-        tail = self._file.tail
-        whole = not self._file.cut and (self._promised < 0 or self.events + 1 == self._promised)
-        if whole and _LINE.fullmatch(tail):
-            self.notes.append("the last line has no end; it was taken as whole")
-            self._file.tail = b""
+        for text in self.text.chunks(progress):
+            yield self._seen(text.split(b"\n"))
+        if (tail := self.text.last(self.events)) is not None:
             self._unended = [tail]
             yield self._seen([tail])
         self._read = self.lines
@@ -131,18 +122,13 @@ class TraceReader:
         if kept and kept[-1].first + len(kept[-1].events) > self._read:
             yield from self._given(kept, progress)
             return
-        found = self.problems, self.notes
-        self.problems, self.notes = [], []
-        try:
-            first = 1
-            for number, text in enumerate(self._file.chunks(progress)):
-                batch = kept[number] if number < len(kept) else self._batch(first, _lines(text))
-                first += len(batch.events)
-                yield batch
-            if self._unended:
-                yield self._batch(first, self._unended)
-        finally:
-            self.problems, self.notes = found
+        first = 1
+        for number, text in enumerate(self.text.chunks(progress)):
+            batch = kept[number] if number < len(kept) else self._batch(first, text.split(b"\n"))
+            first += len(batch.events)
+            yield batch
+        if self._unended:
+            yield self._batch(first, self._unended)
 
     def _given(self, kept: list[Batch], progress: Callable[[int], object] | None) -> Iterator[Batch]:
         """The batches of a file that was kept as a whole, with progress as if it were read."""
@@ -178,7 +164,7 @@ class TraceReader:
             task = task_of(head[:behind])
             event = known(body)
             if task is None:
-                task, event, head = self._look(line, first + len(tasks))
+                task, event, head = self._look(lines, len(tasks), first)
                 behind, stamp = self._behind, self._stamp
             elif event is None:
                 event = beginnings(tuple(body.split(None, 3)[:3]))
@@ -192,8 +178,12 @@ class TraceReader:
                 add_stamp(head[stamp:])
         return Batch(first, tasks, events)
 
-    def _look(self, line: bytes, number: int) -> tuple[Task | None, Event, bytes]:
-        """A line that is not cut where the one before it was: its thread, event, and what stands before the event."""
+    def _look(self, lines: list[bytes], i: int, first: int) -> tuple[Task | None, Event, bytes]:
+        """A line that is not cut where the one before it was: its thread, event, and what stands before the event.
+
+        What is no canonical line and can be made one is so in ``lines`` afterwards.
+        """
+        line, number = lines[i], first + i
         who, _, rest = line.partition(b" [")
         head, _, body = rest.partition(b": ")
         task = self._tasks.get(who + b" ")
@@ -204,13 +194,16 @@ class TraceReader:
             return task, event, head
         match = _LINE.fullmatch(line) if len(line) <= _LONGEST_LINE else None
         if match is None:
-            self._no_event(line, number)
-            return None, UNREADABLE, b""
+            mended = self.text.mend(line, number) if line.strip() else None
+            if mended is None or mended == line:
+                return None, UNREADABLE, b""
+            lines[i] = mended
+            return self._look(lines, i, first)
         pid, tgid = match["pid"] or match["perf_pid"], match["tgid"] or match["perf_tgid"] or b"-1"
         task = self._task(int(pid), -1 if tgid.startswith(b"-") else int(tgid), match["comm"].strip())
         time, text = match["time"], match["body"]
         if self._dating and match["flags"]:
-            self._dating.see_flags(match["flags"], number, by_kernel=self._by_kernel)
+            self._dating.see_flags(match["flags"], number, by_kernel=self.text.shape != "trace-cmd report")
         if text == body.lstrip() and head.endswith(b" " + time):
             self._widths[len(head)] = self._stamp = -len(time) - 1
             self._behind = -len(head) - 1
@@ -221,9 +214,13 @@ class TraceReader:
     def _learn(self, body: bytes, number: int, line: bytes) -> Event:
         """Parses a text that is not known yet, or not known to be repeated, and remembers it."""
         event = parse(body) if b": kvm_" not in body else UNREADABLE
-        if event is UNREADABLE:
-            self._bad(number, line)
-            return event
+        while event is UNREADABLE:
+            mended = self.text.mend(line, number)
+            match = _LINE.fullmatch(mended) if mended is not None and mended != line else None
+            if mended is None or match is None:
+                return event
+            line, body = mended, match["body"]
+            event = parse(body)
         if self._dating:
             self._dating.see_text(body, number)
         by_beginning = event.kind in BY_BEGINNING
@@ -246,29 +243,6 @@ class TraceReader:
         if task.tgid < 0:
             task.tgid = tgid
         return task
-
-    def _no_event(self, line: bytes, number: int) -> None:
-        """Comments and blank lines are normal, lost events are damage, the rest could not be read."""
-        if lost := _LOST.match(line):
-            self._lost += int(lost[1] or 1)
-            self._first_lost = self._first_lost or f"{self.path}:{number}"
-        elif line.startswith(b"#"):
-            if entries := _ENTRIES.match(line):
-                held, written = int(entries[1]), int(entries[2])
-                if self._promised >= 0:
-                    self.problems.append(f"{self.path}:{number}: a second trace begins here: pass the two one by one")
-                self._promised = max(self._promised, 0) + held
-                if written > held:
-                    self.notes.append(f"the ring buffer kept the last {held:,} of {written:,} events")
-        elif line.startswith((b"cpus=", b"version =")):
-            self._by_kernel = False  # trace-cmd report
-        elif line.strip() and not line.startswith(b"CPU "):
-            self._bad(number, line)
-
-    def _bad(self, number: int, line: bytes) -> None:
-        self._unreadable += 1
-        what = "binary data" if line is _BINARY else f"not ftrace text: {line[:80].decode('utf-8', 'replace')!r}"
-        self._first_unreadable = self._first_unreadable or f"{self.path}:{number}: {what}, left out"
 
     def _check_clock(self, first: int, lines: list[bytes], tasks: list[Task | None], stamps: list[bytes]) -> None:
         """Time may not go back. Sorting an already sorted list is the cheapest test; only a failure is looked into."""
@@ -297,36 +271,10 @@ class TraceReader:
 
     def _finish(self) -> None:
         """What the pass found wrong, one line for each kind of damage."""
-        if self._unreadable:
-            self.problems.append(self._first_unreadable + _and_more(self._unreadable))
-        if self._lost:
-            self.problems.append(
-                f"{self._first_lost}: {self._lost:,} events or more were lost: state may be off after that"
-            )
-        if self._backwards:
-            self.problems.append(self._first_backwards + _and_more(self._backwards))
-        file = self._file
-        torn = ""
-        if file.tail.strip():
-            self.lines += 1
-            torn = f"the last line has no end and was left out: {file.tail[:80].decode('utf-8', 'replace')!r}"
-        if file.cut:
-            used = f"the {self.events:,} events up to here were used" if self.events else "no event could be read"
-            self.problems.append(f"{self.path}:{self.lines}: {file.cut}: {used}{'; ' if torn else ''}{torn}")
-            return
-        if torn:
-            self.problems.append(f"{self.path}:{self.lines}: {torn}")
-        if self.events < self._promised:
-            self.notes.append(
-                f"the header counts {self._promised:,} events, the file holds {self.events:,}: filtered or cut at a "
-                "line end"
-            )
-
-
-def _lines(text: bytes) -> list[bytes]:
-    """The lines of a text without its last line end; a line with zero bytes is no text."""
-    lines = text.replace(b"\r", b"").split(b"\n")
-    return [_BINARY if b"\0" in line else line for line in lines] if b"\0" in text else lines
+        backwards = [self._first_backwards + _and_more(self._backwards)] if self._backwards else []
+        self.problems = self.text.problems(self.lines, self.events, backwards)
+        self.notes = self.text.notes(self.events)
+        self.lines += self.text.torn
 
 
 def _and_more(n: int) -> str:

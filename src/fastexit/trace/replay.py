@@ -190,7 +190,8 @@ def _no_events(reader: TraceReader) -> str:
     if not reader.lines and not reader.problems:
         return f"{reader.path}: the file is empty: record a trace and pass its text"
     if not reader.events:
-        what = reader.problems[0] if reader.problems else f"{reader.path}: no ftrace text in {reader.lines:,} lines"
+        nothing = f"{reader.path}: no ftrace text in {reader.lines:,} lines"
+        what = reader.problems[0] if reader.problems else reader.text.first_prose or nothing
         return f"{what}: pass the text of a trace (tracefs, trace-cmd report, perf script)"
     return (
         f"{reader.path}: {reader.events:,} events, but none of kvm: record with trace-cmd record -e kvm, or switch "
