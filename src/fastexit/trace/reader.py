@@ -9,23 +9,15 @@ dropped silently: it ends up in `problems`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from fastexit.trace.events import BY_BEGINNING, DEEPER, UNREADABLE, Event, Kind, parse
+from fastexit.trace.shapes.line import LINE, LONGEST
 from fastexit.trace.text import TraceText
 
-_LONGEST_LINE = 1 << 12
 _KNOWN_BODIES = 1 << 16
-
-_LINE = re.compile(
-    rb"(?P<comm>.*?)"
-    rb"(?:-(?P<pid>\d+) +(?:\( *(?P<tgid>\d+|-+)\) +)?"
-    rb"| +(?:(?P<perf_tgid>\d+)/)?(?P<perf_pid>\d+) +)"
-    rb"\[\d+\] +(?:(?P<flags>[^\s:\[\]]{4,8}) +)?(?P<time>\d+\.\d+): +(?P<body>\S.*)"
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +71,7 @@ class TraceReader:
 
     def __init__(self, path: str | os.PathLike[str], dating: Dates | None = None) -> None:
         self._dating = dating
-        self.text: TraceText = TraceText(path)
+        self.text: TraceText = TraceText(path, perf=True)
         self.path: str = self.text.path
         self.size: int = self.text.size
         self.lines: int = 0
@@ -107,7 +99,7 @@ class TraceReader:
         self._read = 0
         for text in self.text.chunks(progress):
             yield self._seen(text.split(b"\n"))
-        if (tail := self.text.last(self.events)) is not None:
+        if (tail := self.text.last(self.lines, self.events)) is not None:
             self._unended = [tail]
             yield self._seen([tail])
         self._read = self.lines
@@ -192,7 +184,7 @@ class TraceReader:
             self._behind, self._stamp = -len(head) - 1, stamp
             event = self._known.get(body) or self._learn(body, number, line)
             return task, event, head
-        match = _LINE.fullmatch(line) if len(line) <= _LONGEST_LINE else None
+        match = LINE.fullmatch(line) if len(line) <= LONGEST else None
         if match is None:
             mended = self.text.mend(line, number) if line.strip() else None
             if mended is None or mended == line:
@@ -216,7 +208,7 @@ class TraceReader:
         event = parse(body) if b": kvm_" not in body else UNREADABLE
         while event is UNREADABLE:
             mended = self.text.mend(line, number)
-            match = _LINE.fullmatch(mended) if mended is not None and mended != line else None
+            match = LINE.fullmatch(mended) if mended is not None and mended != line else None
             if mended is None or match is None:
                 return event
             line, body = mended, match["body"]
@@ -253,7 +245,7 @@ class TraceReader:
             return
         now = float(self._latest or 0)
         for i, task in enumerate(tasks):
-            match = _LINE.fullmatch(lines[i]) if task else None
+            match = LINE.fullmatch(lines[i]) if task else None
             if task is None or match is None:
                 continue
             time = float(match["time"])
