@@ -346,7 +346,8 @@ def test_device_threads_are_no_vcpus(guest: list[str], write: Callable[..., Path
         (b"", "t", "the file is empty"),
         (b"\x17\x08Dtracing6\0rest", "t.dat", "trace-cmd report"),
         (b"PERFILE2rest", "t.data", "perf script"),
-        (b"\x28\xb5\x2f\xfdrest", "t.zst", "zstd -d"),
+        (b"PK\x03\x04rest", "t.zip", "zip archive"),
+        (b"\xff\xfek\0v\0m\0", "t.txt", "iconv"),
     ],
 )
 def test_files_that_need_something_else_first(data: bytes, name: str, said: str, write: Callable[..., Path]) -> None:

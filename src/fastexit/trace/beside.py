@@ -11,9 +11,10 @@ KEPT = 20
 """So many of the lines that cannot be read, and of the places where events were lost, are kept; all are counted."""
 
 _LOST = re.compile(
-    rb"\s*(?:CPU:? ?\d+ |.*\d: +)\[(?:LOST )?(?P<n>\d{0,18}) ?EVENTS(?: DROPPED)?\]"
+    rb"(?:CPU:? ?\d+ |.*\d: +)\[(?:LOST )?(?P<n>\d{0,18}) ?EVENTS(?: DROPPED)?\]"
     rb"|.*PERF_RECORD_LOST(?:_SAMPLES)? lost (?P<perf>\d{1,18})|Lost (?P<bpf>\d{1,18}) events"
 )
+_MAY_BE_LOST = re.compile(rb" EVENTS|\[EVENTS| lost |^Lost ")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
 _NOTHING = re.compile(rb"\s*(?:CPU \d+ is empty$|cpus=\d|version = \d|Attaching \d+ probes)")
 _STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S|\s*=> ")
@@ -59,7 +60,7 @@ class Beside:
                 self._comment(line, number)
         elif _STACK.match(line) or _NOTHING.match(line) or not line.strip():
             pass
-        elif lost := _LOST.match(line):
+        elif _MAY_BE_LOST.search(line) and (lost := _LOST.match(line.lstrip())):
             self.lost += int(lost["n"] or lost["perf"] or lost["bpf"] or 1)
             if len(self.lost_lines) < KEPT:
                 self.lost_lines.append(number)

@@ -32,6 +32,7 @@ _TGID = re.compile(rb"(.*\S) +\( *(\d{1,10}|-+)\)$", re.DOTALL)
 _DASHED = re.compile(rb"(.*)-(\d{1,10})$", re.DOTALL)
 _SPACED = re.compile(rb"(?:(.*)(?<!\S))?(?:(\d{1,10})/)?(\d{1,10})$", re.DOTALL)
 _COMM = 16
+_LONGEST_HEAD = 200
 _CUT = re.compile(rb"CPU \d+/(?:K|KV)?$")
 _CUT_AT = 8
 _FLAGS_LEAST, _FLAGS_MOST = 4, 8
@@ -52,6 +53,8 @@ def read(line: bytes) -> Parts | None:
         found = _EVENT.search(line)
         if not found:
             return None
+    if found.start() > _LONGEST_HEAD:
+        return None
     head = line[: found.start()].rstrip()
     head = _DATE.sub(b"", head.lstrip(), count=1)
     head = _FILE.sub(b"", head + b" ", count=1).rstrip()

@@ -11,7 +11,7 @@ LONGEST = 1 << 12
 LINE = re.compile(
     rb"(?P<comm>.*?)"
     rb"(?:-(?P<pid>\d{1,10}) +(?:\( *(?P<tgid>\d{1,10}|-+)\) +)?"
-    rb"| +(?:(?P<perf_tgid>\d{1,10})/)?(?P<perf_pid>\d{1,10}) +)"
+    rb"|(?<! ) +(?:(?P<perf_tgid>\d{1,10})/)?(?P<perf_pid>\d{1,10}) +)"
     rb"\[\d{1,6}\] +(?:(?P<flags>[^\s:\[\]]{4,8}) +)?(?P<time>\d{1,20}\.\d{1,9}): +(?P<body>\S.*)"
 )
 """A line that ftrace or, with all of its fields, perf script prints: what is read as it is."""

@@ -11,6 +11,8 @@ from fastexit.trace.shapes import fields, heads, mail, perftrace
 from fastexit.trace.shapes.line import LINE, LONGEST, Parts, canonical, seconds
 from fastexit.trace.shapes.tables import Tables
 
+_LONGEST_MENDED = 1 << 10
+"""Bytes of the longest line that is worth a look when it is not canonical."""
 _STUDIED = 1 << 12
 """So many of a file's first lines are learned from."""
 
@@ -111,9 +113,11 @@ class Mender:
             if self._canonical(line):
                 canon += 1
                 continue
+            if len(line) > _LONGEST_MENDED:
+                continue
             clean = mail.unquoted(line)
-            traced = perftrace.read(clean) if len(line) <= LONGEST else None
-            parts = traced[0] if traced else heads.read(clean) if len(line) <= LONGEST else None
+            traced = perftrace.read(clean)
+            parts = traced[0] if traced else heads.read(clean)
             tool = tool or ("perf trace" if traced else _tool(line))
             if parts is not None:
                 found.append(parts)
@@ -262,6 +266,8 @@ class Mender:
         if self._canonical(line):
             match = LINE.fullmatch(line)
             return line if match and _readable(match["body"]) else None
+        if len(line) > _LONGEST_MENDED:
+            return None
         for clean in (line, mail.unquoted(line), mail.decoded(mail.unquoted(line))):
             traced = perftrace.read(clean)
             parts = traced[0] if traced else heads.read(clean)

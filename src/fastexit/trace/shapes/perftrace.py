@@ -7,7 +7,7 @@ import re
 from fastexit.trace.shapes.line import Parts, seconds
 
 _LINE = re.compile(
-    rb" *(?P<ms>\d{1,17})\.(?P<us>\d{3}) +(?:\( *[\d.]* *(?:ms)? *\): *)?"
+    rb" *(?P<ms>\d{1,17})\.(?P<us>\d{3}) +(?:\([ \d.]*+(?:ms *+)?\): *)?"
     rb"(?:(?P<comm>\S(?:.*?\S)?)/(?P<pid>\d{1,10}) +)?(?P<name>kvm:\w+|[a-z]\w*:\w+)(?P<args>[(:].*)"
 )
 

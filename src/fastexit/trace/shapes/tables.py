@@ -21,6 +21,7 @@ _TOP_SAMPLES = re.compile(rb"#?\s*Samples: \S+\s+of event '(kvm:\w+)'")
 _TOP_COUNT = re.compile(rb"Event count \(approx\.\): (\d{1,19})")
 _TOP_ROW = re.compile(rb"\s*" + _SHARE + rb"\s+(.*\S)")
 _TOTAL = re.compile(rb"\s*Total(?: Samples:|\s+\d+\s+\d+\s*$)")
+_LONGEST = 400
 _NS = {b"%": 0.0, b"ns": 1.0, b"us": 1e3, b"ms": 1e6, b"s": 1e9}
 
 _COLUMNS = {b"min": "minimum", b"max": "maximum", b"avg": "mean", b"mean": "mean", b"": "total"}
@@ -100,6 +101,9 @@ class Tables:
 
     def see(self, line: bytes, number: int) -> bool:
         """True for a line that belongs to a table. Blank lines need not be shown."""
+        if len(line) > _LONGEST:
+            self._table = None
+            return False
         if self._head(line, number):
             return True
         table = self._table
