@@ -32,7 +32,8 @@ class Event(IntEnum):
     OTHER_KVM = 1
     """Of kvm, without a row below: ``name`` is the event's."""
     EXIT = 2
-    """kvm_exit: ``name`` reason, ``a`` rip, ``b`` and ``c`` info 1 and 2, ``d`` intr_info and error code << 32."""
+    """kvm_exit: ``name`` reason with what VMX adds ("EPT_VIOLATION FAILED_VMENTRY"), ``a`` rip, ``b`` and ``c`` info 1
+    and 2, ``d`` intr_info and error code << 32. Before 5.10 intr_info is info 2."""
     ENTRY = 3
     """kvm_entry: ``a`` rip, where printed."""
     MSR = 4
@@ -55,11 +56,12 @@ class Event(IntEnum):
     SET_IRQ = 12
     """kvm_set_irq: ``a`` GSI, ``b`` level, ``c`` source."""
     IOAPIC_SET_IRQ = 13
-    """kvm_ioapic_set_irq, kvm_ioapic_delayed_eoi_inj: ``a`` pin, ``b`` vector, ``c`` destination, ``d`` 1 coalesced."""
+    """kvm_ioapic_set_irq, kvm_ioapic_delayed_eoi_inj: ``name`` the event's, ``a`` pin, 2^64 - 1 for the second, ``b``
+    vector, ``c`` destination, ``d`` 1 coalesced."""
     MSI_SET_IRQ = 14
     """kvm_msi_set_irq: ``a`` destination, ``b`` vector."""
     PIC_SET_IRQ = 15
-    """kvm_pic_set_irq: ``a`` chip << 3 | pin, ``d`` 1 coalesced."""
+    """kvm_pic_set_irq: ``a`` chip << 3 | pin, ``c`` 1 masked, ``d`` 1 coalesced."""
     ACK_IRQ = 16
     """kvm_ack_irq: ``name`` irqchip, ``a`` pin."""
     PIO = 17
@@ -71,15 +73,18 @@ class Event(IntEnum):
     HV_HYPERCALL = 20
     """kvm_hv_hypercall: ``a`` call code, ``b`` input, ``c`` output, ``d`` 1 fast."""
     HV_SEND_IPI = 21
-    """kvm_hv_send_ipi, kvm_hv_send_ipi_ex: ``a`` vector, ``b`` processor or bank mask."""
+    """kvm_hv_send_ipi, kvm_hv_send_ipi_ex: ``name`` the event's, ``a`` vector, ``b`` processor or bank mask, ``c`` the
+    second one's format."""
     HV = 22
     """Any other kvm_hv_*: ``name`` the event's."""
     APICV_ACCEPT = 23
     """kvm_apicv_accept_irq: as ACCEPT."""
     APICV_INHIBIT = 24
-    """kvm_apicv_inhibit_changed: ``name`` reason, ``a`` 1 set, ``b`` all inhibits."""
+    """kvm_apicv_inhibit_changed: ``name`` the reason's number as printed, ``a`` 1 set, ``b`` all inhibits. Its
+    forerunner kvm_apicv_update_request: ``b`` this one inhibit, ``d`` 1."""
     NESTED_VMEXIT = 25
-    """kvm_nested_vmexit, kvm_nested_vmexit_inject, kvm_nested_intercepts: ``name`` reason where printed."""
+    """kvm_nested_vmexit, kvm_nested_vmexit_inject, kvm_nested_intercepts, kvm_nested_intr_vmexit: ``name`` reason where
+    printed, ``c`` 0 to 3 in this order."""
     NESTED_ENTRY = 26
     """kvm_nested_vmenter, kvm_nested_vmrun."""
     USERSPACE_EXIT = 27
@@ -96,11 +101,12 @@ class Event(IntEnum):
     """kvm_cr: ``a`` register, ``b`` value, ``c`` 1 write."""
     AVIC = 33
     """kvm_avic_incomplete_ipi, kvm_avic_unaccelerated_access, kvm_avic_*: ``name`` the event's; of an incomplete IPI
-    ``a`` ICR (high << 32), ``b`` id; of an unaccelerated access ``a`` offset, ``c`` 1 write."""
+    ``a`` ICR (high << 32), ``b`` id; of an unaccelerated access ``a`` offset, ``b`` vector, ``c`` 1 write; of a
+    doorbell ``a`` APIC id."""
     HV_TIMER = 34
     """kvm_hv_timer_state: ``a`` 1 where the preemption timer serves the vCPU."""
     PI_IRTE = 35
-    """kvm_pi_irte_update: ``a`` GSI, ``b`` vector, ``c`` 1 set."""
+    """kvm_pi_irte_update: ``a`` GSI, ``b`` vector, ``c`` 1 set, ``d`` the host's irq."""
     NMI = 36
     """kvm_nmi_inj and similar lines of an NMI."""
     SMM = 37
@@ -118,7 +124,7 @@ class Flag(IntEnum):
     """``d`` or ``D``: the fast path's signature."""
     NEED_RESCHED = 4
     HARDIRQ = 8
-    """``h``, ``H``, ``s``: an interrupt handler of the host wrote the line."""
+    """``h``, ``H``, ``s``, ``z``, ``Z``: an interrupt handler of the host wrote the line."""
 
 
 RECORD = np.dtype(
