@@ -30,10 +30,11 @@ REGISTERS = {
 }
 
 HEAD = re.compile(
-    rb"(?P<who>.*?[ \t])\[(?P<cpu>\d+)\][ \t]*(?:(?P<flags>[!-9;-Z\\^-~]{4,8})[ \t]+)?"
-    rb"(?P<time>\d+(?:\.\d+)?):[ \t]+(?P<body>[^ \t].*)",
+    rb"\[(?P<cpu>\d+)\][ \t]*(?:(?P<flags>[!-9;-Z\\^-~]{4,8})[ \t]+)?"
+    rb"(?P<seconds>\d+)\.(?P<fraction>\d{1,9}):[ \t]+(?P<body>[^ \t].*)",
     re.DOTALL,
 )
+HIGHEST_CPU, HIGHEST_SECONDS = 0x7FFF, 9_223_372_035
 FTRACE = re.compile(rb"[ \t]*(?P<comm>.*)-(?P<pid>\d+)[ \t]*(?:\( *(?P<tgid>\d+|-+)\))?[ \t]*", re.DOTALL)
 PERF = re.compile(rb"[ \t]*(?P<comm>.*)[ \t](?:(?P<tgid>\d+)/)?(?P<pid>\d+)[ \t]*", re.DOTALL)
 REASON = re.compile(rb"([^\x00-\x20]+(?:[ \t]+(?!rip[ \t])[^\x00-\x20]+)*?)(?:[ \t]+(rip[ \t].*)|[ \t\r]*)", re.DOTALL)
@@ -145,10 +146,15 @@ def _exit(vcpu: bytes | None, rest: bytes) -> Row:
         raise Refused
     row["a"] = hexa(at[1])
     if old := re.match(rb"[ \t]+info[ \t]+(.*)", at[2], re.DOTALL):
-        infos = pattern(r"%x(?: +%x)?(.*)").fullmatch(old[1])
+        infos = pattern(r"%x(.*)").fullmatch(old[1])
         if not infos:
             raise Refused
-        row["b"], row["c"] = hexa(infos[1]), hexa(infos[2])
+        row["b"] = hexa(infos[1])
+        if re.match(rb"[ \t]+[0-9a-fA-F]", infos[2]):
+            second = pattern(r" %x.*").fullmatch(infos[2])
+            if not second:
+                raise Refused
+            row["c"] = hexa(second[1])
         return row
     rest = at[2]
     values = []
@@ -534,27 +540,18 @@ class Plain:
             self.recording.unreadable.append(Unreadable(number, line[:80].decode("utf-8", "replace")))
 
     def _row(self, number: int, line: bytes) -> dict[str, Any]:
-        head = HEAD.fullmatch(line)
-        if not head:
+        for bracket in re.finditer(rb"(?<=[ \t])\[", line):
+            head = HEAD.fullmatch(line, bracket.start())
+            if head and int(head["cpu"]) <= HIGHEST_CPU and int(head["seconds"]) <= HIGHEST_SECONDS:
+                break
+        else:
             raise Refused
-        cpu = int(head["cpu"])
-        seconds, point, fraction = head["time"].partition(b".")
-        if cpu > 0x7FFF or len(fraction) > 9:
-            raise Refused
-        time = int(seconds)
-        if not self.rows:
-            self.recording.clock = "ns" if point else "ticks"
-        if bool(point) != (self.recording.clock == "ns"):
-            raise Refused
-        if point:
-            time = time * 1_000_000_000 + int(fraction.ljust(9, b"0"))
-        if time >> 63:
-            raise Refused
+        thread = self.thread(line[: bracket.start()])
         event, row = read_body(head["body"])
-        thread = self.thread(head["who"])
         text = row.get("name", -1)
-        blank = {"time": time, "line": number, "thread": thread, "cpu": cpu, "flags": read_flags(head["flags"])}
-        blank |= {"a": 0, "b": 0, "c": 0, "d": 0, "vcpu": -1, "event": int(event)}
+        time = int(head["seconds"]) * 1_000_000_000 + int(head["fraction"].ljust(9, b"0"))
+        blank = {"time": time, "line": number, "thread": thread, "cpu": int(head["cpu"])}
+        blank |= {"a": 0, "b": 0, "c": 0, "d": 0, "vcpu": -1, "event": int(event), "flags": read_flags(head["flags"])}
         return blank | row | {"name": self.name(text) if isinstance(text, bytes) else -1}
 
 
@@ -574,7 +571,7 @@ def read_lines(lines: Iterable[bytes], path: str = "-") -> Recording:
     for number, line in enumerate(lines, 1):
         recording.lines = number
         line = line.removesuffix(b"\n").removesuffix(b"\r")
-        if line.strip() and not line.startswith(b"#"):
+        if line.strip(b" \t\r") and not line.startswith(b"#"):
             plain.line(number, line)
     rows = np.zeros(len(plain.rows), RECORD)
     for i, row in enumerate(plain.rows):

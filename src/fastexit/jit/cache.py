@@ -114,8 +114,9 @@ def write(module: str, code: Code) -> None:
 
 
 def _digest(module: str, content: bytes) -> bytes:
-    declared_in = Path(sys.modules[module].__file__).read_bytes()
-    return hashlib.sha256(_STAMP + declared_in + content).digest()
+    folder = Path(sys.modules[module].__file__).parent
+    sources = b"".join(hashlib.sha256(source.read_bytes()).digest() for source in sorted(folder.glob("*.py")))
+    return hashlib.sha256(_STAMP + sources + content).digest()
 
 
 def _hash_sources() -> bytes | None:

@@ -6,6 +6,7 @@ Only a compilation imports this file: it needs numba, which a process that finds
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,12 @@ def _byte(builder, address):
 @lowers(bytesaddressed.load_byte, "u8(u8)")
 def _load_byte(context, builder, address):
     return builder.zext(builder.load(_byte(builder, address)), llvm.IntType(64))
+
+
+@lowers(bytesaddressed.load_word, "u8(u8)")
+def _load_word(context, builder, address):
+    word = builder.load(builder.inttoptr(address, llvm.IntType(64).as_pointer()), align=1)
+    return word if sys.byteorder == "little" else builder.bswap(word)
 
 
 @lowers(bytesaddressed.store_byte, "void(u8, u8)")
