@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastexit.records.columns import NO_TIME, Recording, Rows
+from fastexit.records.block import ROW_WORDS
+from fastexit.records.columns import NO_TIME, RECORD, Recording, Rows
 from fastexit.records.interning import MOST_NAMES, Words
 from fastexit.records.scan import Scanner
-from fastexit.records.store import Store
+from fastexit.records.store import Store, joined
 from fastexit.trace.text import TraceText
 
 BLOCK_ROWS = 1 << 14
@@ -85,28 +86,28 @@ class _Reading:
             bad = [(int(numbers[i]), line) for i, line in left]
         if len(parts) == 1:
             return rows
-        rows = np.concatenate(parts)
-        return rows[np.argsort(rows["line"], kind="stable")]
+        rows = joined(parts)
+        order = np.argsort(rows["line"], kind="stable")
+        return rows.view(np.uint64).reshape(-1, ROW_WORDS)[order].reshape(-1).view(RECORD)
 
     def _watch(self, rows: Rows) -> None:
         """Time may not go back."""
-        times = rows["time"]
-        back = np.flatnonzero(np.diff(times, prepend=self._latest) < 0) if self._latest != NO_TIME else None
-        if back is None:
-            back = np.flatnonzero(np.diff(times) < 0) + 1
+        times = np.empty(len(rows) + 1, np.int64)
+        times[0], times[1:] = self._latest, rows["time"]
+        self._latest = int(times[-1])
+        back = np.flatnonzero(times[1:] < times[:-1])
+        self._backwards += len(back)
         if len(back) and not self._first_backwards:
             at = int(back[0])
-            before = self._latest if at == 0 else int(times[at - 1])
+            before, after = times[at] / 1e9, times[at + 1] / 1e9
             self._first_backwards = (
-                f"{self._text.path}:{rows['line'][at]}: time goes back from {before / 1e9:.6f} to {times[at] / 1e9:.6f}: "
-                "lines of several traces are mixed; sort them by time, or pass one trace at a time"
+                f"{self._text.path}:{rows['line'][at]}: time goes back from {before:.6f} to {after:.6f}: lines of "
+                "several traces are mixed; sort them by time, or pass one trace at a time"
             )
-        self._backwards += len(back)
-        self._latest = int(times[-1])
 
     def _flush(self) -> None:
         if self._pending:
-            self._store.add(np.concatenate(self._pending))
+            self._store.add(joined(self._pending))
         self._pending = []
         self._waiting = 0
 

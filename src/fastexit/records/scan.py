@@ -12,6 +12,7 @@ from fastexit.records import block
 from fastexit.records.block import Why
 from fastexit.records.columns import RECORD, Rows
 from fastexit.records.interning import REGISTERS, Words, kind_of
+from fastexit.records.store import joined
 
 
 class Scanner:
@@ -35,15 +36,14 @@ class Scanner:
         """Rows of the lines of a text, the first of which has this number, and the lines that could not be read."""
         m = self._memory
         size = len(text)
-        if len(self._room) < size + block.PADDING:
-            self._room = np.zeros(size + size // 4 + block.PADDING, np.uint8)
-        self._room[:size] = np.frombuffer(text, np.uint8)
-        self._room[size : size + block.PADDING] = 0
-        self._room[size] = ord("\n")
+        room = self.room(text)
+        room[:size] = np.frombuffer(text, np.uint8)
+        room[size : size + block.PADDING] = 0
+        room[size] = ord("\n")
         m[block.AT], m[block.LINE] = 0, line
         parts: list[Rows] = []
         bad: list[tuple[int, bytes]] = []
-        address = self._room.ctypes.data
+        address = room.ctypes.data
         while True:
             why = self._run(self._handle, address, size)
             if why == Why.NEW_NAME:
@@ -57,7 +57,13 @@ class Scanner:
                 m[block.BAD] = 0
             if why == Why.DONE:
                 self.line = int(m[block.LINE])
-                return parts[0] if len(parts) == 1 else np.concatenate(parts), bad
+                return joined(parts), bad
+
+    def room(self, text: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Where a text is put to be scanned, block.PADDING behind it."""
+        if len(self._room) < len(text) + block.PADDING:
+            self._room = np.zeros(len(text) + len(text) // 4 + block.PADDING, np.uint8)
+        return self._room
 
     def _take(self) -> Rows:
         """The rows that are there, which make room for others."""

@@ -14,6 +14,11 @@ KEPT_ROWS = 1 << 20
 """So many rows stay in memory, 64 MiB."""
 
 
+def joined(parts: list[Rows]) -> Rows:
+    """Rows one behind the other; NumPy would copy them field by field."""
+    return parts[0] if len(parts) == 1 else np.concatenate([part.view(np.uint64) for part in parts]).view(RECORD)
+
+
 class Store:
     """Rows as they come; iterating gives them again in the same blocks.
 
