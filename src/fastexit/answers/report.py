@@ -36,7 +36,9 @@ class Clue:
 
 @dataclass
 class ExitRow:
-    """Exits of one reason. ``time`` is exit to entry, None where entries were not recorded."""
+    """Exits of one reason. ``time`` is exit to entry, None where entries were not recorded; ``nested`` of them were of
+    a nested guest (L2).
+    """
 
     reason: str
     count: int
@@ -44,6 +46,7 @@ class ExitRow:
     per_second: float | None
     time: Quantiles | None
     time_share: float | None = None
+    nested: int = 0
 
 
 @dataclass
@@ -62,7 +65,9 @@ class VcpuRow:
 
 @dataclass
 class MsrRow:
-    """Reads or writes of one MSR; ``values`` are the most frequent ones with their counts."""
+    """Reads or writes of one MSR; ``values`` are the most frequent ones with their counts, ``classes`` those of an ICR
+    in words ("Fixed physical, unicast").
+    """
 
     msr: int
     name: str
@@ -71,11 +76,16 @@ class MsrRow:
     share: float
     faults: int
     values: list[tuple[int, int]] = field(default_factory=list)
+    classes: list[tuple[str, int]] = field(default_factory=list)
 
 
 @dataclass
 class VectorRow:
-    """Interrupts of one vector from one source: "IPI (x2APIC MSR)", "MSI", "IOAPIC gsi 4", "timer", "NMI", ..."""
+    """Interrupts of one vector from one source: "IPI (x2APIC MSR)", "MSI gsi 24", "IOAPIC gsi 4", "timer", ...
+
+    ``name`` is what Linux calls the vector, or the delivery mode where that is no vector's. ``eois`` are the vector's,
+    whoever raised it.
+    """
 
     vector: int
     name: str
@@ -96,8 +106,19 @@ class SentRow:
 
 
 @dataclass
+class DoorRow:
+    """Accesses of one kind ("IPI", "EOI", "TPR", "timer") by one door ("x2APIC MSR", "xAPIC page", ...)."""
+
+    doing: str
+    door: str
+    count: int
+
+
+@dataclass
 class LatencyRow:
-    """From one line of an IPI to a later one: "exit to accept", "accept to entry", "exit to entry", "entry to EOI"."""
+    """From one line of an IPI to a later one: "exit to accept", "accept to entry", "exit to entry", "entry to EOI",
+    "accept to EOI".
+    """
 
     what: str
     time: Quantiles
@@ -148,7 +169,10 @@ class SwitchRow:
 
 @dataclass
 class Finding:
-    """Something to look at, in one sentence of words; ``kind`` is stable, for scripts; ``lines`` show it."""
+    """Something to look at, in one sentence of words; ``kind`` is stable, for scripts; ``lines`` show it.
+
+    ``severity`` is "problem" (the guest suffers), "warning" (it may well) or "note" (worth knowing).
+    """
 
     kind: str
     severity: str
@@ -175,6 +199,7 @@ class VmReport:
     msrs: list[MsrRow] = field(default_factory=list)
     vectors: list[VectorRow] = field(default_factory=list)
     sent: list[SentRow] = field(default_factory=list)
+    doors: list[DoorRow] = field(default_factory=list)
     halts: Halts | None = None
     latency: list[LatencyRow] = field(default_factory=list)
     fast: list[FastRow] = field(default_factory=list)
