@@ -1,0 +1,111 @@
+"""All answers to one recording, in one pass over its rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fastexit.answers.exits import Exits
+from fastexit.answers.facts import Follower
+from fastexit.answers.findings import find
+from fastexit.answers.inhibits import Inhibits
+from fastexit.answers.ipis import Icr, Ipis
+from fastexit.answers.msrs import Msrs
+from fastexit.answers.places import Where, named_by_lines
+from fastexit.answers.report import Clue, VmReport
+from fastexit.answers.vectors import Vectors
+from fastexit.answers.waits import Span, Waits
+from fastexit.records.columns import Recording
+
+
+class Analysis:
+    """What was accumulated of one recording; ``vms`` are the numbers of the VMs that have lines."""
+
+    def __init__(self, recording: Recording, where: Where | None = None) -> None:
+        self.recording: Recording = recording
+        self.where: Where = named_by_lines(recording) if where is None else where
+        self.follower: Follower = Follower(recording, self.where)
+        self.span: Span = Span(recording, self.follower)
+        self.exits: Exits = Exits(self.follower, recording.names, self.span.ticks)
+        self.msrs: Msrs = Msrs(self.follower)
+        self.vectors: Vectors = Vectors(self.follower, self.span.ticks)
+        self.ipis: Ipis = Ipis(self.follower)
+        self.waits: Waits = Waits(self.follower)
+        self.inhibits: Inhibits = Inhibits(recording, self.follower)
+        for rows, facts in self.follower:
+            self.span.feed(rows)
+            self.exits.feed(facts, self.span.first)
+            self.msrs.feed(rows)
+            self.vectors.feed(rows, facts, self.span.first)
+            self.ipis.feed(facts)
+            self.waits.feed(rows)
+            self.inhibits.feed(rows)
+        self.vms: list[int] = [vm for vm in self.follower.places.vms if self.span.lines(vm)]
+
+    def icrs(self) -> Counter[Icr]:
+        """IPIs of all VMs by what decides whether a kernel takes them fast."""
+        return self.ipis.icrs()
+
+    def deadlines(self, vm: int) -> int:
+        """TSC_DEADLINE writes of a VM."""
+        places = self.follower.of_vm(vm)
+        return sum(n for place, n in self.msrs.deadlines.items() if place in places)
+
+    def vm_of_lane(self, lane: int) -> int:
+        """The VM of a thread that has a lane."""
+        places = self.follower.places
+        return places.vms[int(places.vm_of_thread(places.lanes[lane]))]
+
+    def vcpu_of_lane(self, lane: int) -> str:
+        """Its vCPU in words, or the thread's name."""
+        place = int(self.follower.lanes[lane, 0])
+        if place:
+            return f"vCPU {self.follower.places.places[place - 1][1]}"
+        thread = self.follower.places.lanes[lane]
+        known = self.recording.threads
+        return f"thread {known[thread].comm}-{known[thread].pid}" if thread < len(known) else "a vCPU"
+
+    def threads(self, vm: int) -> dict[int, str]:
+        """The names of a VM's vCPU threads, by place plus one."""
+        places = self.follower.places
+        known = self.recording.threads
+        found: dict[int, str] = {}
+        for lane, thread in enumerate(places.lanes):
+            place = int(self.follower.lanes[lane, 0])
+            if place and places.places[place - 1][0] == vm and thread < len(known):
+                found.setdefault(place, known[thread].comm)
+        return found
+
+    def report(self, vm: int, clues: dict[str, Clue] | None = None) -> VmReport:
+        """The answers of one VM; ``clues`` (vendor, generation, ...) are taken over, and findings speak by them."""
+        seconds = self.span.seconds(vm)
+        report = VmReport(
+            self.recording.path,
+            vm,
+            clues or {},
+            seconds,
+            self.exits.rows(vm, seconds),
+            vcpus=self.exits.vcpus(vm, self.threads(vm)),
+            by_second=self.exits.by_second(vm),
+            msrs=self.msrs.rows(vm, self.ipis.classes(vm)),
+            vectors=self.vectors.rows(vm, linux=not self.windows(vm)),
+            sent=self.vectors.sent(vm),
+            doors=self.ipis.doors(vm),
+            halts=self.waits.halts(vm, self.exits),
+            latency=self.ipis.latency(vm),
+        )
+        report.findings = find(self, report)
+        return report
+
+    def windows(self, vm: int) -> bool:
+        """Whether a VM's exits lie where Windows has its kernel, or it uses Hyper-V's doors."""
+        return self.exits.windows(vm) or any(icr.vm == vm and icr.windows for icr in self.icrs())
+
+
+def analyse(recording: Recording, where: Where | None = None) -> list[VmReport]:
+    """Answer everything that a recording's rows tell, but for what other kernels would do.
+
+    ``where``: which thread is which vCPU of which VM; by default every thread whose name or lines name a vCPU is that
+    of one VM. A VM with number 0 is what belongs to none.
+    """
+    analysis = Analysis(recording, where)
+    return [analysis.report(vm) for vm in analysis.vms]

@@ -1,0 +1,61 @@
+"""Windows guests whose IPIs no kernel sends fast, and what to tell them instead.
+
+docs/windows.md has the reasons: a Windows guest uses the doors that Hyper-V's CPUID leaves recommend.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from fastexit.answers.findings.words import listed
+from fastexit.answers.report import Finding, VmReport
+from fastexit.trace.doors import Doing, Door
+
+if TYPE_CHECKING:
+    from fastexit.answers.analyse import Analysis
+
+_MSR = (
+    "hv-vapic tells Windows to write Hyper-V's MSRs 0x40000070 to 0x40000072, which always exit and which no fast path"
+    " looks at. Where APICv or AVIC is in use: QEMU hv-avic=on (hv-apicv), hv-vapic=off, with hv-synic, hv-stimer and"
+    " hv-vpindex; libvirt <avic state='on'/> and <vapic state='off'/> in <hyperv>. Without APICv keep hv-vapic, and add"
+    " hv-ipi (<ipi state='on'/>) for IPIs to many."
+)
+_CALL = (
+    "hv-ipi (libvirt <ipi state='on'/>) tells Windows to send to sets of vCPUs by hypercall: one exit for many targets,"
+    " and never a fast one. That is worth it without APICv; with APICv single IPIs are better off by hv-avic."
+)
+_PAGE = (
+    "This guest uses the xAPIC page. Give it x2APIC (QEMU -cpu ...,+x2apic; libvirt <feature policy='require'"
+    " name='x2apic'/>), and see in a trace whether it takes it: MSR 0x830 is the only door with a fast path."
+)
+_ADVICE = {
+    Door.SYNTHETIC: ("MSR 0x40000071 (hv-vapic)", _MSR),
+    Door.UNTOLD: ("an MSR that was not recorded, most likely 0x40000071 (hv-vapic)", _MSR),
+    Door.HYPERCALL: ("hypercall (hv-ipi)", _CALL),
+    Door.PAGE: ("the xAPIC page", _PAGE),
+    Door.TRAP: ("the xAPIC page, with APICv's exit behind it (APIC_WRITE)", _PAGE),
+    Door.AVIC: ("the APIC, with AVIC's exit", ""),
+}
+
+
+def find(analysis: Analysis, report: VmReport) -> list[Finding]:
+    """One finding for a Windows guest whose IPIs go by doors without a fast path."""
+    if not analysis.windows(report.number):
+        return []
+    counts: Counter[Door] = Counter()
+    whole = 0
+    for row in report.doors:
+        if row.doing == Doing.IPI.value:
+            whole += row.count
+            for door in _ADVICE:
+                counts[door] += row.count * (door.value == row.door)
+    never = +counts
+    if not never:
+        return []
+    said = [f"{n:,} by {_ADVICE[door][0]}" for door, n in never.most_common()]
+    advice = dict.fromkeys(_ADVICE[door][1] for door, _ in never.most_common())
+    share = "none" if never.total() == whole else f"{whole - never.total():,}"
+    text = f"a Windows guest: of its {whole:,} IPIs {share} can be sent fast by any kernel: {listed(said)}"
+    lines = [analysis.ipis.first[report.number, door] for door in never if (report.number, door) in analysis.ipis.first]
+    return [Finding("windows-ipis-never-fast", "note", text, sorted(lines)[:3], " ".join(filter(None, advice)))]

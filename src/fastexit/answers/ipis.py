@@ -1,0 +1,153 @@
+"""IPIs: by which door, of which class, how long they took; and every other access to the APIC by door."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from fastexit import regs as R
+from fastexit.answers.durations import Durations
+from fastexit.answers.facts import DOORS, Facts, Follower
+from fastexit.answers.follow import words as F
+from fastexit.answers.report import DoorRow, LatencyRow
+from fastexit.answers.tally import Tally, often
+from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door
+from fastexit.trace.report import FAULTED, IcrClass
+
+TARGETS = 1 << 16
+_DOING = {**DOING_OF_REGISTER, R.APIC_EOI: Doing.EOI}
+LATENCIES = "exit to accept", "accept to entry", "exit to entry", "entry to EOI", "accept to EOI"
+_WHAT = len(LATENCIES)
+NOT_RECORDED = -1
+"""Targets, where the trace has no accept lines."""
+
+
+class Icr(NamedTuple):
+    """IPIs that no kernel tells apart, but for vector and destination.
+
+    ``register``: APIC_ICR, APIC_SELF_IPI, or follow.REG_CALL for a hypercall. ``icr``: its low 32 bits without vector
+    and busy bit; ``broadcast``: the destination is all ones and no shorthand replaces it. ``targets``: accept lines,
+    NOT_RECORDED where the trace has none at all. ``nested``: L2 wrote it. ``faulted``: it ended in #GP.
+    """
+
+    vm: int
+    door: Door | None
+    register: int
+    icr: int
+    broadcast: bool
+    targets: int
+    nested: bool
+    faulted: bool
+
+    @property
+    def windows(self) -> bool:
+        """Whether only a guest that knows Hyper-V sends so."""
+        return self.door is Door.SYNTHETIC or self.door is Door.UNTOLD
+
+    @property
+    def words(self) -> str:
+        """The class in words, by which an MSR's values are told.
+
+        >>> Icr(1, Door.X2APIC, R.APIC_ICR, 0xC0000, False, 3, False, False).words
+        'Fixed all-but-self, 3 targets'
+        """
+        if self.faulted:
+            return FAULTED.cast
+        shorthand = R.Shorthand(self.icr >> 18 & 3).name.lower().replace("_", "-")
+        mode = R.DeliveryMode(self.icr >> 8 & 7).name
+        if self.register == int(F.REG_CALL):
+            way = "VP set"
+        else:
+            way = shorthand if shorthand != "none" else "logical" if self.icr & 0x800 else "physical"
+        if self.targets == NOT_RECORDED:
+            return f"{mode} {way}, targets not recorded"
+        cast = IcrClass(mode, "", shorthand, self.targets, self.broadcast).cast
+        return f"{mode} {way}, {cast}"
+
+
+class Ipis:
+    """Accumulates ICR, ACCESS, ENTERED, SERVED and ACCEPT facts."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._icrs: Tally[tuple[int, ...]] = Tally(TARGETS)
+        self._accesses: Counter[tuple[int, int, int]] = Counter()
+        self._latency = Durations()
+        self._accepted: set[int] = set()
+        self.first: dict[tuple[int, Door], int] = {}
+        """By VM and door, the line of its first IPI."""
+
+    def feed(self, facts: Facts) -> None:
+        """Facts of one block."""
+        vm_of = self._follower.vm_of_place
+        kinds = facts["kind"]
+        icrs = facts[kinds == F.FACT_ICR]
+        if len(icrs):
+            value = icrs["value"]
+            low = value & np.uint64(0xFFFF_FFFF & ~R.ICR_VECTOR & ~R.ICR_BUSY)
+            high = value >> np.uint64(32)
+            wide = icrs["door"] == F.DOOR_X2APIC
+            broadcast = np.where(wide, high == R.X2APIC_BROADCAST, (high == 0xFF) | (high == R.X2APIC_BROADCAST))
+            broadcast &= (low >> np.uint64(18) & np.uint64(3)) == 0
+            columns = [vm_of[icrs["place"]], icrs["door"], icrs["key"], low, broadcast, icrs["x"], icrs["flags"]]
+            self._icrs.add(often(columns))
+            vms = self._follower.places.vms
+            pairs, at = np.unique(vm_of[icrs["place"]] * len(DOORS) + icrs["door"], return_index=True)
+            for pair, line in zip(pairs.tolist(), icrs["line"][at].tolist(), strict=True):
+                door = DOORS[pair % len(DOORS)]
+                if door is not None:
+                    self.first.setdefault((vms[pair // len(DOORS)], door), line)
+        accesses = facts[kinds == F.FACT_ACCESS]
+        for (vm, register, door), n in often([vm_of[accesses["place"]], accesses["key"], accesses["door"]]):
+            self._accesses[vm, register, door] += n
+        accepts = facts[kinds == F.FACT_ACCEPT]
+        if len(accepts):
+            vms = vm_of[np.where(accepts["place"] > 0, accepts["place"], accepts["other"])]
+            self._accepted.update(np.unique(vms).tolist())
+            self._latency.feed(vms * _WHAT, accepts["value"].view(np.int64))
+        for kind, x, y in (F.FACT_ENTERED, 1, 2), (F.FACT_SERVED, 3, 4):
+            some = facts[kinds == kind]
+            vms = vm_of[some["place"]]
+            self._latency.feed(vms * _WHAT + x, some["x"])
+            self._latency.feed(vms * _WHAT + y, some["y"].view(np.int64))
+
+    def icrs(self) -> Counter[Icr]:
+        """All IPIs by what decides over them."""
+        found: Counter[Icr] = Counter()
+        vms = self._follower.places.vms
+        for (vm, door, register, low, broadcast, targets, flags), n in self._icrs.counts.items():
+            told = targets if vm in self._accepted else NOT_RECORDED
+            key = Icr(vms[vm], DOORS[door], register, low, bool(broadcast), told, bool(flags & 1), bool(flags & 2))
+            found[key] += n
+        return found
+
+    def doors(self, vm: int) -> list[DoorRow]:
+        """The table of a VM's doors: what it did by which, most frequent first."""
+        index = self._follower.places.vms.index(vm)
+        counts: Counter[tuple[str, str]] = Counter()
+        for icr, n in self.icrs().items():
+            if icr.vm == vm:
+                counts[Doing.IPI.value, icr.door.value if icr.door else "not told"] += n
+        for (of, register, door), n in self._accesses.items():
+            at = DOORS[door]
+            if of == index and at is not None and register in _DOING:
+                counts[_DOING[register].value, at.value] += n
+        return [DoorRow(doing, door, n) for (doing, door), n in counts.most_common()]
+
+    def classes(self, vm: int) -> dict[int, list[tuple[str, int]]]:
+        """ICR writes of a VM by class, under the MSR that was written, most frequent first."""
+        counts: dict[int, Counter[str]] = {}
+        for icr, n in self.icrs().items():
+            msr = {Door.X2APIC: R.MSR_X2APIC_ICR, Door.SYNTHETIC: 0x4000_0071}.get(icr.door) if icr.door else None
+            if icr.vm == vm and msr is not None:
+                msr = R.MSR_X2APIC_SELF_IPI if icr.register == R.APIC_SELF_IPI else msr
+                counts.setdefault(msr, Counter())[icr.words] += n
+        return {msr: found.most_common() for msr, found in counts.items()}
+
+    def latency(self, vm: int) -> list[LatencyRow]:
+        """How long IPIs took from one line to a later one, as far as the lines allow."""
+        index = self._follower.places.vms.index(vm)
+        times = [(what, self._latency.of(index * _WHAT + i)) for i, what in enumerate(LATENCIES)]
+        return [LatencyRow(what, time) for what, time in times if time is not None]

@@ -1,0 +1,138 @@
+"""MSRs: how often each is read and written, with what values, what faults, and what differs between vCPUs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fastexit import hyperv as HV
+from fastexit import regs as R
+from fastexit.answers.facts import Follower
+from fastexit.answers.msrnames import msr_name
+from fastexit.answers.report import MsrRow
+from fastexit.answers.tally import Tally, often
+from fastexit.records.columns import Event, Rows
+
+VALUES = 8
+"""Values that are shown of each MSR."""
+UNSTEADY = {R.MSR_TSC, R.MSR_TSC_DEADLINE, R.MSR_X2APIC_ICR, R.MSR_X2APIC_BASE + (R.APIC_TMCCT >> 4)}
+UNSTEADY |= {HV.MSR_HV_ICR, HV.MSR_HV_TIME_REF_COUNT, HV.MSR_HV_VP_RUNTIME, 0xE7, 0xE8}
+UNSTEADY |= set(range(HV.MSR_HV_STIMER0_CONFIG, HV.MSR_HV_STIMER3_COUNT + 1))
+"""MSRs of clocks, whose values tell nothing, and the ICR, which is told by class."""
+ALIKE = {0x3A, 0x122, 0x174, 0x1A0, 0x277, 0x2FF, 0xC0000081, 0xC0000083, 0xC0000084, 0xDA0}
+ALIKE |= {0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210), 0xC0010010, 0xC0010015, 0xC0011029}
+"""MSRs that a sane guest has the same on every vCPU."""
+KEPT = {0x3A, 0x4B564D02, 0x4B564D03, 0x4B564D04, HV.MSR_HV_VP_ASSIST_PAGE, HV.MSR_HV_SCONTROL, HV.MSR_HV_SIEFP}
+KEPT |= {HV.MSR_HV_SIMP, *range(HV.MSR_HV_SINT0, HV.MSR_HV_SINT15 + 1)}
+"""MSRs of a vCPU that nobody but the guest changes: it reads what it wrote, or the vCPU was reset between."""
+_WATCHED = np.array(sorted(ALIKE | KEPT), np.uint64)
+_UNSTEADY = np.array(sorted(UNSTEADY), np.uint64)
+
+
+class Held(NamedTuple):
+    """What a vCPU has in an MSR, as far as its lines tell."""
+
+    value: int
+    line: int
+    written: bool
+
+
+class Lost(NamedTuple):
+    """A vCPU reads from an MSR something else than it wrote."""
+
+    place: int
+    msr: int
+    wrote: int
+    write_line: int
+    read: int
+    read_line: int
+
+
+class Fault(NamedTuple):
+    """Accesses of one vCPU to one MSR that ended in #GP."""
+
+    place: int
+    msr: int
+    write: bool
+
+
+class Msrs:
+    """Accumulates kvm_msr rows. Places are places plus one, 0 for a thread that is no vCPU."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._counts: Counter[tuple[int, ...]] = Counter()
+        self._values: Tally[tuple[int, ...]] = Tally()
+        self.faults: Counter[Fault] = Counter()
+        self.first_fault: dict[Fault, int] = {}
+        """The line of the first one."""
+        self.held: dict[tuple[int, int], Held] = {}
+        """By place and MSR, of those in ALIKE and KEPT."""
+        self.lost: list[Lost] = []
+        self.deadlines: Counter[int] = Counter()
+        """TSC_DEADLINE writes by place."""
+
+    def feed(self, rows: Rows) -> None:
+        """A block of rows."""
+        rows = rows[rows["event"] == Event.MSR]
+        if not len(rows):
+            return
+        places = self._follower.places
+        vms = places.vm_of(rows)
+        for (vm, msr, write, fault), n in often([vms, rows["a"], rows["c"], rows["d"]]):
+            self._counts[vm, msr, write, fault] += n
+        steady = (rows["d"] == 0) & ~np.isin(rows["a"], _UNSTEADY)
+        some = rows[steady]
+        key = some["a"] << np.uint64(1) | some["c"] & np.uint64(1)
+        self._values.add(
+            ((vm, msr >> 1, msr & 1, value), n) for (msr, vm, value), n in often([key, vms[steady], some["b"]], 64)
+        )
+        self._feed_few(rows[rows["d"] != 0], self._fault)
+        self._feed_few(rows[(rows["d"] == 0) & np.isin(rows["a"], _WATCHED)], self._watch)
+        deadlines = rows[(rows["a"] == R.MSR_TSC_DEADLINE) & (rows["c"] == 1) & (rows["d"] == 0)]
+        for (place,), n in often([self._follower.places.place_of(deadlines)]):
+            self.deadlines[place] += n
+
+    def _feed_few(self, rows: Rows, each: Callable[[int, int, int, bool, int], None]) -> None:
+        """Rows that are few."""
+        if len(rows):
+            columns = [self._follower.places.place_of(rows), rows["a"], rows["b"], rows["c"], rows["line"]]
+            for place, msr, value, write, line in zip(*(column.tolist() for column in columns), strict=True):
+                each(place, msr, value, bool(write), line)
+
+    def _fault(self, place: int, msr: int, _value: int, write: bool, line: int) -> None:
+        if len(self.faults) < 4096 or Fault(place, msr, write) in self.faults:
+            self.faults[Fault(place, msr, write)] += 1
+            self.first_fault.setdefault(Fault(place, msr, write), line)
+
+    def _watch(self, place: int, msr: int, value: int, write: bool, line: int) -> None:
+        before = self.held.get((place, msr))
+        if not write and before is not None and before.written and before.value != value and msr in KEPT:
+            if place and len(self.lost) < 64:
+                self.lost.append(Lost(place, msr, before.value, before.line, value, line))
+        self.held[place, msr] = Held(value, line, write or (before is not None and before.value == value))
+
+    def rows(self, vm: int, classes: dict[int, list[tuple[str, int]]]) -> list[MsrRow]:
+        """The table of a VM's MSRs, most frequent first; ``classes`` are those of ICR writes, by MSR."""
+        index = self._follower.places.vms.index(vm)
+        counts: Counter[tuple[int, int]] = Counter()
+        faults: Counter[tuple[int, int]] = Counter()
+        for (of, msr, write, fault), n in self._counts.items():
+            if of == index:
+                counts[msr, write] += n
+                faults[msr, write] += n * fault
+        values: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for (of, msr, write, value), n in self._values.counts.most_common():
+            if of == index and len(values.setdefault((msr, write), [])) < VALUES:
+                values[msr, write].append((value, n))
+        whole = counts.total()
+        return [
+            MsrRow(
+                msr, msr_name(msr), bool(write), n, n / whole, faults[msr, write], values.get((msr, write), []),
+                classes.get(msr, []) if write else [],
+            )
+            for (msr, write), n in counts.most_common()
+        ]  # fmt: skip

@@ -1,0 +1,93 @@
+"""What a vCPU waits for: HLT exits, the wake-ups behind them, and what else of a VM is simply counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from fastexit.answers.exits import Exits
+from fastexit.answers.facts import Follower, plain_reason
+from fastexit.answers.report import Halts
+from fastexit.answers.tally import often
+from fastexit.records.columns import NO_TIME, Event, Recording, Rows
+
+HLT = {"HLT", "IDLE_HALT", "IDLE_HLT"}
+_COUNTED = np.zeros(256, bool)
+_COUNTED[[Event.WAKEUP, Event.CPUID, Event.HYPERCALL, Event.HV_HYPERCALL, Event.USERSPACE_EXIT]] = True
+
+
+class Waits:
+    """Accumulates kvm_vcpu_wakeup rows and counts of rows that need nothing else."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._counts: Counter[tuple[int, int, int]] = Counter()
+
+    def feed(self, rows: Rows) -> None:
+        """A block of rows."""
+        some = rows[_COUNTED[rows["event"]]]
+        waits = np.where(some["event"] == Event.WAKEUP, some["b"] & np.uint64(1), 0)
+        for key, n in often([self._follower.places.vm_of(some), some["event"], waits]):
+            self._counts[key[0], key[1], key[2]] += n
+
+    def _rows(self, vm: int, event: Event, way: int) -> int:
+        return self._counts[self._follower.places.vms.index(vm), int(event), way]
+
+    def halts(self, vm: int, exits: Exits) -> Halts | None:
+        """HLT exits of a VM and its wake-ups; None where it has neither."""
+        hlts = sum(n for reason, n in exits.counts(vm).items() if plain_reason(reason) in HLT)
+        waits, polls = self._rows(vm, Event.WAKEUP, 1), self._rows(vm, Event.WAKEUP, 0)
+        return Halts(hlts, waits, polls, exits.time_of(vm, HLT)) if hlts or waits or polls else None
+
+    def lines(self, vm: int) -> dict[str, int]:
+        """Lines of a VM that stand for exits, where those were not recorded: "CPUID", "hypercall"."""
+        calls = self._rows(vm, Event.HYPERCALL, 0) + self._rows(vm, Event.HV_HYPERCALL, 0)
+        return {"CPUID": self._rows(vm, Event.CPUID, 0), "hypercall": calls}
+
+
+class Span:
+    """When a recording begins and ends, and each VM's lines; lines without a time do not count."""
+
+    def __init__(self, recording: Recording, follower: Follower) -> None:
+        self._follower = follower
+        self.ticks: bool = recording.clock != "ns"
+        self.first: int = NO_TIME
+        """The first row's time that there is."""
+        self.last: int = NO_TIME
+        self.events: Counter[int] = Counter()
+        self._of: dict[int, tuple[int, int]] = {}
+        self._rows: Counter[int] = Counter()
+
+    def feed(self, rows: Rows) -> None:
+        """A block of rows."""
+        for event, n in enumerate(np.bincount(rows["event"])):
+            if n:
+                self.events[event] += int(n)
+        vms = self._follower.places.vm_of(rows)
+        for vm, n in enumerate(np.bincount(vms)):
+            if n:
+                self._rows[vm] += int(n)
+        times = rows["time"]
+        known = times != NO_TIME
+        if not known.any():
+            return
+        told = times[known]
+        if self.first == NO_TIME:
+            self.first = int(told[0])
+        self.last = max(self.last, int(told.max()))
+        vms = vms[known]
+        for vm in np.unique(vms).tolist():
+            mine = told[vms == vm]
+            low, high = int(mine.min()), int(mine.max())
+            before = self._of.get(vm, (low, high))
+            self._of[vm] = min(low, before[0]), max(high, before[1])
+
+    def lines(self, vm: int) -> int:
+        """Lines of a VM."""
+        return self._rows[self._follower.places.vms.index(vm)]
+
+    def seconds(self, vm: int) -> float | None:
+        """Seconds from a VM's first line to its last; None where the clock is no time."""
+        found = self._of.get(self._follower.places.vms.index(vm))
+        return (found[1] - found[0]) / 1e9 if found and not self.ticks else None
