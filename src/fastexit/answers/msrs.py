@@ -115,6 +115,12 @@ class Msrs:
                 self.lost.append(Lost(place, msr, before.value, before.line, value, line))
         self.held[place, msr] = Held(value, line, write or (before is not None and before.value == value))
 
+    def auto_eoi(self, place: int) -> set[int]:
+        """The vectors of a vCPU's SINTs that end by themselves."""
+        sints = range(HV.MSR_HV_SINT0, HV.MSR_HV_SINT15 + 1)
+        held = [self.held[place, msr].value for msr in sints if (place, msr) in self.held]
+        return {value & HV.HV_SINT_VECTOR for value in held if value & HV.HV_SINT_AUTO_EOI}
+
     def rows(self, vm: int, classes: dict[int, list[tuple[str, int]]]) -> list[MsrRow]:
         """The table of a VM's MSRs, most frequent first; ``classes`` are those of ICR writes, by MSR."""
         index = self._follower.places.vms.index(vm)

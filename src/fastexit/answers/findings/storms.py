@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from fastexit.answers.analyse import Analysis
 
 AGAIN = 2
-"""Reinjections of a vector in a row that are told."""
+"""Reinjections of a vector in a row that are told where the same page faults before each."""
+MANY = 8
+"""... and where other exits are the cause: two or three pages may have to be fetched first."""
 FOREVER = 100
 BACK = 32
 """Level interrupts that came back within 50 us of their EOI, and are at least half of all of their vector."""
@@ -26,26 +28,25 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
 
 
 def _reinjected(analysis: Analysis, report: VmReport) -> list[Finding]:
-    """Interrupts whose delivery faults again and again."""
+    """Interrupts whose delivery exits again and again."""
     follower = analysis.follower
     found = []
-    for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)]):
-        most = int(row[int(F.L_AGAIN_MOST)])
-        if most < AGAIN or analysis.vm_of_lane(lane) != report.number:
+    for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)].tolist()):
+        most, page = row[int(F.L_AGAIN_MOST)], row[int(F.L_AGAIN_PAGE)]
+        if most < (AGAIN if page else MANY) or analysis.vm_of_lane(lane) != report.number:
             continue
-        lines = [int(row[int(F.L_AGAIN_FIRST)])]
+        lines = [row[int(F.L_AGAIN_FIRST)]]
         why = ""
-        if int(row[int(F.L_PAGE_MOST)]) >= AGAIN:
-            gpa, faults = int(row[int(F.L_PAGE_MOST_GPA)]), int(row[int(F.L_PAGE_MOST)])
-            why = f", while the same page faults {times(faults)} in a row, at guest-physical 0x{gpa:x}"
-            lines.append(int(row[int(F.L_PAGE_FIRST)]))
+        if page:
+            why = f", each time after a page fault at guest-physical 0x{page:x}"
+            lines.append(row[int(F.L_AGAIN_PAGE_LINE)])
         found.append(
             Finding(
                 "reinjected",
-                "problem" if most >= FOREVER else "warning",
-                f"{analysis.vcpu_of_lane(lane)} is injected vector {vector(int(row[int(F.L_AGAIN_VECTOR)]))} again"
-                f" {times(most)} in a row{why}: its delivery itself exits each time and never completes",
-                lines,
+                "problem" if most >= FOREVER else "warning" if page else "note",
+                f"{analysis.vcpu_of_lane(lane)} is injected vector {vector(row[int(F.L_AGAIN_VECTOR)])} again"
+                f" {times(most)} in a row{why}: its delivery itself exits and does not complete",
+                sorted(lines),
                 "KVM handles the exit and injects anew, and the guest makes no step. A page fault that comes back at"
                 " the same address is one that KVM believes it has mended: compare kernels, try without ballooning, KSM"
                 " and NUMA balancing, and record kvmmmu:* too.",

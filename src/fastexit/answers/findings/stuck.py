@@ -48,9 +48,12 @@ def _open(analysis: Analysis, vm: int, least: int) -> list[Series]:
     entered = any(row.time is not None for row in analysis.exits.rows(vm, None))
     found = []
     for place in follower.of_vm(vm) - {0}:
-        words = follower.words(place - 1, (F.V_SINCE, F.V_MOST, F.V_LINE, F.V_MOST_NS, F.V_MOST_ENTRIES))
-        since, most, line, ns, entries = words
-        for v in np.flatnonzero((since >= least) & (since == most)).tolist():
+        which = F.V_SINCE, F.V_MOST, F.V_LINE, F.V_MOST_NS, F.V_MOST_ENTRIES, F.V_TAKEN
+        since, most, line, ns, entries, taken = follower.words(place - 1, which)
+        automatic = analysis.msrs.auto_eoi(place)
+        for v in np.flatnonzero((since >= least) & (since == most) & (taken <= 1)).tolist():
+            if v in automatic:
+                continue
             told = int(ns[v]) if int(ns[v]) < int(F.NONE) else 0
             ran = int(entries[v]) if entered else MANY
             found.append(Series(int(since[v]), told, follower.places.places[place - 1][1], v, int(line[v]), ran))

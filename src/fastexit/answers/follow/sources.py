@@ -179,6 +179,7 @@ def accept(lanes, places, pool, out, rows, lane, row, target):
             places[v + w.V_LINE] = line
             places[v + w.V_TIME] = time
             places[v + w.V_KIND] = k.ONE
+            places[v + w.V_TAKEN] = k.ZERO
             places[v + w.V_SENT] = sent
             places[v + w.V_ENTRY] = NONE
             places[v + w.V_ENTRIES] = places[place + w.P_ENTRIES]
@@ -190,7 +191,6 @@ def accept(lanes, places, pool, out, rows, lane, row, target):
         places[v + w.V_SINCE] += k.ONE
         if places[v + w.V_SINCE] > places[v + w.V_MOST]:
             places[v + w.V_MOST] = places[v + w.V_SINCE]
-            places[v + w.V_MOST_LINE] = places[v + w.V_LINE]
             places[v + w.V_MOST_NS] = since(time, places[v + w.V_TIME])
             places[v + w.V_MOST_ENTRIES] = places[place + w.P_ENTRIES] - places[v + w.V_ENTRIES]
         if places[place + w.P_HALTED] and places[place + w.P_CALLED] == NONE:

@@ -146,12 +146,16 @@ def inject(lanes, places, lane, vector, again, line):
             lanes[lane + w.L_AGAIN_MOST] = lanes[lane + w.L_AGAIN_RUN]
             lanes[lane + w.L_AGAIN_VECTOR] = vector
             lanes[lane + w.L_AGAIN_FIRST] = lanes[lane + w.L_AGAIN_LINE]
+            stays = lanes[lane + w.L_PAGE_RUN] >= lanes[lane + w.L_AGAIN_RUN]
+            lanes[lane + w.L_AGAIN_PAGE] = lanes[lane + w.L_PAGE] if stays else k.ZERO
+            lanes[lane + w.L_AGAIN_PAGE_LINE] = lanes[lane + w.L_PAGE_LINE]
         return k.ZERO
     lanes[lane + w.L_AGAIN] = k.ZERO
     if lanes[lane + w.L_PLACE]:
         place = (lanes[lane + w.L_PLACE] - k.ONE) * w.P_STRIDE
         places[place + w.P_INJECTS] = k.ONE
         places[place + w.V0 + vector * w.V_STRIDE + w.V_INJECTED] += k.ONE
+        places[place + w.V0 + vector * w.V_STRIDE + w.V_TAKEN] += k.ONE
         for i in range(places[place + w.P_WAITING]):
             if places[place + w.P_WAIT0 + U(i)] == vector:
                 places[place + w.P_WAIT0 + U(i)] = vector | (k.ONE << U(32))
@@ -167,10 +171,6 @@ def page_fault(lanes, rows, lane, row):
         lanes[lane + w.L_PAGE_RUN] = k.ZERO
         lanes[lane + w.L_PAGE_LINE] = line
     lanes[lane + w.L_PAGE_RUN] += k.ONE
-    if lanes[lane + w.L_PAGE_RUN] > lanes[lane + w.L_PAGE_MOST]:
-        lanes[lane + w.L_PAGE_MOST] = lanes[lane + w.L_PAGE_RUN]
-        lanes[lane + w.L_PAGE_MOST_GPA] = rows[row + k.ONE]
-        lanes[lane + w.L_PAGE_FIRST] = lanes[lane + w.L_PAGE_LINE]
     return k.ZERO
 
 

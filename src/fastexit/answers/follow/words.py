@@ -50,14 +50,15 @@ L_STRIDE = U(48)
     L_SOURCE, L_SOURCE_VECTOR, L_GSI, L_HEAD, L_TAIL, L_REG, L_SKIP,
     L_RIP, L_RUN, L_RUN_LINE, L_RUN_TIME, L_SPIN, L_SPIN_RIP, L_SPIN_LINE, L_SPIN_NS,
     L_AGAIN, L_AGAIN_RUN, L_AGAIN_LINE, L_AGAIN_MOST, L_AGAIN_VECTOR, L_AGAIN_FIRST, L_LAST_LINE,
-    L_EXIT_CPU, L_PAGE, L_PAGE_RUN, L_PAGE_LINE, L_PAGE_MOST, L_PAGE_MOST_GPA, L_PAGE_FIRST, L_GAP,
-) = (U(n) for n in range(48))  # fmt: skip
+    L_EXIT_CPU, L_PAGE, L_PAGE_RUN, L_PAGE_LINE, L_AGAIN_PAGE, L_AGAIN_PAGE_LINE, L_GAP,
+) = (U(n) for n in range(47))  # fmt: skip
 """A lane's words. ``L_PLACE`` is a place plus one, 0 for a thread that is no vCPU. From ``L_EXIT_TIME``: the exit that
 has no entry yet (``L_EXIT_LINE`` not 0). From ``L_OPEN``: the ICR write in the making. From ``L_SOURCE``: what raises
 the next accept lines, and the list of those whose source is not known. ``L_REG``: the APIC register (plus one) of a
 write whose door is not known. ``L_RIP`` to ``L_RUN_TIME``: exits in a row at one address that end no instruction;
-``L_SPIN``...: the longest such run. ``L_AGAIN``...: a vector that is injected again and again, ``L_PAGE``...: an
-address whose page fault comes again and again; ``L_GAP``: the line behind the last gap."""
+``L_SPIN``...: the longest such run. ``L_AGAIN``...: a vector that is injected again and again, with the address whose
+page fault stands before each of these; ``L_PAGE``...: page faults in a row at one address; ``L_GAP``: the line behind
+the last gap."""
 
 P_IN, P_APICV, P_INJECTS, P_WAITING, P_WAIT0 = (U(n) for n in range(5))
 P_LVTT, P_ENTRIES, P_HALTED, P_CALLED, P_CALLED_LINE = (U(n) for n in range(12, 17))
@@ -68,12 +69,13 @@ P_STRIDE = V0 + U(256) * V_STRIDE
 for an entry. ``P_LVTT``: the timer's vector plus one. ``P_HALTED``: the line of the HLT exit that it is in, and
 ``P_CALLED`` the time of the first interrupt it accepted since."""
 (
-    V_SINCE, V_LINE, V_TIME, V_KIND, V_SENT, V_ENTRY, V_MOST, V_MOST_LINE, V_MOST_NS,
+    V_SINCE, V_LINE, V_TIME, V_KIND, V_SENT, V_ENTRY, V_MOST, V_TAKEN, V_MOST_NS,
     V_EOI, V_BACK, V_BACK_LINE, V_INJECTED, V_ACCEPTED, V_ENTRIES, V_MOST_ENTRIES,
 ) = (U(n) for n in range(16))  # fmt: skip
 """A vector's words at its place: accept lines since its last EOI, the first one's line, time, kind (1: source not known
-yet, 2: IPI, 3: another), its sender's exit and the target's entry; the longest such series; level interrupts that came
-back at once, injections and accept lines in all, entries of the place at the series' begin and in the longest."""
+yet, 2: IPI, 3: another), its sender's exit and the target's entry; the longest such series, and injections in the
+present one; level interrupts that came back at once, injections and accept lines in all, entries of the place at the
+series' begin and in the longest."""
 
 POOL_STRIDE = U(8)
 N_NEXT, N_WORD, N_TARGET, N_TIME, N_LINE, N_SENT, N_LABEL = (U(n) for n in range(7))
