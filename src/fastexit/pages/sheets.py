@@ -1,0 +1,369 @@
+"""The tables of a report as people read them: titles, columns and cells in words, for a terminal and a page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from fastexit.answers.report import FastRow, FileReport, Quantiles, Report, VmReport
+from fastexit.pages.words import at_lines, between, clean, count, duration, most, rate, share
+
+MATRIX = 8
+"""Up to this many vCPUs, who sends to whom is a square of numbers; beyond, a list."""
+
+
+_NAME = 40
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: ``number`` is set flush right; the greatest ``rank`` is left out first where room is short."""
+
+    title: str
+    number: bool = False
+    rank: int = 0
+
+
+@dataclass
+class Sheet:
+    """A table to read. ``name`` is stable; ``note`` is a sentence that belongs to it."""
+
+    name: str
+    title: str
+    columns: list[Column]
+    rows: list[list[str]] = field(default_factory=list)
+    note: str = ""
+
+
+def _columns(*titles: str) -> list[Column]:
+    """``#`` in front: a number; each ``?`` behind: a rank more."""
+    return [
+        Column(
+            title.removeprefix("#").rstrip("?"), number=title.startswith("#"), rank=len(title) - len(title.rstrip("?"))
+        )
+        for title in titles
+    ]
+
+
+def of_vm(vm: VmReport, clock: str = "ns") -> list[Sheet]:
+    """The tables of one VM in the order in which they are read; those that would be empty are left out."""
+    sheets = [
+        _clues(vm),
+        _exits(vm, clock),
+        _vcpus(vm, clock),
+        _seconds(vm),
+        _msrs(vm),
+        _vectors(vm),
+        _sent(vm),
+        _halts(vm, clock),
+        _latency(vm, clock),
+        *_fast(vm),
+        _switches(vm),
+    ]
+    return [sheet for sheet in sheets if sheet.rows]
+
+
+def of_files(files: list[FileReport]) -> list[Sheet]:
+    """Tables that another tool printed, then what could not be read."""
+    sheets = []
+    for tables in _foreign, _unreadable:
+        for file in files:
+            for sheet in tables(file):
+                if len(files) > 1:
+                    sheet.title = f"{clean(file.path)}: {sheet.title}"
+                sheets.append(sheet)
+    return [sheet for sheet in sheets if sheet.rows]
+
+
+def _clues(vm: VmReport) -> Sheet:
+    sheet = Sheet("clues", "What it looks at", _columns("what", "is", "from?", "evidence"))
+    for what, clue in vm.clues.items():
+        line = f" (line {clue.line:,})" if clue.line else ""
+        sheet.rows.append([clean(what), clean(clue.value), clean(clue.source), clean(clue.evidence) + line])
+    return sheet
+
+
+def _quantiles(time: Quantiles | None, clock: str, *what: str) -> list[str]:
+    return [duration(getattr(time, name) if time else None, clock) for name in what]
+
+
+def _exits(vm: VmReport, clock: str) -> Sheet:
+    total = sum(row.count for row in vm.exits)
+    title = f"Exits: {total:,}"
+    if vm.seconds:
+        title += f" in {duration(vm.seconds * 1e9)}, {rate(total / vm.seconds)} a second"
+    sheet = Sheet(
+        "exits",
+        title,
+        _columns(
+            "reason", "#exits", "#share", "#a second??", "#median", "#90 %????", "#99 %", "#longest?", "#of time???"
+        ),
+    )
+    for row in vm.exits:
+        sheet.rows.append(
+            [
+                clean(row.reason),
+                count(row.count),
+                share(row.share),
+                rate(row.per_second),
+                *_quantiles(row.time, clock, "median", "p90", "p99", "maximum"),
+                "-" if row.time_share is None else share(row.time_share),
+            ]
+        )
+    if not any(row.time for row in vm.exits):
+        sheet.note = "No times from exit to entry: the trace has no kvm_entry lines or no clock."
+    else:
+        sheet.note = "Times are from the exit to the next entry: the host's work, and for HLT the sleep."
+    return sheet
+
+
+def _vcpus(vm: VmReport, clock: str) -> Sheet:
+    columns = _columns("#vCPU", "thread??", "#exits", "most frequent", "#median?", "#99 %???", "most often at")
+    sheet = Sheet("vcpus", f"vCPUs: {len(vm.vcpus):,}", columns)
+    for row in vm.vcpus:
+        hottest = max(row.rips, key=lambda pair: pair[1], default=None)
+        spot = f"0x{hottest[0]:x} {share(hottest[1] / row.exits) if row.exits else ''}".strip() if hottest else ""
+        sheet.rows.append(
+            [
+                str(row.vcpu) if row.vcpu >= 0 else "-",
+                clean(row.thread[:_NAME]),
+                count(row.exits),
+                most(row.by_reason.items(), row.exits, limit=2),
+                *_quantiles(row.time, clock, "median", "p99"),
+                spot,
+            ]
+        )
+    return sheet
+
+
+def _seconds(vm: VmReport) -> Sheet:
+    sheet = Sheet("seconds", "Exits by second", _columns("#second", "#exits", "most frequent"))
+    if len(vm.by_second) > 1:
+        for i, reasons in enumerate(vm.by_second):
+            total = sum(reasons.values())
+            sheet.rows.append([f"{i:,}", count(total), most(reasons.items(), total)])
+    return sheet
+
+
+def _msrs(vm: VmReport) -> Sheet:
+    columns = _columns("MSR", "name", "access", "#times", "#share", "##GP??", "most frequent values???")
+    sheet = Sheet("msrs", "MSRs", columns)
+    for row in vm.msrs:
+        values = ", ".join(f"0x{value:x} {share(n / row.count) if row.count else n}" for value, n in row.values[:3])
+        access = "write" if row.write else "read"
+        faults = count(row.faults) if row.faults else ""
+        sheet.rows.append(
+            [f"0x{row.msr:x}", clean(row.name), access, count(row.count), share(row.share), faults, values]
+        )
+    return sheet
+
+
+def _vectors(vm: VmReport) -> Sheet:
+    columns = _columns("vector", "name?", "from", "#accepted", "#share", "#coalesced??", "#EOIs")
+    sheet = Sheet("vectors", "Interrupts by vector and source", columns)
+    for row in vm.vectors:
+        sheet.rows.append(
+            [
+                f"0x{row.vector:02x}" if row.vector >= 0 else "-",
+                clean(row.name),
+                clean(row.source),
+                count(row.accepted),
+                share(row.share),
+                count(row.coalesced),
+                count(row.eois),
+            ]
+        )
+    return sheet
+
+
+def _sent(vm: VmReport) -> Sheet:
+    """Who interrupts whom: a square for few vCPUs, else the pairs with the most interrupts first."""
+    ids = sorted({row.sender for row in vm.sent} | {row.target for row in vm.sent})
+    total = sum(row.interrupts for row in vm.sent)
+    title = f"Who sends to whom: {count(total, 'interrupt')} by IPIs"
+    if len(ids) <= MATRIX:
+        counts = {(row.sender, row.target): row.interrupts for row in vm.sent}
+        sheet = Sheet("sent", title, _columns("sender", *(f"#to {i}" for i in ids)))
+        senders = sorted({row.sender for row in vm.sent})
+        sheet.rows = [
+            [f"vCPU {sender}", *(count(n) if (n := counts.get((sender, i), 0)) else "." for i in ids)]
+            for sender in senders
+        ]
+        return sheet
+    sheet = Sheet("sent", title, _columns("#sender", "#target", "#interrupts", "#share"))
+    for row in sorted(vm.sent, key=lambda row: (-row.interrupts, row.sender, row.target)):
+        part = share(row.interrupts / total if total else 0)
+        sheet.rows.append([str(row.sender), str(row.target), count(row.interrupts), part])
+    return sheet
+
+
+def _halts(vm: VmReport, clock: str) -> Sheet:
+    sheet = Sheet("halts", "HLT and wake-ups", _columns("what", "#times", "#median", "#99 %", "#longest?"))
+    if vm.halts is None:
+        return sheet
+    asleep = _quantiles(vm.halts.asleep, clock, "median", "p99", "maximum")
+    sheet.rows.append(["HLT, until the next entry", count(vm.halts.hlts), *asleep])
+    for what, n in ("woken after a wait", vm.halts.waits), ("woken while the host polled", vm.halts.polls):
+        if n:
+            sheet.rows.append([what, count(n), "", "", ""])
+    return sheet
+
+
+def _latency(vm: VmReport, clock: str) -> Sheet:
+    columns = _columns("from, to", "#IPIs", "#median", "#90 %?", "#99 %", "#longest")
+    sheet = Sheet("latency", "Latency of IPIs", columns)
+    for row in vm.latency:
+        times = _quantiles(row.time, clock, "median", "p90", "p99", "maximum")
+        sheet.rows.append([clean(row.what), count(row.time.count), *times])
+    return sheet
+
+
+def _alike(row: FastRow) -> tuple[object, ...]:
+    return row.fast, row.total, row.refusals, row.saved, row.saved_total, row.saved_per_second
+
+
+def _fast(vm: VmReport) -> list[Sheet]:
+    """One table a class of exits; neighbouring generations that do the same share a row."""
+    sheets = []
+    for i, what in enumerate(dict.fromkeys(row.what for row in vm.fast)):
+        rows = [row for row in vm.fast if row.what == what]
+        priced = any(row.saved for row in rows)
+        saved = ("#cycles saved each", "#in total??", "#a second???") if priced else ()
+        total = rows[0].total
+        title = f"Taken fast: {count(total, what)}" if what.isprintable() else f"Taken fast: {total:,} {clean(what)}"
+        sheet = Sheet(f"fast-{i + 1}", title, _columns("kernel", "#fast", "#share", "why not the others?", *saved))
+        for _, alike in groupby(rows, key=_alike):
+            kernels = list(alike)
+            row = kernels[0]
+            reasons = "; ".join(f"{n:,} {clean(reason)}" for reason, n in row.refusals.items())
+            cells = [
+                row.kernel if len(kernels) == 1 else f"{row.kernel} to {kernels[-1].kernel}",
+                count(row.fast),
+                share(row.fast / row.total) if row.total else "-",
+                reasons,
+            ]
+            if priced:
+                cells += [between(row.saved), between(row.saved_total), between(row.saved_per_second)]
+            sheet.rows.append(cells)
+        sheets.append(sheet)
+    return sheets
+
+
+def _switches(vm: VmReport) -> Sheet:
+    columns = _columns("switch", "#exits now", "#then", "#fewer", "why", "#cycles saved?")
+    sheet = Sheet("switches", "What a switch of the host would change", columns)
+    for row in vm.switches:
+        fewer = (row.exits_before - row.exits_after) / row.exits_before if row.exits_before else 0.0
+        sheet.rows.append(
+            [
+                clean(row.switch),
+                count(row.exits_before),
+                count(row.exits_after),
+                share(fewer),
+                clean(row.why),
+                between(row.saved_total),
+            ]
+        )
+    if not any(row.saved_total for row in vm.switches):
+        sheet.columns.pop()
+        sheet.rows = [cells[:-1] for cells in sheet.rows]
+    return sheet
+
+
+def _foreign(file: FileReport) -> Iterable[Sheet]:
+    """Tables that stand in the file in place of lines."""
+    for i, table in enumerate(file.tables):
+        columns = _columns("what", "#times", "#share", "#total?", "#least???", "#mean", "#longest??")
+        title = f"{clean(table['kind'])}: {clean(table['title'])}" if table["title"] else clean(table["kind"])
+        sheet = Sheet(f"table-{i + 1}", title, columns)
+        for row in table["rows"]:
+            times = [duration(row[key]) for key in ("total", "minimum", "mean", "maximum")]
+            known = share(row["share"]) if row["share"] >= 0 else "-"
+            sheet.rows.append([clean(row["label"]), count(row["number"]), known, *times])
+        yield _without_empty(sheet)
+
+
+def _without_empty(sheet: Sheet) -> Sheet:
+    """Columns that no row fills say nothing."""
+    kept = [i for i in range(len(sheet.columns)) if any(row[i] not in ("", "-") for row in sheet.rows)]
+    sheet.columns = [sheet.columns[i] for i in kept]
+    sheet.rows = [[row[i] for i in kept] for row in sheet.rows]
+    return sheet
+
+
+def _unreadable(file: FileReport) -> Iterable[Sheet]:
+    title = f"Could not be read: {count(file.unreadable, 'line')} of {file.lines:,}"
+    sheet = Sheet("unreadable", title, _columns("#line", "text"))
+    sheet.rows = [[f"{line:,}", clean(text)] for line, text in file.unreadable_first]
+    more = file.unreadable - len(file.unreadable_first)
+    if more > 0 and sheet.rows:
+        sheet.note = f"The first {len(sheet.rows):,} of them are shown."
+    yield sheet
+
+
+def overview(report: Report) -> Sheet:
+    """All VMs of all files, one row each: where to look first among many."""
+    columns = _columns(
+        "file", "#VM", "#exits", "#a second", "most frequent", "fast in the newest kernel??", "#findings"
+    )
+    sheet = Sheet("overview", f"{count(len(report.vms), 'VM')} of {count(len(report.files), 'file')}", columns)
+    for vm in report.vms:
+        total = sum(row.count for row in vm.exits)
+        frequent = most(((row.reason, row.count) for row in vm.exits), total, limit=2)
+        per_second = rate(total / vm.seconds if vm.seconds else None)
+        cells = [clean(vm.path), str(vm.number), count(total), per_second, frequent, newest(vm)]
+        sheet.rows.append([*cells, count(len(vm.findings)) if vm.findings else ""])
+    return sheet
+
+
+def newest(vm: VmReport) -> str:
+    """The share of the first class of exits that the newest generation takes fast, in words."""
+    rows = [row for row in vm.fast if row.total]
+    if not rows:
+        return ""
+    last = [row for row in rows if row.what == rows[0].what][-1]
+    return f"{share(last.fast / last.total)} of {clean(last.what)}s"
+
+
+def everywhere(report: Report) -> Sheet:
+    """Exits by reason over all VMs."""
+    totals: dict[str, int] = {}
+    where: dict[str, int] = {}
+    for vm in report.vms:
+        for row in vm.exits:
+            totals[row.reason] = totals.get(row.reason, 0) + row.count
+            where[row.reason] = where.get(row.reason, 0) + 1
+    whole = sum(totals.values())
+    sheet = Sheet("everywhere", f"Exits of all of them: {whole:,}", _columns("reason", "#exits", "#share", "#in VMs"))
+    for reason, n in sorted(totals.items(), key=lambda pair: -pair[1]):
+        sheet.rows.append([clean(reason), count(n), share(n / whole if whole else 0), count(where[reason])])
+    return sheet
+
+
+Place = Callable[[VmReport], str]
+"""Names a VM among several."""
+
+SEVERITIES = ("problem", "warning", "note")
+"""What a finding may be, worst first; a word that is none of them is shown as the last one."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A finding in words, with where it was found."""
+
+    severity: str
+    text: str
+    where: str
+    advice: str
+
+
+def findings(report: Report, place: Place) -> list[Told]:
+    """All findings, worst first; ``place`` says which VM it is, where there are several."""
+    told = []
+    for vm in report.vms:
+        for one in vm.findings:
+            severity = one.severity if one.severity in SEVERITIES else SEVERITIES[-1]
+            where = "; ".join(filter(None, (place(vm), at_lines(one.lines))))
+            told.append(Told(severity, clean(one.text), where, clean(one.advice)))
+    return sorted(told, key=lambda one: SEVERITIES.index(one.severity))

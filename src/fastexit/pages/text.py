@@ -1,0 +1,119 @@
+"""A report on the terminal: findings, what it looks at, exits, and on to what could not be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastexit.answers.report import FileReport, Report, VmReport
+from fastexit.pages import sheets
+from fastexit.pages.sheets import Column, Sheet
+from fastexit.pages.words import clean, count
+
+LIMIT = 20
+"""Rows of a table that are shown unless all are asked for."""
+
+_STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+_LEAST = 12
+_GAP = 2
+
+
+def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
+    """Prints the whole report; tables end after ``limit`` rows and say how many more there are, None prints all."""
+    for file in report.files:
+        _file(file, console)
+    told = sheets.findings(report, _placer(report))
+    if told:
+        console.print()
+        _say(console, "Findings", style="bold")
+    for one in told:
+        where = f" ({one.where})" if one.where else ""
+        _say(console, (f"{one.severity}: ", _STYLES[one.severity]), f"{one.text}{where}")
+        if one.advice:
+            _say(console, (f"  {one.advice}", "dim"))
+    if len(report.vms) > 1:
+        _sheet(sheets.overview(report), console, limit)
+        _sheet(sheets.everywhere(report), console, limit)
+    clocks = {file.path: file.clock for file in report.files}
+    for vm in report.vms:
+        if len(report.vms) > 1:
+            console.print()
+            console.rule(Text(_name(vm)), align="left")
+        for sheet in sheets.of_vm(vm, clocks.get(vm.path, "ns")):
+            _sheet(sheet, console, limit)
+    for sheet in sheets.of_files(report.files):
+        _sheet(sheet, console, limit)
+    if report.costs:
+        console.print()
+        _say(console, f"Cycles are those of the cost profile {clean(report.costs)}, a range where a stage is assumed.")
+
+
+def _say(console: Console, *parts: str | tuple[str, str], style: str = "") -> None:
+    """One line, which the terminal wraps and a pipe gets whole."""
+    console.print(Text.assemble(*parts, style=style), soft_wrap=True)
+
+
+def _name(vm: VmReport) -> str:
+    return f"{clean(Path(vm.path).name)}, {f'VM {vm.number}' if vm.number else 'of no VM in particular'}"
+
+
+def _placer(report: Report) -> sheets.Place:
+    return _name if len(report.vms) > 1 else lambda vm: ""
+
+
+def _file(file: FileReport, console: Console) -> None:
+    name = (clean(Path(file.path).name if file.path != "-" else "standard input"), "bold")
+    if file.refused:
+        _say(console, name, ": ", ("refused: ", "red"), clean(file.refused))
+        return
+    events = count(sum(file.events.values()), "event")
+    _say(console, name, f": {clean(file.shape)}, {count(file.lines, 'line')}, {events}")
+    if file.lost:
+        _say(console, ("lost: ", "yellow"), f"the recorder says that it lost {count(file.lost, 'event')}")
+    if file.unreadable:
+        _say(console, ("unreadable: ", "yellow"), f"{count(file.unreadable, 'line')} of {file.lines:,}")
+    for problem in file.problems:
+        _say(console, ("problem: ", "red"), clean(problem))
+    for note in file.notes:
+        _say(console, ("note: ", "yellow"), clean(note))
+
+
+def _sheet(sheet: Sheet, console: Console, limit: int | None) -> None:
+    """A table in the width that there is: columns of little weight go first, then long words are folded."""
+    rows = sheet.rows if limit is None else sheet.rows[:limit]
+    kept = _fitting(sheet.columns, rows, console.width)
+    console.print()
+    _say(console, sheet.title, style="bold")
+    table = Table(header_style="dim", box=SIMPLE, pad_edge=False, show_edge=False)
+    for i in kept:
+        column = sheet.columns[i]
+        if column.number:
+            table.add_column(Text(column.title), justify="right", no_wrap=True)
+        else:
+            table.add_column(Text(column.title), overflow="fold", min_width=min(_LEAST, _width(sheet.columns, rows, i)))
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in kept))
+    console.print(table)
+    more = len(sheet.rows) - len(rows)
+    if more:
+        _say(console, (f"and {more:,} more (--all)", "dim"))
+    if sheet.note:
+        _say(console, (sheet.note, "dim"))
+
+
+def _width(columns: list[Column], rows: list[list[str]], i: int) -> int:
+    return max(len(columns[i].title), max((Text(row[i]).cell_len for row in rows), default=0))
+
+
+def _fitting(columns: list[Column], rows: list[list[str]], room: int) -> list[int]:
+    """Which columns fit, words taken at the width that they can be folded to."""
+    widths = [_width(columns, rows, i) for i in range(len(columns))]
+    least = [width if column.number else min(width, 2 * _LEAST) for width, column in zip(widths, columns, strict=True)]
+    kept = list(range(len(columns)))
+    while sum(least[i] + _GAP for i in kept) > room and (ranks := max(columns[i].rank for i in kept)):
+        kept.remove(next(i for i in kept if columns[i].rank == ranks))
+    return kept
