@@ -27,6 +27,7 @@ MANY: dict[str, tuple[tuple[str, str], ...]] = {
     "by_reason": (("reason", "text"), ("exits", "count")),
     "rips": (("rip", "address"), ("exits", "count")),
     "values": (("value", "address"), ("times", "count")),
+    "classes": (("class", "text"), ("times", "count")),
     "refusals": (("reason", "text"), ("exits", "count")),
     "gone": (("what", "text"), ("exits", "count")),
     "lines": (("line", "count"),),
