@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.costs.profile import cost_profiles as cost_profiles
     from fastexit.exits.exit import Exit as Exit
     from fastexit.insight import workload as workload
+    from fastexit.insight.sweep import sweep as sweep
     from fastexit.ioctls import Events as Events
     from fastexit.jit.declare import warmup as warmup
     from fastexit.layout import EXIT as EXIT
@@ -86,6 +87,7 @@ _NAMES = {
     "cost_profiles": "costs.profile",
     "TimedOutcome": "costs.meter",
     "batch_cycles": "costs.batch",
+    "sweep": "insight.sweep",
 }
 
 if not TYPE_CHECKING:  # a checker that saw these would take any name for a right one
