@@ -14,9 +14,12 @@ _LOST = re.compile(
     rb"(?:CPU:? ?\d+ |.*\d: +)\[(?:LOST )?(?P<n>\d{0,18}) ?EVENTS(?: DROPPED)?\]"
     rb"|.*PERF_RECORD_LOST(?:_SAMPLES)? lost (?P<perf>\d{1,18})|Lost (?P<bpf>\d{1,18}) events"
 )
+_LOOKED_AT = 1 << 11
 _MAY_BE_LOST = re.compile(rb" EVENTS|\[EVENTS| lost |^Lost ")
 _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
-_NOTHING = re.compile(rb"\s*(?:CPU \d+ is empty$|cpus=\d|version = \d|Attaching \d+ probes)")
+_NOTHING = re.compile(
+    rb"\s*(?:[^\s:]+: )?(?:.*: PERF_RECORD_(?!LOST)|CPU \d+ is empty$|cpus=\d|version = \d|Attaching \d+ probes)"
+)
 _STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S|\s*=> ")
 _EVENT = re.compile(rb"(?:^|[\s:\]])(?:kvm:)?kvm_\w+:|-\d+ +\[\d|\[\d{3}\]|\d\.\d{6}: ")
 
@@ -55,6 +58,7 @@ class Beside:
 
     def note(self, line: bytes, number: int) -> None:
         """A line that is no event: what it is."""
+        line = line[:_LOOKED_AT]
         if line.startswith(b"#"):
             if not self._tables.see(line, number):
                 self._comment(line, number)

@@ -213,7 +213,7 @@ class TraceReader:
                 return event
             line, body = mended, match["body"]
             event = parse(body)
-        if self._dating:
+        if self._dating and not self.text.retold:
             self._dating.see_text(body, number)
         by_beginning = event.kind in BY_BEGINNING
         known: dict[Any, Event] = self._beginnings if by_beginning else self._known

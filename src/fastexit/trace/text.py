@@ -79,11 +79,11 @@ class TraceText:
             if first == 1:
                 chunk = chunk.removeprefix(_MARK)
             lines = chunk.count(b"\n") + 1
-            if b"\0" in chunk:
+            if b"\0" in chunk or b"PERF_RECORD_LOST" in chunk:
                 chunk = b"\n".join(self._text(chunk.split(b"\n"), first))
             mender = self._learned(chunk)
             if mender.plain:
-                yield chunk
+                yield mender.bulk(chunk) if mender.bulk else chunk
             elif done := mender.rewrite(chunk.split(b"\n"), first):
                 yield b"\n".join(done)
             first += lines
@@ -91,11 +91,14 @@ class TraceText:
             yield b"\n".join(done)
 
     def _text(self, lines: list[bytes], first: int) -> Iterator[bytes]:
-        """The lines that are text; others have been noted and are empty."""
+        """The lines that are text and may be events; others have been noted and are empty."""
         for number, line in enumerate(lines, first):
+            lost = b": PERF_RECORD_LOST" in line
             if b"\0" in line:
                 self._beside.refuse(line, number)
-            yield b"" if b"\0" in line else line
+            elif lost:
+                self._beside.note(line, number)
+            yield b"" if lost or b"\0" in line else line
 
     def last(self, lines: int, events: int) -> bytes | None:
         """The last line of a file that does not end in a line end, canonical, where it is to be taken as whole.
@@ -136,6 +139,11 @@ class TraceText:
     def real(self) -> Real:
         """Which parts of lines are the file's own; others are put in."""
         return self._learned().real
+
+    @property
+    def retold(self) -> bool:
+        """True where events' texts were made of their fields: they tell nothing of the kernel that recorded them."""
+        return self._learned().retold
 
     @property
     def cut(self) -> str:

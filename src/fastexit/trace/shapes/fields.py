@@ -216,6 +216,11 @@ def _page_fault(f: Fields) -> str:
     )
 
 
+def _inhibit(f: Fields) -> str:
+    change = "set" if f["set"] else "cleared"
+    return f"kvm_apicv_inhibit_changed: {change} reason={f['reason']}, inhibits=0x{f['inhibits']:x}"
+
+
 _MAKERS: dict[bytes, Callable[[Fields], str | None]] = {
     b"kvm_apic_ipi": _ipi,
     b"kvm_apic_accept_irq": _accept,
@@ -242,4 +247,5 @@ _MAKERS: dict[bytes, Callable[[Fields], str | None]] = {
     b"kvm_fpu": _fpu,
     b"kvm_vcpu_wakeup": _wakeup,
     b"kvm_page_fault": _page_fault,
+    b"kvm_apicv_inhibit_changed": _inhibit,
 }
