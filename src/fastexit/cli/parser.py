@@ -181,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
 
     replay = command("replay", commands.replay, "Feed a KVM trace to the model: ICR classes, fast shares, predictions.")
     replay.add_argument(
-        "trace", metavar="TRACE", help="ftrace, trace-cmd report or perf script text; plain, .gz or .xz"
+        "trace",
+        metavar="TRACE",
+        help="text of ftrace, trace-cmd report, perf script or perf trace, plain or .gz, .xz, .bz2, .zst; trace.dat or "
+        "perf.data; - for standard input",
     )
     replay.add_argument("--picture", metavar="BASE", help="write BASE.png and BASE.svg: sender x target heat map")
     replay.add_argument("--quiet", action="store_true", help="no progress bar")

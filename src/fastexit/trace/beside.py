@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from fastexit.trace.found import Table, Unreadable, shown
+from fastexit.trace.shapes.line import STACK
 from fastexit.trace.shapes.tables import Tables
 
 KEPT = 20
@@ -20,7 +21,6 @@ _ENTRIES = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,1
 _NOTHING = re.compile(
     rb"\s*(?:[^\s:]+: )?(?:.*: PERF_RECORD_(?!LOST)|CPU \d+ is empty$|cpus=\d|version = \d|Attaching \d+ probes)"
 )
-_STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S|\s*=> ")
 _EVENT = re.compile(rb"(?:^|[\s:\]])(?:kvm:)?kvm_\w+:|-\d+ +\[\d|\[\d{3}\]|\d\.\d{6}: ")
 
 
@@ -62,7 +62,7 @@ class Beside:
         if line.startswith(b"#"):
             if not self._tables.see(line, number):
                 self._comment(line, number)
-        elif _STACK.match(line) or _NOTHING.match(line) or not line.strip():
+        elif STACK.match(line) or _NOTHING.match(line) or not line.strip():
             pass
         elif _MAY_BE_LOST.search(line) and (lost := _LOST.match(line.lstrip())):
             self.lost += int(lost["n"] or lost["perf"] or lost["bpf"] or 1)

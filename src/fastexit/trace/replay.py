@@ -43,10 +43,12 @@ def replay(
     kernels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Replays an ftrace, trace-cmd or perf text through the model and compares.
+    """Replays a trace through the model and compares.
 
     Args:
-        path: the trace, plain or compressed with gzip or xz.
+        path: the trace: text of ftrace, trace-cmd report, perf script, perf trace or a script of bpftrace, whole or an
+            excerpt; plain or compressed; or trace.dat and perf.data, where trace-cmd or perf is installed. "-" is
+            standard input.
         kernel: generation of the replayed machine, or a release. None: the newest that the trace's lines allow, see
             Report.evidence. The shares taken fast are reported for all generations.
         vendor: "vmx" or "svm".
@@ -189,6 +191,11 @@ def _no_events(reader: TraceReader) -> str:
     """Why there is nothing to replay."""
     if not reader.lines and not reader.problems:
         return f"{reader.path}: the file is empty: record a trace and pass its text"
+    if tables := reader.text.tables:
+        return (
+            f"{reader.path}:{tables[0].line}: a table of {tables[0].kind}, and no events: `fastexit report` reads it; "
+            "a replay needs the text of a trace"
+        )
     if not reader.events:
         nothing = f"{reader.path}: no ftrace text in {reader.lines:,} lines"
         what = reader.problems[0] if reader.problems else reader.text.first_prose or nothing

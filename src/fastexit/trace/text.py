@@ -28,8 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from fastexit.trace.beside import Beside
 from fastexit.trace.files import TraceFile
 from fastexit.trace.found import Table, Unreadable, shown
-from fastexit.trace.shapes.mender import Mender, Real
+from fastexit.trace.shapes.learned import Learned, Real
+from fastexit.trace.shapes.mender import Mender
 
+_MARKS = b"\0", b"PERF_RECORD_LOST", b"[FAILED TO PARSE]"
+"""What stands in lines that look whole and are to be looked at: perf and trace-cmd print the last for fields."""
 _MARK = b"\xef\xbb\xbf"
 """What some editors put in front of UTF-8."""
 
@@ -53,15 +56,14 @@ class TraceText:
         self.path: str = self._file.path
         self.size: int = self._file.size
         self._perf = perf
-        self._mender: Mender | None = None
+        self._learned: Learned | None = None
         self._beside = Beside(self.path)
+        self._mender = Mender(self._known, self._beside)
         self._taken = False
 
-    def _learned(self, chunk: bytes = b"") -> Mender:
-        if self._mender is None:
-            self._mender = Mender(chunk.split(b"\n"), perf=self._perf)
-            self._mender.begin(self._beside)
-        return self._mender
+    @property
+    def _known(self) -> Learned:
+        return self._learned or Learned([], perf=self._perf)
 
     def chunks(self, progress: Callable[[int], object] | None = None) -> Iterator[bytes]:
         """Whole lines, about 256 KiB at a time, each chunk without its last line end, carriage returns or NULs.
@@ -71,33 +73,42 @@ class TraceText:
         """
         self._beside = Beside(self.path)
         self._taken = False
-        if self._mender is not None:
-            self._mender.begin(self._beside)
         first = 1
         for chunk in self._file.chunks(progress):
             chunk = chunk.replace(b"\r", b"")
             if first == 1:
                 chunk = chunk.removeprefix(_MARK)
+                self._begin(chunk)
             lines = chunk.count(b"\n") + 1
-            if b"\0" in chunk or b"PERF_RECORD_LOST" in chunk:
+            if any(mark in chunk for mark in _MARKS):
                 chunk = b"\n".join(self._text(chunk.split(b"\n"), first))
-            mender = self._learned(chunk)
-            if mender.plain:
-                yield mender.bulk(chunk) if mender.bulk else chunk
-            elif done := mender.rewrite(chunk.split(b"\n"), first):
+            known = self._known
+            if known.plain:
+                yield known.bulk(chunk) if known.bulk else chunk
+            elif done := self._mender.rewrite(chunk.split(b"\n"), first):
                 yield b"\n".join(done)
             first += lines
-        if done := self._learned().rest():
+        if first == 1:
+            self._begin(self._file.tail)
+        if done := self._mender.rest():
             yield b"\n".join(done)
 
+    def _begin(self, chunk: bytes) -> None:
+        """A pass over a file that begins so."""
+        if self._learned is None:
+            self._learned = Learned(chunk.split(b"\n"), perf=self._perf)
+        self._mender = Mender(self._learned, self._beside)
+
     def _text(self, lines: list[bytes], first: int) -> Iterator[bytes]:
-        """The lines that are text and may be events; others have been noted and are empty."""
+        """The lines that may be events; others have been noted and are empty."""
         for number, line in enumerate(lines, first):
             lost = b": PERF_RECORD_LOST" in line
             if b"\0" in line:
                 self._beside.refuse(line, number)
             elif lost:
                 self._beside.note(line, number)
+            elif b"[FAILED TO PARSE]" in line:
+                line = self._mender.one(line, number) or line
             yield b"" if lost or b"\0" in line else line
 
     def last(self, lines: int, events: int) -> bytes | None:
@@ -110,7 +121,7 @@ class TraceText:
         promised = self._beside.promised
         if not tail.strip() or self._file.cut or b"\0" in tail or promised >= 0 and events + 1 != promised:
             return None
-        whole = self._learned(tail).whole(tail, lines + 1)
+        whole = self._mender.one(tail, lines + 1)
         if whole is not None:
             self._taken = True
             self._beside.oddities.append("the last line has no end; it was taken as whole")
@@ -123,27 +134,27 @@ class TraceText:
         line is has been noted when None comes back. A line that cannot be read although it came from here is to be
         given back: it is counted as unreadable then.
         """
-        return self._learned().mend(line, number)
+        return self._mender.mend(line, number)
 
     @property
     def shape(self) -> str:
         """What wrote it: "ftrace text", "trace-cmd report", "perf script", "perf trace", "bpftrace", or "table"."""
-        return self._learned().shape
+        return self._known.shape
 
     @property
     def clock(self) -> str:
         """What times are in: "ns", or "ticks", written as ns, of a clock whose unit no line tells (x86-tsc, uptime)."""
-        return self._learned().clock
+        return self._known.clock
 
     @property
     def real(self) -> Real:
         """Which parts of lines are the file's own; others are put in."""
-        return self._learned().real
+        return self._known.real
 
     @property
     def retold(self) -> bool:
         """True where events' texts were made of their fields: they tell nothing of the kernel that recorded them."""
-        return self._learned().retold
+        return self._known.retold
 
     @property
     def cut(self) -> str:
@@ -209,10 +220,26 @@ class TraceText:
 
     def notes(self, events: int) -> list[str]:
         """Oddities that leave the result good, a line each."""
-        found = list(self._beside.oddities)
+        found = [*self._beside.oddities, *self._put_in()]
         promised = self._beside.promised
         if not self.cut and events < promised:
             found.append(
                 f"the header counts {promised:,} events, the file holds {events:,}: filtered or cut at a line end"
             )
+        return found
+
+    def _put_in(self) -> list[str]:
+        """What the lines do not say, and what stands for it."""
+        real = self.real
+        found = []
+        if not real.thread:
+            found.append("the lines name no thread: taken as one, or as one for each vCPU that they name")
+        elif not real.pid:
+            found.append("the lines have no thread ids: each name is taken for one thread")
+        if not real.time:
+            found.append("the lines have no time: only their order is used")
+        elif self.clock != "ns":
+            found.append("the clock is not in seconds (x86-tsc, uptime, counter): times are in its ticks")
+        if self.prose:
+            found.append(f"lines that are no trace, {self.prose:,} of them, were passed over: {self.first_prose}")
         return found

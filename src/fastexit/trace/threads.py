@@ -34,6 +34,7 @@ _SETS_UP = {R.APIC_SPIV, R.APIC_ID, R.APIC_LDR, R.APIC_DFR}
 _SYNIC_MSRS = range(HV.MSR_HV_SCONTROL, HV.MSR_HV_STIMER3_COUNT + 1)
 _TRAPS = (Door.TRAP, Door.AVIC)
 _SURE = 3
+_NAMED = 4
 _MAJORITY = 10
 
 
@@ -215,8 +216,11 @@ class Survey:
         Raises TraceError when the vCPUs cannot be told apart, or when no APIC access is in the trace.
         """
         if not any(c.apic or c.accepted for c in self.clues.values()):
+            first = sorted(self.events.items(), key=lambda entry: (-entry[1], entry[0]))[:_NAMED]
+            held = ", ".join(f"{n:,} {name}" for name, n in first)
             raise TraceError(
-                f"{self.path}: kvm events, but no local APIC access among them: record kvm:kvm_apic, kvm:kvm_apic_ipi, "
+                f"{self.path}: kvm events ({held}), but no local APIC access among them to replay: `fastexit report` "
+                "has tables of what is there; for a replay record kvm:kvm_apic, kvm:kvm_apic_ipi, "
                 "kvm:kvm_apic_accept_irq, kvm:kvm_msr, kvm:kvm_mmio and kvm:kvm_eoi"
             )
         for clues in self.clues.values():

@@ -8,6 +8,15 @@ from typing import NamedTuple
 LONGEST = 1 << 12
 """Bytes of the longest line that is looked at; KVM's are a tenth of that."""
 
+LONGEST_MENDED = 1 << 10
+"""Bytes of the longest line that is worth a look when it is not canonical."""
+RECORD = b"PERF_RECORD_"
+"""How perf names its own records: threads that begin, maps, lost events."""
+STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S|\s*=> ")
+"""A line of a call chain."""
+VCPU = re.compile(rb"kvm_(?:entry|exit): vcpu (\d{1,4})\b")
+"""Where a line names the vCPU whose thread printed it."""
+
 LINE = re.compile(
     rb"(?P<comm>.*?)"
     rb"(?:-(?P<pid>\d{1,10}) +(?:\( *(?P<tgid>\d{1,10}|-+)\) +)?"

@@ -17,21 +17,32 @@ _HEAD = re.compile(
 """All of a line that was cut before its event."""
 _NAME = re.compile(rb".*[\s\]](?:kvm:)?kvm_\w+:\s*$")
 """All of a line that was cut behind its event's name."""
+_EVENT = re.compile(rb"[\s\]:]kvm_\w+:\s")
 _WORDS = (
-    rb"info[12]?|intr_info|error_code|rip|requests|reason|level|source|vec|vector|dst|apicid|chip|pin|val|gpa|len|"
-    rb"a[0-3]|rep_cnt|idx|in|out|hv_timer|count|size|result|address|processor_mask"
+    "info info1 info2 intr_info error_code rip requests reason level source vec vector dst apicid irqchip master slave "
+    "chip pin val gpa len at a0 a1 a2 a3 nr code fast slow cnt var_cnt rep_cnt idx in out hv_timer count size result "
+    "address processor_mask vcpu vcpu_id msr_read msr_write apic_read apic_write mmio read write unsatisfied-read "
+    "pio_read pio_write cr_read cr_write func rax rbx rcx rdx time ns wait poll polling valid invalid data msr "
+    "host sint"
 )
-_GOES_ON = re.compile(
-    rb"\s*(?:(?:" + _WORDS + rb")\s+\S|\(?(?:Fixed|LowPrio|SMI|NMI|INIT|SIPI|ExtINT|edge|level)\||=\s*0x|= |"
-    rb"\((?:#GP|coalesced|edge|level)|\[reinjected)"
+_TOKEN = re.compile(
+    rb"(?:" + b"|".join(map(re.escape, _WORDS.encode().split())) + rb")[:,]?"
+    rb"|(?:0x)?[0-9a-f]+[:,]?|-\d+|[A-Z][A-Z0-9_]+|\(?#?[\w-]+(?:\|[\w-]+)+\)?|\(#?\w+\)|=|\[reinjected\]"
 )
+"""A word of an event's text."""
 _LONGEST_REST = 200
+_MOST_WORDS = 40
 
 
 def unquoted(line: bytes) -> bytes:
     """The line without ``> `` in front of it, however often."""
     match = _QUOTE.match(line)
     return line[match.end() :] if match else line
+
+
+def quoted(line: bytes) -> bool:
+    """True where a quote's mark is in front."""
+    return line.lstrip()[:1] in (b">", b"|")
 
 
 def decoded(line: bytes) -> bytes:
@@ -44,9 +55,9 @@ def joined(line: bytes, rest: bytes) -> bytes | None:
     if line.endswith(b"=") and not line.endswith((b" =", b"==")):  # a soft line break of quoted-printable
         return line[:-1] + rest
     more = rest.strip()
-    if more and len(more) <= _LONGEST_REST and (cut(line) or _GOES_ON.match(more)):
-        return line.rstrip() + b" " + more
-    return None
+    if not more or len(more) > _LONGEST_REST:
+        return None
+    return line.rstrip() + b" " + more if cut(line) or line.endswith(b" reason") or goes_on(more) else None
 
 
 def cut(line: bytes) -> bool:
@@ -54,6 +65,12 @@ def cut(line: bytes) -> bool:
     return bool(_HEAD.match(line) or _NAME.match(line))
 
 
-def rest(line: bytes) -> bool:
-    """True for a line that can only be the rest of another."""
-    return bool(_GOES_ON.match(line))
+def begun(line: bytes) -> bool:
+    """True for a line that was cut, or has an event's name and may go on behind it."""
+    return cut(line) or bool(_EVENT.search(line))
+
+
+def goes_on(line: bytes) -> bool:
+    """True for a line that can only be the rest of another: all of its words are of an event's text."""
+    words = line.split()
+    return 0 < len(words) <= _MOST_WORDS and all(map(_TOKEN.fullmatch, words))

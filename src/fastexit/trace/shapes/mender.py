@@ -1,4 +1,4 @@
-"""Lines of any shape into canonical ones, given the file's first lines to learn from."""
+"""Lines of any shape into canonical ones, in their order."""
 
 from __future__ import annotations
 
@@ -6,79 +6,22 @@ import re
 from typing import NamedTuple
 
 from fastexit.trace.beside import Beside
-from fastexit.trace.events import UNREADABLE, parse
-from fastexit.trace.shapes import fields, heads, mail, perftrace
-from fastexit.trace.shapes.bulk import BULKS, Bulk
+from fastexit.trace.shapes import body as texts
+from fastexit.trace.shapes import heads, mail, perftrace
 from fastexit.trace.shapes.bytefields import ByteFields
-from fastexit.trace.shapes.line import LINE, LONGEST, Parts, canonical, seconds
-from fastexit.trace.shapes.tables import Tables
+from fastexit.trace.shapes.learned import Learned
+from fastexit.trace.shapes.line import LONGEST, LONGEST_MENDED, RECORD, STACK, VCPU, Parts, canonical, seconds
 
-_LONGEST_MENDED = 1 << 10
-"""Bytes of the longest line that is worth a look when it is not canonical."""
-_STUDIED = 1 << 12
-"""So many of a file's first lines are learned from."""
-
-_PREFIX = re.compile(rb" *[^\s:]+: ")
-_SYSTEM = re.compile(rb"[a-z]\w*:(?=[a-z]\w*:)")
-_NAME = re.compile(rb"[a-zA-Z_]\w*:")
 _SPLIT = re.compile(
     rb"(.*?[\s\]])(?P<time>\d{1,20}(?:\.\d{1,9})?)(?P<us>us)? ?[+!#*@$]?: +(?:\(\+-?[\d.]+\) +)?"
     rb"(?:\d+ +(?=\w+:\w))?(?P<body>\S.*)"
 )
 """A line with a time, cut before it and behind it."""
 _REMEMBERED = 1 << 14
-_FEW = 20
-"""One in so many lines may be odd in a file that is handed over as it is."""
-_VCPU = re.compile(rb"kvm_(?:entry|exit): vcpu (\d{1,4})\b")
-_RECORD = b"PERF_RECORD_"
-"""What perf prints of its own records: threads that begin, maps, lost events."""
-_STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S")
-_REPORT = re.compile(rb"(?<=: )kvm_\w+:  +(?=\S)|^ *kvm_\w+:  +(?=\S)", re.MULTILINE)
-_REPORTED = 22
-"""Columns in which trace-cmd report prints the name of an event."""
-_REPORT_SHAPE = "trace-cmd report"
-_RAW = re.compile(rb"(?:kvm_apic_ipi: +icr_low|kvm_msi_set_irq: +address|kvm_ioapic_set_irq: +e)=(?!0x)")
 _CUT = (
     "trace-cmd report -R cuts icr_low, e and an MSI's data to a byte: what kvm_apic_ipi lines lack is taken from "
     "the ICR writes beside them, of kvm_msi_set_irq and kvm_ioapic_set_irq the vector alone is right; leave -R away"
 )
-_NAMELESS = (
-    (re.compile(rb"msr_(?:read|write) \w+ = "), b"kvm_msr"),
-    (re.compile(rb"apic_(?:read|write) \w+ = "), b"kvm_apic"),
-    (re.compile(rb"dst \w+ vec \d+ \(\w+\|\w+\|(?:de-)?assert\|"), b"kvm_apic_ipi"),
-    (re.compile(rb"apicid \w+ vec \d+ \("), b"kvm_apic_accept_irq"),
-    (re.compile(rb"apicid \w+ vector -?\d+$"), b"kvm_eoi"),
-    (re.compile(rb"(?:vcpu \d+ )?reason (?!KVM_EXIT)\w+ rip 0x"), b"kvm_exit"),
-    (re.compile(rb"vcpu \d+(?:,? rip 0x\w+.*)?$"), b"kvm_entry"),
-    (re.compile(rb"mmio (?:unsatisfied-read|read|write) len "), b"kvm_mmio"),
-    (re.compile(rb"gsi \d+ level -?\d source \d+$"), b"kvm_set_irq"),
-    (re.compile(rb"pin \d+ dst \w+ vec \d+ \("), b"kvm_ioapic_set_irq"),
-    (re.compile(rb"chip [01] pin \d \("), b"kvm_pic_set_irq"),
-    (re.compile(rb"irqchip \w.* pin \d+$"), b"kvm_ack_irq"),
-    (re.compile(rb"reason KVM_EXIT_\w+ \(\d+\)$"), b"kvm_userspace_exit"),
-    (re.compile(rb"pio_(?:read|write) at 0x"), b"kvm_pio"),
-    (re.compile(rb"cr_(?:read|write) \w+ = 0x"), b"kvm_cr"),
-    (re.compile(rb"(?:IRQ 0x[0-9a-f]+|irq \d+)(?: \[reinjected\])?$"), b"kvm_inj_virq"),
-)
-"""Texts that only one event has, for lines without the event's name."""
-
-
-class Real(NamedTuple):
-    """Which parts of the lines the file has; False for a part that was put in where the canonical line needs it.
-
-    A thread that is not there is one for each vCPU that lines name, ``CPU n/KVM`` with the pid n + 1, or ``<...>-1``
-    where none is named; a pid that is not there is the thread's place among the names; a CPU is 0; a time is the line's
-    number in us: in order, and no time.
-    """
-
-    thread: bool = True
-    pid: bool = True
-    cpu: bool = True
-    time: bool = True
-
-
-_WHOLE = Parts(b"", b"x", b"1", cpu=b"0", time=b"0.0")
-"""What every canonical line has."""
 
 
 class _Held(NamedTuple):
@@ -91,140 +34,22 @@ class _Held(NamedTuple):
 
 
 class Mender:
-    """Makes lines canonical, and notes in ``beside`` what is none.
+    """One pass over a file: makes its lines canonical, and notes in ``beside`` what is none."""
 
-    Args:
-        lines: the first lines of the file.
-        perf: perf script's lines with thread, CPU and time are handed over as they are.
-
-    Attributes:
-        shape, clock, real: as TraceText has them.
-        retold: events' texts were made of their fields, so that they tell nothing of the kernel that recorded.
-        bulk: what makes a chunk canonical at once, where all of these lines are so then but for a few.
-        plain: all of these lines are canonical, or clearly no events.
-    """
-
-    def __init__(self, lines: list[bytes], *, perf: bool) -> None:
-        self._perf = perf
-        self.shape: str = "ftrace text"
-        self.clock: str = "ns"
-        self.real: Real = Real(False, False, False, False)
-        self.plain: bool = True
-        self.retold: bool = False
-        self.bulk: Bulk | None = None
-        self._hexadecimal = self._cut = False
-        self._vcpu = self._first_vcpu = -1
+    def __init__(self, learned: Learned, beside: Beside) -> None:
+        self._learned = learned
+        self._beside = beside
+        self._vcpu = learned.vcpu
         self._threads: dict[bytes, int] = {}
         self._held: _Held | None = None
-        self._out: list[bytes] = []
         self._before: _Held | None = None
-        self._bytes: ByteFields | None = None
+        self._out: list[bytes] = []
         self._first = 1
+        self._bytes = ByteFields() if learned.cut else None
+        if learned.cut:
+            beside.oddities.append(_CUT)
         self._leads: dict[bytes, bytes] = {}
         self._bodies: dict[bytes, bytes] = {}
-        self._study(lines[:_STUDIED])
-        self.begin(Beside(""))
-
-    def begin(self, beside: Beside) -> None:
-        """A new pass over the file, whose notes go to ``beside``."""
-        self._beside = beside
-        self._held = self._before = None
-        self._out = []
-        self._first = 1
-        self._bytes = ByteFields() if self.shape == _REPORT_SHAPE and self._cut else None
-        if self._bytes:
-            beside.oddities.append(_CUT)
-        self._threads.clear()
-        self._leads.clear()
-        self._vcpu = self._first_vcpu
-
-    # ------------------------------------------------------------------------------------------------- what it learns
-
-    def _study(self, lines: list[bytes]) -> None:
-        sample = b"\n".join(lines)
-        self._hexadecimal = fields.in_hex(sample)
-        found: list[Parts] = []
-        tool, canon, odd = "", 0, 0
-        for line in lines:
-            if not line.strip() or line.startswith(b"#"):
-                continue
-            if self._canonical(line):
-                canon += 1
-                continue
-            if len(line) > _LONGEST_MENDED:
-                continue
-            clean = mail.unquoted(line)
-            traced = perftrace.read(clean)
-            parts = traced[0] if traced else heads.read(clean)
-            tool = tool or ("perf trace" if traced else _tool(line))
-            if parts is not None:
-                found.append(parts)
-                self.retold = self.retold or bool(traced and traced[1]) or _in_fields(_SYSTEM.sub(b"", parts.body))
-                if parts.time and not traced and not _NAME.match(parts.body) and _named(parts.body) != parts.body:
-                    tool = tool or "perf script"
-            odd += parts is not None or _STACK.match(line) is not None or mail.cut(line) or mail.rest(line)
-        self.plain = odd * _FEW <= canon
-        found += [_WHOLE] * canon
-        if not self.plain:
-            self._find_bulk(sample)
-        self._name(tool, sample)
-        self._cut = _RAW.search(sample) is not None
-        if not found:
-            self._tabled(lines)
-            self.real = Real()
-            return
-        most = len(found) / 2
-        self.real = Real(
-            thread=sum(bool(parts.comm or parts.pid) for parts in found) >= most,
-            pid=sum(bool(parts.pid) for parts in found) >= most,
-            cpu=any(parts.cpu for parts in found),
-            time=sum(bool(parts.time) for parts in found) >= most,
-        )
-        if sum(parts.ticks for parts in found) >= most:
-            self.clock = "ticks"
-        if named := _VCPU.search(sample):
-            self._vcpu = self._first_vcpu = int(named[1])
-
-    def _find_bulk(self, sample: bytes) -> None:
-        for bulk in BULKS:
-            lines = [line for line in bulk(sample).split(b"\n") if line.strip() and not line.startswith(b"#")]
-            canon = sum(map(self._canonical, lines))
-            if (len(lines) - canon) * _FEW <= canon:
-                self.bulk, self.plain = bulk, True
-                return
-
-    def _name(self, tool: str, sample: bytes) -> None:
-        if tool:
-            self.shape = tool
-        elif b"kvm:kvm_" in sample:
-            self.shape = "perf script"
-        elif re.search(rb"^(?:\S+: )?(?:cpus=|version = )", sample, re.MULTILINE) or any(
-            len(found[0].lstrip()) == _REPORTED for found in _REPORT.finditer(sample)
-        ):
-            self.shape = _REPORT_SHAPE
-
-    def _tabled(self, lines: list[bytes]) -> None:
-        """The shape of a file without an event is that of its table."""
-        tables = Tables()
-        for number, line in enumerate(lines):
-            if line.strip():
-                tables.see(line, number)
-        if tables.found:
-            self.shape = tables.found[0].kind
-
-    def _canonical(self, line: bytes) -> bool:
-        """True for a line that is to be handed over as it is."""
-        match = LINE.fullmatch(line) if len(line) <= LONGEST else None
-        if match is None or match["perf_pid"] and not self._perf or _PREFIX.match(line):
-            return False
-        body: bytes = match["body"]
-        if body.startswith(_RECORD):
-            return False
-        if not match["perf_pid"] and body.startswith(b"kvm:") or body.startswith(b"("):
-            return False
-        return not (
-            body.startswith(b"kvm") and fields.in_fields(body.partition(b":")[2].lstrip()) and self._fields(body)
-        )
 
     # --------------------------------------------------------------------------------------------------- lines in turn
 
@@ -256,18 +81,21 @@ class Mender:
             self._let_go()
             out.append(b"")
             return
-        if _STACK.match(line):
+        if STACK.match(line):
             self._let_go()
             out.append(b"")
             return
-        cut = _SPLIT.match(line) if len(line) <= _LONGEST_MENDED else None
+        cut = _SPLIT.match(line) if len(line) <= LONGEST_MENDED else None
         made = self._known(cut) if cut else None
         if made is None:
-            made = self._make(line, number)
+            begun = self._held and not self._held.made and mail.cut(self._held.line)
+            made = None if begun else self._make(line, number)
             if made is None and self._joined(line):
                 out.append(b"")
                 return
-            if cut and made is not None and self.real.thread:
+            if begun:
+                made = self._make(line, number)
+            if cut and made is not None and self._learned.real.thread:
                 self._remember(cut, made)
         if self._held and not self._held.made:
             self._let_go()
@@ -283,7 +111,7 @@ class Mender:
             return None
         body = self._bodies.get(text)
         if body is None:
-            body = self._body(text.rstrip(), b"") if not text.startswith(_RECORD) else None
+            body = self._body(text.rstrip()) if not text.startswith(RECORD) else None
             if body is None:
                 return None
             if len(self._bodies) >= _REMEMBERED:
@@ -307,7 +135,7 @@ class Mender:
         if held is None or joined is None or len(joined) > LONGEST:
             return False
         made = self._make(joined, held.number)
-        if made is None and not mail.cut(joined):
+        if made is None and (held.made or not mail.begun(joined)):
             return False
         self._held = held._replace(line=joined, made=made is not None)
         self._out[held.at] = made or b""
@@ -332,7 +160,7 @@ class Mender:
         if held is not None and held.number + held.at == number:
             joined = mail.joined(held.line, mail.unquoted(line))
             made = self._make(joined, number) if joined is not None else None
-            if joined is not None and (made is not None or mail.cut(joined)):
+            if joined is not None and (made is not None or mail.begun(joined)):
                 self._beside.forgive(held.number)
                 if made is not None:
                     return made
@@ -344,57 +172,44 @@ class Mender:
         self._beside.note(line, number)
         return None
 
-    def whole(self, line: bytes, number: int) -> bytes | None:
-        """The canonical line of a file's last one, which has no line end; None where it may be cut."""
-        return self._make(line, number)
-
     # --------------------------------------------------------------------------------------------------------- one line
+
+    def one(self, line: bytes, number: int) -> bytes | None:
+        """The canonical line of one whatever stands around it; None where it may be none."""
+        return self._make(line, number)
 
     def _make(self, line: bytes, number: int) -> bytes | None:
         """The canonical line, or None where no readable event is in it."""
         if len(line) > LONGEST:
             return None
-        if self._canonical(line):
-            match = LINE.fullmatch(line)
-            return line if match and _readable(match["body"]) else None
-        if len(line) > _LONGEST_MENDED:
+        if self._learned.canonical(line) and texts.whole(line):
+            return line
+        if len(line) > LONGEST_MENDED:
             return None
         unquoted = mail.unquoted(line)
-        for clean in dict.fromkeys((line, unquoted, mail.decoded(unquoted))):
+        for clean in dict.fromkeys((unquoted, mail.decoded(unquoted))):
             traced = perftrace.read(clean)
             parts = traced[0] if traced else heads.read(clean)
             if parts is None:
                 continue
-            if parts.body.startswith(_RECORD):
+            if parts.body.startswith(RECORD):
                 return None
             body = self._body(parts.body, traced[1] if traced else b"")
             if body is not None:
                 return self._whole(parts._replace(body=body), number)
         return None
 
-    def _body(self, body: bytes, args: bytes) -> bytes | None:
-        """KVM's text of an event; None where it cannot be read."""
-        body = _SYSTEM.sub(b"", body, count=1)
-        if args:
-            body = fields.told(body.partition(b":")[0], args, decimal=True) or body
-        elif _in_fields(body):
-            body = self._fields(body) or body
-        elif not _NAME.match(body):
-            body = _named(body)
-        return body if _readable(body) else None
-
-    def _fields(self, body: bytes) -> bytes | None:
-        name, _, payload = body.partition(b":")
-        return fields.told(name, payload, hexadecimal=self._hexadecimal)
+    def _body(self, body: bytes, args: bytes = b"") -> bytes | None:
+        return texts.told(body, args, hexadecimal=self._learned.hexadecimal)
 
     def _whole(self, parts: Parts, number: int) -> bytes | None:
         """The line with what it does not say put in; None where the file's other lines do say it."""
-        real = self.real
+        real = self._learned.real
         if real.pid and not parts.pid or real.thread and not (parts.comm or parts.pid) or real.time and not parts.time:
             return None
         comm, pid = parts.comm, parts.pid
         if not comm and not pid:
-            if named := _VCPU.match(parts.body):
+            if named := VCPU.match(parts.body):
                 self._vcpu = int(named[1])
             comm, pid = (b"<...>", b"1") if self._vcpu < 0 else (b"CPU %d/KVM" % self._vcpu, b"%d" % (self._vcpu + 1))
         elif not pid:
@@ -411,21 +226,3 @@ class Mender:
 def _time(cut: re.Match[bytes]) -> bytes:
     time: bytes = cut["time"]
     return seconds(time, 6) if cut["us"] else time if b"." in time else seconds(time, 9)
-
-
-def _in_fields(body: bytes) -> bool:
-    name, _, payload = body.partition(b":")
-    return name.startswith(b"kvm_") and fields.in_fields(payload.lstrip())
-
-
-def _named(body: bytes) -> bytes:
-    """The body of a line without its event's name, with it where it can be told."""
-    return next((name + b": " + body for text, name in _NAMELESS if text.match(body)), body)
-
-
-def _readable(body: bytes) -> bool:
-    return b": kvm_" not in body and parse(body) is not UNREADABLE
-
-
-def _tool(line: bytes) -> str:
-    return "bpftrace" if line.startswith(b"Attaching ") else ""
