@@ -31,14 +31,14 @@ class Analysis:
         self.ipis: Ipis = Ipis(self.follower)
         self.waits: Waits = Waits(self.follower)
         self.inhibits: Inhibits = Inhibits(recording, self.follower)
-        for rows, facts in self.follower:
-            self.span.feed(rows)
-            self.exits.feed(facts, self.span.first)
-            self.msrs.feed(rows)
-            self.vectors.feed(rows, facts, self.span.first)
-            self.ipis.feed(facts)
-            self.waits.feed(rows)
-            self.inhibits.feed(rows)
+        for block in self.follower:
+            self.span.feed(block)
+            self.exits.feed(block, self.span.first)
+            self.msrs.feed(block)
+            self.vectors.feed(block, self.span.first)
+            self.ipis.feed(block)
+            self.waits.feed(block)
+            self.inhibits.feed(block)
         self.vms: list[int] = [vm for vm in self.follower.places.vms if self.span.lines(vm)]
 
     def icrs(self) -> Counter[Icr]:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastexit.answers.durations import Durations
-from fastexit.answers.facts import Facts, Follower, plain_reason
+from fastexit.answers.facts import Block, Facts, Follower, plain_reason
 from fastexit.answers.follow import words as F
+from fastexit.answers.places import PLACES
 from fastexit.answers.report import ExitRow, Quantiles, VcpuRow
-from fastexit.answers.tally import Tally, often
+from fastexit.answers.tally import Tally, count, often
 from fastexit.records.columns import NO_TIME
 
 SECONDS = 1 << 14
@@ -59,18 +60,20 @@ class Exits:
         self.slow_count: Counter[int] = Counter()
         """By place."""
 
-    def feed(self, facts: Facts, first: int) -> None:
+    def feed(self, block: Block, first: int) -> None:
         """Facts of one block; ``first`` is the recording's first time."""
-        entries = facts[facts["kind"] == F.FACT_ENTRY]
+        facts = block.facts
+        entries = block.told(F.FACT_ENTRY)
         if len(entries):
-            self._entry_rips.add(often([entries["place"], entries["value"]], 64))  # type: ignore[arg-type]
-        exits = facts[facts["kind"] == F.FACT_EXIT]
-        if not len(exits):
+            self._entry_rips.add(often([facts["place"][entries], facts["value"][entries]], 64))  # type: ignore[arg-type]
+        at = block.told(F.FACT_EXIT)
+        if not len(at):
             return
+        exits = facts[at]
         reasons = self._reasons(exits["key"].astype(np.int64))
         places = exits["place"].astype(np.int64)
-        for (place, reason, nested), n in often([places, reasons, exits["flags"] & 1]):
-            self._counts[place, reason, nested] += n
+        for key, n in count((places * REASONS + reasons) * 2 + (exits["flags"] & 1)):
+            self._counts[key // (2 * REASONS), key // 2 % REASONS, key % 2] += n
         self._times.feed(self._follower.vm_of_place[places] * REASONS + reasons, exits["x"])
         self._vcpu_times.feed(places, exits["x"])
         self._rips.add(often([places, exits["value"]], 64))  # type: ignore[arg-type]
@@ -83,8 +86,10 @@ class Exits:
         if not self._ticks and first != NO_TIME:
             seconds = (times - first) // 1_000_000_000
             counted = (times != NO_TIME) & (seconds >= 0) & (seconds < SECONDS)
-            for (second, place, reason), n in often([seconds[counted], places[counted], reasons[counted]]):
-                self._seconds[second, place, reason] += n
+            keys = (seconds * (PLACES + 1) + places) * REASONS + reasons
+            for key, n in count(keys[counted]):
+                at_place = key // REASONS
+                self._seconds[at_place // (PLACES + 1), at_place % (PLACES + 1), key % REASONS] += n
             self._keep_slow(exits[exits["x"] > SLOW_NS])
 
     def _reasons(self, keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

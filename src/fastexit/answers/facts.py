@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 import fastexit.answers.follow.rows  # noqa: F401  the kernels
 from fastexit.answers.follow import words as F
-from fastexit.answers.places import NAMES_A_TARGET, Places, Where, Words
+from fastexit.answers.places import NAMES_A_TARGET, Ints, Places, Where, Words
 from fastexit.jit.declare import JIT, load, register, unregister
-from fastexit.records.columns import Event, Recording, Rows
+from fastexit.records.columns import RECORD, Event, Recording, Rows
 from fastexit.trace.doors import Door
 
 FACT = np.dtype(
@@ -78,11 +78,30 @@ def class_of(name: str) -> int:
     return CLASSES.get(plain_reason(name), 0)
 
 
-class Followed(NamedTuple):
-    """A block of rows, and the facts that were complete with it, which stay until the next block is asked for."""
+_HAS_A_CLASS = np.zeros(256, bool)
+_HAS_A_CLASS[[Event.EXIT, Event.HV, Event.AVIC]] = True
+
+
+class Block(NamedTuple):
+    """A block of rows, and the facts that were complete with it, which stay until the next block is asked for.
+
+    ``events``, ``threads`` and ``vms`` (by index) are of each row, ``kinds`` of each fact.
+    """
 
     rows: Rows
+    events: npt.NDArray[np.uint8]
+    threads: Ints
+    vms: Ints
     facts: Facts
+    kinds: npt.NDArray[np.uint8]
+
+    def at(self, event: Event) -> npt.NDArray[np.intp]:
+        """Where rows of an event are."""
+        return np.flatnonzero(self.events == event)
+
+    def told(self, kind: np.uint64) -> npt.NDArray[np.intp]:
+        """Where facts of a kind are."""
+        return np.flatnonzero(self.kinds == int(kind))
 
 
 class Follower:
@@ -95,6 +114,7 @@ class Follower:
         self.state: Words = np.zeros((0, int(F.P_STRIDE)), np.uint64)
         self._pool = np.zeros((F.POOL + 1, int(F.POOL_STRIDE)), np.uint64)
         self._pool[:-1, 0] = np.arange(1, F.POOL + 1, dtype=np.uint64) * F.POOL_STRIDE
+        self._vm_of_place = np.zeros(0, np.int64)
         self._out = np.zeros((0, 8), np.uint64)
         self._classes = np.zeros(1, np.uint64)
         beside = int(F.BESIDE)
@@ -105,8 +125,13 @@ class Follower:
     def vm_of_place(self) -> npt.NDArray[np.int64]:
         """The VM of each place plus one, by index into ``places.vms``; of none at 0."""
         places = self.places
-        index = {number: i for i, number in enumerate(places.vms)}
-        return np.array([places.of_none, *(index[vm] for vm, _ in places.places)], np.int64)
+        known = len(self._vm_of_place)
+        if known <= len(places.places):
+            index = {number: i for i, number in enumerate(places.vms)}
+            new = [index[vm] for vm, _ in places.places[max(known - 1, 0) :]]
+            before = self._vm_of_place if known else np.array([places.of_none], np.int64)
+            self._vm_of_place = np.concatenate([before, np.array(new, np.int64)])
+        return self._vm_of_place
 
     def of_vm(self, vm: int) -> set[int]:
         """The places, each plus one, of a VM's number, with 0 where lines of no place are its own."""
@@ -118,33 +143,38 @@ class Follower:
         vectors = self.state[place, int(F.V0) :].reshape(256, int(F.V_STRIDE))
         return [vectors[:, int(word)] for word in which]
 
-    def __iter__(self) -> Iterator[Followed]:
+    def __iter__(self) -> Iterator[Block]:
         """Every block in order, then an empty one with what the end of the file completes."""
         empty: Rows | None = None
         for rows in self._recording.blocks:
+            if rows.dtype != RECORD:  # NumPy's concatenate leaves out what fills a record up
+                rows = rows.astype(RECORD)
             empty = rows[:0]
             if len(rows):
-                yield Followed(rows, self._block(rows))
+                yield self._block(np.ascontiguousarray(rows))
         if empty is not None and len(self.lanes):
-            yield Followed(empty, self._call(None, None, len(self.lanes) * 3))
+            facts = self._call(None, None, len(self.lanes) * 3)
+            none = np.zeros(0, np.int32)
+            yield Block(empty, empty["event"], none, none, facts, np.ascontiguousarray(facts["kind"]))
 
-    def _block(self, rows: Rows) -> Facts:
+    def _block(self, rows: Rows) -> Block:
         """Follow one block."""
         places = self.places
-        events = rows["event"]
-        matter = self._matter[events]
-        lanes, new = places.lanes_of(rows, matter)
-        marks = np.where(lanes < 0, int(F.NOWHERE), lanes).astype(np.uint64)
+        events = np.ascontiguousarray(rows["event"])
+        threads = places.threads_of(rows)
+        vms = places.vm_of(threads)
+        lanes, new = places.lanes_of(threads, self._matter[events])
+        marks = lanes.astype(np.uint32).astype(np.uint64)  # no lane is NOWHERE
         named = np.flatnonzero(NAMES_A_TARGET[events])
-        some = rows[named]
-        marks[named] |= places.of(places.vm_of(some), some["a"]).astype(np.uint64) << np.uint64(32)
+        marks[named] |= places.of(vms[named], rows["a"][named]).astype(np.uint64) << np.uint64(32)
         names = self._recording.names
         if len(self._classes) != len(names) + 1:
             self._classes = np.array([*map(class_of, names), 0], np.uint64)
-        marks |= self._classes[rows["name"]] << np.uint64(56)
+        classed = np.flatnonzero(_HAS_A_CLASS[events])
+        marks[classed] |= self._classes[rows["name"][classed]] << np.uint64(56)
         self._grow(new)
-        picked = np.ascontiguousarray(rows)
-        return self._call(picked, marks, 2 * len(rows))
+        facts = self._call(rows, marks, 2 * len(rows))
+        return Block(rows, events, threads, vms, facts, np.ascontiguousarray(facts["kind"]))
 
     def _grow(self, new: list[tuple[int, int]]) -> None:
         """Memory for lanes and places that this block brings; more than needed, so that it seldom happens."""
@@ -166,7 +196,8 @@ class Follower:
         """Call the kernel, or with no rows let it finish; beside so many facts there may be those that waited."""
         room = facts + F.POOL + 64
         if room > len(self._out):
-            self._out = np.zeros((room, 8), np.uint64)
+            self._vm_of_place = np.zeros(0, np.int64)
+        self._out = np.zeros((room, 8), np.uint64)
         out = self._out
         out[0, 0] = 0
         arrays = [self.lanes.reshape(-1), self.state.reshape(-1), self._pool.reshape(-1), out.reshape(-1)]

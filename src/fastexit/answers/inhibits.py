@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastexit import regs as R
-from fastexit.answers.facts import Follower
-from fastexit.records.columns import Event, Recording, Rows
+from fastexit.answers.facts import Block, Follower
+from fastexit.records.columns import Event, Recording
 from fastexit.tracepoints.names import inhibits as named
 from fastexit.tracepoints.releases import numbers
 
@@ -48,13 +48,14 @@ class Inhibits:
         self.standing: dict[int, int] = {}
         """By VM all inhibits after its last line, a bit each."""
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, block: Block) -> None:
         """A block of rows."""
-        some = rows[rows["event"] == Event.APICV_INHIBIT]
-        if not len(some):
+        at = block.at(Event.APICV_INHIBIT)
+        if not len(at):
             return
+        some = block.rows[at]
         vms = self._follower.places.vms
-        columns = [self._follower.places.vm_of(some), *(some[name] for name in ("line", "name", "a", "b", "d"))]
+        columns = [block.vms[at], *(some[name] for name in ("line", "name", "a", "b", "d"))]
         for index, line, name, on, mask, old in zip(*map(np.ndarray.tolist, columns), strict=True):
             text = self._names[name] if 0 <= name < len(self._names) else ""
             number = int(text) if text.isdecimal() and len(text) < 4 else -1

@@ -9,10 +9,10 @@ import numpy as np
 
 from fastexit import regs as R
 from fastexit.answers.durations import Durations
-from fastexit.answers.facts import DOORS, Facts, Follower
+from fastexit.answers.facts import DOORS, Block, Follower
 from fastexit.answers.follow import words as F
 from fastexit.answers.report import DoorRow, LatencyRow
-from fastexit.answers.tally import Tally, often
+from fastexit.answers.tally import Tally, count, often
 from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door
 from fastexit.trace.report import FAULTED, IcrClass
 
@@ -79,12 +79,13 @@ class Ipis:
         self.first: dict[tuple[int, Door], int] = {}
         """By VM and door, the line of its first IPI."""
 
-    def feed(self, facts: Facts) -> None:
+    def feed(self, block: Block) -> None:
         """Facts of one block."""
+        facts = block.facts
         vm_of = self._follower.vm_of_place
-        kinds = facts["kind"]
-        icrs = facts[kinds == F.FACT_ICR]
-        if len(icrs):
+        at = block.told(F.FACT_ICR)
+        if len(at):
+            icrs = facts[at]
             value = icrs["value"]
             low = value & np.uint64(0xFFFF_FFFF & ~R.ICR_VECTOR & ~R.ICR_BUSY)
             high = value >> np.uint64(32)
@@ -93,25 +94,29 @@ class Ipis:
             broadcast &= (low >> np.uint64(18) & np.uint64(3)) == 0
             columns = [vm_of[icrs["place"]], icrs["door"], icrs["key"], low, broadcast, icrs["x"], icrs["flags"]]
             self._icrs.add(often(columns))
-            vms = self._follower.places.vms
-            pairs, at = np.unique(vm_of[icrs["place"]] * len(DOORS) + icrs["door"], return_index=True)
-            for pair, line in zip(pairs.tolist(), icrs["line"][at].tolist(), strict=True):
+            numbers = self._follower.places.vms
+            pairs, firsts = np.unique(vm_of[icrs["place"]] * len(DOORS) + icrs["door"], return_index=True)
+            for pair, line in zip(pairs.tolist(), icrs["line"][firsts].tolist(), strict=True):
                 door = DOORS[pair % len(DOORS)]
                 if door is not None:
-                    self.first.setdefault((vms[pair // len(DOORS)], door), line)
-        accesses = facts[kinds == F.FACT_ACCESS]
-        for (vm, register, door), n in often([vm_of[accesses["place"]], accesses["key"], accesses["door"]]):
-            self._accesses[vm, register, door] += n
-        accepts = facts[kinds == F.FACT_ACCEPT]
-        if len(accepts):
-            vms = vm_of[np.where(accepts["place"] > 0, accepts["place"], accepts["other"])]
+                    self.first.setdefault((numbers[pair // len(DOORS)], door), line)
+        at = block.told(F.FACT_ACCESS)
+        if len(at):
+            keys = vm_of[facts["place"][at]] << 16 | facts["key"][at] << 4 | facts["door"][at]
+            for key, n in count(keys):
+                self._accesses[key >> 16, key >> 4 & 0xFFF, key & 15] += n
+        at = block.told(F.FACT_ACCEPT)
+        if len(at):
+            place = facts["place"][at]
+            vms = vm_of[np.where(place > 0, place, facts["other"][at])]
             self._accepted.update(np.unique(vms).tolist())
-            self._latency.feed(vms * _WHAT, accepts["value"].view(np.int64))
+            self._latency.feed(vms * _WHAT, facts["value"][at].view(np.int64))
         for kind, x, y in (F.FACT_ENTERED, 1, 2), (F.FACT_SERVED, 3, 4):
-            some = facts[kinds == kind]
-            vms = vm_of[some["place"]]
-            self._latency.feed(vms * _WHAT + x, some["x"])
-            self._latency.feed(vms * _WHAT + y, some["y"].view(np.int64))
+            at = block.told(kind)
+            if len(at):
+                vms = vm_of[facts["place"][at]]
+                self._latency.feed(vms * _WHAT + x, facts["x"][at])
+                self._latency.feed(vms * _WHAT + y, facts["y"][at].view(np.int64))
 
     def icrs(self) -> Counter[Icr]:
         """All IPIs by what decides over them."""

@@ -7,27 +7,29 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fastexit import hyperv as HV
 from fastexit import regs as R
-from fastexit.answers.facts import Follower
+from fastexit.answers.facts import Block, Follower
 from fastexit.answers.msrnames import msr_name
 from fastexit.answers.report import MsrRow
-from fastexit.answers.tally import Tally, often
-from fastexit.records.columns import Event, Rows
+from fastexit.answers.tally import Tally, count, often
+from fastexit.records.columns import Event
 
 VALUES = 8
 """Values that are shown of each MSR."""
 UNSTEADY = {R.MSR_TSC, R.MSR_TSC_DEADLINE, R.MSR_X2APIC_ICR, R.MSR_X2APIC_BASE + (R.APIC_TMCCT >> 4)}
-UNSTEADY |= {HV.MSR_HV_ICR, HV.MSR_HV_TIME_REF_COUNT, HV.MSR_HV_VP_RUNTIME, 0xE7, 0xE8}
+UNSTEADY |= {R.MSR_X2APIC_EOI, HV.MSR_HV_EOI, HV.MSR_HV_ICR, HV.MSR_HV_TIME_REF_COUNT, HV.MSR_HV_VP_RUNTIME, 0xE7, 0xE8}
 UNSTEADY |= set(range(HV.MSR_HV_STIMER0_CONFIG, HV.MSR_HV_STIMER3_COUNT + 1))
-"""MSRs of clocks, whose values tell nothing, and the ICR, which is told by class."""
+"""MSRs of clocks and of EOI, whose values tell nothing, and the ICR, which is told by class."""
 ALIKE = {0x3A, 0x122, 0x174, 0x1A0, 0x277, 0x2FF, 0xC0000081, 0xC0000083, 0xC0000084, 0xDA0}
 ALIKE |= {0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210), 0xC0010010, 0xC0010015, 0xC0011029}
 """MSRs that a sane guest has the same on every vCPU."""
 KEPT = {0x3A, 0x4B564D02, 0x4B564D03, 0x4B564D04, HV.MSR_HV_VP_ASSIST_PAGE, HV.MSR_HV_SCONTROL, HV.MSR_HV_SIEFP}
 KEPT |= {HV.MSR_HV_SIMP, *range(HV.MSR_HV_SINT0, HV.MSR_HV_SINT15 + 1)}
 """MSRs of a vCPU that nobody but the guest changes: it reads what it wrote, or the vCPU was reset between."""
+_ONE, _BEYOND = np.uint64(1), np.uint64(0xFFFF_FFFF)
 _WATCHED = np.array(sorted(ALIKE | KEPT), np.uint64)
 _UNSTEADY = np.array(sorted(UNSTEADY), np.uint64)
 
@@ -75,31 +77,43 @@ class Msrs:
         self.deadlines: Counter[int] = Counter()
         """TSC_DEADLINE writes by place."""
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, block: Block) -> None:
         """A block of rows."""
-        rows = rows[rows["event"] == Event.MSR]
-        if not len(rows):
+        at = block.at(Event.MSR)
+        if not len(at):
             return
-        places = self._follower.places
-        vms = places.vm_of(rows)
-        for (vm, msr, write, fault), n in often([vms, rows["a"], rows["c"], rows["d"]]):
-            self._counts[vm, msr, write, fault] += n
-        steady = (rows["d"] == 0) & ~np.isin(rows["a"], _UNSTEADY)
-        some = rows[steady]
-        key = some["a"] << np.uint64(1) | some["c"] & np.uint64(1)
+        rows = block.rows
+        msrs = np.minimum(rows["a"][at], _BEYOND)
+        writes, faults = rows["c"][at] & _ONE, rows["d"][at] & _ONE
+        keys = block.vms[at].astype(np.uint64) << np.uint64(34) | msrs << np.uint64(2) | writes << _ONE | faults
+        some, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        for key, n in zip(some.tolist(), counts.tolist(), strict=True):
+            self._counts[key >> 34, key >> 2 & 0xFFFF_FFFF, key >> 1 & 1, key & 1] += n
+        known = some >> np.uint64(2) & np.uint64(0xFFFF_FFFF)
+        sound = some & _ONE == 0
+        steady = np.flatnonzero((sound & ~np.isin(known, _UNSTEADY))[inverse])
         self._values.add(
-            ((vm, msr >> 1, msr & 1, value), n) for (msr, vm, value), n in often([key, vms[steady], some["b"]], 64)
+            ((key >> 34, key >> 2 & 0xFFFF_FFFF, key >> 1 & 1, value), n)
+            for (key, value), n in often([keys[steady], rows["b"][at[steady]]], 64)
         )
-        self._feed_few(rows[rows["d"] != 0], self._fault)
-        self._feed_few(rows[(rows["d"] == 0) & np.isin(rows["a"], _WATCHED)], self._watch)
-        deadlines = rows[(rows["a"] == R.MSR_TSC_DEADLINE) & (rows["c"] == 1) & (rows["d"] == 0)]
-        for (place,), n in often([self._follower.places.place_of(deadlines)]):
-            self.deadlines[place] += n
+        if not sound.all():
+            self._feed_few(block, at[~sound[inverse]], self._fault)
+        watched = sound & np.isin(known, _WATCHED)
+        if watched.any():
+            self._feed_few(block, at[watched[inverse]], self._watch)
+        deadlines = sound & (known == R.MSR_TSC_DEADLINE) & (some >> _ONE & _ONE == 1)
+        if deadlines.any():
+            for place, n in count(self._follower.places.place_of(block.threads[at[deadlines[inverse]]])):
+                self.deadlines[place] += n
 
-    def _feed_few(self, rows: Rows, each: Callable[[int, int, int, bool, int], None]) -> None:
+    def _feed_few(
+        self, block: Block, at: npt.NDArray[np.intp], each: Callable[[int, int, int, bool, int], None]
+    ) -> None:
         """Rows that are few."""
-        if len(rows):
-            columns = [self._follower.places.place_of(rows), rows["a"], rows["b"], rows["c"], rows["line"]]
+        if len(at):
+            rows = block.rows[at]
+            places = self._follower.places.place_of(block.threads[at])
+            columns = [places, rows["a"], rows["b"], rows["c"], rows["line"]]
             for place, msr, value, write, line in zip(*(column.tolist() for column in columns), strict=True):
                 each(place, msr, value, bool(write), line)
 

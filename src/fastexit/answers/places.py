@@ -82,29 +82,32 @@ class Places:
         """A thread's VM, by index."""
         return int(self._vm[thread])
 
-    def vm_of(self, rows: Rows) -> Ints:
-        """Each row's VM, by index."""
-        found: Ints = self._vm[self._known(rows["thread"])]
-        return found
-
-    def vcpu_of(self, rows: Rows) -> Ints:
-        """Each row's vCPU: its thread's, or -1."""
-        found: Ints = self._vcpu[self._known(rows["thread"])]
-        return found
-
-    def _known(self, threads: Ints) -> Ints:
-        """Threads as indices that are there: the last entry is for what is beyond, or for none."""
-        last = len(self._vm) - 1  # which is what -1 reaches, too
+    def threads_of(self, rows: Rows) -> Ints:
+        """Each row's thread as an index that is there: the last one is for what is beyond, or for none (-1)."""
+        threads: Ints = np.ascontiguousarray(rows["thread"])
+        last = len(self._vm) - 1
         if len(threads) and int(threads.max()) > last:
             return np.where(threads > last, last, threads)
         return threads
 
+    def vm_of(self, threads: Ints) -> Ints:
+        """The VM of each thread, by index."""
+        if len(self.vms) == 1:
+            return np.zeros(len(threads), np.int32)
+        found: Ints = self._vm[threads]
+        return found
+
     def of(self, vm: Ints, ids: Words) -> Ints:
         """The place, plus one, of each vCPU id in each VM; 0 where there is room for no more."""
-        fits = ids < IDS
-        index = vm.astype(np.int64) * IDS + np.where(fits, ids, 0).astype(np.int64)
+        if not len(ids):
+            return np.zeros(0, np.int32)
         flat = self._of.reshape(-1)
+        beyond = int(ids.max()) >= IDS
+        fits = ids < IDS if beyond else np.ones(len(ids), bool)
+        index = vm.astype(np.int64) * IDS + (np.where(fits, ids, 0) if beyond else ids).astype(np.int64)
         found: Ints = flat[index]
+        if not beyond and found.all():
+            return found
         missing = np.unique(index[fits & (found == 0)])
         if len(missing):
             for key in missing[: max(PLACES - len(self.places), 0)].tolist():
@@ -113,16 +116,17 @@ class Places:
             found = flat[index]
         return np.where(fits, found, 0).astype(np.int32)
 
-    def place_of(self, rows: Rows) -> Ints:
-        """Each row's own place, plus one: that of its thread's vCPU, or 0."""
-        vcpu = self.vcpu_of(rows)
+    def place_of(self, threads: Ints) -> Ints:
+        """The place, plus one, of each thread's own vCPU, or 0."""
+        vcpu = self._vcpu[threads]
         ids = np.where(vcpu < 0, IDS, vcpu).astype(np.uint64)
-        return self.of(self.vm_of(rows), ids)
+        return self.of(self.vm_of(threads), ids)
 
-    def lanes_of(self, rows: Rows, matter: npt.NDArray[np.bool_]) -> tuple[Ints, list[tuple[int, int]]]:
-        """Each row's lane, and those lanes that are new with their place plus one; only rows that matter get one."""
-        threads = self._known(rows["thread"])
+    def lanes_of(self, threads: Ints, matter: npt.NDArray[np.bool_]) -> tuple[Ints, list[tuple[int, int]]]:
+        """Each thread's lane, and those lanes that are new with their place plus one; only rows that matter get one."""
         lanes: Ints = self._lane_of[threads]
+        if len(lanes) and int(lanes.min()) >= 0:
+            return lanes, []
         fresh = np.unique(threads[matter & (lanes < 0)] % len(self._vm))
         new: list[tuple[int, int]] = []
         if len(fresh):

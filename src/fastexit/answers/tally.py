@@ -31,6 +31,16 @@ class Tally(Generic[Key]):
             self.counts = Counter(dict(counts.most_common(self._kept)))
 
 
+def count(keys: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    """Which integers there are, and how often.
+
+    >>> count(np.array([7, 3, 7]))
+    [(3, 1), (7, 2)]
+    """
+    values, counts = np.unique(keys, return_counts=True)
+    return list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
 def often(columns: list[npt.NDArray[Any]], most: int | None = None) -> list[tuple[tuple[int, ...], int]]:
     """Which rows these columns of integers have, and how often; ``most``: of each value of the first column only so
     many rows, the most frequent.

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastexit import regs as R
-from fastexit.answers.facts import DOORS, Facts, Follower
+from fastexit.answers.facts import DOORS, Block, Facts, Follower
 from fastexit.answers.follow import words as F
 from fastexit.answers.report import SentRow, VectorRow
-from fastexit.answers.tally import Tally, often
-from fastexit.records.columns import NO_TIME, Event, Rows
+from fastexit.answers.tally import Tally, count
+from fastexit.records.columns import NO_TIME, Event
 
 PAIRS = 1 << 16
 """Senders with targets that are kept."""
@@ -64,6 +64,7 @@ class Vectors:
         self.counts: Counter[Source] = Counter()
         self._coalesced: Counter[Source] = Counter()
         self._eois: Counter[tuple[int, int]] = Counter()
+        self._pv_eois: Counter[tuple[int, int]] = Counter()
         self._sent: Tally[tuple[int, int]] = Tally(PAIRS)
         self._nmis: Counter[int] = Counter()
         self._pics: Counter[int] = Counter()
@@ -73,47 +74,66 @@ class Vectors:
         self.levels: set[tuple[int, int]] = set()
         """Places plus one and vectors of level interrupts."""
 
-    def feed(self, rows: Rows, facts: Facts, first: int) -> None:
+    def feed(self, block: Block, first: int) -> None:
         """One block."""
-        events = rows["event"]
-        places = self._follower.places
-        eois = rows[((events == Event.EOI) | (events == Event.PV_EOI)) & (rows["b"] < 256)]
-        eois = eois[eois["event"] == Event.EOI] if (eois["event"] == Event.EOI).any() else eois
-        for key, n in often([places.vm_of(eois), eois["b"]]):
-            self._eois[key[0], key[1]] += n
-        for event, into in (Event.NMI, self._nmis), (Event.PIC_SET_IRQ, self._pics):
-            some = rows[(events == event) & (rows["c"] == 0)]
-            for (vm,), n in often([places.vm_of(some)]):
-                into[vm] += n
-        accepts = facts[facts["kind"] == F.FACT_ACCEPT]
-        if not len(accepts):
+        rows, facts = block.rows, block.facts
+        for event, into in (Event.EOI, self._eois), (Event.PV_EOI, self._pv_eois):
+            at = block.at(event)
+            vector = rows["b"][at]
+            at = at[vector < 256] if len(at) else at
+            for key, n in count(block.vms[at].astype(np.int64) << 8 | rows["b"][at].astype(np.int64)):
+                into[key >> 8, key & 0xFF] += n
+        for event, total in (Event.NMI, self._nmis), (Event.PIC_SET_IRQ, self._pics):
+            at = block.at(event)
+            if len(at):
+                for vm, n in count(block.vms[at[rows["c"][at] == 0]]):
+                    total[vm] += n
+        told = block.told(F.FACT_ACCEPT)
+        if not len(told):
             return
-        vms = self._follower.vm_of_place[np.where(accepts["place"] > 0, accepts["place"], accepts["other"])]
-        mode = accepts["y"] >> 8 & 7
-        columns = [vms, accepts["key"], mode, accepts["source"], accepts["door"], accepts["gsi"], accepts["flags"] & 1]
-        for key, n in often(columns):
-            source = Source(*key[:6])
+        accepts = facts[told]
+        place, sender = accepts["place"].astype(np.int64), accepts["other"].astype(np.int64)
+        vms = self._follower.vm_of_place[np.where(place > 0, place, sender)]
+        mode, gsi = accepts["y"].astype(np.int64) >> 8 & 7, np.minimum(accepts["gsi"], 0xFFFF).astype(np.int64)
+        keys = vms << 8 | accepts["key"]
+        for column, bits in (
+            (mode, 3),
+            (accepts["source"], 4),
+            (accepts["door"], 4),
+            (gsi, 16),
+            (accepts["flags"] & 1, 1),
+        ):
+            keys = keys << bits | column
+        for key, n in count(keys):
+            source = Source(
+                key >> 36, key >> 28 & 0xFF, key >> 25 & 7, key >> 21 & 15, key >> 17 & 15, key >> 1 & 0xFFFF
+            )
             self.counts[source] += n
-            self._coalesced[source] += n * key[6]
-        ipis = accepts["source"] == F.FROM_IPI
-        sent = accepts[ipis & (accepts["other"] > 0) & (accepts["place"] > 0)]
-        self._sent.add(often([sent["other"], sent["place"]]))  # type: ignore[arg-type]
-        self._rates(accepts[~ipis & (mode <= R.DM_LOWEST)], first)
+            self._coalesced[source] += n * (key & 1)
+        ipis = accepts["source"] == int(F.FROM_IPI)
+        sent = np.flatnonzero(ipis & (sender > 0) & (place > 0))
+        if len(sent):
+            self._sent.add(((key >> 16, key & 0xFFFF), n) for key, n in count(sender[sent] << 16 | place[sent]))
+        others = np.flatnonzero(~ipis & (mode <= R.DM_LOWEST))
+        if len(others):
+            self._rates(accepts[others], first)
 
     def _rates(self, accepts: Facts, first: int) -> None:
         """How many in a second."""
         level = accepts[accepts["y"] & R.ICR_TRIGGER != 0]
-        for key, _ in often([level["place"], level["key"]]):
-            self.levels.add((key[0], key[1]))
+        if len(level):
+            self.levels.update(zip(level["place"].tolist(), level["key"].tolist(), strict=True))
         if self._ticks or first == NO_TIME or not len(accepts):
             return
         seconds = (accepts["time"] - first) // 1_000_000_000
         lines = accepts["line"]
-        for (second, place, vector), n in often([seconds, accepts["place"], accepts["key"]]):
+        keys = np.clip(seconds, 0, 1 << 34) << 21 | accepts["place"].astype(np.int64) << 8 | accepts["key"]
+        for key, n in count(keys):
+            second, place, vector = key >> 21, key >> 8 & 0x1FFF, key & 0xFF
             at = place, vector
             before, seen, line = self._second.get(at, (second, 0, 0))
             if before != second or not line:
-                seen, line = 0, int(lines[(seconds == second) & (accepts["key"] == vector)][0])
+                seen, line = 0, int(lines[keys == key][0])
             self._second[at] = second, seen + n, line
             if at not in self.busiest or seen + n > self.busiest[at].accepted:
                 self.busiest[at] = Rate(seen + n, second, line)
@@ -121,7 +141,11 @@ class Vectors:
     def eois(self, vm: int) -> int:
         """EOIs of a VM that name a vector."""
         index = self._follower.places.vms.index(vm)
-        return sum(n for (of, _), n in self._eois.items() if of == index)
+        return sum(n for (of, _), n in self._ended().items() if of == index)
+
+    def _ended(self) -> Counter[tuple[int, int]]:
+        """EOIs by VM and vector; kvm_pv_eoi has a kvm_eoi line before it, where those were recorded."""
+        return self._eois or self._pv_eois
 
     def rows(self, vm: int, linux: bool) -> list[VectorRow]:
         """The table of a VM's vectors, most frequent first; ``linux``: by Linux's names."""
@@ -140,7 +164,7 @@ class Vectors:
             name = R.LINUX_VECTORS.get(vector, "") if known and linux else ""
             if not known:
                 name = R.DeliveryMode(mode).name
-            eois = self._eois[index, vector] if known else 0
+            eois = self._ended()[index, vector] if known else 0
             rows.append(VectorRow(vector, name, text, n, coalesced[vector, mode, text], eois, n / whole))
         if self._nmis[index]:
             rows.append(VectorRow(2, "NMI", "injected NMI", self._nmis[index], 0, 0, 0.0))
@@ -155,7 +179,9 @@ class Vectors:
             injected, accepted = self._follower.words(place - 1, (F.V_INJECTED, F.V_ACCEPTED))
             for vector in np.flatnonzero((injected > 0) & (accepted == 0)).tolist():
                 found[vector] += int(injected[vector])
-        return [VectorRow(vector, "", "PIC", n, 0, self._eois[index, vector], 0.0) for vector, n in found.most_common()]
+        return [
+            VectorRow(vector, "", "PIC", n, 0, self._ended()[index, vector], 0.0) for vector, n in found.most_common()
+        ]
 
     def sent(self, vm: int) -> list[SentRow]:
         """Who sent interrupts to whom, most frequent first."""

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 
 from fastexit.answers.exits import Exits
-from fastexit.answers.facts import Follower, plain_reason
+from fastexit.answers.facts import Block, Follower, plain_reason
 from fastexit.answers.report import Halts
-from fastexit.answers.tally import often
-from fastexit.records.columns import NO_TIME, Event, Recording, Rows
+from fastexit.answers.tally import count
+from fastexit.records.columns import NO_TIME, Event, Recording
 
 HLT = {"HLT", "IDLE_HALT", "IDLE_HLT"}
 _COUNTED = np.zeros(256, bool)
@@ -24,12 +24,14 @@ class Waits:
         self._follower = follower
         self._counts: Counter[tuple[int, int, int]] = Counter()
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, block: Block) -> None:
         """A block of rows."""
-        some = rows[_COUNTED[rows["event"]]]
-        waits = np.where(some["event"] == Event.WAKEUP, some["b"] & np.uint64(1), 0)
-        for key, n in often([self._follower.places.vm_of(some), some["event"], waits]):
-            self._counts[key[0], key[1], key[2]] += n
+        at = np.flatnonzero(_COUNTED[block.events])
+        if len(at):
+            events = block.events[at].astype(np.int64)
+            waits = np.where(events == Event.WAKEUP, block.rows["b"][at] & np.uint64(1), 0).astype(np.int64)
+            for key, n in count(block.vms[at].astype(np.int64) << 9 | events << 1 | waits):
+                self._counts[key >> 9, key >> 1 & 0xFF, key & 1] += n
 
     def _rows(self, vm: int, event: Event, way: int) -> int:
         return self._counts[self._follower.places.vms.index(vm), int(event), way]
@@ -59,16 +61,15 @@ class Span:
         self._of: dict[int, tuple[int, int]] = {}
         self._rows: Counter[int] = Counter()
 
-    def feed(self, rows: Rows) -> None:
+    def feed(self, block: Block) -> None:
         """A block of rows."""
-        for event, n in enumerate(np.bincount(rows["event"])):
+        for event, n in count(block.events):
+            self.events[event] += n
+        vms = block.vms
+        for vm, n in enumerate(np.bincount(vms).tolist()):
             if n:
-                self.events[event] += int(n)
-        vms = self._follower.places.vm_of(rows)
-        for vm, n in enumerate(np.bincount(vms)):
-            if n:
-                self._rows[vm] += int(n)
-        times = rows["time"]
+                self._rows[vm] += n
+        times = np.ascontiguousarray(block.rows["time"])
         known = times != NO_TIME
         if not known.any():
             return

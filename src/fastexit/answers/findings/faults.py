@@ -37,7 +37,7 @@ def _said(analysis: Analysis, msr: int, write: bool, by: dict[int, int], line: i
     most = max(by.values())
     ids = analysis.follower.places.places
     vcpus = sorted(ids[place - 1][1] for place in by if place)
-    who = f"vCPU {listed(map(str, vcpus[:8]))}" if vcpus else "a thread that is no vCPU"
+    who = f"vCPU {listed(map(str, vcpus[:8]))}" if vcpus else "a vCPU of unknown number"
     name = msr_name(msr)
     called = f"0x{msr:x} ({name})" if name else f"0x{msr:x}"
     verb = ("write" if write else "read") + ("s" if len(by) == 1 else "")

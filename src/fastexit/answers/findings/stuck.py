@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastexit.answers.analyse import Analysis
 
 FEW = 2
-"""So many accept lines are worth a note where neither an EOI nor an exit was recorded."""
+"""So many accept lines are worth a note where nothing of what the vCPUs do was recorded."""
 MANY = 8
 """So many are a problem where EOIs were recorded, the vCPU ran, and the last one is LONG after the first."""
 LONG = 100_000_000
@@ -38,7 +38,7 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     series = _open(analysis, report.number, MANY if recorded else FEW)
     if recorded:
         return [_stuck(one) for one in series if one.ns >= LONG and one.entries >= MANY][:SHOWN]
-    blind = not report.exits and not any(row.rips for row in report.vcpus)
+    blind = not (report.exits or report.msrs or report.doors) and not any(row.rips for row in report.vcpus)
     return [_untold(series)] if series and blind else []
 
 
