@@ -12,7 +12,7 @@ from fastexit.answers.facts import Block, Facts, Follower, plain_reason
 from fastexit.answers.follow import words as F
 from fastexit.answers.places import PLACES
 from fastexit.answers.report import ExitRow, Quantiles, VcpuRow
-from fastexit.answers.tally import Tally, count, often
+from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.records.columns import NO_TIME
 
 SECONDS = 1 << 14
@@ -45,7 +45,7 @@ class Exits:
         self._names = names
         self._ticks = ticks
         self.reasons: list[str] = []
-        """Exit reasons in order of their first exit."""
+        """Exit reasons, as they were met."""
         self._reason_of = np.zeros(0, np.int64)
         self._counts: Counter[tuple[int, int, int]] = Counter()
         self._seconds: Counter[tuple[int, int, int]] = Counter()
@@ -132,7 +132,7 @@ class Exits:
         for (place, reason, _), n in self._counts.items():
             if place in places:
                 found[self.reasons[reason]] += n
-        return dict(found.most_common())
+        return dict(ranked(found))
 
     def rows(self, vm: int, seconds: float | None) -> list[ExitRow]:
         """The table of exits of a VM, most frequent first."""
@@ -156,7 +156,7 @@ class Exits:
                 time.total / spent if time is not None and spent else None,
                 nested[reason],
             )
-            for reason, n in counts.most_common()
+            for reason, n in sorted(counts.items(), key=lambda pair: (-pair[1], self.reasons[pair[0]]))
         ]
 
     def time_of(self, vm: int, reasons: set[str]) -> Quantiles | None:
@@ -174,7 +174,7 @@ class Exits:
         rips: dict[int, list[tuple[int, int]]] = {}
         for tally in (self._rips, self._entry_rips):
             found: dict[int, list[tuple[int, int]]] = {}
-            for (place, rip), n in tally.counts.most_common():
+            for (place, rip), n in ranked(tally.counts):
                 if rip and place in places and len(found.setdefault(place, [])) < RIPS:
                     found[place].append((rip, n))
             for place, most in found.items():
@@ -187,7 +187,7 @@ class Exits:
                 times = self._vcpu_times.of(place)
                 rows.append(
                     VcpuRow(
-                        vcpu, threads.get(place, ""), counts.total(), dict(counts.most_common()), times,
+                        vcpu, threads.get(place, ""), counts.total(), dict(ranked(counts)), times,
                         rips.get(place, []),
                     )
                 )  # fmt: skip
@@ -202,7 +202,7 @@ class Exits:
                 seconds.setdefault(second, Counter())[self.reasons[reason]] += n
         if not seconds:
             return []
-        return [dict(seconds.get(second, Counter()).most_common()) for second in range(max(seconds) + 1)]
+        return [dict(ranked(seconds.get(second, Counter()))) for second in range(max(seconds) + 1)]
 
     def windows(self, vm: int) -> bool:
         """Whether a VM exits in the range where Windows has its kernel."""

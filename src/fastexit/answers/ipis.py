@@ -12,7 +12,7 @@ from fastexit.answers.durations import Durations
 from fastexit.answers.facts import DOORS, Block, Follower
 from fastexit.answers.follow import words as F
 from fastexit.answers.report import DoorRow, LatencyRow
-from fastexit.answers.tally import Tally, count, often
+from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door
 from fastexit.trace.report import FAULTED, IcrClass
 
@@ -139,7 +139,7 @@ class Ipis:
             at = DOORS[door]
             if of == index and at is not None and register in _DOING:
                 counts[_DOING[register].value, at.value] += n
-        return [DoorRow(doing, door, n) for (doing, door), n in counts.most_common()]
+        return [DoorRow(doing, door, n) for (doing, door), n in ranked(counts)]
 
     def classes(self, vm: int) -> dict[int, list[tuple[str, int]]]:
         """ICR writes of a VM by class, under the MSR that was written, most frequent first."""
@@ -149,7 +149,7 @@ class Ipis:
             if icr.vm == vm and msr is not None:
                 msr = R.MSR_X2APIC_SELF_IPI if icr.register == R.APIC_SELF_IPI else msr
                 counts.setdefault(msr, Counter())[icr.words] += n
-        return {msr: found.most_common() for msr, found in counts.items()}
+        return {msr: ranked(found) for msr, found in counts.items()}
 
     def latency(self, vm: int) -> list[LatencyRow]:
         """How long IPIs took from one line to a later one, as far as the lines allow."""

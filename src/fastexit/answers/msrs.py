@@ -14,7 +14,7 @@ from fastexit import regs as R
 from fastexit.answers.facts import Block, Follower
 from fastexit.answers.msrnames import msr_name
 from fastexit.answers.report import MsrRow
-from fastexit.answers.tally import Tally, count, often
+from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.records.columns import Event
 
 VALUES = 8
@@ -145,7 +145,7 @@ class Msrs:
                 counts[msr, write] += n
                 faults[msr, write] += n * fault
         values: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for (of, msr, write, value), n in self._values.counts.most_common():
+        for (of, msr, write, value), n in ranked(self._values.counts):
             if of == index and len(values.setdefault((msr, write), [])) < VALUES:
                 values[msr, write].append((value, n))
         whole = counts.total()
@@ -154,5 +154,5 @@ class Msrs:
                 msr, msr_name(msr), bool(write), n, n / whole, faults[msr, write], values.get((msr, write), []),
                 classes.get(msr, []) if write else [],
             )
-            for (msr, write), n in counts.most_common()
+            for (msr, write), n in ranked(counts)
         ]  # fmt: skip

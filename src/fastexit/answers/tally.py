@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -29,6 +29,15 @@ class Tally(Generic[Key]):
             counts[key] += n
         if len(counts) > 2 * self._kept:
             self.counts = Counter(dict(counts.most_common(self._kept)))
+
+
+def ranked(counts: Mapping[Key, int]) -> list[tuple[Key, int]]:
+    """The most frequent first, and the smaller of two that are as frequent: an order that is not by chance.
+
+    >>> ranked({"b": 1, "a": 1, "c": 2})
+    [('c', 2), ('a', 1), ('b', 1)]
+    """
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def count(keys: npt.NDArray[Any]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from fastexit import regs as R
 from fastexit.answers.facts import DOORS, Block, Facts, Follower
 from fastexit.answers.follow import words as F
 from fastexit.answers.report import SentRow, VectorRow
-from fastexit.answers.tally import Tally, count
+from fastexit.answers.tally import Tally, count, ranked
 from fastexit.records.columns import NO_TIME, Event
 
 PAIRS = 1 << 16
@@ -159,7 +159,7 @@ class Vectors:
                 coalesced[key] += self._coalesced[source]
         whole = merged.total()
         rows = []
-        for (vector, mode, text), n in merged.most_common():
+        for (vector, mode, text), n in ranked(merged):
             known = mode <= R.DM_LOWEST
             name = R.LINUX_VECTORS.get(vector, "") if known and linux else ""
             if not known:
@@ -179,16 +179,15 @@ class Vectors:
             injected, accepted = self._follower.words(place - 1, (F.V_INJECTED, F.V_ACCEPTED))
             for vector in np.flatnonzero((injected > 0) & (accepted == 0)).tolist():
                 found[vector] += int(injected[vector])
-        return [
-            VectorRow(vector, "", "PIC", n, 0, self._ended()[index, vector], 0.0) for vector, n in found.most_common()
-        ]
+        return [VectorRow(vector, "", "PIC", n, 0, self._ended()[index, vector], 0.0) for vector, n in ranked(found)]
 
     def sent(self, vm: int) -> list[SentRow]:
         """Who sent interrupts to whom, most frequent first."""
         places = self._follower.of_vm(vm)
         ids = self._follower.places.places
-        return [
+        rows = [
             SentRow(ids[sender - 1][1], ids[target - 1][1], n)
-            for (sender, target), n in self._sent.counts.most_common()
+            for (sender, target), n in self._sent.counts.items()
             if sender in places
         ]
+        return sorted(rows, key=lambda row: (-row.interrupts, row.sender, row.target))

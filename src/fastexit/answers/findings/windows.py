@@ -53,8 +53,9 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     never = +counts
     if not never:
         return []
-    said = [f"{n:,} by {_ADVICE[door][0]}" for door, n in never.most_common()]
-    advice = dict.fromkeys(_ADVICE[door][1] for door, _ in never.most_common())
+    most = sorted(never, key=lambda door: (-never[door], door.value))
+    said = [f"{never[door]:,} by {_ADVICE[door][0]}" for door in most]
+    advice = dict.fromkeys(_ADVICE[door][1] for door in most)
     share = "none" if never.total() == whole else f"{whole - never.total():,}"
     text = f"a Windows guest: of its {whole:,} IPIs {share} can be sent fast by any kernel: {listed(said)}"
     lines = [analysis.ipis.first[report.number, door] for door in never if (report.number, door) in analysis.ipis.first]

@@ -99,7 +99,8 @@ def msr_write(lanes, places, pool, out, rows, lane, row):
             lanes[lane + w.L_ICR] = (value & k.ICR_VECTOR) | w.SELF
         lanes[lane + w.L_DOOR] = w.DOOR_SYNTHETIC if msr == k.MSR_HV_ICR else w.DOOR_X2APIC
         lanes[lane + w.L_FAULT] = fault
-        match(lanes, places, pool, out, lane)
+        if not fault:
+            match(lanes, places, pool, out, lane)
         return close(lanes, places, pool, out, lane)
     close(lanes, places, pool, out, lane)
     register = k.ZERO
