@@ -6,7 +6,8 @@ import pytest
 
 from answered import answered, recorded, told
 from fastexit.answers.analyse import Analysis, analyse
-from fastexit.answers.report import Clue
+from fastexit.answers.findings import kernels
+from fastexit.answers.report import Clue, FastRow
 
 
 def one(text: str, kind: str) -> str:
@@ -234,3 +235,21 @@ def test_lost_events() -> None:
     recording.lost, recording.lost_lines = 123, [7]
     [report] = analyse(recording)
     assert [(finding.kind, finding.lines) for finding in report.findings] == [("lost-events", [7])]
+
+
+def test_exits_that_another_kernel_would_save() -> None:
+    report = answered(repeated("0 1 kvm_exit: reason HLT rip 0x1 info 0 0\n0 2 kvm_entry: vcpu 0", 10, 100_000))
+    report.fast = [
+        FastRow("6.1", "HLT", 0, 10, {"no fast handler": 10}),
+        FastRow("6.12", "HLT", 8, 10, {"an event is pending": 2}, saved_total=(800.0, 1600.0)),
+    ]
+    assert kernels.find(report) == []
+    report.clues["generation"] = Clue("6.1", "trace")
+    [finding] = kernels.find(report)
+    assert finding.text == (
+        "6.12 would take 8 of 10 exits fast that are a HLT and save 800 to 1,600 cycles; this kernel takes 0: 8 more,"
+        " 9 a second"
+    )
+    assert "no fast handler (10)" in finding.advice
+    report.clues["generation"] = Clue("6.12", "trace")
+    assert kernels.find(report) == []

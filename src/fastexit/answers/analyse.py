@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from fastexit.answers.exits import Exits
 from fastexit.answers.facts import Follower
@@ -101,11 +102,13 @@ class Analysis:
         return self.exits.windows(vm) or any(icr.vm == vm and icr.windows for icr in self.icrs())
 
 
-def analyse(recording: Recording, where: Where | None = None) -> list[VmReport]:
+def analyse(
+    recording: Recording, where: Where | None = None, clues: Mapping[int, dict[str, Clue]] | None = None
+) -> list[VmReport]:
     """Answer everything that a recording's rows tell, but for what other kernels would do.
 
     ``where``: which thread is which vCPU of which VM; by default every thread whose name or lines name a vCPU is that
-    of one VM. A VM with number 0 is what belongs to none.
+    of one VM. A VM with number 0 is what belongs to none. ``clues``: what is known of each VM.
     """
     analysis = Analysis(recording, where)
-    return [analysis.report(vm) for vm in analysis.vms]
+    return [analysis.report(vm, (clues or {}).get(vm)) for vm in analysis.vms]

@@ -10,14 +10,16 @@ import numpy as np
 from fastexit.answers.durations import Durations
 from fastexit.answers.facts import Block, Facts, Follower, plain_reason
 from fastexit.answers.follow import words as F
-from fastexit.answers.places import PLACES
+from fastexit.answers.places import VMS
 from fastexit.answers.report import ExitRow, Quantiles, VcpuRow
 from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.records.columns import NO_TIME
 
 SECONDS = 1 << 14
 """Seconds of a recording that are counted each by itself."""
-REASONS = 256
+KEPT_SECONDS = 1 << 18
+"""Counts by second, VM and reason that are kept, the first of them."""
+REASONS = 128
 """Exit reasons that are told apart; what a trace has beyond them is "other"."""
 RIPS = 16
 """Addresses that are shown of each vCPU."""
@@ -86,10 +88,11 @@ class Exits:
         if not self._ticks and first != NO_TIME:
             seconds = (times - first) // 1_000_000_000
             counted = (times != NO_TIME) & (seconds >= 0) & (seconds < SECONDS)
-            keys = (seconds * (PLACES + 1) + places) * REASONS + reasons
+            keys = (seconds * VMS + self._follower.vm_of_place[places]) * REASONS + reasons
             for key, n in count(keys[counted]):
-                at_place = key // REASONS
-                self._seconds[at_place // (PLACES + 1), at_place % (PLACES + 1), key % REASONS] += n
+                second = key // REASONS // VMS, key // REASONS % VMS, key % REASONS
+                if len(self._seconds) < KEPT_SECONDS or second in self._seconds:
+                    self._seconds[second] += n
             self._keep_slow(exits[exits["x"] > SLOW_NS])
 
     def _reasons(self, keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -195,10 +198,10 @@ class Exits:
 
     def by_second(self, vm: int) -> list[dict[str, int]]:
         """Exits by reason in each second of the recording, up to the last one that has exits."""
-        places = self._of(vm)
+        index = self._index(vm)
         seconds: dict[int, Counter[str]] = {}
-        for (second, place, reason), n in self._seconds.items():
-            if place in places:
+        for (second, of, reason), n in self._seconds.items():
+            if of == index:
                 seconds.setdefault(second, Counter())[self.reasons[reason]] += n
         if not seconds:
             return []

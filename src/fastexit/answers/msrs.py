@@ -66,7 +66,7 @@ class Msrs:
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
-        self._counts: Counter[tuple[int, ...]] = Counter()
+        self._counts: Tally[tuple[int, ...]] = Tally()
         self._values: Tally[tuple[int, ...]] = Tally()
         self.faults: Counter[Fault] = Counter()
         self.first_fault: dict[Fault, int] = {}
@@ -87,8 +87,10 @@ class Msrs:
         writes, faults = rows["c"][at] & _ONE, rows["d"][at] & _ONE
         keys = block.vms[at].astype(np.uint64) << np.uint64(34) | msrs << np.uint64(2) | writes << _ONE | faults
         some, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        for key, n in zip(some.tolist(), counts.tolist(), strict=True):
-            self._counts[key >> 34, key >> 2 & 0xFFFF_FFFF, key >> 1 & 1, key & 1] += n
+        self._counts.add(
+            ((key >> 34, key >> 2 & 0xFFFF_FFFF, key >> 1 & 1, key & 1), n)
+            for key, n in zip(some.tolist(), counts.tolist(), strict=True)
+        )
         known = some >> np.uint64(2) & np.uint64(0xFFFF_FFFF)
         sound = some & _ONE == 0
         steady = np.flatnonzero((sound & ~np.isin(known, _UNSTEADY))[inverse])
@@ -140,7 +142,7 @@ class Msrs:
         index = self._follower.places.vms.index(vm)
         counts: Counter[tuple[int, int]] = Counter()
         faults: Counter[tuple[int, int]] = Counter()
-        for (of, msr, write, fault), n in self._counts.items():
+        for (of, msr, write, fault), n in self._counts.counts.items():
             if of == index:
                 counts[msr, write] += n
                 faults[msr, write] += n * fault

@@ -56,8 +56,7 @@ class Places:
     """Hands out lanes and places. ``lanes`` are threads, ``places`` (VM, vCPU id), in order of their numbers."""
 
     def __init__(self, where: Where) -> None:
-        known = where.vm[where.vcpu >= 0]
-        vms = np.unique(known)
+        vms = np.unique(where.vm[where.vm != 0])
         self.only_vm: int | None = int(vms[0]) if len(vms) == 1 else None
         """The VM of everything, where there is one; threads that are no vCPU are then taken for its own."""
         vm = where.vm

@@ -47,6 +47,12 @@ class Source(NamedTuple):
         return _SOURCES.get(self.source, "not told") + gsi
 
 
+def _unpack(key: int) -> tuple[Source, int]:
+    """What a key of `Vectors.feed` is made of, and whether it was coalesced."""
+    who = key >> 21 & 15, key >> 17 & 15, key >> 1 & 0xFFFF
+    return Source(key >> 36, key >> 28 & 0xFF, key >> 25 & 7, *who), key & 1
+
+
 class Rate(NamedTuple):
     """The second in which a vCPU accepted most interrupts of a vector."""
 
@@ -61,8 +67,7 @@ class Vectors:
     def __init__(self, follower: Follower, ticks: bool) -> None:
         self._follower = follower
         self._ticks = ticks
-        self.counts: Counter[Source] = Counter()
-        self._coalesced: Counter[Source] = Counter()
+        self._counts: Tally[tuple[Source, int]] = Tally()
         self._eois: Counter[tuple[int, int]] = Counter()
         self._pv_eois: Counter[tuple[int, int]] = Counter()
         self._sent: Tally[tuple[int, int]] = Tally(PAIRS)
@@ -96,20 +101,10 @@ class Vectors:
         vms = self._follower.vm_of_place[np.where(place > 0, place, sender)]
         mode, gsi = accepts["y"].astype(np.int64) >> 8 & 7, np.minimum(accepts["gsi"], 0xFFFF).astype(np.int64)
         keys = vms << 8 | accepts["key"]
-        for column, bits in (
-            (mode, 3),
-            (accepts["source"], 4),
-            (accepts["door"], 4),
-            (gsi, 16),
-            (accepts["flags"] & 1, 1),
-        ):
+        widths = (mode, 3), (accepts["source"], 4), (accepts["door"], 4), (gsi, 16), (accepts["flags"] & 1, 1)
+        for column, bits in widths:
             keys = keys << bits | column
-        for key, n in count(keys):
-            source = Source(
-                key >> 36, key >> 28 & 0xFF, key >> 25 & 7, key >> 21 & 15, key >> 17 & 15, key >> 1 & 0xFFFF
-            )
-            self.counts[source] += n
-            self._coalesced[source] += n * (key & 1)
+        self._counts.add((_unpack(key), n) for key, n in count(keys))
         ipis = accepts["source"] == int(F.FROM_IPI)
         sent = np.flatnonzero(ipis & (sender > 0) & (place > 0))
         if len(sent):
@@ -152,11 +147,11 @@ class Vectors:
         index = self._follower.places.vms.index(vm)
         merged: Counter[tuple[int, int, str]] = Counter()
         coalesced: Counter[tuple[int, int, str]] = Counter()
-        for source, n in self.counts.items():
+        for (source, twice), n in self._counts.counts.items():
             if source.vm == index:
                 key = source.vector, source.mode, source.text
                 merged[key] += n
-                coalesced[key] += self._coalesced[source]
+                coalesced[key] += n * twice
         whole = merged.total()
         rows = []
         for (vector, mode, text), n in ranked(merged):
@@ -172,7 +167,7 @@ class Vectors:
 
     def _of_pic(self, vm: int, index: int) -> list[VectorRow]:
         """Vectors that were injected and never accepted by a local APIC, where the PICs had something to say."""
-        if not self._pics[index] or not self.counts:
+        if not self._pics[index] or not self._counts.counts:
             return []
         found: Counter[int] = Counter()
         for place in self._follower.of_vm(vm) - {0}:
