@@ -8,7 +8,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 import browser
 from fastexit.answers.report import FileReport, Report, SentRow, VmReport
+from markup import Parsed
 from reports import file, report, table, vm
 from test_pages_text import hostile_report
 
@@ -24,39 +24,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: no page")
 
 from fastexit.pages import html  # noqa: E402
 
-VOID = {"meta", "link", "br"}
 CHARTS = ["exits", "seconds", "times", "sent", "latency", "fast", "saved"]
-
-
-class Parsed(HTMLParser):
-    """Tags with their attributes, and whether each is closed in its turn."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), (tag, attrs)
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def everything() -> Report:

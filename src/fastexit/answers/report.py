@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA = "fastexit.report/1"
+SEVERITIES = ("problem", "warning", "note")
+"""What a finding may be: the guest suffers, it may well, worth knowing."""
 
 
 @dataclass
@@ -237,3 +239,9 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from fastexit.answers.notebook import fragment
+
+        return fragment(self)

@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from fastexit.answers.report import FastRow, Quantiles, VmReport
+from fastexit.answers.words import between, clean, count, duration, share, short
 from fastexit.pages.svg import LEVELS, SERIES, color, draw
-from fastexit.pages.words import between, clean, count, duration, share, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastexit.answers.report import Report
+from fastexit.answers.words import clean
 from fastexit.pages.flat import tables
-from fastexit.pages.words import clean
 
 _FORMULA = ("=", "+", "-", "@")
 

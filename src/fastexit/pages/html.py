@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fastexit import __version__
 from fastexit.answers.report import Report, VmReport
+from fastexit.answers.words import clean, count, duration, rate, share
 from fastexit.pages import sheets
 from fastexit.pages.charts import Chart, of_vm
 from fastexit.pages.sheets import Column, Sheet
-from fastexit.pages.words import clean, count, duration, rate, share
 
 LIMIT = 400
 """Rows of a table in the page."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Protocol
 
-from fastexit.pages.words import clean
+from fastexit.answers.words import clean
 from fastexit.records.columns import NO_TIME, Event, Recording
 
 _PACKETS = 2000

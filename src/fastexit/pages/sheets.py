@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from fastexit.answers.report import FastRow, FileReport, Quantiles, Report, VmReport
-from fastexit.pages.words import at_lines, between, clean, count, duration, most, rate, share
+from fastexit.answers.report import SEVERITIES, FastRow, FileReport, Quantiles, Report, VmReport
+from fastexit.answers.words import at_lines, between, clean, count, duration, most, rate, share
 
 MATRIX = 8
 """Up to this many vCPUs, who sends to whom is a square of numbers; beyond, a list."""
@@ -343,9 +343,6 @@ def everywhere(report: Report) -> Sheet:
 
 Place = Callable[[VmReport], str]
 """Names a VM among several."""
-
-SEVERITIES = ("problem", "warning", "note")
-"""What a finding may be, worst first; a word that is none of them is shown as the last one."""
 
 
 @dataclass(frozen=True)

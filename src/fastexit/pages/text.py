@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastexit.answers.report import FileReport, Report, VmReport
+from fastexit.answers.words import clean, count
 from fastexit.pages import sheets
 from fastexit.pages.sheets import Column, Sheet
-from fastexit.pages.words import clean, count
 
 LIMIT = 20
 """Rows of a table that are shown unless all are asked for."""
