@@ -6,6 +6,7 @@ from typing import Any
 
 from fastexit.answers.report import (
     Clue,
+    DoorRow,
     ExitRow,
     FastRow,
     FileReport,
@@ -104,7 +105,16 @@ def vm(path: str = "guest.trace", number: int = 1, of: int = 4, **changes: Any) 
             {reason: n // 13 + (7 * s + len(reason)) % 90 for reason, n in by_reason.items()} for s in range(13)
         ],
         msrs=[
-            MsrRow(0x830, "x2APIC ICR", True, 9_600, 0.6, 0, [(0x1_0000_00FD, 6_000), (0x2_0000_00FB, 3_000)]),
+            MsrRow(
+                0x830,
+                "x2APIC ICR",
+                True,
+                9_600,
+                0.6,
+                0,
+                [(0x1_0000_00FD, 6_000), (0x2_0000_00FB, 3_000)],
+                [("Fixed physical, unicast", 9_560), ("Fixed, all but self", 40)],
+            ),
             MsrRow(0x6E0, "TSC_DEADLINE", True, 6_300, 0.394, 0),
             MsrRow(0xC0010015, "HWCR", False, 100, 0.006, 3, [(0x100_0000, 100)]),
         ],
@@ -114,6 +124,11 @@ def vm(path: str = "guest.trace", number: int = 1, of: int = 4, **changes: Any) 
             VectorRow(0x31, "", "IOAPIC gsi 4", 110, 0, 108, 0.01),
         ],
         sent=[SentRow(i, j, 900 // (1 + abs(i - j))) for i in range(of) for j in range(of) if i != j],
+        doors=[
+            DoorRow("IPI", "x2APIC MSR", 9_600),
+            DoorRow("EOI", "x2APIC MSR", 10_900),
+            DoorRow("timer", "MSR", 6_300),
+        ],
         halts=Halts(21_840, 15_000, 6_800, quantiles(21_800, 48_000)),
         latency=[
             LatencyRow("exit to accept", quantiles(5_900, 310)),

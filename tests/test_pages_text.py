@@ -26,8 +26,16 @@ from fastexit.pages.text import render
 from reports import HOSTILE, file, report, table, vm
 
 SECTIONS = [
-    *("Findings", "What it looks at", "Exits: ", "vCPUs: ", "Exits by second", "MSRs", "Interrupts by vector"),
-    *("Who sends to whom", "HLT and wake-ups", "Latency of IPIs", "Taken fast: ", "What a switch"),
+    *("Findings", "What it looks at", "Exits: ", "vCPUs: ", "Exits by second", "MSRs", "What is written to the ICR"),
+    *(
+        "Interrupts by vector",
+        "Who sends to whom",
+        "How the guest reaches its APIC",
+        "HLT and wake-ups",
+        "Latency of IPIs",
+        "Taken fast: ",
+        "What a switch",
+    ),
     *("stat.txt: perf kvm stat: before", "guest.trace: Could not be read"),
 ]
 
@@ -80,6 +88,12 @@ def test_generations_that_do_the_same_share_a_row() -> None:
     text = printed(report())
     assert re.search(r"^seed-v3 to 5\.7 +0 +0 % ", text, re.MULTILINE)
     assert re.search(r"^5\.8 to 7\.3 +6,300 +100 % ", text, re.MULTILINE)
+
+
+def test_exits_of_a_nested_guest_have_a_column() -> None:
+    assert "of L2" not in printed(report())
+    exits = [ExitRow("CPUID", 10, 1.0, None, None, nested=4)]
+    assert re.search(r"^CPUID +10 +4 +100 %", printed(report(vm(exits=exits))), re.MULTILINE)
 
 
 def test_worst_finding_first() -> None:

@@ -28,6 +28,7 @@ MANY: dict[str, tuple[tuple[str, str], ...]] = {
     "rips": (("rip", "address"), ("exits", "count")),
     "values": (("value", "address"), ("times", "count")),
     "classes": (("class", "text"), ("times", "count")),
+    "saved_by_vcpu": (("vcpu", "count"), ("least", "real"), ("most", "real")),
     "refusals": (("reason", "text"), ("exits", "count")),
     "gone": (("what", "text"), ("exits", "count")),
     "lines": (("line", "count"),),
@@ -164,7 +165,12 @@ def _fill(made: dict[str, Flat], name: str, row_type: type, row: Any, key: tuple
     for many in _many(row_type):
         value = getattr(row, many)
         for item in value.items() if isinstance(value, dict) else value:
-            made[f"{name}_{many}"].rows.append((*key, *own, *(item if isinstance(item, tuple | list) else (item,))))
+            made[f"{name}_{many}"].rows.append((*key, *own, *_level(item)))
+
+
+def _level(item: Any) -> tuple[Any, ...]:
+    """(1, (2, 3)) as (1, 2, 3)."""
+    return tuple(one for part in item for one in _level(part)) if isinstance(item, tuple | list) else (item,)
 
 
 def fitting(value: Any, kind: str) -> Any:

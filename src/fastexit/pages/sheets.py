@@ -54,8 +54,10 @@ def of_vm(vm: VmReport, clock: str = "ns") -> list[Sheet]:
         _vcpus(vm, clock),
         _seconds(vm),
         _msrs(vm),
+        _classes(vm),
         _vectors(vm),
         _sent(vm),
+        _doors(vm),
         _halts(vm, clock),
         _latency(vm, clock),
         *_fast(vm),
@@ -100,11 +102,15 @@ def _exits(vm: VmReport, clock: str) -> Sheet:
             "reason", "#exits", "#share", "#a second??", "#median", "#90 %????", "#99 %", "#longest?", "#of time???"
         ),
     )
+    nested = any(row.nested for row in vm.exits)
+    if nested:
+        sheet.columns.insert(2, Column("of L2", number=True))
     for row in vm.exits:
         sheet.rows.append(
             [
                 clean(row.reason),
                 count(row.count),
+                *([count(row.nested)] if nested else []),
                 share(row.share),
                 rate(row.per_second),
                 *_quantiles(row.time, clock, "median", "p90", "p99", "maximum"),
@@ -159,6 +165,15 @@ def _msrs(vm: VmReport) -> Sheet:
     return sheet
 
 
+def _classes(vm: VmReport) -> Sheet:
+    """What an ICR's values ask for, in words."""
+    sheet = Sheet("classes", "What is written to the ICR", _columns("delivery and destination", "#times", "#share"))
+    for row in vm.msrs:
+        for what, n in row.classes:
+            sheet.rows.append([clean(what), count(n), share(n / row.count) if row.count else "-"])
+    return sheet
+
+
 def _vectors(vm: VmReport) -> Sheet:
     columns = _columns("vector", "name?", "from", "#accepted", "#share", "#coalesced??", "#EOIs")
     sheet = Sheet("vectors", "Interrupts by vector and source", columns)
@@ -195,6 +210,12 @@ def _sent(vm: VmReport) -> Sheet:
     for row in sorted(vm.sent, key=lambda row: (-row.interrupts, row.sender, row.target)):
         part = share(row.interrupts / total if total else 0)
         sheet.rows.append([str(row.sender), str(row.target), count(row.interrupts), part])
+    return sheet
+
+
+def _doors(vm: VmReport) -> Sheet:
+    sheet = Sheet("doors", "How the guest reaches its APIC", _columns("for", "by", "#accesses"))
+    sheet.rows = [[clean(row.doing), clean(row.door), count(row.count)] for row in vm.doors]
     return sheet
 
 
