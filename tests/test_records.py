@@ -242,6 +242,16 @@ def test_room_that_runs_full_loses_nothing() -> None:
     assert {line for _, line in bad} == {b"bad"}
 
 
+def test_threads_without_end_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastexit.records.interning.MOST_THREADS", 10)
+    path = tmp_path / "t"
+    path.write_text("".join(f" t-{i} [0] {i}.0: kvm_entry: vcpu 0\n" for i in range(50)))
+    found = read(path)
+    assert one(found.blocks)["thread"].tolist() == [*range(10), *[-1] * 40]
+    assert (len(found.threads), found.unreadable_count) == (10, 0)
+    assert any("threads" in problem for problem in found.problems)
+
+
 def test_names_without_end_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastexit.records.interning.MOST_NAMES", 10)
     path = tmp_path / "t"

@@ -158,6 +158,7 @@ class Recording:
         path: as given; "-" for standard input.
         blocks: the rows in order of lines, some ten thousand at a time; can be gone through again and again.
         threads, names: what ``thread`` and ``name`` of a row number.
+        samples: the first lines of each kind of event, (number, line) as they stand: texts differ between kernels.
         vcpu_of: thread -> the vCPU that its name tells ("CPU 2/KVM", "fc_vcpu 2"), -1 for others.
         tables: tables of counts that stand in place of lines.
         shape: what wrote it, in words: "ftrace text", "trace-cmd report", "perf script", "perf trace", ...
@@ -171,6 +172,7 @@ class Recording:
     blocks: Iterable[Rows]
     threads: list[Thread] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    samples: list[tuple[int, bytes]] = field(default_factory=list)
     vcpu_of: list[int] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     shape: str = ""

@@ -10,7 +10,8 @@ from fastexit.records.columns import Event, Thread
 
 MOST_NAMES = 1 << 16
 """Names beyond are -1: honest traces have some hundred."""
-MOST_THREADS = 1 << 20
+MOST_THREADS = 1 << 18
+"""Lines of threads beyond have none."""
 
 _FTRACE = re.compile(rb"[ \t]*(?P<comm>.*)-(?P<pid>\d+)[ \t]*(?:\( *(?P<tgid>\d+|-+)\))?[ \t]*", re.DOTALL)
 _PERF = re.compile(rb"[ \t]*(?P<comm>.*)[ \t](?:(?P<tgid>\d+)/)?(?P<pid>\d+)[ \t]*", re.DOTALL)
@@ -108,7 +109,7 @@ class Words:
         self.names: list[str] = []
         self.vcpu_of: list[int] = []
         self.too_many: bool = False
-        """More names than are kept."""
+        """More names than are kept, or more threads."""
         self._by_pid: dict[int, int] = {}
         self._by_name: dict[bytes, int] = {}
 
@@ -123,23 +124,24 @@ class Words:
             self.names.append(text.decode("utf-8", "replace"))
         return number
 
-    def thread(self, head: bytes) -> int:
-        """The number of the thread that a line begins with, or -1 where nothing says one.
+    def thread(self, head: bytes) -> int | None:
+        """The number of the thread that a line begins with, -1 for one too many, or None where nothing says one.
 
         A thread has one number, whatever a trace calls it: "<...>" until its name is known, the name of its process
         until it has its own.
         """
         found = _FTRACE.fullmatch(head) or _PERF.fullmatch(head)
         if found is None or b"\0" in head or len(found["pid"]) > 10 or len(found["tgid"] or b"") > 16:
-            return -1
+            return None
         pid, told = int(found["pid"]), found["tgid"] or b"-"
         tgid = -1 if told.startswith(b"-") else int(told)
         if max(pid, tgid) > _HIGHEST_PID:
-            return -1
+            return None
         comm = found["comm"].strip(b" \t").decode("utf-8", "replace")
         number = self._by_pid.get(pid)
         if number is None:
             if len(self.threads) >= MOST_THREADS:
+                self.too_many = True
                 return -1
             number = self._by_pid[pid] = len(self.threads)
             self.threads.append(Thread(pid, tgid, comm))

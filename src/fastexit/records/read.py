@@ -8,14 +8,16 @@ from collections.abc import Callable
 import numpy as np
 
 from fastexit.records.block import ROW_WORDS
-from fastexit.records.columns import NO_TIME, RECORD, Recording, Rows
-from fastexit.records.interning import MOST_NAMES, Words
+from fastexit.records.columns import NO_TIME, RECORD, Event, Recording, Rows
+from fastexit.records.interning import MOST_NAMES, MOST_THREADS, Words
 from fastexit.records.scan import Scanner
 from fastexit.records.store import Store, joined
 from fastexit.trace.text import TraceText
 
 BLOCK_ROWS = 1 << 14
 """About so many rows are a block."""
+SAMPLES = 32
+"""So many lines of each kind of event are kept as they stand."""
 
 
 def read(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> Recording:
@@ -48,13 +50,18 @@ class _Reading:
         self._latest = NO_TIME
         self._backwards = 0
         self._first_backwards = ""
+        self._samples: list[tuple[int, bytes]] = []
+        self._wanted = np.full(256, SAMPLES)
+        self._wanted[Event.OTHER] = 0
         self.line: int = 1
         self.rows: int = 0
 
     def add(self, chunk: bytes) -> None:
         """Whole lines."""
-        rows, bad = self._scanner.scan(chunk, self.line)
+        first = self.line
+        rows, bad = self._scanner.scan(chunk, first)
         self.line = self._scanner.line
+        self._sample(rows, chunk, first)
         if bad:
             rows = self._mended(rows, bad)
         if not len(rows):
@@ -71,6 +78,17 @@ class _Reading:
         self._waiting += len(rows)
         if self._waiting >= BLOCK_ROWS:
             self._flush()
+
+    def _sample(self, rows: Rows, chunk: bytes, first: int) -> None:
+        """Keep the first lines of each kind of event, of the rows of a chunk."""
+        wanted = rows[self._wanted[rows["event"]] > 0]
+        if not len(wanted) or self._text.retold:
+            return
+        lines = chunk.split(b"\n")
+        for event in np.unique(wanted["event"]).tolist():
+            numbers = wanted["line"][wanted["event"] == event][: self._wanted[event]].tolist()
+            self._wanted[event] -= len(numbers)
+            self._samples += [(number, lines[number - first]) for number in numbers]
 
     def _mended(self, rows: Rows, bad: list[tuple[int, bytes]]) -> Rows:
         """The rows with those of lines that can be read another way, all in order of lines."""
@@ -120,7 +138,10 @@ class _Reading:
             more = f" (and {self._backwards - 1:,} times more)" if self._backwards > 1 else ""
             found.append(self._first_backwards + more)
         if words.too_many:
-            found.append(f"{text.path}: more than {MOST_NAMES:,} names of events and reasons: the others are left out")
+            found.append(
+                f"{text.path}: more than {MOST_NAMES:,} names of events and reasons, or {MOST_THREADS:,} threads: "
+                "lines with others are counted without"
+            )
         threads = words.threads
         if not text.real.thread:
             threads = [thread._replace(comm="") for thread in threads]
@@ -132,6 +153,7 @@ class _Reading:
             blocks=self._store,
             threads=threads,
             names=words.names,
+            samples=sorted(self._samples),
             vcpu_of=words.vcpu_of,
             tables=text.tables,
             shape=text.shape,

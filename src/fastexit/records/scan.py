@@ -92,7 +92,7 @@ class Scanner:
         m = self._memory
         head = text[at : at + int(m[block.MISSED_LENGTH])]
         thread = self._words.thread(head)
-        if thread < 0:  # a line of another kind
+        if thread is None:  # a line of another kind
             end = text.find(b"\n", at)
             end = len(text) if end < 0 else end
             entry = block.BADS + int(m[block.BAD]) * block.BAD_WORDS
@@ -107,7 +107,7 @@ class Scanner:
             return
         self._heads += 1
         entry = int(m[block.MISSED_SLOT])
-        m[entry + block.HEAD_THREAD] = thread
+        m[entry + block.HEAD_THREAD] = thread & block.NONE
         self._keep(entry + block.HEAD_BYTES, head)
         m[entry + block.HEAD_LENGTH] = len(head)
 
