@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastexit.jit.bytesaddressed import load_byte
-from fastexit.jit.declare import inlined, kernel
+from fastexit.jit.declare import kernel
 from fastexit.records import block
 from fastexit.records.tokens import (
     COLON,
@@ -62,7 +62,6 @@ WORD32 = U(32)
 WRITE = text(b"write")
 
 
-@inlined
 @kernel("u8(words, u8, u8)")
 def name(m, begin, stop):
     """Make the bytes from begin to stop the row's name. begin is not 0 where stop is not."""
@@ -75,7 +74,6 @@ def name(m, begin, stop):
     return stop
 
 
-@inlined
 @kernel("u8(words, u8)")
 def vcpu(m, p):
     """Make the number just read the row's vCPU, which has to fit."""
@@ -85,14 +83,12 @@ def vcpu(m, p):
     return p
 
 
-@inlined
 @kernel("u8(words, u8)")
 def small(m, p):
     """The number just read has to be a vector's."""
     return ZERO if p == ZERO or m[VALUE] > HIGHEST_VECTOR else p
 
 
-@inlined
 @kernel("u8(words, u8)")
 def half(m, p):
     """The number just read has to fit 32 bits."""
@@ -162,7 +158,6 @@ def torn(begin, stop):
     return ZERO
 
 
-@inlined
 @kernel("u8(words, u8, u8)")
 def coalesced(m, p, r):
     """The end of a line that may say so."""
@@ -171,7 +166,6 @@ def coalesced(m, p, r):
     return end(q if q else p)
 
 
-@inlined
 @kernel("u8(words, u8, u8)")
 def reinjected(m, p, r):
     """The end of a line that may say so."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastexit.jit.bytesaddressed import load_byte
-from fastexit.jit.declare import inlined, kernel
+from fastexit.jit.declare import kernel
 from fastexit.records.parts import (
     COLON_TEXT,
     A,
@@ -44,7 +44,6 @@ PREV_STATE = text(b"state=")
 SAVED = U(13)
 
 
-@inlined
 @kernel("u8(words, u8)")
 def priority(m, p):
     """``:123 [120]``; the first number into SAVED."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastexit.jit.bytesaddressed import load_byte, load_word
-from fastexit.jit.declare import ctz, inlined, kernel, msb
+from fastexit.jit.declare import ctz, kernel, msb
 from fastexit.records import block
 
 U = np.uint64
@@ -71,7 +71,6 @@ KVM_BEGINS = text(b" kvm_")
 TORN = text(b": kvm_")
 
 
-@inlined
 @kernel("u8(u8, u8)")
 def literal(p, what):
     """Exactly these bytes."""
@@ -83,7 +82,6 @@ def literal(p, what):
     return p + size
 
 
-@inlined
 @kernel("u8(u8)")
 def skip(p):
     """Blanks, if there are any. p is not 0."""
@@ -94,7 +92,6 @@ def skip(p):
     return p
 
 
-@inlined
 @kernel("u8(u8)")
 def blank(p):
     """One blank or more."""
@@ -106,14 +103,12 @@ def blank(p):
     return skip(p + ONE)
 
 
-@inlined
 @kernel("u8(u8, u8)")
 def lead(p, what):
     """A literal and blanks."""
     return blank(literal(p, what))
 
 
-@inlined
 @kernel("u8(u8, u8)")
 def label(p, what):
     """A literal between blanks, as what stands in front of a number."""
@@ -179,7 +174,6 @@ def signed(m, p):
 HIGHEST = U(1 << 63)
 
 
-@inlined
 @kernel("u8(words, u8)")
 def word(m, p):
     """Anything that is neither blank nor a control character."""
@@ -191,7 +185,6 @@ def word(m, p):
     return ZERO if p == begin else p
 
 
-@inlined
 @kernel("u8(u8)")
 def end(p):
     """The line end, with blanks before it."""
@@ -204,7 +197,6 @@ def end(p):
     return p if c == NEWLINE else ZERO
 
 
-@inlined
 @kernel("u8(u8)")
 def line_end(p):
     """The line end from p on."""
