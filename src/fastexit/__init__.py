@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit import kvm as kvm
+    from fastexit.answers.ask import report as report
     from fastexit.costs.batch import batch_cycles as batch_cycles
     from fastexit.costs.meter import TimedOutcome as TimedOutcome
     from fastexit.costs.profile import CostProfile as CostProfile
@@ -87,6 +88,7 @@ _NAMES = {
     "cost_profiles": "costs.profile",
     "TimedOutcome": "costs.meter",
     "batch_cycles": "costs.batch",
+    "report": "answers.ask",
     "sweep": "insight.sweep",
 }
 

@@ -141,7 +141,8 @@ class FastRow:
     """What one generation does with exits of one class ("x2APIC ICR write", "TSC_DEADLINE write", "HLT", ...).
 
     ``refusals``: reason -> exits that are not taken fast. ``saved``: cycles a taken exit saves, least and most, None
-    without costs or where a cost profile cannot tell; ``saved_total`` over all, ``saved_per_second`` over time.
+    without costs or where a cost profile cannot tell; ``saved_total`` over all, ``saved_per_second`` over time,
+    ``saved_by_vcpu`` is the total of each vCPU. ``sooner``: cycles by which an IPI leaves earlier.
     """
 
     kernel: str
@@ -152,6 +153,8 @@ class FastRow:
     saved: tuple[float, float] | None = None
     saved_total: tuple[float, float] | None = None
     saved_per_second: tuple[float, float] | None = None
+    sooner: tuple[float, float] | None = None
+    saved_by_vcpu: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,6 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fastexit.answers.words import clean
 from fastexit.records.columns import NO_TIME, Event, Recording
 
@@ -48,15 +51,18 @@ _NAME: dict[int, Callable[[Values], str]] = {
 """Lines that are marks on the track of the vCPU whose thread wrote them."""
 
 
+Numbers = Sequence[int] | npt.NDArray[np.int32]
+
+
 class Identity(Protocol):
     """Of each thread of a recording: its VM, 0 for none, and its vCPU, -1 for none; behind them, if it is known, the
     same of lines without a thread.
     """
 
     @property
-    def vm(self) -> Sequence[int]: ...
+    def vm(self) -> Numbers: ...
     @property
-    def vcpu(self) -> Sequence[int]: ...
+    def vcpu(self) -> Numbers: ...
 
 
 def write(recording: Recording, identity: Identity, path: str | os.PathLike[str]) -> int:

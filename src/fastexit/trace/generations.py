@@ -107,7 +107,7 @@ class Generations:
         if door is Door.UNTOLD:
             return _NOT_FAST
         self._copy_state(probe)
-        outcome = _exit(probe.vcpus[0], doing, door)
+        outcome = exit_at(probe.vcpus[0], doing, door)
         if outcome.path == Path.FAST:
             return ""
         return f"{door.value}: {'no fast handler' if outcome.refusal in _NO_HANDLER else outcome.refusal.text}"
@@ -184,7 +184,7 @@ class Generations:
         return [probe.kernel for probe in self._probes if PROFILES[probe.kernel].traits & Trait.TSCDL_HV_TIMER]
 
 
-def _exit(v: Vcpu, doing: Doing, door: Door) -> Outcome:
+def exit_at(v: Vcpu, doing: Doing, door: Door) -> Outcome:
     """The exit that such an access makes."""
     svm = v.machine.vendor == "svm"
     if door is Door.SYNTHETIC:
