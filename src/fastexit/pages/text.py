@@ -36,17 +36,17 @@ def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
         if one.advice:
             _say(console, (f"  {one.advice}", "dim"))
     if len(report.vms) > 1:
-        _sheet(sheets.overview(report), console, limit)
-        _sheet(sheets.everywhere(report), console, limit)
+        show(sheets.overview(report), console, limit)
+        show(sheets.everywhere(report), console, limit)
     clocks = {file.path: file.clock for file in report.files}
     for vm in report.vms:
         if len(report.vms) > 1:
             console.print()
             console.rule(Text(_name(vm)), align="left")
         for sheet in sheets.of_vm(vm, clocks.get(vm.path, "ns")):
-            _sheet(sheet, console, limit)
+            show(sheet, console, limit)
     for sheet in sheets.of_files(report.files):
-        _sheet(sheet, console, limit)
+        show(sheet, console, limit)
     if report.costs:
         console.print()
         _say(console, f"Cycles are those of the cost profile {clean(report.costs)}, a range where a stage is assumed.")
@@ -82,7 +82,7 @@ def _file(file: FileReport, console: Console) -> None:
         _say(console, ("note: ", "yellow"), clean(note))
 
 
-def _sheet(sheet: Sheet, console: Console, limit: int | None) -> None:
+def show(sheet: Sheet, console: Console, limit: int | None) -> None:
     """A table in the width that there is: columns of little weight go first, then long words are folded."""
     rows = sheet.rows if limit is None else sheet.rows[:limit]
     kept = _fitting(sheet.columns, rows, console.width)
