@@ -69,7 +69,8 @@ def _compile() -> None:
         complain(f"kernels cannot be kept in {str(kept)!r}: {why}: every process compiles them (FASTEXIT_CACHE_DIR)")
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """JSON on standard output."""
     json.dump(value, sys.stdout, indent=2)
     print()
 
@@ -97,7 +98,7 @@ def _icr_value(args: argparse.Namespace) -> int:
     return icr(dest, vector, delivery=mode, logical=bool(args.logical), shorthand=shorthand)
 
 
-def _costs(name: str | None) -> Any:
+def costs_option(name: str | None) -> Any:
     """A cost profile by name, or from a file: whatever looks like one."""
     from fastexit.costs.profile import CostProfile, cost_profile, cost_profiles
 
@@ -116,11 +117,16 @@ def walk(args: argparse.Namespace) -> int:
     cases = [(kernel, True) for kernel in args.kernels]
     if args.generic:
         cases += [(kernel, False) for kernel in args.kernels]
-    options = {"vendor": args.vendor, "apicv": not args.no_apicv, "vcpus": args.vcpus, "costs": _costs(args.costs)}
+    options = {
+        "vendor": args.vendor,
+        "apicv": not args.no_apicv,
+        "vcpus": args.vcpus,
+        "costs": costs_option(args.costs),
+    }
     _compile()
     walks = [walk(args.msr, value, kernel=kernel, fastpath=fast, **options) for kernel, fast in cases]
     if args.json:
-        _print_json({"msr": args.msr, "value": value, "vendor": args.vendor, "walks": [w.as_dict() for w in walks]})
+        print_json({"msr": args.msr, "value": value, "vendor": args.vendor, "walks": [w.as_dict() for w in walks]})
         return 0
     from fastexit.cli.show import console, walk_table
 
@@ -233,7 +239,7 @@ def replay(args: argparse.Namespace) -> int:
     }
     report = _replay_file(args.trace, args.quiet or args.json, **options)
     if args.json:
-        _print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
+        print_json(report.as_dict() | {"pictures": _pictures(report, args.picture) if args.picture else []})
         return _replayed(report)
     from fastexit.cli.show import console
     from fastexit.trace.render import render
@@ -278,7 +284,7 @@ def demo(args: argparse.Namespace) -> int:
     if args.json:
         if no_pictures:
             complain(no_pictures)
-        _print_json(
+        print_json(
             {
                 "replay": report.as_dict(),
                 "walks": [w.as_dict() for w in walks],
@@ -370,7 +376,7 @@ def verify(args: argparse.Namespace) -> int:
     found = report.divergence
     written = args.script is not None and found is not None and _written(Path(args.script), found.script())
     if args.json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
         return 0 if report.agreed else 1
     from fastexit.cli.show import console
     from fastexit.kvm.render import render
@@ -399,7 +405,7 @@ def embed_build(args: argparse.Namespace) -> int:
     files = build.build(directory, args.cc, args.flags)
     build.remember(directory)
     if args.json:
-        _print_json(
+        print_json(
             {"files": [str(path) for path in files], "cflags": build.cflags(directory), "libs": build.libs(directory)}
         )
         return 0
@@ -414,7 +420,7 @@ def _embed_options(args: argparse.Namespace, name: str) -> int:
     directory = build.remembered() if args.output is None else args.output
     options = getattr(build, name)(directory)
     if args.json:
-        _print_json({name: options})
+        print_json({name: options})
     else:
         print(options)
     return 0
@@ -473,7 +479,7 @@ def info(args: argparse.Namespace) -> int:
     }
     if args.json:
         rows = {p.name: {"tree": p.tree, "summary": p.summary} for p in PROFILES.values()}
-        _print_json({**{k: str(v) for k, v in facts.items()}, "profiles": rows})
+        print_json({**{k: str(v) for k, v in facts.items()}, "profiles": rows})
         return 0
     from fastexit.cli.show import console, facts_table, profile_table
 

@@ -1,6 +1,7 @@
-"""The command line: ``fastexit walk | replay | verify | kernels | demo | embed | info``, each with --json.
+"""The command line: ``fastexit walk | report | replay | verify | kernels | demo | embed | info``, each with --json.
 
-Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference; 2: wrong
+Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference, report
+refused a file or a --fail-if holds; 2: wrong
 arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
 """
 
@@ -18,13 +19,15 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
-from fastexit.cli import commands, kernels
+from fastexit.cli import commands, kernels, report
 from fastexit.profile import NEWEST, PROFILES, profiles
 from fastexit.releases import generation
 
 _EPILOG = f"""examples:
   fastexit walk                                  one RESCHEDULE IPI, seed-v3 beside {NEWEST}
   fastexit walk --shorthand all-but-self --kernels 5.7,6.18
+  fastexit report guest.trace.xz                 who exits, why, for how long; what would other kernels do?
+  fastexit report old.dat --against new.dat      what changed
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
   fastexit verify --kernel 6.1                   ... like that kernel's, booted in an emulated machine?
@@ -178,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--shorthand", choices=commands.SHORTHANDS, help="default: none; the others have no --dest")
     walk.add_argument("--costs", metavar="NAME|FILE", help="modelled cycles: a cost profile or a TOML file")
     machine_options(walk)
+
+    report.add(command, _kernel, _kernels)
 
     replay = command("replay", commands.replay, "Feed a KVM trace to the model: ICR classes, fast shares, predictions.")
     replay.add_argument(
