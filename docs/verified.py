@@ -239,6 +239,11 @@ def _of_what(report: dict[str, Any]) -> tuple[str, ...]:
     return report["host"]["kernel"], report["vendor"], report["only"] or "", str(report["traced"])
 
 
+def _of_which(report: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run of programs replaces: one of the same generation, APICv and sort of programs."""
+    return report["modelled_as"], report["apicv"], any(" " in mode for mode in report["programs"])
+
+
 def main() -> None:
     """Keeps the reports that are named; those of the same sort that were kept before are replaced.
 
@@ -257,7 +262,9 @@ def main() -> None:
     read = [one for one in read if not {"beyond", *PLANTED} & set(one)]
     programs = [one for one in read if is_vmx(one)]
     if programs:
-        known["vmx"] = sorted(programs, key=_order)
+        again = {_of_which(one) for one in programs}
+        before = [one for one in known.get("vmx", []) if _of_which(one) not in again]
+        known["vmx"] = sorted([*before, *programs], key=_order)
     read = [one for one in read if not is_vmx(one)]
     labs = [one for one in read if "mutants" not in one and is_labs(one)]
     if labs:

@@ -244,7 +244,7 @@ def assert_equal(one: fx.Machine, other: fx.Machine, where: object = None) -> No
 
 def rows(m: fx.Machine) -> list[np.ndarray]:
     """The parts of a machine's memory that a snapshot is made of."""
-    return [m.words[part] for part in snapshot._rows(int(m.words[L.H_NVCPUS]))]
+    return [m.words[part] for part in snapshot.regions(int(m.words[L.H_NVCPUS]))]
 
 
 COMPILED = [

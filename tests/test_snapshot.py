@@ -17,7 +17,7 @@ from fastexit import regs as r
 from fastexit.checks import U64
 from fastexit.profile import since
 from fastexit.releases import generation
-from fastexit.snapshot import _rows
+from fastexit.snapshot import regions
 from fastexit.traits import Trait
 
 HEAD = struct.Struct("<8sIIII")
@@ -164,7 +164,7 @@ def test_truncated_head(length: int) -> None:
     refuses(DATA[:length], f"snapshot is truncated: {length} bytes")
 
 
-PARTS = [*itertools.accumulate(8 * (rows.stop - rows.start) for rows in _rows(4)), len(DATA) - HEAD.size]
+PARTS = [*itertools.accumulate(8 * (rows.stop - rows.start) for rows in regions(4)), len(DATA) - HEAD.size]
 ROUTES = PARTS[-2] // 8
 """Where the routes in use begin: first rows of 24 GSIs and of the one behind them, then 40 routes."""
 
@@ -204,7 +204,7 @@ def test_other_abi_version(version: int) -> None:
 def earlier(abi: int, words: int, inner: int | None = None, pending_db: int = 0) -> bytes:
     """DATA as an ABI version had it that had no chips, up to 4 no words of Hyper-V; version 3 with a #DB at vCPU 0."""
     magic, _, n, _, _ = HEAD.unpack_from(DATA)
-    length = sum(rows.stop - rows.start for rows in _rows(n, abi))
+    length = sum(rows.stop - rows.start for rows in regions(n, abi))
     body = np.frombuffer(DATA, dtype=np.uint64, offset=HEAD.size)[:length].copy()
     body[L.H_ABI], body[L.H_WORDS] = inner or abi, words
     if pending_db:

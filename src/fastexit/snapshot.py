@@ -41,7 +41,7 @@ _KVM = 5
 """Which of the parts has KVM's own words of vCPUs."""
 
 
-def _rows(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
+def regions(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
     """The parts of a machine's memory that n vCPUs fill."""
     regions = [(L.HOT, L.HOT_STRIDE), (L.VEC, L.VEC_STRIDE), (L.PAGE, L.PAGE_STRIDE), (L.KVM, L.KVM_STRIDE)]
     if abi >= 5:
@@ -54,7 +54,7 @@ def _rows(n: int, abi: int = L.ABI_VERSION) -> list[slice]:
 def pack(words: np.ndarray) -> bytes:
     """The snapshot of a machine's words. No other thread may act on the machine meanwhile."""
     n = int(words[L.H_NVCPUS])
-    parts = [words[rows].copy() for rows in _rows(n)]
+    parts = [words[rows].copy() for rows in regions(n)]
     fixed, kvm = parts[0], parts[_KVM]
     kvm.reshape(n, L.KVM_STRIDE)[:, L.K_TARGETS] = 0  # whose list is not in it
     fixed[[L.H_GUEST_MEMORY, L.H_GUEST_BYTES]] = 0  # an address means nothing elsewhere, and what is there is not in it
@@ -80,7 +80,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         raise ValueError(f"snapshot is {state}: {len(body)} of {length} bytes")
     if zlib.crc32(body) != crc:
         raise ValueError("snapshot is damaged: checksum differs")
-    rows = _rows(n, abi)
+    rows = regions(n, abi)
     least = sum(r.stop - r.start for r in rows) * 8
     if n > L.MAX_VCPUS or length < least or length % 8 or (length > least and abi < _ROUTED):
         raise ValueError("snapshot is damaged: its size does not fit its vCPUs")
@@ -92,7 +92,7 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     routes = source[at:]
     if abi < L.ABI_VERSION:
         parts, routes = _from_earlier(abi, parts, n)
-        rows = _rows(n)
+        rows = regions(n)
     fixed, tables, hot, vec, _, kvm, hv, chips, routing, irq, tscs, tsc = parts
     _check_header(fixed, n)
     known = _generation(fixed)

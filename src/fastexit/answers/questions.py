@@ -16,6 +16,7 @@ from fastexit.hyperv import MSR_HV_ICR
 from fastexit.machine import Machine
 from fastexit.outcome import Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
+from fastexit.snapshot import regions
 from fastexit.trace.doors import Doing, Door
 from fastexit.trace.generations import exit_at
 from fastexit.vcpu import Vcpu
@@ -96,7 +97,7 @@ class Asked:
             v.wrmsr(R.MSR_X2APIC_BASE + (R.APIC_LVTT >> 4), R.LVT_TIMER_DEADLINE | SELF_IPI_VECTOR)
         for v in self.machine.vcpus:  # a new APIC map has asked everybody for a scan, which an entry does
             v.exit(VmxExit.CPUID if host.vendor == "vmx" else SvmExit.CPUID)
-        self._state = self.machine.words.copy()
+        self._state = [(rows, self.machine.words[rows].copy()) for rows in regions(VCPUS)]
         self._known: dict[tuple[Question, bool], Answer] = {}
 
     def answer(self, question: Question, fastpath: bool = True) -> Answer:
@@ -116,7 +117,8 @@ class Asked:
 
     def fresh(self) -> Vcpu:
         """vCPU 0 of the machine as it was in the beginning."""
-        self.machine.words[:] = self._state
+        for rows, words in self._state:
+            self.machine.words[rows] = words
         return self.machine.vcpus[0]
 
     def xapic(self) -> None:
