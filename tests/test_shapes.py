@@ -254,6 +254,35 @@ def test_perf_kvm_stat_with_its_columns_in_another_order(tmp_path: Path) -> None
     assert text.tables[0].rows == [TableRow("MSR_WRITE", 1200, 0.6, 2_400_000.0, 500.0, 2000.0, 9000.0)]
 
 
+def test_perf_stat_and_maps_of_bpftrace(tmp_path: Path) -> None:
+    path = tmp_path / "stat.txt"
+    path.write_text(
+        "\n Performance counter stats for 'system wide':\n\n"
+        "         5,198,976      kvm:kvm_exit              #  277.006 K/sec\n"
+        "                12      kvm:kvm_entry\n\n       1.001 seconds time elapsed\n\n"
+        "@exits[MSR_WRITE]: 12\n@exits[HLT]: 3\n@msrs[0x830]: 4\n"
+    )
+    text, _ = read(path)
+    assert [(table.kind, table.title, [row[:2] for row in table.rows]) for table in text.tables] == [
+        ("perf stat", "system wide", [("kvm_exit", 5_198_976), ("kvm_entry", 12)]),
+        ("bpftrace map", "@exits", [("MSR_WRITE", 12), ("HLT", 3)]),
+        ("bpftrace map", "@msrs", [("0x830", 4)]),
+    ]
+
+
+def test_perf_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.txt"
+    path.write_text(
+        "# Samples: 1K of event 'kvm:kvm_exit'\n# Event count (approx.): 1000\n#\n"
+        "# Overhead  Trace output\n# ........\n#\n"
+        "    60.00%  reason MSR_WRITE rip 0x1\n    40.00%  reason HLT rip 0x2\n"
+    )
+    text, _ = read(path)
+    (table,) = text.tables
+    assert (table.kind, table.title) == ("perf top", "kvm:kvm_exit")
+    assert [row[:3] for row in table.rows] == [("reason MSR_WRITE rip 0x1", 600, 0.6), ("reason HLT rip 0x2", 400, 0.4)]
+
+
 def test_other_tables() -> None:
     assert rows("s14-perftop-msr-histogram")[0] == TableRow("msr_write 830 = 0x1000000fb", 10_976, 0.6078)
     assert rows("s15-kvm_stat-migration-hang")[1] == TableRow("kvm_exit", 5_198_976, 0.231)
@@ -304,6 +333,13 @@ IPI = "kvm_apic_ipi: dst 1 vec 253 (Fixed|physical|de-assert|edge|dst)"
         f"CPU 0/KVM-7 [001] 5.000001: {IPI.split(':')[1].strip()}",
         f"CPU 0/KVM-7 [001] 5.000001: {IPI}\r",
         f"\ufeffCPU 0/KVM-7 [001] 5.000001: {IPI}",
+        f"[   12.345678] CPU 0/KV-7     1d..1. 5000001us : {IPI}",
+        f"trace.txt:123:   CPU 0/KVM-7 [001] d..1. 5.000001: {IPI}",
+        f"123:   CPU 0/KVM-7 [001] d..1. 5.000001: {IPI}",
+        f"CPU 0/KVM-7\t[001]\td..1.\t5.000001:\t{IPI}",
+        f"CPU 0/KVM-7 [001] 5.000001: {IPI}".replace(" ", "\u00a0"),
+        f"&gt; CPU 0/KVM-7 [001] 5.000001: {IPI}",
+        f"   5.000001 |   1)  CPU 0/KVM-7  |               |  /* {IPI} */",
     ],
 )
 def test_one_event_in_all_its_forms(line: str, one: Callable[..., tuple[TraceText, list[bytes]]]) -> None:

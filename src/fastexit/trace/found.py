@@ -33,7 +33,12 @@ class TableRow(NamedTuple):
 
 @dataclass
 class Table:
-    """A table in place of lines: ``kind`` is "perf kvm stat", "kvm_stat", "bcc kvmexit" or "perf top"."""
+    """A table in place of lines.
+
+    ``kind`` is "perf kvm stat", "bcc kvmexit" (rows are exit reasons), "kvm_stat", "perf stat" (rows are events), "perf
+    top" (texts of the event that is the title) or "bpftrace map" (keys of the map that is); else ``title`` is the line
+    above.
+    """
 
     kind: str
     title: str

@@ -38,7 +38,7 @@ BULKS = (
         rb"       \1-\3 (\2) [\4] \5: ",
     ),
     _bulk(_DASHED + rb" *+(\d{1,11})(\d{9}): ", rb"\1 \2.\3: "),
-    _bulk(rb"^ *+[^\s:]++: ++(?=[^\n]*?-\d{1,10} ++[(\[])", rb""),
+    _bulk(rb"^ *+(?:[^\s:]++:){1,2}+ ++(?=[^\n]*?-\d{1,10} ++[(\[])", rb""),
     _bulk(_DASHED + rb" ++(\d{1,20}\.\d{1,9}): \(\+-?[\d.]++\) ++", rb"\1 \2: "),
 )
 """perf script without and with processes, a clock that has no decimal point, trace-cmd report with a name in front and

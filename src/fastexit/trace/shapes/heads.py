@@ -5,14 +5,15 @@ A head is read from its end to its beginning, since a thread's name may hold any
 - ftrace, also in latency format (``0..... 234434us :``), without irq-info, without context, with a clock that has no
   decimal point, without time;
 - trace-cmd report, also with -l, -t, --ts-diff, a name of a buffer or a file in front;
-- perf script with any fields, a date in front, flags before the CPU.
+- perf script with any fields, a date in front, flags before the CPU;
+- the function graph tracer's comments, and ftrace's buffer as an oops prints it, with the kernel log's time in front.
 """
 
 from __future__ import annotations
 
 import re
 
-from fastexit.trace.shapes.line import Parts, seconds
+from fastexit.trace.shapes.line import PREFIX, Parts, seconds
 
 _TIMED = re.compile(
     rb"(?<![^\s\]])(?P<time>\d{1,20}(?:\.\d{1,9})?)(?P<us>us)? ?[+!#*@$]?: +"
@@ -27,7 +28,11 @@ _CPU = re.compile(rb"(.*?)(?<!\S)\[(\d{1,6})\]$", re.DOTALL)
 _LATENCY = re.compile(rb"(.*-\d{1,10}(?: +\([ \d-]+\))?) +(\d{1,4})([a-zA-Z.#][a-zA-Z.#\d]{3,9})$", re.DOTALL)
 _FLAGS = re.compile(rb"(.*?)(?<!\S)([a-zA-Z.#\d]*[.a-zA-Z#][a-zA-Z.#\d]*)$", re.DOTALL)
 _DATE = re.compile(rb"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)? +")
-_FILE = re.compile(rb"[^\s:]+: +(?=\S)")
+_LOGGED = re.compile(rb"\[ *\d+\.\d+\] +")
+_GRAPH = re.compile(
+    rb"\s*(?:(?P<time>\d{1,20}\.\d{1,9}) +\| +)?(?P<cpu>\d{1,6})\) .*\| +/\* (?P<body>[a-z]\w*: .*\S) +\*/\s*$"
+)
+_GRAPHED = re.compile(rb"\) +([^\s|][^|]*-\d{1,10}) +\|")
 _TGID = re.compile(rb"(.*\S) +\( *(\d{1,10}|-+)\)$", re.DOTALL)
 _DASHED = re.compile(rb"(.*)-(\d{1,10})$", re.DOTALL)
 _SPACED = re.compile(rb"(?:(.*)(?<!\S))?(?:(\d{1,10})/)?(\d{1,10})$", re.DOTALL)
@@ -41,9 +46,14 @@ _NUMBERED = re.compile(rb"(?:fc_)?vcpu \d{1,4}$")
 
 def read(line: bytes) -> Parts | None:
     """The parts of a line, or None where no event stands in it."""
-    found = _TIMED.search(line)
+    if graph := _GRAPH.match(line):
+        return _graphed(graph)
+    line = _LOGGED.sub(b"", line, count=1)
     time, ticks = b"", False
-    if found and (b"." in found["time"] or _NAMED.match(found["body"])):
+    found = _TIMED.search(line)
+    while found and b"." not in found["time"] and not _NAMED.match(found["body"]):
+        found = _TIMED.search(line, found.end("time"))
+    if found:
         time = found["time"]
         if found["us"]:
             time = seconds(time, 6)
@@ -57,7 +67,8 @@ def read(line: bytes) -> Parts | None:
         return None
     head = line[: found.start()].rstrip()
     head = _DATE.sub(b"", head.lstrip(), count=1)
-    head = _FILE.sub(b"", head + b" ", count=1).rstrip()
+    if prefix := PREFIX.match(head + b" x"):
+        head = head[prefix.end() :]
     cpu = flags = b""
     if latency := _LATENCY.match(head):
         head, cpu, flags = latency.groups()
@@ -73,6 +84,15 @@ def read(line: bytes) -> Parts | None:
         comm = comm.partition(b"/")[0] + b"/KVM"
     flags = flags[:_FLAGS_MOST] if len(flags) >= _FLAGS_LEAST else b""
     return Parts(found["body"].rstrip(), comm, pid, tgid, cpu, flags, time, ticks)
+
+
+def _graphed(graph: re.Match[bytes]) -> Parts | None:
+    """A line of the function graph tracer, which has other events as comments."""
+    named = _GRAPHED.search(graph[0])
+    who = _who(named[1]) if named else (b"", b"", b"")
+    if who is None:
+        return None
+    return Parts(graph["body"], *who, cpu=graph["cpu"], time=graph["time"] or b"")
 
 
 def _middle(head: bytes) -> tuple[bytes, bytes, bytes]:

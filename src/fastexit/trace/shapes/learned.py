@@ -9,7 +9,7 @@ from fastexit.trace.shapes import heads, mail, perftrace
 from fastexit.trace.shapes.body import NAME, SYSTEM, from_fields, in_fields, named, whole
 from fastexit.trace.shapes.bulk import BULKS, Bulk
 from fastexit.trace.shapes.fields import in_hex
-from fastexit.trace.shapes.line import LINE, LONGEST, LONGEST_MENDED, RECORD, STACK, VCPU, Parts
+from fastexit.trace.shapes.line import LINE, LONGEST, LONGEST_MENDED, PREFIX, RECORD, STACK, VCPU, Parts
 from fastexit.trace.shapes.tables import Tables
 
 _STUDIED = 1 << 11
@@ -18,7 +18,6 @@ _FEW = 20
 """One in so many lines may be odd in a file that is handed over as it is."""
 
 _PERIOD = re.compile(rb"\d+ +[a-z]\w*:")
-_PREFIX = re.compile(rb" *[^\s:]+: ")
 _REPORT = re.compile(rb"(?<=: )kvm_\w+:  +(?=\S)|^ *kvm_\w+:  +(?=\S)", re.MULTILINE)
 _REPORTED = 22
 """Columns in which trace-cmd report prints the name of an event."""
@@ -97,7 +96,7 @@ class Learned:
                 canon += whole(line)
                 odd += not whole(line)
                 continue
-            clean = mail.unquoted(line)
+            clean = mail.plain(line)
             traced = perftrace.read(clean)
             parts = traced[0] if traced else heads.read(clean)
             tool = tool or ("perf trace" if traced else "bpftrace" if line.startswith(b"Attaching ") else "")
@@ -152,7 +151,7 @@ class Learned:
     def canonical(self, line: bytes) -> bool:
         """True for a line that is to be handed over as it is."""
         match = LINE.fullmatch(line) if len(line) <= LONGEST else None
-        if match is None or match["perf_pid"] and not self._perf or _PREFIX.match(line) or mail.quoted(line):
+        if match is None or match["perf_pid"] and not self._perf or PREFIX.match(line) or mail.quoted(line):
             return False
         body: bytes = match["body"]
         if body.startswith((RECORD, b"(")) or not match["perf_pid"] and body.startswith(b"kvm:"):

@@ -10,6 +10,8 @@ LONGEST = 1 << 12
 
 LONGEST_MENDED = 1 << 10
 """Bytes of the longest line that is worth a look when it is not canonical."""
+PREFIX = re.compile(rb" *(?:[^\s:]+:){1,2} +(?=\S)")
+"""What trace-cmd report puts in front of lines of a buffer or of one of several files, and grep of a file's lines."""
 RECORD = b"PERF_RECORD_"
 """How perf names its own records: threads that begin, maps, lost events."""
 STACK = re.compile(rb"\s+[0-9a-f]{6,16} \S|\s*=> ")

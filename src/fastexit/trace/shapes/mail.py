@@ -1,10 +1,11 @@
-"""What mail does to lines: quotes them, wraps them, encodes them; undone as far as it can be told."""
+"""What mail and web pages do to lines: quote them, wrap them, encode them; undone as far as it can be told."""
 
 from __future__ import annotations
 
 import re
 
 _QUOTE = re.compile(rb"(?: ?[>|] ?)+")
+_ENTITIES = {b"&lt;": b"<", b"&gt;": b">", b"&quot;": b'"', b"&#39;": b"'", b"&nbsp;": b" ", b"&amp;": b"&"}
 _ENCODED = re.compile(rb"=([0-9A-F]{2})")
 _TIME = rb"(?:\s+\d+(?:\.\d+|us)?\s*:)?\s*$"
 _HEAD = re.compile(
@@ -40,9 +41,17 @@ def unquoted(line: bytes) -> bytes:
     return line[match.end() :] if match else line
 
 
+def plain(line: bytes) -> bytes:
+    """The line without quotes and HTML's escapes, with blanks for a web page's blanks and tabs."""
+    if b"&" in line:
+        for escape, letter in _ENTITIES.items():
+            line = line.replace(escape, letter)
+    return unquoted(line.replace(b"\xc2\xa0", b" ").replace(b"\t", b" "))
+
+
 def quoted(line: bytes) -> bool:
     """True where a quote's mark is in front."""
-    return line.lstrip()[:1] in (b">", b"|")
+    return line.lstrip()[:1] in (b">", b"|", b"&")
 
 
 def decoded(line: bytes) -> bytes:

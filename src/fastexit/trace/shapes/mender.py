@@ -131,7 +131,7 @@ class Mender:
         """True where this line belongs behind the one before, which now has it."""
         held = self._held
         short = held is not None and len(held.line) <= LONGEST
-        joined = mail.joined(held.line, mail.unquoted(line)) if held and short else None
+        joined = mail.joined(held.line, mail.plain(line)) if held and short else None
         if held is None or joined is None or len(joined) > LONGEST:
             return False
         made = self._make(joined, held.number)
@@ -158,7 +158,7 @@ class Mender:
         held = self._before
         self._before = None
         if held is not None and held.number + held.at == number:
-            joined = mail.joined(held.line, mail.unquoted(line))
+            joined = mail.joined(held.line, mail.plain(line))
             made = self._make(joined, number) if joined is not None else None
             if joined is not None and (made is not None or mail.begun(joined)):
                 self._beside.forgive(held.number)
@@ -186,8 +186,8 @@ class Mender:
             return line
         if len(line) > LONGEST_MENDED:
             return None
-        unquoted = mail.unquoted(line)
-        for clean in dict.fromkeys((unquoted, mail.decoded(unquoted))):
+        plain = mail.plain(line)
+        for clean in dict.fromkeys((plain, mail.plain(mail.decoded(plain)))):
             traced = perftrace.read(clean)
             parts = traced[0] if traced else heads.read(clean)
             if parts is None:

@@ -1,4 +1,4 @@
-"""Tables of counts that stand in place of lines: of perf kvm stat, kvm_stat, bcc's kvmexit and perf top."""
+"""Tables of counts that stand in place of lines: of perf kvm stat, top and stat, kvm_stat, bcc's kvmexit, bpftrace."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _TOP_HEAD = re.compile(rb"#?\s*Overhead\s+.*Trace output")
 _TOP_SAMPLES = re.compile(rb"#?\s*Samples: \S+\s+of event '(kvm:\w+)'")
 _TOP_COUNT = re.compile(rb"Event count \(approx\.\): (\d{1,19})")
 _TOP_ROW = re.compile(rb"\s*" + _SHARE + rb"\s+(.*\S)")
+_PERF_STAT_HEAD = re.compile(rb"\s*Performance counter stats for (.*?):?\s*$")
+_PERF_STAT_ROW = re.compile(rb"\s*(\d[\d,.]{0,24})\s+(?:kvm:)(\w+)\b")
+_MAP_ROW = re.compile(rb"(@\w*)\[([^\]]{1,100})\]: (\d{1,19})\s*$")
 _TOTAL = re.compile(rb"\s*Total(?: Samples:|\s+\d+\s+\d+\s*$)")
 _LONGEST = 400
 _NS = {b"%": 0.0, b"ns": 1.0, b"us": 1e3, b"ms": 1e6, b"s": 1e9}
@@ -84,6 +87,18 @@ def _top(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None
     return TableRow(_words(match[2]), round(share * samples) if samples >= 0 else -1, share)
 
 
+def _perf_stat(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None:
+    """An event and how often it was."""
+    match = _PERF_STAT_ROW.match(line)
+    return TableRow(_words(match[2]), int(re.sub(rb"[,.]", b"", match[1])), -1.0) if match else None
+
+
+def _map(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None:
+    """A key of a map and its count."""
+    match = _MAP_ROW.match(line)
+    return TableRow(_words(match[2]), int(match[3]), -1.0) if match else None
+
+
 class Tables:
     """Looks at lines in their order, and keeps the tables among them.
 
@@ -106,6 +121,8 @@ class Tables:
             return False
         if self._head(line, number):
             return True
+        if line.startswith(b"#"):
+            return False
         table = self._table
         if table is None:
             self._above = line
@@ -124,6 +141,16 @@ class Tables:
         return True
 
     def _head(self, line: bytes, number: int) -> bool:
+        if self._samples[0] and line.startswith(b"#") and (count := _TOP_COUNT.search(line)):
+            self._samples = self._samples[0], int(count[1])
+            return True
+        if stat := _PERF_STAT_HEAD.match(line):
+            self._table = Table("perf stat", _words(stat[1]).strip("'"), number)
+            self._read = _perf_stat
+            return True
+        if (row := _MAP_ROW.match(line)) and (self._table is None or self._table.title != _words(row[1])):
+            self._table = Table("bpftrace map", _words(row[1]), number)
+            self._read = _map
         if samples := _TOP_SAMPLES.match(line):
             count = _TOP_COUNT.search(line)
             self._samples = _words(samples[1]), int(count[1]) if count else -1
