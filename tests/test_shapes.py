@@ -283,6 +283,42 @@ def test_perf_report(tmp_path: Path) -> None:
     assert [row[:3] for row in table.rows] == [("reason MSR_WRITE rip 0x1", 600, 0.6), ("reason HLT rip 0x2", 400, 0.4)]
 
 
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        (
+            "TGID     PID      KVM_EXIT_REASON                     STAT\n"
+            "^C4036993  4037007  EXIT_REASON_HLT     1447    \n",
+            TableRow("HLT, thread 4037007", 1447, -1.0),
+        ),
+        (
+            "TGID     TID      COMM             KVM_EXIT_REASON  COUNT    AVG_TIME    \n"
+            "24877    24901    b'CPU 3/KVM'     HLT              7        500.5\n",
+            TableRow("HLT, thread 24901", 7, -1.0, 3503.5, mean=500.5),
+        ),
+        (
+            "kvm-exit latency\n"
+            "exit_reason             calls        total(us)   min(us)   avg(us)      max(us)  %gsys\n"
+            "-------------------- -------- ---------------- --------- --------- ------------ ------\n"
+            "HLT                      1208       903477.145     1.061   747.911     4621.338 100.00\n",
+            TableRow("HLT", 1208, -1.0, 903_477_145.0, 1061.0, 747_911.0, 4_621_338.0),
+        ),
+        (
+            "Event name                    Samples  Sample%       Time(ns)\n"
+            "---------------------------  --------  --------  ------------\n"
+            "MSR_WRITE                      211271    58.00%  738298680600\n",
+            TableRow("MSR_WRITE", 211_271, 0.58, 738_298_680_600.0),
+        ),
+    ],
+)
+def test_tables_of_exit_reasons(text: str, row: TableRow, tmp_path: Path) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text(text)
+    (table,) = read(path)[0].tables
+    assert table.rows_are == "exit reasons"
+    assert table.rows == [row]
+
+
 def test_other_tables() -> None:
     assert rows("s14-perftop-msr-histogram")[0] == TableRow("msr_write 830 = 0x1000000fb", 10_976, 0.6078)
     assert rows("s15-kvm_stat-migration-hang")[1] == TableRow("kvm_exit", 5_198_976, 0.231)
@@ -339,6 +375,9 @@ IPI = "kvm_apic_ipi: dst 1 vec 253 (Fixed|physical|de-assert|edge|dst)"
         f"CPU 0/KVM-7\t[001]\td..1.\t5.000001:\t{IPI}",
         f"CPU 0/KVM-7 [001] 5.000001: {IPI}".replace(" ", "\u00a0"),
         f"&gt; CPU 0/KVM-7 [001] 5.000001: {IPI}",
+        f"CPU 0/KVM-7 [001] 5.000001: {IPI}        <debug_before_write>",
+        f"CPU 0/KVM-7 [001] 5.000001: {IPI} // why?",
+        f"CPU 0/KVM-7 [001] 5.000001: {IPI.replace(' (', '    (')}",
         f"   5.000001 |   1)  CPU 0/KVM-7  |               |  /* {IPI} */",
     ],
 )

@@ -31,19 +31,34 @@ class TableRow(NamedTuple):
     maximum: float = -1.0
 
 
+_ROWS = {
+    "perf kvm stat": "exit reasons",
+    "bcc kvmexit": "exit reasons",
+    "perf-prof kvm-exit": "exit reasons",
+    "kvm_stat": "events",
+    "perf stat": "events",
+    "perf top": "texts",
+    "bpftrace map": "keys",
+}
+
+
 @dataclass
 class Table:
     """A table in place of lines.
 
-    ``kind`` is "perf kvm stat", "bcc kvmexit" (rows are exit reasons), "kvm_stat", "perf stat" (rows are events), "perf
-    top" (texts of the event that is the title) or "bpftrace map" (keys of the map that is); else ``title`` is the line
-    above.
+    ``kind`` is "perf kvm stat", "bcc kvmexit", "perf-prof kvm-exit", "kvm_stat", "perf stat", "perf top" or "bpftrace
+    map". ``title`` is the event of a perf top, the name of a map, else the line above.
     """
 
     kind: str
     title: str
     line: int
     rows: list[TableRow] = field(default_factory=list)
+
+    @property
+    def rows_are(self) -> str:
+        """What labels name: "exit reasons", "events", "texts" of the title's event, or "keys" of the title's map."""
+        return _ROWS[self.kind]
 
 
 def shown(line: bytes) -> str:

@@ -33,6 +33,10 @@ _NAMELESS = (
 """Texts that only one event has, for lines without the event's name."""
 
 
+_REMARK = re.compile(rb"\s+(?:<|//|# |\xe2\x86\x90).*$")
+"""What somebody wrote behind a line: ``<-- here``, ``// why``."""
+
+
 def in_fields(body: bytes) -> bool:
     """True for an event of KVM whose fields are printed in place of its text."""
     name, _, payload = body.partition(b":")
@@ -73,4 +77,7 @@ def told(body: bytes, args: bytes = b"", *, hexadecimal: bool = False) -> bytes 
         body = from_fields(body, hexadecimal=hexadecimal) or body
     elif not NAME.match(body):
         body = named(body)
-    return body if readable(body) else None
+    if readable(body):
+        return body
+    bare = b" ".join(_REMARK.sub(b"", body).split())
+    return bare if bare != body and readable(bare) else None

@@ -14,8 +14,13 @@ _COLUMN = re.compile(rb"(min|max|avg|mean|)\s*time\s*(%|)", re.IGNORECASE)
 _CELL = re.compile(rb"(\d{1,15}(?:\.\d+)?) ?(%|[num]?s\b|)")
 _STAT_HEAD = re.compile(rb"\s*Event\s+Total\s+%?Total\s+CurAvg/s")
 _STAT_ROW = re.compile(rb"\s*([a-z]\w*(?:\s*[\[(]?[\w -]+[\])])?)\s+(\d{1,19})(?:\s+(\d{1,3}\.\d))?(?:\s+\d+)?\s*$")
-_BCC_HEAD = re.compile(rb"\s*(?:PID\s+TID\s+|TID\s+)?(?:KVM_EXIT_REASON|EXIT_REASON)\s+COUNT")
-_BCC_ROW = re.compile(rb"\s*((?:\d+\s+){0,2})(?:EXIT_REASON_)?(\w+)\s+(\d{1,19})\s*$")
+_BCC_HEAD = re.compile(rb"\s*(?:(?:TG?ID|PID)\s+){0,2}(?:COMM\s+)?(?:KVM_EXIT_REASON|EXIT_REASON)\s+(?:COUNT|STAT)\b")
+_BCC_ROW = re.compile(
+    rb"\s*(?:\^C)?((?:\d+\s+){0,2})(?:b'[^']*'\s+)?(?:EXIT_REASON_)?([A-Za-z]\w*)\s+(\d{1,19})(?:\s+(\d{1,15}\.\d+))?\s*$"
+)
+_PROF_HEAD = re.compile(rb"\s*exit_reason\s+calls\s+total\((\ws)\)\s+min\(\ws\)\s+avg\(\ws\)\s+max\(\ws\)")
+_PROF_ROW = re.compile(rb"\s*(\w+)\s+(\d{1,19})((?:\s+\d{1,15}\.\d+){4})")
+_RULER = re.compile(rb"[\s=-]+$")
 _TOP_HEAD = re.compile(rb"#?\s*Overhead\s+.*Trace output")
 _TOP_SAMPLES = re.compile(rb"#?\s*Samples: \S+\s+of event '(kvm:\w+)'")
 _TOP_COUNT = re.compile(rb"Event count \(approx\.\): (\d{1,19})")
@@ -75,7 +80,18 @@ def _bcc(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None
         return None
     thread = match[1].split()[-1:]
     label = _words(match[2])
-    return TableRow(f"{label}, thread {_words(thread[0])}" if thread else label, int(match[3]), -1.0)
+    label = f"{label}, thread {_words(thread[0])}" if thread else label
+    number, mean = int(match[3]), float(match[4]) if match[4] else -1.0
+    return TableRow(label, number, -1.0, number * mean if match[4] else -1.0, mean=mean)
+
+
+def _prof(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None:
+    """An exit reason of perf-prof: calls, then total, shortest, mean and longest time in us."""
+    match = _PROF_ROW.match(line)
+    if not match:
+        return None
+    total, least, mean, most = (float(cell) * _NS[b"us"] for cell in match[3].split())
+    return TableRow(_words(match[1]), int(match[2]), -1.0, total, least, mean, most)
 
 
 def _top(line: bytes, columns: tuple[str, ...], samples: int) -> TableRow | None:
@@ -130,6 +146,8 @@ class Tables:
         if _TOTAL.match(line):
             self._table = None
             return True
+        if _RULER.match(line):
+            return True
         row = self._read(line, self._columns, self._samples[1])
         if row is None:
             self._table = None
@@ -170,5 +188,6 @@ _KINDS: tuple[tuple[str, re.Pattern[bytes], _Reader], ...] = (
     ("perf kvm stat", _KVM_STAT_HEAD, _kvm_stat),
     ("kvm_stat", _STAT_HEAD, _stat),
     ("bcc kvmexit", _BCC_HEAD, _bcc),
+    ("perf-prof kvm-exit", _PROF_HEAD, _prof),
     ("perf top", _TOP_HEAD, _top),
 )
