@@ -252,6 +252,13 @@ def test_threads_without_end_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert any("threads" in problem for problem in found.problems)
 
 
+@pytest.mark.parametrize("text", [b"", b"x", b"x\n", b"\n\n", b" t-1 [0] 1.0: x: y\n\n", b"\r"])
+def test_every_line_is_counted(text: bytes) -> None:
+    scanner = Scanner(Words())
+    scanner.scan(text, 5)
+    assert scanner.line == 5 + text.count(b"\n") + 1
+
+
 def test_names_without_end_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastexit.records.interning.MOST_NAMES", 10)
     path = tmp_path / "t"

@@ -26,7 +26,7 @@ KEYS = (
 )
 """What clues there are."""
 
-_Threads = npt.NDArray[np.bool_]
+_NEVER = 0xFFFF_FFFF
 
 
 @dataclass
@@ -51,46 +51,56 @@ def identify(recording: Recording, told: Mapping[str, str] | None = None) -> Ide
         raise ValueError(f"no such clue: {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}")
     census = Census(recording)
     resolved = Resolved(census)
-    vm = resolved.where.vm
-    numbers = sorted({*vm[census.born > 0].tolist()})
-    alone = len([number for number in numbers if number]) == 1
-    everything = np.ones(len(vm), bool)
     host = _host(census, recording) | {key: clue for key, clue in given.items() if key in ("vendor", "generation")}
     clues = {}
-    for number in numbers:
-        signs = _Signs(census, everything if alone else vm == number)
-        clues[number] = {**host, **(_guest(signs, host) if number else {})}
-        clues[number] |= {key: clue for key, clue in given.items() if number or key in host}
-        clues[number] = {key: clues[number][key] for key in KEYS if key in clues[number]}
+    for number, signs in _by_vm(census, resolved.where.vm).items():
+        found = {**host, **(_guest(signs, host) if number else {})}
+        found |= {key: clue for key, clue in given.items() if number or key in host}
+        clues[number] = {key: found[key] for key in KEYS if key in found}
     return Identity(resolved.where, clues, resolved.notes)
 
 
 class _Signs:
-    """The signs of some threads."""
+    """The signs of one VM."""
 
-    def __init__(self, census: Census, threads: _Threads) -> None:
-        self._threads = threads
-        self.census: Census = census
+    def __init__(self, lines: list[int], counts: list[int], inhibits: list[tuple[int, str, bool]]) -> None:
+        self._lines = lines
+        self._counts = counts
+        self.inhibits: list[tuple[int, str, bool]] = sorted(inhibits)
+        """Lines about APICv inhibits, in order."""
 
     def line(self, sign: Sign) -> int:
         """Its first line, 0 where there is none."""
-        lines = self.census.first[sign][self._threads]
-        lines = lines[lines > 0]
-        return int(lines.min()) if len(lines) else 0
+        return self._lines[sign]
 
     def count(self, sign: Sign) -> int:
         """Its lines."""
-        return int(self.census.count[sign][self._threads].sum())
+        return self._counts[sign]
 
     def clue(self, sign: Sign, value: str, evidence: str) -> Clue | None:
         """What the sign says, if it is there."""
-        line = self.line(sign)
-        return Clue(value, "trace", evidence, line) if line else None
+        return Clue(value, "trace", evidence, self._lines[sign]) if self._lines[sign] else None
 
-    def inhibits(self) -> list[tuple[int, str, bool]]:
-        """Lines about APICv inhibits, in order."""
-        threads = np.flatnonzero(self._threads).tolist()
-        return sorted(line for thread in threads for line in self.census.inhibits.get(thread, ()))
+
+def _by_vm(census: Census, vm: npt.NDArray[np.int32]) -> dict[int, _Signs]:
+    """The signs of each VM that has lines."""
+    numbers, index = np.unique(vm, return_inverse=True)
+    lines = np.full((len(Sign), len(numbers)), _NEVER, np.uint32)
+    counts = np.zeros((len(Sign), len(numbers)), np.int64)
+    for sign in Sign:
+        first = census.first[sign]
+        np.minimum.at(lines[sign], index, np.where(first > 0, first, _NEVER))
+        np.add.at(counts[sign], index, census.count[sign])
+    lines[lines == _NEVER] = 0
+    inhibits: dict[int, list[tuple[int, str, bool]]] = {}
+    for thread, found in census.inhibits.items():
+        inhibits.setdefault(int(vm[thread]), []).extend(found)
+    there = np.unique(vm[census.born > 0]).tolist()
+    at = {number: i for i, number in enumerate(numbers.tolist())}
+    return {
+        number: _Signs(lines[:, at[number]].tolist(), counts[:, at[number]].tolist(), inhibits.get(number, []))
+        for number in there
+    }
 
 
 def _first(*clues: Clue | None) -> Clue | None:
@@ -99,12 +109,13 @@ def _first(*clues: Clue | None) -> Clue | None:
 
 def _host(census: Census, recording: Recording) -> dict[str, Clue]:
     """Vendor and generation, which are the same for all VMs of a host."""
-    signs = _Signs(census, np.ones(len(census.born), bool))
     found: dict[str, Clue] = {}
-    vmx = signs.clue(Sign.VMX, "vmx", "an exit reason that only VMX has")
-    svm = signs.clue(Sign.SVM, "svm", "an exit reason or event that only SVM has")
-    if vendor := (vmx if signs.count(Sign.VMX) >= signs.count(Sign.SVM) else svm):
-        found["vendor"] = vendor
+    (signs,) = _by_vm(census, np.zeros(len(census.born), np.int32)).values() or (None,)
+    if signs is not None:
+        vmx = signs.clue(Sign.VMX, "vmx", "an exit reason that only VMX has")
+        svm = signs.clue(Sign.SVM, "svm", "an exit reason or event that only SVM has")
+        if vendor := (vmx if signs.count(Sign.VMX) >= signs.count(Sign.SVM) else svm):
+            found["vendor"] = vendor
     dated = date(recording)
     if dated.evidence:
         newest = dated.kernels[-1] if dated.kernels else ""
@@ -182,7 +193,7 @@ def _ipiv(signs: _Signs, apicv: Clue | None) -> Clue | None:
 
 def _inhibits(signs: _Signs, generation: str) -> Clue | None:
     """What switched APICv off, by name."""
-    lines = [line for line in signs.inhibits() if line[2]]
+    lines = [line for line in signs.inhibits if line[2]]
     if not lines:
         return None
     known = "" if generation in ("", "unknown") else generation

@@ -96,8 +96,8 @@ def lines(m, begin, size):
     """Lines from AT on, until the text ends or Python is asked for something."""
     p = begin + m[AT]
     stop = begin + size
-    while p < stop:
-        if end(p):  # a blank line
+    while p <= stop:  # a last line that is blank begins where the text ends
+        if end(p):
             p = end(p) + ONE
             m[LINE] += ONE
             continue
