@@ -77,6 +77,10 @@ BARS = {
     "11 memory": Bar(
         "replay: peak memory at four times the length over once", "x", 1.1, 1.0, cases=("four times the length",)
     ),
+    "14": Bar("ftrace text into columns", "lines/s", 1_000_000, 2_000_000, most=False, cases=("a trace 8 times over",)),
+    "14 memory": Bar(
+        "columns: peak memory at four times the length over once", "x", 1.1, 1.0, cases=("four times the length",)
+    ),
     "12": Bar(
         "compiled dispatcher: one exit with its Outcome or value, over a bare call with 3 arguments",
         "x",

@@ -1,4 +1,4 @@
-"""Rows 8 to 11, each in processes of its own: import, first exit, memory of a vCPU, replay of a trace."""
+"""Rows 8 to 11 and 14, each in processes of its own: import, first exit, memory of a vCPU, traces."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bars import ROOT, Record
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import need_times
 
+from fastexit.records import read
 from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
 
@@ -68,6 +69,20 @@ for _ in range(int(sys.argv[2])):
     rates.append(report.lines / (time.process_time() - start))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([rates, peak, report.lines, len(report.mismatches)]))
+"""
+
+READ = """
+import json, resource, sys, time
+from fastexit.records import read
+read(sys.argv[3])
+rates = []
+for _ in range(int(sys.argv[2])):
+    recording = None
+    start = time.process_time()
+    recording = read(sys.argv[1])
+    rates.append(recording.lines / (time.process_time() - start))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([rates, peak, recording.lines, recording.unreadable_count]))
 """
 
 
@@ -186,3 +201,18 @@ def test_replay(benchmark: BenchmarkFixture, record: Record) -> None:
     longer, grown, _, _ = json.loads(_python(REPLAY, str(four), "1")[0])
     record.add("11", "a trace 8 times over", statistics.median(rates + longer), lines=lines)
     record.add("11 memory", "four times the length", grown / peak)
+
+
+def test_read(benchmark: BenchmarkFixture, record: Record) -> None:
+    """Row 14: the same text into columns, with the scanner compiled before; memory where rows no longer fit it."""
+    benchmark.group = "a trace into columns"
+    short = str(_lengthened(1))
+    recording = benchmark.pedantic(read, args=(short,), rounds=REPLAYS, warmup_rounds=1)
+    benchmark.extra_info["lines"] = recording.lines
+    need_times(benchmark)
+    once, four = str(_lengthened(8)), str(_lengthened(32))
+    rates, peak, lines, unreadable = json.loads(_python(READ, once, "3", short)[0])
+    longer, grown, _, _ = json.loads(_python(READ, four, "1", short)[0])
+    assert not unreadable
+    record.add("14", "a trace 8 times over", statistics.median(rates + longer), lines=lines)
+    record.add("14 memory", "four times the length", grown / peak)
