@@ -15,10 +15,7 @@ MOST_THREADS = 1 << 18
 
 _FTRACE = re.compile(rb"[ \t]*(?P<comm>.*)-(?P<pid>\d+)[ \t]*(?:\( *(?P<tgid>\d+|-+)\))?[ \t]*", re.DOTALL)
 _PERF = re.compile(rb"[ \t]*(?P<comm>.*)[ \t](?:(?P<tgid>\d+)/)?(?P<pid>\d+)[ \t]*", re.DOTALL)
-_VCPU = re.compile(
-    r"CPU (?P<qemu>\d+)/KVM|(?:.*[^A-Za-z0-9])?vcpu[ _:#-]?(?P<other>\d+)",
-    re.IGNORECASE,
-)
+_VCPU = re.compile(r"CPU (?P<qemu>\d+)/KVM|(?:.*[^A-Za-z0-9])?(?i:vcpu)[ _:#-]?(?P<other>\d+)")
 _HIGHEST_VCPU = 0x7FFF
 _HIGHEST_PID = 0x7FFF_FFFF
 
@@ -131,7 +128,7 @@ class Words:
         until it has its own.
         """
         found = _FTRACE.fullmatch(head) or _PERF.fullmatch(head)
-        if found is None or b"\0" in head or len(found["pid"]) > 10 or len(found["tgid"] or b"") > 16:
+        if found is None or b"\0" in head:
             return None
         pid, told = int(found["pid"]), found["tgid"] or b"-"
         tgid = -1 if told.startswith(b"-") else int(told)
