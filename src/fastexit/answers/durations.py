@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastexit.answers.places import Longs
 from fastexit.answers.report import Quantiles
 from fastexit.records.columns import NO_TIME
 
@@ -20,8 +21,6 @@ ERROR = 1 / (2 * STEPS)
 _OCTAVES = 40
 _BUCKETS = _OCTAVES * STEPS
 _ONE = 1023 << _STEPS  # the bucket of 1.0 in a double's bits
-
-Longs = npt.NDArray[np.int64]
 
 
 class Durations:
@@ -96,15 +95,18 @@ class Durations:
 
     def _indices(self, groups: Longs) -> Longs:
         """Where the arrays have these groups, new ones behind the others."""
+        if len(self._known):
+            place = np.minimum(np.searchsorted(self._known, groups), len(self._known) - 1)
+            if (self._known[place] == groups).all():
+                found: Longs = self._at[place]
+                return found
         fresh = np.setdiff1d(groups, self._known)
-        if len(fresh):
-            at = np.concatenate([self._at, np.arange(len(self._at), len(self._at) + len(fresh))])
-            known = np.concatenate([self._known, fresh])
-            order = np.argsort(known)
-            self._known, self._at = known[order], at[order]
-            self._grow(len(fresh))
-        found: Longs = self._at[np.searchsorted(self._known, groups)]
-        return found
+        at = np.concatenate([self._at, np.arange(len(self._at), len(self._at) + len(fresh))])
+        known = np.concatenate([self._known, fresh])
+        order = np.argsort(known)
+        self._known, self._at = known[order], at[order]
+        self._grow(len(fresh))
+        return self._indices(groups)
 
     def _grow(self, more: int) -> None:
         self._count = np.concatenate([self._count, np.zeros(more, np.int64)])

@@ -10,7 +10,7 @@ import numpy as np
 from fastexit.answers.durations import Durations
 from fastexit.answers.facts import Block, Facts, Follower, plain_reason
 from fastexit.answers.follow import words as F
-from fastexit.answers.places import VMS
+from fastexit.answers.places import VMS, Longs
 from fastexit.answers.report import ExitRow, Quantiles, VcpuRow
 from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.records.columns import NO_TIME
@@ -24,6 +24,8 @@ REASONS = 128
 RIPS = 16
 """Addresses that are shown of each vCPU."""
 SLOW_NS = 5_000_000
+SLOWEST = 64
+"""So many of those that took longer are kept."""
 IDLE = {"HLT", "IDLE_HALT", "IDLE_HLT", "MWAIT", "MWAIT_INSTRUCTION", "MWAIT_CONDITIONAL"}
 """Exits whose time is the guest's own wish."""
 
@@ -93,9 +95,11 @@ class Exits:
                 second = key // REASONS // VMS, key // REASONS % VMS, key % REASONS
                 if len(self._seconds) < KEPT_SECONDS or second in self._seconds:
                     self._seconds[second] += n
-            self._keep_slow(exits[exits["x"] > SLOW_NS])
+            slow = np.flatnonzero(exits["x"] > SLOW_NS)
+            if len(slow):
+                self._keep_slow(exits[slow], reasons[slow])
 
-    def _reasons(self, keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _reasons(self, keys: Longs) -> Longs:
         """Each exit's reason as an index into ``reasons``."""
         if len(self._reason_of) <= len(self._names):
             more = np.full(len(self._names) + 1 - len(self._reason_of), -1, np.int64)
@@ -110,17 +114,21 @@ class Exits:
             self._reason_of[key] = self.reasons.index(name)
         return self._reason_of[keys]
 
-    def _keep_slow(self, exits: Facts) -> None:
-        for exit_ in exits:
-            reason = self._names[int(exit_["key"]) - 1] if exit_["key"] else "?"
-            if plain_reason(reason) in IDLE:
-                continue
-            self.slow_count[int(exit_["place"])] += 1
-            cpus = int(exit_["gsi"])
-            at = int(exit_["x"]), int(exit_["line"]), int(exit_["place"])
-            self.slow.append(Slow(*at, reason, (cpus & 0xFFFF) - 1, (cpus >> 16) - 1))
-        if len(self.slow) > 64:
-            self.slow = sorted(self.slow, reverse=True)[:16]
+    def _keep_slow(self, exits: Facts, reasons: Longs) -> None:
+        """Exits that took long, of these reasons; HLT's and the like do not count."""
+        idle = np.array([plain_reason(name) in IDLE for name in self.reasons])
+        exits, reasons = exits[~idle[reasons]], reasons[~idle[reasons]]
+        for place, n in count(exits["place"]):
+            self.slow_count[place] += n
+        if len(self.slow) >= SLOWEST:
+            slower = exits["x"] > self.slow[-1].ns
+            exits, reasons = exits[slower], reasons[slower]
+        for one, reason in zip(exits, reasons.tolist(), strict=True):
+            cpus = int(one["gsi"])
+            at = int(one["x"]), int(one["line"]), int(one["place"])
+            self.slow.append(Slow(*at, self.reasons[reason], (cpus & 0xFFFF) - 1, (cpus >> 16) - 1))
+        if len(exits):
+            self.slow = sorted(self.slow, key=lambda one: (-one.ns, one.line))[:SLOWEST]
 
     def _index(self, vm: int) -> int:
         return self._follower.places.vms.index(vm)

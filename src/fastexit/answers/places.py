@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fastexit.records.columns import Event, Recording, Rows
 
 Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 LANES = 1 << 16

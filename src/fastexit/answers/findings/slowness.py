@@ -18,7 +18,7 @@ VERY = 100_000_000
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """The slowest exits of a VM, HLT and the like left out."""
     places = analysis.follower.of_vm(report.number)
-    slow = sorted((one for one in analysis.exits.slow if one.place in places), reverse=True)
+    slow = [one for one in analysis.exits.slow if one.place in places]
     if not slow:
         return []
     n = sum(count for place, count in analysis.exits.slow_count.items() if place in places)
