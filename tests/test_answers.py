@@ -57,6 +57,29 @@ def test_exits_by_reason_vcpu_and_second() -> None:
     assert report.halts.asleep == hlt.time
 
 
+def test_what_else_may_be_taken_fast() -> None:
+    text = """
+        0 1 kvm_exit: vcpu 0 reason MSR_WRITE rip 0x10 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0
+        0 2 kvm_nested_vmexit: vcpu 0 reason MSR_WRITE
+        0 3 kvm_msr: msr_write 6e0 = 0x5
+        0 4 kvm_exit: vcpu 0 reason MSR_WRITE rip 0x10 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0
+        0 5 kvm_msr: msr_write 6e0 = 0x5
+        0 6 kvm_exit: vcpu 0 reason VMCALL rip 0x10 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0
+        0 7 kvm_hypercall: nr 0x5 a0 0x2 a1 0x0 a2 0x0 a3 0xfd
+        0 8 kvm_exit: reason EXIT_INVD rip 0x10 info 0 0
+        0 9 kvm_cpuid: func 1 idx 0 rax 0 rbx 0 rcx 0 rdx 0, cpuid entry found
+    """
+    exits = {("MSR_WRITE", True): 1, ("MSR_WRITE", False): 1, ("HYPERCALL", False): 1, ("INVD", False): 1}
+    deadlines = {("TSC_DEADLINE write", True): 1, ("TSC_DEADLINE write", False): 1}
+    assert Analysis(recorded(text)).others(1) == exits | deadlines
+    lines = "\n".join(line for line in text.splitlines() if "exit" not in line) + "\n0 10 kvm_entry: vcpu 0"
+    assert Analysis(recorded(lines)).others(1) == {
+        ("CPUID", False): 1,
+        ("HYPERCALL", False): 1,
+        ("TSC_DEADLINE write", False): 2,
+    }
+
+
 def test_a_trace_without_entries_gives_counts_alone() -> None:
     report = answered("\n".join(line for line in EXITS.splitlines() if "entry" not in line))
     assert {row.reason: row.count for row in report.exits} == {"MSR_WRITE": 3, "HLT": 1, "CPUID": 1}
@@ -141,7 +164,7 @@ def test_the_bundled_guest_is_counted_as_grep_counts_it() -> None:
 
     assert sum(row.count for row in report.msrs) == grep(rb"kvm_msr:")
     assert sum(row.accepted for row in report.vectors) == grep(rb"kvm_apic_accept_irq:")
-    assert analysis.deadlines(vm) == grep(rb"msr_write 6e0 ")
+    assert analysis.others(vm) == {("TSC_DEADLINE write", False): grep(rb"msr_write 6e0 ")}
     doors = {(row.doing, row.door): row.count for row in report.doors}
     assert doors["IPI", "x2APIC MSR"] == grep(rb"kvm_apic_ipi:") == grep(rb"msr_write 830 ")
     assert doors["EOI", "x2APIC MSR"] == grep(rb"msr_write 80b ")

@@ -46,10 +46,18 @@ class Analysis:
         """IPIs of all VMs by what decides whether a kernel takes them fast."""
         return self.ipis.icrs()
 
-    def deadlines(self, vm: int) -> int:
-        """TSC_DEADLINE writes of a VM."""
-        places = self.follower.of_vm(vm)
-        return sum(n for place, n in self.msrs.deadlines.items() if place in places)
+    def others(self, vm: int) -> Counter[tuple[str, bool]]:
+        """What else of a VM a kernel may take fast: "TSC_DEADLINE write", and exits by plain reason; True: of L2.
+
+        Where exits were not recorded, "CPUID" and "HYPERCALL" are lines that stand for them.
+        """
+        found = self.exits.plain(vm)
+        if not found:
+            found += Counter({(name, False): n for name, n in self.waits.lines(vm).items() if n})
+        for nested, n in enumerate(self.ipis.deadlines(vm)):
+            if n:
+                found["TSC_DEADLINE write", bool(nested)] += n
+        return found
 
     def vm_of_lane(self, lane: int) -> int:
         """The VM of a thread that has a lane."""

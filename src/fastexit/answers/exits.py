@@ -145,6 +145,16 @@ class Exits:
                 found[self.reasons[reason]] += n
         return dict(ranked(found))
 
+    def plain(self, vm: int) -> Counter[tuple[str, bool]]:
+        """Exits of a VM by the reason that all tools and vendors share, and whether they were of L2."""
+        found: Counter[tuple[str, bool]] = Counter()
+        places = self._of(vm)
+        for (place, reason, nested), n in self._counts.items():
+            if place in places:
+                name = plain_reason(self.reasons[reason])
+                found["HYPERCALL" if name in ("VMCALL", "VMMCALL") else name, bool(nested)] += n
+        return found
+
     def rows(self, vm: int, seconds: float | None) -> list[ExitRow]:
         """The table of exits of a VM, most frequent first."""
         places = self._of(vm)

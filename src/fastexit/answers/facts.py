@@ -30,7 +30,7 @@ EXIT: ``key`` the reason's name plus one, ``value`` rip, ``x`` until the entry, 
 ACCEPT: ``key`` vector, ``source``, ``door`` of an IPI, ``gsi`` plus one, ``other`` the sender, ``value`` its exit until
 here, ``y`` delivery and trigger mode, ``flags`` 1 coalesced.
 ICR: ``key`` register, ``value`` destination << 32 | ICR, ``x`` targets, ``flags`` 1 of L2, 2 #GP.
-ACCESS: ``key`` register, ``door``.
+ACCESS: ``key`` register, ``door``, ``flags`` 1 of L2.
 ENTERED: an IPI's ``key`` vector, ``x`` accept to entry, ``y`` exit to entry.
 SERVED: the same, ``x`` entry to EOI, ``y`` accept to EOI.
 ENTRY: ``value`` rip, of an entry whose exit was not recorded."""

@@ -73,7 +73,7 @@ class Ipis:
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
         self._icrs: Tally[tuple[int, ...]] = Tally(TARGETS)
-        self._accesses: Counter[tuple[int, int, int]] = Counter()
+        self._accesses: Counter[tuple[int, int, int, int]] = Counter()
         self._latency = Durations()
         self._accepted: set[int] = set()
         self.first: dict[tuple[int, Door], int] = {}
@@ -102,9 +102,9 @@ class Ipis:
                     self.first.setdefault((numbers[pair // len(DOORS)], door), line)
         at = block.told(F.FACT_ACCESS)
         if len(at):
-            keys = vm_of[facts["place"][at]] << 16 | facts["key"][at] << 4 | facts["door"][at]
+            keys = vm_of[facts["place"][at]] << 17 | facts["key"][at] << 5 | facts["door"][at] << 1 | facts["flags"][at]
             for key, n in count(keys):
-                self._accesses[key >> 16, key >> 4 & 0xFFF, key & 15] += n
+                self._accesses[key >> 17, key >> 5 & 0xFFF, key >> 1 & 15, key & 1] += n
         at = block.told(F.FACT_ACCEPT)
         if len(at):
             place = facts["place"][at]
@@ -135,11 +135,17 @@ class Ipis:
         for icr, n in self.icrs().items():
             if icr.vm == vm:
                 counts[Doing.IPI.value, icr.door.value if icr.door else "not told"] += n
-        for (of, register, door), n in self._accesses.items():
+        for (of, register, door, _), n in self._accesses.items():
             at = DOORS[door]
             if of == index and at is not None and register in _DOING:
                 counts[_DOING[register].value, at.value] += n
         return [DoorRow(doing, door, n) for (doing, door), n in ranked(counts)]
+
+    def deadlines(self, vm: int) -> tuple[int, int]:
+        """TSC_DEADLINE writes of a VM, and of its nested guests."""
+        index, door = self._follower.places.vms.index(vm), int(F.DOOR_X2APIC)
+        own, nested = (self._accesses[index, int(F.REG_DEADLINE), door, l2] for l2 in (0, 1))
+        return own, nested
 
     def classes(self, vm: int) -> dict[int, list[tuple[str, int]]]:
         """ICR writes of a VM by class, under the MSR that was written, most frequent first."""

@@ -14,7 +14,7 @@ from fastexit import regs as R
 from fastexit.answers.facts import Block, Follower
 from fastexit.answers.msrnames import msr_name
 from fastexit.answers.report import MsrRow
-from fastexit.answers.tally import Tally, count, often, ranked
+from fastexit.answers.tally import Tally, often, ranked
 from fastexit.records.columns import Event
 
 VALUES = 8
@@ -74,8 +74,6 @@ class Msrs:
         self.held: dict[tuple[int, int], Held] = {}
         """By place and MSR, of those in ALIKE and KEPT."""
         self.lost: list[Lost] = []
-        self.deadlines: Counter[int] = Counter()
-        """TSC_DEADLINE writes by place."""
 
     def feed(self, block: Block) -> None:
         """A block of rows."""
@@ -103,10 +101,6 @@ class Msrs:
         watched = sound & np.isin(known, _WATCHED)
         if watched.any():
             self._feed_few(block, at[watched[inverse]], self._watch)
-        deadlines = sound & (known == R.MSR_TSC_DEADLINE) & (some >> _ONE & _ONE == 1)
-        if deadlines.any():
-            for place, n in count(self._follower.places.place_of(block.threads[at[deadlines[inverse]]])):
-                self.deadlines[place] += n
 
     def _feed_few(
         self, block: Block, at: npt.NDArray[np.intp], each: Callable[[int, int, int, bool, int], None]

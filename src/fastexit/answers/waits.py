@@ -43,9 +43,9 @@ class Waits:
         return Halts(hlts, waits, polls, exits.time_of(vm, HLT)) if hlts or waits or polls else None
 
     def lines(self, vm: int) -> dict[str, int]:
-        """Lines of a VM that stand for exits, where those were not recorded: "CPUID", "hypercall"."""
+        """Lines of a VM that stand for exits, where those were not recorded: "CPUID", "HYPERCALL"."""
         calls = self._rows(vm, Event.HYPERCALL, 0) + self._rows(vm, Event.HV_HYPERCALL, 0)
-        return {"CPUID": self._rows(vm, Event.CPUID, 0), "hypercall": calls}
+        return {"CPUID": self._rows(vm, Event.CPUID, 0), "HYPERCALL": calls}
 
 
 class Span:

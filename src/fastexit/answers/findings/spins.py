@@ -40,13 +40,13 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
         found.append(
             Finding(
                 "spin",
-                "problem" if long else "note",
+                "warning" if long else "note",
                 f"{analysis.vcpu_of_lane(lane)} is at 0x{int(row[int(F.L_SPIN_RIP)]):x} in {run:,} looks in a"
                 f" row{took}{cause}",
                 [int(row[int(F.L_SPIN_LINE)])],
                 "Only the host's interrupts and the like bring it out, and it is found at the same instruction: the"
-                " guest spins there. See what lies at that address (crash, gdb on QEMU's gdbstub, WinDbg), and"
-                " whether an interrupt that it waits for was ever accepted.",
+                " guest spins there, or idles without an exit (QEMU's cpu-pm=on, MWAIT). See what lies at that address"
+                " (crash, gdb on QEMU's gdbstub, WinDbg), and whether an interrupt that it waits for was accepted.",
             )
         )
     return found

@@ -34,6 +34,9 @@ class Series(NamedTuple):
 
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """The vectors that wait for an EOI at the end of the trace."""
+    places = analysis.follower.of_vm(report.number) - {0}
+    if any(analysis.follower.state[place - 1, int(F.P_APICV)] for place in places):
+        return []  # the CPU ends what KVM does not have to know of
     recorded = analysis.vectors.eois(report.number) > 0
     series = _open(analysis, report.number, MANY if recorded else FEW)
     if recorded:

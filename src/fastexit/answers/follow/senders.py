@@ -68,7 +68,7 @@ def begin(lanes, places, pool, out, lane, line, register):
 @kernel("u8(words, words, u8, u8, u8, u8)")
 def access(lanes, out, lane, register, door, line):
     """Write the fact of an access of which nothing but its door matters."""
-    word = w.FACT_ACCESS | (door << w.BYTE) | (register << U(32))
+    word = w.FACT_ACCESS | (door << w.BYTE) | (lanes[lane + w.L_NESTED] << U(24)) | (register << U(32))
     return emit(out, word, lanes[lane + w.L_PLACE], k.ZERO, NONE, NONE, NONE, line)
 
 
@@ -111,12 +111,15 @@ def msr_write(lanes, places, pool, out, rows, lane, row):
         register = k.APIC_TASKPRI
     elif k.MSR_HV_STIMER0_CONFIG <= msr and msr <= k.MSR_HV_STIMER3_COUNT:
         register = k.APIC_TMICT
+    elif msr == k.MSR_TSC_DEADLINE:
+        register = w.REG_DEADLINE
+        door = w.DOOR_X2APIC
     elif msr >> w.BYTE == w.BYTE:
         register = (msr & U(0xFF)) << U(4)
         door = w.DOOR_X2APIC
         if register == k.APIC_LVTT and not fault and lanes[lane + w.L_PLACE]:
             places[(lanes[lane + w.L_PLACE] - k.ONE) * w.P_STRIDE + w.P_LVTT] = (value & k.ICR_VECTOR) + k.ONE
-    if register == k.APIC_EOI or register == k.APIC_TASKPRI or register == k.APIC_TMICT:
+    if register == k.APIC_EOI or register == k.APIC_TASKPRI or register == k.APIC_TMICT or register == w.REG_DEADLINE:
         if lanes[lane + w.L_REG] != register + k.ONE:
             close_register(lanes, out, lane)
         lanes[lane + w.L_REG] = k.ZERO

@@ -38,8 +38,8 @@ FROM_IPI, FROM_MSI, FROM_IOAPIC, FROM_LINE, FROM_TIMER, FROM_SYNIC, FROM_STIMER,
     U(n) for n in range(1, 9)
 )
 
-REG_CALL = U(0xFFF)
-"""Stands for the register where an IPI is no register write."""
+REG_CALL, REG_DEADLINE = U(0xFFF), U(0xFFE)
+"""Stand for the register where an IPI is no register write, and for the MSR of the TSC deadline."""
 
 NOWHERE = k.LOW32
 """The lane of a row that has none: there is no room for its thread."""
