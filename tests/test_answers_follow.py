@@ -12,7 +12,7 @@ from fastexit.answers.analyse import Analysis
 from fastexit.answers.facts import DOORS, FACT, Follower, class_of
 from fastexit.answers.follow import words as F
 from fastexit.answers.ipis import NOT_RECORDED
-from fastexit.answers.places import Where, named_by_lines
+from fastexit.answers.places import Where
 from fastexit.records.columns import NO_TIME, RECORD, Event
 from fastexit.trace.doors import Door
 
@@ -374,6 +374,6 @@ def test_a_thread_of_no_vm_belongs_to_the_only_one() -> None:
     assert Analysis(recording).vms == [1]
     two = Where(np.array([1, 0, 0], np.int32), np.array([0, -1, -1], np.int32))
     assert Analysis(recording, two).vms == [1]
-    follower = Follower(recording, named_by_lines(recording))
+    follower = Follower(recording, two)
     assert sum(len(block.facts) for block in follower) == 2
     assert R.APIC_ICR == 0x300

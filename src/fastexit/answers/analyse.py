@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from fastexit.answers.exits import Exits
 from fastexit.answers.facts import Follower
 from fastexit.answers.findings import find
+from fastexit.answers.identity import Identity, identify
 from fastexit.answers.inhibits import Inhibits
 from fastexit.answers.ipis import Icr, Ipis
 from fastexit.answers.msrs import Msrs
-from fastexit.answers.places import Where, named_by_lines
+from fastexit.answers.places import Where
 from fastexit.answers.report import Clue, VmReport
 from fastexit.answers.vectors import Vectors
 from fastexit.answers.waits import Span, Waits
@@ -23,7 +23,7 @@ class Analysis:
 
     def __init__(self, recording: Recording, where: Where | None = None) -> None:
         self.recording: Recording = recording
-        self.where: Where = named_by_lines(recording) if where is None else where
+        self.where: Where = identify(recording).where if where is None else where
         self.follower: Follower = Follower(recording, self.where)
         self.span: Span = Span(recording, self.follower)
         self.exits: Exits = Exits(self.follower, recording.names, self.span.ticks)
@@ -110,13 +110,11 @@ class Analysis:
         return self.exits.windows(vm) or any(icr.vm == vm and icr.windows for icr in self.icrs())
 
 
-def analyse(
-    recording: Recording, where: Where | None = None, clues: Mapping[int, dict[str, Clue]] | None = None
-) -> list[VmReport]:
+def analyse(recording: Recording, identity: Identity | None = None) -> list[VmReport]:
     """Answer everything that a recording's rows tell, but for what other kernels would do.
 
-    ``where``: which thread is which vCPU of which VM; by default every thread whose name or lines name a vCPU is that
-    of one VM. A VM with number 0 is what belongs to none. ``clues``: what is known of each VM.
+    ``identity``: who is who, by default what the recording says. A VM with number 0 is what belongs to none.
     """
-    analysis = Analysis(recording, where)
-    return [analysis.report(vm, (clues or {}).get(vm)) for vm in analysis.vms]
+    who = identify(recording) if identity is None else identity
+    analysis = Analysis(recording, who.where)
+    return [analysis.report(vm, who.clues.get(vm)) for vm in analysis.vms]

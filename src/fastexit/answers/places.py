@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastexit.records.columns import Event, Recording, Rows
+from fastexit.records.columns import Event, Rows
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -24,33 +24,18 @@ VMS = 1024
 IDS = 4096
 """APIC ids below this have places."""
 
-_OWN = (Event.EXIT, Event.ENTRY, Event.EOI, Event.PV_EOI, Event.HV_TIMER, Event.HALT_POLL)
 NAMES_A_TARGET = np.zeros(256, bool)
 NAMES_A_TARGET[[Event.ACCEPT, Event.APICV_ACCEPT, Event.EOI, Event.PV_EOI]] = True
 
 
 class Where(NamedTuple):
-    """Of each thread of a Recording its VM (0 where it is of none) and its vCPU (-1 where it is none)."""
-
-    vm: Ints
-    vcpu: Ints
-
-
-def named_by_lines(recording: Recording) -> Where:
-    """Take every thread whose name or lines name one vCPU for that vCPU of VM 1: enough where a trace has one VM.
+    """Of each thread of a Recording its VM (0 where it is of none) and its vCPU (-1 where it is none).
 
     A last entry beyond the threads is that of lines without a thread.
     """
-    n = len(recording.threads)
-    vcpu = np.full(n + 1, -1, np.int32)
-    own = np.zeros(256, bool)
-    own[list(_OWN)] = True
-    for rows in recording.blocks:
-        told = rows[own[rows["event"]] & (rows["vcpu"] >= 0)]
-        vcpu[told["thread"]] = told["vcpu"]  # -1 is the last
-    names = np.array([*recording.vcpu_of, -1], np.int32)
-    vcpu = np.where(names >= 0, names, vcpu)
-    return Where(np.where(vcpu >= 0, 1, 0).astype(np.int32), vcpu)
+
+    vm: Ints
+    vcpu: Ints
 
 
 class Places:
