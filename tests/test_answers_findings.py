@@ -248,7 +248,7 @@ def test_exits_that_another_kernel_would_save() -> None:
     report.clues["generation"] = Clue("6.1", "trace")
     [finding] = kernels.find(report)
     assert finding.text == (
-        "6.12 would take 8 of 10 exits fast that are a HLT and save 800 to 1,600 cycles; this kernel takes 0: 8 more,"
+        "6.12 would take 8 of 10 exits of class HLT fast and save 800 to 1,600 cycles; this kernel takes 0: 8 more,"
         " 9 a second"
     )
     assert "no fast handler (10)" in finding.advice

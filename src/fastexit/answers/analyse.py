@@ -46,6 +46,10 @@ class Analysis:
         """IPIs of all VMs by what decides whether a kernel takes them fast."""
         return self.ipis.icrs()
 
+    def deadlines(self, vm: int) -> int:
+        """TSC_DEADLINE writes of a VM, those of its nested guests among them."""
+        return sum(self.ipis.deadlines(vm))
+
     def others(self, vm: int) -> Counter[tuple[str, bool]]:
         """What else of a VM a kernel may take fast: "TSC_DEADLINE write", and exits by plain reason; True: of L2.
 

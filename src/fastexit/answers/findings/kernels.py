@@ -40,8 +40,8 @@ def _said(report: VmReport, what: str, now: FastRow, best: FastRow) -> str:
     rate = f", {(best.fast - now.fast) / report.seconds:,.0f} a second" if report.seconds else ""
     saved = f" and save {best.saved_total[0]:,.0f} to {best.saved_total[1]:,.0f} cycles" if best.saved_total else ""
     return (
-        f"{best.kernel} would take {best.fast:,} of {now.total:,} exits fast that are a {what}{saved}; this kernel"
-        f" takes {now.fast:,}: {best.fast - now.fast:,} more{rate}"
+        f"{best.kernel} would take {best.fast:,} of {now.total:,} exits of class {what} fast{saved}; this kernel takes"
+        f" {now.fast:,}: {best.fast - now.fast:,} more{rate}"
     )
 
 
