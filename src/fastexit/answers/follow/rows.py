@@ -142,14 +142,12 @@ def _finish(lanes, places, pool, out, n):
 
 @entry
 @kernel("u8(u8, u8, u8, u8, u8, u8, u8, u8, u8, u8, u8)")
-def follow_rows(
-    rows, marks, n, lanes, n_lanes, places, n_places, pool, out, room,
-    over,
-):  # fmt: skip
+def follow_rows(rows, marks, n, lanes, n_lanes, places, n_places, pool, out, room, over):
     """Follow a block of rows, or with ``over`` end the file; the caller has checked every index in ``marks``."""
     held = open_words(lanes, n_lanes * w.L_STRIDE)
     at = open_words(places, n_places * w.P_STRIDE)
     waiting = open_words(pool, U(w.POOL + 1) * w.POOL_STRIDE)
+    waiting[w.POOL_LANES] = n_lanes
     facts = open_words(out, room * w.ROW)
     if over:
         return _finish(held, at, waiting, facts, n_lanes)

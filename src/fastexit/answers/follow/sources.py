@@ -159,6 +159,16 @@ def match(lanes, places, pool, out, lane):
     return k.ZERO
 
 
+@kernel("u8(words, words, words, words)")
+def _settle_all(lanes, places, pool, out):
+    """There is no room for another accept line: those that nothing explained so far are let go, of every lane."""
+    for i in range(pool[w.POOL_LANES]):
+        lane = U(i) * w.L_STRIDE
+        if lanes[lane + w.L_HEAD]:
+            settle(lanes, places, pool, out, lane, lanes[lane + w.L_OPEN])
+    return k.ZERO
+
+
 @kernel("u8(words, words, words, words, words, u8, u8, u8)")
 def accept(lanes, places, pool, out, rows, lane, row, target):
     """kvm_apic_accept_irq: what it does at its target, and whose it is, as far as that is known."""
@@ -196,10 +206,9 @@ def accept(lanes, places, pool, out, rows, lane, row, target):
         if places[place + w.P_HALTED] and places[place + w.P_CALLED] == NONE:
             places[place + w.P_CALLED] = time
             places[place + w.P_CALLED_LINE] = line
+    if not pool[0]:
+        _settle_all(lanes, places, pool, out)
     node = pool[0]
-    if not node:  # nothing that waits so long finds its source
-        settle(lanes, places, pool, out, lane, k.ZERO)
-        node = pool[0]
     if not node:
         return emit(
             out,

@@ -81,6 +81,8 @@ POOL_STRIDE = U(8)
 N_NEXT, N_WORD, N_TARGET, N_TIME, N_LINE, N_SENT, N_LABEL = (U(n) for n in range(7))
 POOL = 8192
 """Accept lines that may wait for their source, over all lanes; word 0 of the pool heads the list of free ones."""
+POOL_LANES = U(1)
+"""The word of the pool that has the number of lanes."""
 
 TRIGGER_VECTOR = k.ICR_VECTOR | k.ICR_TRIGGER
 SELF = U(1 << 18)
