@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from answered import answered, recorded, told
+from fastexit.answers import findings
 from fastexit.answers.analyse import Analysis, analyse
 from fastexit.answers.findings import kernels
 from fastexit.answers.report import Clue, FastRow
@@ -229,6 +233,17 @@ def test_two_excerpts_in_one_file() -> None:
     assert told(text) == [("note", "gap")]
     assert answered(text).exits[0].time is None
     assert told(text.replace("MSR_WRITE", "HLT")) == []
+
+
+def test_every_kind_is_declared() -> None:
+    found = set()
+    for source in Path(findings.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(source.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding":
+                kind = call.args[0]
+                options = [kind.body, kind.orelse] if isinstance(kind, ast.IfExp) else [kind]
+                found |= {option.value for option in options if isinstance(option, ast.Constant)}
+    assert found == findings.KINDS.keys()
 
 
 def test_lost_events() -> None:

@@ -153,6 +153,17 @@ def test_targets_are_not_invented_where_accept_lines_were_not_recorded() -> None
     assert report.sent == report.vectors == []
 
 
+def test_avic_tells_no_targets() -> None:
+    text = """
+        0 10 kvm_exit: vcpu 0 reason avic_incomplete_ipi rip 0x1 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0
+        0 11 kvm_avic_incomplete_ipi: vcpu=0, icrh:icrl=0x01000000:0x000000fd, id=1, index=1
+        0 12 kvm_entry: vcpu 0, rip 0x1
+        1 13 kvm_apic_accept_irq: apicid 1 vec 236 (Fixed|edge)
+    """
+    [icr] = Analysis(recorded(text)).icrs()
+    assert (icr.door, icr.icr, icr.targets) == (Door.AVIC, 0, NOT_RECORDED)
+
+
 def test_a_fault_is_no_ipi() -> None:
     analysis = Analysis(
         recorded(

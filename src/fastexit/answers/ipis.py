@@ -27,9 +27,10 @@ NOT_RECORDED = -1
 class Icr(NamedTuple):
     """IPIs that no kernel tells apart, but for vector and destination.
 
-    ``register``: APIC_ICR, APIC_SELF_IPI, or follow.REG_CALL for a hypercall. ``icr``: its low 32 bits without vector
-    and busy bit; ``broadcast``: the destination is all ones and no shorthand replaces it. ``targets``: accept lines,
-    NOT_RECORDED where the trace has none at all. ``nested``: L2 wrote it. ``faulted``: it ended in #GP.
+    ``register``: APIC_ICR, APIC_SELF_IPI, or REG_CALL of follow's words for a hypercall. ``icr``: its low 32 bits
+    without vector and busy bit; ``broadcast``: the destination is all ones and no shorthand replaces it. ``targets``:
+    accept lines, NOT_RECORDED where the trace has none at all or AVIC has delivered without one. ``nested``: L2 wrote
+    it. ``faulted``: it ended in #GP.
     """
 
     vm: int
@@ -123,7 +124,8 @@ class Ipis:
         found: Counter[Icr] = Counter()
         vms = self._follower.places.vms
         for (vm, door, register, low, broadcast, targets, flags), n in self._icrs.counts.items():
-            told = targets if vm in self._accepted else NOT_RECORDED
+            kicked = DOORS[door] is Door.AVIC and not targets  # AVIC has set IRR itself, and no line says whose
+            told = NOT_RECORDED if kicked or vm not in self._accepted else targets
             key = Icr(vms[vm], DOORS[door], register, low, bool(broadcast), told, bool(flags & 1), bool(flags & 2))
             found[key] += n
         return found
