@@ -20,6 +20,7 @@ from fastexit.answers.exits import SECONDS
 from fastexit.answers.places import Where
 from fastexit.answers.tally import Tally, often
 from fastexit.records.columns import NO_TIME
+from fastexit.trace.replay import replay
 
 EXITS = """
     0 1000000 kvm_exit: vcpu 0 reason MSR_WRITE rip 0x10 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0
@@ -198,10 +199,23 @@ def test_a_windows_like_guest_is_counted_as_it_counted_itself(name: str) -> None
         ("EOI", "EOI assist"): own["EOI_ASSIST"],
         ("TPR", "synthetic MSR"): own["TPR_MSR"],
         ("timer", "synthetic MSR"): own["TIMER"],
+        ("EOM", "synthetic MSR"): own["END_OF_MESSAGE"],
+        ("SynIC set-up", "synthetic MSR"): own["SINT_SET_UP"],
+        ("VP assist page", "synthetic MSR"): own["ASSIST_PAGE"],
     }
     assert report.halts is not None
     assert report.halts.hlts == own["HALTS"]
     assert {finding.kind for finding in report.findings} == {"windows-ipis-never-fast", "slow-exit"}
+
+
+def test_replay_counts_the_same() -> None:
+    path = DATA / "windows" / "kvm-7.3-x2apic.trace.xz"
+    [vm] = replay(path, kernels=()).vms
+    [report] = analyse(guest("windows/kvm-7.3-x2apic.trace.xz"))
+    assert {(row.doing, row.door): row.count for row in report.doors} == {
+        (doing.value, door.value): n for (doing, door), n in vm.doors.items()
+    }
+    assert {(row.sender, row.target): row.interrupts for row in report.sent} == dict(vm.sent)
 
 
 @given(st.lists(st.integers(0, 1 << 45), min_size=1, max_size=60), st.booleans())

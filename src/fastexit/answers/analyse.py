@@ -91,6 +91,7 @@ class Analysis:
     def report(self, vm: int, clues: dict[str, Clue] | None = None) -> VmReport:
         """The answers of one VM; ``clues`` (vendor, generation, ...) are taken over, and findings speak by them."""
         seconds = self.span.seconds(vm)
+        msrs = self.msrs.rows(vm, self.ipis.classes(vm))
         report = VmReport(
             self.recording.path,
             vm,
@@ -99,10 +100,10 @@ class Analysis:
             self.exits.rows(vm, seconds),
             vcpus=self.exits.vcpus(vm, self.threads(vm)),
             by_second=self.exits.by_second(vm),
-            msrs=self.msrs.rows(vm, self.ipis.classes(vm)),
+            msrs=msrs,
             vectors=self.vectors.rows(vm, linux=not self.windows(vm)),
             sent=self.vectors.sent(vm),
-            doors=self.ipis.doors(vm),
+            doors=self.ipis.doors(vm, msrs),
             halts=self.waits.halts(vm, self.exits),
             latency=self.ipis.latency(vm),
         )

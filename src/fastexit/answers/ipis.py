@@ -11,9 +11,9 @@ from fastexit import regs as R
 from fastexit.answers.durations import Durations
 from fastexit.answers.facts import DOORS, Block, Follower
 from fastexit.answers.follow import words as F
-from fastexit.answers.report import DoorRow, LatencyRow
+from fastexit.answers.report import DoorRow, LatencyRow, MsrRow
 from fastexit.answers.tally import Tally, count, often, ranked
-from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door
+from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door, doing_of_synthetic
 from fastexit.trace.report import FAULTED, IcrClass
 
 TARGETS = 1 << 16
@@ -130,8 +130,8 @@ class Ipis:
             found[key] += n
         return found
 
-    def doors(self, vm: int) -> list[DoorRow]:
-        """The table of a VM's doors: what it did by which, most frequent first."""
+    def doors(self, vm: int, msrs: list[MsrRow]) -> list[DoorRow]:
+        """The table of a VM's doors: what it did by which, most frequent first; ``msrs`` are all of its MSRs."""
         index = self._follower.places.vms.index(vm)
         counts: Counter[tuple[str, str]] = Counter()
         for icr, n in self.icrs().items():
@@ -141,7 +141,11 @@ class Ipis:
             at = DOORS[door]
             if of == index and at is not None and register in _DOING:
                 counts[_DOING[register].value, at.value] += n
-        return [DoorRow(doing, door, n) for (doing, door), n in ranked(counts)]
+        for row in msrs:
+            doing = doing_of_synthetic(row.msr)
+            if row.write and doing is not None and doing is not Doing.TIMER:
+                counts[doing.value, Door.SYNTHETIC.value] += row.count - row.faults
+        return [DoorRow(doing, door, n) for (doing, door), n in ranked(+counts)]
 
     def deadlines(self, vm: int) -> tuple[int, int]:
         """TSC_DEADLINE writes of a VM, and of its nested guests."""
