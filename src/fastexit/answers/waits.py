@@ -63,23 +63,25 @@ class Span:
 
     def feed(self, block: Block) -> None:
         """A block of rows."""
-        for event, n in count(block.events):
-            self.events[event] += n
+        counts = np.bincount(block.events, minlength=256)
+        for event in np.flatnonzero(counts).tolist():
+            self.events[event] += int(counts[event])
+        alone = len(self._follower.places.vms) == 1
         vms = block.vms
-        for vm, n in enumerate(np.bincount(vms).tolist()):
+        for vm, n in enumerate([len(vms)] if alone else np.bincount(vms).tolist()):
             if n:
                 self._rows[vm] += n
         times = np.ascontiguousarray(block.rows["time"])
         known = times != NO_TIME
-        if not known.any():
+        if not known.all():
+            times, vms = times[known], vms[known]
+        if not len(times):
             return
-        told = times[known]
         if self.first == NO_TIME:
-            self.first = int(told[0])
-        self.last = max(self.last, int(told.max()))
-        vms = vms[known]
-        for vm in np.unique(vms).tolist():
-            mine = told[vms == vm]
+            self.first = int(times[0])
+        self.last = max(self.last, int(times.max()))
+        for vm in [0] if alone else np.unique(vms).tolist():
+            mine = times if alone else times[vms == vm]
             low, high = int(mine.min()), int(mine.max())
             before = self._of.get(vm, (low, high))
             self._of[vm] = min(low, before[0]), max(high, before[1])
