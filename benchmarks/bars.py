@@ -81,6 +81,10 @@ BARS = {
     "14 memory": Bar(
         "columns: peak memory at four times the length over once", "x", 1.1, 1.0, cases=("four times the length",)
     ),
+    "15": Bar("columns into answers", "lines/s", 1_700_000, 3_000_000, most=False, cases=("a trace 8 times over",)),
+    "15 memory": Bar(
+        "answers: peak memory at four times the length over once", "x", 1.1, 1.0, cases=("four times the length",)
+    ),
     "12": Bar(
         "compiled dispatcher: one exit with its Outcome or value, over a bare call with 3 arguments",
         "x",

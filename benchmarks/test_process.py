@@ -1,4 +1,4 @@
-"""Rows 8 to 11 and 14, each in processes of its own: import, first exit, memory of a vCPU, traces."""
+"""Rows 8 to 11, 14 and 15, each in processes of its own: import, first exit, memory of a vCPU, traces."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bars import ROOT, Record
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import need_times
 
+from fastexit.answers.analyse import Analysis
+from fastexit.answers.identity import identify
 from fastexit.records import read
 from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
@@ -83,6 +85,24 @@ for _ in range(int(sys.argv[2])):
     rates.append(recording.lines / (time.process_time() - start))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([rates, peak, recording.lines, recording.unreadable_count]))
+"""
+
+ANSWER = """
+import json, resource, sys, time
+from fastexit.answers.analyse import Analysis
+from fastexit.answers.identity import identify
+from fastexit.records import read
+short = read(sys.argv[3])
+Analysis(short, identify(short).where)
+recording = read(sys.argv[1])
+where = identify(recording).where
+rates = []
+for _ in range(int(sys.argv[2])):
+    start = time.process_time()
+    reports = [analysis.report(vm) for analysis in [Analysis(recording, where)] for vm in analysis.vms]
+    rates.append(recording.lines / (time.process_time() - start))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([rates, peak, recording.lines, sum(row.accepted for report in reports for row in report.vectors)]))
 """
 
 
@@ -216,3 +236,20 @@ def test_read(benchmark: BenchmarkFixture, record: Record) -> None:
     assert not unreadable
     record.add("14", "a trace 8 times over", statistics.median(rates + longer), lines=lines)
     record.add("14 memory", "four times the length", grown / peak)
+
+
+def test_answer(benchmark: BenchmarkFixture, record: Record) -> None:
+    """Row 15: every table and finding of a report from the columns, who is who being known; memory as in row 14."""
+    benchmark.group = "columns into answers"
+    short = str(_lengthened(1))
+    recording = read(short)
+    where = identify(recording).where
+    analysis = benchmark.pedantic(Analysis, args=(recording, where), rounds=REPLAYS, warmup_rounds=1)
+    benchmark.extra_info["lines"] = recording.lines
+    need_times(benchmark)
+    once, four = str(_lengthened(8)), str(_lengthened(32))
+    rates, peak, lines, accepted = json.loads(_python(ANSWER, once, "3", short)[0])
+    longer, grown, _, _ = json.loads(_python(ANSWER, four, "1", short)[0])
+    assert accepted == 8 * sum(row.accepted for vm in analysis.vms for row in analysis.report(vm).vectors)
+    record.add("15", "a trace 8 times over", statistics.median(rates + longer), lines=lines)
+    record.add("15 memory", "four times the length", grown / peak)
