@@ -201,6 +201,24 @@ def test_msrs_that_fault() -> None:
     assert told(repeated("0 1 kvm_msr: msr_write 123 = 0x0 (#GP)", 100, 10)) == [("warning", "msr-fault-loop")]
 
 
+FAULTS = """
+    0 1 kvm_exit: reason EXIT_MSR rip 0x4015c2 info 0 0
+    0 2 kvm_msr: msr_read ce = 0x0 (#GP)
+    0 3 kvm_inj_exception: #GP (0x0)
+    0 4 kvm_entry: vcpu 0
+"""
+
+
+@pytest.mark.parametrize(("n", "severity"), [(2, "note"), (300, "warning")])
+def test_an_exception_at_one_address(n: int, severity: str) -> None:
+    text = repeated(FAULTS, n, 10)
+    assert (severity, "exception-loop") in told(text)
+    assert f"vCPU 0 is given #GP {n if n > 2 else 'twice'}" in one(text, "exception-loop")
+    assert "in a row at 0x4015c2" in one(text, "exception-loop")
+    between = FAULTS + "0 5 kvm_exit: reason CPUID rip 0x4015d0 info 0 0\n0 6 kvm_entry: vcpu 0"
+    assert "exception-loop" not in {kind for _, kind in told(repeated(between, n, 10))}
+
+
 def test_msrs_that_differ_between_vcpus() -> None:
     alike = """
         0 1 kvm_msr: msr_read 3a = 0x0

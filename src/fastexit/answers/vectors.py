@@ -120,6 +120,7 @@ class Vectors:
             self.levels.update(zip(level["place"].tolist(), level["key"].tolist(), strict=True))
         if self._ticks or first == NO_TIME or not len(accepts):
             return
+        accepts = accepts[accepts["time"] != NO_TIME]
         seconds = (accepts["time"] - first) // 1_000_000_000
         lines = accepts["line"]
         keys = np.clip(seconds, 0, 1 << 34) << 21 | accepts["place"].astype(np.int64) << 8 | accepts["key"]

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastexit.answers.findings import differences, faults, gaps, halts, inhibits, losses, slowness, spins, storms, stuck
+from fastexit.answers.findings import (
+    differences,
+    exceptions,
+    faults,
+    gaps,
+    halts,
+    inhibits,
+    losses,
+    slowness,
+    spins,
+    storms,
+    stuck,
+)
 from fastexit.answers.findings import windows as windows_ipis
 from fastexit.answers.report import Finding, VmReport
 
@@ -12,7 +24,7 @@ if TYPE_CHECKING:
     from fastexit.answers.analyse import Analysis
 
 _ALL = (
-    *(stuck.find, storms.find, spins.find, halts.find, inhibits.find, windows_ipis.find, faults.find),
+    *(stuck.find, storms.find, spins.find, exceptions.find, halts.find, inhibits.find, windows_ipis.find, faults.find),
     *(differences.find, slowness.find, losses.find, gaps.find),
 )
 KINDS = {
@@ -22,6 +34,7 @@ KINDS = {
     "level-storm": "a level interrupt comes back at once after its EOI",
     "interrupt-storm": "very many interrupts of one vector in a second, and no IPIs",
     "spin": "a vCPU is at one address at exit after exit",
+    "exception-loop": "a vCPU is given the same exception at one address again and again",
     "halt-not-woken": "a vCPU sleeps although it accepted an interrupt",
     "apicv-inhibited": "APICv or AVIC is switched off, and by what",
     "windows-ipis-never-fast": "IPIs by doors that no kernel's fast path looks at",

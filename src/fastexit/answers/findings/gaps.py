@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """Where a thread's exit was given up because its next line came too late."""
+    if analysis.span.ticks:
+        return []
     follower = analysis.follower
     lines = [
         int(row[int(F.L_GAP)])

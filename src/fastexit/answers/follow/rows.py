@@ -14,7 +14,7 @@ from fastexit.answers.follow.senders import (
     msr_write,
 )
 from fastexit.answers.follow.sources import accept, match, raised, settle
-from fastexit.answers.follow.vcpus import enter, eoi, finish_exit, gap, inject, leave, page_fault
+from fastexit.answers.follow.vcpus import enter, eoi, exception, finish_exit, gap, inject, leave, page_fault
 from fastexit.answers.follow.words import NONE, U
 from fastexit.jit.declare import entry, kernel, open_words
 from fastexit.kernels import typed as k
@@ -66,6 +66,9 @@ def _follow(rows, marks, lanes, places, pool, out, n):
             continue
         if event == w.E_PAGE_FAULT:
             page_fault(lanes, rows, lane, row)
+            continue
+        if event == w.E_INJ_EXCEPTION:
+            exception(lanes, rows, lane, row)
             continue
         if event == w.E_APIC_IPI:
             have = lanes[lane + w.L_HAVE]

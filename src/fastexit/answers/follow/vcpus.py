@@ -66,6 +66,8 @@ def leave(lanes, places, out, rows, lane, row, kind):
     lanes[lane + w.L_NESTED] = k.ZERO
     lanes[lane + w.L_FRESH] = k.ONE
     lanes[lane + w.L_SKIP] = k.ZERO
+    if lanes[lane + w.L_FAULT_RIP] != rip:
+        lanes[lane + w.L_FAULT_RIP] = k.ZERO  # it has got further
     _run(lanes, lane, rip, line, rows[row], k.ONE if kind == w.CLASS_AGAIN else k.ZERO)
     if lanes[lane + w.L_PLACE]:
         place = (lanes[lane + w.L_PLACE] - k.ONE) * w.P_STRIDE
@@ -159,6 +161,28 @@ def inject(lanes, places, lane, vector, again, line):
         for i in range(places[place + w.P_WAITING]):
             if places[place + w.P_WAIT0 + U(i)] == vector:
                 places[place + w.P_WAIT0 + U(i)] = vector | (k.ONE << U(32))
+    return k.ZERO
+
+
+@kernel("u8(words, words, u8, u8)")
+def exception(lanes, rows, lane, row):
+    """kvm_inj_exception: the same one at the same address as the one before, or another."""
+    name = (rows[row + U(6)] + k.ONE) & k.LOW32
+    line = rows[row + U(5)] & k.LOW32
+    rip = lanes[lane + w.L_EXIT_RIP]
+    if not lanes[lane + w.L_EXIT_LINE] or not rip:
+        return k.ZERO
+    if lanes[lane + w.L_FAULT_RIP] != rip or lanes[lane + w.L_FAULT_NAME] != name:
+        lanes[lane + w.L_FAULT_RIP] = rip
+        lanes[lane + w.L_FAULT_NAME] = name
+        lanes[lane + w.L_FAULT_RUN] = k.ZERO
+        lanes[lane + w.L_FAULT_LINE] = line
+    lanes[lane + w.L_FAULT_RUN] += k.ONE
+    if lanes[lane + w.L_FAULT_RUN] > lanes[lane + w.L_FAULTS]:
+        lanes[lane + w.L_FAULTS] = lanes[lane + w.L_FAULT_RUN]
+        lanes[lane + w.L_FAULTS_RIP] = rip
+        lanes[lane + w.L_FAULTS_NAME] = name
+        lanes[lane + w.L_FAULTS_LINE] = lanes[lane + w.L_FAULT_LINE]
     return k.ZERO
 
 

@@ -18,8 +18,8 @@ SIGN = U(63)
 E_EXIT, E_ENTRY, E_MSR, E_APIC, E_APIC_IPI, E_ACCEPT, E_EOI, E_PV_EOI, E_INJ_VIRQ = (U(n) for n in range(2, 11))
 E_SET_IRQ, E_IOAPIC_SET_IRQ, E_MSI_SET_IRQ, E_MMIO = U(12), U(13), U(14), U(18)
 E_HYPERCALL, E_HV_HYPERCALL, E_HV_SEND_IPI, E_HV, E_APICV_ACCEPT = (U(n) for n in range(19, 24))
-E_NESTED_VMEXIT, E_PAGE_FAULT, E_CR, E_AVIC = U(25), U(30), U(32), U(33)
-BESIDE = U(sum(1 << n for n in (0, 1, 11, 15, 16, 26, 28, 29, 34, 35, 36, 37, 38)))
+E_INJ_EXCEPTION, E_NESTED_VMEXIT, E_PAGE_FAULT, E_CR, E_AVIC = U(11), U(25), U(30), U(32), U(33)
+BESIDE = U(sum(1 << n for n in (0, 1, 15, 16, 26, 28, 29, 34, 35, 36, 37, 38)))
 """Events that neither end nor continue anything: a bit each."""
 
 FACT_EXIT, FACT_ACCEPT, FACT_ICR, FACT_ACCESS, FACT_ENTERED, FACT_SERVED, FACT_ENTRY = (U(n) for n in range(1, 8))
@@ -43,7 +43,7 @@ REG_CALL, REG_DEADLINE = U(0xFFF), U(0xFFE)
 
 NOWHERE = k.LOW32
 """The lane of a row that has none: there is no room for its thread."""
-L_STRIDE = U(48)
+L_STRIDE = U(56)
 (
     L_PLACE, L_EXIT_TIME, L_EXIT_LINE, L_EXIT_NAME, L_EXIT_RIP, L_EXIT_CLASS, L_EXIT_INFO, L_NESTED, L_FRESH,
     L_OPEN, L_DOOR, L_ICR, L_HAVE, L_TARGETS, L_ICR_LINE, L_FAULT, L_DEST, L_REGISTER,
@@ -51,14 +51,16 @@ L_STRIDE = U(48)
     L_RIP, L_RUN, L_RUN_LINE, L_RUN_TIME, L_SPIN, L_SPIN_RIP, L_SPIN_LINE, L_SPIN_NS,
     L_AGAIN, L_AGAIN_RUN, L_AGAIN_LINE, L_AGAIN_MOST, L_AGAIN_VECTOR, L_AGAIN_FIRST, L_LAST_LINE,
     L_EXIT_CPU, L_PAGE, L_PAGE_RUN, L_PAGE_LINE, L_AGAIN_PAGE, L_AGAIN_PAGE_LINE, L_GAP,
-) = (U(n) for n in range(47))  # fmt: skip
+    L_FAULT_RIP, L_FAULT_NAME, L_FAULT_RUN, L_FAULT_LINE, L_FAULTS, L_FAULTS_RIP, L_FAULTS_NAME, L_FAULTS_LINE,
+) = (U(n) for n in range(55))  # fmt: skip
 """A lane's words. ``L_PLACE`` is a place plus one, 0 for a thread that is no vCPU. From ``L_EXIT_TIME``: the exit that
 has no entry yet (``L_EXIT_LINE`` not 0). From ``L_OPEN``: the ICR write in the making. From ``L_SOURCE``: what raises
 the next accept lines, and the list of those whose source is not known. ``L_REG``: the APIC register (plus one) of a
 write whose door is not known. ``L_RIP`` to ``L_RUN_TIME``: exits in a row at one address that end no instruction;
 ``L_SPIN``...: the longest such run. ``L_AGAIN``...: a vector that is injected again and again, with the address whose
 page fault stands before each of these; ``L_PAGE``...: page faults in a row at one address; ``L_GAP``: the line behind
-the last gap."""
+the last gap. ``L_FAULT_RIP`` to ``L_FAULT_LINE``: an exception that is injected in a row at one address, and
+``L_FAULTS``...: most often."""
 
 P_IN, P_APICV, P_INJECTS, P_WAITING, P_WAIT0 = (U(n) for n in range(5))
 P_LVTT, P_ENTRIES, P_HALTED, P_CALLED, P_CALLED_LINE = (U(n) for n in range(12, 17))
