@@ -96,6 +96,16 @@ def test_exits_of_a_nested_guest_have_a_column() -> None:
     assert re.search(r"^CPUID +10 +4 +100 %", printed(report(vm(exits=exits))), re.MULTILINE)
 
 
+def test_names_of_reasons_are_whole() -> None:
+    long = [ExitRow("EXTERNAL_INTERRUPT", 10**6, 1.0, 10.0, vm().exits[0].time, 1.0)]
+    assert "EXTERNAL_INTERRUPT" in printed(report(vm(exits=long)))
+
+
+def test_seconds_without_exits_are_counted() -> None:
+    text = printed(report(vm(by_second=[{"HLT": 1}, {}, {}, {"HLT": 2}])))
+    assert re.search(r"^ +0 +1 .*\n +3 +2 .*\nIn 2 other seconds there was no exit\.$", text, re.MULTILINE)
+
+
 def test_worst_finding_first() -> None:
     findings = [
         Finding("a", "note", "first note"),

@@ -17,6 +17,8 @@ from fastexit.pages.sheets import Column, Sheet
 
 LIMIT = 400
 """Rows of a table in the page."""
+HALF = 4
+"""Tables of so many columns take half the width."""
 CHARTED = 8
 """So many VMs have charts; those with the most exits."""
 TOLD = 60
@@ -72,6 +74,7 @@ def page(report: Report) -> str:
         foreign=sheets.of_files(report.files),
         closing=_closing(report),
         limit=LIMIT,
+        half=HALF,
     )
 
 
@@ -97,12 +100,16 @@ def _lines(report: Report) -> list[str]:
 def _tiles(vm: VmReport) -> list[tuple[str, str]]:
     """What one looks at first."""
     total = sum(row.count for row in vm.exits)
-    made = [("exits", f"{total:,}")] if vm.exits else []
+    made = [("recorded", duration(vm.seconds * 1e9))] if vm.seconds else []
+    if vm.exits:
+        made.append(("exits", f"{total:,}"))
     if vm.seconds and total:
         made.append(("exits a second", rate(total / vm.seconds)))
     if vm.exits and total:
         first = max(vm.exits, key=lambda row: row.count)
         made.append((f"most frequent: {share(first.count / total)}", clean(first.reason)))
+    if vm.sent and not vm.exits:
+        made.append(("interrupts by IPIs", f"{sum(row.interrupts for row in vm.sent):,}"))
     longest = max(
         (row.time.maximum for row in vm.exits if row.time and row.reason.lower() not in ("hlt", "exit_hlt")),
         default=None,
@@ -130,7 +137,8 @@ def _vm(report: Report, vm: VmReport, key: str, charted: bool) -> _Vm:
         for one in wanted:
             if one not in open_tables:
                 del tables[one]
-    parts += [_Part(sheets=[sheet]) for sheet in tables.values()]
+    rest = sorted(tables.values(), key=lambda sheet: len(sheet.columns) > HALF)
+    parts += [_Part(sheets=[sheet]) for sheet in rest]
     return _Vm(
         key,
         _name(vm) if len(report.vms) > 1 else "The virtual machine" if vm.number else "Exits of no VM in particular",

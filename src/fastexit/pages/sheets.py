@@ -63,7 +63,7 @@ def of_vm(vm: VmReport, clock: str = "ns") -> list[Sheet]:
         *_fast(vm),
         _switches(vm),
     ]
-    return [sheet for sheet in sheets if sheet.rows]
+    return [_without_empty(sheet) for sheet in sheets if sheet.rows]
 
 
 def of_files(files: list[FileReport]) -> list[Sheet]:
@@ -147,8 +147,10 @@ def _seconds(vm: VmReport) -> Sheet:
     sheet = Sheet("seconds", "Exits by second", _columns("#second", "#exits", "most frequent"))
     if len(vm.by_second) > 1:
         for i, reasons in enumerate(vm.by_second):
-            total = sum(reasons.values())
-            sheet.rows.append([f"{i:,}", count(total), most(reasons.items(), total)])
+            if total := sum(reasons.values()):
+                sheet.rows.append([f"{i:,}", count(total), most(reasons.items(), total)])
+        if quiet := len(vm.by_second) - len(sheet.rows):
+            sheet.note = f"In {count(quiet, 'other second')} there was no exit."
     return sheet
 
 
@@ -272,23 +274,15 @@ def _fast(vm: VmReport) -> list[Sheet]:
 
 
 def _switches(vm: VmReport) -> Sheet:
-    columns = _columns("switch", "#exits now", "#then", "#fewer", "why", "#cycles saved?")
+    columns = _columns("switch", "spares", "#exits now??", "#then??", "#fewer", "why???", "#cycles saved?")
     sheet = Sheet("switches", "What a switch of the host would change", columns)
     for row in vm.switches:
-        fewer = (row.exits_before - row.exits_after) / row.exits_before if row.exits_before else 0.0
-        sheet.rows.append(
-            [
-                clean(row.switch),
-                count(row.exits_before),
-                count(row.exits_after),
-                share(fewer),
-                clean(row.why),
-                between(row.saved_total),
-            ]
-        )
-    if not any(row.saved_total for row in vm.switches):
-        sheet.columns.pop()
-        sheet.rows = [cells[:-1] for cells in sheet.rows]
+        gone = "; ".join(f"{n:,} {clean(what)}" for what, n in sorted(row.gone.items(), key=lambda pair: -pair[1])[:4])
+        exits = ["", "", ""]
+        if row.exits_before:
+            fewer = share((row.exits_before - row.exits_after) / row.exits_before)
+            exits = [count(row.exits_before), count(row.exits_after), fewer]
+        sheet.rows.append([clean(row.switch), gone, *exits, clean(row.why), between(row.saved_total)])
     return sheet
 
 
@@ -307,7 +301,7 @@ def _foreign(file: FileReport) -> Iterable[Sheet]:
 
 def _without_empty(sheet: Sheet) -> Sheet:
     """Columns that no row fills say nothing."""
-    kept = [i for i in range(len(sheet.columns)) if any(row[i] not in ("", "-") for row in sheet.rows)]
+    kept = [i for i in range(len(sheet.columns)) if not i or any(row[i] not in ("", "-") for row in sheet.rows)]
     sheet.columns = [sheet.columns[i] for i in kept]
     sheet.rows = [[row[i] for i in kept] for row in sheet.rows]
     return sheet

@@ -18,7 +18,7 @@ LIMIT = 20
 """Rows of a table that are shown unless all are asked for."""
 
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold cyan"}
-_LEAST = 12
+_LEAST = 24
 _GAP = 2
 
 
@@ -112,7 +112,7 @@ def _width(columns: list[Column], rows: list[list[str]], i: int) -> int:
 def _fitting(columns: list[Column], rows: list[list[str]], room: int) -> list[int]:
     """Which columns fit, words taken at the width that they can be folded to."""
     widths = [_width(columns, rows, i) for i in range(len(columns))]
-    least = [width if column.number else min(width, 2 * _LEAST) for width, column in zip(widths, columns, strict=True)]
+    least = [width if column.number else min(width, _LEAST) for width, column in zip(widths, columns, strict=True)]
     kept = list(range(len(columns)))
     while sum(least[i] + _GAP for i in kept) > room and (ranks := max(columns[i].rank for i in kept)):
         kept.remove(next(i for i in kept if columns[i].rank == ranks))
