@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import browser
-from fastexit.answers.report import FileReport, Report, SentRow, VmReport
+from fastexit.answers.report import FileReport, Finding, Report, SentRow, VmReport
 from markup import Parsed
 from reports import file, report, table, vm
 from test_pages_text import hostile_report
@@ -127,6 +127,16 @@ def test_many_vms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count('<section id="vm') == 3
     assert "2 VMs with fewer exits: in the overview alone" in text
     assert all(f"host{i}.trace" in text for i in range(5))
+
+
+def test_many_findings_and_vms_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "CHARTED", 0)
+    findings = [Finding("a", "note", f"finding {i}.") for i in range(6)]
+    text = html.page(report(*(vm(number=i, findings=findings) for i in range(1, 15))))
+    closed = text.split("<details><summary>and 44 more")[1].split("</details>")[0]
+    assert closed.count("<li") == 44
+    assert text.count("finding 3.") == 14
+    assert "<details><summary>14 virtual machines</summary>" in text
 
 
 @pytest.mark.parametrize("name", ["jinja2", "matplotlib"])

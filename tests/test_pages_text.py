@@ -117,6 +117,16 @@ def test_worst_finding_first() -> None:
     assert lines[at + 1 : at + 4] == ["problem: the problem (line 7)", "note: first note", "note: odd"]
 
 
+def test_many_findings_end_and_long_ones_do_not() -> None:
+    advice = "look at the guest's clock " * 40
+    findings = [Finding("a", "note", f"finding {i}.", [], advice) for i in range(50)]
+    text = printed(report(vm(findings=findings)))
+    assert text.count("note: finding") == 20
+    assert "and 30 more (--all)" in text
+    assert advice.rstrip() in text
+    assert printed(report(vm(findings=findings)), limit=None).count("note: finding") == 50
+
+
 def hostile_report() -> Report:
     """Every field of text is hostile."""
     bad = vm(

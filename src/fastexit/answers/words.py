@@ -7,7 +7,7 @@ from collections.abc import Iterable
 _LONGEST = 300
 
 
-def clean(text: object) -> str:
+def clean(text: object, longest: int = _LONGEST) -> str:
     r"""``text`` with everything that a terminal or a page could act on spelled out, and cut where it has no end.
 
     Thread names are a guest's or a user's own words: escape sequences, line ends, and marks that turn text around.
@@ -16,7 +16,7 @@ def clean(text: object) -> str:
     'CPU 0/KVM\\x1b[31m'
     """
     told = str(text)
-    shown = told[:_LONGEST] + ("..." if len(told) > _LONGEST else "")
+    shown = told[:longest] + ("..." if len(told) > longest else "")
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -228,9 +228,9 @@ def _levels(least: int, most: int) -> Callable[[int], int]:
 
 
 def _sent(vm: VmReport, clock: str, key: str) -> Chart | None:
-    if not any(row.interrupts > 0 for row in vm.sent):
-        return None
     ids = sorted({row.sender for row in vm.sent} | {row.target for row in vm.sent})
+    if len(ids) < 2 or not any(row.interrupts > 0 for row in vm.sent):
+        return None
     step = math.ceil(len(ids) / _CELLS)
     labels = [
         str(ids[i]) if step == 1 else f"{ids[i]}-{ids[min(i + step, len(ids)) - 1]}" for i in range(0, len(ids), step)

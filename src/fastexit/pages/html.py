@@ -21,6 +21,8 @@ HALF = 4
 """Tables of so many columns take half the width."""
 CHARTED = 8
 """So many VMs have charts; those with the most exits."""
+FINDINGS = 40
+"""So many findings are seen at once; the others can be opened."""
 TOLD = 60
 """So many VMs have a part of their own."""
 
@@ -75,6 +77,7 @@ def page(report: Report) -> str:
         closing=_closing(report),
         limit=LIMIT,
         half=HALF,
+        first=FINDINGS,
     )
 
 

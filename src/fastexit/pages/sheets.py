@@ -14,6 +14,7 @@ MATRIX = 8
 
 
 _NAME = 40
+_SENTENCES = 4000
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _switches(vm: VmReport) -> Sheet:
         if row.exits_before:
             fewer = share((row.exits_before - row.exits_after) / row.exits_before)
             exits = [count(row.exits_before), count(row.exits_after), fewer]
-        sheet.rows.append([clean(row.switch), gone, *exits, clean(row.why), between(row.saved_total)])
+        sheet.rows.append([clean(row.switch), gone, *exits, clean(row.why, _SENTENCES), between(row.saved_total)])
     return sheet
 
 
@@ -377,5 +378,5 @@ def findings(report: Report, place: Place) -> list[Told]:
         for one in vm.findings:
             severity = one.severity if one.severity in SEVERITIES else SEVERITIES[-1]
             where = "; ".join(filter(None, (place(vm), at_lines(one.lines))))
-            told.append(Told(severity, clean(one.text), where, clean(one.advice)))
+            told.append(Told(severity, clean(one.text, _SENTENCES), where, clean(one.advice, _SENTENCES)))
     return sorted(told, key=lambda one: SEVERITIES.index(one.severity))

@@ -30,11 +30,13 @@ def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
     if told:
         console.print()
         _say(console, "Findings", style="bold")
-    for one in told:
+    for one in told if limit is None else told[:limit]:
         where = f" ({one.where})" if one.where else ""
         _say(console, (f"{one.severity}: ", _STYLES[one.severity]), f"{one.text}{where}")
         if one.advice:
             _say(console, (f"  {one.advice}", "dim"))
+    if limit is not None and len(told) > limit:
+        _say(console, (f"and {len(told) - limit:,} more (--all)", "dim"))
     if len(report.vms) > 1:
         show(sheets.overview(report), console, limit)
         show(sheets.everywhere(report), console, limit)
