@@ -240,7 +240,5 @@ def test_nothing_to_draw_is_one_line(tmp_path: Path) -> None:
 def test_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "perfetto" or name.startswith("perfetto.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"^Perfetto traces need its package: pip install 'fastexit\[perfetto\]'$"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"^Perfetto traces need its package: pip install perfetto$"):
         perfetto.write(recording(IPI), WHERE, tmp_path / "out")

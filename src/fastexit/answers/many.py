@@ -277,7 +277,7 @@ def _on_dask(
         from distributed import Client
         from distributed import wait as wait_for
     except ModuleNotFoundError:
-        missing = "a Dask cluster needs distributed: pip install 'fastexit[fleet]'"
+        missing = "a Dask cluster needs distributed: pip install distributed"
         raise ModuleNotFoundError(missing, name="distributed") from None
     pickled = _pickled(one)
     client = dask

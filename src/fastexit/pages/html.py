@@ -49,7 +49,7 @@ def page(report: Report) -> str:
         import markupsafe
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        missing = f"the page needs {error.name}: pip install 'fastexit[report]'"
+        missing = f"the page needs {error.name}: pip install jinja2 matplotlib"
         raise ModuleNotFoundError(missing, name=error.name) from None
     folder = resources.files("fastexit.pages")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")

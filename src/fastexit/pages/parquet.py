@@ -20,7 +20,7 @@ def write(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         import pyarrow as pa
         from pyarrow import parquet
     except ModuleNotFoundError:
-        missing = "Parquet needs pyarrow: pip install 'fastexit[parquet]'"
+        missing = "Parquet needs pyarrow: pip install pyarrow"
         raise ModuleNotFoundError(missing, name="pyarrow") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

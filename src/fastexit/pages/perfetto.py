@@ -74,7 +74,7 @@ def write(recording: Recording, identity: Identity, path: str | os.PathLike[str]
     try:
         from perfetto.protos.perfetto.trace import perfetto_trace_pb2
     except ModuleNotFoundError:
-        missing = "Perfetto traces need its package: pip install 'fastexit[perfetto]'"
+        missing = "Perfetto traces need its package: pip install perfetto"
         raise ModuleNotFoundError(missing, name="perfetto") from None
     if not any(vcpu >= 0 for vcpu in identity.vcpu):
         raise ValueError(f"{clean(recording.path)}: no thread is a vCPU's, there is nothing to draw")
