@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastexit.answers import flat
 from fastexit.answers.report import FileReport, Report, VcpuRow, VmReport
-from fastexit.pages import csv, flat, frames, parquet, schema
+from fastexit.pages import csv, parquet, schema
 from reports import HOSTILE, file, report, table, vm
 
 SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "report.schema.json"
@@ -143,18 +144,18 @@ def test_missing_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_arrays() -> None:
-    made = frames.arrays(everything())
+    made = everything().arrays()
     exits = made["exits"]
     assert exits["count"].sum() == 2 * sum(row.count for row in vm().exits)
     assert exits[exits["reason"] == "HLT"]["time_median"].tolist() == [48_000, 48_000]
     assert np.isnan(made["vms"]["seconds"][1])
     assert made["vcpus_rips"]["rip"].dtype == np.uint64
-    assert len(frames.arrays(Report())["exits"]) == 0
+    assert len(Report().arrays()["exits"]) == 0
 
 
 def test_data_frames() -> None:
     pytest.importorskip("pandas", reason="pandas is not installed")
-    made = frames.frames(everything())
+    made = everything().frames()
     assert made["exits"].groupby("vm")["count"].sum().tolist() == [52_000, 52_000]
     assert made["fast"]["saved_least"].isna().sum() == 24
 
@@ -162,4 +163,4 @@ def test_data_frames() -> None:
 def test_missing_pandas_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match="^data frames need pandas: pip install pandas$"):
-        frames.frames(report())
+        report().frames()

@@ -7,7 +7,12 @@ prints a report reads these classes alone.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas as pd
 
 SCHEMA = "fastexit.report/1"
 SEVERITIES = ("problem", "warning", "note")
@@ -242,6 +247,18 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The documented JSON."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    def arrays(self) -> dict[str, npt.NDArray[np.void]]:
+        """Every table as a structured array, by name: those of --csv, see docs/report-schema.md."""
+        from fastexit.answers.frames import arrays
+
+        return arrays(self)
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The same tables as pandas DataFrames; ModuleNotFoundError where pandas is missing."""
+        from fastexit.answers.frames import frames
+
+        return frames(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastexit.answers.flat import tables
 from fastexit.answers.report import Report
 from fastexit.answers.words import clean
-from fastexit.pages.flat import tables
 
 _FORMULA = ("=", "+", "-", "@")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastexit.answers.flat import fitting, tables
 from fastexit.answers.report import SCHEMA, Report
-from fastexit.pages.flat import fitting, tables
 
 _TYPES = {"text": "string", "count": "int64", "real": "float64", "yes": "bool_", "address": "uint64"}
 

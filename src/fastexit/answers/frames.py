@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastexit.answers.flat import Flat, fitting, tables
 from fastexit.answers.report import Report
-from fastexit.pages.flat import Flat, fitting, tables
 
 if TYPE_CHECKING:
     import pandas as pd
