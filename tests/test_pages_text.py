@@ -182,6 +182,20 @@ def test_several_vms_begin_with_an_overview() -> None:
     assert "other.trace, of no VM in particular" in text
 
 
+def test_hundreds_of_files_fit_some_screens() -> None:
+    shown = report(*(vm(f"host{i}.trace") for i in range(300)))
+    shown.files[150] = FileReport("host150.trace", refused="no trace")
+    shown.files[160].problems = ["times run backwards"]
+    lines = printed(shown).splitlines()
+    assert len(lines) < 260
+    assert "host150.trace: refused: no trace" in lines
+    assert "problem: times run backwards" in lines
+    assert "and 278 more files (--all)" in lines
+    assert "300 VMs of 300 files" in lines
+    assert "the tables of each VM: --all, or a page (--html), or files (--csv)" in lines
+    assert printed(report(*(vm(f"host{i}.trace") for i in range(9))), limit=None).count("Interrupts by vector") == 9
+
+
 def test_empty_reports() -> None:
     assert printed(Report()) == ""
     printed(Report([FileReport("a")], [VmReport("a", 1)]))

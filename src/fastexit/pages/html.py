@@ -59,6 +59,7 @@ def page(report: Report) -> str:
     template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     shown = sorted(report.vms, key=lambda vm: -sum(row.count for row in vm.exits))[:TOLD]
     charted = {id(vm) for vm in shown[:CHARTED]}
+    told = {id(vm) for vm in shown}
     alone = len(report.vms) == 1
     left_out = len(report.vms) - len(shown)
     return template.render(
@@ -70,7 +71,7 @@ def page(report: Report) -> str:
         tiles=_tiles(report.vms[0]) if alone else [],
         findings=sheets.findings(report, (lambda vm: "") if alone else _name),
         overview=[] if len(report.vms) < 2 else [sheets.overview(report), sheets.everywhere(report)],
-        vms=[_vm(report, vm, f"vm{i + 1}", id(vm) in charted) for i, vm in enumerate(report.vms) if vm in shown],
+        vms=[_vm(report, vm, f"vm{i + 1}", id(vm) in charted) for i, vm in enumerate(report.vms) if id(vm) in told],
         left_out=f"{count(left_out, 'VM')} with fewer exits: in the overview alone" if left_out else "",
         files=_files(report),
         foreign=sheets.of_files(report.files),

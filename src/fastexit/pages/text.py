@@ -17,6 +17,9 @@ from fastexit.pages.sheets import Column, Sheet
 LIMIT = 20
 """Rows of a table that are shown unless all are asked for."""
 
+SECTIONS = 8
+"""Up to so many VMs are all shown; more only in the overview, unless all rows are asked for."""
+
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 _LEAST = 24
 _GAP = 2
@@ -24,8 +27,14 @@ _GAP = 2
 
 def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
     """Prints the whole report; tables end after ``limit`` rows and say how many more there are, None prints all."""
-    for file in report.files:
-        _file(file, console)
+    quiet = 0
+    for i, file in enumerate(report.files):
+        if limit is None or i < limit or file.refused or file.problems:
+            _file(file, console)
+        else:
+            quiet += 1
+    if quiet:
+        _say(console, (f"and {count(quiet, 'more file')} (--all)", "dim"))
     told = sheets.findings(report, _placer(report))
     if told:
         console.print()
@@ -41,13 +50,17 @@ def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
         show(sheets.overview(report), console, limit)
         show(sheets.everywhere(report), console, limit)
     clocks = {file.path: file.clock for file in report.files}
-    for vm in report.vms:
+    shown = report.vms if limit is None or len(report.vms) <= SECTIONS else []
+    if len(shown) < len(report.vms):
+        console.print()
+        _say(console, ("the tables of each VM: --all, or a page (--html), or files (--csv)", "dim"))
+    for vm in shown:
         if len(report.vms) > 1:
             console.print()
             console.rule(Text(_name(vm)), align="left")
         for sheet in sheets.of_vm(vm, clocks.get(vm.path, "ns")):
             show(sheet, console, limit)
-    for sheet in sheets.of_files(report.files):
+    for sheet in sheets.of_files(report.files if limit is None else report.files[:SECTIONS]):
         show(sheet, console, limit)
     if report.costs:
         console.print()
