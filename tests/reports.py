@@ -70,6 +70,8 @@ def fast(icr_writes: int, deadlines: int) -> list[FastRow]:
                 each,
                 (each[0] * taken, each[1] * taken),
                 (each[0] * taken / 12.4, each[1] * taken / 12.4),
+                (90.0, 120.0),
+                {vcpu: (each[0] * taken / 4, each[1] * taken / 4) for vcpu in range(4)},
             )
         )
         timer = deadlines if i > 2 else 0

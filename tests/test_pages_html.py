@@ -88,7 +88,7 @@ def test_every_picture_is_told_in_words(text: str, parsed: Parsed) -> None:
     for name in CHARTS:
         assert f'id="vm1-{name}-title"' in text
     assert "HLT 21,840, 42.0 %" in text
-    assert len(parsed.of("details")) == len(parsed.of("summary")) == 4
+    assert len(parsed.of("details")) == len(parsed.of("summary")) == 5
 
 
 def test_tables_have_captions_and_headers(parsed: Parsed) -> None:

@@ -248,7 +248,8 @@ class Condition:
         if match is None:
             raise ValueError(f'{quoted(text)} is no condition: "exits.HLT.per second > +10%", "findings > 0"')
         self.text: str = text.strip()
-        self.name, self._sign, number, percent = match.groups()
+        name, self._sign, number, percent = match.groups()
+        self.name: str = name
         self._limit, self._percent = float(number), bool(percent)
 
     def holds_for(self, change: Change) -> bool:

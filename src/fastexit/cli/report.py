@@ -129,7 +129,7 @@ def _bar(quiet: bool) -> Iterator[Callable[[str, int | None], Callable[..., obje
     with Progress(*columns, console=out, transient=True) as bar:
 
         def begin(what: str, total: int | None) -> Callable[..., object]:
-            from fastexit.pages.words import clean
+            from fastexit.answers.words import clean
 
             task = bar.add_task(clean(what), total=total)
 
@@ -178,7 +178,7 @@ def _files(found: Any, args: argparse.Namespace) -> list[str]:
     except OSError as error:
         raise UsageError(f"cannot write {error.filename!r}: {error.strerror}") from None
     except ImportError as error:
-        raise UsageError(f"{' '.join(str(error).split())}: pip install 'fastexit[report,parquet,perfetto]'") from None
+        raise UsageError(" ".join(str(error).split())) from None
     return written
 
 

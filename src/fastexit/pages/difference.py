@@ -7,9 +7,9 @@ from itertools import groupby
 from rich.console import Console
 
 from fastexit.answers.difference import DIFFERENT, UNTOLD, Change, Difference
+from fastexit.answers.words import clean, duration, share, short
 from fastexit.pages.sheets import Column, Sheet
 from fastexit.pages.text import LIMIT, show
-from fastexit.pages.words import clean, duration, share, short
 
 TITLES = {
     "exits": "Exits",

@@ -26,7 +26,14 @@ FINDINGS = 40
 TOLD = 60
 """So many VMs have a part of their own."""
 
-_CHARTS = {"exits": ("exits",), "seconds": ("seconds",), "times": (), "sent": ("sent",), "latency": ("latency",)}
+_CHARTS = {
+    "exits": ("exits",),
+    "seconds": ("seconds",),
+    "times": (),
+    "sent": ("sent",),
+    "latency": ("latency",),
+    "saved": ("saved",),
+}
 
 
 @dataclass

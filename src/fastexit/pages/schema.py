@@ -11,6 +11,13 @@ from fastexit.answers.report import SCHEMA, Report
 
 _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 
+_WORDS = {"type": "array", "items": {"type": "string"}}
+_COMMAND = {
+    "written": {"description": "Files that fastexit report wrote besides.", **_WORDS},
+    "met": {"description": "Conditions of --fail-if that hold.", **_WORDS},
+}
+"""What the command adds to a report's own JSON."""
+
 
 def schema() -> dict[str, Any]:
     """The schema as a dictionary in the order of the fields; every field is always there, and no other."""
@@ -21,7 +28,7 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": SCHEMA,
         **{key: value for key, value in whole.items() if key != "properties"},
-        "properties": {"schema": {"const": SCHEMA}, **whole["properties"]},
+        "properties": {"schema": {"const": SCHEMA}, **whole["properties"], **_COMMAND},
         "$defs": definitions,
     }
 

@@ -62,6 +62,7 @@ def of_vm(vm: VmReport, clock: str = "ns") -> list[Sheet]:
         _halts(vm, clock),
         _latency(vm, clock),
         *_fast(vm),
+        _saved(vm),
         _switches(vm),
     ]
     return [_without_empty(sheet) for sheet in sheets if sheet.rows]
@@ -244,7 +245,7 @@ def _latency(vm: VmReport, clock: str) -> Sheet:
 
 
 def _alike(row: FastRow) -> tuple[object, ...]:
-    return row.fast, row.total, row.refusals, row.saved, row.saved_total, row.saved_per_second
+    return row.fast, row.total, row.refusals, row.saved, row.saved_total, row.saved_per_second, row.sooner
 
 
 def _fast(vm: VmReport) -> list[Sheet]:
@@ -254,9 +255,12 @@ def _fast(vm: VmReport) -> list[Sheet]:
         rows = [row for row in vm.fast if row.what == what]
         priced = any(row.saved for row in rows)
         saved = ("#cycles saved each", "#in total??", "#a second???") if priced else ()
+        sooner = ("#IPI leaves sooner by????",) if any(row.sooner for row in rows) else ()
         total = rows[0].total
         title = f"Taken fast: {count(total, what)}" if what.isprintable() else f"Taken fast: {total:,} {clean(what)}"
-        sheet = Sheet(f"fast-{i + 1}", title, _columns("kernel", "#fast", "#share", "why not the others?", *saved))
+        sheet = Sheet(
+            f"fast-{i + 1}", title, _columns("kernel", "#fast", "#share", "why not the others?", *saved, *sooner)
+        )
         for _, alike in groupby(rows, key=_alike):
             kernels = list(alike)
             row = kernels[0]
@@ -269,9 +273,22 @@ def _fast(vm: VmReport) -> list[Sheet]:
             ]
             if priced:
                 cells += [between(row.saved), between(row.saved_total), between(row.saved_per_second)]
+            if sooner:
+                cells.append(between(row.sooner))
             sheet.rows.append(cells)
         sheets.append(sheet)
     return sheets
+
+
+def _saved(vm: VmReport) -> Sheet:
+    """Cycles that the newest generation's fast path saves each vCPU."""
+    rows = [row for row in vm.fast if row.saved_by_vcpu]
+    newest = [row for row in rows if row.kernel == rows[-1].kernel]
+    title = f"Cycles saved by vCPU in {newest[0].kernel}" if newest else ""
+    sheet = Sheet("saved", title, _columns("#vCPU", *(f"#{clean(row.what)}s" for row in newest)))
+    for vcpu in sorted({vcpu for row in newest for vcpu in row.saved_by_vcpu}):
+        sheet.rows.append([str(vcpu), *(between(row.saved_by_vcpu.get(vcpu)) for row in newest)])
+    return sheet
 
 
 def _switches(vm: VmReport) -> Sheet:
