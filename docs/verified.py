@@ -244,6 +244,11 @@ def _of_which(report: dict[str, Any]) -> tuple[Any, ...]:
     return report["modelled_as"], report["apicv"], any(" " in mode for mode in report["programs"])
 
 
+def _of_run(report: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run with this machine's kernel replaces: one of the same operations."""
+    return report["seed"], report["only"], report["traced"], str(report["ids"])
+
+
 def main() -> None:
     """Keeps the reports that are named; those of the same sort that were kept before are replaced.
 
@@ -276,7 +281,9 @@ def main() -> None:
         if not one["agreed"]:
             sys.exit(f"seed {one['seed']} found a difference, which is to be dealt with before anything is kept")
     if reports:
-        known["runs"] = sorted(reports, key=lambda one: one["began"])
+        again = {_of_run(one) for one in reports}
+        before = [one for one in known.get("runs", []) if _of_run(one) not in again]
+        known["runs"] = sorted([*before, *reports], key=lambda one: one["began"])
     for one in read:
         if "mutants" in one:
             known["mutants"] = one
