@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import answers
 import costmodel
 import pathlengths
 import verified
@@ -115,6 +116,7 @@ SECTIONS = {
     },
     ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
+    ROOT / "docs" / "report.md": answers.SECTIONS,
     ROOT / "docs" / "windows.md": {
         "doors": windows.doors,
         "cycles": windows.cycles,

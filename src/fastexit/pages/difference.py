@@ -78,5 +78,5 @@ def _value(change: Change, value: float | None) -> str:
 def _change(change: Change) -> str:
     part = change.change
     if part is None:
-        return "new" if change.after and not change.before else "-"
+        return "gone" if change.after is None else "new" if change.after else "-"
     return f"{100 * part:+.1f} %"

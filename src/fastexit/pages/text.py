@@ -22,7 +22,7 @@ SECTIONS = 8
 
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 _LEAST = 24
-_GAP = 2
+_GAP = 3
 
 
 def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
