@@ -132,6 +132,17 @@ SHAPES = {
     "perf script with processes": "CPU 1/KVM  77/{pid} [{cpu}] {time}: {perf} {rest}",
     "four latency flags": "{comm:>16}-{pid:<7} [{cpu}] {flags:.4} {time:>12}: {named} {rest}",
     "process ids": "{comm:>16}-{pid:<7} (  4711) [{cpu}] {flags} {time:>12}: {named} {rest}",
+    "latency format": "{comm:>8.8}-{pid:<7} {number:>3}{flags} {time:>12}: {named} {rest}",
+    "latency format of ftrace": "{comm:>8.8}-{pid:<7} {number:>3}{flags} {us:>8}us+: {named} {rest}",
+    "a clock without a point": "{comm:>16}-{pid:<7} [{cpu}] {flags} {us}000: {named} {rest}",
+    "a clock without a blank": "{comm:>16}-{pid:<7} [{cpu}]{us}000: {named} {rest}",
+    "differences of time": "{comm:>16}-{pid:<7} [{cpu}] {time:>12}: (+12)    {named} {rest}",
+    "a buffer's name": "agb3: {comm:>16}-{pid:<7} [{cpu}] {time:>12}: {named} {rest}",
+    "perf script without CPU": "{comm:>16} {pid:>6} {time:>12}: {perf:>28} {rest}",
+    "perf script without names": "{comm:>16} {pid:>6} [{cpu}] {time:>12}: {rest}",
+    "with a date": "2022-04-22 17:39:26.535148 {comm:>16} {pid:>6} {flags:.4} [{cpu}] {time:>12}: {perf} {rest}",
+    "quoted by mail": "> {comm}-{pid} [{cpu}] {flags} {time}: {named} {rest}",
+    "without time": "{comm:>16}-{pid:<7} [{cpu}] {flags} {named} {rest}",
     "odd thread names": "vcpu [a]: 4-7-{pid} [{cpu}] {flags} {time:>12}: {named} {rest}",
 }
 
@@ -140,7 +151,9 @@ def shaped(line: str, shape: str) -> str:
     """An event line of ftrace in another shape."""
     match = LINE.fullmatch(line.rstrip())
     assert match
-    return SHAPES[shape].format(**match.groupdict(), named=f"{match['event']}:", perf=f"kvm:{match['event']}:") + "\n"
+    names = {"named": f"{match['event']}:", "perf": f"kvm:{match['event']}:"}
+    other = {"number": int(match["cpu"]), "us": match["time"].replace(".", "")}
+    return SHAPES[shape].format(**match.groupdict(), **names, **other) + "\n"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,9 +1,11 @@
 """KVM traces as input: text is read, replayed through the model, and compared with it line by line.
 
-files.py and reader.py read, events.py parses lines, threads.py tells VMs and vCPUs apart, accesses.py puts lines
-together, guest.py and guestvcpu.py feed a Machine and compare, hypercall.py and hypervlines.py do so for what Windows
-alone does, doors.py names the ways to the APIC, generations.py asks each kernel generation, replay.py runs it all;
-report.py is what comes out, render.py prints it, heatmap.py draws it.
+files.py opens what there is (packed.py unpacks, recorders.py has trace-cmd and perf print), text.py makes canonical
+lines of it by shapes/ and notes what stands beside them (beside.py), reader.py reads these, events.py parses lines,
+threads.py tells VMs and vCPUs apart, accesses.py puts lines together, guest.py and guestvcpu.py feed a Machine and
+compare, hypercall.py and hypervlines.py do so for what Windows alone does, doors.py names the ways to the APIC,
+generations.py asks each kernel generation, replay.py runs it all; report.py is what comes out, render.py prints it,
+heatmap.py draws it.
 
 >>> from fastexit.trace.replay import replay
 >>> report = replay(BUNDLED)  # doctest: +SKIP

@@ -6,16 +6,14 @@ A canonical line is what tracefs prints with default options::
 
 The flags may be missing, blanks stand as they like, the time has six digits or nine behind its point. Text that is so
 already, which is nearly all text that is long, is handed over as it is, because looking at each line in Python would
-cost more than reading it; who reads comes back with the lines that it could not read:
+cost more than reading it; who reads comes back with the lines that it could not read::
 
->>> text = TraceText(path)                                                          # doctest: +SKIP
->>> for chunk in text.chunks():                                                     # doctest: +SKIP
-...     for line in chunk.split(b"\n"):
-...         while line.strip() and not readable(line):      # comments too
-...             line = text.mend(line, number)              # a line to read instead, or None: no event, and noted
-...             if line is None: break
->>> last = text.last(lines, events)              # one line more, of a file that ends without a line end
->>> text.problems(lines, events), text.notes(events)                                # doctest: +SKIP
+    for chunk in text.chunks():
+        for line in chunk.split(b"\n"):
+            while line and line.strip() and not readable(line):      # comments too
+                line = text.mend(line, number)                       # a line to read instead; None: no event, and noted
+    last = text.last(lines, events)    # one more, where the file ends without a line end
+    text.problems(lines, events), text.notes(events)
 
 Text of any other shape is rewritten on the way: a line that is no event is empty then, and what it was has been noted.
 """

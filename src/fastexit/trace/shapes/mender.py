@@ -218,7 +218,7 @@ class Mender:
             comm=comm or b"<...>",
             pid=pid,
             cpu=parts.cpu or b"0",
-            time=parts.time or seconds(b"%d" % number, 6),
+            time=parts.time if real.time else seconds(b"%d" % number, 6),
         )
         return canonical(made)
 
