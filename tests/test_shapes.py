@@ -225,6 +225,12 @@ def test_text_that_is_canonical_passes_untouched() -> None:
     assert b"\n".join(TraceText(path, perf=True).chunks()) + b"\n" == path.read_bytes()
 
 
+@pytest.mark.parametrize("perf", [False, True])
+def test_events_that_perf_cannot_print(perf: bool) -> None:
+    found = parsed(read(TRACES / "recorded" / "perfscript-plain.txt", perf=perf)[1])
+    assert [(line.number, line.text) for line in found if line.name == "kvm_inj_exception"] == [(45, "#PF (0x0)")]
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 

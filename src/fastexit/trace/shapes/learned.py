@@ -158,4 +158,5 @@ class Learned:
             return False
         if not NAME.match(body) and (named(body) != body or _PERIOD.match(body)):
             return False
+        body = SYSTEM.sub(b"", body, count=1)
         return not (in_fields(body) and from_fields(body, hexadecimal=self.hexadecimal))
