@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fastexit.trace import files
 from fastexit.trace.events import UNREADABLE, parse
 from fastexit.trace.found import TableRow
 from fastexit.trace.shapes.line import LINE
@@ -535,6 +536,16 @@ def test_prose_is_not_joined_to_lines_and_no_damage(one: Callable[..., tuple[Tra
     assert "Hi all," in text.notes(2)[0]
 
 
+def test_a_long_preface_tells_nothing_of_the_lines_behind_it(
+    monkeypatch: pytest.MonkeyPatch, one: Callable[..., tuple[TraceText, list[bytes]]]
+) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 10)
+    text, lines = one(*["A word before."] * 500, *(f" 5.00000{i}: {IPI}" for i in range(3)))
+    assert [line.number for line in parsed(lines)] == [501, 502, 503]
+    assert (text.prose, text.real) == (500, (False, False, False, True))
+    assert len([line for chunk in text.chunks() for line in chunk.split(b"\n") if line]) in (3, 503)
+
+
 def test_half_a_line_is_unreadable_where_others_are_whole(one: Callable[..., tuple[TraceText, list[bytes]]]) -> None:
     """Half a line looks like one of an excerpt without threads."""
     whole = [f"CPU 0/KVM-7 [001] ..... 5.00000{i}: {IPI}" for i in range(3)]
@@ -557,6 +568,7 @@ def test_lines_of_threads_named_cpu_are_not_dropped(one: Callable[..., tuple[Tra
         ("CPU:3 [EVENTS DROPPED]", 1),
         ("CPU:3 [LOST EVENTS]", 1),
         ("Lost 55 events", 55),
+        (" vcpu-7  [003]  5.000001: [EVENTS DROPPED]", 1),
         ("   swapper     0 [000] 5.000001: PERF_RECORD_LOST lost 7", 7),
     ],
 )
@@ -608,3 +620,18 @@ def test_numbers_beyond_64_bits(digits: str, one: Callable[..., tuple[TraceText,
     assert text.unreadable_count == 2
     text, lines = one(good, good, f"vcpu-7 [001] ..... {digits}.000001: {IPI}", f"vcpu-7 [001] {digits}: {IPI}")
     assert len(parsed(lines)) == 2
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+@pytest.mark.parametrize("blank", ["", " ", " d..1. "])
+def test_clocks_without_a_point_a_chunk_at_a_time(size: int, blank: str, tmp_path: Path) -> None:
+    """The same as line by line, up to where a chunk and a number end; numbers in the text stay."""
+    path = tmp_path / "trace.txt"
+    body = "sched_stat_wait: delay 12345678901234: 1 [ns]"
+    lines = [f"  vcpu-{i % 7}     [00{i % 7}]{blank}{10**9 + i * 997}: {body}" for i in range(size)]
+    path.write_text("\n".join(lines) + "\n")
+    text, found = read(path)
+    assert (text.clock, text.unreadable_count) == ("ticks", 0)
+    for i, line in enumerate(parsed(found)):
+        assert (line.number, line.pid, line.time) == (i + 1, i % 7, f"1.{i * 997:09}")
+        assert f"{line.name}: {line.text}" == body

@@ -29,7 +29,7 @@ from fastexit.trace.found import Table, Unreadable, shown
 from fastexit.trace.shapes.learned import Learned, Real
 from fastexit.trace.shapes.mender import Mender
 
-_MARKS = b"\0", b"PERF_RECORD_LOST", b"[FAILED TO PARSE]"
+_MARKS = b"\0", b"PERF_RECORD_LOST", b": [EVENTS DROPPED]", b"[FAILED TO PARSE]"
 """What stands in lines that look whole and are to be looked at: perf and trace-cmd print the last for fields."""
 _MARK = b"\xef\xbb\xbf"
 """What some editors put in front of UTF-8."""
@@ -77,6 +77,11 @@ class TraceText:
             if first == 1:
                 chunk = chunk.removeprefix(_MARK)
                 self._begin(chunk)
+            elif self._known.empty:  # what stood before was a long preface
+                if done := self._mender.rest():
+                    yield b"\n".join(done)
+                self._learned = None
+                self._begin(chunk, first)
             lines = chunk.count(b"\n") + 1
             if any(mark in chunk for mark in _MARKS):
                 chunk = b"\n".join(self._text(chunk.split(b"\n"), first))
@@ -91,16 +96,16 @@ class TraceText:
         if done := self._mender.rest():
             yield b"\n".join(done)
 
-    def _begin(self, chunk: bytes) -> None:
-        """A pass over a file that begins so."""
+    def _begin(self, chunk: bytes, first: int = 1) -> None:
+        """A pass over a file that begins so, or whose events do."""
         if self._learned is None:
             self._learned = Learned(chunk.split(b"\n"), perf=self._perf)
-        self._mender = Mender(self._learned, self._beside)
+        self._mender = Mender(self._learned, self._beside, first)
 
     def _text(self, lines: list[bytes], first: int) -> Iterator[bytes]:
         """The lines that may be events; others have been noted and are empty."""
         for number, line in enumerate(lines, first):
-            lost = b": PERF_RECORD_LOST" in line
+            lost = b": PERF_RECORD_LOST" in line or b": [EVENTS DROPPED]" in line
             if b"\0" in line:
                 self._beside.refuse(line, number)
             elif lost:

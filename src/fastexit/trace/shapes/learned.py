@@ -12,7 +12,7 @@ from fastexit.trace.shapes.fields import in_hex
 from fastexit.trace.shapes.line import LINE, LONGEST, LONGEST_MENDED, PREFIX, RECORD, STACK, VCPU, Parts
 from fastexit.trace.shapes.tables import Tables
 
-_STUDIED = 1 << 11
+_STUDIED = 1 << 9
 """So many of a file's first lines are learned from."""
 _FEW = 20
 """One in so many lines may be odd in a file that is handed over as it is."""
@@ -55,6 +55,7 @@ class Learned:
         shape, clock, real, retold: as TraceText has them.
         hexadecimal: numbers without 0x are hexadecimal, as a script printed them.
         cut: fields are cut to a byte, as trace-cmd report -R prints them.
+        empty: no line among them is of a trace.
         vcpu: the first vCPU that a line names, or -1.
         plain: the lines are canonical but for a few, so that the file is best handed over as it is; ``bulk`` is what
             makes them so, where it takes that.
@@ -78,6 +79,7 @@ class Learned:
         self.cut: bool = self.shape == _REPORT_SHAPE and _RAW.search(sample) is not None
         first = VCPU.search(sample)
         self.vcpu: int = int(first[1]) if first else -1
+        self.empty: bool = not found
         if found:
             self._count(found)
         else:

@@ -34,9 +34,9 @@ class _Held(NamedTuple):
 
 
 class Mender:
-    """One pass over a file: makes its lines canonical, and notes in ``beside`` what is none."""
+    """One pass over a file from line ``first`` on: makes lines canonical, and notes in ``beside`` what is none."""
 
-    def __init__(self, learned: Learned, beside: Beside) -> None:
+    def __init__(self, learned: Learned, beside: Beside, first: int = 1) -> None:
         self._learned = learned
         self._beside = beside
         self._vcpu = learned.vcpu
@@ -44,7 +44,7 @@ class Mender:
         self._held: _Held | None = None
         self._before: _Held | None = None
         self._out: list[bytes] = []
-        self._first = 1
+        self._first = first
         self._bytes = ByteFields() if learned.cut else None
         if learned.cut:
             beside.oddities.append(_CUT)
