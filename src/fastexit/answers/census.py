@@ -18,9 +18,11 @@ from fastexit.exits.table import SVM, VMX
 from fastexit.records.columns import Event, Recording, Rows
 
 Marks = npt.NDArray[np.bool_]
+_Index = npt.NDArray[np.intp]
 
 LINKED_ROWS = 1 << 18
 """In so many lines it is looked for who answers whose interrupts."""
+_FEW_PAIRS = 1 << 20
 _KVM_MSRS = range(0x4B56_4D00, 0x4B56_4E00)
 _LINUX_TEXT = 0xFFFF_FFFF_8000_0000
 _WINDOWS_BASE = 0xFFFFF8
@@ -64,6 +66,8 @@ _OWN = (
     *(Event.SMM, Event.AVIC),
 )
 """Events that name the vCPU whose thread it is that prints them."""
+_COUNTED = {Sign.VMX, Sign.SVM, Sign.WINDOWS, Sign.LINUX}
+_FEW_THREADS = 1 << 12
 _BY_VCPUS = (
     *(Event.EXIT, Event.ENTRY, Event.MSR, Event.APIC, Event.EOI, Event.PV_EOI, Event.INJ_VIRQ, Event.INJ_EXCEPTION),
     *(Event.PIO, Event.HYPERCALL, Event.HV_HYPERCALL, Event.HV_SEND_IPI, Event.NESTED_VMEXIT, Event.NESTED_ENTRY),
@@ -95,6 +99,22 @@ def vendor_of(reason: str) -> str:
     return "vmx" if small else ""
 
 
+class _Block:
+    """Some rows, sorted by event."""
+
+    def __init__(self, rows: Rows) -> None:
+        events = np.ascontiguousarray(rows["event"])
+        self.rows: Rows = rows
+        self.threads: npt.NDArray[np.int32] = np.ascontiguousarray(rows["thread"])
+        self._order = np.argsort(events, kind="stable")
+        self._ends = [0, *np.cumsum(np.bincount(events, minlength=256)).tolist()]
+
+    def of(self, event: Event) -> _Index:
+        """The rows of an event, by index, in order."""
+        found: _Index = self._order[self._ends[event] : self._ends[event + 1]]
+        return found
+
+
 class Census:
     """One pass over a recording.
 
@@ -104,7 +124,7 @@ class Census:
         vcpu_like: whether a thread does what only a vCPU's does.
         born: the first line of each thread, 0 for those without one.
         first: sign -> thread -> its first line, 0 where there is none; the last entry is for lines without a thread.
-        count: as first, how many lines.
+        count: as first, how many lines, for those signs of which the more frequent one is believed.
         inhibits: thread -> (line, number, set) of its APICv inhibits, the first ones.
     """
 
@@ -119,96 +139,109 @@ class Census:
         self.count: npt.NDArray[np.uint32] = np.zeros((len(Sign), n), np.uint32)
         self.inhibits: dict[int, list[tuple[int, str, bool]]] = {}
         names = [*recording.names, ""]
-        self._vmx = np.array([vendor_of(name) == "vmx" for name in names])
-        self._svm = np.array([vendor_of(name) == "svm" for name in names])
-        self._traps = np.array([name in _TRAPS for name in names])
-        self._avic = np.array(["avic_" in name for name in names])
-        self._nested = np.array([name in _NESTED_REASONS for name in names])
-        self._timer = np.array([name == "PREEMPTION_TIMER" for name in names])
+        self._by_reason: list[tuple[Sign, Marks]] = [
+            (Sign.VMX, np.array([vendor_of(name) == "vmx" for name in names])),
+            (Sign.SVM, np.array([vendor_of(name) == "svm" for name in names])),
+            (Sign.TRAPS, np.array([name in _TRAPS for name in names])),
+            (Sign.AVIC, np.array(["avic_" in name for name in names])),
+            (Sign.NESTED, np.array([name in _NESTED_REASONS for name in names])),
+            (Sign.TIMER_ON, np.array([name == "PREEMPTION_TIMER" for name in names])),
+        ]
         self._split = np.array([name == "KVM_EXIT_IOAPIC_EOI" for name in names])
         self._no_chip = np.array([name in ("KVM_EXIT_IRQ_WINDOW_OPEN", "KVM_EXIT_SET_TPR") for name in names])
-        self._own = np.zeros(256, bool)
-        self._own[list(_OWN)] = True
-        self._by_vcpus = np.zeros(256, bool)
-        self._by_vcpus[list(_BY_VCPUS)] = True
         for rows in recording.blocks:
             self._feed(rows)
 
     def _feed(self, rows: Rows) -> None:
-        events, threads = rows["event"], rows["thread"]
-        fresh = self.born[threads] == 0
-        if fresh.any():
-            self.born[threads[fresh][::-1]] = rows["line"][fresh][::-1]
-        self.vcpu_like[threads[self._by_vcpus[events]]] = True
+        block = _Block(rows)
+        threads = block.threads
+        fresh = np.flatnonzero(self.born[threads] == 0)[::-1]
+        self.born[threads[fresh]] = rows["line"][fresh]
+        for event in _BY_VCPUS:
+            self.vcpu_like[threads[block.of(event)]] = True
         self.vcpu_like[-1] = False
-        own = self._own[events] & (rows["vcpu"] >= 0) & (threads >= 0)
-        pairs = threads[own].astype(np.int64) << 16 | rows["vcpu"][own]
-        for pair, n in zip(*(found.tolist() for found in np.unique(pairs, return_counts=True)), strict=True):
+        for event in _OWN:
+            if len(own := block.of(event)):
+                self._vote(threads[own], rows["vcpu"][own])
+        self.accepted.update(np.unique(threads[block.of(Event.ACCEPT)]).tolist())
+        self._look(block)
+
+    def _vote(self, threads: npt.NDArray[np.int32], vcpus: npt.NDArray[np.int16]) -> None:
+        """Lines of these threads that name these vCPUs as their own."""
+        pairs = threads.astype(np.int64) << 16 | vcpus
+        pairs = pairs[(threads >= 0) & (vcpus >= 0)]
+        if len(pairs) and int(pairs.max()) < _FEW_PAIRS:
+            counts = np.bincount(pairs)
+            found = np.flatnonzero(counts)
+            counts = counts[found]
+        else:
+            found, counts = np.unique(pairs, return_counts=True)
+        for pair, n in zip(found.tolist(), counts.tolist(), strict=True):
             self.named[pair >> 16][pair & 0xFFFF] += n
-        self.accepted.update(np.unique(threads[events == Event.ACCEPT]).tolist())
-        self._look(rows, {event: events == event for event in np.unique(events).tolist()})
 
-    def _look(self, rows: Rows, of: dict[int, Marks]) -> None:
-        """The signs among some rows; ``of`` has those of each event that is there."""
-        none = np.zeros(len(rows), bool)
-
-        def having(event: Event) -> Marks:
-            return of.get(int(event), none)
-
-        see = self._see
-        name = rows["name"]
-        if (exits := having(Event.EXIT)).any():
-            see(Sign.VMX, rows, exits & self._vmx[name])
-            see(Sign.SVM, rows, exits & self._svm[name])
-            see(Sign.TRAPS, rows, exits & self._traps[name])
-            see(Sign.AVIC, rows, exits & self._avic[name])
-            see(Sign.NESTED, rows, exits & self._nested[name])
-            see(Sign.TIMER_ON, rows, exits & self._timer[name])
-        if (moves := exits | having(Event.ENTRY)).any():
-            see(Sign.WINDOWS, rows, moves & (rows["a"] >> 40 == _WINDOWS_BASE))
-            see(Sign.LINUX, rows, moves & (rows["a"] >= _LINUX_TEXT))
-        if (msrs := having(Event.MSR)).any():
-            msr, write, sound = rows["a"], rows["c"] == 1, rows["d"] == 0
-            x2apic = (msr >= R.MSR_X2APIC_BASE) & (msr <= R.MSR_X2APIC_END)
-            see(Sign.X2APIC, rows, msrs & x2apic & sound)
-            see(Sign.EOI_EXITS, rows, msrs & write & (msr == R.MSR_X2APIC_EOI))
-            simple = rows["b"] & (R.ICR_SHORTHAND | R.ICR_DM | R.ICR_LOGICAL) == 0
-            see(Sign.ICR_EXITS, rows, msrs & write & simple & (msr == R.MSR_X2APIC_ICR))
-            see(Sign.HYPERV, rows, msrs & sound & (msr >= HV.MSR_HV_FIRST) & (msr <= HV.MSR_HV_LAST))
-            see(Sign.KVM_PV, rows, msrs & sound & (msr >= _KVM_MSRS.start) & (msr < _KVM_MSRS.stop))
+    def _look(self, block: _Block) -> None:
+        """The signs among some rows."""
+        see, rows = self._see, block.rows
+        if len(exits := block.of(Event.EXIT)):
+            name = rows["name"][exits]
+            for sign, names in self._by_reason:
+                see(sign, block, exits[names[name]])
+        for event in (Event.EXIT, Event.ENTRY):
+            if len(moves := block.of(event)):
+                rip = rows["a"][moves]
+                see(Sign.WINDOWS, block, moves[rip >> 40 == _WINDOWS_BASE])
+                see(Sign.LINUX, block, moves[rip >= _LINUX_TEXT])
+        if len(msrs := block.of(Event.MSR)):
+            self._look_at_msrs(block, msrs)
         for event, sign in _SIMPLE:
-            if (some := having(event)).any():
-                see(sign, rows, some)
-        if (avic := having(Event.AVIC)).any():
-            see(Sign.SVM, rows, avic)
-        if (mmio := having(Event.MMIO)).any():
-            page = mmio & (rows["a"] >> 12 == _PAGE)
-            see(Sign.XAPIC, rows, page)
-            see(Sign.EOI_EXITS, rows, page & (rows["c"] == 1) & (rows["a"] & 0xFFF == R.APIC_EOI))
-        if (left := having(Event.USERSPACE_EXIT)).any():
-            see(Sign.SPLIT, rows, left & self._split[name])
-            see(Sign.NO_CHIP, rows, left & self._no_chip[name])
-        if (apic := having(Event.APIC)).any():
-            version = apic & (rows["c"] == 0) & (rows["a"] == R.APIC_LVR)
-            see(Sign.SPLIT, rows, version & (rows["b"] & R.LVR_DIRECTED_EOI != 0))
-        if (timers := having(Event.HV_TIMER)).any():
-            see(Sign.TIMER_ON, rows, timers & (rows["a"] == 1))
-            see(Sign.TIMER_OFF, rows, timers & (rows["a"] == 0))
-        if (posted := having(Event.PI_IRTE)).any():
-            see(Sign.POSTED, rows, posted & (rows["c"] == 1))
-        if (inhibits := having(Event.APICV_INHIBIT)).any():
-            see(Sign.INHIBITED, rows, inhibits & (rows["a"] == 1))
+            see(sign, block, block.of(event))
+        if len(mmio := block.of(Event.MMIO)):
+            page = mmio[rows["a"][mmio] >> 12 == _PAGE]
+            see(Sign.XAPIC, block, page)
+            see(Sign.EOI_EXITS, block, page[(rows["c"][page] == 1) & (rows["a"][page] & 0xFFF == R.APIC_EOI)])
+        if len(left := block.of(Event.USERSPACE_EXIT)):
+            name = rows["name"][left]
+            see(Sign.SPLIT, block, left[self._split[name]])
+            see(Sign.NO_CHIP, block, left[self._no_chip[name]])
+        if len(apic := block.of(Event.APIC)):
+            version = apic[(rows["c"][apic] == 0) & (rows["a"][apic] == R.APIC_LVR)]
+            see(Sign.SPLIT, block, version[rows["b"][version] & R.LVR_DIRECTED_EOI != 0])
+        if len(timers := block.of(Event.HV_TIMER)):
+            used = rows["a"][timers] == 1
+            see(Sign.TIMER_ON, block, timers[used])
+            see(Sign.TIMER_OFF, block, timers[~used])
+        if len(posted := block.of(Event.PI_IRTE)):
+            see(Sign.POSTED, block, posted[rows["c"][posted] == 1])
+        if len(inhibits := block.of(Event.APICV_INHIBIT)):
+            see(Sign.INHIBITED, block, inhibits[rows["a"][inhibits] == 1])
             self._inhibit(rows[inhibits])
 
-    def _see(self, sign: Sign, rows: Rows, which: Marks) -> None:
-        threads = rows["thread"][which]
-        if not len(threads):
+    def _look_at_msrs(self, block: _Block, msrs: _Index) -> None:
+        see, rows = self._see, block.rows
+        msr, value = rows["a"][msrs], rows["b"][msrs]
+        write, sound = rows["c"][msrs] == 1, rows["d"][msrs] == 0
+        x2apic = (msr >= R.MSR_X2APIC_BASE) & (msr <= R.MSR_X2APIC_END)
+        see(Sign.X2APIC, block, msrs[x2apic & sound])
+        see(Sign.EOI_EXITS, block, msrs[write & (msr == R.MSR_X2APIC_EOI)])
+        simple = value & (R.ICR_SHORTHAND | R.ICR_DM | R.ICR_LOGICAL) == 0
+        see(Sign.ICR_EXITS, block, msrs[write & simple & (msr == R.MSR_X2APIC_ICR)])
+        see(Sign.HYPERV, block, msrs[sound & (msr >= HV.MSR_HV_FIRST) & (msr <= HV.MSR_HV_LAST)])
+        see(Sign.KVM_PV, block, msrs[sound & (msr >= _KVM_MSRS.start) & (msr < _KVM_MSRS.stop)])
+
+    def _see(self, sign: Sign, block: _Block, which: _Index) -> None:
+        if not len(which):
             return
+        threads = block.threads[which]
         first = self.first[sign]
-        new = first[threads] == 0
-        if new.any():
-            first[threads[new][::-1]] = rows["line"][which][new][::-1]
-        np.add.at(self.count[sign], threads, 1)
+        new = np.flatnonzero(first[threads] == 0)[::-1]
+        if len(new):
+            first[threads[new]] = block.rows["line"][which[new]]
+        if sign in _COUNTED:
+            n = len(first)
+            if n > _FEW_THREADS:
+                np.add.at(self.count[sign], threads, 1)
+            else:
+                self.count[sign] += np.bincount(threads % n, minlength=n).astype(np.uint32)
 
     def _inhibit(self, rows: Rows) -> None:
         for row in islice(rows, 256):
@@ -244,6 +277,7 @@ class Census:
 _SIMPLE = (
     (Event.APICV_ACCEPT, Sign.APICV_ACCEPT),
     (Event.AVIC, Sign.AVIC),
+    (Event.AVIC, Sign.SVM),
     (Event.INJ_VIRQ, Sign.INJECTS),
     (Event.IOAPIC_SET_IRQ, Sign.FULL),
     (Event.PIC_SET_IRQ, Sign.FULL),

@@ -69,14 +69,16 @@ def _by_rows(recording: Recording, dating: Dating) -> None:
     seen: set[int] = set()
     left, icrs = ORDERED_ROWS, 0
     for rows in recording.blocks:
-        named = rows[_BY_NAME[rows["event"]]]
+        events = np.ascontiguousarray(rows["event"])
+        named = rows[np.flatnonzero(_BY_NAME[events])]
         named = named[named["name"] >= 0]
         for number, at in zip(*(found.tolist() for found in np.unique(named["name"], return_index=True)), strict=True):
             if number not in seen:
                 seen.add(number)
                 dating.see_text(names[number].encode() + b":", int(named["line"][at]))
-        written = rows[(rows["event"] == Event.APIC) & (rows["c"] == 1)]
-        long = written[(written["a"] == R.APIC_ICR) & (written["b"] >> 32 > 0)]
+        apic = np.flatnonzero(events == Event.APIC)
+        apic = apic[(rows["a"][apic] == R.APIC_ICR) & (rows["c"][apic] == 1)]
+        long = rows[apic[rows["b"][apic] >> 32 > 0]]
         if len(long):
             dating.see_text(b"kvm_apic: apic_write APIC_ICR = 0x%x" % int(long["b"][0]), int(long["line"][0]))
         if left > 0 and icrs < ICR_WRITES:
