@@ -8,6 +8,7 @@ import pytest
 
 from fastexit.answers.census import vendor_of
 from fastexit.answers.identity import Identity, identify
+from fastexit.answers.places import Places
 from fastexit.records import read
 from fastexit.records.columns import Recording
 
@@ -173,6 +174,17 @@ def test_the_hosts_threads_belong_to_the_only_vm(trace: Recorder) -> None:
     trace.line("kworker/0:1-7", "kvm_apic_accept_irq: apicid 0 vec 35 (Fixed|edge)")
     recording = trace.read()
     assert who(recording, identify(recording))["kworker/0:1-7"] == (1, -1)
+
+
+def test_handlers_of_the_host_belong_to_no_vm_where_there_are_several(trace: Recorder) -> None:
+    for pid in (11, 12):
+        trace.line(f"CPU 0/KVM-{pid}", "kvm_entry: vcpu 0")
+    trace.line("CPU 0/KVM-11", "kvm_apic_accept_irq: apicid 0 vec 35 (Fixed|edge)", context="d.h1.")
+    trace.line("CPU 0/KVM-11", "kvm_apic_accept_irq: apicid 0 vec 36 (Fixed|edge)")
+    recording = trace.read()
+    places = Places(identify(recording).where)
+    (rows,) = recording.blocks
+    assert [places.vms[i] for i in places.vm_of(places.threads_of(rows))] == [1, 2, 0, 1]
 
 
 def test_names_in_notes_are_harmless(trace: Recorder) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastexit.records.columns import Event, Rows
+from fastexit.records.columns import Event, Flag, Recording, Rows
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -68,9 +68,15 @@ class Places:
         return int(self._vm[thread])
 
     def threads_of(self, rows: Rows) -> Ints:
-        """Each row's thread as an index that is there: the last one is for what is beyond, or for none (-1)."""
+        """Each row's thread as an index that is there: the last one is for what is beyond, or for none (-1).
+
+        Beside other VMs, what an interrupt handler of the host prints is nobody's: it may serve any of them, whoever's
+        thread it interrupts.
+        """
         threads: Ints = np.ascontiguousarray(rows["thread"])
         last = len(self._vm) - 1
+        if len(self.vms) > 1 and (handlers := rows["flags"] & Flag.HARDIRQ != 0).any():
+            threads = np.where(handlers, last, threads)
         if len(threads) and int(threads.max()) > last:
             return np.where(threads > last, last, threads)
         return threads
