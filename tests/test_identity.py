@@ -344,6 +344,17 @@ def test_the_order_of_an_icr_writes_lines_dates_too(trace: Recorder) -> None:
     assert "before its kvm_apic_ipi" in clue.evidence
 
 
+def test_evidence_is_the_first_line_of_any_event_that_shows_it(trace: Recorder) -> None:
+    trace.lines("CPU 0/KVM-5", "kvm_entry: vcpu 0, rip 0xfffff80012345678", EXIT.format("HLT", 0xFFFFF80012345678))
+    trace.lines(
+        "CPU 0/KVM-5",
+        "kvm_pic_set_irq: chip 0 pin 1 (edge)",
+        "kvm_ioapic_set_irq: pin 1 dst 0 vec 1 (SMI|logical|edge)",
+    )
+    clues = identify(trace.read()).clues[1]
+    assert (clues["guest"].line, clues["irqchip"].line) == (1, 3)
+
+
 def test_each_vm_has_its_own_clues_and_the_hosts(trace: Recorder) -> None:
     trace.line("CPU 0/KVM-5 (    4)", EXIT.format("MSR_WRITE", 0xFFFFF80012345678))
     trace.line("CPU 0/KVM-9 (    8)", "kvm_msr: msr_write 830 = 0xfd")

@@ -68,6 +68,7 @@ _OWN = (
 """Events that name the vCPU whose thread it is that prints them."""
 _COUNTED = {Sign.VMX, Sign.SVM, Sign.WINDOWS, Sign.LINUX}
 _FEW_THREADS = 1 << 12
+_ONE = np.uint32(1)
 _BY_VCPUS = (
     *(Event.EXIT, Event.ENTRY, Event.MSR, Event.APIC, Event.EOI, Event.PV_EOI, Event.INJ_VIRQ, Event.INJ_EXCEPTION),
     *(Event.PIO, Event.HYPERCALL, Event.HV_HYPERCALL, Event.HV_SEND_IPI, Event.NESTED_VMEXIT, Event.NESTED_ENTRY),
@@ -232,10 +233,10 @@ class Census:
         if not len(which):
             return
         threads = block.threads[which]
-        first = self.first[sign]
-        new = np.flatnonzero(first[threads] == 0)[::-1]
+        first, lines = self.first[sign], block.rows["line"][which]
+        new = np.flatnonzero(first[threads] - _ONE > lines - _ONE)[::-1]  # 0, which is none, is above all
         if len(new):
-            first[threads[new]] = block.rows["line"][which[new]]
+            first[threads[new]] = lines[new]
         if sign in _COUNTED:
             n = len(first)
             if n > _FEW_THREADS:
