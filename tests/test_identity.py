@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastexit.answers.ask import Ask, of_recording
 from fastexit.answers.census import vendor_of
 from fastexit.answers.identity import Identity, identify
 from fastexit.answers.places import Places
@@ -185,6 +186,12 @@ def test_handlers_of_the_host_belong_to_no_vm_where_there_are_several(trace: Rec
     places = Places(identify(recording).where)
     (rows,) = recording.blocks
     assert [places.vms[i] for i in places.vm_of(places.threads_of(rows))] == [1, 2, 0, 1]
+
+
+def test_a_report_says_what_was_assumed(trace: Recorder) -> None:
+    trace.line("vmm-10", "kvm_msr: msr_write 830 = 0xfd")
+    (file,) = of_recording(trace.read(), Ask(kernels=())).files
+    assert any("order of thread ids" in note for note in file.notes)
 
 
 def test_names_in_notes_are_harmless(trace: Recorder) -> None:

@@ -113,6 +113,7 @@ def of_recording(recording: Recording, ask: Ask | None = None) -> Report:
     identity = identify(recording, ask.told)
     analysis = Analysis(recording, identity.where)
     found = Report([_file(recording)])
+    found.files[0].notes += identity.notes
     icrs = analysis.icrs()
     for number in analysis.vms:
         vm = analysis.report(number, identity.clues.get(number))
