@@ -225,8 +225,8 @@ def test_vcpus_in_names(comm: str, vcpu: int) -> None:
 
 def test_tables_that_run_full_change_nothing() -> None:
     """More names and threads than the scanner's tables have room for: it asks again, and the numbers stay."""
-    heads, names = block.HEAD_ENTRIES // 2 + 5, block.NAME_ENTRIES // 2 + 5
-    lines = [f" t-{i % heads} [0] {i}.0: kvm_exit: reason R{i % names}" for i in range(2 * max(heads, names))]
+    heads, names = block.HEAD_ENTRIES + 5, block.NAME_ENTRIES + 5
+    lines = [f" t-{i % heads} [0] {i}.0: kvm_exit: reason R{i % names}" for i in range(max(heads, names) + 99)]
     words = Words()
     rows, bad = Scanner(words).scan("\n".join(lines).encode(), 1)
     assert not bad
@@ -348,6 +348,16 @@ def test_lines_of_another_shape_stand_where_they_stood(tmp_path: Path) -> None:
     assert rows["line"].tolist() == [2, 3, 6]
     assert rows["event"].tolist() == [Event.ENTRY, Event.EXIT, Event.ENTRY]
     assert (found.lines, found.unreadable_count) == (6, 0)
+
+
+def test_a_few_lines_of_another_shape_among_many(tmp_path: Path) -> None:
+    lines = [f" CPU 0/KVM-100 [001] d..1. {i}.000000: kvm_entry: vcpu {i}" for i in range(1, 301)]
+    for i in 40, 120, 200:
+        lines[i] = f"> CPU 0/KVM-100 [001] d..1. {i + 1}.000000: kvm_entry: vcpu {i + 1}"
+    found = trace(tmp_path / "t", *lines)
+    rows = one(found.blocks)
+    assert rows["line"].tolist() == rows["vcpu"].tolist() == list(range(1, 301))
+    assert (found.unreadable_count, found.problems) == (0, [])
 
 
 def test_what_stays_unreadable_is_counted_and_shown(tmp_path: Path) -> None:
