@@ -384,3 +384,51 @@ def test_threads_beside_vcpus_do_not_make_a_vm(trace: Recorder) -> None:
     trace.line("CPU 0/KVM-5", "kvm_entry: vcpu 0")
     trace.line("bash-99", "sched_switch: bash:99 [120] S ==> x:1 [120]")
     assert set(identify(trace.read()).clues) == {1}
+
+
+SAMPLES = Path(__file__).parent / "data" / "traces"
+_AMD = {"vendor": "svm", "generation": "6.1 to 6.12", "apicv": "off", "ipiv": "off", "apic_mode": "x2APIC"}
+
+
+@pytest.mark.parametrize(
+    ("sample", "threads", "expected"),
+    [
+        ("public/s01-kvmwiki-tracing-xapic32", [(1, 0)], {"vendor": "vmx", "irqchip": "full", "apic_mode": "xAPIC"}),
+        ("public/s02-amd-idlehlt-nothread", [(1, 0)], _AMD),
+        ("public/s02b-amd-idlehlt-thread-restored", [(1, 0)], _AMD),
+        ("public/s05-win2012-trace_pipe-wrapped", [(1, -1)], {"generation": "seed-v3 to 5.10", "irqchip": "full"}),
+        ("public/s07-kafl-windows-tracecmd", [(1, 0)], {"vendor": "vmx", "guest": "Windows"}),
+        (
+            "public/s09-nested-win-credguard-perf-decoded",
+            [(1, 0)],
+            {
+                **{"vendor": "vmx", "generation": "6.1 to 6.12", "apicv": "on", "irqchip": "full", "nested": "yes"},
+                **{"guest": "Windows"},
+            },
+        ),
+        ("public/s11-nestedl1-ftrace-mmu", [(1, 0), (1, 1)], {"vendor": "vmx", "guest": "Linux"}),
+        ("public/s12-windows-reinjected-ept", [(1, 0)], {"generation": "6.1 to 6.12", "apicv": "off"}),
+        ("public/s16-perfprof-windows-apicwrite", [(1, 0)], {"vendor": "vmx", "apicv": "on", "guest": "Windows"}),
+        ("public/s17-firecracker-perfscript", [(1, 1), (1, 0), (2, 1)], {"vendor": "vmx", "guest": "Linux"}),
+        ("public/s18-hvtimer-trailing-newline-5.1", [(1, 0)], {"hv_timer": "on"}),
+        ("public/s20-rfc-hyperv-level-nothread-tracecmd", [(1, 0)], {"nested": "yes", "hv_timer": "on"}),
+        ("public/s23-hostguest-merged-CPU-comm", [(1, 1), (1, 0)], {"vendor": "vmx"}),
+        ("public/s24-amd-tracecmd-gp-loop", [(1, 0)], {"vendor": "svm"}),
+        ("public/s25-windows-hotplug-msr3a", [(1, 0), (1, 3), (1, 2), (1, 1)], {}),
+        ("derived/d1-cpu2-only", [(1, 2)], {"apic_mode": "x2APIC"}),
+        ("derived/d3-msi-then-ioapic", [(1, 0), (1, -1)], {"irqchip": "full"}),
+        ("derived/d5-hv-icr", [(1, 0), (1, 1)], {"guest": "Windows", "hyperv": "yes"}),
+        ("derived/d7-apicv-apic_write-trap", [(1, 0), (1, 1)], {"vendor": "vmx", "apicv": "on"}),
+        ("derived/d7b-avic-incomplete", [(1, 0), (1, 1)], {"vendor": "svm", "apicv": "on"}),
+        ("derived/d8-host-with-one-unresolvable-vm", [(1, 0), (2, 0), (2, 2)], _AMD),
+        ("derived/d16-intel-l2-icr", [(1, 0), (1, 1)], {"vendor": "vmx", "nested": "yes"}),
+        ("recorded/tracecmd-raw", [(1, -1), (1, 0), (1, 1)], {"generation": "6.1 to 7.3", "inhibits": "DISABLED"}),
+        ("recorded/perfscript-plain", [(1, -1), (1, 0), (1, 1)], {"generation": "6.12 to 7.3"}),
+    ],
+)
+def test_what_people_post(sample: str, threads: list[tuple[int, int]], expected: dict[str, str]) -> None:
+    recording = read(SAMPLES / f"{sample}.txt")
+    found = identify(recording)
+    pairs = list(zip(found.where.vm.tolist(), found.where.vcpu.tolist()))[: len(recording.threads)]
+    assert pairs == threads
+    assert expected.items() <= values(found).items()
