@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from answered import answered, recorded, told
 from fastexit.answers import findings
 from fastexit.answers.analyse import Analysis, analyse
 from fastexit.answers.findings import kernels
+from fastexit.answers.places import Where
 from fastexit.answers.report import Clue, FastRow
 
 
@@ -80,6 +82,15 @@ def test_a_trace_of_lines_alone_says_that_no_eoi_was_seen() -> None:
     assert "vector 209 (0xd1) on APIC 0 twice" in text
     assert told(LINE_ONLY) == []
     assert told(repeated(LINE_ONLY, 2, 500) + "\n0 5000 kvm_msr: msr_write 6e0 = 0x1") == []
+
+
+def test_host_threads_of_several_vms_tell_nothing_of_eois() -> None:
+    text = repeated(LINE_ONLY, 3, 500) + "\n0 5000 kvm_entry: vcpu 0\n1 5000 kvm_entry: vcpu 0"
+    where = Where(np.array([0, 1, 2, 0], np.int32), np.array([-1, 0, 0, -1], np.int32))
+    analysis = Analysis(recorded(text), where)
+    assert analysis.vms == [0, 1, 2]
+    assert [analysis.report(vm).findings for vm in analysis.vms] == [[], [], []]
+    assert [row.source for row in analysis.report(0).vectors] == ["IOAPIC gsi 0"]
 
 
 AGAIN = """

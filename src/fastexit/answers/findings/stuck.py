@@ -41,6 +41,8 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     series = _open(analysis, report.number, MANY if recorded else FEW)
     if recorded:
         return [_stuck(one) for one in series if one.ns >= LONG and one.entries >= MANY][:SHOWN]
+    if not report.number and len(analysis.vms) > 1:
+        return []  # host threads served several VMs, and each of those has its EOIs by itself
     blind = not (report.exits or report.msrs or report.doors) and not any(row.rips for row in report.vcpus)
     return [_untold(series)] if series and blind else []
 

@@ -60,6 +60,6 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     clue = report.clues.get("guest")
     windows = analysis.exits.windows(report.number) or (clue is not None and clue.value.startswith("Windows"))
     who = "a Windows guest" if windows else "a guest that uses Hyper-V's interface, as Windows does"
-    text = f"{who}: of its {whole:,} IPIs {share} can be sent fast by any kernel: {listed(said)}"
+    text = f"{who}: of its {whole:,} IPI{'s' * (whole != 1)} {share} can be sent fast by any kernel: {listed(said)}"
     lines = [analysis.ipis.first[report.number, door] for door in never if (report.number, door) in analysis.ipis.first]
     return [Finding("windows-ipis-never-fast", "note", text, sorted(lines)[:3], " ".join(filter(None, advice)))]
