@@ -220,6 +220,21 @@ def test_devices_are_known_by_lines_before_and_behind() -> None:
     }
 
 
+def test_an_msi_to_many_and_one_without_a_gsi() -> None:
+    text = """
+        kworker 10 kvm_set_irq: gsi 24 level 1 source 0
+        kworker 11 kvm_msi_set_irq: dst 3 vec 40 (Fixed|logical|edge)
+        kworker 12 kvm_apic_accept_irq: apicid 0 vec 40 (Fixed|edge)
+        kworker 13 kvm_apic_accept_irq: apicid 1 vec 40 (Fixed|edge)
+        kworker 14 kvm_msi_set_irq: dst 0 vec 41 (Fixed|physical|edge)
+        kworker 15 kvm_apic_accept_irq: apicid 0 vec 41 (Fixed|edge)
+        0 16 kvm_entry: vcpu 0
+        1 16 kvm_entry: vcpu 1
+    """
+    rows = {(row.vector, row.source): row.accepted for row in answered(text).vectors}
+    assert rows == {(40, "MSI gsi 24"): 2, (41, "MSI"): 1}
+
+
 def test_a_timers_interrupt_may_come_from_another_thread() -> None:
     text = """
         0 50 kvm_apic: apic_write APIC_LVTT = 0x400ec

@@ -52,6 +52,8 @@ def _follow(rows, marks, lanes, places, pool, out, n):
         if event == w.E_MSI_SET_IRQ:
             lanes[lane + w.L_SOURCE] = w.FROM_MSI
             lanes[lane + w.L_SOURCE_VECTOR] = rows[row + U(2)] & k.ICR_VECTOR
+            lanes[lane + w.L_SOURCE_GSI] = lanes[lane + w.L_GSI]
+            lanes[lane + w.L_GSI] = k.ZERO
             continue
         if event == w.E_IOAPIC_SET_IRQ:
             gsi = lanes[lane + w.L_GSI] if lanes[lane + w.L_GSI] else rows[row + k.ONE] + k.ONE

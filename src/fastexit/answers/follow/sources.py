@@ -229,8 +229,7 @@ def accept(lanes, places, pool, out, rows, lane, row, target):
     pool[node + w.N_LABEL] = k.ZERO
     source = lanes[lane + w.L_SOURCE]
     if source and lanes[lane + w.L_SOURCE_VECTOR] == vector:
-        lanes[lane + w.L_SOURCE] = k.ZERO
-        return _give(lanes, places, pool, out, lane, node, source, k.ZERO, lanes[lane + w.L_GSI])
+        return _give(lanes, places, pool, out, lane, node, source, k.ZERO, lanes[lane + w.L_SOURCE_GSI])
     if lanes[lane + w.L_OPEN] and not lanes[lane + w.L_GSI]:
         if lanes[lane + w.L_HAVE] & w.CALL_LINE or _belongs(lanes[lane + w.L_ICR], word):
             _label(lanes, places, pool, out, lane, node)

@@ -52,15 +52,22 @@ L_STRIDE = U(56)
     L_AGAIN, L_AGAIN_RUN, L_AGAIN_LINE, L_AGAIN_MOST, L_AGAIN_VECTOR, L_AGAIN_FIRST, L_LAST_LINE,
     L_EXIT_CPU, L_PAGE, L_PAGE_RUN, L_PAGE_LINE, L_AGAIN_PAGE, L_AGAIN_PAGE_LINE, L_GAP,
     L_FAULT_RIP, L_FAULT_NAME, L_FAULT_RUN, L_FAULT_LINE, L_FAULTS, L_FAULTS_RIP, L_FAULTS_NAME, L_FAULTS_LINE,
-) = (U(n) for n in range(55))  # fmt: skip
-"""A lane's words. ``L_PLACE`` is a place plus one, 0 for a thread that is no vCPU. From ``L_EXIT_TIME``: the exit that
-has no entry yet (``L_EXIT_LINE`` not 0). From ``L_OPEN``: the ICR write in the making. From ``L_SOURCE``: what raises
-the next accept lines, and the list of those whose source is not known. ``L_REG``: the APIC register (plus one) of a
-write whose door is not known. ``L_RIP`` to ``L_RUN_TIME``: exits in a row at one address that end no instruction;
-``L_SPIN``...: the longest such run. ``L_AGAIN``...: a vector that is injected again and again, with the address whose
-page fault stands before each of these; ``L_PAGE``...: page faults in a row at one address; ``L_GAP``: the line behind
-the last gap. ``L_FAULT_RIP`` to ``L_FAULT_LINE``: an exception that is injected in a row at one address, and
-``L_FAULTS``...: most often."""
+    L_SOURCE_GSI,
+) = (U(n) for n in range(56))  # fmt: skip
+"""A lane's words.
+
+``L_PLACE`` is a place plus one, 0 for a thread that is no vCPU.
+``L_EXIT_TIME`` ...: the exit that has no entry yet, where ``L_EXIT_LINE`` is not 0.
+``L_OPEN`` ...: the ICR write in the making.
+``L_SOURCE`` ...: what raises the next accept lines, ``L_SOURCE_GSI`` by which GSI plus one; from ``L_HEAD`` the list of
+those whose source is not known.
+``L_REG``: the APIC register, plus one, of a write whose door is not known.
+``L_RIP`` ...: exits in a row at one address that end no instruction; ``L_SPIN`` ...: the longest such run.
+``L_AGAIN`` ...: a vector that is injected again and again, and the address whose page fault stands before each time;
+``L_PAGE`` ...: page faults in a row at one address.
+``L_FAULT_RIP`` ...: an exception that is injected in a row at one address; ``L_FAULTS`` ...: most often.
+``L_GAP``: the line behind the last gap.
+"""
 
 P_IN, P_APICV, P_INJECTS, P_WAITING, P_WAIT0 = (U(n) for n in range(5))
 P_LVTT, P_ENTRIES, P_HALTED, P_CALLED, P_CALLED_LINE = (U(n) for n in range(12, 17))
