@@ -63,10 +63,12 @@ class Analysis:
                 found["TSC_DEADLINE write", bool(nested)] += n
         return found
 
-    def vm_of_lane(self, lane: int) -> int:
-        """The VM of a thread that has a lane."""
+    def lanes(self, vm: int) -> list[tuple[int, list[int]]]:
+        """Lanes of a VM's threads with their words, in order of threads."""
         places = self.follower.places
-        return places.vms[int(places.vm_of_thread(places.lanes[lane]))]
+        index = places.vms.index(vm)
+        mine = [(thread, lane) for lane, thread in enumerate(places.lanes) if places.vm_of_thread(thread) == index]
+        return [(lane, self.follower.lanes[lane].tolist()) for _, lane in sorted(mine)]
 
     def vcpu_of_lane(self, lane: int) -> str:
         """Its vCPU in words, or the thread's name."""
@@ -82,9 +84,9 @@ class Analysis:
         places = self.follower.places
         known = self.recording.threads
         found: dict[int, str] = {}
-        for lane, thread in enumerate(places.lanes):
-            place = int(self.follower.lanes[lane, 0])
-            if place and places.places[place - 1][0] == vm and thread < len(known):
+        for lane, words in self.lanes(vm):
+            place, thread = words[0], places.lanes[lane]
+            if place and thread < len(known):
                 found.setdefault(place, known[thread].comm)
         return found
 

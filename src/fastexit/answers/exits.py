@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import fsum
 from typing import NamedTuple
 
 import numpy as np
@@ -166,7 +167,7 @@ class Exits:
                 nested[reason] += n * of_l2
         whole = sum(counts.values())
         times = {r: self._times.of(self._index(vm) * REASONS + r) for r in counts}
-        spent = sum(time.total for time in times.values() if time is not None)
+        spent = fsum(time.total for time in times.values() if time is not None)
         return [
             ExitRow(
                 self.reasons[reason],

@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """kvm_inj_exception lines in a row at one address, as many as of a spin."""
-    follower = analysis.follower
     names = analysis.recording.names
     found = []
-    for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)].tolist()):
+    for lane, row in analysis.lanes(report.number):
         run, name = row[int(F.L_FAULTS)], row[int(F.L_FAULTS_NAME)] - 1
-        if run < LEAST or analysis.vm_of_lane(lane) != report.number:
+        if run < LEAST:
             continue
         seen = analysis.exits.seen(row[int(F.L_PLACE)])
         if run < RUN and (seen > EXCERPT or 2 * run < seen):

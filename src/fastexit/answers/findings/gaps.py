@@ -16,12 +16,7 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """Where a thread's exit was given up because its next line came too late."""
     if analysis.span.ticks:
         return []
-    follower = analysis.follower
-    lines = [
-        int(row[int(F.L_GAP)])
-        for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)])
-        if row[int(F.L_GAP)] and analysis.vm_of_lane(lane) == report.number
-    ]
+    lines = [row[int(F.L_GAP)] for _, row in analysis.lanes(report.number) if row[int(F.L_GAP)]]
     if not lines:
         return []
     return [

@@ -22,17 +22,16 @@ MANY = 256
 
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """Exits that end no instruction (the host's interrupts, PAUSE, ...) in a row at one address."""
-    follower = analysis.follower
     found = []
-    for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)]):
-        run = int(row[int(F.L_SPIN)])
-        if run < LEAST or analysis.vm_of_lane(lane) != report.number:
+    for lane, row in analysis.lanes(report.number):
+        run = row[int(F.L_SPIN)]
+        if run < LEAST:
             continue
-        place = int(row[int(F.L_PLACE)])
+        place = row[int(F.L_PLACE)]
         seen = analysis.exits.seen(place)
         if run < RUN and (seen > EXCERPT or 2 * run < seen):
             continue
-        ns = int(row[int(F.L_SPIN_NS)])
+        ns = row[int(F.L_SPIN_NS)]
         took = f" over {duration(ns)}" if 0 < ns < int(F.NONE) and not analysis.span.ticks else ""
         hosts = analysis.exits.host_vectors(place)[:3]
         cause = f"; the host's vectors are {listed(f'0x{v:x} {times(n)}' for v, n in hosts)}" if hosts else ""
@@ -41,9 +40,9 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
             Finding(
                 "spin",
                 "warning" if long else "note",
-                f"{analysis.vcpu_of_lane(lane)} is at 0x{int(row[int(F.L_SPIN_RIP)]):x} in {run:,} looks in a"
+                f"{analysis.vcpu_of_lane(lane)} is at 0x{row[int(F.L_SPIN_RIP)]:x} in {run:,} looks in a"
                 f" row{took}{cause}",
-                [int(row[int(F.L_SPIN_LINE)])],
+                [row[int(F.L_SPIN_LINE)]],
                 "Only the host's interrupts and the like bring it out, and it is found at the same instruction: the"
                 " guest spins there, or idles without an exit (QEMU's cpu-pm=on, MWAIT). See what lies at that address"
                 " (crash, gdb on QEMU's gdbstub, WinDbg), and whether an interrupt that it waits for was accepted.",

@@ -29,11 +29,10 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
 
 def _reinjected(analysis: Analysis, report: VmReport) -> list[Finding]:
     """Interrupts whose delivery exits again and again."""
-    follower = analysis.follower
     found = []
-    for lane, row in enumerate(follower.lanes[: len(follower.places.lanes)].tolist()):
+    for lane, row in analysis.lanes(report.number):
         most, page = row[int(F.L_AGAIN_MOST)], row[int(F.L_AGAIN_PAGE)]
-        if most < (AGAIN if page else MANY) or analysis.vm_of_lane(lane) != report.number:
+        if most < (AGAIN if page else MANY):
             continue
         lines = [row[int(F.L_AGAIN_FIRST)]]
         why = ""
