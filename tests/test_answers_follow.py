@@ -13,7 +13,7 @@ from fastexit.answers.facts import DOORS, FACT, Follower, class_of
 from fastexit.answers.follow import words as F
 from fastexit.answers.ipis import NOT_RECORDED
 from fastexit.answers.places import Where
-from fastexit.records.columns import NO_TIME, RECORD, Event
+from fastexit.records.columns import NO_TIME, RECORD, Event, Rows
 from fastexit.trace.doors import Door
 
 X2APIC = """
@@ -403,3 +403,40 @@ def test_a_thread_of_no_vm_belongs_to_the_only_one() -> None:
     follower = Follower(recording, two)
     assert sum(len(block.facts) for block in follower) == 2
     assert R.APIC_ICR == 0x300
+
+
+ODD = np.array(
+    [0, 1, 2, 3, 255, 256, 0x300, 0x830, 0x40000071, 0xFEE00300, 0xFEE000B0, 4095, 4096, 2**64 - 1], np.uint64
+)
+
+
+def spoilt(rows: Rows, rng: np.random.Generator) -> Rows:
+    """Some lines of a trace, with fields, threads, events and times that belong elsewhere."""
+    size = int(rng.integers(1, 400))
+    first = int(rng.integers(0, len(rows) - size))
+    made = rows[first : first + size].copy() if rng.random() < 0.5 else rows[rng.integers(0, len(rows), size)].copy()
+    for field, values in {
+        **dict.fromkeys("abcd", ODD),
+        "event": np.arange(70),
+        "thread": np.arange(-1, 9),
+        "name": np.arange(-1, 9),
+        "time": rng.integers(0, 1 << 44, 9),
+    }.items():
+        here = rng.random(size) < rng.choice([0, 0.1])
+        made[field][here] = rng.choice(values, int(here.sum()))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_spoilt_traces_are_answered_alike_whatever_their_blocks(seed: int) -> None:
+    recording = guest("windows/kvm-7.3-x2apic.trace.xz")
+    rng = np.random.default_rng(seed)
+    rows = spoilt(next(iter(recording.blocks)), rng)
+    threads = len(recording.threads) + 1
+    where = Where(rng.integers(0, 3, threads).astype(np.int32), rng.integers(-1, 4, threads).astype(np.int32))
+    reports = []
+    for size in (0, int(rng.integers(1, 200))):
+        recording.blocks = [rows]
+        analysis = Analysis(split(recording, size), where)
+        reports.append([analysis.report(vm) for vm in analysis.vms])
+    assert reports[0] == reports[1]
