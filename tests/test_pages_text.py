@@ -106,6 +106,14 @@ def test_seconds_without_exits_are_counted() -> None:
     assert re.search(r"^ +0 +1 .*\n +3 +2 .*\nIn 2 other seconds there was no exit\.$", text, re.MULTILINE)
 
 
+def test_a_clues_line_is_told_once() -> None:
+    clues = {"vendor": Clue("vmx", "trace", "an exit (line 1,003)", 1003), "apicv": Clue("off", "trace", "an EOI", 7)}
+    text = printed(report(vm(clues=clues)))
+    assert "an exit (line 1,003)" in text
+    assert text.count("line 1,003") == 1
+    assert "an EOI (line 7)" in text
+
+
 def test_worst_finding_first() -> None:
     findings = [
         Finding("a", "note", "first note"),

@@ -342,7 +342,10 @@ def _saved(vm: VmReport, clock: str, key: str) -> Chart | None:
         least = most / 200
         for y, (low, high) in known:
             axes.barh([y], [max(high - low, least)], 0.5, left=low, color=color("accent"))
-        axes.set_xlim(min(0, *(low for _, (low, _) in known)), most)
+        lowest = min(0.0, *(low for _, (low, _) in known))
+        if lowest < 0:
+            axes.axvline(0, color=color("muted"), linewidth=1)
+        axes.set_xlim(lowest, most)
         axes.set_xticks([])
         labels = ["" if row is None else label for label, row in rows]
         _rows(axes, labels, ["" if row is None else between(ends(row)) for _, row in rows], narrow)

@@ -17,8 +17,8 @@ from fastexit.pages.sheets import Column, Sheet
 
 LIMIT = 400
 """Rows of a table in the page."""
-HALF = 4
-"""Tables of so many columns take half the width."""
+HALF = 90
+"""Tables of so many characters in a row take half the width."""
 CHARTED = 8
 """So many VMs have charts; those with the most exits."""
 FINDINGS = 40
@@ -40,6 +40,11 @@ _CHARTS = {
 class _Part:
     chart: Chart | None = None
     sheets: list[Sheet] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether it needs the whole width; what it looks at does not."""
+        return any(sheets.width(sheet) > HALF and sheet.name != "clues" for sheet in self.sheets)
 
 
 @dataclass
@@ -84,7 +89,6 @@ def page(report: Report) -> str:
         foreign=sheets.of_files(report.files),
         closing=_closing(report),
         limit=LIMIT,
-        half=HALF,
         first=FINDINGS,
     )
 
@@ -148,8 +152,8 @@ def _vm(report: Report, vm: VmReport, key: str, charted: bool) -> _Vm:
         for one in wanted:
             if one not in open_tables:
                 del tables[one]
-    rest = sorted(tables.values(), key=lambda sheet: len(sheet.columns) > HALF)
-    parts += [_Part(sheets=[sheet]) for sheet in rest]
+    parts += [_Part(sheets=[sheet]) for sheet in tables.values()]
+    parts.sort(key=lambda part: not part.chart and part.full)
     return _Vm(
         key,
         _name(vm) if len(report.vms) > 1 else "The virtual machine" if vm.number else "Exits of no VM in particular",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,6 +36,12 @@ class Sheet:
     columns: list[Column]
     rows: list[list[str]] = field(default_factory=list)
     note: str = ""
+
+
+def width(sheet: Sheet) -> int:
+    """Characters that its longest cells take side by side."""
+    cells = [[column.title for column in sheet.columns], *sheet.rows]
+    return sum(max(len(row[i]) for row in cells) for i in range(len(sheet.columns)))
 
 
 def _columns(*titles: str) -> list[Column]:
@@ -83,7 +90,8 @@ def of_files(files: list[FileReport]) -> list[Sheet]:
 def _clues(vm: VmReport) -> Sheet:
     sheet = Sheet("clues", "What it looks at", _columns("what", "is", "from?", "evidence"))
     for what, clue in vm.clues.items():
-        line = f" (line {clue.line:,})" if clue.line else ""
+        known = not clue.line or re.search(rf"\bline {clue.line:,}\b", clue.evidence)
+        line = "" if known else f" (line {clue.line:,})"
         sheet.rows.append([clean(what), clean(clue.value), clean(clue.source), clean(clue.evidence) + line])
     return sheet
 
