@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastexit.records.columns import Event, Flag, Recording, Rows
+from fastexit.records.columns import Event, Flag, Rows
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
