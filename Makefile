@@ -8,7 +8,7 @@ BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input b
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-long test-pythons lint clean
+.PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-browser test-long test-pythons lint clean
 .PHONY: docs embed-test verify verify-kernels verify-mutants bench bench-check bench-instructions
 
 help: ## this list
@@ -43,6 +43,10 @@ test-bounds: compile-bounds ## a part of the suite with every array access check
 	@echo "== compiled kernels with checked bounds (NUMBA_BOUNDSCHECK=1)"
 	@NUMBA_BOUNDSCHECK=1 $(PYTEST) $(TWO) -m "not long" $(BOUNDS)
 
+test-browser: $(STAMP) ## the pages of fastexit report in a headless Chromium (Debian: apt-get install chromium)
+	@$(PY) -m pip install --quiet -e '.[browser]'
+	@$(PYTEST) tests/test_pages_html.py
+
 test-long: $(STAMP) ## the tests that take minutes
 	@$(PYTEST) -m long
 
@@ -52,13 +56,17 @@ test-pythons: $(STAMP) ## a part of the suite on each Python from 3.11 to 3.14 t
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
 	@$(PY) examples/embed_test.py
 
-verify: compile ## the model against the KVM of this machine, half an hour; writes docs/verified.md
+verify: compile ## the model against the KVM of this machine, an hour or two; writes docs/verified.md
 	@mkdir -p build/verify
 	@for seed in 1 2 3; do \
 		$(PY) -m fastexit verify --ops 1000000 --seed $$seed --json > build/verify/seed-$$seed.json || exit 1; done
 	@$(PY) -m fastexit verify --ops 150000 --seed 4 --trace --json > build/verify/trace.json
 	@$(PY) -m fastexit verify --ops 400 --seed 5 --only many --json > build/verify/many.json
-	@$(PY) docs/verified.py build/verify/seed-*.json build/verify/trace.json build/verify/many.json
+	@for seed in 1 2 3; do $(PY) -m fastexit verify --only irqchip --ops 1000000 --seed $$seed --json \
+		> build/verify/irqchip-$$seed.json || exit 1; done
+	@$(PY) -m fastexit verify --only irqchip --ops 750000 --seed 4 --trace --json > build/verify/irqchip-trace.json
+	@$(PY) docs/verified.py build/verify/seed-*.json build/verify/trace.json build/verify/many.json \
+		build/verify/irqchip-*.json
 	@$(PY) docs/generate.py
 
 verify-mutants: $(STAMP) ## faults planted into the model, each of which verify must find, half an hour
@@ -71,16 +79,18 @@ OPERATIONS ?= 100000
 verify-kernels: compile ## the model against the lab's kernels, hours; kernels and Bochs from fastexit kernels get; OPERATIONS=1000: minutes
 	@mkdir -p build/verify/kernels
 	@failed=0; \
-	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2 hyperv:1; do \
+	for kernel in $(KERNELS); do for job in msr:1 guest:1 runs:1 timers:10 traces:2 hyperv:1 irqchip:1; do \
 		kind=$${job%:*}; file=build/verify/kernels/$$kernel-svm-$$kind.json; \
 		echo "== $$kernel, SVM, $$kind"; \
 		$(PY) -m fastexit verify --kernel $$kernel --kind $$kind --ops $$(($(OPERATIONS) / $${job#*:})) --json > $$file; \
 		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
-	for kernel in $(KERNELS); do for apicv in on off; do \
-		file=build/verify/kernels/$$kernel-vmx-$$apicv.json; case $$apicv in on) without=;; *) without=--no-apicv;; esac; \
-		echo "== $$kernel, VMX, APICv $$apicv"; \
-		$(PY) -m fastexit verify --kernel $$kernel --vendor vmx $$without --ops $$(($(OPERATIONS) / 50)) --keep $$file > /dev/null; \
-		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
+	for kernel in $(KERNELS); do for apicv in on off; do for job in plain:50 events:500; do \
+		kind=$${job%:*}; file=build/verify/kernels/$$kernel-vmx-$$kind-$$apicv.json; \
+		case $$apicv in on) without=;; *) without=--no-apicv;; esac; \
+		echo "== $$kernel, VMX, APICv $$apicv, $$kind"; \
+		$(PY) -m fastexit verify --kernel $$kernel --vendor vmx $$without --kind $$kind \
+			--ops $$(($(OPERATIONS) / $${job#*:})) --keep $$file > /dev/null; \
+		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; done; \
 	$(PY) docs/verified.py build/verify/kernels/*.json && $(PY) docs/generate.py && exit $$failed
 
 bench: $(STAMP) ## pytest benchmarks: against C, fast beside generic path; writes build/bench/ and docs/results.md

@@ -26,7 +26,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "mitigations-off": ([f"{PATCH[0]}-mitigations-off.txt", "--against", f"{PATCH[1]}-mitigations-off.txt"], ()),
     "hyperv": (["docs/traces/hv-all.txt", "--against", "docs/traces/hv-no-apic-msrs.txt"], ()),
     "who": ([LINUX], ("MSRs", "Interrupts by", "Who sends")),
-    "windows": ([f"{WINDOWS}/icr-by-synthetic-msr.txt", "--costs", "skylake-retpoline"], ("Findings", "Taken", "What a")),
+    "windows": (
+        [f"{WINDOWS}/icr-by-synthetic-msr.txt", "--costs", "skylake-retpoline"],
+        ("Findings", "Taken", "What a"),
+    ),
     "stuck": ([f"{PUBLIC}/s05b-win2012-trace_pipe-unwrapped.txt"], ("Findings", "Interrupts by")),
     "reinjected": ([f"{PUBLIC}/s12-windows-reinjected-ept.txt"], ("Findings",)),
     "latency": ([f"{WINDOWS}/kvm-6.18-x2apic.trace.xz"], ("Latency", "HLT")),
