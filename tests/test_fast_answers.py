@@ -11,8 +11,8 @@ import pytest
 from fastexit import regs as R
 from fastexit.answers import fast, switches
 from fastexit.answers.ask import report
-from fastexit.answers.questions import Asked, Host, Question, icr_value
-from fastexit.answers.report import Clue, DoorRow, ExitRow, VmReport
+from fastexit.answers.questions import ASLEEP, UNTOLD, Asked, Host, Question, icr_value
+from fastexit.answers.report import Clue, DoorRow, ExitRow, Halts, VmReport
 from fastexit.answers.savings import saved
 from fastexit.costs.profile import Cost, CostProfile, cost_profile
 from fastexit.jit import declare
@@ -116,15 +116,25 @@ def test_rows_count_what_the_trace_has() -> None:
     vm.exits[0].nested = 2
     rows = {(r.kernel, r.what): r for r in fast.rows(fast.classes([], 4, vm), Host(), 2.0, ["5.8", "6.18"])}
     assert set(rows) == {(kernel, what) for kernel in ("5.8", "6.18") for what in ("TSC_DEADLINE write", "HLT")}
-    assert (rows["6.18", "HLT"].fast, rows["6.18", "HLT"].total) == (5, 7)
-    assert rows["6.18", "HLT"].refusals == {"vCPU runs L2": 2}
+    assert (rows["6.18", "HLT"].fast, rows["6.18", "HLT"].total) == (0, 7)
+    assert rows["6.18", "HLT"].refusals == {"vCPU runs L2": 2, UNTOLD: 5}
     assert rows["5.8", "HLT"].fast == 0
     assert rows["6.18", "TSC_DEADLINE write"].fast == 4
 
 
+def test_a_halt_is_fast_where_the_vcpu_need_not_sleep() -> None:
+    vm = VmReport("t", 1, exits=exits(HLT=10), halts=Halts(10, 6, 1, None))
+    costs = cost_profile("skylake-retpoline")
+    old, new = fast.rows(fast.classes([], 0, vm), Host(), 1.0, ["6.8", "6.18"], costs)
+    assert (new.fast, new.refusals) == (3, {ASLEEP: 7})
+    assert (old.fast, old.refusals) == (0, {"exit has no fast handler": 10})
+    assert new.saved
+    assert new.saved[0] > 0
+
+
 def test_a_reason_of_the_other_vendor_is_not_asked() -> None:
-    vm = VmReport("t", 1, {"vendor": Clue("svm", "trace")}, exits=exits(HLT=7, hlt=5))
-    assert list(fast.classes([], 0, vm)) == ["hlt"]
+    vm = VmReport("t", 1, {"vendor": Clue("svm", "trace")}, exits=exits(PREEMPTION_TIMER=7, hlt=5, EXIT_INVD=1))
+    assert list(fast.classes([], 0, vm)) == ["hlt", "EXIT_INVD"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from fastexit import regs as R
+from fastexit.answers.facts import plain_reason
 from fastexit.answers.ipis import Icr
 from fastexit.answers.questions import Asked, Host, Question, reasons
 from fastexit.answers.report import Clue, FastRow, VmReport
@@ -25,7 +26,6 @@ DEADLINE = "TSC_DEADLINE write"
 FAULTED = "the write ends in #GP"
 OTHER_MSR = "other MSR write"
 NO_HANDLER = "MSR has no fast handler"
-BLOCKS = "nothing waits for the vCPU, so it goes to sleep"
 _KEPT = 64
 _WRITE = re.compile(r"msr_write ([0-9a-f]{1,8}) = 0x([0-9a-f]{1,16})$")
 
@@ -81,12 +81,21 @@ def classes(icrs: Iterable[tuple[Icr, int]], deadlines: int, report: VmReport) -
         found[DEADLINE][Question("deadline")] += deadlines
     vendor = host_of(report.clues).vendor
     for row in report.exits:
-        if row.reason not in reasons(vendor):
+        what = plain_reason(row.reason)
+        if what not in reasons(vendor):
             continue
-        found[row.reason] = Counter({Question(row.reason): row.count - row.nested})
-        if row.nested:
-            found[row.reason][Question(row.reason, nested=True)] = row.nested
-    written = sum(row.count for row in report.exits if row.reason in ("MSR_WRITE", "msr"))
+        counts: Counter[Question | str] = Counter()
+        counts[Question(what, nested=True)] = row.nested
+        own = row.count - row.nested
+        if what == "HLT":
+            # a wake-up line stands behind a HLT that waited, or for which the host polled
+            asleep = min(report.halts.waits + report.halts.polls, own) if report.halts else 0
+            counts[Question(what, pending=False)] = asleep
+            counts[Question(what, pending=True if asleep else None)] = own - asleep
+        else:
+            counts[Question(what)] = own
+        found[row.reason] = +counts
+    written = sum(row.count for row in report.exits if plain_reason(row.reason) in ("MSR_WRITE", "MSR"))
     writes = sum(row.count for row in report.msrs if row.write)
     others = min(written, writes) - sum(found[ICR_WRITE].values()) - deadlines
     if others > 0:

@@ -28,6 +28,8 @@ ABSENT = 13
 FAR = 1 << 40
 """A TSC deadline that does not come."""
 SELF_IPI_VECTOR = 0x41
+ASLEEP = "nothing waits for the vCPU: it goes to sleep"
+UNTOLD = "kvm_vcpu_wakeup was not recorded: whether the vCPU went to sleep is not told"
 
 
 class Host(NamedTuple):
@@ -47,7 +49,8 @@ class Question:
 
     ``what``: "ipi", "deadline", or a reason of the vendor's that a fast path may know. Of an IPI: its door, whether it
     is a SELF_IPI write, the low half of its ICR without vector, whether its destination is a broadcast, how many APICs
-    took it (-1: not recorded, so one is taken). ``nested``: L2 did it.
+    took it (-1: not recorded, so one is taken). ``nested``: L2 did it. Of a HLT: whether an interrupt waited, so that
+    the vCPU goes on at once, None where the trace does not tell.
     """
 
     what: str
@@ -57,6 +60,7 @@ class Question:
     broadcast: bool = False
     targets: int = 1
     nested: bool = False
+    pending: bool | None = True
 
 
 class Answer(NamedTuple):
@@ -111,7 +115,7 @@ class Asked:
             if question.nested:
                 v.nested = True
             outcome = self._carried_out(v, question)
-            refusal = "" if outcome.path == Path.FAST else _refusal(question, outcome)
+            refusal = _refusal(question, outcome)
             self._known[key] = Answer(refusal, *_stages(outcome))
         return self._known[key]
 
@@ -133,6 +137,8 @@ class Asked:
         if question.what == "deadline":
             return v.wrmsr(R.MSR_TSC_DEADLINE, FAR)
         if question.what != "ipi":
+            if question.what == "HLT" and question.pending:
+                self.machine.vcpus[1].wrmsr(R.MSR_X2APIC_ICR, SELF_IPI_VECTOR)
             return v.exit(reasons(self.host.vendor)[question.what])
         if question.door is Door.SYNTHETIC:
             return v.wrmsr(MSR_HV_ICR, icr_value(question))
@@ -160,9 +166,9 @@ def icr_value(question: Question) -> int:
 
 
 def reasons(vendor: str) -> dict[str, int]:
-    """Exit reasons by the name that a trace has for them, of which some generation takes some fast."""
+    """Exit reasons by their plain names (facts.plain_reason), of which some generation takes some fast."""
     if vendor == "svm":
-        return {"hlt": SvmExit.HLT, "invd": SvmExit.INVD, "vmmcall": SvmExit.VMMCALL}
+        return {"HLT": SvmExit.HLT, "INVD": SvmExit.INVD, "VMMCALL": SvmExit.VMMCALL}
     return {
         "HLT": VmxExit.HLT,
         "INVD": VmxExit.INVD,
@@ -172,6 +178,8 @@ def reasons(vendor: str) -> dict[str, int]:
 
 
 def _refusal(question: Question, outcome: Outcome) -> str:
+    if outcome.path == Path.FAST:
+        return (UNTOLD if question.pending is None else ASLEEP) if outcome.blocked else ""
     text = outcome.refusal.text
     if question.what == "ipi" and question.door not in (Door.X2APIC, None):
         return f"{question.door.value}: no fast handler" if question.door else text
