@@ -394,6 +394,16 @@ def test_what_an_excerpt_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     assert [(thread.pid, thread.comm) for thread in found.threads] == [(-1, "")]
 
 
+def test_traces_one_behind_the_other_are_one_problem(tmp_path: Path) -> None:
+    head = "# entries-in-buffer/entries-written: 1/9   #P:1"
+    lines = [line for i in range(99) for line in (head, f" a-1 [0] {i}.000000: kvm_entry: vcpu 0")]
+    found = trace(tmp_path / "t", *lines)
+    (problem,) = found.problems
+    assert ":3: a second trace begins here" in problem
+    assert "(and 97 times more)" in problem
+    assert len(found.notes) < 30
+
+
 def test_blocks_can_be_gone_through_again(tmp_path: Path) -> None:
     count = 40_000 if JIT else 200
     found = trace(tmp_path / "t", *(f" a-1 [0] {i}.000000: kvm_entry: vcpu 0" for i in range(count)))

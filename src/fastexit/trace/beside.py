@@ -46,7 +46,8 @@ class Beside:
         self.first_prose: str = ""
         self.lost: int = 0
         self.lost_lines: list[int] = []
-        self.headers: list[str] = []
+        self.headers: int = 0
+        self.first_header: str = ""
         self.oddities: list[str] = []
         self.promised: int = -1
         self._tables = Tables()
@@ -93,14 +94,17 @@ class Beside:
         if entries := _ENTRIES.match(line):
             held, written = int(entries[1]), int(entries[2])
             if self.promised >= 0:
-                self.headers.append(f"{self.path}:{number}: a second trace begins here: pass the two one by one")
+                self.headers += 1
+                where = f"{self.path}:{number}: a second trace begins here"
+                self.first_header = self.first_header or f"{where}: pass the two one by one"
             self.promised = max(self.promised, 0) + held
-            if written > held:
+            if written > held and len(self.oddities) < KEPT:
                 self.oddities.append(f"the ring buffer kept the last {held:,} of {written:,} events")
 
     def damage(self) -> list[str]:
         """What of the events is not here, a line each kind."""
-        found = list(self.headers)
+        more = f" (and {self.headers - 1:,} times more)" if self.headers > 1 else ""
+        found = [self.first_header + more] if self.headers else []
         if self.unreadable:
             line, text = self.unreadable[0]
             what = text if text == "binary data" else f"not ftrace text: {text!r}"
