@@ -296,5 +296,13 @@ def test_exits_that_another_kernel_would_save() -> None:
         " 9 a second"
     )
     assert "no fast handler (10)" in finding.advice
-    report.clues["generation"] = Clue("6.12", "trace")
+    report.clues["generation"] = Clue("6.1.20", "option")
+    assert len(kernels.find(report)) == 1
+    report.fast[1].saved_total = (-5.0, 1600.0)
     assert kernels.find(report) == []
+    report.fast[1].saved_total = None
+    report.fast.insert(0, FastRow("seed-v3", "HLT", 10, 10, {}))
+    assert "6.12 would take 8 of 10" in kernels.find(report)[0].text
+    for text in "6.12", "6.1 to 7.3", "unknown", "a kernel":
+        report.clues["generation"] = Clue(text, "trace")
+        assert kernels.find(report) == []

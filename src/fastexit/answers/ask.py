@@ -140,6 +140,7 @@ def _ask_about_tables(found: Report, recording: Recording, ask: Ask) -> None:
 def _ask_kernels(vm: VmReport, icrs: list[Any], deadlines: int, ask: Ask) -> None:
     """What each generation would do; where a VM has no such exit the model is not even loaded."""
     from fastexit.answers import fast, switches
+    from fastexit.answers.findings import in_order, kernels
 
     counted = fast.classes(icrs, deadlines, vm)
     if not counted:
@@ -147,6 +148,7 @@ def _ask_kernels(vm: VmReport, icrs: list[Any], deadlines: int, ask: Ask) -> Non
     host = fast.host_of(vm.clues)
     vm.fast = fast.rows(counted, host, vm.seconds, ask.kernels, ask.costs)
     vm.switches = switches.rows(vm, icrs, host, ask.costs)
+    vm.findings = in_order([*vm.findings, *kernels.find(vm)])
 
 
 def _file(recording: Recording) -> FileReport:

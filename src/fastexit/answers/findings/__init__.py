@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastexit.answers.findings import (
@@ -53,5 +54,9 @@ _ORDER = {"problem": 0, "warning": 1, "note": 2}
 
 def find(analysis: Analysis, report: VmReport) -> list[Finding]:
     """All findings of a VM, worst first."""
-    found = [finding for each in _ALL for finding in each(analysis, report)]
+    return in_order(finding for each in _ALL for finding in each(analysis, report))
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """Findings, worst first."""
     return sorted(found, key=lambda finding: _ORDER[finding.severity])
