@@ -45,7 +45,7 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
                 [row[int(F.L_SPIN_LINE)]],
                 "Only the host's interrupts and the like bring it out, and it is found at the same instruction: the"
                 " guest spins there, or idles without an exit (QEMU's cpu-pm=on, MWAIT). See what lies at that address"
-                " (crash, gdb on QEMU's gdbstub, WinDbg), and whether an interrupt that it waits for was accepted.",
+                " (crash, gdb, WinDbg), and whether an interrupt that it waits for was accepted.",
             )
         )
     return found

@@ -16,18 +16,17 @@ if TYPE_CHECKING:
     from fastexit.answers.analyse import Analysis
 
 _MSR = (
-    "hv-vapic tells Windows to write Hyper-V's MSRs 0x40000070 to 0x40000072, which always exit and which no fast path"
-    " looks at. Where APICv or AVIC is in use: QEMU hv-avic=on (hv-apicv), hv-vapic=off, with hv-synic, hv-stimer and"
-    " hv-vpindex; libvirt <avic state='on'/> and <vapic state='off'/> in <hyperv>. Without APICv keep hv-vapic, and add"
-    " hv-ipi (<ipi state='on'/>) for IPIs to many."
+    "hv-vapic has Windows write MSRs 0x40000070 to 0x40000072, which always exit and never fast. With APICv or AVIC:"
+    " QEMU hv-avic=on,hv-vapic=off (libvirt <avic state='on'/>, <vapic state='off'/>) with hv-synic, hv-stimer and"
+    " hv-vpindex. Without them keep it, and add hv-ipi."
 )
 _CALL = (
-    "hv-ipi (libvirt <ipi state='on'/>) tells Windows to send to sets of vCPUs by hypercall: one exit for many targets,"
-    " and never a fast one. That is worth it without APICv; with APICv single IPIs are better off by hv-avic."
+    "hv-ipi (libvirt <ipi state='on'/>) has Windows send to many vCPUs by one hypercall, which is never fast. That is"
+    " worth it without APICv; with APICv single IPIs are better off by hv-avic."
 )
 _PAGE = (
-    "This guest uses the xAPIC page. Give it x2APIC (QEMU -cpu ...,+x2apic; libvirt <feature policy='require'"
-    " name='x2apic'/>), and see in a trace whether it takes it: MSR 0x830 is the only door with a fast path."
+    "Give the guest x2APIC (QEMU -cpu ...,+x2apic; libvirt <feature policy='require' name='x2apic'/>), and see in a"
+    " trace whether it takes it: MSR 0x830 is the only door with a fast path."
 )
 _ADVICE = {
     Door.SYNTHETIC: ("MSR 0x40000071 (hv-vapic)", _MSR),
@@ -55,11 +54,10 @@ def find(analysis: Analysis, report: VmReport) -> list[Finding]:
         return []
     most = sorted(never, key=lambda door: (-never[door], door.value))
     said = [f"{never[door]:,} by {_ADVICE[door][0]}" for door in most]
-    advice = dict.fromkeys(_ADVICE[door][1] for door in most)
     share = "none" if never.total() == whole else f"{whole - never.total():,}"
     clue = report.clues.get("guest")
     windows = analysis.exits.windows(report.number) or (clue is not None and clue.value.startswith("Windows"))
     who = "a Windows guest" if windows else "a guest that uses Hyper-V's interface, as Windows does"
     text = f"{who}: of its {whole:,} IPI{'s' * (whole != 1)} {share} can be sent fast by any kernel: {listed(said)}"
     lines = [analysis.ipis.first[report.number, door] for door in never if (report.number, door) in analysis.ipis.first]
-    return [Finding("windows-ipis-never-fast", "note", text, sorted(lines)[:3], " ".join(filter(None, advice)))]
+    return [Finding("windows-ipis-never-fast", "note", text, sorted(lines)[:3], _ADVICE[most[0]][1])]
