@@ -4,7 +4,7 @@ STAMP := .venv/installed
 PYTEST := $(PY) -m pytest
 TWO := -n 2 --dist worksteal
 WARM := $(PY) -c "from fastexit.jit.declare import warmup; warmup()"
-BOUNDS := $(addprefix tests/test_,$(addsuffix .py,apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer unicast))
+BOUNDS := $(addprefix tests/test_,$(addsuffix .py,answers_follow apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer unicast))
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
