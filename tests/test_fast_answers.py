@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def exits(**counts: int) -> list[ExitRow]:
 def test_rows_count_what_the_trace_has() -> None:
     vm = VmReport("t", 1, {"vendor": Clue("vmx", "trace")}, exits=exits(HLT=7, CPUID=3))
     vm.exits[0].nested = 2
-    rows = {(r.kernel, r.what): r for r in fast.rows(fast.classes([], 4, vm), Host(), 2.0, ["5.8", "6.18"])}
+    rows = {(r.kernel, r.what): r for r in fast.rows(fast.classes([], (4, 0), vm), Host(), 2.0, ["5.8", "6.18"])}
     assert set(rows) == {(kernel, what) for kernel in ("5.8", "6.18") for what in ("TSC_DEADLINE write", "HLT")}
     assert (rows["6.18", "HLT"].fast, rows["6.18", "HLT"].total) == (0, 7)
     assert rows["6.18", "HLT"].refusals == {"vCPU runs L2": 2, UNTOLD: 5}
@@ -125,7 +126,7 @@ def test_rows_count_what_the_trace_has() -> None:
 def test_a_halt_is_fast_where_the_vcpu_need_not_sleep() -> None:
     vm = VmReport("t", 1, exits=exits(HLT=10), halts=Halts(10, 6, 1, None))
     costs = cost_profile("skylake-retpoline")
-    old, new = fast.rows(fast.classes([], 0, vm), Host(), 1.0, ["6.8", "6.18"], costs)
+    old, new = fast.rows(fast.classes([], (0, 0), vm), Host(), 1.0, ["6.8", "6.18"], costs)
     assert (new.fast, new.refusals) == (3, {ASLEEP: 7})
     assert (old.fast, old.refusals) == (0, {"exit has no fast handler": 10})
     assert new.saved
@@ -134,7 +135,7 @@ def test_a_halt_is_fast_where_the_vcpu_need_not_sleep() -> None:
 
 def test_a_reason_of_the_other_vendor_is_not_asked() -> None:
     vm = VmReport("t", 1, {"vendor": Clue("svm", "trace")}, exits=exits(PREEMPTION_TIMER=7, hlt=5, EXIT_INVD=1))
-    assert list(fast.classes([], 0, vm)) == ["hlt", "EXIT_INVD"]
+    assert list(fast.classes([], (0, 0), vm)) == ["hlt", "EXIT_INVD"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_what_is_saved_is_a_range_where_a_stage_is_assumed() -> None:
 def test_cycles_follow_from_the_stages_that_a_fast_exit_leaves_out() -> None:
     costs = cost_profile("skylake-retpoline")
     rows = fast.rows(
-        {fast.DEADLINE: fast.classes([], 10, VmReport("t", 1))[fast.DEADLINE]}, Host(), 5.0, ["6.18"], costs
+        {fast.DEADLINE: fast.classes([], (10, 0), VmReport("t", 1))[fast.DEADLINE]}, Host(), 5.0, ["6.18"], costs
     )
     (row,) = rows
     assert row.saved
@@ -191,6 +192,23 @@ def test_a_windows_guest_without_hv_vapic_has_fast_ipis() -> None:
     assert row.exits_before == row.exits_after == 9
     assert row.saved_total
     assert 0 < row.saved_total[0] < row.saved_total[1]
+
+
+def test_each_vcpu_saves_by_what_it_sent() -> None:
+    costs = cost_profile("skylake-retpoline")
+    one = fast.Icr(1, Door.X2APIC, R.APIC_ICR, 0, False, 1, False, False)
+    refused = one._replace(icr=ALL_BUT_SELF)
+    counts = fast.classes([(one, 30), (refused, 5)], (0, 1), VmReport("t", 1))
+    found = fast.rows(counts, Host(), None, ["6.18"], costs)
+    fast.by_vcpu(
+        found, {0: Counter({one: 10}), 3: Counter({one: 20, refused: 5}), 4: Counter({refused: 1})}, Host(), costs
+    )
+    row, deadline = found
+    assert row.saved
+    assert row.saved_by_vcpu[0] == pytest.approx([10 * ends for ends in row.saved])
+    assert row.saved_by_vcpu[3] == pytest.approx([20 * ends for ends in row.saved])
+    assert list(row.saved_by_vcpu) == [0, 3]
+    assert deadline.refusals == {"vCPU runs L2": 1}
 
 
 HISTOGRAM = """\

@@ -118,7 +118,7 @@ def of_recording(recording: Recording, ask: Ask | None = None) -> Report:
     for number in analysis.vms:
         vm = analysis.report(number, identity.clues.get(number))
         if ask.kernels != () and number:
-            _ask_kernels(vm, [(icr, n) for icr, n in icrs.items() if icr.vm == number], analysis.deadlines(number), ask)
+            _ask_kernels(vm, [(icr, n) for icr, n in icrs.items() if icr.vm == number], analysis, ask)
         found.vms.append(vm)
     if ask.kernels != () and recording.tables:
         _ask_about_tables(found, recording, ask)
@@ -137,16 +137,18 @@ def _ask_about_tables(found: Report, recording: Recording, ask: Ask) -> None:
     found.vms.append(vm)
 
 
-def _ask_kernels(vm: VmReport, icrs: list[Any], deadlines: int, ask: Ask) -> None:
+def _ask_kernels(vm: VmReport, icrs: list[Any], analysis: Analysis, ask: Ask) -> None:
     """What each generation would do; where a VM has no such exit the model is not even loaded."""
     from fastexit.answers import fast, switches
     from fastexit.answers.findings import in_order, kernels
 
-    counted = fast.classes(icrs, deadlines, vm)
+    counted = fast.classes(icrs, analysis.ipis.deadlines(vm.number), vm)
     if not counted:
         return
     host = fast.host_of(vm.clues)
     vm.fast = fast.rows(counted, host, vm.seconds, ask.kernels, ask.costs)
+    if ask.costs is not None:
+        fast.by_vcpu(vm.fast, analysis.ipis.by_vcpu(vm.number), host, ask.costs)
     vm.switches = switches.rows(vm, icrs, host, ask.costs)
     vm.findings = in_order([*vm.findings, *kernels.find(vm)])
 

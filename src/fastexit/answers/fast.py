@@ -59,26 +59,25 @@ def asked(kernel: str, host: Host, costs: CostProfile | None) -> Asked:
     return _MACHINES[key]
 
 
-def classes(icrs: Iterable[tuple[Icr, int]], deadlines: int, report: VmReport) -> dict[str, Counter[Question | str]]:
-    """Class of exits -> question, or a reason that needs none -> exits."""
+def asked_of(icr: Icr) -> Question | str:
+    """The question that an IPI is, or why none is needed."""
+    if icr.faulted:
+        return FAULTED
+    self_ipi = icr.register == R.APIC_SELF_IPI
+    return Question("ipi", icr.door, self_ipi, icr.icr, icr.broadcast, icr.targets, icr.nested)
+
+
+def classes(
+    icrs: Iterable[tuple[Icr, int]], deadlines: tuple[int, int], report: VmReport
+) -> dict[str, Counter[Question | str]]:
+    """Class of exits -> question, or a reason that needs none -> exits. ``deadlines``: by the guest, by its guests."""
     found: dict[str, Counter[Question | str]] = {ICR_WRITE: Counter(), DEADLINE: Counter()}
     for icr, n in icrs:
-        if icr.door is Door.ASSIST:
-            continue
-        question: Question | str = FAULTED
-        if not icr.faulted:
-            question = Question(
-                "ipi",
-                icr.door,
-                icr.register == R.APIC_SELF_IPI,
-                icr.icr,
-                icr.broadcast,
-                icr.targets,
-                icr.nested,
-            )
-        found[ICR_WRITE][question] += n
-    if deadlines:
-        found[DEADLINE][Question("deadline")] += deadlines
+        if icr.door is not Door.ASSIST:
+            found[ICR_WRITE][asked_of(icr)] += n
+    for nested, n in enumerate(deadlines):
+        if n:
+            found[DEADLINE][Question("deadline", nested=bool(nested))] += n
     vendor = host_of(report.clues).vendor
     for row in report.exits:
         what = plain_reason(row.reason)
@@ -97,7 +96,7 @@ def classes(icrs: Iterable[tuple[Icr, int]], deadlines: int, report: VmReport) -
         found[row.reason] = +counts
     written = sum(row.count for row in report.exits if plain_reason(row.reason) in ("MSR_WRITE", "MSR"))
     writes = sum(row.count for row in report.msrs if row.write)
-    others = min(written, writes) - sum(found[ICR_WRITE].values()) - deadlines
+    others = min(written, writes) - sum(found[ICR_WRITE].values()) - sum(deadlines)
     if others > 0:
         found[OTHER_MSR] = Counter({NO_HANDLER: others})
     return {what: counts for what, counts in found.items() if counts}
@@ -135,6 +134,27 @@ def rows(
         for what, counts in counted.items():
             found.append(_row(machine, what, counts, seconds, costs))
     return found
+
+
+def by_vcpu(found: Iterable[FastRow], sent: Mapping[int, Counter[Icr]], host: Host, costs: CostProfile) -> None:
+    """Fill in what each vCPU saves: of ICR writes, whose sender the trace tells; ``sent`` are IPIs by vCPU."""
+    counted = {vcpu: _questions(icrs) for vcpu, icrs in sent.items()}
+    for row in found:
+        if row.what != ICR_WRITE or not row.fast:
+            continue
+        machine = asked(row.kernel, host, costs)
+        for vcpu, counts in counted.items():
+            mine = _row(machine, ICR_WRITE, counts, None, costs)
+            if mine.saved_total:
+                row.saved_by_vcpu[vcpu] = mine.saved_total
+
+
+def _questions(icrs: Counter[Icr]) -> Counter[Question | str]:
+    counts: Counter[Question | str] = Counter()
+    for icr, n in icrs.items():
+        if icr.door is not Door.ASSIST:
+            counts[asked_of(icr)] += n
+    return counts
 
 
 def _row(

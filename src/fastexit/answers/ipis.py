@@ -74,6 +74,7 @@ class Ipis:
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
         self._icrs: Tally[tuple[int, ...]] = Tally(TARGETS)
+        self._by_place: Tally[tuple[int, ...]] = Tally(4 * TARGETS)
         self._accesses: Counter[tuple[int, int, int, int]] = Counter()
         self._latency = Durations()
         self._accepted: set[int] = set()
@@ -95,6 +96,7 @@ class Ipis:
             broadcast &= (low >> np.uint64(18) & np.uint64(3)) == 0
             columns = [vm_of[icrs["place"]], icrs["door"], icrs["key"], low, broadcast, icrs["x"], icrs["flags"]]
             self._icrs.add(often(columns))
+            self._by_place.add(often([icrs["place"], *columns[1:]]))
             numbers = self._follower.places.vms
             pairs, firsts = np.unique(vm_of[icrs["place"]] * len(DOORS) + icrs["door"], return_index=True)
             for pair, line in zip(pairs.tolist(), icrs["line"][firsts].tolist(), strict=True):
@@ -122,13 +124,24 @@ class Ipis:
     def icrs(self) -> Counter[Icr]:
         """All IPIs by what decides over them."""
         found: Counter[Icr] = Counter()
-        vms = self._follower.places.vms
-        for (vm, door, register, low, broadcast, targets, flags), n in self._icrs.counts.items():
-            kicked = DOORS[door] is Door.AVIC and not targets  # AVIC has set IRR itself, and no line says whose
-            told = NOT_RECORDED if kicked or vm not in self._accepted else targets
-            key = Icr(vms[vm], DOORS[door], register, low, bool(broadcast), told, bool(flags & 1), bool(flags & 2))
-            found[key] += n
+        for (vm, *told), n in self._icrs.counts.items():
+            found[self._icr(vm, *told)] += n
         return found
+
+    def by_vcpu(self, vm: int) -> dict[int, Counter[Icr]]:
+        """IPIs of a VM by the vCPU that sent them."""
+        found: dict[int, Counter[Icr]] = {}
+        places, index = self._follower.places, self._follower.places.vms.index(vm)
+        for (place, *told), n in self._by_place.counts.items():
+            if place and places.places[place - 1][0] == vm:
+                found.setdefault(places.places[place - 1][1], Counter())[self._icr(index, *told)] += n
+        return dict(sorted(found.items()))
+
+    def _icr(self, vm: int, door: int, register: int, low: int, broadcast: int, targets: int, flags: int) -> Icr:
+        kicked = DOORS[door] is Door.AVIC and not targets  # AVIC has set IRR itself, and no line says whose
+        told = NOT_RECORDED if kicked or vm not in self._accepted else targets
+        number = self._follower.places.vms[vm]
+        return Icr(number, DOORS[door], register, low, bool(broadcast), told, bool(flags & 1), bool(flags & 2))
 
     def doors(self, vm: int, msrs: list[MsrRow]) -> list[DoorRow]:
         """The table of a VM's doors: what it did by which, most frequent first; ``msrs`` are all of its MSRs."""
