@@ -254,6 +254,29 @@ def test_a_thread_id_is_not_taken_for_its_beginning(write: Callable[..., Path]) 
     assert [task.pid for task in batch.tasks if task] == [123, 1234, 123, 1234]
 
 
+def test_a_torn_line_takes_no_lines_from_another_thread(write: Callable[..., Path]) -> None:
+    """What stands first in a line that two writers tore is no name for the thread that it ends with."""
+    whole = "  CPU 0/KVM-{} [001] 18136.763{}: kvm_eoi: apicid 0 vector -1\n"
+    lines = [whole.format(8, 695), f"  CPU 0/KVM-7 [001] 1 {whole.format(8, 696)}", whole.format(7, 697)]
+    _, (batch,) = read(write(lines))
+    assert [task.pid for task in batch.tasks if task] == [8, 8, 7]
+
+
+def test_half_an_exit_hides_no_reasons(write: Callable[..., Path]) -> None:
+    bodies = "vcpu 1 reason HLT rip 0x1", "vcpu 1 rea", "vcpu 1 reason CPUID rip 0x1", "vcpu 1 reason HLT rip 0x2"
+    lines = [f"  vcpu-1  [000] .....  1.00000{i}: kvm_exit: {body}\n" for i, body in enumerate(bodies)]
+    _, (batch,) = read(write(lines))
+    assert [event.text for event in batch.events] == ["HLT", "", "CPUID", "HLT"]
+
+
+def test_a_line_without_an_event_is_none_however_long_it_is(write: Callable[..., Path]) -> None:
+    """Cut where the line before it was, it has the same thread."""
+    lines = ["  vcpu-1 [000] 1.000001: kvm_eoi: apicid 0 vector -1\n", "  vcpu-1 " + "chip 0 pin 0 (".rjust(14) + "\n"]
+    assert len("[000] 1.000001") == 14
+    reader, (batch,) = read(write(lines * 2))
+    assert [task is None for task in batch.tasks] == [False, True] * 2
+
+
 def test_reinjection_is_not_taken_for_injection_after_it(write: Callable[..., Path]) -> None:
     lines = [
         f"  vcpu-1  [000] .....  1.00000{i}: kvm_inj_virq: IRQ 0xec{s}\n"

@@ -155,7 +155,7 @@ class TraceReader:
             head, _, body = line.partition(b": ")
             task = task_of(head[:behind])
             event = known(body)
-            if task is None:
+            if task is None or not body:
                 task, event, head = self._look(lines, len(tasks), first)
                 behind, stamp = self._behind, self._stamp
             elif event is None:
@@ -180,7 +180,8 @@ class TraceReader:
         head, _, body = rest.partition(b": ")
         task = self._tasks.get(who + b" ")
         stamp = self._widths.get(len(head))
-        if task is not None and stamp is not None:
+        torn = b" [" in head  # by two writers: what stands first is not whose line it is
+        if task is not None and stamp is not None and not torn:
             self._behind, self._stamp = -len(head) - 1, stamp
             event = self._known.get(body) or self._learn(body, number, line)
             return task, event, head
@@ -196,7 +197,7 @@ class TraceReader:
         time, text = match["time"], match["body"]
         if self._dating and match["flags"]:
             self._dating.see_flags(match["flags"], number, by_kernel=self.text.shape != "trace-cmd report")
-        if text == body.lstrip() and head.endswith(b" " + time):
+        if text == body.lstrip() and head.endswith(b" " + time) and not torn:
             self._widths[len(head)] = self._stamp = -len(time) - 1
             self._behind = -len(head) - 1
             self._tasks[who + b" "] = task
@@ -215,6 +216,8 @@ class TraceReader:
             event = parse(body)
         if self._dating and not self.text.retold:
             self._dating.see_text(body, number)
+        if event.name == "kvm_exit" and event.kind == Kind.MARK:  # half a line; whole ones begin like it
+            return event
         by_beginning = event.kind in BY_BEGINNING
         known: dict[Any, Event] = self._beginnings if by_beginning else self._known
         if len(known) >= _KNOWN_BODIES:
