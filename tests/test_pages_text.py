@@ -204,6 +204,13 @@ def test_hundreds_of_files_fit_some_screens() -> None:
     assert printed(report(*(vm(f"host{i}.trace") for i in range(9))), limit=None).count("Interrupts by vector") == 9
 
 
+def test_files_of_one_name_are_told_apart() -> None:
+    text = printed(report(vm("/t/host1/guest.trace"), vm("/t/host2/guest.trace")))
+    assert "host1/guest.trace: trace-cmd report" in text
+    assert "(host2/guest.trace, VM 1; lines 512" in text
+    assert "/t/" not in text
+
+
 def test_empty_reports() -> None:
     assert printed(Report()) == ""
     printed(Report([FileReport("a")], [VmReport("a", 1)]))

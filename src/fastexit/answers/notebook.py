@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 
 from fastexit.answers.report import SEVERITIES, Finding, Report, VmReport
-from fastexit.answers.words import at_lines, clean, count, duration, share
+from fastexit.answers.words import at_lines, clean, count, duration, names, share
 
 _VMS = 4
 _FINDINGS = 12
@@ -29,8 +28,9 @@ def _text(words: object) -> str:
 
 
 def _refused(report: Report) -> str:
+    called = names(file.path for file in report.files)
     return "".join(
-        f"<p><b>{_text(Path(file.path).name)}</b> could not be read: {_text(file.refused)}</p>"
+        f"<p><b>{escape(called[file.path])}</b> could not be read: {_text(file.refused)}</p>"
         for file in report.files
         if file.refused
     )
@@ -40,7 +40,8 @@ def _vm(report: Report, vm: VmReport) -> str:
     clock = next((file.clock for file in report.files if file.path == vm.path), "ns")
     total = sum(row.count for row in vm.exits)
     name = f"VM {vm.number}" if vm.number else "no VM in particular"
-    head = f"<p><b>{_text(Path(vm.path).name)}</b>, {name}: {count(total, 'exit')}"
+    called = names(vm.path for vm in report.vms)
+    head = f"<p><b>{escape(called[vm.path])}</b>, {name}: {count(total, 'exit')}"
     if vm.seconds:
         head += f" in {duration(vm.seconds * 1e9)}"
     told = sorted(vm.findings, key=_severity)[:_FINDINGS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 _LONGEST = 300
@@ -20,6 +21,26 @@ def clean(text: object, longest: int = _LONGEST) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def names(paths: Iterable[str]) -> dict[str, str]:
+    """What files are called beside each other: by their last part, or from the folder that all are in.
+
+    >>> names(["a/x.trace", "a/y.trace"]), names(["a/x", "b/x"])
+    ({'a/x.trace': 'x.trace', 'a/y.trace': 'y.trace'}, {'a/x': 'a/x', 'b/x': 'b/x'})
+    >>> names(["/t/a/x", "/t/b/x", "-"])
+    {'/t/a/x': 'a/x', '/t/b/x': 'b/x', '-': 'standard input'}
+    """
+    given = list(dict.fromkeys(paths))
+    files = [path for path in given if path != "-"]
+    last = {path: os.path.basename(path) or path for path in files}
+    if len(set(last.values())) < len(files):
+        try:
+            folder = os.path.commonpath([os.path.dirname(path) for path in files])
+        except ValueError:  # some from the root, some from here
+            folder = ""
+        last = {path: os.path.relpath(path, folder) if folder else path for path in files}
+    return {path: "standard input" if path == "-" else clean(last[path]) for path in given}
 
 
 def count(n: int, noun: str = "") -> str:

@@ -6,12 +6,11 @@ import base64
 import hashlib
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 
 from fastexit import __version__
 from fastexit.answers.report import Report, VmReport
-from fastexit.answers.words import clean, count, duration, rate, share
-from fastexit.pages import sheets
+from fastexit.answers.words import clean, count, duration, names, rate, share
+from fastexit.pages import sheets, summary
 from fastexit.pages.charts import Chart, of_vm
 from fastexit.pages.sheets import Column, Sheet
 
@@ -73,6 +72,7 @@ def page(report: Report) -> str:
     charted = {id(vm) for vm in shown[:CHARTED]}
     told = {id(vm) for vm in shown}
     alone = len(report.vms) == 1
+    called = summary.vm_names(report)
     left_out = len(report.vms) - len(shown)
     return template.render(
         version=__version__,
@@ -81,9 +81,13 @@ def page(report: Report) -> str:
         title=_title(report),
         lines=_lines(report),
         tiles=_tiles(report.vms[0]) if alone else [],
-        findings=sheets.findings(report, (lambda vm: "") if alone else _name),
-        overview=[] if len(report.vms) < 2 else [sheets.overview(report), sheets.everywhere(report)],
-        vms=[_vm(report, vm, f"vm{i + 1}", id(vm) in charted) for i, vm in enumerate(report.vms) if id(vm) in told],
+        findings=summary.findings(report),
+        overview=[] if len(report.vms) < 2 else [summary.overview(report), summary.everywhere(report)],
+        vms=[
+            _vm(report, vm, f"vm{i + 1}", called[id(vm)], id(vm) in charted)
+            for i, vm in enumerate(report.vms)
+            if id(vm) in told
+        ],
         left_out=f"{count(left_out, 'VM')} with fewer exits: in the overview alone" if left_out else "",
         files=_files(report),
         foreign=sheets.of_files(report.files),
@@ -93,13 +97,9 @@ def page(report: Report) -> str:
     )
 
 
-def _name(vm: VmReport) -> str:
-    return f"{clean(Path(vm.path).name)}, {f'VM {vm.number}' if vm.number else 'of no VM'}"
-
-
 def _title(report: Report) -> str:
-    names = [clean(Path(file.path).name if file.path != "-" else "standard input") for file in report.files]
-    return ", ".join(names) if 0 < len(names) <= 3 else count(len(names), "trace")
+    called = list(names(file.path for file in report.files).values())
+    return ", ".join(called) if 0 < len(called) <= 3 else count(len(called), "trace")
 
 
 def _lines(report: Report) -> list[str]:
@@ -138,7 +138,7 @@ def _tiles(vm: VmReport) -> list[tuple[str, str]]:
     return made
 
 
-def _vm(report: Report, vm: VmReport, key: str, charted: bool) -> _Vm:
+def _vm(report: Report, vm: VmReport, key: str, called: str, charted: bool) -> _Vm:
     """Charts with their tables, then what has no chart, in the order in which a terminal has them."""
     clock = next((file.clock for file in report.files if file.path == vm.path), "ns")
     charts = of_vm(vm, clock, key) if charted else {}
@@ -156,7 +156,7 @@ def _vm(report: Report, vm: VmReport, key: str, charted: bool) -> _Vm:
     parts.sort(key=lambda part: not part.chart and part.full)
     return _Vm(
         key,
-        _name(vm) if len(report.vms) > 1 else "The virtual machine" if vm.number else "Exits of no VM in particular",
+        called or ("The virtual machine" if vm.number else "What belongs to no VM in particular"),
         parts,
     )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from fastexit.answers.report import SEVERITIES, FastRow, FileReport, Quantiles, Report, VmReport
-from fastexit.answers.words import at_lines, between, clean, count, duration, most, rate, share
+from fastexit.answers.report import FastRow, FileReport, Quantiles, VmReport
+from fastexit.answers.words import between, clean, count, duration, most, names, rate, share
 
 MATRIX = 8
 """Up to this many vCPUs, who sends to whom is a square of numbers; beyond, a list."""
@@ -44,8 +44,8 @@ def width(sheet: Sheet) -> int:
     return sum(max(len(row[i]) for row in cells) for i in range(len(sheet.columns)))
 
 
-def _columns(*titles: str) -> list[Column]:
-    """``#`` in front: a number; each ``?`` behind: a rank more."""
+def columns(*titles: str) -> list[Column]:
+    """Columns by their titles: ``#`` in front: a number; each ``?`` behind: a rank more."""
     return [
         Column(
             title.removeprefix("#").rstrip("?"), number=title.startswith("#"), rank=len(title) - len(title.rstrip("?"))
@@ -78,17 +78,18 @@ def of_vm(vm: VmReport, clock: str = "ns") -> list[Sheet]:
 def of_files(files: list[FileReport]) -> list[Sheet]:
     """Tables that another tool printed, then what could not be read."""
     sheets = []
+    called = names(file.path for file in files)
     for tables in _foreign, _unreadable:
         for file in files:
             for sheet in tables(file):
                 if len(files) > 1:
-                    sheet.title = f"{clean(file.path)}: {sheet.title}"
+                    sheet.title = f"{called[file.path]}: {sheet.title}"
                 sheets.append(sheet)
     return [sheet for sheet in sheets if sheet.rows]
 
 
 def _clues(vm: VmReport) -> Sheet:
-    sheet = Sheet("clues", "What it looks at", _columns("what", "is", "from?", "evidence"))
+    sheet = Sheet("clues", "What it looks at", columns("what", "is", "from?", "evidence"))
     for what, clue in vm.clues.items():
         known = not clue.line or re.search(rf"\bline {clue.line:,}\b", clue.evidence)
         line = "" if known else f" (line {clue.line:,})"
@@ -108,7 +109,7 @@ def _exits(vm: VmReport, clock: str) -> Sheet:
     sheet = Sheet(
         "exits",
         title,
-        _columns(
+        columns(
             "reason", "#exits", "#share", "#a second??", "#median", "#90 %????", "#99 %", "#longest?", "#of time???"
         ),
     )
@@ -135,8 +136,8 @@ def _exits(vm: VmReport, clock: str) -> Sheet:
 
 
 def _vcpus(vm: VmReport, clock: str) -> Sheet:
-    columns = _columns("#vCPU", "thread??", "#exits", "most frequent", "#median?", "#99 %???", "most often at")
-    sheet = Sheet("vcpus", f"vCPUs: {len(vm.vcpus):,}", columns)
+    titles = columns("#vCPU", "thread??", "#exits", "most frequent", "#median?", "#99 %???", "most often at")
+    sheet = Sheet("vcpus", f"vCPUs: {len(vm.vcpus):,}", titles)
     for row in vm.vcpus:
         hottest = max(row.rips, key=lambda pair: pair[1], default=None)
         spot = f"0x{hottest[0]:x} {share(hottest[1] / row.exits) if row.exits else ''}".strip() if hottest else ""
@@ -154,7 +155,7 @@ def _vcpus(vm: VmReport, clock: str) -> Sheet:
 
 
 def _seconds(vm: VmReport) -> Sheet:
-    sheet = Sheet("seconds", "Exits by second", _columns("#second", "#exits", "most frequent"))
+    sheet = Sheet("seconds", "Exits by second", columns("#second", "#exits", "most frequent"))
     if len(vm.by_second) > 1:
         for i, reasons in enumerate(vm.by_second):
             if total := sum(reasons.values()):
@@ -165,8 +166,8 @@ def _seconds(vm: VmReport) -> Sheet:
 
 
 def _msrs(vm: VmReport) -> Sheet:
-    columns = _columns("MSR", "name", "access", "#times", "#share", "##GP??", "most frequent values???")
-    sheet = Sheet("msrs", "MSRs", columns)
+    titles = columns("MSR", "name", "access", "#times", "#share", "##GP??", "most frequent values???")
+    sheet = Sheet("msrs", "MSRs", titles)
     for row in vm.msrs:
         values = ", ".join(f"0x{value:x} {share(n / row.count) if row.count else n}" for value, n in row.values[:3])
         access = "write" if row.write else "read"
@@ -179,7 +180,7 @@ def _msrs(vm: VmReport) -> Sheet:
 
 def _classes(vm: VmReport) -> Sheet:
     """What an ICR's values ask for, in words."""
-    sheet = Sheet("classes", "What is written to the ICR", _columns("delivery and destination", "#times", "#share"))
+    sheet = Sheet("classes", "What is written to the ICR", columns("delivery and destination", "#times", "#share"))
     for row in vm.msrs:
         for what, n in row.classes:
             sheet.rows.append([clean(what), count(n), share(n / row.count) if row.count else "-"])
@@ -187,8 +188,8 @@ def _classes(vm: VmReport) -> Sheet:
 
 
 def _vectors(vm: VmReport) -> Sheet:
-    columns = _columns("vector", "name?", "from", "#accepted", "#share", "#coalesced??", "#EOIs")
-    sheet = Sheet("vectors", "Interrupts by vector and source", columns)
+    titles = columns("vector", "name?", "from", "#accepted", "#share", "#coalesced??", "#EOIs")
+    sheet = Sheet("vectors", "Interrupts by vector and source", titles)
     for row in vm.vectors:
         sheet.rows.append(
             [
@@ -211,14 +212,14 @@ def _sent(vm: VmReport) -> Sheet:
     title = f"Who sends to whom: {count(total, 'interrupt')} by IPIs"
     if len(ids) <= MATRIX:
         counts = {(row.sender, row.target): row.interrupts for row in vm.sent}
-        sheet = Sheet("sent", title, _columns("sender", *(f"#to {i}" for i in ids)))
+        sheet = Sheet("sent", title, columns("sender", *(f"#to {i}" for i in ids)))
         senders = sorted({row.sender for row in vm.sent})
         sheet.rows = [
             [f"vCPU {sender}", *(count(n) if (n := counts.get((sender, i), 0)) else "." for i in ids)]
             for sender in senders
         ]
         return sheet
-    sheet = Sheet("sent", title, _columns("#sender", "#target", "#interrupts", "#share"))
+    sheet = Sheet("sent", title, columns("#sender", "#target", "#interrupts", "#share"))
     for row in sorted(vm.sent, key=lambda row: (-row.interrupts, row.sender, row.target)):
         part = share(row.interrupts / total if total else 0)
         sheet.rows.append([str(row.sender), str(row.target), count(row.interrupts), part])
@@ -226,13 +227,13 @@ def _sent(vm: VmReport) -> Sheet:
 
 
 def _doors(vm: VmReport) -> Sheet:
-    sheet = Sheet("doors", "How the guest reaches its APIC", _columns("for", "by", "#accesses"))
+    sheet = Sheet("doors", "How the guest reaches its APIC", columns("for", "by", "#accesses"))
     sheet.rows = [[clean(row.doing), clean(row.door), count(row.count)] for row in vm.doors]
     return sheet
 
 
 def _halts(vm: VmReport, clock: str) -> Sheet:
-    sheet = Sheet("halts", "HLT and wake-ups", _columns("what", "#times", "#median", "#99 %", "#longest?"))
+    sheet = Sheet("halts", "HLT and wake-ups", columns("what", "#times", "#median", "#99 %", "#longest?"))
     if vm.halts is None:
         return sheet
     asleep = _quantiles(vm.halts.asleep, clock, "median", "p99", "maximum")
@@ -244,8 +245,8 @@ def _halts(vm: VmReport, clock: str) -> Sheet:
 
 
 def _latency(vm: VmReport, clock: str) -> Sheet:
-    columns = _columns("from, to", "#IPIs", "#median", "#90 %?", "#99 %", "#longest")
-    sheet = Sheet("latency", "Latency of IPIs", columns)
+    titles = columns("from, to", "#IPIs", "#median", "#90 %?", "#99 %", "#longest")
+    sheet = Sheet("latency", "Latency of IPIs", titles)
     for row in vm.latency:
         times = _quantiles(row.time, clock, "median", "p90", "p99", "maximum")
         sheet.rows.append([clean(row.what), count(row.time.count), *times])
@@ -267,7 +268,7 @@ def _fast(vm: VmReport) -> list[Sheet]:
         total = rows[0].total
         title = f"Taken fast: {count(total, what)}" if what.isprintable() else f"Taken fast: {total:,} {clean(what)}"
         sheet = Sheet(
-            f"fast-{i + 1}", title, _columns("kernel", "#fast", "#share", "why not the others?", *saved, *sooner)
+            f"fast-{i + 1}", title, columns("kernel", "#fast", "#share", "why not the others?", *saved, *sooner)
         )
         for _, alike in groupby(rows, key=_alike):
             kernels = list(alike)
@@ -293,15 +294,15 @@ def _saved(vm: VmReport) -> Sheet:
     rows = [row for row in vm.fast if row.saved_by_vcpu]
     newest = [row for row in rows if row.kernel == rows[-1].kernel]
     title = f"Cycles saved by vCPU in {newest[0].kernel}" if newest else ""
-    sheet = Sheet("saved", title, _columns("#vCPU", *(f"#{clean(row.what)}s" for row in newest)))
+    sheet = Sheet("saved", title, columns("#vCPU", *(f"#{clean(row.what)}s" for row in newest)))
     for vcpu in sorted({vcpu for row in newest for vcpu in row.saved_by_vcpu}):
         sheet.rows.append([str(vcpu), *(between(row.saved_by_vcpu.get(vcpu)) for row in newest)])
     return sheet
 
 
 def _switches(vm: VmReport) -> Sheet:
-    columns = _columns("switch", "spares", "#exits now??", "#then??", "#fewer", "why???", "#cycles saved?")
-    sheet = Sheet("switches", "What a switch of the host would change", columns)
+    titles = columns("switch", "spares", "#exits now??", "#then??", "#fewer", "why???", "#cycles saved?")
+    sheet = Sheet("switches", "What a switch of the host would change", titles)
     for row in vm.switches:
         gone = "; ".join(f"{n:,} {clean(what)}" for what, n in sorted(row.gone.items(), key=lambda pair: -pair[1])[:4])
         exits = ["", "", ""]
@@ -315,9 +316,9 @@ def _switches(vm: VmReport) -> Sheet:
 def _foreign(file: FileReport) -> Iterable[Sheet]:
     """Tables that stand in the file in place of lines."""
     for i, table in enumerate(file.tables):
-        columns = _columns("what", "#times", "#share", "#total?", "#least???", "#mean", "#longest??")
+        titles = columns("what", "#times", "#share", "#total?", "#least???", "#mean", "#longest??")
         title = f"{clean(table['kind'])}: {clean(table['title'])}" if table["title"] else clean(table["kind"])
-        sheet = Sheet(f"table-{i + 1}", title, columns)
+        sheet = Sheet(f"table-{i + 1}", title, titles)
         for row in table["rows"]:
             times = [duration(row[key]) for key in ("total", "minimum", "mean", "maximum")]
             known = share(row["share"]) if row["share"] >= 0 else "-"
@@ -335,73 +336,9 @@ def _without_empty(sheet: Sheet) -> Sheet:
 
 def _unreadable(file: FileReport) -> Iterable[Sheet]:
     title = f"Could not be read: {count(file.unreadable, 'line')} of {file.lines:,}"
-    sheet = Sheet("unreadable", title, _columns("#line", "text"))
+    sheet = Sheet("unreadable", title, columns("#line", "text"))
     sheet.rows = [[f"{line:,}", clean(text)] for line, text in file.unreadable_first]
     more = file.unreadable - len(file.unreadable_first)
     if more > 0 and sheet.rows:
         sheet.note = f"The first {len(sheet.rows):,} of them are shown."
     yield sheet
-
-
-def overview(report: Report) -> Sheet:
-    """All VMs of all files, one row each: where to look first among many."""
-    columns = _columns(
-        "file", "#VM", "#exits", "#a second", "most frequent", "fast in the newest kernel??", "#findings"
-    )
-    sheet = Sheet("overview", f"{count(len(report.vms), 'VM')} of {count(len(report.files), 'file')}", columns)
-    for vm in report.vms:
-        total = sum(row.count for row in vm.exits)
-        frequent = most(((row.reason, row.count) for row in vm.exits), total, limit=2)
-        per_second = rate(total / vm.seconds if vm.seconds else None)
-        cells = [clean(vm.path), str(vm.number), count(total), per_second, frequent, newest(vm)]
-        sheet.rows.append([*cells, count(len(vm.findings)) if vm.findings else ""])
-    return sheet
-
-
-def newest(vm: VmReport) -> str:
-    """The share of the first class of exits that the newest generation takes fast, in words."""
-    rows = [row for row in vm.fast if row.total]
-    if not rows:
-        return ""
-    last = [row for row in rows if row.what == rows[0].what][-1]
-    return f"{share(last.fast / last.total)} of {clean(last.what)}s"
-
-
-def everywhere(report: Report) -> Sheet:
-    """Exits by reason over all VMs."""
-    totals: dict[str, int] = {}
-    where: dict[str, int] = {}
-    for vm in report.vms:
-        for row in vm.exits:
-            totals[row.reason] = totals.get(row.reason, 0) + row.count
-            where[row.reason] = where.get(row.reason, 0) + 1
-    whole = sum(totals.values())
-    sheet = Sheet("everywhere", f"Exits of all of them: {whole:,}", _columns("reason", "#exits", "#share", "#in VMs"))
-    for reason, n in sorted(totals.items(), key=lambda pair: -pair[1]):
-        sheet.rows.append([clean(reason), count(n), share(n / whole if whole else 0), count(where[reason])])
-    return sheet
-
-
-Place = Callable[[VmReport], str]
-"""Names a VM among several."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """A finding in words, with where it was found."""
-
-    severity: str
-    text: str
-    where: str
-    advice: str
-
-
-def findings(report: Report, place: Place) -> list[Told]:
-    """All findings, worst first; ``place`` says which VM it is, where there are several."""
-    told = []
-    for vm in report.vms:
-        for one in vm.findings:
-            severity = one.severity if one.severity in SEVERITIES else SEVERITIES[-1]
-            where = "; ".join(filter(None, (place(vm), at_lines(one.lines))))
-            told.append(Told(severity, clean(one.text, _SENTENCES), where, clean(one.advice, _SENTENCES)))
-    return sorted(told, key=lambda one: SEVERITIES.index(one.severity))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastexit.answers.report import FileReport, Report, VmReport
-from fastexit.answers.words import clean, count
-from fastexit.pages import sheets
+from fastexit.answers.report import FileReport, Report
+from fastexit.answers.words import clean, count, names
+from fastexit.pages import sheets, summary
 from fastexit.pages.sheets import Column, Sheet
 
 LIMIT = 20
@@ -28,14 +26,15 @@ _GAP = 3
 def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
     """Prints the whole report; tables end after ``limit`` rows and say how many more there are, None prints all."""
     quiet = 0
+    shown_as = names(file.path for file in report.files)
     for i, file in enumerate(report.files):
         if limit is None or i < limit or file.refused or file.problems:
-            _file(file, console)
+            _file(file, shown_as[file.path], console)
         else:
             quiet += 1
     if quiet:
         _say(console, (f"and {count(quiet, 'more file')} (--all)", "dim"))
-    told = sheets.findings(report, _placer(report))
+    told = summary.findings(report)
     if told:
         console.print()
         _say(console, "Findings", style="bold")
@@ -47,8 +46,9 @@ def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
     if limit is not None and len(told) > limit:
         _say(console, (f"and {len(told) - limit:,} more (--all)", "dim"))
     if len(report.vms) > 1:
-        show(sheets.overview(report), console, limit)
-        show(sheets.everywhere(report), console, limit)
+        show(summary.overview(report), console, limit)
+        show(summary.everywhere(report), console, limit)
+    called = summary.vm_names(report)
     clocks = {file.path: file.clock for file in report.files}
     shown = report.vms if limit is None or len(report.vms) <= SECTIONS else []
     if len(shown) < len(report.vms):
@@ -57,7 +57,7 @@ def render(report: Report, console: Console, limit: int | None = LIMIT) -> None:
     for vm in shown:
         if len(report.vms) > 1:
             console.print()
-            console.rule(Text(_name(vm)), align="left")
+            console.rule(Text(called[id(vm)]), align="left")
         for sheet in sheets.of_vm(vm, clocks.get(vm.path, "ns")):
             show(sheet, console, limit)
     for sheet in sheets.of_files(report.files if limit is None else report.files[:SECTIONS]):
@@ -72,16 +72,8 @@ def _say(console: Console, *parts: str | tuple[str, str], style: str = "") -> No
     console.print(Text.assemble(*parts, style=style), soft_wrap=True)
 
 
-def _name(vm: VmReport) -> str:
-    return f"{clean(Path(vm.path).name)}, {f'VM {vm.number}' if vm.number else 'of no VM in particular'}"
-
-
-def _placer(report: Report) -> sheets.Place:
-    return _name if len(report.vms) > 1 else lambda vm: ""
-
-
-def _file(file: FileReport, console: Console) -> None:
-    name = (clean(Path(file.path).name if file.path != "-" else "standard input"), "bold")
+def _file(file: FileReport, called: str, console: Console) -> None:
+    name = (called, "bold")
     if file.refused:
         _say(console, name, ": ", ("refused: ", "red"), clean(file.refused))
         return
