@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastexit.cli import main
+from fastexit.cli import report as cli_report
 from fastexit.pages.schema import schema
 
 LINES = """\
@@ -161,3 +162,15 @@ def test_no_escape_sequence_reaches_the_terminal(capsys: pytest.CaptureFixture[s
     _, out, err = said(capsys, trace)
     assert "\x1b" not in out + err
     assert "\x07" not in out + err
+
+
+def test_written_files_are_named_or_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    cli_report._written(["a.html", "out/1.csv", "out/2.csv", "out/3.csv", "out/4.csv", "out/5.csv", "x/b\x1b.pftrace"])
+    assert capsys.readouterr().out.splitlines() == [
+        *("written: a.html", "written: out, 5 files", r"written: x/b\x1b.pftrace")
+    ]
+
+
+def test_the_bar_names_who_keeps_it_waiting() -> None:
+    assert cli_report._longest([("/t/a.trace", 41.2), ("/t/b.trace", 3.0)]) == "reading traces, a.trace for 41 s"
+    assert cli_report._longest([("/t/b.trace", 3.0)]) == cli_report._longest([]) == "reading traces"

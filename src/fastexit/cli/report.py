@@ -7,11 +7,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fastexit.cli.commands import UsageError, complain, costs_option, print_json
 
+PATIENCE = 5.0
+"""Seconds after which the bar names the trace that it waits for."""
+FEW = 4
+"""Up to so many written files are named one by one."""
 CLUES = {
     "vendor": ("vmx", "svm"),
     "apicv": ("on", "off"),
@@ -93,8 +98,7 @@ def report(args: argparse.Namespace) -> int:
         print_json(found.as_dict() | {"written": files, "met": [change.name for change in met]})
     else:
         _printed(found, args)
-        for path in files:
-            print(f"written: {path}")
+        _written(files)
     return _ended([found], met)
 
 
@@ -110,13 +114,19 @@ def _read(paths: list[str], ask: Any, args: argparse.Namespace, quiet: bool) -> 
             found = one(paths[0], bar(f"reading {os.path.basename(paths[0])}", size))
         else:
             tell = bar("reading traces", None)
-            found = many.run(paths, one, args.jobs, args.dask, lambda p: tell(p.done, p.total))
+            found = many.run(paths, one, args.jobs, args.dask, lambda p: tell(p.done, p.total, _longest(p.running)))
     return summed(found, ask)
+
+
+def _longest(running: list[tuple[str, float]]) -> str:
+    """What the bar says of the traces that are being read: which one keeps it waiting."""
+    path, seconds = running[0] if running else ("", 0.0)
+    return f"reading traces, {os.path.basename(path)} for {seconds:,.0f} s" if seconds > PATIENCE else "reading traces"
 
 
 @contextlib.contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[str, int | None], Callable[..., object]]]:
-    """Progress on stderr, where that is a terminal: ``tell(n)`` is n more, ``tell(done, total)`` how far."""
+    """Progress on stderr, where that is a terminal: ``tell(n)`` is n more, ``tell(done, total, what)`` how far."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from fastexit.cli.show import console
@@ -133,11 +143,11 @@ def _bar(quiet: bool) -> Iterator[Callable[[str, int | None], Callable[..., obje
 
             task = bar.add_task(clean(what), total=total)
 
-            def tell(n: int, of: int | None = None) -> None:
+            def tell(n: int, of: int | None = None, what: str = what) -> None:
                 if of is None:
                     bar.advance(task, n)
                 else:
-                    bar.update(task, completed=n, total=of)
+                    bar.update(task, completed=n, total=of, description=clean(what))
 
             return tell
 
@@ -180,6 +190,18 @@ def _files(found: Any, args: argparse.Namespace) -> list[str]:
     except ImportError as error:
         raise UsageError(" ".join(str(error).split())) from None
     return written
+
+
+def _written(files: list[str]) -> None:
+    """A line a file, or a folder of them."""
+    from fastexit.answers.words import clean
+
+    for folder, paths in groupby(files, os.path.dirname):
+        here = list(paths)
+        if len(here) > FEW:
+            print(f"written: {clean(folder or '.')}, {len(here)} files")
+        else:
+            print(*(f"written: {clean(path)}" for path in here), sep="\n")
 
 
 def _perfetto(trace: str, path: str) -> str:
