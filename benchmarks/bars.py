@@ -102,7 +102,7 @@ BARS = {
         2,
         cases=("EOI of a level interrupt", "IOAPIC page access"),
     ),
-    "15": Bar(
+    "16": Bar(
         "ten traces: one process over two",
         "x",
         1.7,
