@@ -1,4 +1,4 @@
-"""Row 15: ten traces in two processes over one, each side a program of its own that begins with a warm cache."""
+"""Row 16: ten traces in two processes over one, each side a program of its own that begins with a warm cache."""
 
 from __future__ import annotations
 
