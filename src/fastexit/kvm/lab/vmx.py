@@ -238,7 +238,7 @@ class VmxLab(Lab):
     ) -> VmxReport:
         """Random programs, in x2APIC and xAPIC mode in turn, until so many were the same or one differs.
 
-        ``only``: "plain" ones, which is the default, or those with "events" (NMI, SMI, INIT, VMXON).
+        ``only``: "plain" ones, or those with "events" (NMI, SMI, INIT, SIPI, VMXON); by default both in turn.
 
         Those that differ are made shorter for ``shorten`` seconds each, and ``differing`` of them end it; ``seconds``
         later no program begins. With the ``report`` of an earlier run it goes on there; ``seen`` gets the report after
@@ -315,9 +315,9 @@ class VmxLab(Lab):
 
 def modes_of(x2apic: bool | None, only: str | None) -> list[str]:
     """Names of the modes that a run has."""
-    kind = KINDS[0] if only is None else one_of(only, "only", KINDS)
+    kinds = KINDS if only is None else (one_of(only, "only", KINDS),)
     modes = MODES if x2apic is None else (MODES[not x2apic],)
-    return [mode + EVENTS * (kind == "events") for mode in modes]
+    return [mode + EVENTS * (kind == "events") for kind in kinds for mode in modes]
 
 
 def drawn_program(seed: int, mode: str, number: int, kernel: str, *, apicv: bool) -> tuple[Setup, list[Step], Player]:
