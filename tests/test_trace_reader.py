@@ -514,6 +514,17 @@ def test_seconds_may_grow_a_digit(write: Callable[..., Path]) -> None:
     assert read(write(lines * 1))[0].problems == []
 
 
+@pytest.mark.parametrize("chunk", [64, 1 << 18])
+def test_times_of_unlike_widths(chunk: int, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
+    stamps = "..... 123456.000001", "....... 0.000000002", "....... 0.000000001"
+    lines = [f"  vcpu-1 [000] {stamp}: kvm_eoi: apicid 0 vector -1\n" for stamp in stamps]
+    reader, batches = read(write(lines))
+    assert sum(events(batches).values()) == 3
+    (problem,) = reader.problems
+    assert "goes back" in problem
+
+
 def numbered(batches: Iterator[Batch]) -> list[tuple[int, int | None, str]]:
     """Every line as its number, its thread's id and its event."""
     return [

@@ -9,6 +9,7 @@ dropped silently: it ends up in `problems`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from fastexit.trace.shapes.line import LINE, LONGEST
 from fastexit.trace.text import TraceText
 
 _KNOWN_BODIES = 1 << 16
+_STAMP = re.compile(rb"\d+\.\d+$")
+"""The time at the end of what was cut out for one, a line's flags before it where times have unlike widths."""
 
 
 @dataclass(eq=False, slots=True)
@@ -246,7 +249,8 @@ class TraceReader:
         if stamps and stamps[0] >= self._latest and stamps == sorted(stamps):
             self._latest = stamps[-1]
             return
-        now = float(self._latest or 0)
+        latest = _STAMP.search(self._latest)
+        now = float(latest[0]) if latest else 0.0
         for i, task in enumerate(tasks):
             match = LINE.fullmatch(lines[i]) if task else None
             if task is None or match is None:
