@@ -17,6 +17,7 @@ import pytest
 from fastexit.trace import BUNDLED, TraceError, accesses, files
 from fastexit.trace.events import Kind, parse
 from fastexit.trace.reader import Batch, TraceReader
+from fastexit.trace.replay import replay
 from fastexit.trace.threads import Survey, Vm
 
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
@@ -563,3 +564,23 @@ def test_a_write_that_never_ends_does_not_stop_the_rest(monkeypatch: pytest.Monk
     report = replay(SYNTHETIC)
     assert report.ipi.total == 1_459
     assert report.accepted.total + sum(sum(vm.other_accepts.values()) for vm in report.vms) == 2_379
+
+
+def test_a_threads_name_tells_its_vcpu_where_no_line_does(write: Callable[..., Path]) -> None:
+    lines = [f" CPU {n}/KVM-{n + 50}  [000] .....  1.00000{n}: kvm_msr: msr_write 830 = 0x2000000fd\n" for n in (0, 2)]
+    assert shape(vms(write(lines))) == [{0: 50, 2: 52}]
+
+
+def test_a_vm_that_cannot_be_resolved_is_left_out(guest: list[str], write: Callable[..., Path]) -> None:
+    foreign = [f"  other-{n}  [000] .....  1.00000{n}: kvm_msr: msr_write 830 = 0x2000000fd\n" for n in (7, 8)]
+    path = write(foreign + guest[12:3000])
+    assert len(vms(path)) == 1
+    report = replay(path)
+    assert len(report.vms) == 1
+    assert any("left out: cannot tell which vCPU thread other-7, other-8 is" in note for note in report.notes)
+
+
+def test_targets_are_not_invented(write: Callable[..., Path]) -> None:
+    line = " CPU 0/KVM-50  [000] .....  1.000001: kvm_msr: msr_write 830 = 0x2000000fd\n"
+    (found,) = replay(write([line])).vms[0].classes
+    assert found.cast == "targets not recorded"

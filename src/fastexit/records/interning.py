@@ -7,6 +7,7 @@ import re
 from fastexit import regs as R
 from fastexit.records.block import Kind
 from fastexit.records.columns import Event, Thread
+from fastexit.trace.threadnames import vcpu_in
 
 MOST_NAMES = 1 << 16
 """Names beyond are -1: honest traces have some hundred."""
@@ -15,8 +16,6 @@ MOST_THREADS = 1 << 18
 
 _FTRACE = re.compile(rb"[ \t]*(?P<comm>.*)-(?P<pid>\d+)[ \t]*(?:\( *(?P<tgid>\d+|-+)\))?[ \t]*", re.DOTALL)
 _PERF = re.compile(rb"[ \t]*(?P<comm>.*)[ \t](?:(?P<tgid>\d+)/)?(?P<pid>\d+)[ \t]*", re.DOTALL)
-_VCPU = re.compile(r"CPU (?P<qemu>\d+)/KVM|(?:.*[^A-Za-z0-9])?(?i:vcpu)[ _:#-]?(?P<other>\d+)")
-_HIGHEST_VCPU = 0x7FFF
 _HIGHEST_PID = 0x7FFF_FFFF
 
 KINDS: dict[bytes, tuple[Kind, Event]] = {
@@ -82,20 +81,6 @@ def kind_of(name: bytes) -> tuple[Kind, Event]:
     if known is None:
         known = next((found[1:] for found in _FAMILIES if name.startswith(found[0])), (Kind.OTHER, Event.OTHER))
     return known
-
-
-def vcpu_in(comm: str) -> int:
-    """The vCPU that a thread's name tells, or -1.
-
-    QEMU says "CPU 2/KVM", Firecracker "fc_vcpu 2", crosvm "crosvm_vcpu2", Cloud Hypervisor "vcpu2", kvmtool
-    "kvm-vcpu-2".
-
-    >>> vcpu_in("CPU 2/KVM"), vcpu_in("fc_vcpu 12"), vcpu_in("vhost-123")
-    (2, 12, -1)
-    """
-    found = _VCPU.fullmatch(comm)
-    number = int(found["qemu"] or found["other"]) if found else -1
-    return number if number <= _HIGHEST_VCPU else -1
 
 
 class Words:

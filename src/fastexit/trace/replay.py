@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from fastexit.checks import integer
@@ -19,7 +20,7 @@ from fastexit.trace.files import TraceError
 from fastexit.trace.guest import Device, Guest, Recorded
 from fastexit.trace.kernels import Dating
 from fastexit.trace.reader import Batch, Task, TraceReader
-from fastexit.trace.report import Mismatches, Report
+from fastexit.trace.report import NOT_RECORDED, IcrClass, Mismatches, Report, VmReport
 from fastexit.trace.threads import Survey
 
 KEPT_LINES = 1 << 20
@@ -124,10 +125,20 @@ def replay(
     if not report.kernels:
         report.notes.append(_disagree(report))
     report.mismatches, report.mismatched = found.first(), found.count
-    report.vms = [guest.finish() for guest in guests]
+    report.vms = [_without_invented(guest.finish()) for guest in guests]
     report.seconds = time.perf_counter() - began
     done.at(2 * reader.size)
     return report
+
+
+def _without_invented(vm: VmReport) -> VmReport:
+    """A VM without accept lines: that nobody took its IPIs is not what they say."""
+    if not vm.accepted.total and not vm.other_accepts:
+        told: Counter[IcrClass] = Counter()
+        for one, n in vm.classes.items():
+            told[one._replace(targets=NOT_RECORDED) if not one.targets else one] += n
+        vm.classes = told
+    return vm
 
 
 def _dated(path: str, kernel: str | None, vendor: str, apicv: bool, dating: Dating) -> Report:
@@ -180,6 +191,7 @@ def _notes(survey: Survey, assembler: Assembler) -> list[str]:
         for name, kind in _COMPARED.items()
         if kind not in survey.kinds and not (kind == Kind.IPI and _CALLS & survey.kinds)
     ]
+    notes += [f"a VM was left out: {why.removeprefix(f'{survey.path}: ')}" for why in survey.unresolved]
     if n := assembler.strays:
         notes.append(f"{n:,} interrupts came from threads of no VM in particular: left out")
     if n := assembler.stray_deadlines:

@@ -23,10 +23,15 @@ class Evidence(NamedTuple):
     before: str = ""
 
 
+NOT_RECORDED = -2
+"""Targets, where nothing tells who took an IPI."""
+
+
 class IcrClass(NamedTuple):
     """A kind of ICR write, or an IPI hypercall, whose destination is "VP set".
 
-    ``targets`` is how many APICs its accept lines name; -1 for a write that faulted.
+    ``targets`` is how many APICs its accept lines name; -1 for a write that faulted, NOT_RECORDED where the VM has no
+    accept lines at all.
     """
 
     delivery: str
@@ -38,6 +43,8 @@ class IcrClass(NamedTuple):
     @property
     def cast(self) -> str:
         """Unicast or multicast, in words."""
+        if self.targets == NOT_RECORDED:
+            return "targets not recorded"
         if self.targets < 0:
             return "refused with #GP"
         if self.shorthand != "none":

@@ -19,6 +19,7 @@ from fastexit.trace.doors import REGISTER_OF_SYNTHETIC, Door, door_of_exit
 from fastexit.trace.events import Event, Kind
 from fastexit.trace.files import TraceError
 from fastexit.trace.reader import Batch, Task
+from fastexit.trace.threadnames import vcpu_in
 
 _PAGE = R.APIC_DEFAULT_PHYS_BASE >> 12
 _BELOW_XAPIC_DEST = (1 << R.XAPIC_DEST_SHIFT) - 1
@@ -138,6 +139,7 @@ class Survey:
     """Collects clues from the whole trace, batch by batch; `vms()` draws the conclusions.
 
     ``path`` is for messages only; ``kinds`` has the kinds of events that occur, ``events`` their lines by name.
+    ``unresolved``: of VMs whose vCPUs cannot be told apart, why, where others can.
     """
 
     def __init__(self, path: str) -> None:
@@ -145,6 +147,7 @@ class Survey:
         self.clues: dict[Task, Clues] = {}
         self.kinds: set[int] = set()
         self.events: Counter[str] = Counter()
+        self.unresolved: list[str] = []
         self._seen = 0
 
     @property
@@ -236,22 +239,33 @@ class Survey:
         groups: list[list[Clues]] = []
         for family in families.values():
             groups += self._split(sorted(family, key=lambda c: c.task.pid), again)
-        vms = []
+        vms: list[Vm] = []
         for number, group in enumerate(sorted(groups, key=lambda g: min(order[c] for c in g)), 1):
-            assumed = self._name_the_unnamed(group)
+            try:
+                assumed = self._name_the_unnamed(group)
+            except TraceError as error:
+                if number == len(groups) and not vms:
+                    raise
+                self.unresolved.append(str(error))
+                continue
             vcpus: dict[int, Clues | None] = {c.vcpu: c for c in group if c.vcpu is not None}
             for clues in group:
                 for vcpu in clues.accepted:
                     vcpus.setdefault(vcpu, None)
             if max(vcpus) > MAX_VCPU_ID:
                 raise TraceError(f"{self.path}: vCPU id {max(vcpus)} is beyond the model's highest, {MAX_VCPU_ID}")
-            vms.append(Vm(number, dict(sorted(vcpus.items())), assumed=assumed))
+            vms.append(Vm(len(vms) + 1, dict(sorted(vcpus.items())), assumed=assumed))
         self._place_others(vms, [c for c in self.clues.values() if c not in actors and (c.accepted or c.pic)])
         return vms
 
     def _decide(self, clues: Clues) -> None:
-        """Which vCPU the thread is. A few lines that say otherwise are damage, which the comparison will show."""
+        """Which vCPU the thread is. A few lines that say otherwise are damage, which the comparison will show.
+
+        Where no line says it, the thread's name may.
+        """
         if not clues.named:
+            told = vcpu_in(clues.task.comm)
+            clues.vcpu = told if told >= 0 else None
             return
         (clues.vcpu, most), *rest = clues.named.most_common()
         if rest and most < _MAJORITY * sum(n for _, n in rest):
