@@ -108,6 +108,14 @@ def test_an_icr_of_a_class_reaches_as_many_as_it_says() -> None:
         assert machine.fresh().wrmsr(R.MSR_X2APIC_ICR, icr_value(question)).accepted == question.targets
 
 
+def test_a_logical_icr_whose_targets_were_not_recorded_has_one() -> None:
+    """As a trace of kvm_msr alone has it: no line says who took the IPI."""
+    question = Question("ipi", Door.X2APIC, icr=LOGICAL, targets=-1)
+    assert Asked("6.18", Host()).fresh().wrmsr(R.MSR_X2APIC_ICR, icr_value(question)).accepted == 1
+    icr = fast.Icr(1, Door.X2APIC, R.APIC_ICR, LOGICAL, False, -1, False, False)
+    assert switches.rows(VmReport("t", 1), [(icr, 30)], Host()) == []  # hardware sends to physical destinations alone
+
+
 def exits(**counts: int) -> list[ExitRow]:
     return [ExitRow(reason, n, 0.0, None, None) for reason, n in counts.items()]
 

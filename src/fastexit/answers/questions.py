@@ -161,7 +161,8 @@ def icr_value(question: Question) -> int:
     if question.broadcast:
         return R.X2APIC_BROADCAST << 32 | low
     if low & R.ICR_LOGICAL:
-        return (1 << min(question.targets, VCPUS - 1)) - 1 << 33 | low
+        taken = 1 if question.targets < 0 else min(question.targets, VCPUS - 1)
+        return (1 << taken) - 1 << 33 | low
     return (1 if question.targets else ABSENT) << 32 | low
 
 
