@@ -20,7 +20,7 @@ HALF = 90
 """Tables of so many characters in a row take half the width."""
 CHARTED = 8
 """So many VMs have charts; those with the most exits."""
-FINDINGS = 40
+FINDINGS = 20
 """So many findings are seen at once; the others can be opened."""
 TOLD = 60
 """So many VMs have a part of their own."""
