@@ -260,6 +260,8 @@ def test_a_fault_of_bochs_is_told_by_its_line() -> None:
         text = f"kvm_exit: vcpu 1 reason {reason} rip 0x1 info1 0x1 info2 {info:#018x} intr"
         return vmxcompare.fault([vmxrun.Line("v1", "d..1.", 1, text)])
 
+    failed = [vmxrun.Line("v1", ".....", 1, "kvm_userspace_exit: reason KVM_EXIT_FAIL_ENTRY (9)")]
+    assert vmxcompare.fault(failed) == vmxcompare.Fault.ENTRY
     assert fault("EPT_VIOLATION", 0x8000_0000) == vmxcompare.Fault.VECTOR_0
     assert fault("EPT_VIOLATION", 0) is None
     assert fault("EXTERNAL_INTERRUPT", 0x8000_0000) is None
