@@ -54,8 +54,9 @@ def _date(recording: Recording, *, by_plugin: bool) -> Dated:
         found = _LINE.search(line)
         if found is None:
             continue
-        if not by_plugin or not found["body"].removeprefix(b"kvm:").startswith(b"kvm_exit"):
-            dating.see_text(found["body"], number)
+        body = found["body"].removeprefix(b"kvm:")
+        if not by_plugin or not body.startswith(b"kvm_exit"):
+            dating.see_text(body, number)
         if found["flags"] and recording.shape == "ftrace text":
             dating.see_flags(found["flags"], number, by_kernel=True)
     _by_rows(recording, dating)

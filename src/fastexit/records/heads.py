@@ -13,12 +13,10 @@ from fastexit.records.tokens import (
     COLON,
     DIGIT_ZERO,
     EIGHT,
-    FOLD,
     FULL,
     MISSED,
     MISSED_LENGTH,
     MISSED_SLOT,
-    MULTIPLIER,
     NEWLINE,
     NINE,
     ONE,
@@ -29,6 +27,7 @@ from fastexit.records.tokens import (
     VALUE,
     ZERO,
     blank,
+    hashed,
     skip,
 )
 
@@ -144,15 +143,7 @@ def time(m, p):
 @kernel("u8(words, u8, u8)")
 def head(m, begin, size):
     """The entry of what stands before the CPU, or 0: MISSED then tells Python which."""
-    h = size
-    i = ZERO
-    while i < size:
-        w = load_word(begin + i)
-        if size - i < EIGHT:
-            w = w & FULL >> (SIXTY_FOUR - (size - i << THREE))
-        h = (h ^ w) * MULTIPLIER
-        h = h ^ h >> FOLD
-        i += EIGHT
+    h = hashed(begin, size)
     slot = h & HEAD_MASK
     while True:
         e = HEADS + (slot << HEAD_SHIFT)

@@ -242,9 +242,9 @@ def without_kvm(p):
         p += ONE
 
 
-@kernel("u8(words, u8, u8)")
-def entry(m, begin, size):
-    """The entry of a name of 1 to LONGEST_NAME bytes, or 0: MISSED then tells Python which."""
+@kernel("u8(u8, u8)")
+def hashed(begin, size):
+    """A hash of bytes, eight at a time; the text has room to be read beyond its end."""
     h = size
     i = ZERO
     while i < size:
@@ -254,6 +254,13 @@ def entry(m, begin, size):
         h = (h ^ w) * MULTIPLIER
         h = h ^ h >> FOLD
         i += EIGHT
+    return h
+
+
+@kernel("u8(words, u8, u8)")
+def entry(m, begin, size):
+    """The entry of a name of 1 to LONGEST_NAME bytes, or 0: MISSED then tells Python which."""
+    h = hashed(begin, size)
     slot = h & NAME_MASK
     while True:
         e = NAMES + (slot << NAME_SHIFT)

@@ -88,7 +88,7 @@ class Learned:
     def _study(self, lines: list[bytes]) -> tuple[list[Parts], int, int]:
         """The parts that lines have, how many are canonical, and how many are of a trace and are not."""
         found: list[Parts] = []
-        canon = odd = 0
+        canon = odd = told = 0
         tool = ""
         for line in lines:
             if not line.strip() or line.startswith(b"#") or len(line) > LONGEST_MENDED:
@@ -107,11 +107,12 @@ class Learned:
                 found.append(_WHOLE)
             elif parts is not None:
                 found.append(parts)
-                self.retold = self.retold or bool(traced and traced[1]) or in_fields(SYSTEM.sub(b"", parts.body))
+                told += bool(traced and traced[1]) or in_fields(SYSTEM.sub(b"", parts.body))
                 if parts.time and not traced and not NAME.match(parts.body) and named(parts.body) != parts.body:
                     tool = tool or "perf script"
             odd += parts is not None or STACK.match(line) is not None or cut or mail.goes_on(clean)
         self.shape = tool or self.shape
+        self.retold = 2 * told > len(found)  # perf has an event or two that it prints so
         return found, canon, odd
 
     def _count(self, found: list[Parts]) -> None:
