@@ -267,7 +267,7 @@ def entry_parameters() -> dict[str, list[str]]:
     """
     found = {}
     for name, declared in declare.ENTRIES.items():
-        if declared.python.__module__.startswith("fastexit."):
+        if declared.python.__module__.startswith("fastexit.kernels."):  # others are no machine's
             handle, *others = inspect.signature(declared.python).parameters
             assert handle == "handle", f"entry {name} does not begin with the machine's handle"
             inner = inspect.getclosurevars(declared.python).nonlocals.get("inner")

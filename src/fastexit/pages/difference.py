@@ -37,7 +37,7 @@ def sheets(found: Difference) -> list[Sheet]:
             *(Column(t, number=True) for t in ("before", "after", "change")),
         ]
         if told:
-            columns.append(Column("is it more than chance?", rank=2))
+            columns.append(Column("verdict"))
         sheet = Sheet(f"{table}-{vm}", title, columns)
         for change in rows:
             cells = [clean(change.row), change.column, _value(change, change.before), _value(change, change.after)]
