@@ -12,7 +12,9 @@ import fastexit as fx
 from apics import vectors
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.exits.bus import NOT_MINE
 from fastexit.ioctls import UserIo
+from fastexit.jit.declare import load
 from oracle_pit import Pit, state
 
 DISPATCHERS = ("python", "compiled")
@@ -395,3 +397,11 @@ def test_against_the_model(kernel: str, dispatcher: str, seed: int) -> None:
         assert (m.mem[L.PIT_PENDING], bool(m.mem[L.PIT_IRQ_ACK])) == (pit.pending, pit.ack)
         assert m.next_timer() == pit.alarm
     assert pulses(m) == pit.pulses
+
+
+@pytest.mark.parametrize(("port", "length"), [(2**64 - 1, 1), (0x44, 1), (0x43, 2), (0x3F, 1), (0x40, 2**64 - 1)])
+def test_ports_beside_it_are_not_its_own_however_large(port: int, length: int) -> None:
+    m = fx.Machine(vcpus=1)
+    m.create_pit()
+    assert load("pit_read")(m.handle, 0, port, length) == NOT_MINE
+    assert load("pit_write")(m.handle, 0, port, length, 1) == NOT_MINE

@@ -201,7 +201,9 @@ def _read_count(m, i):
 @kernel("u8(words, u8, u8)")
 def _is_pit(m, port, length):
     """Whether an access lies among the PIT's own four ports: one that runs over their end is user space's."""
-    return k.ONE if m[k.PIT_PRESENT] and port >= PORTS and port + length <= PORTS + k.U(4) else k.ZERO
+    if not m[k.PIT_PRESENT] or port < PORTS or port >= PORTS + k.U(4):
+        return k.ZERO
+    return k.ONE if length <= PORTS + k.U(4) - port else k.ZERO
 
 
 @kernel("u8(words, u8)")
