@@ -5,6 +5,7 @@ PYTEST := $(PY) -m pytest
 TWO := -n 2 --dist worksteal
 WARM := $(PY) -c "from fastexit.jit.declare import warmup; warmup()"
 BOUNDS := $(addprefix tests/test_,$(addsuffix .py,answers_follow apicv atomics avic bad_input batch lapic_state pi posted property snapshot stateful timer unicast))
+WORDS := $(wildcard tests/test_pages_*.py) $(addprefix tests/test_,$(addsuffix .py,difference many shapes sources)) # no kernels
 export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ test-jit: compile ## the suite on compiled kernels
 
 test-nojit: $(STAMP) ## the suite on interpreted kernels
 	@echo "== interpreted kernels (NUMBA_DISABLE_JIT=1)"
-	@NUMBA_DISABLE_JIT=1 $(PYTEST) $(TWO) -m "not long"
+	@NUMBA_DISABLE_JIT=1 $(PYTEST) $(TWO) -m "not long" $(addprefix --ignore=,$(WORDS))
 
 test-bounds: compile-bounds ## a part of the suite with every array access checked
 	@echo "== compiled kernels with checked bounds (NUMBA_BOUNDSCHECK=1)"

@@ -151,7 +151,8 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
 def test_interrupt_ends_all(tmp_path: Path) -> None:
     folder(tmp_path, "sleep 60", "sleep 60", "sleep 60")
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
         "from fastexit.answers.many import run\nfrom test_many import obey\n"
         f"run([{str(tmp_path / 'in')!r}], obey, jobs=2, progress=lambda p: print(len(p.running), flush=True))\n"
     )
@@ -177,6 +178,7 @@ def test_missing_distributed_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.long
 class TestCluster:
     """Two workers on this machine."""
 
@@ -221,7 +223,6 @@ class TestCluster:
         assert [file.path for file in report.files] == paths
         assert len(log.read_text().split()) > 8
 
-    @pytest.mark.long
     def test_a_file_that_kills_workers_is_named(self, cluster: Any, tmp_path: Path) -> None:
         report = run(folder(tmp_path, "a", "die", "b"), obey, dask=cluster)
         assert said(report)[::2] == ["a", "b"]

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from rich.console import Console
 
-from fastexit.answers.difference import DIFFERENT, UNTOLD, Change, Difference
+from fastexit.answers.difference import DIFFERENT, PER_SECOND, UNTOLD, Change, Difference
 from fastexit.answers.words import clean, duration, share, short
 from fastexit.pages.sheets import Column, Sheet
 from fastexit.pages.text import LIMIT, show
@@ -21,6 +21,9 @@ TITLES = {
     "fast": "Taken fast",
     "findings": "Findings",
 }
+
+
+_ORDER = {PER_SECOND: 0, "count": 1, "share": 2}
 
 
 def sheets(found: Difference) -> list[Sheet]:
@@ -61,10 +64,10 @@ def render(found: Difference, console: Console, limit: int | None = LIMIT) -> No
         show(sheet, console, limit)
 
 
-def _weight(change: Change) -> tuple[bool, float]:
-    """What is told to be different first, then by the larger of the two figures and how far they are apart."""
+def _weight(change: Change) -> tuple[bool, int, float]:
+    """What is told to be different first, then rates, shares and times, each by how far the two are apart."""
     before, after = change.before or 0.0, change.after or 0.0
-    return change.verdict == DIFFERENT, abs(after - before)
+    return change.verdict == DIFFERENT, -_ORDER.get(change.column, len(_ORDER)), abs(after - before)
 
 
 def _value(change: Change, value: float | None) -> str:
