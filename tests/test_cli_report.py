@@ -174,3 +174,13 @@ def test_written_files_are_named_or_counted(capsys: pytest.CaptureFixture[str]) 
 def test_the_bar_names_who_keeps_it_waiting() -> None:
     assert cli_report._longest([("/t/a.trace", 41.2), ("/t/b.trace", 3.0)]) == "reading traces, a.trace for 41 s"
     assert cli_report._longest([("/t/b.trace", 3.0)]) == cli_report._longest([]) == "reading traces"
+
+
+@pytest.mark.parametrize("text", ["hello\n", "\n\n", "# tracer: nop\n"])
+def test_a_file_without_events_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prose"
+    path.write_text(text)
+    code, _, err = said(capsys, path)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "no event and no table among them" in err

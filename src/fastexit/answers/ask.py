@@ -37,6 +37,8 @@ _TRACEPOINTS = {
 }
 """Tracepoints that Event does not call by their own names."""
 
+_WANTED = "pass what ftrace, trace-cmd, perf or kvm_stat print"
+
 Progress = Callable[[int], object]
 
 
@@ -114,6 +116,9 @@ def of_recording(recording: Recording, ask: Ask | None = None) -> Report:
     analysis = Analysis(recording, identity.where)
     found = Report([_file(recording)])
     found.files[0].notes += identity.notes
+    if not found.files[0].events and not recording.tables:
+        lines = "1 line" if recording.lines == 1 else f"{recording.lines:,} lines"
+        found.files[0].refused = f"{recording.path}: {lines}, no event and no table among them: {_WANTED}"
     icrs = analysis.icrs()
     for number in analysis.vms:
         vm = analysis.report(number, identity.clues.get(number))
