@@ -13,7 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True
-exclude_patterns = ["build"]
+exclude_patterns = ["build", "traces"]
 
 html_theme = "furo"
 html_title = f"fastexit {release}"
