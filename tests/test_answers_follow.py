@@ -11,10 +11,10 @@ from fastexit.answers import facts
 from fastexit.answers.analyse import Analysis
 from fastexit.answers.facts import DOORS, FACT, Follower, class_of
 from fastexit.answers.follow import words as F
-from fastexit.answers.ipis import NOT_RECORDED
 from fastexit.answers.places import Where
 from fastexit.records.columns import NO_TIME, RECORD, Event, Rows
 from fastexit.trace.doors import Door
+from fastexit.trace.report import NOT_RECORDED
 
 X2APIC = """
     0 10 kvm_exit: vcpu 0 reason MSR_WRITE rip 0x1 info1 0x0 info2 0x0 intr_info 0x0 error_code 0x0

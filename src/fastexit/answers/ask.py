@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
 from fastexit.answers.analyse import Analysis
 from fastexit.answers.identity import identify
+from fastexit.answers.ipis import Icr
 from fastexit.answers.report import Clue, FileReport, Report, VmReport
 from fastexit.costs.profile import CostProfile, cost_profile
 from fastexit.records.columns import Event, Recording
@@ -87,11 +86,7 @@ def report(
     table = cost_profile(costs) if isinstance(costs, str) else costs
     ask = Ask(None if kernels is None else tuple(kernels), table, dict(told or {}))
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    began = time.perf_counter()
-    found = many.run([os.fspath(path) for path in given], Answering(ask), jobs=jobs)
-    found.costs = table.name if table else ""
-    found.seconds = time.perf_counter() - began
-    return found
+    return many.run([os.fspath(path) for path in given], Answering(ask), jobs=jobs)
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def of_recording(recording: Recording, ask: Ask | None = None) -> Report:
     ask = ask or Ask()
     identity = identify(recording, ask.told)
     analysis = Analysis(recording, identity.where)
-    found = Report([_file(recording)])
+    found = Report([_file(recording)], costs=ask.costs.name if ask.costs else "")
     found.files[0].notes += identity.notes
     if not found.files[0].events and not recording.tables:
         lines = "1 line" if recording.lines == 1 else f"{recording.lines:,} lines"
@@ -142,7 +137,7 @@ def _ask_about_tables(found: Report, recording: Recording, ask: Ask) -> None:
     found.vms.append(vm)
 
 
-def _ask_kernels(vm: VmReport, icrs: list[Any], analysis: Analysis, ask: Ask) -> None:
+def _ask_kernels(vm: VmReport, icrs: list[tuple[Icr, int]], analysis: Analysis, ask: Ask) -> None:
     """What each generation would do; where a VM has no such exit the model is not even loaded."""
     from fastexit.answers import fast, switches
     from fastexit.answers.findings import in_order, kernels
@@ -187,10 +182,4 @@ def _events(recording: Recording) -> Counter[str]:
             names = rows["name"][rows["event"] == event]
             for name, m in zip(*np.unique(names, return_counts=True), strict=True):
                 found[recording.names[name] if name >= 0 else Event(event).name.lower()] += int(m)
-    return found
-
-
-def summed(found: Report, ask: Ask) -> Report:
-    """A merged report with the name of the cost profile that it was asked with."""
-    found.costs = ask.costs.name if ask.costs else ""
     return found

@@ -20,6 +20,7 @@ from fastexit.costs.profile import CostProfile
 from fastexit.profile import profiles
 from fastexit.records.columns import Table
 from fastexit.trace.doors import Door
+from fastexit.trace.report import NOT_RECORDED
 
 ICR_WRITE = "ICR write"
 DEADLINE = "TSC_DEADLINE write"
@@ -113,7 +114,7 @@ def of_tables(tables: Iterable[Table]) -> dict[str, Counter[Question | str]]:
             if msr in (R.MSR_X2APIC_ICR, R.MSR_X2APIC_SELF_IPI):
                 low = value & 0xFFFF_FFFF & ~(R.ICR_VECTOR | R.ICR_BUSY)
                 wide = value >> 32 == R.X2APIC_BROADCAST and not low & R.ICR_SHORTHAND
-                question = Question("ipi", Door.X2APIC, msr == R.MSR_X2APIC_SELF_IPI, low, wide, -1)
+                question = Question("ipi", Door.X2APIC, msr == R.MSR_X2APIC_SELF_IPI, low, wide, NOT_RECORDED)
                 found[ICR_WRITE][question] += row.number
             elif msr == R.MSR_TSC_DEADLINE:
                 found[DEADLINE][Question("deadline")] += row.number

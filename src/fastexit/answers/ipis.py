@@ -14,14 +14,12 @@ from fastexit.answers.follow import words as F
 from fastexit.answers.report import DoorRow, LatencyRow, MsrRow
 from fastexit.answers.tally import Tally, count, often, ranked
 from fastexit.trace.doors import DOING_OF_REGISTER, Doing, Door, doing_of_synthetic
-from fastexit.trace.report import FAULTED, IcrClass
+from fastexit.trace.report import FAULTED, NOT_RECORDED, IcrClass
 
 TARGETS = 1 << 16
 _DOING = {**DOING_OF_REGISTER, R.APIC_EOI: Doing.EOI}
 LATENCIES = "exit to accept", "accept to entry", "exit to entry", "entry to EOI", "accept to EOI"
 _WHAT = len(LATENCIES)
-NOT_RECORDED = -1
-"""Targets, where the trace has no accept lines."""
 
 
 class Icr(NamedTuple):
@@ -62,8 +60,6 @@ class Icr(NamedTuple):
             way = "VP set"
         else:
             way = shorthand if shorthand != "none" else "logical" if self.icr & 0x800 else "physical"
-        if self.targets == NOT_RECORDED:
-            return f"{mode} {way}, targets not recorded"
         cast = IcrClass(mode, "", shorthand, self.targets, self.broadcast).cast
         return f"{mode} {way}, {cast}"
 

@@ -7,7 +7,7 @@ and says what became of it and, with a cost profile, what each stage of it cost.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastexit import regs as R
@@ -49,8 +49,8 @@ class Question:
 
     ``what``: "ipi", "deadline", or a reason of the vendor's that a fast path may know. Of an IPI: its door, whether it
     is a SELF_IPI write, the low half of its ICR without vector, whether its destination is a broadcast, how many APICs
-    took it (-1: not recorded, so one is taken). ``nested``: L2 did it. Of a HLT: whether an interrupt waited, so that
-    the vCPU goes on at once, None where the trace does not tell.
+    took it (below 0: not recorded, so one is taken). ``nested``: L2 did it. Of a HLT: whether an interrupt waited, so
+    that the vCPU goes on at once, None where the trace does not tell.
     """
 
     what: str
@@ -106,8 +106,6 @@ class Asked:
 
     def answer(self, question: Question, fastpath: bool = True) -> Answer:
         """What the generation does with such an exit; without ``fastpath`` as if it had none."""
-        if question.targets < 0:
-            question = replace(question, targets=1)
         key = question, fastpath
         if key not in self._known:
             v = self.fresh()

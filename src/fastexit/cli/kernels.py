@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from fastexit.checks import integer
 from fastexit.cli import vmx
+from fastexit.cli.commands import print_json
 
 
 def add(subparsers: Any, raw: Any) -> None:
@@ -72,11 +71,6 @@ def _apt(args: argparse.Namespace) -> Any:
     return Apt(directory() / "apt", tuple(args.suite), args.sources, tuple(args.apt_option))
 
 
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    print()
-
-
 def list_kernels(args: argparse.Namespace) -> int:
     """``fastexit kernels list``."""
     from fastexit.cli.show import console
@@ -89,7 +83,7 @@ def list_kernels(args: argparse.Namespace) -> int:
         apt.update()
         offered = apt.versions()
     if args.json:
-        _print_json({"cached": [kernel.as_dict() for kernel in there], "available": offered})
+        print_json({"cached": [kernel.as_dict() for kernel in there], "available": offered})
         return 0
     table = Table(title=f"Kernels in {kernels.directory()}", box=box.SIMPLE_HEAVY)
     for column in ("version", "release", "package"):
@@ -112,7 +106,7 @@ def get_kernel(args: argparse.Namespace) -> int:
         return vmx.get_bochs(_apt(args), args.json)
     kernel = kernels.get(args.version, _apt(args))
     if args.json:
-        _print_json(kernel.as_dict())
+        print_json(kernel.as_dict())
     else:
         print(f"{kernel.version}: {kernel.release} in {kernel.modules}")
     return 0
@@ -127,7 +121,7 @@ def boot_kernel(args: argparse.Namespace) -> int:
     with Lab(args.version, vendor=args.vendor, image=args.image, modules=args.modules) as lab:
         seconds, host = lab.machine.boot_seconds, lab.host
     if args.json:
-        _print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "host": host.as_dict()})
+        print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "host": host.as_dict()})
         return 0
     print(f"{lab.kernel.version} came up in {seconds:.1f} s")
     for name, value in host.as_dict().items():
@@ -150,7 +144,7 @@ def record_windows(args: argparse.Namespace) -> int:
     found = record(kernel, rounds=integer(args.rounds, "--rounds", 10_000), x2apic=args.x2apic)
     found.write(args.output)
     if args.json:
-        _print_json(found.as_dict() | {"output": str(args.output)})
+        print_json(found.as_dict() | {"output": str(args.output)})
         return 0
     print(f"Linux {found.kernel}: {len(found.lines):,} lines in {args.output}; the guest counted")
     for count, n in found.counts.items():

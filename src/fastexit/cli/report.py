@@ -104,7 +104,7 @@ def report(args: argparse.Namespace) -> int:
 
 def _read(paths: list[str], ask: Any, args: argparse.Namespace, quiet: bool) -> Any:
     from fastexit.answers import many
-    from fastexit.answers.ask import Answering, summed
+    from fastexit.answers.ask import Answering
 
     one = Answering(ask)
     single = len(paths) == 1 and not os.path.isdir(paths[0]) and args.dask is None
@@ -115,7 +115,7 @@ def _read(paths: list[str], ask: Any, args: argparse.Namespace, quiet: bool) -> 
         else:
             tell = bar("reading traces", None)
             found = many.run(paths, one, args.jobs, args.dask, lambda p: tell(p.done, p.total, _longest(p.running)))
-    return summed(found, ask)
+    return found
 
 
 def _longest(running: list[tuple[str, float]]) -> str:

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastexit.checks import quoted
+from fastexit.cli.commands import print_json
 
 if TYPE_CHECKING:
     from fastexit.kvm.lab.vmx import VmxReport
 
 BOCHS = "bochs"
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    print()
 
 
 def _progress(args: argparse.Namespace) -> Any:
@@ -52,7 +48,7 @@ def verify(args: argparse.Namespace) -> int:
     if progress:
         print(file=sys.stderr)
     if args.json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
         return 0 if report.agreed else 1
     modes = ", ".join(f"{count:,} {mode}" for mode, count in report.programs.items()) or "none"
     print(f"Linux {report.kernel}, kvm_intel {'with' if report.apicv else 'without'} APICv, seed {report.seed}")
@@ -101,7 +97,7 @@ def get_bochs(apt: Any, as_json: bool) -> int:
     tree = bochs.get(apt)
     version = bochs.version(tree)
     if as_json:
-        _print_json({"bochs": version, "directory": str(tree.root)})
+        print_json({"bochs": version, "directory": str(tree.root)})
     else:
         print(f"Bochs {version} in {tree.root}")
     return 0
@@ -114,7 +110,7 @@ def boot(args: argparse.Namespace) -> int:
     with VmxLab(args.version, image=args.image, modules=args.modules) as lab:
         seconds, found = lab.machine.boot_seconds, lab.parameters()
     if args.json:
-        _print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "kvm_intel": found})
+        print_json({"boot_seconds": round(seconds, 1), "kernel": lab.kernel.as_dict(), "kvm_intel": found})
         return 0
     print(f"{lab.kernel.version} came up in {seconds:.1f} s")
     for name, value in found.items():
@@ -134,7 +130,7 @@ def paths(args: argparse.Namespace) -> int:
     kernel = kernels.find(args.version) if args.version is not None else kernels.own(args.image, args.modules)
     found: Measured = measured(kernel)
     if args.json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
         return 0
     print(f"Linux {found.kernel}: instructions, least and median of {found.repetitions}")
     for one in found.lengths:

@@ -33,7 +33,7 @@ class Fault(StrEnum):
 
     VECTOR_0 = "an EPT violation during delivery reports vector 0"
     SELF_IPI_PAGE = "a virtualised SELF_IPI does not store its value"
-    ENTRY = "an entry fails: up to 6.18.15 the TPR threshold outlives an INIT, without APICv"
+    ENTRY = "an entry fails: 6.18.15's TPR threshold outlives an INIT, without APICv"
 
 
 @dataclass(frozen=True)
