@@ -125,6 +125,7 @@ class Pair:
         for _, effect in vcpu.targets:
             united |= effect
         self.same(united, got[0].effects, "effects of ", op)
+        self.same(got[0].targets, vcpu.targets, "targets in the outcome of ", op)
         return (spelt(want[0]), want[1]), (spelt(got[0]), got[1])
 
     def _read(self, name: str, vcpu: Any, arguments: list[Any]) -> Outcome:

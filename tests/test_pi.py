@@ -372,7 +372,7 @@ def test_notification_over_an_empty_pir() -> None:
     post(v, 0x91)
     v.hw_notify()
     v.pid[4] |= np.uint64(ON)
-    assert v.hw_notify()
+    assert not v.hw_notify()
     assert (control(v), rvi(v)) == (F2 | ndst(5), 0x91)
     v.pid[4] |= np.uint64(ON)
     run(v)

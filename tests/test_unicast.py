@@ -17,7 +17,7 @@ from fastexit import regs as r
 from fastexit.insight.compare import booted, consume
 from fastexit.jit import declare
 from fastexit.kernels import unicast
-from fastexit.outcome import SHORT_CODES
+from fastexit.outcome import CODE_ADDRESSED, SHORT_CODES
 from fastexit.profile import since
 from fastexit.traits import Trait
 
@@ -182,13 +182,13 @@ def test_more_vcpus_than_near() -> None:
     exits["reason"] = m.dispatcher.vendor.wrmsr_reason
     exits["msr"] = 0x830
     exits["value"] = [fx.icr(dest=dest, vector=0x41) for dest in range(1_530, 1_594)]
-    exits["reason"][9::10] = L.NOTIFICATION
+    exits["reason"][9::10] = L.NOTIFICATION  # of vCPU 0, to which nothing is posted
     exits["value"][20] = fx.icr(dest=0xFFFF_FFF0, vector=0x41)  # beyond the map
     for n in (1, 12, 13, 64):
         consume(m)
         got = m.run(exits[:n])
         ipis = exits["reason"][:n] != L.NOTIFICATION
-        assert (got["path"] == np.where(ipis, fx.Path.FAST, fx.Path.HARDWARE)).all()
+        assert (got["path"] == np.where(ipis, fx.Path.FAST, fx.Path.SLOW)).all()
         hit = ipis & (np.arange(n) != 20)
         assert (got["accepted"] == hit).all()
         assert [v.index for v in m.vcpus if v.pid[:4].any()] == [int(value >> 32) for value in exits["value"][:n][hit]]
@@ -211,7 +211,8 @@ IRRELEVANT = [
 def takes_short_way(m: fx.Machine) -> bool:
     """Whether an IPI to a target that has taken all its vectors is sent by unicast.send."""
     consume(m)
-    return declare.load("fast_exit")(m.vcpus[0].where, 0x830, fx.icr(dest=1, vector=0x41)) < SHORT_CODES
+    code = declare.load("fast_exit")(m.vcpus[0].where, 0x830, fx.icr(dest=1, vector=0x41))
+    return code < SHORT_CODES or bool(code & CODE_ADDRESSED)
 
 
 @pytest.mark.parametrize("what", HEADER)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.costs.meter import TimedOutcome as TimedOutcome
     from fastexit.costs.profile import CostProfile as CostProfile
     from fastexit.costs.profile import cost_profiles as cost_profiles
+    from fastexit.events import ExtInt as ExtInt
+    from fastexit.events import Init as Init
+    from fastexit.events import Interrupt as Interrupt
+    from fastexit.events import Nmi as Nmi
+    from fastexit.events import Sipi as Sipi
+    from fastexit.events import Smi as Smi
     from fastexit.exits.exit import Exit as Exit
     from fastexit.insight import workload as workload
     from fastexit.insight.sweep import sweep as sweep
@@ -41,6 +47,8 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.outcome import Outcome as Outcome
     from fastexit.outcome import Path as Path
     from fastexit.outcome import Refusal as Refusal
+    from fastexit.outcome import Target as Target
+    from fastexit.outcome import UserRead as UserRead
     from fastexit.profile import profiles as profiles
     from fastexit.reasons import KvmExit as KvmExit
     from fastexit.reasons import SvmExit as SvmExit
@@ -51,7 +59,6 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.regs import X2ApicApi as X2ApicApi
     from fastexit.regs import icr as icr
     from fastexit.releases import generation as generation
-    from fastexit.targets import Target as Target
     from fastexit.vcpu import Vcpu as Vcpu
 
 __version__ = "0.1.0"
@@ -60,8 +67,15 @@ _NAMES = {
     "Machine": "machine",
     "Vcpu": "vcpu",
     "Events": "ioctls",
-    "Target": "targets",
+    "Target": "outcome",
+    "UserRead": "outcome",
     "Exit": "exits.exit",
+    "Interrupt": "events",
+    "ExtInt": "events",
+    "Nmi": "events",
+    "Smi": "events",
+    "Init": "events",
+    "Sipi": "events",
     "GeneralProtection": "outcome",
     "InvalidOpcode": "outcome",
     "Outcome": "outcome",

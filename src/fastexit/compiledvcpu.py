@@ -6,13 +6,13 @@ from typing import Any
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.compiled import ENDED, UNHANDLED
+from fastexit.exits.compiled import ENDED, UNHANDLED, ended
 from fastexit.jit.declare import load
-from fastexit.outcome import CODE_GP, Outcome
+from fastexit.outcome import CODE_GP, CODE_USER, Outcome, user_read
 from fastexit.vcpu import Vcpu
 
-_DECLINED = (KeyError, TypeError, OverflowError)
-"""What comes of a code that ENDED does not have, UNHANDLED, and of arguments that are no integers of 64 bits."""
+_DECLINED = (TypeError, OverflowError)
+"""What comes of arguments that are no integers of 64 bits."""
 
 
 class CompiledVcpu(Vcpu):
@@ -32,9 +32,13 @@ class CompiledVcpu(Vcpu):
     def wrmsr(self, msr: int, value: int) -> Outcome:
         """Vcpu.wrmsr."""
         try:
-            return ENDED[self._wrmsr(self.where, msr, value)]
+            code = self._wrmsr(self.where, msr, value)
         except _DECLINED:
-            return super().wrmsr(msr, value)
+            code = UNHANDLED
+        outcome = ENDED.get(code)
+        if outcome is not None:
+            return outcome
+        return super().wrmsr(msr, value) if code == UNHANDLED else ended(self, code)
 
     def rdmsr(self, msr: int) -> int:
         """Vcpu.rdmsr."""
@@ -44,25 +48,29 @@ class CompiledVcpu(Vcpu):
             code = UNHANDLED
         if code == UNHANDLED:
             return super().rdmsr(msr)
-        if code & CODE_GP:
-            raise self._faulted(msr)
-        return self._mem[self._data]
+        return self._got(code, msr) if code & (CODE_GP | CODE_USER) else self._mem[self._data]
 
     def exit(self, reason: int, **info: Any) -> Outcome:
         """Vcpu.exit; one without information is one compiled call."""
         if not info:
             try:
-                return ENDED[self._exit(self.where, reason, 0, 0, 0)]
+                code = self._exit(self.where, reason, 0, 0, 0)
             except _DECLINED:
-                pass
+                code = UNHANDLED
+            if code != UNHANDLED:
+                return ended(self, code)
         return super().exit(reason, **info)
 
     def mem_write(self, gpa: int, value: int, length: int = 4) -> Outcome:
         """Vcpu.mem_write."""
         try:
-            return ENDED[self._exit(self.where, self._mmio, gpa, length | L.MMIO_WRITE, value)]
+            code = self._exit(self.where, self._mmio, gpa, length | L.MMIO_WRITE, value)
         except _DECLINED:
-            return super().mem_write(gpa, value, length)
+            code = UNHANDLED
+        outcome = ENDED.get(code)
+        if outcome is not None:
+            return outcome
+        return super().mem_write(gpa, value, length) if code == UNHANDLED else ended(self, code)
 
     def mem_read(self, gpa: int, length: int = 4) -> int:
         """Vcpu.mem_read."""
@@ -70,7 +78,9 @@ class CompiledVcpu(Vcpu):
             code = self._exit(self.where, self._mmio, gpa, length, 0)
         except _DECLINED:
             code = UNHANDLED
-        return super().mem_read(gpa, length) if code == UNHANDLED else self._mem[self._data]
+        if code == UNHANDLED:
+            return super().mem_read(gpa, length)
+        return user_read(code) if code & CODE_USER else self._mem[self._data]
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
         """Vcpu.mmio_write."""

@@ -55,7 +55,7 @@ def put(machine: Machine, chip: int, data: bytes) -> None:
         raise ValueError(f"the state of a chip has {CHIP_BYTES} bytes, not {len(data)}")
     with machine.lock:
         machine.words[L.H_STAGE : L.H_STAGE + CHIP_BYTES // 8] = np.frombuffer(data, dtype=np.uint64)
-        load("set_irqchip")(machine.handle, chip, L.HOST)
+        load("set_irqchip")(machine.handle, chip, machine.shared_row())
 
 
 def _checked(machine: Machine, chip: int) -> int:

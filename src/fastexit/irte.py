@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastexit.jit.declare import load
-from fastexit.layout import HOST, K_TARGETS, KVM, KVM_STRIDE, NONE
+from fastexit.layout import K_TARGETS, KVM, KVM_STRIDE, NONE
 from fastexit.outcome import (
     CODE_ACCEPTED_SHIFT,
     CODE_EFFECTS_SHIFT,
@@ -56,13 +56,13 @@ class RemappingTable:
         self._entries[host_irq] = entry
         return entry
 
-    def interrupt(self, host_irq: int) -> int:
-        """The device raises it: the outcome code of posting it, or of KVM's delivery of the message."""
+    def interrupt(self, host_irq: int, row: int) -> int:
+        """The device raises it: the outcome code of posting it, or of KVM's delivery; targets are in ``row``."""
         entry = self._entries.get(host_irq)
         if entry is None:
             raise ValueError(f"host interrupt {host_irq} has no remapping entry: pi_update_irte makes one")
         if entry.vcpu is None:
-            return load("signal_msi")(self._handle, entry.address, entry.data, HOST)
+            return load("signal_msi")(self._handle, entry.address, entry.data, row)
         notify = load("hardware_post")(self._handle, entry.vcpu, entry.vector)
-        self._mem[KVM + HOST * KVM_STRIDE + K_TARGETS] = TARGETS_NOTIFY | entry.vcpu if notify else 0
+        self._mem[KVM + row * KVM_STRIDE + K_TARGETS] = TARGETS_NOTIFY | entry.vcpu if notify else 0
         return _NOTIFIED if notify else _POSTED

@@ -499,11 +499,22 @@ RESAMPLER_FDS = 0
 RESAMPLER_SIGNALS = 1  # remote
 
 IRQ = RESAMPLERS + MAX_ROUTES * RESAMPLER_STRIDE
-"""A row a vCPU: what the chips keep about it."""
+"""A row a vCPU: what the chips keep about it, and what the embedder takes."""
 IRQ_STRIDE = 4
 IRQ_RTC_VECTOR = 0  # dest_map: vector + 1 of the RTC's pin that it has not ended yet, 0: none
 IRQ_STALE = 1  # highest_stale_pending_ioapic_eoi + 1, 0: none
 IRQ_GIVEN = 2  # 1: K_IOAPIC_HANDLED is what the embedder says, and no scan changes it
+IRQ_WENT_IN = 3  # owner; what has gone into the guest's CPU and was not taken: WENT_IN_BITS each, the newest lowest
+
+WENT_IN_BITS = 12  # kind, vector; the word holds five, and a sixth pushes the oldest out
+WENT_IN_VECTOR = 0xFF
+WENT_IN_INTERRUPT = 1 << 8
+WENT_IN_EXTINT = 2 << 8
+WENT_IN_NMI = 3 << 8
+WENT_IN_SMI = 4 << 8
+WENT_IN_INIT = 5 << 8
+WENT_IN_SIPI = 6 << 8
+WENT_IN_MOST = (1 << 5 * WENT_IN_BITS) - 1
 
 # ------------------------------------------- guests' TSCs; 0 is how each word begins in a machine whose clock is at 0
 TSC = IRQ + MAX_VCPUS * IRQ_STRIDE
@@ -547,7 +558,7 @@ other register. KVM's own take their number from RAX, so a record's is number 0.
 All others: ``info`` is the exit qualification or EXITINFO1.
 
 A reason of NOTIFICATION is no exit: vector 0xF2 reaches the pCPU of ``vcpu``, as Vcpu.hw_notify has it. Its outcome is
-Path.HARDWARE when the CPU took PIR to IRR, and nothing but Path.SLOW when the host's handler got the vector.
+Path.HARDWARE when the CPU moved something from PIR to IRR, and nothing but Path.SLOW when it did not.
 A reason of IRQ_LINE is none either: a device sets the line of the GSI in ``msr`` to the level in ``info``, as
 Machine.irq_line does, whatever ``vcpu`` is; ``accepted`` of its outcome is the status.
 """

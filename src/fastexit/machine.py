@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import addressof, c_char
 from typing import Any, Unpack
 
@@ -20,6 +20,7 @@ from fastexit import layout as L
 from fastexit import offers, pit
 from fastexit import regs as R
 from fastexit.checks import access_size, integer, one_of
+from fastexit.clockedvcpu import clocked
 from fastexit.compiledvcpu import CompiledVcpu
 from fastexit.config import check_api, header, latest_clock, profile_of, release_of
 from fastexit.connections import Connection, assign
@@ -35,18 +36,19 @@ from fastexit.exits.hardware import Hardware
 from fastexit.exits.svm import Svm
 from fastexit.exits.vmx import Vmx
 from fastexit.guestmemory import DEFAULT_BYTES, PAGE, opened, reserve
+from fastexit.hostrows import HostRows
 from fastexit.hyperv import MSR_HV_TSC_INVARIANT_CONTROL, MSRS_LISTED
 from fastexit.irte import Irte, RemappingTable
 from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
-from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome
+from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome, Target
 from fastexit.profile import NEWEST, Profile
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.routing import Irqfd, Routing
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
-from fastexit.targets import Target, told
+from fastexit.targets import outcome_of, told
 from fastexit.tracepoints.ring import Trace
 from fastexit.traits import Trait
 from fastexit.vcpu import Vcpu
@@ -62,6 +64,9 @@ class Machine:
             modelled time (Outcome.cycles); None: no time at all.
         dispatcher: "python", the run loop step by step, or "compiled": any exit in one compiled call, for hosts that
             make many single exits. Same outcomes, same bytes. No costs with it: they are seen step by step.
+        clock: the host's monotonic clock, a function that gives ns. Each call looks at it, so that none has to stop the
+            others to set it; run_timers of vCPUs and machine fire what is due. None: ``set_time`` or ``clock_word``
+            moves the machine's.
         {settings}
 
     Each vCPU is created as by KVM_CREATE_VCPU, so the last one is missing from the APIC map until a register write that
@@ -76,6 +81,7 @@ class Machine:
         apic_ids: Iterable[int] | None = None,
         costs: str | CostProfile | None = None,
         dispatcher: str = "python",
+        clock: Callable[[], int] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         refuse_unknown(settings, inspect.signature(Machine).parameters)
@@ -95,7 +101,7 @@ class Machine:
         self._map_memory()
         for word, value in words.items():
             self.mem[word] = value
-        self._assemble(costs, dispatcher)
+        self._assemble(costs, dispatcher, clock)
         for vcpu_id in ids:
             self.add_vcpu(vcpu_id)
 
@@ -108,8 +114,10 @@ class Machine:
             declare.register(self.handle, self.words)
             weakref.finalize(self, declare.unregister, self.handle)
 
-    def _assemble(self, costs: CostProfile | None, dispatcher: str) -> None:
+    def _assemble(self, costs: CostProfile | None, dispatcher: str, clock: Callable[[], int] | None) -> None:
         """The Python objects around the memory, from what its header says."""
+        if clock is not None and not callable(clock):
+            raise TypeError(f"clock is {type(clock).__name__}, not a function that gives ns")
         config = self.mem[L.H_CONFIG]
         self.profile: Profile = profile_of(self.words)
         bus = Bus(self.mem, self.handle)
@@ -124,6 +132,11 @@ class Machine:
         elif dispatcher == "compiled":
             self._vcpu_class = CompiledVcpu
             self.dispatcher = CompiledDispatcher(self.mem, self.handle, vendor, self.profile)
+        if clock is not None:
+            self._vcpu_class = clocked(self._vcpu_class)
+        self._clock = clock
+        self._latest = latest_clock(self.mem[L.H_TSC_KHZ])
+        self._rows = HostRows.of(self.handle, bool(config & L.CONFIG_THREADS))
         self.hardware: Hardware = Hardware(self.dispatcher)
         self.irtes: RemappingTable = RemappingTable(self)
         self.routing: Routing = Routing(self)
@@ -227,9 +240,10 @@ class Machine:
     def targets(self) -> tuple[Target, ...]:
         """Whom the last signal_msi, irq_line, device_interrupt or set_inhibit has effects for, in the order of sending.
 
-        As Vcpu.targets, which has those of a vCPU's exits. Threads that make such calls share this list.
+        As Vcpu.targets, which has those of a vCPU's exits. Each thread has a list of its own calls (``threads``; 32
+        threads at a time, those beyond share one).
         """
-        return told(self.mem, L.HOST)
+        return told(self.mem, self._rows.last)
 
     # ----------------------------------------------------------------------------------------------- VM ioctls
 
@@ -283,6 +297,7 @@ class Machine:
         vCPUs follow at their next entry (Vcpu.apicv). ValueError for a number that is no regs.Inhibit.
         """
         reason = R.Inhibit(integer(reason, "inhibit reason", max(R.Inhibit)))
+        self.shared_row()
         return OUTCOMES[load("set_inhibit")(self.handle, int(reason), int(bool(on)))].effects
 
     def signal_msi(self, address: int, data: int) -> int:
@@ -292,7 +307,8 @@ class Machine:
         the host has something to do.
         """
         address = integer(address, "MSI address", L.NONE)
-        code = load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF), L.HOST)
+        self.look_at_clock()
+        code = load("signal_msi")(self.handle, address, integer(data, "MSI data", 0xFFFF_FFFF), self.host_row())
         if code & CODE_GP:
             raise ValueError(f"MSI address {address:#x}: bits 39:32 must be 0 with 32-bit ids (EINVAL)")
         return OUTCOMES[code].accepted
@@ -443,10 +459,35 @@ class Machine:
 
     @property
     def time(self) -> int:
-        """The host's monotonic clock in ns, as set_time left it. The host's TSC is this times tsc_khz / 10^6, and a
-        guest's is the same until somebody writes it (Vcpu.set_msr, set_tsc_khz).
+        """The host's monotonic clock in ns, as ``clock`` says or set_time left it.
+
+        The host's TSC is this times tsc_khz / 10^6, and a guest's is the same until somebody writes it (Vcpu.set_msr,
+        set_tsc_khz).
         """
+        self.look_at_clock()
         return self.mem[L.H_NOW]
+
+    @property
+    def clock_word(self) -> memoryview:
+        """The machine's clock as one word of 64 bits that a host may write at any time, from any thread: ns.
+
+        What is due then fires by Vcpu.run_timers and run_timers. That it never goes back, and that it and the guest's
+        TSC have 63 bits, is not checked.
+        """
+        return self.mem[L.H_NOW : L.H_NOW + 1]
+
+    def look_at_clock(self) -> None:
+        """Move the machine's clock to what ``clock`` says; each call does it. ValueError beyond 63 bits."""
+        if self._clock is not None:
+            load("advance_clock")(self.handle, integer(self._clock(), "time of the host's clock", self._latest))
+
+    def host_row(self) -> int:
+        """Where a call of no vCPU that this thread makes has its list of targets: ``sender`` for kernels."""
+        return self._rows.own()
+
+    def shared_row(self) -> int:
+        """The same for a call that nobody else makes meanwhile, such as those that set a chip up."""
+        return self._rows.shared()
 
     def set_time(self, ns: int) -> list[tuple[int, Outcome]]:
         """Move the host's clock; what the timers that are due by then did, as (vCPU index, Outcome) in order.
@@ -458,29 +499,51 @@ class Machine:
         one (next_timer()) where that matters. No other thread may act on the machine meanwhile. ValueError for a time
         that has passed already, and for one at which it or the guest's TSC has more than 63 bits.
         """
+        if self._clock is not None:
+            raise ValueError("the machine's time is its clock's: run_timers fires what is due")
         ns, khz = integer(ns, "time"), self.mem[L.H_TSC_KHZ]
-        if ns > (latest := latest_clock(khz)):
-            raise ValueError(f"time {ns} is later than {latest}: ns and TSC ticks at {khz} kHz would exceed 63 bits")
+        if ns > self._latest:
+            raise ValueError(f"time {ns} is later than {self._latest}: ns and TSC ticks at {khz} kHz exceed 63 bits")
         if ns < self.time:
             raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
         self.mem[L.H_NOW] = ns
+        self.shared_row()
         happened = []
         while (index := load("due_timer")(self.handle)) != L.NONE:
             outcome = OUTCOMES[load("fire_timer")(self.handle, index)]
             if index // L.MAX_VCPUS < L.HOST_TIMERS:
-                happened.append((index & L.MAX_VCPUS - 1, outcome))
+                vcpu = index & L.MAX_VCPUS - 1
+                happened.append((vcpu, _for(vcpu, outcome)))
             elif index // L.MAX_VCPUS >= L.HOST_WORK_PIT:
-                effects = [(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT]) for vcpu, effect in self.targets]
+                effects = [(vcpu, _for(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT])) for vcpu, effect in self.targets]
                 happened += effects or [(0, outcome)]
         index = load("hv_timer_exit")(self.handle, 0)
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)
-            happened.append((index, OUTCOMES[self.dispatcher.run_exit(self.vcpus[index], exit)]))
+            code = self.dispatcher.run_exit(self.vcpus[index], exit)
+            happened.append((index, outcome_of(self.mem, index, code)))
             index = load("hv_timer_exit")(self.handle, index)
         return happened
 
+    def run_timers(self) -> list[tuple[int, Outcome]]:
+        """Do what is due and is no vCPU's: ticks of the PIT, the IOAPIC's delayed work; as set_time's lines.
+
+        Beside other calls, and by several threads at once, if need be. vCPUs' own timers are Vcpu.run_timers'.
+        """
+        self.look_at_clock()
+        row, happened = self.host_row(), []
+        while load("run_machine_timer")(self.handle, row) != L.NONE:
+            happened += [(vcpu, _for(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT])) for vcpu, effect in self.targets]
+        return happened
+
+    def next_machine_timer(self) -> int | None:
+        """When run_timers has something to do next, ns, or None."""
+        ns = load("next_machine_timer")(self.handle)
+        return None if ns == L.NONE else ns
+
     def next_timer(self) -> int | None:
         """When the next timer is due, ns, or None. A preemption timer counts only while its vCPU is in guest mode."""
+        self.look_at_clock()
         ns = load("next_timer")(self.handle)
         return None if ns == L.NONE else ns
 
@@ -516,7 +579,10 @@ class Machine:
 
         Effect.NOTIFY: the IOMMU sends ``notification`` of the vCPU that pi_update_irte named, which ``targets`` has.
         """
-        return OUTCOMES[self.irtes.interrupt(integer(host_irq, "host interrupt", 0xFFFF_FFFF))]
+        self.look_at_clock()
+        row = self.host_row()
+        code = self.irtes.interrupt(integer(host_irq, "host interrupt", 0xFFFF_FFFF), row)
+        return outcome_of(self.mem, row, code)
 
     # ----------------------------------------------------------------------------------------------- batch door
 
@@ -530,6 +596,7 @@ class Machine:
         """
         if not isinstance(exits, np.ndarray) or exits.dtype != L.EXIT or exits.ndim != 1:
             raise ValueError(f"exits must be a one-dimensional array of dtype fastexit.EXIT, not {_kind(exits)}")
+        self.look_at_clock()
         exits = np.ascontiguousarray(exits)
         n = len(exits)
         outcomes = np.empty(n, dtype=L.OUTCOME)
@@ -599,20 +666,27 @@ class Machine:
         return pack(self.words)
 
     @classmethod
-    def restore(cls, data: bytes, costs: str | CostProfile | None = None, *, dispatcher: str = "python") -> Machine:
+    def restore(
+        cls,
+        data: bytes,
+        costs: str | CostProfile | None = None,
+        *,
+        dispatcher: str = "python",
+        clock: Callable[[], int] | None = None,
+    ) -> Machine:
         """A machine from its snapshot; ValueError says what is wrong with the bytes.
 
         The kernel generation is the snapshot's. What it does is what this version of fastexit knows of it, which may be
         more than the version knew that took the snapshot.
 
         Handlers are the built-in ones; ioeventfds (``fast_mmio``), irqfds and remapping entries of devices are user
-        space's, which makes them anew; ``costs`` and ``dispatcher`` are Machine's, which no snapshot has.
+        space's, which makes them anew; ``costs``, ``dispatcher`` and ``clock`` are Machine's, which no snapshot has.
         """
         profile = _checked(costs, dispatcher)
         m = cls.__new__(cls)
         m._map_memory()
         unpack(data, m.words)
-        m._assemble(profile, dispatcher)
+        m._assemble(profile, dispatcher, clock)
         for index in range(m.mem[L.H_NVCPUS]):
             vcpu_id = m.mem[L.KVM + index * L.KVM_STRIDE + L.K_VCPU_ID]
             m._ids[vcpu_id] = index
@@ -625,6 +699,11 @@ def _checked(costs: str | CostProfile | None, dispatcher: str) -> CostProfile | 
     if one_of(dispatcher, "dispatcher", ("python", "compiled")) == "compiled" and costs is not None:
         raise ValueError("costs are seen step by step: they need dispatcher='python'")
     return None if costs is None else cost_profile(costs)
+
+
+def _for(vcpu: int, outcome: Outcome) -> Outcome:
+    """The outcome of a timer that had something to do for its own vCPU."""
+    return outcome.to((Target(vcpu, outcome.effects),)) if outcome.effects else outcome
 
 
 def _kind(exits: Any) -> str:

@@ -7,6 +7,7 @@ workload produces are kept, so that turning a code into an Outcome costs one dic
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from fastexit.reasons import KvmExit
 from fastexit.regs import Layout
@@ -103,6 +104,13 @@ class Effect(IntFlag):
     """Ring the AVIC doorbell of the target's pCPU."""
 
 
+class Target(NamedTuple):
+    """A vCPU's index, and what the host has to do for it: one Effect."""
+
+    vcpu: int
+    effect: Effect
+
+
 CODE = Layout(64, COMPLETION=8, PATH=8, FAULT=8, REFUSAL=8, ACCEPTED=16, USER=8, EFFECTS=4, MSR_WHY=2, BLOCKED=1, _63=1)
 """The packed integer, its fields on byte borders so that layout.OUTCOME can name them. FAULT is the exception vector or
 0, ACCEPTED a signed count (-1: nobody matched in the slow scan), USER is KVM_EXIT_* + 1 or 0. MSR_WHY is set between
@@ -149,7 +157,7 @@ COMPLETION_SKIP = Fastpath.SKIP_EMUL_INS.value
 
 
 class Outcome:
-    """The result of one exit. Immutable; equal codes give the same object.
+    """The result of one exit. Immutable; two are equal when their codes are, whoever the targets were.
 
     Attributes:
         path: Path.FAST when the fast handler emulated the exit, Path.HARDWARE when there was none, else Path.SLOW.
@@ -158,6 +166,8 @@ class Outcome:
         fault: Fault.GP when the guest gets #GP(0) and its RIP did not move, else None.
         accepted: number of APICs that accepted the IPI; -1 when the slow scan matched nobody; 0 without an IPI.
         effects: what the host must do for the targets (Effect flags, united over all targets).
+        targets: each target with what the host must do for it, in the order of sending. One that accepted the interrupt
+            and needs nothing is not among them.
         refusal: why the fast path declined (Refusal).
         user: the KVM_EXIT_* reason with which the vCPU left to user space, or None when it runs on.
         blocked: True when the vCPU waits for SIPI instead of having entered the guest again.
@@ -177,6 +187,7 @@ class Outcome:
         "user",
         "blocked",
         "reentered",
+        "targets",
     )
 
     code: int
@@ -189,6 +200,7 @@ class Outcome:
     user: KvmExit | int | None
     blocked: bool
     reentered: bool
+    targets: tuple[Target, ...]
     cycles_ipi: int | None = None
     cycles: int | None = None
 
@@ -205,6 +217,15 @@ class Outcome:
         put(self, "user", KvmExit(f["USER"] - 1) if f["USER"] else None)
         put(self, "blocked", bool(f["BLOCKED"]))
         put(self, "reentered", f["COMPLETION"] == COMPLETION_REENTER)
+        put(self, "targets", ())
+
+    def to(self, targets: tuple[Target, ...]) -> Outcome:
+        """The same outcome, with these targets."""
+        told = object.__new__(type(self))
+        for name in Outcome.__slots__:
+            object.__setattr__(told, name, getattr(self, name))
+        object.__setattr__(told, "targets", targets)
+        return told
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("an Outcome cannot be changed")
@@ -223,6 +244,7 @@ class Outcome:
             "fault": self.fault.name if self.fault else None,
             "accepted": self.accepted,
             "effects": [e.name for e in Effect if e in self.effects],
+            "targets": [{"vcpu": target.vcpu, "effect": target.effect.name} for target in self.targets],
             "refusal": self.refusal.name,
             "user": self.user.name if isinstance(self.user, KvmExit) else self.user,
             "blocked": self.blocked,
@@ -243,31 +265,75 @@ class Outcome:
         return f"Outcome({', '.join(parts)})"
 
 
+KEPT = 1 << 16
+"""Codes come from kernels and are few; what a caller makes up must not grow a table without bound."""
+
+
 class _Outcomes(dict[int, Outcome]):
     """code -> Outcome, filled on first sight."""
 
     def __missing__(self, code: int) -> Outcome:
-        # Codes come from kernels and are few; a caller that makes them up must not grow the table without bound.
         outcome = Outcome(code)
-        if len(self) < 1 << 16:
+        if len(self) < KEPT:
             self[code] = outcome
-            if outcome.reentered:
+            if outcome.reentered and not outcome.effects:
                 REENTRIES[code] = outcome
         return outcome
 
 
 REENTRIES: dict[int, Outcome] = {}
-"""Those of OUTCOMES that end an exit in the guest again, known so far: a look-up tells both."""
+"""What a fast exit's door gives -> Outcome, as far as it is known: codes of exits that end in the guest again and have
+no effects, and those with CODE_ADDRESSED. A look-up tells all of it."""
 OUTCOMES = _Outcomes()
 SENT = CODE_FAST | COMPLETION_REENTER
-SHORT = [
-    OUTCOMES[SENT | accepted << CODE_ACCEPTED_SHIFT | effects << CODE_EFFECTS_SHIFT]
-    for effects in range(16)
-    for accepted in range(2)
-]
-"""What nearly every IPI comes to, by its short code, which no code is as small as: ACCEPTED in bit 0, EFFECTS above.
+SHORT = [OUTCOMES[SENT | accepted << CODE_ACCEPTED_SHIFT] for accepted in range(2)]
+"""What an IPI comes to for which the host has nothing to do, by its short code, which no code is as small as: ACCEPTED.
 An int this small exists already, and a list gives its Outcome faster than a dictionary does."""
 SHORT_CODES = len(SHORT)
+CODE_ADDRESSED = CODE_EXIT
+"""No outcome code but what a door makes of one for one target: that of SHORT in bit 0, the target in the 16 bits from
+ADDRESSED_SHIFT on."""
+ADDRESSED_SHIFT = 1
+
+
+def addressed(code: int) -> Outcome:
+    """The Outcome of CODE_ADDRESSED; it is kept in REENTRIES."""
+    target = target_of(code >> ADDRESSED_SHIFT)
+    plain = OUTCOMES[SENT | (code & 1) << CODE_ACCEPTED_SHIFT | target.effect << CODE_EFFECTS_SHIFT]
+    outcome = plain.to((target,))
+    if len(REENTRIES) < KEPT:
+        REENTRIES[code] = outcome
+    return outcome
+
+
+def target_of(entry: int) -> Target:
+    """One target of a list, from its 16 bits."""
+    return Target(entry & TARGETS_VCPU, Effect(entry >> TARGETS_EFFECT_SHIFT & 0xF))
+
+
+class UserRead(int):
+    """What a read gives that is user space's to answer: 0. Vcpu.user_mmio or user_io is the access.
+
+    ``user`` is the KVM_EXIT_* with which the vCPU left. Vcpu.complete_access gives the answer.
+    """
+
+    user: KvmExit
+
+    def __repr__(self) -> str:
+        return f"<UserRead {self.user.name}>"
+
+
+_USER_READS: dict[int, UserRead] = {}
+
+
+def user_read(code: int) -> UserRead:
+    """The UserRead of an outcome code that leaves to user space."""
+    reason = (code & CODE_USER) >> CODE_USER_SHIFT
+    if reason not in _USER_READS:
+        read = UserRead(0)
+        read.user = KvmExit(reason - 1)
+        _USER_READS[reason] = read
+    return _USER_READS[reason]
 
 
 class GeneralProtection(Exception):

@@ -23,6 +23,7 @@ def create(m: Machine, speaker: bool) -> None:
         raise ValueError("create_pit: there is a PIT already (EEXIST)")
     if m.mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP and not m.profile.traits & Trait.PIT_ANYWHERE:
         raise ValueError(f"create_pit: kernel {m.release} wants an in-kernel PIC, irqchip='full' (ENOENT)")
+    m.shared_row()
     load("create_pit")(m.handle, int(bool(speaker)))
 
 
@@ -35,6 +36,7 @@ def get(m: Machine) -> bytes:
     """KVM_GET_PIT2."""
     _require(m)
     with m.lock:  # one staging page for all
+        m.look_at_clock()
         load("get_pit")(m.handle)
         return m.mem[L.H_STAGE : L.H_STAGE + R.PIT_STATE2_BYTES // 8].tobytes()
 
@@ -50,10 +52,12 @@ def put(m: Machine, data: bytes) -> None:
     _require(m)
     with m.lock:
         m.mem[L.H_STAGE : L.H_STAGE + len(state) // 8] = memoryview(state).cast("Q")
+        m.shared_row()
         load("set_pit")(m.handle, int(len(state) == R.PIT_STATE2_BYTES))
 
 
 def reinject(m: Machine, on: bool) -> None:
     """KVM_REINJECT_CONTROL."""
     _require(m)
+    m.shared_row()
     load("pit_reinject")(m.handle, int(bool(on)))

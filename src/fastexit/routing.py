@@ -64,7 +64,7 @@ class Routing:
         with self.machine.lock:
             for word, value in table_words(routes).items():
                 mem[word] = value
-        load("rerouted")(self.machine.handle, L.HOST)
+        load("rerouted")(self.machine.handle, self.machine.shared_row())
 
     def _route(self, what: str, entry: tuple[Any, ...]) -> Route:
         if not isinstance(entry, tuple | list) or not entry:
@@ -109,7 +109,8 @@ class Routing:
     def line(self, gsi: int, level: int, status: bool) -> int:
         """KVM_IRQ_LINE_STATUS: its status; or without ``status`` KVM_IRQ_LINE, which tells none: 0."""
         gsi, level = integer(gsi, "GSI", U32), integer(level, "level", U32)
-        code = load("irq_line")(self.machine.handle, gsi, level, int(bool(status)), L.HOST)
+        self.machine.look_at_clock()
+        code = load("irq_line")(self.machine.handle, gsi, level, int(bool(status)), self.machine.host_row())
         return OUTCOMES[code].accepted if status else 0
 
 
@@ -144,7 +145,7 @@ class Irqfd:
             far[self.gsi] += 1 if on else -1
             if far[self.gsi] != on:  # neither the first nor the last
                 return
-        load("irqfd_resample")(self.machine.handle, self.gsi, on, L.HOST)
+        load("irqfd_resample")(self.machine.handle, self.gsi, on, self.machine.shared_row())
 
     def _signals(self) -> int:
         if not self.resample or self.gsi >= L.MAX_ROUTES:
@@ -165,7 +166,9 @@ class Irqfd:
         integer(count, "count", L.NONE - 1)
         if self.closed:
             raise ValueError(f"the irqfd of GSI {self.gsi} is closed")
-        return OUTCOMES[load("irqfd_signal")(self.machine.handle, self.gsi, int(self.resample), L.HOST)].accepted
+        m = self.machine
+        m.look_at_clock()
+        return OUTCOMES[load("irqfd_signal")(m.handle, self.gsi, int(self.resample), m.host_row())].accepted
 
     def close(self) -> None:
         """Untie the eventfd; the last resampling one of a GSI lowers what it had raised. Twice is once."""

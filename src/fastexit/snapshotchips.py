@@ -61,6 +61,7 @@ _IRQ: tuple[tuple[int, Check, str], ...] = (
     (L.IRQ_RTC_VECTOR, up_to(256), "a vector of the RTC"),
     (L.IRQ_STALE, up_to(256), "a vector that is stale"),
     (L.IRQ_GIVEN, up_to(1), "whose EOIs the IOAPIC wants"),
+    (L.IRQ_WENT_IN, up_to(L.WENT_IN_MOST), "what a CPU has got"),
 )
 _ROUTING: tuple[tuple[int, Check, str], ...] = (
     (L.ROUTE_GSIS, up_to(L.MAX_ROUTES), "a number of GSIs"),

@@ -25,10 +25,14 @@ from fastexit.outcome import (
     GeneralProtection,
     InvalidOpcode,
     Outcome,
+    Target,
+    user_read,
 )
-from fastexit.targets import Target, told
+from fastexit.settle import settle, take
+from fastexit.targets import outcome_of, told
 
 if TYPE_CHECKING:
+    from fastexit.events import Event
     from fastexit.exits.dispatcher import Dispatcher
     from fastexit.machine import Machine
 
@@ -106,12 +110,16 @@ class Vcpu(VcpuIoctls):
         return loop.wrmsr(self, integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE), code)
 
     def rdmsr(self, msr: int) -> int:
-        """A guest RDMSR: its value; GeneralProtection when the guest gets #GP(0)."""
+        """A guest RDMSR: its value, a UserRead where it leaves to user space; GeneralProtection for #GP(0)."""
         msr = integer(msr, "MSR", 0xFFFF_FFFF)
         code = self._loop.run_exit(self, Exit(self._loop.vendor.rdmsr_reason, msr, length=R.INSN_LEN_WRMSR))
+        return self._got(code, msr)
+
+    def _got(self, code: int, msr: int) -> int:
+        """What an RDMSR came to."""
         if code & CODE_GP:
             raise self._faulted(msr)
-        return self.read_data
+        return user_read(code) if code & CODE_USER else self.read_data
 
     def _faulted(self, msr: int) -> GeneralProtection:
         return GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
@@ -165,7 +173,7 @@ class Vcpu(VcpuIoctls):
         access_size(exit.size, "access size", most=8)
         if reason == self._loop.vendor.io_reason:
             self._loop.vendor.io_access(exit.info1)
-        return OUTCOMES[self._loop.run_exit(self, exit)]
+        return outcome_of(self._mem, self.index, self._loop.run_exit(self, exit))
 
     def hypercall(
         self, number: int, a0: int = 0, a1: int = 0, a2: int = 0, a3: int = 0, bits64: bool = True
@@ -178,7 +186,7 @@ class Vcpu(VcpuIoctls):
         args = tuple(integer(value, name, L.NONE) for value, name in zip(values, HYPERCALL_REGISTERS, strict=False))
         reason = self._loop.vendor.hypercall_reason
         exit = Exit(reason, args=args, bits64=bool(bits64), length=self._loop.vendor.rows[reason].length)
-        return OUTCOMES[self._loop.run_exit(self, exit)]
+        return outcome_of(self._mem, self.index, self._loop.run_exit(self, exit))
 
     def hv_hypercall(self, control: int, input: int = 0, output: int = 0, xmm: Iterable[int] = ()) -> int:
         """A 64-bit guest's VMCALL or VMMCALL by Hyper-V's rules: its result, HV_STATUS in the low 16 bits, as in RAX.
@@ -209,39 +217,44 @@ class Vcpu(VcpuIoctls):
         gpa, length = self._gpa(gpa), access_size(length, most=8)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
         exit = Exit(self._loop.vendor.mmio_reason, value=value, gpa=gpa, size=length, write=True)
-        return OUTCOMES[self._loop.run_exit(self, exit)]
+        return outcome_of(self._mem, self.index, self._loop.run_exit(self, exit))
 
     def mem_read(self, gpa: int, length: int = 4) -> int:
-        """A guest's read from a device; 0 where it leaves to user space, whose answer is complete_access."""
+        """A guest's read from a device; a UserRead where it leaves to user space, whose answer is complete_access."""
         gpa, length = self._gpa(gpa), access_size(length, most=8)
-        self._loop.run_exit(self, Exit(self._loop.vendor.mmio_reason, gpa=gpa, size=length))
-        return self.read_data
+        return self._read(Exit(self._loop.vendor.mmio_reason, gpa=gpa, size=length))
+
+    def _read(self, exit: Exit) -> int:
+        code = self._loop.run_exit(self, exit)
+        return user_read(code) if code & CODE_USER else self.read_data
 
     def _gpa(self, gpa: int) -> int:
         return integer(gpa, "guest-physical address", (1 << self._mem[L.H_MAXPHYADDR]) - 1)
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
-        """A guest's write to its xAPIC page at ``offset`` 0..0xFFF, ``length`` 1, 2 or 4 bytes."""
+        """A guest's write to its xAPIC page at ``offset`` 0..0xFFF, ``length`` 1, 2, 4 or 8 bytes."""
         offset = integer(offset, "xAPIC page offset", R.APIC_PAGE_BYTES - 1)
-        return self.mem_write(self.apic_page + offset, value, access_size(length))
+        return self.mem_write(self.apic_page + offset, value, length)
 
     def mmio_read(self, offset: int, length: int = 4) -> int:
-        """A guest's read from its xAPIC page; 0 where KVM leaves the destination as it was, or leaves to user space."""
+        """A guest's read from its xAPIC page; 0 where KVM leaves the destination as it was, a UserRead as mem_read."""
         offset = integer(offset, "xAPIC page offset", R.APIC_PAGE_BYTES - 1)
-        return self.mem_read(self.apic_page + offset, access_size(length))
+        return self.mem_read(self.apic_page + offset, length)
 
     def io_write(self, port: int, value: int, length: int = 1) -> Outcome:
         """A guest's OUT of 1, 2 or 4 bytes. What no device claims leaves to user space: ``user_io`` is the access."""
         length = access_size(length)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
         info1 = self.machine.io_info(port, length, write=True)
-        return OUTCOMES[self._loop.run_exit(self, Exit(self._loop.vendor.io_reason, value=value, info1=info1))]
+        return outcome_of(
+            self._mem,
+            self.index,
+            self._loop.run_exit(self, Exit(self._loop.vendor.io_reason, value=value, info1=info1)),
+        )
 
     def io_read(self, port: int, length: int = 1) -> int:
-        """A guest's IN of 1, 2 or 4 bytes; 0 where it leaves to user space, whose answer is complete_access."""
-        info1 = self.machine.io_info(port, length)
-        self._loop.run_exit(self, Exit(self._loop.vendor.io_reason, info1=info1))
-        return self.read_data
+        """A guest's IN of 1, 2 or 4 bytes; a UserRead where it leaves to user space: complete_access answers."""
+        return self._read(Exit(self._loop.vendor.io_reason, info1=self.machine.io_info(port, length)))
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -262,27 +275,40 @@ class Vcpu(VcpuIoctls):
         A #GP of the CPU's own goes to the guest without KVM: Outcome.fault says so and RIP stays.
         """
         msr, value = integer(msr, "MSR", 0xFFFF_FFFF), integer(value, "MSR value", L.NONE)
-        return OUTCOMES[self.machine.hardware.wrmsr(self, msr, value)]
+        return outcome_of(self._mem, self.index, self.machine.hardware.wrmsr(self, msr, value))
 
     def hw_rdmsr(self, msr: int) -> int:
-        """RDMSR as the CPU executes it: its value; GeneralProtection when the guest gets #GP(0)."""
+        """RDMSR as the CPU executes it: as rdmsr."""
         msr = integer(msr, "MSR", 0xFFFF_FFFF)
-        if self.machine.hardware.rdmsr(self, msr) & CODE_GP:
-            raise self._faulted(msr)
-        return self.read_data
+        return self._got(self.machine.hardware.rdmsr(self, msr), msr)
 
     def hw_mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
         """A write to the xAPIC page as the CPU executes it. RIP does not move: the instruction's length is unknown."""
         offset = integer(offset, "xAPIC page offset", 0xFFF)
         length = access_size(length)
         value = integer(value, f"{length}-byte value", (1 << 8 * length) - 1)
-        return OUTCOMES[self.machine.hardware.mmio_write(self, offset, value, length)]
+        return outcome_of(self._mem, self.index, self.machine.hardware.mmio_write(self, offset, value, length))
 
     def hw_mmio_read(self, offset: int, length: int = 4) -> int:
-        """A read of the xAPIC page as the CPU executes it."""
+        """A read of the xAPIC page as the CPU executes it: as mmio_read, of 1, 2 or 4 bytes."""
         offset = integer(offset, "xAPIC page offset", 0xFFF)
-        self.machine.hardware.mmio_read(self, offset, access_size(length))
-        return self.read_data
+        code = self.machine.hardware.mmio_read(self, offset, access_size(length))
+        return user_read(code) if code & CODE_USER else self.read_data
+
+    @property
+    def cr8(self) -> int:
+        """CR8 as the guest reads it: TPR[7:4]. Assigning it is the guest's MOV to CR8 as its CPU executes it.
+
+        That needs an exit without TPR shadow (SVM, while CR8 is intercepted), and where it falls below the TPR
+        threshold; ``targets`` are those of that exit. GeneralProtection for more than 15.
+        """
+        return super().cr8
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        value = integer(value, "CR8", L.NONE)
+        if self.machine.hardware.move_to_cr8(self, value) & CODE_FAULT:
+            raise GeneralProtection(f"MOV of {value:#x} to CR8 on vCPU {self.index}: #GP(0)")
 
     def hw_deliver(self) -> int | None:
         """Virtual-interrupt delivery by the CPU (VMX with APICv), if the guest runs and takes any: the vector."""
@@ -290,7 +316,10 @@ class Vcpu(VcpuIoctls):
         return None if vector == L.NONE else vector
 
     def hw_notify(self) -> bool:
-        """0xF2 reaches the pCPU on which the vCPU is loaded: True when the guest runs and its CPU took PIR to IRR."""
+        """0xF2 reaches the pCPU on which the vCPU is loaded: True when its CPU moved something from PIR to IRR.
+
+        False: the guest does not run, and the host's handler got the vector, or nothing was posted.
+        """
         return bool(load("process_notification")(self._handle, self.index))
 
     @property
@@ -300,6 +329,47 @@ class Vcpu(VcpuIoctls):
         return Notification(control["NV"], control["NDST"])
 
     # ------------------------------------------------------------------------------- what the guest's CPU would do
+
+    def settle(self) -> bool:
+        """Everything between two instructions of the guest: True when its CPU may go on, with what take() gives first.
+
+        KVM_RUN if the vCPU is outside, the exit of a kick, the exit that KVM asked for when the guest opens its window
+        for interrupts or NMIs (by ``rflags``, ``shadow`` and ``nmi_masked`` as the embedder has set them), and a
+        notification. Nothing of it while something waits to be taken, because the CPU's state is not yet what
+        that makes of it. ``targets`` has whom all of it is for.
+
+        False: the vCPU waits (``exit_reason`` is None), or KVM_RUN has returned (``exit_reason``).
+        """
+        return settle(self)
+
+    def run_timers(self) -> list[Outcome]:
+        """Fire this vCPU's timers that are due, at the machine's time: what they did, in order, as Machine.set_time.
+
+        Its own thread calls it, beside other vCPUs'. An hrtimer fires first, then a preemption timer that has run out
+        makes the vCPU exit, if that is in guest mode.
+        """
+        happened = []
+        while (which := load("due_timer_of")(self._handle, self.index)) != L.NONE:
+            outcome = OUTCOMES[load("fire_timer")(self._handle, which)]
+            happened.append(outcome.to((Target(self.index, outcome.effects),)) if outcome.effects else outcome)
+        while load("hv_timer_exits")(self._handle, self.index):
+            code = self._loop.run_exit(self, Exit(self._loop.vendor.forced_reason))
+            happened.append(outcome_of(self._mem, self.index, code))
+        return happened
+
+    def next_timer(self) -> int | None:
+        """When run_timers has something to do next, ns, or None. A preemption timer counts in guest mode only."""
+        ns = load("next_timer_of")(self._handle, self.index)
+        return None if ns == L.NONE else ns
+
+    def take(self) -> Event | None:
+        """What goes into the guest's CPU next, once: Interrupt, ExtInt, Nmi, Smi, Init, Sipi, or None.
+
+        What entries have injected comes in the order in which it went in; five that nobody has taken are remembered.
+        Then what virtual-interrupt delivery or AVIC delivers by itself, if the guest takes interrupts now. An
+        exception is not among them: Outcome.fault tells of it.
+        """
+        return take(self)
 
     def pending(self) -> int | None:
         """The vector that would be delivered now (PIR synced, PPR applied), or None. kvm_apic_has_interrupt."""

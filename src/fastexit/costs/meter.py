@@ -12,7 +12,7 @@ from fastexit import hyperv as HV
 from fastexit import regs as R
 from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit, Vendor
-from fastexit.outcome import OUTCOMES, Effect, Outcome
+from fastexit.outcome import OUTCOMES, Effect, Outcome, Target
 from fastexit.profile import since
 
 _KVM, _APIC, _SMP = "6.1", "6.12", None
@@ -89,6 +89,7 @@ class TimedOutcome(Outcome):
         put, plain = object.__setattr__, OUTCOMES[code]
         for name in Outcome.__slots__:
             put(self, name, getattr(plain, name))
+        put(self, "targets", tuple(Target(sent.vcpu, sent.effect) for sent in meter.sent))
         put(self, "cycles", meter.spent if in_guest else None)
         put(self, "cycles_ipi", meter.ipi)
         put(self, "cycles_spent", meter.spent)

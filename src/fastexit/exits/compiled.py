@@ -14,7 +14,17 @@ from fastexit import regs as R
 from fastexit.exits.dispatcher import Dispatcher
 from fastexit.exits.exit import Exit
 from fastexit.jit.declare import load
-from fastexit.outcome import CODE_NOT_IN_GUEST, OUTCOMES, SHORT, Outcome
+from fastexit.outcome import (
+    CODE_ADDRESSED,
+    CODE_EFFECTS,
+    CODE_NOT_IN_GUEST,
+    KEPT,
+    REENTRIES,
+    SHORT,
+    Outcome,
+    addressed,
+)
+from fastexit.targets import outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,19 +37,22 @@ UNHANDLED = CODE_NOT_IN_GUEST
 """Result of a compiled call that did nothing: kernels/single.py says for what."""
 
 
-class _Ended(dict[int, Outcome]):
-    """What a compiled call gave -> Outcome, short codes included; KeyError for UNHANDLED."""
+ENDED: dict[int, Outcome] = dict(enumerate(SHORT))
+"""What a compiled call gave -> Outcome, as far as it has no targets or has them in its code, and is known."""
 
-    def __missing__(self, code: int) -> Outcome:
-        if code == UNHANDLED:
-            raise KeyError(code)
-        outcome = OUTCOMES[code]
-        if code in OUTCOMES:  # which does not keep all that somebody makes up
-            self[code] = outcome
+
+def ended(v: Vcpu, code: int) -> Outcome:
+    """The Outcome of what a compiled call gave, which was not UNHANDLED."""
+    outcome = ENDED.get(code)
+    if outcome is not None:
         return outcome
-
-
-ENDED = _Ended(enumerate(SHORT))
+    if code & CODE_ADDRESSED:
+        outcome = REENTRIES.get(code) or addressed(code)
+    else:
+        outcome = outcome_of(v.machine.mem, v.index, code)
+    if len(ENDED) < KEPT and (code & CODE_ADDRESSED or not code & CODE_EFFECTS):
+        ENDED[code] = outcome
+    return outcome
 
 
 class CompiledDispatcher(Dispatcher):
@@ -61,9 +74,9 @@ class CompiledDispatcher(Dispatcher):
         if code is None:
             code = self.fast_exit(v.where, msr, value)
         if code != UNHANDLED:
-            return ENDED[code]
+            return ended(v, code)
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        return OUTCOMES[super().run_exit(v, exit)]
+        return outcome_of(self.mem, v.index, super().run_exit(v, exit))
 
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Dispatcher.run_exit."""

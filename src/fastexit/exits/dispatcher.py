@@ -19,6 +19,7 @@ from fastexit.exits.exit import Exit, Vendor
 from fastexit.exits.handlers import user_code
 from fastexit.jit.declare import load
 from fastexit.outcome import (
+    CODE_ADDRESSED,
     CODE_BLOCKED,
     CODE_COMPLETION,
     CODE_DELIVERY,
@@ -32,14 +33,16 @@ from fastexit.outcome import (
     COMPLETION_REENTER,
     COMPLETION_SKIP,
     COMPLETION_USERSPACE,
-    OUTCOMES,
+    REENTRIES,
     SHORT,
     SHORT_CODES,
     Outcome,
     Refusal,
+    addressed,
 )
 from fastexit.profile import Profile
 from fastexit.reasons import VMX_FAILED_VMENTRY, KvmExit, VmxExit
+from fastexit.targets import outcome_of
 from fastexit.traits import Trait
 
 if TYPE_CHECKING:
@@ -94,10 +97,13 @@ class Dispatcher:
                 code = self.fast_exit(v.where, msr, value)
             if code < SHORT_CODES:
                 return SHORT[code]
+            if code & CODE_ADDRESSED:
+                return REENTRIES.get(code) or addressed(code)
             if code & CODE_COMPLETION == COMPLETION_REENTER:
-                return OUTCOMES[code]
+                return outcome_of(self.mem, v.index, code)
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        return OUTCOMES[self.run_exit(v, exit) if code is None else self.after_run(v, exit, code)]
+        code = self.run_exit(v, exit) if code is None else self.after_run(v, exit, code)
+        return outcome_of(self.mem, v.index, code)
 
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Any exit, until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""

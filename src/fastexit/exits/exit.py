@@ -74,6 +74,8 @@ class Vendor(Protocol):
     mmio_reason: int
     forced_reason: int
     interrupt_reason: int
+    window_reason: int
+    nmi_window_reason: int
     hypercall_reason: int
     io_reason: int
     memory_reasons: frozenset[int]
@@ -83,6 +85,8 @@ class Vendor(Protocol):
     handlers: Handlers
     trace_exit_late: bool
     hardware: str
+
+    def cr8_exit(self, value: int) -> Exit: ...
 
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit: ...
 

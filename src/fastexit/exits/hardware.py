@@ -49,6 +49,10 @@ class Hardware:
         plain = Exit(self.vendor.mmio_reason, gpa=v.apic_page + offset, size=length)
         return self._execute(v, plain, "mmio_read", offset, length)
 
+    def move_to_cr8(self, v: Vcpu, value: int) -> int:
+        """MOV to CR8."""
+        return self._execute(v, self.vendor.cr8_exit(value), "cr8", value)
+
     def _execute(self, v: Vcpu, plain: Exit, access: str, *args: int) -> int:
         """``plain`` is the exit that every access would cause if the CPU virtualised nothing."""
         loop = self.loop

@@ -35,6 +35,8 @@ class Svm:
     rdmsr_reason: int = int(SvmExit.MSR)
     mmio_reason: int = int(SvmExit.NPF)
     interrupt_reason: int = int(SvmExit.INTERRUPT)
+    window_reason: int = int(SvmExit.VINTR)
+    nmi_window_reason: int = int(SvmExit.IRET)
     forced_reason: int = int(SvmExit.INTERRUPT)
     hypercall_reason: int = int(SvmExit.VMMCALL)
     io_reason: int = int(SvmExit.IO)
@@ -134,6 +136,10 @@ class Svm:
         if size not in (1, 2, 4):
             raise ValueError(f"I/O instruction of no size: of bits 6:4 of EXITINFO1, here {size:#x}, one is to be set")
         return PortAccess(info1 >> R.IO_PORT_SHIFT & R.IO_PORT, size, not info1 & R.SVM_IO_IN)
+
+    def cr8_exit(self, value: int) -> Exit:
+        """MOV to CR8 that exits."""
+        return Exit(SvmExit.WRITE_CR8, value=value, length=R.INSN_LEN_MOV_CR)
 
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
         """The exit that the CPU makes of an access; what AVIC has no part in is the plain one."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastexit import layout as L
 from fastexit import regs as R
-from fastexit.exits.exit import PortAccess
+from fastexit.exits.exit import Exit, PortAccess
 from fastexit.exits.handlers import CommonHandlers, Handlers, bound_handlers, user_code
 from fastexit.exits.table import VMX
 from fastexit.jit.declare import load
@@ -24,7 +24,7 @@ from fastexit.traits import Trait
 
 if TYPE_CHECKING:
     from fastexit.exits.dispatcher import Dispatcher
-    from fastexit.exits.exit import Exit, FastHandler
+    from fastexit.exits.exit import FastHandler
     from fastexit.vcpu import Vcpu
 
 _BEFORE_SIMULTANEOUS = frozenset({R.VECTOR_UD, R.VECTOR_NM, R.VECTOR_GP, R.VECTOR_PF, R.VECTOR_MC})
@@ -41,6 +41,8 @@ class Vmx:
     rdmsr_reason: int = int(VmxExit.MSR_READ)
     mmio_reason: int = int(VmxExit.EPT_MISCONFIG)
     interrupt_reason: int = int(VmxExit.EXTERNAL_INTERRUPT)
+    window_reason: int = int(VmxExit.INTERRUPT_WINDOW)
+    nmi_window_reason: int = int(VmxExit.NMI_WINDOW)
     forced_reason: int = int(VmxExit.PREEMPTION_TIMER)
     hypercall_reason: int = int(VmxExit.VMCALL)
     io_reason: int = int(VmxExit.IO_INSTRUCTION)
@@ -65,6 +67,10 @@ class Vmx:
     def cut_short(self, exit: Exit) -> int:
         """IDT-vectoring information: the event during whose delivery the exit happened."""
         return exit.info2
+
+    def cr8_exit(self, value: int) -> Exit:
+        """MOV to CR8 that exits."""
+        return Exit(VmxExit.CR_ACCESS, value=value, info1=8, length=R.INSN_LEN_MOV_CR)
 
     def hardware_exit(self, v: Vcpu, plain: Exit, code: int) -> Exit:
         """The exit that the CPU makes of an access: the plain one, or one with a qualification. See kernels/apicv.py.

@@ -15,8 +15,9 @@ from fastexit.checks import U32, integer
 from fastexit.costs.profile import CostProfile
 from fastexit.exits.exit import Exit
 from fastexit.machine import Machine
-from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, OUTCOMES, Outcome
+from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, Outcome
 from fastexit.profile import NEWEST
+from fastexit.targets import outcome_of
 from fastexit.vcpu import Vcpu
 
 
@@ -204,7 +205,7 @@ def walk(
         recorder.note(REENTER, [])
         recorder.note(len(STEPS) - 1, entry)
     if machine.costs is None:
-        return Walk(kernel, fastpath, OUTCOMES[code], recorder.visits)
+        return Walk(kernel, fastpath, outcome_of(machine.mem, v.index, code), recorder.visits)
     outcome = v.timed  # type: ignore[attr-defined]
     elsewhere = _share_out(recorder.visits, outcome)
     return Walk(kernel, fastpath, outcome, recorder.visits, machine.costs.name, elsewhere)

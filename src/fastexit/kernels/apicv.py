@@ -159,6 +159,34 @@ def deliver_pending(m, v):
     return vector
 
 
+@kernel("u8(words, u8, u8, u8)")
+def _write_tpr_alone(m, v, tpr, length):
+    """A write of the TPR's shadow. PPR is KVM's business: it looks at TPR when it needs it."""
+    if tpr >> k.U(8):
+        return FAULT
+    set_reg(m, v, k.APIC_TASKPRI, tpr)
+    code = retire(m, v, length)
+    below = tpr >> k.U(4) < m[own(m, v) + k.K_TPR_THRESHOLD]
+    return exit_code(k.VMX_TPR_BELOW_THRESHOLD, k.ZERO) if below else code
+
+
+@kernel("u8(words, u8, u8)")
+def move_to_cr8(m, v, value):
+    """MOV to CR8 as the guest executes it: KVM sets "use TPR shadow" and no CR8-load exiting, whatever APICv does.
+
+    An L1 asks for what it likes, so L2's exits.
+    """
+    flags = m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_APICV | k.FLAG_L2)
+    if flags & k.FLAG_L2:
+        return exit_code(k.VMX_CR_ACCESS, k.ZERO)
+    if value > k.U(0xF):
+        return FAULT
+    if flags:
+        tpr_virtualization(m, v, value << k.U(4))
+        return retire(m, v, k.INSN_LEN_MOV_CR)
+    return _write_tpr_alone(m, v, value << k.U(4), k.INSN_LEN_MOV_CR)
+
+
 # ---------------------------------------------------------------------------------------------------------- x2APIC MSRs
 
 
@@ -169,17 +197,6 @@ def _tpr_alone(m, v, msr):
         return k.ZERO
     flags = m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_HW | k.FLAG_APICV | k.FLAG_X2APIC | k.FLAG_L2)
     return k.ONE if flags == k.FLAG_HW | k.FLAG_X2APIC else k.ZERO
-
-
-@kernel("u8(words, u8, u8)")
-def _write_tpr_alone(m, v, tpr):
-    """WRMSR of the TPR's shadow. PPR is KVM's business: it looks at TPR when it needs it."""
-    if tpr >> k.U(8):
-        return FAULT
-    set_reg(m, v, k.APIC_TASKPRI, tpr)
-    code = retire(m, v, k.INSN_LEN_WRMSR)
-    below = tpr >> k.U(4) < m[own(m, v) + k.K_TPR_THRESHOLD]
-    return exit_code(k.VMX_TPR_BELOW_THRESHOLD, k.ZERO) if below else code
 
 
 @kernel("u8(words, u8, u8)")
@@ -235,7 +252,7 @@ def wrmsr(m, v, msr, value):
         if msr == k.MSR_X2APIC_ICR and m[k.H_CONFIG] & k.CONFIG_IPIV:
             return _write_icr(m, v, value)
     if _tpr_alone(m, v, msr):
-        return _write_tpr_alone(m, v, value)
+        return _write_tpr_alone(m, v, value, k.INSN_LEN_WRMSR)
     return exit_code(k.VMX_MSR_WRITE, k.ZERO)
 
 

@@ -3,7 +3,8 @@
 Models: nsec_to_cycles, kvm_read_l1_tsc, kvm_scale_tsc, hv_timer_in_use, kvm_can_use_hv_timer,
 kvm_can_post_timer_interrupt; tsc.py has how a guest's TSC is moved.
 
-The clock is H_NOW, which only the caller moves, and no further than 63 bits of TSC. The host's TSC is the clock times
+The clock is H_NOW, which only callers move, and no further than 63 bits of TSC. A host's that goes by itself may move
+it within a call, never back, so a kernel that needs one time twice reads it once. The host's TSC is the clock times
 tsc_khz, computed exactly; a guest's runs at that rate, or at the vCPU's own, from the same moment, plus the vCPU's
 offset, where KVM multiplies by a rounded fraction.
 
@@ -13,7 +14,7 @@ offset wraps, as KVM's.
 
 from ..jit.declare import kernel, umin
 from . import typed as k
-from .shared import hot, own
+from .shared import hot, own, replace_if
 
 MILLION = k.U(1_000_000)
 
@@ -31,6 +32,16 @@ def at_rate(khz, ns):
     if whole >> k.U(40) and whole > (k.NONE - rest) // khz:  # the frequency has 24 bits
         return k.NONE
     return whole * khz + rest
+
+
+@kernel("u8(words, u8)")
+def advance(m, ns):
+    """Move the clock to ``ns``, unless another thread has moved it further: where it is."""
+    now = m[k.H_NOW]
+    while now < ns:
+        was = replace_if(m, k.H_NOW, now, ns)
+        now = ns if was == now else was
+    return now
 
 
 @kernel("u8(words)")

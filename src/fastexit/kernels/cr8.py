@@ -35,6 +35,24 @@ def sync_cr8_to_lapic(m, v):
 
 
 @kernel("u8(words, u8, u8)")
+def move_to_cr8(m, v, value):
+    """MOV to CR8 as the guest executes it: an exit where it is intercepted, else V_TPR.
+
+    The write back belongs to the next exit; nobody looks at TPR until then, so it is made here.
+    """
+    if m[hot(m, v) + k.HOT_FLAGS] & (k.FLAG_CR8_FREE | k.FLAG_L2) != k.FLAG_CR8_FREE:
+        return k.CODE_EXIT | k.SVM_WRITE_CR8 << k.CODE_EXIT_REASON_SHIFT
+    if value > k.U(0xF):
+        return k.CODE_HARDWARE | k.CODE_GP
+    row = own(m, v)
+    m[row + k.K_V_TPR] = value + k.ONE
+    write_back(m, v)
+    m[row + k.K_RIP] = m[row + k.K_RIP] + k.INSN_LEN_MOV_CR
+    m[row + k.K_SHADOW] = k.ZERO
+    return k.CODE_HARDWARE
+
+
+@kernel("u8(words, u8, u8)")
 def set_sregs_cr8(m, v, cr8):
     """KVM_SET_SREGS's CR8; CODE_GP where it is refused, which the ioctl ignores."""
     code = set_cr8(m, v, cr8)

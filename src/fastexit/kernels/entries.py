@@ -14,11 +14,13 @@ from . import (
     bus,
     cdoor,
     chipstate,
+    clock,
     cr8,
     eoi,
     events,
     fastpath,
     halt,
+    hostrow,
     hosttimers,
     hvtimer,
     hypercall,
@@ -39,6 +41,7 @@ from . import (
     shared,
     single,
     steps,
+    stimerservice,
     synic,
     tick,
     tsc,
@@ -85,6 +88,9 @@ _ON_ONE_VCPU = {
         "door_leave": loop.leave_guest,
         "door_run": loop.kvm_run,
         "out_of_guest": loop.out_of_guest,
+        "due_timer_of": stimerservice.due_of,
+        "hv_timer_exits": hvtimer.exits_now,
+        "next_timer_of": stimerservice.next_of,
         "sync_cr8_to_lapic": cr8.sync_cr8_to_lapic,
         "start_run": loop.start_run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
@@ -96,6 +102,7 @@ _ON_ONE_VCPU = {
         "process_nmi": events.process_nmi,
         "queue_nmi": events.queue_nmi,
         "process_smi": events.process_smi,
+        "take_event": events.take_event,
         "emulate_halt": halt.emulate_halt,
         "init_blocked": halt.init_blocked,
         "nested_changed": inhibit.nested_changed,
@@ -124,7 +131,9 @@ _ON_ONE_VCPU = {
         "apic_access_eoi": accelerated.access_eoi,
         "set_eoi_accelerated": accelerated.set_eoi,
         "write_nodecode": accelerated.write_nodecode,
+        "apicv_cr8": apicv.move_to_cr8,
         "apicv_rdmsr": apicv.rdmsr,
+        "avic_cr8": cr8.move_to_cr8,
         "avic_load": avic.load,
         "avic_put": avic.put,
         "avic_rdmsr": avic.rdmsr,
@@ -193,7 +202,7 @@ def _reenter(m, v, code):
 def fast_exit(handle, msr_index, value):
     """A WRMSR exit in the vendor's run function: fast handler and re-entry; or CODE_NOT_IN_GUEST.
 
-    The result is a code, or the short one of outcome.SHORT.
+    The result is a code, or a short one: outcome.SHORT, CODE_ADDRESSED.
 
     ``handle`` has the vCPU's index in its low bits, which are 0 in a page's address: an argument less to take apart. An
     MSR of more than 32 bits is refused with nothing touched.
@@ -207,7 +216,7 @@ def fast_exit(handle, msr_index, value):
         if code:
             if not unicast.again(m, v):
                 return _reenter(m, v, code)
-            return (code >> k.CODE_EFFECTS_SHIFT) << k.ONE | ((code >> k.CODE_ACCEPTED_SHIFT) & k.ONE)
+            return single.short(m, v, code)
     elif msr_index > k.LOW32:
         return fastpath.refuse(k.RF_MSR)
     if m[shared.hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
@@ -361,6 +370,43 @@ def fire_timer(handle, which):
 @kernel("u8(u8, u8)", nogil=False)
 def hv_timer_exit(handle, first):
     return hvtimer.hv_exit(open_words(handle, k.WORDS), first)
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def run_machine_timer(handle, sender):
+    """hosttimers.run_one; ``sender`` as in signal_msi."""
+    m = open_words(handle, k.WORDS)
+    if not k.HOST <= sender < k.SENDERS:
+        return NO_VCPU
+    m[shared.own(m, sender) + k.K_TARGETS] = k.ZERO
+    return hosttimers.run_one(m, sender)
+
+
+@entry
+@kernel("u8(u8)", nogil=False)
+def next_machine_timer(handle):
+    return hosttimers.next_of_machine(open_words(handle, k.WORDS))
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def advance_clock(handle, ns):
+    """The host's clock is at ``ns``, or later where another thread has said so: where it is."""
+    return clock.advance(open_words(handle, k.WORDS), ns)
+
+
+@entry
+@kernel("u8(u8)", nogil=False)
+def take_host_row(handle):
+    return hostrow.take_row(open_words(handle, k.WORDS))
+
+
+@entry
+@kernel("u8(u8, u8)", nogil=False)
+def give_host_row(handle, row):
+    m = open_words(handle, k.WORDS)
+    return hostrow.give_row(m, row) if k.HOST <= row < k.SENDERS else NO_VCPU
 
 
 @entry

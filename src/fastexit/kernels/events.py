@@ -29,6 +29,27 @@ ERROR_CODE_VECTORS = k.U(0x2_7D00)
 SMM_ENTRY_RIP = k.U(0x8000)
 
 
+@kernel("u8(words, u8, u8)")
+def _goes_in(m, v, event):
+    """Tell the embedder what its CPU gets. Nobody has to take it: the oldest of six is forgotten."""
+    at = k.IRQ + v * k.IRQ_STRIDE + k.IRQ_WENT_IN
+    m[at] = (m[at] << k.WENT_IN_BITS | event) & k.WENT_IN_MOST
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def take_event(m, v):
+    """Give what went in first, and forget it; 0 for nothing."""
+    at = k.IRQ + v * k.IRQ_STRIDE + k.IRQ_WENT_IN
+    queue = m[at] & k.WENT_IN_MOST
+    older = k.ZERO
+    while queue >> (older + k.WENT_IN_BITS):
+        older = older + k.WENT_IN_BITS
+    event = queue >> older
+    m[at] = queue & ((k.ONE << older) - k.ONE)
+    return event
+
+
 @kernel("u8(words, u8)")
 def process_nmi(m, v):
     """process_nmi: queued NMIs become pending, at most two, or one while NMIs are masked or one is being delivered.
@@ -79,6 +100,7 @@ def enter_smm(m, v):
     m[row + k.K_RFLAGS] = k.RFLAGS_FIXED
     m[row + k.K_SHADOW] = k.ZERO
     m[row + k.K_SMI_COUNT] = m[row + k.K_SMI_COUNT] + k.ONE
+    _goes_in(m, v, k.WENT_IN_SMI)
     return make_request(m, v, k.REQ_EVENT)
 
 
@@ -206,11 +228,13 @@ def accept_events(m, v):
         reset_vcpu_init(m, v)
         bsp = m[row + k.K_APIC_BASE] & k.APICBASE_BSP
         set_mp_state(m, v, k.MP_RUNNABLE if bsp else k.MP_INIT_RECEIVED)
+        _goes_in(m, v, k.WENT_IN_INIT)
     if clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_SIPI) & k.PENDING_SIPI:
         if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
             m[row + k.K_CS] = m[row + k.K_SIPI_VECTOR] << k.U(8)
             m[row + k.K_RIP] = k.ZERO
             set_mp_state(m, v, k.MP_RUNNABLE)
+            _goes_in(m, v, k.WENT_IN_SIPI | m[row + k.K_SIPI_VECTOR])
     return events
 
 
@@ -251,6 +275,9 @@ def cancel_injection(m, v):
     row = own(m, v)
     info = m[row + k.K_ENTRY_INFO]
     m[row + k.K_ENTRY_INFO] = k.ZERO
+    if info & INTR_INFO_VALID and (info & INTR_TYPE == INTR_TYPE_EXTERNAL or info & INTR_TYPE == INTR_TYPE_NMI):
+        at = k.IRQ + v * k.IRQ_STRIDE + k.IRQ_WENT_IN  # it has not gone in
+        m[at] = m[at] >> k.WENT_IN_BITS
     if m[row + k.K_FORCE_EXIT]:
         m[row + k.K_FORCE_EXIT] = k.ZERO
         make_request(m, v, k.REQ_EVENT)
@@ -323,7 +350,12 @@ def _inject_interrupt(m, v, can_inject):
     if not can_inject:
         return k.ZERO
     if interrupt_allowed(m, v):
-        vector = _get_extint(m, v) if has_extint(m, v) else ack(m, v)
+        if has_extint(m, v):
+            vector = _get_extint(m, v)
+            _goes_in(m, v, k.WENT_IN_EXTINT | vector)
+        else:
+            vector = ack(m, v)
+            _goes_in(m, v, k.WENT_IN_INTERRUPT | vector)
         m[row + k.K_INTERRUPT] = vector + k.ONE
         m[row + k.K_ENTRY_INFO] = INTR_INFO_VALID | INTR_TYPE_EXTERNAL | vector
         if m[row + k.K_AVIC_WINDOW]:
@@ -346,6 +378,7 @@ def _inject_nmi(m, v, can_inject):
         m[row + k.K_NMI_PENDING] = m[row + k.K_NMI_PENDING] - k.ONE
         m[row + k.K_NMI_MASKED] = k.ONE
         m[row + k.K_ENTRY_INFO] = _nmi_info(m)
+        _goes_in(m, v, k.WENT_IN_NMI)
     if m[row + k.K_NMI_PENDING]:
         m[row + k.K_NMI_WINDOW] = k.ONE
     return k.ONE
@@ -380,7 +413,10 @@ def _inject_first(m, v):
     m[row + k.K_ENTRY_INFO] = info
     if kind == INTR_TYPE_NMI:
         m[row + k.K_NMI_MASKED] = k.ONE
-    elif kind == INTR_TYPE_EXTERNAL or kind == INTR_TYPE_SOFT:
+        _goes_in(m, v, k.WENT_IN_NMI)
+    elif kind == INTR_TYPE_EXTERNAL:
+        _goes_in(m, v, k.WENT_IN_INTERRUPT | info & k.ICR_VECTOR)
+    if kind == INTR_TYPE_EXTERNAL or kind == INTR_TYPE_SOFT:
         if m[row + k.K_AVIC_WINDOW]:
             window_served(m, v, _injectable(m, v))
         _trace_injection(m, v, info, k.ONE)

@@ -9,6 +9,7 @@ timers, from HOST_TIMERS on it is a timer or work of the machine's, with no vCPU
 from ..jit.declare import kernel, umin
 from . import i8254, ioapicpin, stimerservice
 from . import typed as k
+from .irqlock import lock, unlock
 
 WHICH_SHIFT = stimerservice.WHICH_SHIFT
 PIT_TIMER = k.HOST_TIMER_PIT << WHICH_SHIFT
@@ -40,6 +41,28 @@ def fire(m, which, me):
     if which == IOAPIC_WORK:
         return ioapicpin.inject_delayed(m, me)
     return stimerservice.fire(m, which) if which >> WHICH_SHIFT < k.HOST_TIMERS else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def run_one(m, me):
+    """Do one thing of the machine's own that is due, beside threads that do the same: Effect code, NONE for nothing."""
+    if i8254.fires(m) <= m[k.H_NOW]:
+        lock(m)
+        is_mine = i8254.fires(m) <= m[k.H_NOW]
+        if is_mine:
+            i8254.fire(m)
+        unlock(m)
+        if is_mine:
+            return k.ZERO
+    if m[k.PIT_WORK]:
+        return i8254.work(m, me)
+    return ioapicpin.inject_delayed(m, me) if ioapicpin.delayed(m) <= m[k.H_NOW] else k.NONE
+
+
+@kernel("u8(words)")
+def next_of_machine(m):
+    """Clock at which there is something to do next that is no vCPU's; NONE for never."""
+    return m[k.H_NOW] if m[k.PIT_WORK] else umin(i8254.fires(m), ioapicpin.delayed(m))
 
 
 @kernel("u8(words)")

@@ -68,13 +68,18 @@ def hv_due(m, v):
 
 
 @kernel("u8(words, u8)")
+def exits_now(m, v):
+    """1 when the vCPU is in guest mode with a preemption timer that has counted down."""
+    return hv_due(m, v) if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE else k.ZERO
+
+
+@kernel("u8(words, u8)")
 def hv_exit(m, first):
     """The vCPU, from index first on, that is in guest mode with a preemption timer that has counted down, or NONE."""
     n = m[k.H_NVCPUS]
     if first >= n:
         return k.NONE  # range(first, n) would count from a negative number where bit 63 is set
     for i in range(first, n):
-        v = k.U(i)
-        if m[hot(m, v) + k.HOT_MODE] == k.IN_GUEST_MODE and hv_due(m, v):
-            return v
+        if exits_now(m, k.U(i)):
+            return k.U(i)
     return k.NONE

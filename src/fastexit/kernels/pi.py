@@ -260,7 +260,9 @@ def hardware_post(m, v, vector):
 @inlined
 @kernel("u8(words, u8)")
 def process_notification(m, v):
-    """0xF2 arrives while the guest runs: PIR to IRR without an exit. 1 if so, 0 when the host's idle handler got it.
+    """0xF2 arrives while the guest runs: PIR to IRR without an exit. 1 when the CPU moved something.
+
+    0 when nothing was posted, or the guest does not run and the host's handler got it.
 
     RVI never goes down here, not even when ON was set over an empty PIR.
     """
@@ -273,10 +275,11 @@ def process_notification(m, v):
     irr = vec(m, v) + k.VEC_IRR
     rvi = vec(m, v) + k.VEC_RVI
     words = posted_words(m, v)
+    moved = k.ONE if words else k.ZERO
     while words:
         w = ctz(words)
         words = words & (words - k.ONE)
         bits = take(m, pid + k.PID_PIR + w)
         or_word(m, irr + w, bits)
         m[rvi] = umax(m[rvi], (w << k.U(6)) | msb(bits))
-    return k.ONE
+    return moved

@@ -5,12 +5,12 @@ L2, and an access that no CPU makes is UNHANDLED, with nothing touched: the call
 wrong with it.
 """
 
-from ..jit.declare import kernel
+from ..jit.declare import inlined, kernel
 from . import typed as k
 from . import unicast
 from .batch import outside
 from .loop import behind_unicast, find_row, handles, run_exit
-from .shared import clear_words
+from .shared import clear_words, own
 
 UNHANDLED = k.CODE_NOT_IN_GUEST
 
@@ -36,14 +36,25 @@ def run(m, v, reason, where, info, value):
     return run_exit(m, v, row, reason, where, value, info)
 
 
+@inlined
+@kernel("u8(words, u8, u8)")
+def short(m, v, code):
+    """What unicast.send came to, for Python: the short code, with the target for which something is to be done."""
+    accepted = (code >> k.CODE_ACCEPTED_SHIFT) & k.ONE
+    told = m[own(m, v) + k.K_TARGETS]
+    if not told:
+        return accepted
+    return k.CODE_ADDRESSED | (told & k.LOW16) << k.ADDRESSED_SHIFT | accepted
+
+
 @kernel("u8(words, u8, u8, u8)")
 def wrmsr(m, v, msr, value):
-    """A WRMSR: its outcome code, or the short one of outcome.SHORT; or UNHANDLED."""
+    """A WRMSR: its outcome code, or a short one: outcome.SHORT, CODE_ADDRESSED; or UNHANDLED."""
     if msr == k.MSR_X2APIC_ICR and unicast.possible(m):
         code = unicast.send(m, v, value)
         if code:
             if unicast.again(m, v):
-                return (code >> k.CODE_EFFECTS_SHIFT) << k.ONE | ((code >> k.CODE_ACCEPTED_SHIFT) & k.ONE)
+                return short(m, v, code)
             return behind_unicast(m, v, code, value)
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
     return run(m, v, k.SVM_MSR if svm else k.VMX_MSR_WRITE, msr, k.ONE if svm else k.ZERO, value)

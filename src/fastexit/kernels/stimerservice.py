@@ -169,6 +169,30 @@ def when(m, which):
     return _fires(m, v, number - k.ONE) if number else m[own(m, v) + k.K_HRTIMER]
 
 
+@kernel("u8(words, u8)")
+def due_of(m, v):
+    """Which hrtimer of a vCPU fires next at or before now, by its number above the index; NONE when none does."""
+    best = v if m[own(m, v) + k.K_HRTIMER] <= m[k.H_NOW] else k.NONE
+    if not m[k.H_HV_STIMERS]:
+        return best
+    first = m[own(m, v) + k.K_HRTIMER] if best != k.NONE else k.NONE
+    for number in range(k.STIMERS):
+        then = _fires(m, v, k.U(number))
+        if then <= m[k.H_NOW] and then < first:
+            first, best = then, v | k.U(number) + k.ONE << WHICH_SHIFT
+    return best
+
+
+@kernel("u8(words, u8)")
+def next_of(m, v):
+    """Clock at which the next timer of a vCPU fires or exits, or NONE."""
+    best = apic_timer.next_of(m, v)
+    if m[k.H_HV_STIMERS]:
+        for number in range(k.STIMERS):
+            best = umin(best, _fires(m, v, k.U(number)))
+    return best
+
+
 @kernel("u8(words)")
 def due(m):
     """Which hrtimer fires next at or before now: earliest first, local APIC timers before others; NONE when none."""

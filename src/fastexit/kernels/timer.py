@@ -354,21 +354,27 @@ def due(m):
     return best
 
 
+@kernel("u8(words, u8)")
+def next_of(m, v):
+    """Clock at which a vCPU's timer fires or exits, or NONE; a preemption timer counts only in guest mode."""
+    row = own(m, v)
+    deadline = m[row + k.K_HV_DEADLINE]
+    if deadline == k.NONE or m[hot(m, v) + k.HOT_MODE] != k.IN_GUEST_MODE:
+        return m[row + k.K_HRTIMER]
+    tsc, now = host_tsc(m), m[k.H_NOW]
+    ahead = deadline - tsc if deadline > tsc else k.ZERO
+    # Rounded up: at that ns the deadline has been reached.
+    wait = (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ]
+    if m[row + k.K_HV_EXITED] == now + k.ONE:
+        wait = umax(wait, k.ONE)  # it exited at this time already, and does so once
+    return umin(m[row + k.K_HRTIMER], now + wait)
+
+
 @kernel("u8(words)")
 def next_event(m):
-    """Clock at which the next timer fires or exits, or NONE; a preemption timer counts only in guest mode."""
+    """Clock at which the next timer of all vCPUs fires or exits, or NONE."""
     best = k.NONE
     n = m[k.H_NVCPUS]
     for i in range(n):
-        row = own(m, k.U(i))
-        best = umin(best, m[row + k.K_HRTIMER])
-        deadline = m[row + k.K_HV_DEADLINE]
-        if deadline != k.NONE and m[hot(m, k.U(i)) + k.HOT_MODE] == k.IN_GUEST_MODE:
-            tsc = host_tsc(m)
-            ahead = deadline - tsc if deadline > tsc else k.ZERO
-            # Rounded up: at that ns the deadline has been reached.
-            wait = (ahead * MILLION + m[k.H_TSC_KHZ] - k.ONE) // m[k.H_TSC_KHZ]
-            if m[row + k.K_HV_EXITED] == m[k.H_NOW] + k.ONE:
-                wait = umax(wait, k.ONE)  # it exited at this time already, and does so once
-            best = umin(best, m[k.H_NOW] + wait)
+        best = umin(best, next_of(m, k.U(i)))
     return best

@@ -47,6 +47,7 @@ globals().update({f"USER_{reason.name}": U(reason.value + 1 << outcome.CODE_USER
 
 ZERO = U(0)
 ONE = U(1)
+LOW16 = U(0xFFFF)
 LOW32 = U(0xFFFF_FFFF)
 HIGH32 = U(0xFFFF_FFFF_0000_0000)
 EFFECT_NOTIFY_CODE = U(outcome.Effect.NOTIFY << outcome.CODE_EFFECTS_SHIFT)
