@@ -75,9 +75,13 @@ def _versions() -> list[str]:
 
 
 def _cpu() -> tuple[str, str, str]:
+    """Whose code is made: the CPU that numba is told, otherwise this one. Who is told "generic" can share a cache."""
     import llvmlite.binding as ll
 
-    return ll.get_process_triple(), ll.get_host_cpu_name(), ll.get_host_cpu_features().flatten()
+    name, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if str(name).lower() == "generic" else ll.get_host_cpu_features().flatten()
+    return ll.get_process_triple(), ll.get_host_cpu_name() if name is None else name, features
 
 
 def read(module: str) -> Code | None:
