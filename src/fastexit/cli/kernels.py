@@ -1,8 +1,11 @@
-"""``fastexit kernels list | get | boot | paths | windows``: the kernels of the lab; each takes parsed arguments."""
+"""``fastexit kernels list | get | boot | run | paths | windows``: the lab's kernels; each takes parsed arguments."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,16 @@ from rich.table import Table
 
 from fastexit.checks import integer
 from fastexit.cli import vmx
-from fastexit.cli.commands import print_json
+from fastexit.cli.commands import complain, print_json
+
+_RUN = """Run a command of this machine inside a lab's, where a kernel's own kvm_amd is an ordinary /dev/kvm.
+
+QEMU's TCG boots the kernel with copies of this machine's files under their own paths: this Python, fastexit and what it
+imports, the command's program, each file that the command names, and what --with names. Output, input, ^C and the exit
+code are the command's (three ^C end the machine); what it writes to files stays there and is gone, but for --fetch.
+
+  fastexit kernels run 6.1 -- fastexit verify --kind guest --ops 2000
+  fastexit kernels run 6.18 --cpus 4 --with trace.xz -- python script.py"""
 
 
 def add(subparsers: Any, raw: Any) -> None:
@@ -38,6 +50,25 @@ def add(subparsers: Any, raw: Any) -> None:
     boot = step("boot", boot_kernel, "Boot a kernel in an emulated machine and print what its KVM is.")
     boot.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
     lab_options(boot)
+    inside = steps.add_parser(
+        "run",
+        help="Run a command of this machine inside a lab's: there a kernel's own kvm_amd is an ordinary /dev/kvm.",
+        description=_RUN,
+        formatter_class=raw,
+        usage="%(prog)s VERSION [OPTION ...] -- COMMAND ...",
+    )
+    inside.set_defaults(run=run_inside)
+    inside.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
+    inside.add_argument("--cpus", type=int, default=1, metavar="N", help="the machine's CPUs (default: 1)")
+    inside.add_argument("--memory", type=int, default=2048, metavar="MIB", help="its memory (default: 2048)")
+    inside.add_argument("--timeout", type=float, metavar="SECONDS", help="end the command then, with exit code 124")
+    inside.add_argument(
+        "--with", dest="files", action="append", default=[], metavar="PATH", help="take a file or folder along"
+    )
+    inside.add_argument(
+        "--fetch", action="append", default=[], metavar="FILE", help="copy this file to here when the command has ended"
+    )
+    _own_kernel(inside)
     paths = step("paths", vmx.paths, "Instructions of a kernel's own exits, counted in the VMX lab.")
     paths.add_argument("version", metavar="VERSION", nargs="?", help="6.1, 6.1.192, or a release")
     lab_options(paths, vendor="vmx")
@@ -56,11 +87,27 @@ def add(subparsers: Any, raw: Any) -> None:
     lab_options(windows)
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line's own words, and those of the command that ``kernels run`` has behind ``--``.
+
+    argparse would take the first word of that for a version, or an option of that for its own.
+    """
+    words = list(argv)
+    if words[:2] != ["kernels", "run"] or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def lab_options(sub: argparse.ArgumentParser, vendor: str = "svm") -> None:
     """What says which lab is meant."""
     sub.add_argument(
         "--vendor", choices=("svm", "vmx"), default=vendor, help=f"whose CPU the machine has (default: {vendor})"
     )
+    _own_kernel(sub)
+
+
+def _own_kernel(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--image", metavar="VMLINUZ", help="a kernel of your own, with --modules")
     sub.add_argument("--modules", metavar="DIR", help="where its irqbypass, kvm and kvm-amd modules are, or below")
 
@@ -127,6 +174,51 @@ def boot_kernel(args: argparse.Namespace) -> int:
     for name, value in host.as_dict().items():
         print(f"  {name}: {value}")
     return 0
+
+
+def run_inside(args: argparse.Namespace) -> int:
+    """``fastexit kernels run VERSION -- COMMAND``."""
+    from fastexit.kvm.lab import inside, kernels
+
+    if not args.words:
+        raise ValueError("no command to run: fastexit kernels run VERSION -- COMMAND")
+    if (args.version is None) == (args.image is None):
+        raise ValueError("give either a version, or --image and --modules")
+    if args.timeout is not None and not args.timeout > 0:
+        raise ValueError("--timeout: a number of seconds above 0")
+    kernel = kernels.find(args.version) if args.version is not None else kernels.own(args.image, args.modules or "")
+    stdin = _input()
+    ended = inside.run(
+        kernel,
+        args.words,
+        cpus=_from(1, args.cpus, "--cpus", 64),
+        memory_mib=_from(inside.LEAST_MIB, args.memory, "--memory", 1 << 20),
+        seconds=args.timeout,
+        files=args.files,
+        fetch=args.fetch,
+        terminal=stdin is not None and os.isatty(stdin) and sys.stdout.isatty(),
+        stdin=stdin,
+    )
+    for name, data in ended.files.items():
+        Path(name).write_bytes(data)
+    missing = [name for name in args.fetch if os.path.abspath(name) not in ended.files]
+    if missing:
+        complain(f"the command left no file {missing[0]!r}")
+    return ended.code
+
+
+def _input() -> int | None:
+    """Standard input's file descriptor, if it has one."""
+    try:
+        return sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _from(least: int, value: int, what: str, top: int) -> int:
+    if not least <= value <= top:
+        raise ValueError(f"{what} {value} is out of range {least}..{top}")
+    return value
 
 
 def record_windows(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ _EPILOG = f"""examples:
   fastexit replay guest.trace.xz                 who could take the fast path, and is the model right?
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
   fastexit verify --kernel 6.1                   ... like that kernel's, booted in an emulated machine?
+  fastexit kernels run 6.1 -- fastexit verify    the same by ioctls of a process there: its kvm_amd is /dev/kvm
   fastexit demo --output out                     everything, on a real trace
   fastexit embed build -o fx                     a shared library for simulators in C
 
@@ -300,7 +301,8 @@ def _terminated(number: int, _frame: object) -> None:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        args = _parser().parse_args(argv)
+        own, words = kernels.split(sys.argv[1:] if argv is None else argv)
+        args = _parser().parse_args(own, argparse.Namespace(words=words))
         return int(args.run(args))
     finally:
         # Here, where a closed pipe or a full disk can still be dealt with, and not at exit; --help comes by as well.

@@ -13,12 +13,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-DIRECTORY, FILE, PROGRAM, CHARACTER_DEVICE = 0o040755, 0o100644, 0o100755, 0o020600
+DIRECTORY, FILE, PROGRAM, LINK, CHARACTER_DEVICE = 0o040755, 0o100644, 0o100755, 0o120777, 0o020600
 CONSOLE = 5, 1
 NAME_OF_LAST = "TRAILER!!!"
 SIGNED, SIGNATURE_HEADER = b"~Module signature appended~\n", 12
@@ -27,7 +28,7 @@ _INCLUDED = re.compile(r'^#include "(.+)"$', re.M)
 
 
 class Entry(NamedTuple):
-    """One file of the archive."""
+    """One file of the archive; a link's data are where it leads."""
 
     name: str
     mode: int
@@ -36,15 +37,22 @@ class Entry(NamedTuple):
 
 
 def cpio(entries: Iterable[Entry]) -> bytes:
-    """The archive: headers of hexadecimal numbers, names and contents each filled up to four bytes."""
-    out = bytearray()
-    for number, entry in enumerate((*entries, Entry(NAME_OF_LAST, 0)), 1):
-        name = entry.name.encode() + b"\0"
+    """The archive in memory."""
+    return b"".join(parts(entries))
+
+
+def parts(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """The archive: headers of hexadecimal numbers, names and contents each filled up to four bytes.
+
+    Its length is a multiple of four, so another one can follow: the kernel unpacks both.
+    """
+    for number, entry in enumerate(chain(entries, (Entry(NAME_OF_LAST, 0),)), 1):
+        name = os.fsencode(entry.name) + b"\0"
         fields = (number, entry.mode, 0, 0, 1, 0, len(entry.data), 0, 0, *entry.device, len(name), 0)
-        out += b"070701" + b"".join(b"%08X" % field for field in fields) + name
-        out += bytes(-len(out) & 3) + entry.data
-        out += bytes(-len(out) & 3)
-    return bytes(out)
+        head = b"070701" + b"".join(b"%08X" % field for field in fields) + name
+        yield head + bytes(-len(head) & 3)
+        yield entry.data
+        yield bytes(-len(entry.data) & 3)
 
 
 def unsigned(module: bytes) -> bytes:
@@ -57,17 +65,20 @@ def unsigned(module: bytes) -> bytes:
 
 def initramfs(init: bytes, modules: Iterable[tuple[str, bytes, str]]) -> bytes:
     """An archive whose init loads ``modules`` in this order: names, contents, parameters."""
+    return cpio(first_entries(init, modules))
+
+
+def first_entries(init: bytes, modules: Iterable[tuple[str, bytes, str]]) -> list[Entry]:
+    """What every archive has: a console, an init, the modules that it loads, and their list."""
     loaded = list(modules)
     lines = "".join(f"/{name} {parameters}".rstrip() + "\n" for name, _, parameters in loaded)
-    return cpio(
-        [
-            Entry("dev", DIRECTORY),
-            Entry("dev/console", CHARACTER_DEVICE, device=CONSOLE),
-            Entry("init", PROGRAM, init),
-            Entry("modules", FILE, lines.encode()),
-            *(Entry(name, FILE, unsigned(data)) for name, data, _ in loaded),
-        ]
-    )
+    return [
+        Entry("dev", DIRECTORY),
+        Entry("dev/console", CHARACTER_DEVICE, device=CONSOLE),
+        Entry("init", PROGRAM, init),
+        Entry("modules", FILE, lines.encode()),
+        *(Entry(name, FILE, unsigned(data)) for name, data, _ in loaded),
+    ]
 
 
 def init_program(directory: Path, source: str = "init.c", flags: Iterable[str] = ()) -> bytes:

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,8 +24,10 @@ from fastexit.kvm.lab.kernels import MODULES, Kernel, directory
 from fastexit.kvm.lab.wire import BYTES, Answer, Record, Wire, WireBroken
 
 EMULATOR = "qemu-system-x86_64"
+CPU = "EPYC,+svm,+npt"
 BOOT_SECONDS = 600.0
 """Five on a quiet machine; one that is busy with other things, two dozen of them perhaps, gets its time."""
+ENDING_SECONDS = 10.0
 PARAMETERS = {"kvm-amd": "avic=0 vgif=0 nrips=0"}
 """What the emulated CPU does not have, or has in a way that is nobody's."""
 EXACT = ("-icount", "shift=0,sleep=off")
@@ -34,6 +36,30 @@ COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check"
 """A machine that a busy host keeps from running misses ticks, which the kernel's check takes for a broken timer."""
 _STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
 _TELLING = re.compile(r"Kernel panic|fastexit-init:|BUG:|Oops|unable to|Out of memory")
+
+
+def program(emulator: str = EMULATOR) -> str:
+    """Where QEMU is; KvmUnavailable, in one line, where it is not."""
+    found = shutil.which(emulator)
+    if found is None:
+        raise KvmUnavailable(2, f"no {emulator} here: the lab needs QEMU (Debian: qemu-system-x86)")
+    return found
+
+
+def modules_of(kernel: Kernel) -> list[tuple[str, bytes, str]]:
+    """What a machine with AMD's CPU loads: names, contents, parameters."""
+    return [(f"{name}.ko", kernel.module(name), PARAMETERS.get(name, "")) for name in MODULES["svm"]]
+
+
+def plain(kernel: Kernel, scratch: Path, *, cpus: int, memory_mib: int, cpu: str = CPU) -> list[str]:
+    """QEMU's arguments for any machine of a lab: ``scratch`` has its initramfs, and gets what its console says."""
+    return [
+        *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
+        *("-nodefaults", "-nographic", "-no-reboot", "-no-user-config"),
+        *("-kernel", str(kernel.image), "-initrd", str(scratch / "initramfs")),
+        *("-append", COMMAND_LINE),
+        *("-chardev", f"file,id=console,path={scratch / 'console'}", "-serial", "chardev:console"),
+    ]
 
 
 class Machine:
@@ -54,14 +80,12 @@ class Machine:
         memory_mib: int = 512,
         cpus: int = 1,
         emulator: str = EMULATOR,
-        cpu: str = "EPYC,+svm,+npt",
+        cpu: str = CPU,
     ) -> None:
-        found = shutil.which(emulator)
-        if found is None:
-            raise KvmUnavailable(2, f"no {emulator} here: the lab needs QEMU (Debian: qemu-system-x86)")
+        found = program(emulator)
         self.kernel = kernel
         init = init_program(directory())
-        modules = [(f"{name}.ko", kernel.module(name), PARAMETERS.get(name, "")) for name in MODULES["svm"]]
+        modules = modules_of(kernel)
         held = ExitStack()
         self._finalizer = weakref.finalize(self, held.close)
         try:
@@ -75,17 +99,13 @@ class Machine:
             held.callback(ours.close)
             with theirs:
                 arguments = [
-                    *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
-                    *("-nodefaults", "-nographic", "-no-reboot", "-no-user-config"),
-                    *("-kernel", str(kernel.image), "-initrd", str(scratch / "initramfs")),
-                    *("-append", COMMAND_LINE),
-                    *("-chardev", f"file,id=console,path={scratch / 'console'}", "-serial", "chardev:console"),
+                    *plain(kernel, scratch, cpus=cpus, memory_mib=memory_mib, cpu=cpu),
                     *("-chardev", f"socket,id=bell,fd={theirs.fileno()}", "-serial", "chardev:bell"),
                     *("-object", f"memory-backend-file,id=m,share=on,size={BYTES},mem-path={scratch / 'memory'}"),
                     *("-device", "ivshmem-plain,memdev=m"),
                     *(EXACT if exact else ()),
                 ]
-                emulated = _Emulated([found, *arguments], scratch, theirs.fileno())
+                emulated = Emulated([found, *arguments], scratch, [theirs.fileno()])
             held.callback(emulated.end)
             self.wire: Wire = (_Dozing if exact else _Attended)(memory, ours, emulated)
             held.callback(self.wire.close)
@@ -108,23 +128,40 @@ class Machine:
         self._finalizer()
 
 
-class _Emulated:
-    """QEMU's process, and what it and its kernel say. It knows no Machine, so that one can be collected."""
+class Emulated:
+    """QEMU's process, and what it and its kernel say. It knows no Machine, so that one can be collected.
 
-    def __init__(self, command: list[str], scratch: Path, bell: int) -> None:
+    ``apart``: ^C at the terminal is not for it.
+    """
+
+    def __init__(self, command: list[str], scratch: Path, fds: Iterable[int], *, apart: bool = False) -> None:
         self._console, self._said = scratch / "console", scratch / "stderr"
         with self._said.open("wb") as said:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, pass_fds=(bell,)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                pass_fds=tuple(fds),
+                start_new_session=apart,
             )
 
     def end(self) -> None:
+        """Ends it, whatever it does."""
         self._process.kill()
         self._process.wait()
 
     def tell(self, what: signal.Signals) -> None:
         """A signal for the process, if there is one."""
         self._process.send_signal(what)
+
+    def why_ended(self) -> str:
+        """The same of a machine that has let go of its connections."""
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{EMULATOR} lives, but closed its ports"
+        return self.why_gone() or ""
 
     def why_gone(self) -> str | None:
         """None while the machine runs, else one line of what it said last."""
@@ -139,7 +176,7 @@ class _Emulated:
 class _Attended(Wire):
     """The wire of a machine whose clock is everybody's."""
 
-    def __init__(self, memory: int, bell: socket.socket, emulated: _Emulated) -> None:
+    def __init__(self, memory: int, bell: socket.socket, emulated: Emulated) -> None:
         super().__init__(memory, lambda: bell.send(b"!"), emulated.why_gone)
         self._emulated = emulated
 
