@@ -1,4 +1,4 @@
-"""Build and run every host there is: C with all its checks, sanitizers, CMake, pkg-config, a wheel, SimPy, Unicorn.
+"""Build and run every host there is: C with all its checks, CMake, pkg-config, a wheel, C++, Rust, SimPy, Unicorn.
 
 What a machine does not have is skipped and named. Exit code 1 when anything that could run has failed.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from fastexit.embed import build
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "embed_c"
+EXAMPLES = ROOT / "examples"
 SCRATCH = ROOT / "build" / "embed-test"
 
 
@@ -47,9 +47,12 @@ def run(*line: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def make(*targets: str) -> None:
-    build = os.path.relpath(SCRATCH / "c", EXAMPLE)  # a target of make's has no space in its name
-    run("make", "-s", f"PYTHON={sys.executable}", f"BUILD={build}", *targets, cwd=EXAMPLE)
+def make(*targets: str, language: str = "c", place: str = "", **variables: str) -> None:
+    """Targets of an example's Makefile, in a folder of their own."""
+    example = EXAMPLES / f"embed_{language}"
+    build = os.path.relpath(SCRATCH / (place or language), example)  # a target of make's has no space in its name
+    given = {"PYTHON": sys.executable, "BUILD": build, **variables}
+    run("make", "-s", *(f"{name}={value}" for name, value in given.items()), *targets, cwd=example)
 
 
 def need(program: str) -> None:
@@ -103,6 +106,30 @@ def cmake() -> None:
     need_c()
     need("cmake")
     make("cmake")
+
+
+def cpp_host(compiler: str) -> None:
+    """Eight threads, a level interrupt and a copy, without exceptions and without a warning."""
+    need_c()
+    need(compiler)
+    make("check", language="cpp", place=compiler, CXX=compiler)
+
+
+def cpp_cmake() -> None:
+    need_c()
+    need("cmake")
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise Missing("no C++ compiler")
+    make("cmake", language="cpp", place="cpp-cmake")
+
+
+def rust_host() -> None:
+    """The same operations by two doors, from Rust; no crate is fetched."""
+    need_c()
+    cargo = shutil.which("cargo") or shutil.which("cargo", path=str(Path.home() / ".cargo" / "bin"))
+    if cargo is None:
+        raise Missing("no cargo")
+    make("check", language="rust", CARGO=cargo)
 
 
 def _page() -> tuple[str, str]:
@@ -182,6 +209,10 @@ STEPS: dict[str, Callable[[], None]] = {
     "C host: CMake": cmake,
     "C host: pkg-config": pkg_config,
     "C host: from a wheel": wheel,
+    "C++ host: g++": lambda: cpp_host("g++"),
+    "C++ host: clang++": lambda: cpp_host("clang++"),
+    "C++ host: CMake": cpp_cmake,
+    "Rust host": rust_host,
     "SimPy": lambda: adapter("simpy", "examples/simpy_ipi.py --quick --output build/embed-test/simpy"),
     "Unicorn": lambda: adapter("unicorn", "examples/unicorn_ipi.py", "examples/unicorn_ipi.py --xapic"),
 }

@@ -68,4 +68,5 @@ CFFI_DLLEXPORT const char *fx_strerror(int32_t status)
 #include "chips.c"
 #include "memory.c"
 #include "python.c"
+#include "calls.c"
 #include "open.c"

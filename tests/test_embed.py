@@ -338,7 +338,7 @@ def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.chdir(tmp_path)
     assert main(["embed", "build", "-o", "fx", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    names = {"libfastexit.so", "fastexit.h", "fastexit_layout.h", "fastexit.pc"}
+    names = {"libfastexit.so", "fastexit.pc", *cabi.SHIPPED}
     names |= {"fastexit-config.cmake", "fastexit-config-version.cmake"}
     assert {Path(path).name for path in report["files"]} == names == {path.name for path in Path("fx").iterdir()}
     for step in ("cflags", "libs"):
@@ -346,7 +346,7 @@ def test_build_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert capsys.readouterr().out.strip() == report[step]
         assert main(["embed", step]) == 0
         assert capsys.readouterr().out.strip() == report[step]
-    for name in cabi.HEADERS:
+    for name in cabi.SHIPPED:
         assert (tmp_path / "fx" / name).read_bytes() == (ROOT / "native" / name).read_bytes()
     program, shown = first_blocks("c", "text")
     (tmp_path / "main.c").write_text(program)

@@ -184,11 +184,11 @@ def build(directory: str | Path, cc: str | None = None, flags: str = "") -> list
     texts = {"fastexit.pc": _PC, "fastexit-config.cmake": _CMAKE, "fastexit-config-version.cmake": _CMAKE_VERSION}
     for name, text in texts.items():
         (directory / name).write_text(text.replace("@VERSION@", __version__).replace("@LIBRARY@", LIBRARY))
-    for name in cabi.HEADERS:
+    for name in cabi.SHIPPED:
         shutil.copyfile(cabi.NATIVE / name, directory / name)
     if declare.JIT:
         cabi.addresses()  # compiled now, so that the first fx_open finds them in the cache
-    return [target, *(directory / name for name in (*cabi.HEADERS, *texts))]
+    return [target, *(directory / name for name in (*cabi.SHIPPED, *texts))]
 
 
 def find(directory: str | Path) -> Path:

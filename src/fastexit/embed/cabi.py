@@ -22,11 +22,13 @@ from fastexit.settings import SETTINGS, Settings
 
 NATIVE = Path(__file__).parent / "native"
 HEADERS = "fastexit_layout.h", "fastexit.h"
+SHIPPED = *HEADERS, "fastexit_calls.h", "fastexit.hpp"
+"""What a host may include: the ABI, and what calls.py makes of it."""
 SHIM = "shim.h"
 """What the library's own C declares for itself: the kernels' table."""
-PARTS = "shim.c", "exits.c", "vcpu.c", "chips.c", "memory.c", "python.c", "open.c"
+PARTS = "shim.c", "exits.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
 """The library's own C; the first one includes the others."""
-SOURCES = *HEADERS, SHIM, *PARTS
+SOURCES = *SHIPPED, SHIM, *PARTS
 
 ENTRIES = (
     "door_ipi",

@@ -1,0 +1,305 @@
+/*
+ * The calls as symbols, and the table of them. Generated from fastexit.h: python -m fastexit.embed.calls
+ */
+#include "fastexit_calls.h"
+#include "shim.h"
+
+CFFI_DLLEXPORT int32_t fx_wrmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *result)
+{
+    return op_wrmsr(m, vcpu, msr, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result)
+{
+    return op_rdmsr(m, vcpu, msr, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_mmio_write(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
+                                     struct fx_result *result)
+{
+    return op_mmio_write(m, vcpu, offset, length, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_mmio_read(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length,
+                                    struct fx_result *result)
+{
+    return op_mmio_read(m, vcpu, offset, length, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_exit(fx_machine *m, const struct fx_exit *exit, struct fx_result *result)
+{
+    return op_exit(m, exit, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_run(fx_machine *m, const struct fx_exit *exits, struct fx_outcome *outcomes, uint64_t n,
+                              uint64_t *done)
+{
+    return op_run(m, exits, outcomes, n, done);
+}
+
+CFFI_DLLEXPORT int32_t fx_inject(fx_machine *m, uint64_t address, uint32_t data, struct fx_result *result)
+{
+    return op_inject(m, address, data, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_notify(fx_machine *m, uint32_t vcpu)
+{
+    return op_notify(m, vcpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_attention(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects)
+{
+    return op_attention(m, first, vcpu, effects);
+}
+
+CFFI_DLLEXPORT int32_t fx_pending(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return op_pending(m, vcpu, vector);
+}
+
+CFFI_DLLEXPORT int32_t fx_ack(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return op_ack(m, vcpu, vector);
+}
+
+CFFI_DLLEXPORT int32_t fx_eoi(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return op_eoi(m, vcpu, vector);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_cpu(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu)
+{
+    return op_get_cpu(m, vcpu, cpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_cpu(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu)
+{
+    return op_set_cpu(m, vcpu, cpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_enter(fx_machine *m, uint32_t vcpu, struct fx_result *result)
+{
+    return op_enter(m, vcpu, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *result)
+{
+    return op_reenter(m, vcpu, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_msr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value)
+{
+    return op_set_msr(m, vcpu, msr, value);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_msr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t *value)
+{
+    return op_get_msr(m, vcpu, msr, value);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_lapic(fx_machine *m, uint32_t vcpu, void *page, uint64_t size)
+{
+    return op_get_lapic(m, vcpu, page, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_lapic(fx_machine *m, uint32_t vcpu, const void *page, uint64_t size)
+{
+    return op_set_lapic(m, vcpu, page, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_reset(fx_machine *m, uint32_t vcpu, uint32_t kind)
+{
+    return op_reset(m, vcpu, kind);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_time(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room,
+                                   uint64_t *count)
+{
+    return op_set_time(m, ns, results, room, count);
+}
+
+CFFI_DLLEXPORT int32_t fx_next_timer(fx_machine *m, uint64_t *ns)
+{
+    return op_next_timer(m, ns);
+}
+
+CFFI_DLLEXPORT int32_t fx_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t *needed)
+{
+    return op_snapshot(m, buffer, size, needed);
+}
+
+CFFI_DLLEXPORT int32_t fx_region(fx_machine *m, uint32_t which, struct fx_region *region)
+{
+    return op_region(m, which, region);
+}
+
+CFFI_DLLEXPORT int32_t fx_mem_write(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length, uint64_t value,
+                                    struct fx_result *result)
+{
+    return op_mem_write(m, vcpu, gpa, length, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_mem_read(fx_machine *m, uint32_t vcpu, uint64_t gpa, uint32_t length,
+                                   struct fx_result *result)
+{
+    return op_mem_read(m, vcpu, gpa, length, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_io_write(fx_machine *m, uint32_t vcpu, uint32_t port, uint32_t length, uint32_t value,
+                                   struct fx_result *result)
+{
+    return op_io_write(m, vcpu, port, length, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_io_read(fx_machine *m, uint32_t vcpu, uint32_t port, uint32_t length,
+                                  struct fx_result *result)
+{
+    return op_io_read(m, vcpu, port, length, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_targets(fx_machine *m, uint32_t vcpu, struct fx_target *targets, uint64_t room,
+                                  uint64_t *count)
+{
+    return op_targets(m, vcpu, targets, room, count);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_guest_memory(fx_machine *m, void *memory, uint64_t bytes)
+{
+    return op_set_guest_memory(m, memory, bytes);
+}
+
+CFFI_DLLEXPORT int32_t fx_enable_synic(fx_machine *m, uint32_t vcpu, uint32_t version)
+{
+    return op_enable_synic(m, vcpu, version);
+}
+
+CFFI_DLLEXPORT int32_t fx_hv_hypercall(fx_machine *m, uint32_t vcpu, uint64_t control, uint64_t input,
+                                       uint64_t output, const uint64_t *xmm, struct fx_result *result)
+{
+    return op_hv_hypercall(m, vcpu, control, input, output, xmm, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_hv_exit(fx_machine *m, uint32_t vcpu, struct fx_hv_exit *exit)
+{
+    return op_get_hv_exit(m, vcpu, exit);
+}
+
+CFFI_DLLEXPORT int32_t fx_complete_hypercall(fx_machine *m, uint32_t vcpu, uint64_t value)
+{
+    return op_complete_hypercall(m, vcpu, value);
+}
+
+CFFI_DLLEXPORT int32_t fx_hv_sint_line(fx_machine *m, uint32_t vp_index, uint32_t sint, uint32_t level,
+                                       struct fx_result *result)
+{
+    return op_hv_sint_line(m, vp_index, sint, level, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_irq_line(fx_machine *m, uint32_t gsi, uint32_t level, struct fx_result *result)
+{
+    return op_irq_line(m, gsi, level, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_gsi_routing(fx_machine *m, const struct fx_route *routes, uint32_t n)
+{
+    return op_set_gsi_routing(m, routes, n);
+}
+
+CFFI_DLLEXPORT int32_t fx_irqfd_signal(fx_machine *m, uint32_t gsi, uint32_t resample, struct fx_result *result)
+{
+    return op_irqfd_signal(m, gsi, resample, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_irqfd_resample(fx_machine *m, uint32_t gsi, uint32_t on)
+{
+    return op_irqfd_resample(m, gsi, on);
+}
+
+CFFI_DLLEXPORT int32_t fx_irqfd_resampled(fx_machine *m, uint32_t gsi, uint64_t *count)
+{
+    return op_irqfd_resampled(m, gsi, count);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_irqchip(fx_machine *m, uint32_t chip, void *state, uint64_t size)
+{
+    return op_get_irqchip(m, chip, state, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_irqchip(fx_machine *m, uint32_t chip, const void *state, uint64_t size)
+{
+    return op_set_irqchip(m, chip, state, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_create_pit(fx_machine *m, uint32_t speaker)
+{
+    return op_create_pit(m, speaker);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_pit(fx_machine *m, void *state, uint64_t size)
+{
+    return op_get_pit(m, state, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_set_pit(fx_machine *m, const void *state, uint64_t size)
+{
+    return op_set_pit(m, state, size);
+}
+
+CFFI_DLLEXPORT int32_t fx_get_ioapic_eoi(fx_machine *m, uint32_t vcpu, uint32_t *vector, uint32_t *level)
+{
+    return op_get_ioapic_eoi(m, vcpu, vector, level);
+}
+
+static const struct fx_ops calls = {
+    .size = sizeof(struct fx_ops),
+    .abi = FX_ABI_VERSION,
+    .wrmsr = fx_wrmsr,
+    .rdmsr = fx_rdmsr,
+    .mmio_write = fx_mmio_write,
+    .mmio_read = fx_mmio_read,
+    .exit = fx_exit,
+    .run = fx_run,
+    .inject = fx_inject,
+    .notify = fx_notify,
+    .attention = fx_attention,
+    .pending = fx_pending,
+    .ack = fx_ack,
+    .eoi = fx_eoi,
+    .get_cpu = fx_get_cpu,
+    .set_cpu = fx_set_cpu,
+    .enter = fx_enter,
+    .reenter = fx_reenter,
+    .set_msr = fx_set_msr,
+    .get_msr = fx_get_msr,
+    .get_lapic = fx_get_lapic,
+    .set_lapic = fx_set_lapic,
+    .reset = fx_reset,
+    .set_time = fx_set_time,
+    .next_timer = fx_next_timer,
+    .snapshot = fx_snapshot,
+    .restore = fx_restore,
+    .region = fx_region,
+    .close = fx_close,
+    .mem_write = fx_mem_write,
+    .mem_read = fx_mem_read,
+    .io_write = fx_io_write,
+    .io_read = fx_io_read,
+    .targets = fx_targets,
+    .set_guest_memory = fx_set_guest_memory,
+    .enable_synic = fx_enable_synic,
+    .hv_hypercall = fx_hv_hypercall,
+    .get_hv_exit = fx_get_hv_exit,
+    .complete_hypercall = fx_complete_hypercall,
+    .hv_sint_line = fx_hv_sint_line,
+    .irq_line = fx_irq_line,
+    .set_gsi_routing = fx_set_gsi_routing,
+    .irqfd_signal = fx_irqfd_signal,
+    .irqfd_resample = fx_irqfd_resample,
+    .irqfd_resampled = fx_irqfd_resampled,
+    .get_irqchip = fx_get_irqchip,
+    .set_irqchip = fx_set_irqchip,
+    .create_pit = fx_create_pit,
+    .get_pit = fx_get_pit,
+    .set_pit = fx_set_pit,
+    .get_ioapic_eoi = fx_get_ioapic_eoi,
+};
