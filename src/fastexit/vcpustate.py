@@ -115,6 +115,13 @@ class VcpuState:
         return vector - 1 if vector else None
 
     @property
+    def tsc(self) -> int:
+        """What RDTSC gives the guest at the machine's clock: no exit, and no call of the host's."""
+        row = L.TSC + self.index * L.TSC_STRIDE
+        khz = self._mem[L.H_TSC_KHZ] ^ self._mem[row + L.TSC_RATE]
+        return self.machine.time * khz // 1_000_000 + self._mem[row + L.TSC_OFFSET] & L.NONE
+
+    @property
     def read_data(self) -> int:
         """Data of the last read that was emulated."""
         return self._mem[self.own + L.K_MSR_DATA]

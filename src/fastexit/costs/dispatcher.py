@@ -111,6 +111,27 @@ class TimedDispatcher(Dispatcher):
             elif not asked:
                 mem[L.H_TRACE_HEAD] = head
 
+    def accepts(self, act: Callable[[], _Result]) -> tuple[_Result, list[tuple[int, int]]]:
+        """What an act gives, and whose APICs accepted which vectors meanwhile: APIC id and vector, in order.
+
+        What hardware sends without KVM leaves no record, so it is not among them.
+        """
+
+        def watched() -> tuple[_Result, list[tuple[int, int]]]:
+            first = self.mem[L.H_TRACE_HEAD]
+            result = act()
+            last = min(self.mem[L.H_TRACE_HEAD], L.TRACE_CAPACITY)
+            if last <= first:
+                return result, []
+            raw = self.words[L.TRACE + first * L.TRACE_STRIDE : L.TRACE + last * L.TRACE_STRIDE]
+            return result, [
+                (vcpu_id, icr & R.ICR_VECTOR)
+                for event, vcpu_id, icr in raw.reshape(-1, L.TRACE_STRIDE)[:, :3].tolist()
+                if event & 0xFF in _ACCEPTS and icr >> R.ICR_DM_SHIFT & 7 in _VECTORED
+            ]
+
+        return self.metered(watched)[0]
+
     def _give_back(self, kept: np.ndarray, head: int | None) -> None:
         """The ring's oldest records return to their place; with a head, what was written meanwhile goes behind it."""
         new = min(self.mem[L.H_TRACE_HEAD], _ROOM)
@@ -357,5 +378,7 @@ class TimedDispatcher(Dispatcher):
             meter.charge(step, "skip")
 
 
+_ACCEPTS = frozenset({L.TP_ACCEPT_IRQ, L.TP_APICV_ACCEPT_IRQ})
+_VECTORED = frozenset({R.DM_FIXED, R.DM_LOWEST})
 _ROOM = 3 * L.MAX_VCPUS + 4096
 """Records that one exit is sure not to exceed: three for each target."""
