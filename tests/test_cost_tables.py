@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastexit as fx
@@ -199,3 +200,90 @@ def test_readme_of_the_cost_model_runs() -> None:
 def test_every_effect_has_its_stage() -> None:
     assert set(EFFECT_STAGES) == set(fx.Effect)
     assert set(EFFECT_STAGES.values()) <= set(STAGES)
+
+
+# ------------------------------------------------------------------------------------------------------ tables of dicts
+
+
+def test_a_table_is_derived() -> None:
+    mine = fx.CostProfile.derive(RETPOLINE, vm_exit=510, flight={"cycles": 9, "source": "a scope"}, name="rack 7")
+    base = cost_profile(RETPOLINE)
+    assert (mine.name, mine["vm_exit"], mine.costs["vm_exit"].source) == ("rack 7", 510, "given")
+    assert (mine["flight"], mine.costs["flight"].source, mine.ghz) == (9, "a scope", base.ghz)
+    assert {stage for stage in STAGES if mine[stage] != base[stage]} == {"vm_exit", "flight"}
+    again = fx.CostProfile.derive(mine, ghz=3, description="hotter", vm_entry=np.int64(7))
+    assert (again.name, again.ghz, again.description) == ("rack 7, changed", 3.0, "hotter")
+    assert (again["vm_exit"], again["vm_entry"]) == (510, 7)
+    assert again.ns(30) == 10
+    assert fx.CostProfile.derive(RETPOLINE).name == f"{RETPOLINE}, changed"
+
+
+def test_machines_take_dicts() -> None:
+    plain = ipi(costs=RETPOLINE)
+    for costs in ({"base": RETPOLINE, "vm_exit": 0}, {"base": cost_profile(RETPOLINE), "vm_exit": 0}):
+        assert plain.cycles - ipi(costs=costs).cycles == cost_profile(RETPOLINE)["vm_exit"]
+    whole = dict.fromkeys(STAGES, 1) | {"ghz": 2.5, "description": "ones"}
+    m = fx.Machine(vcpus=1, costs=whole)
+    assert (m.costs.name, set(m.costs.values())) == ("given", {1})
+    restored = fx.Machine.restore(m.snapshot(), whole | {"name": "mine"})
+    assert restored.costs.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "complaint"),
+    [
+        ({"vm_exit": 3}, ValueError, "costs: description is missing and"),
+        ({"base": "z80"}, ValueError, "costs: base is none of epyc, "),
+        ({"base": ["epyc"]}, ValueError, "costs: base is none of epyc, "),
+        ({"base": "epyc", "vm_exti": 3}, ValueError, "costs: unknown key 'vm_exti', not vm_exit?"),
+        ({"base": "epyc", "vm_exit": "3"}, TypeError, "costs: vm_exit is str, not a number"),
+        ({"base": "epyc", "vm_exit": True}, TypeError, "costs: vm_exit is bool, not a number"),
+        ({"base": "epyc", "vm_exit": None}, TypeError, "costs: vm_exit is NoneType, not a number"),
+        ({"base": "epyc", "vm_exit": 3.5}, ValueError, "costs: vm_exit: cycles are whole numbers, not 3.5"),
+        ({"base": "epyc", "vm_exit": -3}, ValueError, "costs: vm_exit: -3 cycles is negative"),
+        ({"base": "epyc", "vm_exit": {"ns": 3}}, ValueError, "costs: vm_exit: unknown key 'ns'"),
+        ({"base": "epyc", "ghz": "fast"}, TypeError, "costs: ghz is str, not a number"),
+        ({"base": "epyc", "ghz": 0}, ValueError, "costs: ghz: 0.0 is no clock rate"),
+        ({"base": "epyc", "name": 5}, ValueError, "costs: name is not a text"),
+        ({"base": "epyc", 7: 5}, TypeError, "costs: 7 is no name of a stage"),
+    ],
+)
+def test_bad_dicts_are_refused(table: dict, kind: type[Exception], complaint: str) -> None:
+    with pytest.raises(kind, match=re.escape(complaint)) as refused:
+        fx.Machine(vcpus=1, costs=table)
+    assert "\n" not in str(refused.value)
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_costs_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["costs", "list", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(fx.cost_profiles())
+    assert main(["costs", "list"]) == 0
+    assert "epyc" in capsys.readouterr().out
+    assert main(["costs", "show", "epyc", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {stage: row["cycles"] for stage, row in shown["stages"].items()} == dict(cost_profile("epyc"))
+    assert main(["costs", "show", "epyc"]) == 0
+    assert "VMRUN" in capsys.readouterr().out
+    mine = write(tmp_path / "mine.toml", OTHER + 'vm_exit = { cycles = 749, source = "measured" }')
+    assert main(["costs", "diff", "epyc", str(mine), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"] == {"vm_exit": [748, 749]}
+    assert main(["costs", "diff", "epyc", str(mine)]) == 0
+    assert "1 of" in (out := capsys.readouterr().out)
+    assert "+1" in out
+    for wrong in (["show", "z80"], ["diff", "epyc", "absent.toml"], ["template", "--base", "z80"]):
+        assert main(["costs", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_template_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["costs", "template", "--base", "epyc"]) == 0
+    text = capsys.readouterr().out
+    assert dict(fx.CostProfile.load(write(tmp_path / "mine.toml", text))) == dict(cost_profile("epyc"))
+    filled = re.sub(r"^# (\w+ *= \{)", r"\1", text, flags=re.MULTILINE).replace("cycles = ", "cycles = 1")
+    loaded = fx.CostProfile.load(write(tmp_path / "filled.toml", filled))
+    assert all(str(loaded[stage]) == f"1{cost_profile('epyc')[stage]}" for stage in STAGES)
+    assert main(["costs", "template", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == RETPOLINE

@@ -25,7 +25,7 @@ from fastexit.compiledvcpu import CompiledVcpu
 from fastexit.config import check_api, header, latest_clock, profile_of, release_of
 from fastexit.connections import Connection, assign
 from fastexit.costs.dispatcher import TimedDispatcher
-from fastexit.costs.profile import CostProfile, cost_profile
+from fastexit.costs.profile import CostProfile, Costs, cost_profile
 from fastexit.costs.vcpu import TimedVcpu
 from fastexit.exits.bus import Bus, FastMmio
 from fastexit.exits.compiled import CompiledDispatcher
@@ -60,8 +60,8 @@ class Machine:
 
     Args:
         vcpus: number of vCPUs, ids 0..n-1; or give ``apic_ids``, one x2APIC id (0..4095) a vCPU in creation order.
-        costs: the name of a cost profile (``fastexit.cost_profiles()``) or a CostProfile, for outcomes that have their
-            modelled time (Outcome.cycles); None: no time at all.
+        costs: the name of a cost profile (``fastexit.cost_profiles()``), a CostProfile, or a dict with a base and what
+            differs (CostProfile.of), for outcomes that have their modelled time (Outcome.cycles); None: no time at all.
         dispatcher: "python", the run loop step by step, or "compiled": any exit in one compiled call, for hosts that
             make many single exits. Same outcomes, same bytes. No costs with it: they are seen step by step.
         clock: the host's monotonic clock, a function that gives ns. Each call looks at it, so that none has to stop the
@@ -79,7 +79,7 @@ class Machine:
         vcpus: int | None = None,
         *,
         apic_ids: Iterable[int] | None = None,
-        costs: str | CostProfile | None = None,
+        costs: Costs | None = None,
         dispatcher: str = "python",
         clock: Callable[[], int] | None = None,
         **settings: Unpack[Settings],
@@ -669,7 +669,7 @@ class Machine:
     def restore(
         cls,
         data: bytes,
-        costs: str | CostProfile | None = None,
+        costs: Costs | None = None,
         *,
         dispatcher: str = "python",
         clock: Callable[[], int] | None = None,
@@ -694,7 +694,7 @@ class Machine:
         return m
 
 
-def _checked(costs: str | CostProfile | None, dispatcher: str) -> CostProfile | None:
+def _checked(costs: Costs | None, dispatcher: str) -> CostProfile | None:
     """The cost profile of a machine with this dispatcher."""
     if one_of(dispatcher, "dispatcher", ("python", "compiled")) == "compiled" and costs is not None:
         raise ValueError("costs are seen step by step: they need dispatcher='python'")

@@ -13,7 +13,7 @@ from fastexit.answers.analyse import Analysis
 from fastexit.answers.identity import identify
 from fastexit.answers.ipis import Icr
 from fastexit.answers.report import Clue, FileReport, Report, VmReport
-from fastexit.costs.profile import CostProfile, cost_profile
+from fastexit.costs.profile import CostProfile, Costs, cost_profile
 from fastexit.records.columns import Event, Recording
 from fastexit.records.read import read
 from fastexit.releases import generation
@@ -58,7 +58,7 @@ class Ask:
 def report(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     kernels: Sequence[str] | None = None,
-    costs: str | CostProfile | None = None,
+    costs: Costs | None = None,
     *,
     told: Mapping[str, str] | None = None,
     jobs: int | None = 1,
@@ -83,7 +83,7 @@ def report(
 
     for name in kernels or ():
         generation(name)
-    table = cost_profile(costs) if isinstance(costs, str) else costs
+    table = None if costs is None else cost_profile(costs)
     ask = Ask(None if kernels is None else tuple(kernels), table, dict(told or {}))
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     return many.run([os.fspath(path) for path in given], Answering(ask), jobs=jobs)

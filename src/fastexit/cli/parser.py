@@ -1,8 +1,8 @@
-"""The command line: ``fastexit walk | report | replay | verify | kernels | demo | embed | info``, each with --json.
+"""The command line: ``fastexit walk | report | replay | verify | kernels | costs | demo | embed | info``.
 
-Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found a difference, report
-refused a file or a --fail-if holds; 2: wrong
-arguments, unusable input, no /dev/kvm or nowhere to write to, said in one line on stderr.
+Each command has --json. Exit code 0: done; 1: replay found damage or lines that the model did not predict, verify found
+a difference, report refused a file or a --fail-if holds; 2: wrong arguments, unusable input, no /dev/kvm or nowhere to
+write to, said in one line on stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
-from fastexit.cli import commands, kernels, report
+from fastexit.cli import commands, costs, kernels, report
 from fastexit.profile import NEWEST, PROFILES, profiles
 from fastexit.releases import generation
 
@@ -34,6 +34,7 @@ _EPILOG = f"""examples:
   fastexit kernels run 6.1 -- fastexit verify    the same by ioctls of a process there: its kvm_amd is /dev/kvm
   fastexit demo --output out                     everything, on a real trace
   fastexit embed build -o fx                     a shared library for simulators in C
+  fastexit costs template > mine.toml            modelled time by numbers of your own
 
 Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_ipi -e kvm:kvm_apic_accept_irq \\
                -e kvm:kvm_eoi -e kvm:kvm_entry -e kvm:kvm_exit -e kvm:kvm_mmio -e kvm:kvm_hv_timer_state,
@@ -270,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--output", metavar="DIR", help="where it was built (default: where it was built last)")
 
     kernels.add(subparsers, raw)
+    costs.add(subparsers, raw)
 
     command("info", commands.info, "Versions, kernel generations, memory layout, cache, /dev/kvm.")
     return parser

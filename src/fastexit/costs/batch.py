@@ -19,7 +19,7 @@ from fastexit import hyperv as HV
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.costs.meter import EFFECT_STAGES, Meter, Work, accesses_msr, charge_hyperv, pointer_calls, work_of
-from fastexit.costs.profile import CostProfile, cost_profile
+from fastexit.costs.profile import CostProfile, Costs, cost_profile
 from fastexit.exits.exit import Exit
 from fastexit.outcome import CODE_EFFECTS, OUTCOMES, TARGETS_COUNT_SHIFT, Effect, Fastpath, Outcome, Path, Refusal
 from fastexit.traits import Trait
@@ -37,7 +37,7 @@ def batch_cycles(
     machine: Machine,
     exits: np.ndarray,
     outcomes: np.ndarray,
-    costs: str | CostProfile | None = None,
+    costs: Costs | None = None,
     *,
     quiet: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,13 @@ Models: time, which KVM's source does not have. A stage is a piece of work that 
 from __future__ import annotations
 
 import difflib
+import operator
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastexit.checks import quoted
 
@@ -128,6 +129,42 @@ class CostProfile(Mapping[str, int]):
         return cycles / self.ghz
 
     @classmethod
+    def derive(
+        cls,
+        base: str | CostProfile,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        ghz: float | Mapping[str, Any] | None = None,
+        **stages: int | Mapping[str, Any],
+    ) -> CostProfile:
+        """A table with other numbers than its base: ``CostProfile.derive("skylake-retpoline", vm_exit=510)``.
+
+        A number may bring its source, ``{"cycles": 510, "source": "..."}``; without one its source is "given".
+        TypeError or ValueError for what is no stage and no number.
+        """
+        head = {"name": name, "description": description, "ghz": ghz}
+        return cls.of({"base": base} | {key: value for key, value in head.items() if value is not None} | stages)
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> CostProfile:
+        """A table from a dict, as Machine(costs=...) takes it: numbers by stage.
+
+        ``base``, the name of a table or a CostProfile, gives what is not there; without it every stage, ``ghz`` and
+        ``description`` have to be. ``name`` is its name, by default the base's with a mark that it was changed.
+        """
+        where = "costs"
+        for key in table:
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: {key!r} is no name of a stage")
+        given = {key: _given(key, value, where) for key, value in table.items() if key != "name"}
+        base = given.get("base")
+        name = table.get("name", "given" if base is None else f"{getattr(base, 'name', base)}, changed")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where}: name is not a text")
+        return cls.parse(name, given, where)
+
+    @classmethod
     def load(cls, path: str | Path) -> CostProfile:
         """A table from a TOML file.
 
@@ -149,9 +186,9 @@ class CostProfile(Mapping[str, int]):
     @classmethod
     def parse(cls, name: str, table: Mapping[str, Any], where: str) -> CostProfile:
         """A table from what tomllib gives; ``where`` opens the complaints."""
-        base = None
+        base: CostProfile | None = None
         if "base" in table:
-            if table["base"] not in cost_profiles():
+            if not isinstance(table["base"], CostProfile) and table["base"] not in cost_profiles():
                 raise ValueError(f"{where}: base is none of {', '.join(cost_profiles())}")
             base = cost_profile(table["base"])
         unknown = sorted(set(table) - set(STAGES) - set(_HEAD) - {"base"})
@@ -184,6 +221,28 @@ class CostProfile(Mapping[str, int]):
         return cls(name, description.strip(), float(ghz), ghz_source, costs)
 
 
+Costs: TypeAlias = str | CostProfile | Mapping[str, Any]
+"""What names a table: its name, itself, or a dict of numbers."""
+
+
+def _given(key: str, value: Any, where: str) -> Any:
+    """A number of a dict as TOML has it: with a source."""
+    if key not in STAGES and key != "ghz":
+        return value
+    unit = "value" if key == "ghz" else "cycles"
+    if isinstance(value, Mapping):
+        return {"source": "given"} | dict(value)
+    if isinstance(value, bool) or isinstance(value, str):
+        raise TypeError(f"{where}: {key} is {type(value).__name__}, not a number")
+    try:
+        number = float(value) if key == "ghz" else operator.index(value)
+    except TypeError:
+        if isinstance(value, float):
+            raise ValueError(f"{where}: {key}: cycles are whole numbers, not {value}") from None
+        raise TypeError(f"{where}: {key} is {type(value).__name__}, not a number") from None
+    return {unit: number, "source": "given"}
+
+
 def _number(entry: Any, key: str, where: str) -> tuple[Any, str]:
     """The number and the source of ``{ key = number, source = "..." }``."""
     if not isinstance(entry, dict):
@@ -213,12 +272,14 @@ def _bundled(name: str) -> CostProfile:
     return CostProfile.load(_COSTS / f"{name}.toml")
 
 
-def cost_profile(name: str | CostProfile) -> CostProfile:
-    """The table of that name, or the table itself; ValueError lists the known names."""
+def cost_profile(name: Costs) -> CostProfile:
+    """The table of that name, the table itself, or a dict's (CostProfile.of); ValueError lists the known names."""
     if isinstance(name, CostProfile):
         return name
+    if isinstance(name, Mapping):
+        return CostProfile.of(name)
     if not isinstance(name, str):
-        raise TypeError(f"costs is {type(name).__name__}, neither the name of a cost profile nor a CostProfile")
+        raise TypeError(f"costs is {type(name).__name__}, neither the name of a cost profile, a CostProfile nor a dict")
     if name not in cost_profiles():
         raise ValueError(f"unknown cost profile {quoted(name)}: one of {', '.join(cost_profiles())}")
     return _bundled(name)

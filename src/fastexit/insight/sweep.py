@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastexit.checks import integer, one_of
-from fastexit.costs.profile import CostProfile
+from fastexit.costs.profile import Costs
 from fastexit.insight.workload import Workload, ipis
 from fastexit.machine import Machine
 from fastexit.outcome import Effect, Path
@@ -92,7 +92,7 @@ def sweep(
     apicv: Iterable[bool] = ...,
     workload: str | Builder = ...,
     n: int = ...,
-    costs: str | CostProfile | None = ...,
+    costs: Costs | None = ...,
     frame: Literal[False] = ...,
     progress: Callable[[int, int], object] | None = ...,
     **keywords: Any,
@@ -108,7 +108,7 @@ def sweep(
     apicv: Iterable[bool] = ...,
     workload: str | Builder = ...,
     n: int = ...,
-    costs: str | CostProfile | None = ...,
+    costs: Costs | None = ...,
     frame: Literal[True],
     progress: Callable[[int, int], object] | None = ...,
     **keywords: Any,
@@ -123,7 +123,7 @@ def sweep(
     apicv: Iterable[bool] = (True,),
     workload: str | Builder = "unicast",
     n: int = 1000,
-    costs: str | CostProfile | None = None,
+    costs: Costs | None = None,
     frame: bool = False,
     progress: Callable[[int, int], object] | None = None,
     **keywords: Any,
@@ -179,7 +179,7 @@ def _row(
     vcpus: int,
     apicv: bool,
     build: Builder,
-    costs: str | CostProfile | None,
+    costs: Costs | None,
     keywords: dict[str, Any],
 ) -> tuple[Any, ...]:
     made: dict[str, Any] = {

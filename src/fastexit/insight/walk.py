@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import U32, integer
-from fastexit.costs.profile import CostProfile
+from fastexit.costs.profile import Costs
 from fastexit.exits.exit import Exit
 from fastexit.machine import Machine
 from fastexit.outcome import CODE_COMPLETION, COMPLETION_REENTER, Outcome
@@ -179,7 +179,7 @@ def walk(
     apicv: bool = True,
     fastpath: bool = True,
     vcpus: int = 4,
-    costs: str | CostProfile | None = None,
+    costs: Costs | None = None,
 ) -> Walk:
     """Walk one WRMSR of vCPU 0 on a booted x2APIC machine whose vCPUs are all in guest mode.
 

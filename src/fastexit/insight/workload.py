@@ -18,7 +18,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
 from fastexit.costs.batch import batch_cycles
-from fastexit.costs.profile import CostProfile
+from fastexit.costs.profile import Costs
 from fastexit.machine import Machine
 
 
@@ -42,7 +42,7 @@ class Workload:
     exits: np.ndarray
     ipi: npt.NDArray[np.bool_]
 
-    def run(self, costs: str | CostProfile | None = None) -> Measured:
+    def run(self, costs: Costs | None = None) -> Measured:
         """Run all exits in one compiled call and give what the IPIs came to.
 
         ``costs`` is a cost profile or its name, by default the machine's. ValueError where there is none.
