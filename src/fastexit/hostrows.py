@@ -21,8 +21,8 @@ class _Pool:
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.free: list[int] = []
-        self.made = 0
-        self.lock = threading.Lock()
+        self.made: int = 0
+        self.lock: threading.Lock = threading.Lock()
 
     def take(self) -> int:
         with self.lock:
@@ -38,8 +38,8 @@ class _Held:
     """A row, for as long as its thread lives."""
 
     def __init__(self, pool: _Pool) -> None:
-        self.pool = pool
-        self.row = pool.take()
+        self.pool: _Pool | None = pool
+        self.row: int = pool.take()
 
     def __del__(self) -> None:
         if self.row != L.HOST:
@@ -50,7 +50,7 @@ class HostRows(threading.local):
     """The calling thread's row; ``last`` is the row of its last call."""
 
     def __init__(self, pool: _Pool | None) -> None:
-        self.pool = pool
+        self.pool: _Pool | None = pool
         self.last: int = L.HOST
         self._held: _Held | None = None
 
