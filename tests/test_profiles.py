@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import fastexit as fx
+from fastexit import offers
 from fastexit import regs as r
 from fastexit.profile import as_of, since
-from fastexit.releases import generation
+from fastexit.releases import generation, release
 from fastexit.traits import Trait
 from generations import having, kernels
 
@@ -370,3 +371,21 @@ def test_two_trees_differ_where_they_were_read_to(trees: tuple[str, str]) -> Non
     came, went = ([Trait[name] for name in names.split()] for names in STABLE[trees])
     assert [bool(after & trait) > bool(before & trait) for trait in came] == [True] * len(came)
     assert [bool(before & trait) > bool(after & trait) for trait in went] == [True] * len(went)
+
+
+@pytest.mark.parametrize("offer", offers.OFFERS, ids=lambda offer: f"{offer.keyword}-{offer.since}")
+def test_what_came_with_a_series_came_with_its_first_release(offer: offers.Offer) -> None:
+    """Rows follow late trees; releases of a series that are older than its row's have what the series brought."""
+    came = release(offer.since)
+    assert came is not None
+    series, patch = f"{came.major}.{came.minor}", came.patch or 0
+    assert not offers.lacks(f"{series}.{patch + 1}", offer.since)
+    if patch:
+        assert offers.lacks(f"{series}.{patch - 1}", offer.since)
+    assert offers.lacks("5.9.16", offer.since)
+
+
+def test_an_early_release_has_msr_filters() -> None:
+    fx.Machine(1, kernel="5.10.223").user_space_msr = r.MsrExit.FILTER
+    with pytest.raises(ValueError, match="kernel 5.9.16 has no such option"):
+        fx.Machine(1, kernel="5.9.16").user_space_msr = r.MsrExit.FILTER

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fastexit import regs as R
 from fastexit.profile import as_of
-from fastexit.releases import generation, numbers
+from fastexit.releases import generation, numbers, release
 
 MSR_FILTER_SINCE = "5.10"
 """KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR came with it."""
@@ -69,8 +69,13 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def lacks(kernel: str, first: str) -> bool:
-    """Tell whether a kernel is older than a release. A generation counts as its tree, any other release as itself."""
-    return numbers(kernel) < numbers(first)
+    """Tell whether a kernel is older than a release. A generation counts as its tree, any other release as itself.
+
+    What came with "5.10" came with the series' first release: 5.10.223, older than the tree of "5.10", has it.
+    """
+    brought = release(first)
+    assert brought is not None
+    return numbers(kernel) < (*brought.series, brought.patch or 0)
 
 
 def require(kernel: str, first: str, what: str) -> None:
