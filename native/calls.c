@@ -250,6 +250,54 @@ CFFI_DLLEXPORT int32_t fx_get_ioapic_eoi(fx_machine *m, uint32_t vcpu, uint32_t 
     return op_get_ioapic_eoi(m, vcpu, vector, level);
 }
 
+CFFI_DLLEXPORT int32_t fx_nmi(fx_machine *m, uint32_t vcpu)
+{
+    return op_nmi(m, vcpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_smi(fx_machine *m, uint32_t vcpu)
+{
+    return op_smi(m, vcpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_interrupt(fx_machine *m, uint32_t vcpu, uint32_t vector)
+{
+    return op_interrupt(m, vcpu, vector);
+}
+
+CFFI_DLLEXPORT int32_t fx_rsm(fx_machine *m, uint32_t vcpu)
+{
+    return op_rsm(m, vcpu);
+}
+
+CFFI_DLLEXPORT int32_t fx_hw_wrmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value,
+                                   struct fx_result *result)
+{
+    return op_hw_wrmsr(m, vcpu, msr, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_hw_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result)
+{
+    return op_hw_rdmsr(m, vcpu, msr, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_hw_mmio_write(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length,
+                                        uint32_t value, struct fx_result *result)
+{
+    return op_hw_mmio_write(m, vcpu, offset, length, value, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_hw_mmio_read(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length,
+                                       struct fx_result *result)
+{
+    return op_hw_mmio_read(m, vcpu, offset, length, result);
+}
+
+CFFI_DLLEXPORT int32_t fx_hw_deliver(fx_machine *m, uint32_t vcpu, uint32_t *vector)
+{
+    return op_hw_deliver(m, vcpu, vector);
+}
+
 static const struct fx_ops calls = {
     .size = sizeof(struct fx_ops),
     .abi = FX_ABI_VERSION,
@@ -302,4 +350,13 @@ static const struct fx_ops calls = {
     .get_pit = fx_get_pit,
     .set_pit = fx_set_pit,
     .get_ioapic_eoi = fx_get_ioapic_eoi,
+    .nmi = fx_nmi,
+    .smi = fx_smi,
+    .interrupt = fx_interrupt,
+    .rsm = fx_rsm,
+    .hw_wrmsr = fx_hw_wrmsr,
+    .hw_rdmsr = fx_hw_rdmsr,
+    .hw_mmio_write = fx_hw_mmio_write,
+    .hw_mmio_read = fx_hw_mmio_read,
+    .hw_deliver = fx_hw_deliver,
 };

@@ -446,6 +446,27 @@ struct fx_ops {
     /* The last EOI of a vCPU that went to the IOAPIC: its vector, and whether TMR called it level. Behind fx_result.user
      * KVM_EXIT_IOAPIC_EOI + 1 the vector is run->eoi.vector, and level means nothing. FX_NOTHING: there was none. [vcpu] */
     int32_t (*get_ioapic_eoi)(fx_machine *m, uint32_t vcpu, uint32_t *vector, uint32_t *level);
+
+    /* User space's events, each behind a way out of the guest, as ioctls have it: enter() or the next exit. KVM_NMI.
+     * KVM_SMI, FX_E_RANGE where the kernel has no SMM. KVM_INTERRUPT of FX_SPLIT_IRQCHIP, FX_E_RANGE for ENXIO (the PIC is
+     * KVM's) and EEXIST (one waits still). [vcpu] */
+    int32_t (*nmi)(fx_machine *m, uint32_t vcpu);
+    int32_t (*smi)(fx_machine *m, uint32_t vcpu);
+    int32_t (*interrupt)(fx_machine *m, uint32_t vcpu, uint32_t vector);
+    /* The guest leaves SMM. FX_NOTHING outside it, where RSM is #UD. [vcpu] */
+    int32_t (*rsm)(fx_machine *m, uint32_t vcpu);
+
+    /* An access to the APIC as the guest's CPU executes it: fx_result.path is FX_HARDWARE where it virtualises that, with
+     * effects of IPIs that it sends itself; else the exit which the access causes, APIC_ACCESS, APIC_WRITE, EOI_INDUCED,
+     * AVIC's or a plain one, as by wrmsr() and mmio_write(). FX_GP with FX_HARDWARE: the CPU's own #GP. [vcpu] */
+    int32_t (*hw_wrmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *result);
+    int32_t (*hw_rdmsr)(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result);
+    int32_t (*hw_mmio_write)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
+                             struct fx_result *result);
+    int32_t (*hw_mmio_read)(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
+    /* Virtual-interrupt delivery by the CPU (VMX with APICv), if the guest runs and takes any: FX_OK and the vector, or
+     * FX_NOTHING. [vcpu] */
+    int32_t (*hw_deliver)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */

@@ -333,6 +333,34 @@ public:
     {
         return Status{fx_get_ioapic_eoi(m, vcpu, &vector, &level)};
     }
+    [[nodiscard]] Status nmi(uint32_t vcpu) noexcept { return Status{fx_nmi(m, vcpu)}; }
+    [[nodiscard]] Status smi(uint32_t vcpu) noexcept { return Status{fx_smi(m, vcpu)}; }
+    [[nodiscard]] Status interrupt(uint32_t vcpu, uint32_t vector) noexcept
+    {
+        return Status{fx_interrupt(m, vcpu, vector)};
+    }
+    [[nodiscard]] Status rsm(uint32_t vcpu) noexcept { return Status{fx_rsm(m, vcpu)}; }
+    [[nodiscard]] Status hw_wrmsr(uint32_t vcpu, uint32_t msr, uint64_t value, Result &result) noexcept
+    {
+        return Status{fx_hw_wrmsr(m, vcpu, msr, value, &result)};
+    }
+    [[nodiscard]] Status hw_rdmsr(uint32_t vcpu, uint32_t msr, Result &result) noexcept
+    {
+        return Status{fx_hw_rdmsr(m, vcpu, msr, &result)};
+    }
+    [[nodiscard]] Status hw_mmio_write(uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
+                                       Result &result) noexcept
+    {
+        return Status{fx_hw_mmio_write(m, vcpu, offset, length, value, &result)};
+    }
+    [[nodiscard]] Status hw_mmio_read(uint32_t vcpu, uint32_t offset, uint32_t length, Result &result) noexcept
+    {
+        return Status{fx_hw_mmio_read(m, vcpu, offset, length, &result)};
+    }
+    [[nodiscard]] Status hw_deliver(uint32_t vcpu, uint32_t &vector) noexcept
+    {
+        return Status{fx_hw_deliver(m, vcpu, &vector)};
+    }
     // calls:end
 
 private:

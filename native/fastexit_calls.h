@@ -67,6 +67,16 @@ int32_t fx_create_pit(fx_machine *m, uint32_t speaker);
 int32_t fx_get_pit(fx_machine *m, void *state, uint64_t size);
 int32_t fx_set_pit(fx_machine *m, const void *state, uint64_t size);
 int32_t fx_get_ioapic_eoi(fx_machine *m, uint32_t vcpu, uint32_t *vector, uint32_t *level);
+int32_t fx_nmi(fx_machine *m, uint32_t vcpu);
+int32_t fx_smi(fx_machine *m, uint32_t vcpu);
+int32_t fx_interrupt(fx_machine *m, uint32_t vcpu, uint32_t vector);
+int32_t fx_rsm(fx_machine *m, uint32_t vcpu);
+int32_t fx_hw_wrmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, uint64_t value, struct fx_result *result);
+int32_t fx_hw_rdmsr(fx_machine *m, uint32_t vcpu, uint32_t msr, struct fx_result *result);
+int32_t fx_hw_mmio_write(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, uint32_t value,
+                         struct fx_result *result);
+int32_t fx_hw_mmio_read(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
+int32_t fx_hw_deliver(fx_machine *m, uint32_t vcpu, uint32_t *vector);
 /* cffi:end */
 
 #ifdef __GNUC__

@@ -64,6 +64,7 @@ CFFI_DLLEXPORT const char *fx_strerror(int32_t status)
 }
 
 #include "exits.c"
+#include "hardware.c"
 #include "vcpu.c"
 #include "chips.c"
 #include "memory.c"

@@ -72,6 +72,13 @@ struct fxp_table {
     uint64_t (*create_pit)(uint64_t handle, uint64_t speaker);
     uint64_t (*get_pit)(uint64_t handle);
     uint64_t (*set_pit)(uint64_t handle, uint64_t with_flags);
+    uint64_t (*queue_nmi)(uint64_t handle, uint64_t v);
+    uint64_t (*door_smi)(uint64_t handle, uint64_t v);
+    uint64_t (*door_interrupt)(uint64_t handle, uint64_t v, uint64_t vector);
+    uint64_t (*door_rsm)(uint64_t handle, uint64_t v);
+    uint64_t (*door_access)(uint64_t handle, uint64_t v, uint64_t access, uint64_t where, uint64_t length,
+                            uint64_t value);
+    uint64_t (*deliver_pending)(uint64_t handle, uint64_t v);
 };
 /* cffi:end */
 

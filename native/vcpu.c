@@ -5,21 +5,6 @@
 
 /* ---------------------------------------------------------------------------------------------------- the guest's CPU */
 
-static inline int32_t vector_by(uint64_t (*kernel)(uint64_t, uint64_t), fx_machine *m, uint32_t vcpu, uint32_t *vector)
-{
-    uint64_t *words = words_of(m), found;
-
-    if (!words || !vector)
-        return refuse(m);
-    if (vcpu >= words[FX_H_NVCPUS])
-        return FX_E_VCPU;
-    found = kernel(handle(words), vcpu);
-    if (found == NONE)
-        return FX_NOTHING;
-    *vector = (uint32_t)found;
-    return FX_OK;
-}
-
 static int32_t op_pending(fx_machine *m, uint32_t vcpu, uint32_t *vector)
 {
     return vector_by(table.pending, m, vcpu, vector);
@@ -175,6 +160,54 @@ static int32_t op_reset(fx_machine *m, uint32_t vcpu, uint32_t kind)
     for (; first < end; first++)
         table.door_reset(handle(words), first, kind);
     return FX_OK;
+}
+
+static int32_t op_nmi(fx_machine *m, uint32_t vcpu)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    table.door_leave(handle(words), vcpu);
+    table.queue_nmi(handle(words), vcpu);
+    return FX_OK;
+}
+
+static int32_t op_smi(fx_machine *m, uint32_t vcpu)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    return table.door_smi(handle(words), vcpu) & CODE_FAULT ? FX_E_RANGE : FX_OK;
+}
+
+static int32_t op_interrupt(fx_machine *m, uint32_t vcpu, uint32_t vector)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    if (vector > 0xff)
+        return FX_E_RANGE;
+    return table.door_interrupt(handle(words), vcpu, vector) & CODE_FAULT ? FX_E_RANGE : FX_OK;
+}
+
+static int32_t op_rsm(fx_machine *m, uint32_t vcpu)
+{
+    uint64_t *words = words_of(m);
+
+    if (!words)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    return table.door_rsm(handle(words), vcpu) & CODE_FAULT ? FX_NOTHING : FX_OK;
 }
 
 static int32_t op_enable_synic(fx_machine *m, uint32_t vcpu, uint32_t version)

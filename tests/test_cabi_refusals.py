@@ -78,6 +78,17 @@ def test_null_and_closed(door: Door) -> None:
     with_vcpu |= {"get_cpu", "set_cpu", "targets", "mem_write", "mem_read", "io_write", "io_read"}
     with_vcpu |= {"set_msr", "get_msr", "get_lapic", "set_lapic", "reset"}
     with_vcpu |= {"enable_synic", "hv_hypercall", "get_hv_exit", "complete_hypercall"}
+    with_vcpu |= {
+        "nmi",
+        "smi",
+        "interrupt",
+        "rsm",
+        "hw_wrmsr",
+        "hw_rdmsr",
+        "hw_mmio_write",
+        "hw_mmio_read",
+        "hw_deliver",
+    }
     may_be_null = {("hv_hypercall", 4)}
     for name, field in ffi.typeof("struct fx_ops").fields[2:]:
         if name == "restore":

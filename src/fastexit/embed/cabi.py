@@ -26,7 +26,7 @@ SHIPPED = *HEADERS, "fastexit_calls.h", "fastexit.hpp"
 """What a host may include: the ABI, and what calls.py makes of it."""
 SHIM = "shim.h"
 """What the library's own C declares for itself: the kernels' table."""
-PARTS = "shim.c", "exits.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
+PARTS = "shim.c", "exits.c", "hardware.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
 """The library's own C; the first one includes the others."""
 SOURCES = *SHIPPED, SHIM, *PARTS
 
@@ -63,6 +63,12 @@ ENTRIES = (
     "create_pit",
     "get_pit",
     "set_pit",
+    "queue_nmi",
+    "door_smi",
+    "door_interrupt",
+    "door_rsm",
+    "door_access",
+    "deliver_pending",
 )
 """Kernel entries in the order of struct fxp_table."""
 

@@ -1,12 +1,12 @@
-"""What the C door needs besides the entries that Python calls and the loop: its hottest exit, RESET and INIT."""
+"""What the C door needs besides the loop and the entries that Python calls: its hottest exit, RESET, events."""
 
 from ..jit.declare import kernel
 from . import typed as k
-from .events import reset_vcpu_init
+from .events import leave_smm, reset_vcpu_init
 from .halt import set_mp_state
 from .lapicstate import reset
 from .loop import behind_unicast, find_row, handles, leave_guest, run_exit
-from .shared import clear_word_bits, own
+from .shared import clear_word_bits, make_request, own
 from .unicast import again, possible, send
 
 
@@ -48,3 +48,34 @@ def reset_vcpu(m, v, power):
     m[row + k.K_HV_DEADLINE] = k.NONE
     reset(m, v, k.ZERO)
     return set_mp_state(m, v, k.MP_RUNNABLE if m[row + k.K_VCPU_ID] == m[k.H_BSP_ID] else k.MP_UNINITIALIZED)
+
+
+@kernel("u8(words, u8)")
+def smi(m, v):
+    """KVM_SMI; CODE_GP, with nothing touched, where the kernel has no SMM."""
+    if not m[k.H_CONFIG] & k.CONFIG_SMM and not m[k.H_RULES] & k.R_SMI_ALWAYS:
+        return k.CODE_GP
+    leave_guest(m, v)
+    make_request(m, v, k.REQ_SMI)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8)")
+def interrupt(m, v, vector):
+    """KVM_INTERRUPT; CODE_GP for an in-kernel PIC (ENXIO), and where a vector waits (EEXIST)."""
+    leave_guest(m, v)
+    row = own(m, v)
+    if not m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP or m[row + k.K_EXTINT]:
+        return k.CODE_GP
+    m[row + k.K_EXTINT] = (vector & k.ICR_VECTOR) + k.ONE
+    make_request(m, v, k.REQ_EVENT)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def rsm(m, v):
+    """RSM; CODE_GP outside SMM, where it is #UD."""
+    if not m[own(m, v) + k.K_HFLAGS] & k.HF_SMM:
+        return k.CODE_GP
+    leave_smm(m, v)
+    return k.ZERO

@@ -26,6 +26,7 @@ from . import (
     hypercall,
     i8254,
     inhibit,
+    instruction,
     ioapic,
     irq,
     irte,
@@ -87,6 +88,8 @@ _ON_ONE_VCPU = {
     0: {
         "door_leave": loop.leave_guest,
         "door_run": loop.kvm_run,
+        "door_smi": cdoor.smi,
+        "door_rsm": cdoor.rsm,
         "out_of_guest": loop.out_of_guest,
         "due_timer_of": stimerservice.due_of,
         "hv_timer_exits": hvtimer.exits_now,
@@ -128,6 +131,7 @@ _ON_ONE_VCPU = {
     },
     1: {
         "door_reset": cdoor.reset_vcpu,
+        "door_interrupt": cdoor.interrupt,
         "apic_access_eoi": accelerated.access_eoi,
         "set_eoi_accelerated": accelerated.set_eoi,
         "write_nodecode": accelerated.write_nodecode,
@@ -604,3 +608,11 @@ def door_hypercall(handle, v, control, given, output):
     """A 64-bit guest's hypercall, whose XMM registers are in layout.XMM: an outcome code, or NO_VCPU where none is."""
     m = open_words(handle, k.WORDS)
     return cdoor.hypercall(m, v, control, given, output) if v < m[k.H_NVCPUS] else NO_VCPU
+
+
+@entry
+@kernel("u8(u8, u8, u8, u8, u8, u8)", nogil=False)
+def door_access(handle, v, access, where, length, value):
+    """An access as the guest's CPU executes it, see instruction.execute: an outcome code, or NO_VCPU where none is."""
+    m = open_words(handle, k.WORDS)
+    return instruction.execute(m, v, access, where, length, value) if v < m[k.H_NVCPUS] else NO_VCPU

@@ -16,7 +16,7 @@ from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
 from ..jit.declare import inlined, kernel
-from . import bus, hypercall, steps
+from . import bus, hypercall, steps, virtualized
 from . import typed as k
 from .cr8 import sync_cr8_to_lapic
 from .eoi import take_pv_eoi
@@ -107,7 +107,7 @@ def operate(m, v, row, msr, value, info):
     if op == k.OP_HYPERCALL:
         how = k.CALL_BITS64 | _length(row)
         return hypercall.emulate(m, v, k.ZERO, k.ZERO, info, value, k.ZERO, k.ZERO, msr, how)
-    return k.ZERO
+    return virtualized.operate(m, v, op, msr, value, info) if op >= virtualized.APIC_ACCESS else k.ZERO
 
 
 @kernel("u8(words)")
@@ -208,7 +208,7 @@ def vendor_run(m, v, row, reason, msr, value, info):
     """Step 11 behind VMEXIT and the loop around it: the code of the fast handler, in the guest again if REENTER."""
     sync_cr8_to_lapic(m, v)
     if not traces_late(m):
-        trace_exit(m, v, row, reason, info)
+        trace_exit(m, v, row, reason, msr, info)
     if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
         return k.ZERO
     code = reenter(m, v, _fast_stage(m, v, row, msr, value))
@@ -320,7 +320,7 @@ def return_to_user(m, v, code):
 def handle_exit(m, v, row, reason, msr, value, info, code):
     """Step 20: the generic handler unless the fast path was there already."""
     if traces_late(m):
-        trace_exit(m, v, row, reason, info)
+        trace_exit(m, v, row, reason, msr, info)
     return generic(m, v, row, msr, value, info, code)
 
 
@@ -340,12 +340,13 @@ def generic(m, v, row, msr, value, info, code):
     return code | operate(m, v, row, msr, value, info)
 
 
-@kernel("u8(words, u8, u8, u8, u8)")
-def trace_exit(m, v, row, reason, info):
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def trace_exit(m, v, row, reason, msr, info):
     """kvm_exit. What ``info`` has of an access to memory or of a hypercall is no exit information."""
     op = row & k.ROW_OPERATION
     other = op == k.OP_MMIO_WRITE or op == k.OP_MMIO_READ or op == k.OP_HYPERCALL
-    return steps.trace_exit(m, v, reason, k.ZERO if other else info, k.ZERO, k.ZERO)
+    info2 = virtualized.second_info(op, msr) if op >= virtualized.APIC_ACCESS else k.ZERO
+    return steps.trace_exit(m, v, reason, k.ZERO if other else info, info2, k.ZERO)
 
 
 # ------------------------------------------------------------------------------------------------- towards VM entry
