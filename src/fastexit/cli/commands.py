@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -317,7 +318,7 @@ def _verified(args: argparse.Namespace, lab: Any) -> Any:
     from fastexit.cli.show import console
     from fastexit.kvm.comparison import verify
 
-    options = {
+    options: dict[str, Any] = {
         "other": lab,
         "seconds": args.seconds,
         "seed": args.seed,
@@ -325,11 +326,13 @@ def _verified(args: argparse.Namespace, lab: Any) -> Any:
         "only": args.only,
         "traced": args.trace,
     }
+    if args.against is not None:
+        options |= {"kernel": args.kernel, "well_formed": args.well_formed, "ignored": args.ignore}
     operations = args.ops if args.ops is not None else 1 << 62 if args.seconds is not None else 100_000
     out = console(to_stderr=True)
     if args.quiet or not out.is_terminal:
         return verify(operations, **options)
-    who = "/dev/kvm" if lab is None else f"kernel {lab.kernel.version}"
+    who = "/dev/kvm" if lab is None else getattr(lab, "name", None) or f"kernel {lab.kernel.version}"
     text = TextColumn(f"comparing with {who}, {{task.fields[done]:,}} operations")
     with Progress(text, BarColumn(), TimeRemainingColumn(), console=out, transient=True) as bar:
         began, by_time = time.monotonic(), args.ops is None and args.seconds is not None
@@ -342,7 +345,12 @@ def _verified(args: argparse.Namespace, lab: Any) -> Any:
 
 
 def _judged(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    """The lab that is asked for, or None for /dev/kvm, which is there then."""
+    """The lab or the program that is asked for, or None for /dev/kvm, which is there then."""
+    if args.against is not None:
+        return _program(args)
+    if args.args or args.well_formed or args.ignore:
+        what = args.args[0] if args.args else "--well-formed" if args.well_formed else "--ignore"
+        raise UsageError(f"{what} is for an own APIC: name it with --against")
     if args.kernel is not None or args.image is not None or args.modules is not None:
         from fastexit.kvm.lab.lab import Lab
 
@@ -357,11 +365,27 @@ def _judged(args: argparse.Namespace) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def _program(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Somebody's own APIC as a program; it runs from here on."""
+    from fastexit.kvm.own import GROUPS, OwnTwins
+    from fastexit.kvm.spoken import ApicProgram
+
+    for name in ("image", "modules", "trace", "no_apicv", "keep"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for real kernels, and --against is none: leave one out")
+    if args.only is not None and args.only not in (OwnTwins.kind, *GROUPS):
+        raise UsageError(f"--only {args.only} is not compared with an own APIC: one of {', '.join(GROUPS)}")
+    command = [args.against] if os.path.exists(args.against) else shlex.split(args.against)
+    program = ApicProgram([*command, *args.args])
+    program.start()
+    return program
+
+
 def verify(args: argparse.Namespace) -> int:
     """``fastexit verify``; 1 when the model and the kernel differ."""
     from fastexit.kvm.tracefs import TraceLost
 
-    if args.vendor == "vmx" and (args.kernel is not None or args.image is not None):
+    if args.against is None and args.vendor == "vmx" and (args.kernel is not None or args.image is not None):
         from fastexit.cli import vmx
 
         return vmx.verify(args)
@@ -386,6 +410,9 @@ def verify(args: argparse.Namespace) -> int:
         print(f"script: {args.script}")
     elif found is not None:
         print(f"\n{found.script()}")
+    if found is not None:
+        for request, answer in found.transcript:
+            print(f"> {request}\n< {answer}")
     return 0 if report.agreed else 1
 
 

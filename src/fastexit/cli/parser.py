@@ -44,6 +44,8 @@ Trace a guest: trace-cmd record -e kvm:kvm_msr -e kvm:kvm_apic -e kvm:kvm_apic_i
 
 MOST_VCPUS = 4096
 VERIFY_KINDS = ("msr", "guest", "runs", "timers", "many", "traces", "hyperv", "irqchip")
+OWN_KINDS = ("apic", "ipis", "registers", "interrupts", "messages", "timer", "states", "modes")
+"""With an own APIC: all of it, or one group of operations."""
 PROGRAM_KINDS = ("plain", "events")
 """Of the VMX lab's programs."""
 
@@ -69,6 +71,11 @@ def _vcpus(text: str) -> tuple[int, ...]:
     if not ids or max(ids) >= MOST_VCPUS or len(set(ids)) < len(ids):
         raise argparse.ArgumentTypeError(f"{quoted(text)}: a number from 1 to {MOST_VCPUS}, or different ids below it")
     return ids
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names of registers; which ones there are, the comparison says."""
+    return tuple(text.split(","))
 
 
 def _how_many(text: str) -> int:
@@ -218,12 +225,25 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     verify = command(
-        "verify", commands.verify, "Random operations on the model and on a real kernel, compared after each."
+        "verify",
+        commands.verify,
+        "Random operations on the model and on a real kernel, or on an APIC of your own, compared after each.",
     )
     verify.add_argument(
         "--kernel", metavar="VERSION", help="a kernel of the lab (fastexit kernels) instead of /dev/kvm: 6.1, 6.1.192"
     )
     kernels.lab_options(verify)
+    verify.add_argument(
+        "--against",
+        metavar="PROGRAM",
+        help="an own APIC instead of a kernel, which speaks docs/apic-protocol.md; --kernel is then whose rules it is "
+        "held against",
+    )
+    verify.add_argument("args", nargs="*", metavar="ARG", help="arguments of that program, behind --")
+    verify.add_argument("--well-formed", action="store_true", help="with --against: no reserved bit is ever set")
+    verify.add_argument(
+        "--ignore", type=_names, default=(), metavar="A,B", help="with --against: registers not compared: LVR,ESR"
+    )
     verify.add_argument("--ops", type=_count, metavar="N", help="operations (default: 100000, or as many as fit)")
     verify.add_argument("--seconds", type=_seconds, metavar="S", help="stop after so long")
     verify.add_argument("--seed", type=_number, default=1, metavar="K", help="which operations (default: 1)")
@@ -233,8 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--only",
         "--kind",
-        choices=VERIFY_KINDS + PROGRAM_KINDS,
-        help="one kind of operations (default: all); with --vendor vmx plain, events (NMI, SMI, INIT, SIPI, VMXON)",
+        choices=VERIFY_KINDS + OWN_KINDS + PROGRAM_KINDS,
+        help="one kind of operations (default: all); with --against from ipis to modes; with --vendor vmx plain, "
+        "events (NMI, SMI, INIT, SIPI, VMXON)",
     )
     verify.add_argument("--trace", action="store_true", help="compare the kernel's tracepoints, too (root)")
     verify.add_argument("--script", metavar="FILE", help="where the script goes that shows a difference")

@@ -2,9 +2,10 @@
 
 ioctl.py calls, device.py says where to, host.py says what the running kernel is, guest.py runs real instructions,
 oracle.py and vcpu.py have the face of `fastexit.Machine` and its vCPUs; operations.py makes random operations and
-applies them to either; twins.py, guests.py, runs.py, timers.py and many.py are the kinds of comparison, judge.py is who
-decides, comparison.py deals the kinds out, shrink.py and script.py tell what was found; tracefs.py reads
-what the kernel's tracepoints say meanwhile. lab/ has kernels of other generations in emulated machines.
+applies them to either; twins.py, guests.py, runs.py, timers.py and many.py are the kinds of comparison, own.py that
+with somebody's own APICs (apics.py is their face, spoken.py one that is a program); judge.py is who decides,
+comparison.py deals the kinds out, shrink.py and script.py tell what was found; tracefs.py reads what the kernel's
+tracepoints say meanwhile. lab/ has kernels of other generations in emulated machines.
 
 >>> import fastexit as fx
 >>> with fx.kvm.Oracle(vcpus=4) as vm:  # doctest: +SKIP
@@ -19,6 +20,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
+    from fastexit.kvm.apics import ApicFailed as ApicFailed
+    from fastexit.kvm.apics import Apics as Apics
+    from fastexit.kvm.apics import ApicVcpu as ApicVcpu
     from fastexit.kvm.comparison import verify as verify
     from fastexit.kvm.device import KvmUnavailable as KvmUnavailable
     from fastexit.kvm.host import Host as Host
@@ -26,6 +30,7 @@ if TYPE_CHECKING:  # checkers and editors cannot follow __getattr__
     from fastexit.kvm.lab.lab import Lab as Lab
     from fastexit.kvm.lab.vmx import VmxLab as VmxLab
     from fastexit.kvm.oracle import Oracle as Oracle
+    from fastexit.kvm.spoken import ApicProgram as ApicProgram
     from fastexit.kvm.tracefs import KernelTrace as KernelTrace
     from fastexit.kvm.tracefs import TraceLost as TraceLost
     from fastexit.kvm.tracefs import TraceUnavailable as TraceUnavailable
@@ -40,6 +45,10 @@ _NAMES = {
     "Lab": "lab.lab",
     "VmxLab": "lab.vmx",
     "verify": "comparison",
+    "Apics": "apics",
+    "ApicVcpu": "apics",
+    "ApicFailed": "apics",
+    "ApicProgram": "spoken",
     "KernelTrace": "tracefs",
     "TraceLost": "tracefs",
     "TraceUnavailable": "tracefs",

@@ -10,18 +10,21 @@ import datetime
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastexit import __version__
+from fastexit.checks import one_of
 from fastexit.kvm import host as H
 from fastexit.kvm import judge as J
 from fastexit.kvm.guests import GuestTwins
 from fastexit.kvm.irqchip import IrqchipTwins
 from fastexit.kvm.many import ManyTwins
 from fastexit.kvm.operations import Op
+from fastexit.kvm.own import GROUPS, IGNORABLE, OwnTwins
 from fastexit.kvm.runs import RunTwins
 from fastexit.kvm.shrink import SECONDS, shortened
 from fastexit.kvm.timers import TimerTwins
@@ -29,11 +32,13 @@ from fastexit.kvm.tracefs import TraceLost
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
 KINDS: dict[str, type[Twins]] = {
-    twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins, IrqchipTwins)
+    twins.kind: twins for twins in (Twins, GuestTwins, RunTwins, TimerTwins, ManyTwins, IrqchipTwins, OwnTwins)
 }
 SHARES = {"msr": 0.75, "guest": 0.16, "runs": 0.05, "timers": 0.04, "many": 0.0003}
 """How many of the operations are of which kind, unless one is asked for."""
 TRACES_SHARE = 0.1
+OWN_SHARE = 0.25
+"""Of what is somebody's own."""
 MANY_FROM = 300_000
 """A thousand vCPUs take seconds to make: runs with fewer operations leave them out."""
 MANY_SECONDS = 60.0
@@ -57,7 +62,16 @@ class Count:
     """Operations that were done and compared with nothing; they are in no other number."""
     late: list[str] = field(default_factory=list)
     """Differences that did not show again, for the host was late; each cost its machine."""
+    names: Counter[str] = field(default_factory=Counter)
+    """What was compared by operation, where that is counted."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What was drawn and is not known to the other side."""
     seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything with plain values; what was not counted is not there."""
+        shown = vars(self) | {"seconds": round(self.seconds, 1)}
+        return {name: value for name, value in shown.items() if not isinstance(value, Counter) or value}
 
 
 @dataclass
@@ -74,6 +88,8 @@ class Report:
     kinds: dict[str, Count] = field(default_factory=dict)
     seconds: float = 0.0
     divergence: Divergence | None = None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Kinds that are not compared, for the other side lacks something, and what that is."""
 
     @property
     def host(self) -> H.Host:
@@ -117,12 +133,19 @@ class Report:
             "operations": self.operations,
             "seconds": round(self.seconds, 1),
             "kinds": {
-                kind: vars(count) | {"seconds": round(count.seconds, 1), "about": of_kind(self.judge, kind)[0].about}
+                kind: count.as_dict() | {"about": of_kind(self.judge, kind)[0].about}
                 for kind, count in self.kinds.items()
             },
+            **({"left_out": self.left_out} if self.left_out else {}),
             "divergences": 0 if found is None else 1,
-            "divergence": None if found is None else {"kind": found.kind, "text": found.text, "script": found.script()},
+            "divergence": None if found is None else told(found),
         }
+
+
+def told(found: Divergence) -> dict[str, Any]:
+    """A difference with plain values."""
+    said = {"transcript": found.transcript} if found.transcript else {}
+    return {"kind": found.kind, "text": found.text, "script": found.script(), **said}
 
 
 def verify(
@@ -136,6 +159,9 @@ def verify(
     progress: Progress | None = None,
     shorten: float = SECONDS,
     other: Any = None,
+    kernel: str | None = None,
+    well_formed: bool = False,
+    ignored: Iterable[str] = (),
 ) -> Report:
     """Compares the model with a kernel until so many operations or seconds are used up, or they differ.
 
@@ -144,21 +170,30 @@ def verify(
         seconds: stop after so long, between two operations.
         seed: picks machines and operations; the same seed does the same again.
         ids: APIC ids of every machine instead of random ones.
-        only: one kind (KINDS) alone.
+        only: one kind (KINDS) alone; of "apic" also one of its groups (GROUPS of own.py).
         traced: the kernel's tracepoints are compared, too (needs root).
         progress: called with operations done and wanted.
         shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
-        other: who is compared: a `Lab`, or anything callable that makes machines with Oracle's face from Oracle's
-            keywords, somebody's own APIC; None is /dev/kvm of this machine. An attribute ``host`` of it, a `Host`, says
-            what the model has to be like; otherwise that is the newest kernel without APICv.
+        other: who is compared; None is /dev/kvm of this machine. A `Lab`; somebody's own APICs: an `ApicProgram`, or
+            anything callable that makes machines with `Apics`' face from Oracle's keywords. What they lack is left out,
+            and the report says so. An attribute ``host`` of the callable, a `Host`, says what the model has to be like.
+        kernel: whose rules own APICs are held against: a generation, a release, or "sdm" (default: the newest
+            kernel's), without APICv.
+        well_formed: own APICs are asked nothing with a reserved bit in it, nor what KVM and the manual see differently.
+        ignored: names of registers of own APICs (IGNORABLE of own.py) that are not compared.
 
     KvmUnavailable (an OSError) when there is no KVM; TraceUnavailable (an OSError) when there is no tracefs; TraceLost
     when the kernel's trace has holes.
     """
-    judge = J.of(other)
-    shares = _shares(judge, operations, seconds, only, traced)
+    judge = _told(J.of(other), kernel, well_formed, tuple(ignored))
+    if judge.face is None and only in (OwnTwins.kind, *GROUPS):
+        raise ValueError(f"operations of kind {only} are compared with own APICs alone: --against")
+    if only in GROUPS:
+        judge, only = replace(judge, groups=(only,)), OwnTwins.kind
+    shares, left_out = _shares(judge, operations, seconds, only, traced)
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = Report(judge, seed, operations, traced, ids, only, began, {kind: Count() for kind in shares})
+    report.left_out = left_out
     start = time.monotonic()
     with ExitStack() as stack:
         witness = stack.enter_context(_trace(judge)) if traced or _needs_trace(judge, shares) else None
@@ -173,6 +208,22 @@ def verify(
                 report.kinds[cls.kind].late.append(found.text)
     report.seconds = time.monotonic() - start
     return report
+
+
+def _told(judge: J.Judge, kernel: str | None, well_formed: bool, ignored: tuple[str, ...]) -> J.Judge:
+    """A judge with what is said of somebody's own APICs; ValueError for what is said of others, or unknown."""
+    if judge.face is None:
+        if kernel is not None or well_formed or ignored:
+            raise ValueError("kernel, well_formed and ignored are for own APICs: a real kernel has its own rules")
+        return judge
+    for name in ignored:
+        one_of(name, "register", IGNORABLE)
+    argument, opens = judge.replayed
+    if kernel is not None:
+        judge, argument = replace(judge, host=J.own_host(kernel)), f"{argument}, kernel={kernel!r}"
+    if ignored:
+        argument += f", ignored={ignored!r}"
+    return replace(judge, well_formed=well_formed, ignored=ignored, replayed=(argument, opens))
 
 
 def of_kind(judge: J.Judge, kind: str) -> tuple[type[Twins], J.Judge]:
@@ -306,6 +357,8 @@ class _Dealt:
                 count.vcpus = max(count.vcpus, len(twins.vcpus))
                 count.pages += twins.pages
                 count.trace_lines += twins.trace_lines
+                count.names.update(twins.names)
+                count.left_out.update(twins.left_out)
                 count.seconds += time.monotonic() - began
 
     def _is_over(self, done: int) -> bool:
@@ -320,21 +373,37 @@ def _needs_trace(judge: J.Judge, kinds: Iterable[str]) -> bool:
     return any(of_kind(judge, kind)[0].needs_trace for kind in kinds)
 
 
-def _shares(judge: J.Judge, operations: int, seconds: float | None, only: str | None, traced: bool) -> dict[str, float]:
-    """Which kinds run, and how much of all operations each gets."""
+def _shares(
+    judge: J.Judge, operations: int, seconds: float | None, only: str | None, traced: bool
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Which kinds run, and how much of all operations each gets; and for which ones somebody's own APICs lack what."""
+    face = None if judge.face is None else judge.face()
     if only is not None:
-        if traced and not of_kind(judge, only)[0].traceable:
+        cls = of_kind(judge, only)[0]
+        if traced and not cls.traceable:
             raise ValueError(
                 f"operations of kind {only} are not compared by trace lines: their order is the host's own"
             )
-        return {only: 1.0}
+        if face is not None and not cls.needs <= face:
+            raise ValueError(f"{judge.name} has no {', '.join(sorted(cls.needs - face))}: {only} needs that")
+        return {only: 1.0}, {}
     many = operations >= MANY_FROM and (seconds is None or seconds >= MANY_SECONDS)
     known = SHARES if judge.trace is None or not judge.special else SHARES | {"traces": TRACES_SHARE}
-    return {
+    if face is not None:
+        known = SHARES | {OwnTwins.kind: OWN_SHARE}
+        known = {kind: share for kind, share in known.items() if kind in (judge.kinds or known)}
+    shares = {
         kind: share
         for kind, share in known.items()
         if (kind != "many" or many) and (not traced or of_kind(judge, kind)[0].traceable)
     }
+    if face is None:
+        return shares, {}
+    lacking = {kind: sorted(of_kind(judge, kind)[0].needs - face) for kind in shares}
+    return (
+        {kind: share for kind, share in shares.items() if not lacking[kind]},
+        {kind: names for kind, names in lacking.items() if names},
+    )
 
 
 def _trace(judge: J.Judge) -> AbstractContextManager[Any]:
@@ -345,10 +414,17 @@ def _trace(judge: J.Judge) -> AbstractContextManager[Any]:
 
 
 def replay(
-    kind: str, keywords: dict[str, Any], ops: list[Op], *, traced: bool = False, other: Any = None
+    kind: str,
+    keywords: dict[str, Any],
+    ops: list[Op],
+    *,
+    traced: bool = False,
+    other: Any = None,
+    kernel: str | None = None,
+    ignored: Iterable[str] = (),
 ) -> Divergence | None:
-    """Carries out operations on new twins: where they differ, or None."""
-    judge = J.of(other)
+    """Carries out operations on new twins: where they differ, or None. The rest as for `verify`."""
+    judge = _told(J.of(other), kernel, False, tuple(ignored))
     setup = Setup(**keywords | {"apic_ids": tuple(keywords["apic_ids"])})
     with ExitStack() as stack:
         cls, judge = of_kind(judge, kind)

@@ -26,6 +26,7 @@ class GuestTwins(Twins):
     """
 
     kind = "guest"
+    needs: ClassVar[frozenset[str]] = Twins.needs | {"wrmsr", "rdmsr", "mmio_write", "mmio_read", "is_flat", "ready"}
     states = True
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'
     about = "MOV to and from the xAPIC page in all sizes, WRMSR and RDMSR, carried out by guests in real mode"

@@ -103,6 +103,7 @@ class IrqchipTwins(Twins):
     """
 
     kind = "irqchip"
+    needs: ClassVar[frozenset[str]] = Twins.needs | {"irq_line", "get_irqchip", "is_flat"}
     operations_each = 250
     states = True
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'

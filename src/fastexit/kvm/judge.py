@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastexit import regs as R
 from fastexit.kvm import host as H
+from fastexit.kvm.apics import face
 from fastexit.kvm.oracle import Oracle
 from fastexit.kvm.tracefs import KernelTrace
 from fastexit.layout import MAX_VCPU_ID, MAX_VCPUS
@@ -34,6 +35,9 @@ class Judge:
         trace: opens what tells its trace lines; None where there are none.
         special: kinds of comparison that are others here than usual, with who judges them.
         sessions: how many machines live at a time. inside: what a thread that runs one of them is in.
+        face: what somebody's own APICs know (`apics.face`); None for what has all of Oracle's face.
+        kinds: the kinds of comparison that there are; () for all that have what they need.
+        well_formed, ignored, groups: what `OwnTwins` draws and compares, as `comparison.verify` was told.
     """
 
     make: Callable[..., Any]
@@ -46,6 +50,11 @@ class Judge:
     sessions: int = 1
     inside: Callable[[], AbstractContextManager[None]] = nullcontext
     special: Mapping[str, Callable[[], tuple[type[Twins], Judge]]] = field(default_factory=dict)
+    face: Callable[[], frozenset[str]] | None = None
+    kinds: tuple[str, ...] = ()
+    well_formed: bool = False
+    ignored: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 def local() -> Judge:
@@ -80,14 +89,30 @@ def _maker(make: Callable[..., Any]) -> Judge:
     place, name = getattr(make, "__module__", None), getattr(make, "__qualname__", "")
     known = place and name.isidentifier()
     host = getattr(make, "host", None)
+    made: list[frozenset[str]] = []
+
+    def known_of_one() -> frozenset[str]:
+        """What a machine of theirs has; made once."""
+        if not made:
+            one = make(apic_ids=[0])
+            made.append(face(one))
+            getattr(one, "close", bool)()
+        return made[0]
+
     return Judge(
         make,
-        host if isinstance(host, H.Host) else plain(),
+        host if isinstance(host, H.Host) else own_host(),
         name or type(make).__name__,
         f"from {place} import {name} as other" if known else "other = ...  # what verify was given",
         "closing(other(**KEYWORDS)) as real",
         ("other=other", ""),
+        face=known_of_one,
     )
+
+
+def own_host(kernel: str = NEWEST) -> H.Host:
+    """Whose rules an own APIC is held against that says nothing: a kernel's, without a shortest period of timers."""
+    return replace(plain(kernel), min_timer_period_us=0)
 
 
 def plain(kernel: str = NEWEST) -> H.Host:

@@ -344,7 +344,7 @@ def apply(machine: Any, op: Op) -> Any:
     """Carries out one operation on a Machine or an Oracle; the result can be compared between them."""
     name, *arguments = op
     try:
-        if name in ("signal_msi", "enable_x2apic_api", "boot_x2apic"):
+        if name in ("signal_msi", "enable_x2apic_api", "boot_x2apic", "set_time"):
             return getattr(machine, name)(*arguments)
         if name == "add_vcpu":
             machine.add_vcpu(arguments[0])

@@ -6,14 +6,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastexit.kvm.comparison import Report, of_kind
+from fastexit.kvm.comparison import Count, Report, of_kind
+from fastexit.kvm.spoken import WORDS
 
 
 def render(report: Report, out: Console) -> None:
     """The report on a terminal; the script of a difference is not part of it."""
     host = report.host
     module = f", {host.module}" if host.module else ""
-    who = f"{report.judge.name} (Linux {host.release}{module})"
+    who = report.judge.name
+    if report.judge.face is None:
+        who += f" (Linux {host.release}{module})"
     table = Table(
         title=f"The model ({host.kernel}) against {who}, seed {report.seed}",
         box=box.SIMPLE_HEAVY,
@@ -30,6 +33,10 @@ def render(report: Report, out: Console) -> None:
         rate = f"{count.operations / count.seconds:,.0f}" if count.seconds else ""
         table.add_row(*row, rate, of_kind(report.judge, kind)[0].about)
     out.print(table)
+    for count in report.kinds.values():
+        _names(count, out)
+    for kind, names in report.left_out.items():
+        out.print(f"{kind}: not compared, {report.judge.name} has no {', '.join(names)}", highlight=False)
     if report.late:
         out.print(f"{len(report.late)} machines given up: what differed did not show again, so the host was late:")
         for text in report.late:
@@ -47,3 +54,15 @@ def render(report: Report, out: Console) -> None:
         out.print(text, style="green", highlight=False)
     else:
         out.print("nothing was compared", style="bold red", highlight=False)
+
+
+def _names(count: Count, out: Console) -> None:
+    """What was compared by operation, and what was not for nobody knows it."""
+    if not count.names and not count.left_out:
+        return
+    table = Table(box=box.SIMPLE_HEAVY)
+    for column in ("operation", "compared", "not known, left out"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for name in sorted({*count.names, *count.left_out}):
+        table.add_row(WORDS.get(name, name), f"{count.names[name]:,}", f"{count.left_out[name]:,}")
+    out.print(table)

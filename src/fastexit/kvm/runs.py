@@ -44,6 +44,20 @@ class RunTwins(Twins):
     """
 
     kind = "runs"
+    needs: ClassVar[frozenset[str]] = Twins.needs | {
+        "wrmsr",
+        "rdmsr",
+        "take",
+        "halt",
+        "run_through",
+        "complete_msr",
+        "is_flat",
+        "ready",
+        "interrupt",
+        "route",
+        "set_msr_filter",
+        "wait",
+    }
     states = True
     traceable = False
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'

@@ -16,7 +16,7 @@ WHO_LOCAL, WHO_OTHER = "Run it as a user who may open /dev/kvm;", "When it is ru
 
 _HEAD = '''"""{text}
 
-Found on kernel {release} ({module}). {who} the exit code is 1 while it shows.
+Found {where}. {who} the exit code is 1 while it shows.
 """
 
 import struct
@@ -91,7 +91,7 @@ sys.exit(different > 0)
 
 _REPLAY = '''"""{text}
 
-Found on kernel {release} ({module}). {who} the exit code is 1 while it shows.
+Found {where}. {who} the exit code is 1 while it shows.
 """
 
 import struct
@@ -126,8 +126,9 @@ def script(text: str, kind: str, keywords: dict[str, Any], ops: list[Op], judge:
         for name, value in keywords.items()
     }
     where = {
-        "release": judge.host.release,
-        "module": judge.host.module or "KVM",
+        "where": f"on kernel {judge.host.release} ({judge.host.module or 'KVM'})"
+        if judge.face is None
+        else f"in {judge.name}, held against the rules of {judge.host.kernel}",
         "who": WHO_LOCAL if judge.opens.startswith("Oracle") else WHO_OTHER,
         "imports": judge.imports + "\n" * bool(judge.imports),
     }

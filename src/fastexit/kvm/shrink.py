@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fastexit import regs as r
+from fastexit.kvm.apics import ApicFailed
 from fastexit.kvm.operations import Op
 from fastexit.kvm.twins import Divergence, Setup, Twins
 
@@ -22,7 +23,7 @@ LATE_TRIES = 2
 WITHOUT_VCPU = (
     *("sleep", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic", "route", "msr_filter"),
     *("rest", "memory", "sint_routes", "irq_line", "set_irqchip", "set_gsi_routing", "irqfd", "irqfd_signal"),
-    *("irqfd_close", "create_pit", "set_pit", "reinject_control"),
+    *("irqfd_close", "create_pit", "set_pit", "reinject_control", "set_time"),
 )
 
 
@@ -39,7 +40,7 @@ class _Search:
         found: Divergence | None = None
         for _ in range(LATE_TRIES if self.best.late else 1):
             found = self.difference(setup, ops) if time.monotonic() < self.until else None
-            if found is None:
+            if found is None or not found.what <= self.best.what:
                 return False
         assert found is not None
         self.best = found
@@ -59,7 +60,7 @@ class _Search:
             # What the step itself added to the history is added again when it is replayed.
             found.history = ops[: min(done, len(found.history)) if twins.deferred else done]
             return found
-        except (LookupError, ValueError, TypeError, TimeoutError, RuntimeError):
+        except (LookupError, ValueError, TypeError, TimeoutError, RuntimeError, ApicFailed):
             pass  # something that an operation needs was left out, such as the vCPU's creation
         return None
 
@@ -75,7 +76,7 @@ class _Search:
 
     def settings(self) -> None:
         """Puts settings back to the usual."""
-        usual = Setup(self.best.setup.apic_ids)
+        usual = self.cls.usual(self.best.setup.apic_ids)
         for name, value in asdict(usual).items():
             if getattr(self.best.setup, name) != value:
                 self.keeps(replace(self.best.setup, **{name: value}), list(self.best.history))

@@ -68,6 +68,7 @@ class TimerTwins(Twins):
     """
 
     kind = "timers"
+    needs: ClassVar[frozenset[str]] = Twins.needs | {"wait", "tsc_khz"}
     states = True
     traceable = False
     last_questions: ClassVar[tuple[Op, ...]] = Twins.last_questions[:-1]  # the code segment is the programs'

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import random
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -72,6 +73,10 @@ class Divergence(AssertionError):
         self.judge = judge
         self.host: Host = judge.host
         self.traced = traced
+        self.transcript: list[tuple[str, str]] = []
+        """What was said to an own APIC that is a program, and its answers."""
+        self.what: frozenset[str] = frozenset()
+        """What differs; a shorter story has to show nothing else. Empty: any difference will do."""
 
     def script(self) -> str:
         """A Python script that shows the difference, on both sides."""
@@ -129,6 +134,13 @@ class Twins:
         ("cr8",),
         ("cs",),
     )
+    needs: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("set_msr", "get_msr", "get_lapic", "set_lapic", "get_mp_state", "set_mp_state", "events", "set_events"),
+            *("set_sregs", "cr8", "cs", "signal_msi", "add_vcpu", "enable_x2apic_api", "boot_x2apic"),
+        )
+    )
+    """What the other side has to have of Oracle's face."""
     about: ClassVar[str] = "KVM_SET_MSRS, KVM_GET_MSRS, KVM_SIGNAL_MSI, KVM_SET_LAPIC, KVM_SET_SREGS, states, events"
 
     def __init__(self, setup: Setup, witness: Any = None, judge: Judge | None = None) -> None:
@@ -142,6 +154,10 @@ class Twins:
         self.trace_lines: int = 0
         self.undecided: int = 0
         """Operations of a story behind the point at which nobody knows what the kernel should say."""
+        self.names: Counter[str] = Counter()
+        """What was compared by operation, where that is counted."""
+        self.left_out: Counter[str] = Counter()
+        """What was drawn and is not known to the other side."""
         self.x2apic: bool = setup.x2apic
         self.real: Any = self.judge.make(**setup.keywords())
         try:
@@ -177,6 +193,11 @@ class Twins:
             boot_cpu_id=rng.choice(ids) if chance(rng, 0.1) else 0,
             cmci=host.cmci and chance(rng, 0.3),
         )
+
+    @classmethod
+    def usual(cls, ids: tuple[int, ...]) -> Setup:
+        """The settings that a story has unless it needs others."""
+        return Setup(ids)
 
     def make_model(self) -> Machine:
         """What is held against the kernel."""
