@@ -38,7 +38,7 @@ class _Held:
     """A row, for as long as its thread lives."""
 
     def __init__(self, pool: _Pool) -> None:
-        self.pool: _Pool | None = pool
+        self.pool: _Pool = pool
         self.row: int = pool.take()
 
     def __del__(self) -> None:
