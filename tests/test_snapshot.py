@@ -443,7 +443,7 @@ def forgeries() -> Iterator[Any]:
     for v in (0, 3):
         at = irq + v * L.IRQ_STRIDE
         places += [(f"RTC {v}", at + L.IRQ_RTC_VECTOR, (257, TOP)), (f"stale {v}", at + L.IRQ_STALE, (257, TOP))]
-        places += [(f"given {v}", at + L.IRQ_GIVEN, (2, TOP))]
+        places += [(f"given {v}", at + L.IRQ_GIVEN, (2, TOP)), (f"went in {v}", at + L.IRQ_WENT_IN, (1 << 60, TOP))]
         at = irq + n * L.IRQ_STRIDE + v * L.TSC_STRIDE
         khz = 1_000_000  # XOR the word is the frequency
         places += [(f"TSC {i} {v}", at + i, (khz, khz ^ 10_000_001, TOP)) for i in (L.TSC_KHZ, L.TSC_RATE)]
