@@ -125,37 +125,21 @@ def test_task_state_that_is_too_short() -> None:
     assert found(STI + SELF, {IPI: ON_IST, TS: HANDLER}, limit=36)[0] == TASK_SELECTOR | 1
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (INT_77, "CPU 0 at 0x1008: triple fault, vector 0x77 has no usable gate"),
-        (b"\xff\x24\x25" + G.word(0x600), "CPU 0 at 0x12300000000: exception 14 of the guest's own"),  # jmp [0x600]
-    ],
-)
-def test_what_is_not_delivered(code: bytes, message: str) -> None:
-    """A page fault on a fetch has an error code, unlike INT 14."""
-    host = guest(code, vectors=(PF,))
+def test_no_gate_at_all_is_a_triple_fault() -> None:
+    with pytest.raises(GuestError, match="CPU 0 at 0x1008: triple fault, vector 0x77 has no usable gate"):
+        guest(INT_77, vectors=()).run(instructions=500)
+
+
+def test_page_fault_on_a_fetch_has_an_error_code_and_int_14_has_none() -> None:
+    jump = b"\xff\x24\x25" + G.word(0x600)
+    host = guest(jump, vectors=())
     host.load(0x600, struct.pack("<Q", NOWHERE))
-    with pytest.raises(GuestError, match=message):
-        host.run(instructions=500)
-
-
-def test_ring_3_has_no_interrupts_and_no_msrs() -> None:
-    """IRETQ to ring 3, whose WRMSR is not carried out."""
-    lgdt = b"\x0f\x01\x14\x25" + G.word(0x700)
-    iretq = b"".join(b"\x68" + G.word(value) for value in (0x2B, 0x9000, 2, 0x23, 0x8000)) + G.IRETQ  # push
-    host = guest(lgdt + iretq, faults=(GP,))
-    gdt = (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF)
-    host.load(0x700, struct.pack("<HQ", 47, 0x710))
-    host.load(0x710, struct.pack("<6Q", *gdt))
-    host.load(0x8000, SELF + STOP)
-    host.load(0x1_0000, struct.pack("<Q", 0x1_1007))  # user pages
-    host.load(0x1_1000, struct.pack("<4Q", 0x1_2007, 0, 0, 0xFFFF_6003))
-    host.load(0x1_2000, struct.pack("<Q", 0x87))
-    host.cpus[0]["cr3"] = 0x1_0000
-    with pytest.raises(GuestError, match="in ring 3, which is not modelled"):
-        host.run(instructions=500)
-    assert host.cpus[0].counters.ipis == 0
+    host.load(KEEPS, G.keep_frame(FOUND))
+    host.load(G.IDT + 16 * PF, HANDLER)
+    assert host.run(instructions=500) is Ended.IDLE
+    assert struct.unpack_from("<3Q", host.memory, FOUND) == (0, NOWHERE, 8)  # without NX nobody tells fetches
+    assert host.cpus[0]["cr2"] == NOWHERE
+    assert found(b"\xcd\x0e", {PF: HANDLER}, error=False)[:3] == (at(b"\xcd\x0e"), 8, 2)
 
 
 # ----------------------------------------------------------------------------------- between and behind instructions

@@ -16,9 +16,12 @@ from unicorn import x86_const
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters.unicorn import hook as H
-from fastexit.adapters.unicorn.gate import DB, PROTECTED, RF, TF, canonical
+from fastexit.adapters.unicorn.fault import DB, UD, Fault
+from fastexit.adapters.unicorn.gate import RF, TF, Event, canonical
 from fastexit.adapters.unicorn.hook import Stop
 from fastexit.adapters.unicorn.interrupts import MARK, WAITS, Interruptible
+from fastexit.adapters.unicorn.state import LONG, SIZE_32
+from fastexit.adapters.unicorn.syscall import syscall, sysenter
 from fastexit.checks import integer
 from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
@@ -45,6 +48,8 @@ TOPOLOGY_LEVELS = 1, 2
 """SMT and core: sub-leaves 0 and 1. Each CPU is a package by itself, as Unicorn's leaf 1 and 4 have it."""
 PRIVILEGED = frozenset({Stop.WRMSR, Stop.RDMSR, Stop.HLT, Stop.CR8_WRITE, Stop.CR8_READ})
 DR6_BS = 1 << 14
+CR4_TSD = 1 << 2
+PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 0xF3, *range(0x40, 0x50)))
 _U32 = 0xFFFF_FFFF
 _CR8_REGISTERS = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
 
@@ -112,7 +117,7 @@ class UnicornCpu(Interruptible):
             stop = self._emulate()
             if stop is not None:
                 self.counters.stops[stop] += 1
-                if stop in PRIVILEGED and self._ring():
+                if stop in PRIVILEGED and self.ring():
                     self._begin(stop)
                     self._general_protection()
                 elif stop in _HANDLERS:
@@ -210,10 +215,6 @@ class UnicornCpu(Interruptible):
         self.counters.ipis += 1
         self.counters.ipis_fast += outcome.path is Path.FAST
 
-    def _ring(self) -> int:
-        ring = self.read("CS") & 3
-        return ring if ring and self.read("CR0") & PROTECTED else 0
-
     def _begin(self, stop: Stop) -> int:
         """RIP of the instruction that stopped, which is behind it where Unicorn hooks it by name."""
         self._flags = self.read("EFLAGS")
@@ -297,10 +298,53 @@ class UnicornCpu(Interruptible):
 
     def _rdtsc(self, stop: Stop) -> None:
         rip = self._begin(stop)
+        if self.read("CR4") & CR4_TSD and self.ring():
+            return self._general_protection()
         self._answer(self.tsc())
         if stop is Stop.RDTSCP:
             self.write("RCX", self.uc.msr_read(MSR_TSC_AUX) & _U32)
         self._end(rip)
+        return None
+
+    def _port(self, stop: Stop) -> None:
+        """IN, OUT, INS or OUTS, which Unicorn lets every ring do."""
+        self._begin(stop)
+        iopl = self._flags >> 12 & 3
+        if self.ring() > iopl and not self._port_allowed():
+            return self._general_protection()
+        return self._leave_to_unicorn(stop)
+
+    def _port_allowed(self) -> bool:
+        """What the I/O map of the task state says of the instruction's port."""
+        code = self.instruction().lstrip(PREFIXES)
+        port = code[1] if code[0] & 0xFC == 0xE4 else self.read("RDX") & 0xFFFF
+        size = 1 if not code[0] & 1 else 2 if self._small_operand() else 4
+        _, base, limit = self.table("TR")
+        if limit < 103:
+            return False
+        at = int.from_bytes(self.linear_read(base + 102, 2), "little") + (port >> 3)
+        if at + 1 > limit:
+            return False
+        bits = int.from_bytes(self.linear_read(base + at, 2), "little") >> (port & 7)
+        return not bits & (1 << size) - 1
+
+    def _small_operand(self) -> bool:
+        """The instruction's operand has 16 bits."""
+        code = self.instruction()
+        prefixed = 0x66 in code[: len(code) - len(code.lstrip(PREFIXES))]
+        return prefixed != (not self.segment("CS").attributes & (LONG | SIZE_32))
+
+    def _system_call(self, stop: Stop) -> None:
+        """SYSCALL or SYSENTER."""
+        rip = self._begin(stop)
+        try:
+            (syscall if stop is Stop.SYSCALL else sysenter)(self, rip, self._flags)
+        except Fault as fault:
+            self.counters.exceptions[fault.vector] += 1
+            return self._through_idt(Event.EXCEPTION, fault.vector, None if fault.vector == UD else fault.error)
+        self.words[H.SHADOW] = self.words[H.DUE] = 0
+        self._flags = self.read("EFLAGS")
+        return None
 
     def _cpuid(self, stop: Stop) -> None:
         """Unicorn's answer, with what fastexit offers and the CPU's own ids in it."""
@@ -368,4 +412,7 @@ _HANDLERS = {
     Stop.HLT: UnicornCpu._halt,
     Stop.CR8_WRITE: UnicornCpu._move_cr8,
     Stop.CR8_READ: UnicornCpu._move_cr8,
+    Stop.SYSCALL: UnicornCpu._system_call,
+    Stop.SYSENTER: UnicornCpu._system_call,
+    Stop.PORT: UnicornCpu._port,
 }

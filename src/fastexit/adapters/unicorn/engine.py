@@ -11,14 +11,17 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from fastexit.adapters.unicorn import firmware as firmware
 from fastexit.adapters.unicorn import hook as H
-from fastexit.adapters.unicorn.gate import PF, PF_PRESENT, PF_WRITE, UD, Fault, GuestError
+from fastexit.adapters.unicorn.fault import UD, GuestError
 from fastexit.adapters.unicorn.hook import Stop
+from fastexit.adapters.unicorn.paging import physical
+from fastexit.adapters.unicorn.state import LONG, Kept, Segment
 from fastexit.checks import integer
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
 
 MSR_EFER = 0xC000_0080
+EFER_LMA, CR0_PE, RFLAGS_VM = 1 << 10, 1, 1 << 17
 GENERAL = tuple("rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip".split())
 _U64 = (1 << 64) - 1
 _UNMAPPED = (unicorn.UC_HOOK_MEM_READ_UNMAPPED, unicorn.UC_HOOK_MEM_WRITE_UNMAPPED, unicorn.UC_HOOK_MEM_FETCH_UNMAPPED)
@@ -36,7 +39,9 @@ class Engine:
         self._engine = self.uc._uch
         self._register = ctypes.c_uint64()
         self._register_address = ctypes.byref(self._register)
+        self._kept: Kept = Kept(self.uc)
         self._trap: int | None = None
+        self._raised = False
         self._unmapped = 0
         self.uc.mem_map_ptr(0, host.memory_bytes, unicorn.UC_PROT_ALL, host.memory_address)
         self.uc.mem_map_ptr(firmware.BASE, firmware.BYTES, unicorn.UC_PROT_ALL, host.firmware_address)
@@ -85,23 +90,52 @@ class Engine:
         """For messages."""
         return f"CPU {self.index} at {self.read('RIP'):#x}"
 
-    def linear_read(self, linear: int, size: int) -> bytes:
-        """Bytes at a linear address, by the guest's page tables; Fault(PF)."""
-        return b"".join(bytes(self._physical(*piece, unicorn.UC_PROT_READ)) for piece in _pieces(linear, size))
+    def ring(self) -> int:
+        """The current privilege level."""
+        if not self.read("CR0") & CR0_PE:
+            return 0
+        return 3 if self.read("EFLAGS") & RFLAGS_VM else self.read("CS") & 3
 
-    def linear_write(self, linear: int, data: bytes) -> None:
-        """Write to a linear address; Fault(PF), and then nothing is written."""
-        places = [self._physical(*piece, unicorn.UC_PROT_WRITE) for piece in _pieces(linear, len(data))]
+    def segment(self, name: str) -> Segment:
+        """A segment register with what it has of its descriptor."""
+        return self._kept.segment(name)
+
+    def load(self, ring: int, **segments: Segment) -> None:
+        """Set segment registers and the privilege level, without a check."""
+        self._kept.load(ring, bool(self.efer() & EFER_LMA), **segments)
+
+    def in_64_bit_mode(self) -> bool:
+        """Neither compatibility mode nor anything older."""
+        return bool(self.efer() & EFER_LMA and self.segment("CS").attributes & LONG)
+
+    def instruction(self) -> bytes:
+        """The instruction that began last, as the guest may fetch it."""
+        pieces = []
+        for linear, size in _pieces(self.words[H.LAST], self.words[H.SIZE]):
+            address = self._translate(linear, unicorn.UC_PROT_EXEC)
+            pieces.append(b"" if address is None else bytes(self.physical_memory(address, size)))
+        return b"".join(pieces)
+
+    def linear_read(self, linear: int, size: int) -> bytes:
+        """Bytes at a linear address, as the CPU reads its own tables; Fault(PF)."""
+        return b"".join(bytes(self._place(*piece, write=False, user=False)) for piece in _pieces(linear, size))
+
+    def linear_write(self, linear: int, data: bytes, *, user: bool = False) -> None:
+        """Write to a linear address, in ring 3 where ``user``; Fault(PF), and then nothing is written."""
+        places = [self._place(*piece, write=True, user=user) for piece in _pieces(linear, len(data))]
         for place in places:
             place[:], data = data[: len(place)], data[len(place) :]
 
-    def _physical(self, linear: int, size: int, right: int) -> memoryview:
-        address = self._translate(linear, right)
+    def _place(self, linear: int, size: int, *, write: bool, user: bool) -> memoryview:
+        address = None
+        if not user and not self.ring():  # Unicorn looks with the rights of the ring that it is in
+            address = self._translate(linear, unicorn.UC_PROT_WRITE if write else unicorn.UC_PROT_READ)
         if address is None:
-            self.write("CR2", linear & _U64)
-            write = right == unicorn.UC_PROT_WRITE
-            present = write and self._translate(linear, unicorn.UC_PROT_READ) is not None
-            raise Fault(PF, PF_WRITE * write | PF_PRESENT * present)
+            address = physical(self, linear & _U64, write=write, user=user)
+        return self.physical_memory(address, size)
+
+    def physical_memory(self, address: int, size: int) -> memoryview:
+        """The guest's memory at a physical address; GuestError where it has none."""
         memory = self.host.physical(address, size)
         if memory is None:
             raise GuestError(f"{self.where()}: an interrupt needs {address:#x}, where the guest has no memory")
@@ -147,11 +181,11 @@ class Engine:
         return error
 
     def _on_exception(self, uc: Any, vector: int, data: Any) -> None:
-        self._trap = vector
+        self._trap, self._raised = vector, True
         uc.emu_stop()
 
     def _on_invalid(self, uc: Any, data: Any) -> bool:
-        self._trap = UD
+        self._trap, self._raised = UD, False
         self.words[H.COUNT] += 1  # the hook has not seen it
         return False
 
@@ -208,15 +242,6 @@ class Engine:
             self.write(name, 0)
         for name in ("GDTR", "IDTR"):
             self.uc.reg_write(_NUMBERS[name], (0, 0, 0xFFFF, 0))
-
-    def real_mode_jump(self, selector: int, offset: int, flags: int) -> None:
-        """To CS:IP in real mode, by an IRET of the firmware's and a frame below the stack."""
-        esp = self.read("RSP")
-        below = esp - 6 & 0xFFFF
-        frame = b"".join(value.to_bytes(2, "little") for value in (offset, selector, flags))
-        self.linear_write((self.read("SS") << 4) + below, frame)
-        self.write("RSP", esp & ~0xFFFF | below)
-        self._carry_out(firmware.IRET - (self.read("CS") << 4) & 0xFFFF_FFFF, 1)
 
     def _fresh_long_mode(self, selector: int, rip: int, stack_selector: int, rsp: int) -> None:
         """The CPU as Unicorn made it, caches empty, in long mode, its stack a frame from which IRETQ goes there."""

@@ -11,7 +11,7 @@ import struct
 
 BASE = 0xFFFF_0000
 BYTES = 0x1_0000
-IRETQ, REAL_MODE, IRET, RESET_VECTOR = BASE, BASE + 0x10, BASE + 0x40, BASE + 0xFFF0
+IRETQ, REAL_MODE, RESET_VECTOR = BASE, BASE + 0x10, BASE + 0xFFF0
 GDT, FAR_POINTER, FRAME, PML4 = BASE + 0x100, BASE + 0x200, BASE + 0x800, BASE + 0x1000
 CODE64, DATA, CODE16, DATA16 = 0x08, 0x10, 0x18, 0x20
 
@@ -45,7 +45,6 @@ def image() -> bytearray:
 
     put(IRETQ, bytes.fromhex("48cf"))
     put(REAL_MODE, _TO_REAL_MODE)
-    put(IRET, bytes.fromhex("cf"))
     put(RESET_VECTOR, bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp to the hlt
     put(GDT, struct.pack(f"<{len(DESCRIPTORS)}Q", *DESCRIPTORS))
     put(PML4, struct.pack("<Q", _PDPT | _PRESENT_WRITE))

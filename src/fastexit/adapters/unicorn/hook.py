@@ -46,6 +46,9 @@ class Stop(IntEnum):
     CPUID = 8
     CR8_WRITE = 9
     CR8_READ = 10
+    SYSCALL = 11
+    SYSENTER = 12
+    PORT = 13
 
 
 BY_NAME = (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)
@@ -84,6 +87,7 @@ def native() -> Native:
     why_wrmsr, why_rdmsr, why_rdtsc = int(Stop.WRMSR), int(Stop.RDMSR), int(Stop.RDTSC)
     why_rdtscp, why_cpuid = int(Stop.RDTSCP), int(Stop.CPUID)
     why_cr8_write, why_cr8_read = int(Stop.CR8_WRITE), int(Stop.CR8_READ)
+    why_syscall, why_sysenter, why_port = int(Stop.SYSCALL), int(Stop.SYSENTER), int(Stop.PORT)
 
     @cfunc(types.void(word, word, types.uint32, block))
     def on_instruction(uc: Any, address: Any, size: Any, s: Any) -> None:
@@ -131,7 +135,9 @@ def native() -> Native:
                     continue
                 if byte & word(0xE7) == 0x26 or byte & word(0xFC) == 0x64 or byte & word(0xFE) == 0xF2:
                     continue  # segments, sizes, repetition
-                if byte not in (0x0F, 0xF4, 0xFB, 0x9D, 0xCF, 0x17, 0x8E):
+                # 6C to 6F are INS and OUTS, E4 to E7 and EC to EF are IN and OUT.
+                port = byte & word(0xFC) == 0x6C or byte & word(0xF4) == 0xE4
+                if not port and byte not in (0x0F, 0xF4, 0xFB, 0x9D, 0xCF, 0x17, 0x8E):
                     break
             code |= byte << (found << word(3))
             found += word(1)
@@ -154,6 +160,14 @@ def native() -> Native:
             elif first == 0x17 or first == 0x8E:  # POP SS, MOV to SS
                 if (first == 0x17 or (second >> word(3)) & word(7) == 2) and s[SHADOW] & shadow_mov_ss == 0:
                     shadow = shadow_mov_ss
+            elif first != 0x0F:
+                why = why_port
+            elif second == 0x05:
+                why = why_syscall
+            elif second == 0x34:
+                why = why_sysenter
+            elif second == 0x07:  # SYSRET, whose flags come from R11
+                s[DUE] = 1
             elif second == 0x30:
                 why = why_wrmsr
             elif second == 0x32:

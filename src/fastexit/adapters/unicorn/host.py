@@ -29,7 +29,8 @@ except ImportError:
     raise ImportError("unicorn is not installed: pip install unicorn") from None
 
 from fastexit.adapters.unicorn.cpu import UnicornCpu
-from fastexit.adapters.unicorn.gate import GuestError, idt
+from fastexit.adapters.unicorn.fault import GuestError
+from fastexit.adapters.unicorn.gate import idt
 from fastexit.adapters.unicorn.hook import Native, Stop, native
 from fastexit.adapters.unicorn.interrupts import Counters
 

@@ -14,7 +14,8 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters.unicorn import hook as H
 from fastexit.adapters.unicorn.engine import Engine
-from fastexit.adapters.unicorn.gate import BP, DE, ERROR_CODE, OF, Event, GuestError, take
+from fastexit.adapters.unicorn.fault import ERROR_CODE
+from fastexit.adapters.unicorn.gate import Event, take
 from fastexit.adapters.unicorn.hook import Stop
 from fastexit.outcome import Path
 from fastexit.reasons import SvmExit, VmxExit
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from fastexit.vcpu import Vcpu
 
 WAITS = frozenset({R.MP_UNINITIALIZED, R.MP_INIT_RECEIVED})
-UNTOLD = ERROR_CODE | {DE}
-"""Unicorn keeps error codes to itself and, as it never delivers an exception, takes later ones for double faults."""
 MARK = 0xFFFF
 """What Vcpu.cs is while the CPU runs; INIT and SIPI write something else."""
 
@@ -158,18 +157,11 @@ class Interruptible(Engine):
     def _exception(self, vector: int) -> None:
         """INT n and its like, which leave RIP behind themselves, or an exception that Unicorn raised at RIP."""
         self._trap = None
-        software = vector in (BP, OF) or self._int_n() == vector
-        if vector in UNTOLD and not software:
-            raise GuestError(f"{self.where()}: exception {vector} of the guest's own: Unicorn tells too little")
+        error, software = self._kept.exception() if self._raised else (0, False)
+        self._raised = False
         self.counters.exceptions[vector] += 1
-        self._through_idt(Event.SOFTWARE if software else Event.EXCEPTION, vector)
-
-    def _int_n(self) -> int | None:
-        """n, where the last instruction was an INT n."""
-        if self.words[H.SIZE] != 2:
-            return None
-        opcode, n = self.linear_read(self.words[H.LAST], 2)
-        return n if opcode == 0xCD else None
+        has_error = vector in ERROR_CODE and not software
+        self._through_idt(Event.SOFTWARE if software else Event.EXCEPTION, vector, error if has_error else None)
 
     def _general_protection(self) -> None:
         self.counters.refused += 1
