@@ -231,6 +231,44 @@ def test_a_guest_is_a_generator_function() -> None:
         two(sends, computes, handlers={0xFD: lambda cpu, vector: 5})
 
 
+@pytest.mark.parametrize("options", [{}, {"apicv": False}, {"vendor": "svm"}], ids=str)
+def test_nmis_have_handlers_too(options: dict) -> None:
+    """One comes while a handler of an interrupt computes; no interrupt nests in it, and the NMI ends no interrupt."""
+    said = []
+
+    def sender(cpu: Cpu):
+        yield from cpu.ipi(dest=1, vector=0xFD)
+        yield from cpu.wait(10_000)
+        for _ in range(2):
+            yield from cpu.ipi(dest=1, delivery="nmi")
+            yield from cpu.ipi(dest=1, vector=0xFC)
+            yield from cpu.wait(20_000)
+
+    def handler(cpu: Cpu, vector: int):
+        said.append((vector, "in"))
+        yield from cpu.wait(50_000)
+        said.append((vector, "out"))
+
+    sim = Simulation(machine(2, **options))
+    sim.cpus[0].start(sender)
+    nmi = {2: lambda cpu, vector: said.append((vector, "at once"))}
+    sim.cpus[1].start(lambda cpu: cpu.wait(300_000), {0xFD: handler, 0xFC: handler} | nmi)
+    sim.run()
+    assert said[0] == (0xFD, "in")
+    assert said[-2:] == [(0xFC, "in"), (0xFC, "out")]
+    assert said.count((2, "at once")) == 2
+    assert [what for what in said if what[0] != 2] == [(0xFD, "in"), (0xFD, "out"), (0xFC, "in"), (0xFC, "out")]
+    assert sim.machine.vcpus[1].pending() is None
+
+
+def test_init_is_an_error() -> None:
+    def sender(cpu: Cpu):
+        yield from cpu.ipi(dest=1, delivery="init", level=True)
+
+    with pytest.raises(GuestError, match=r"vCPU 1: Init\(\) at [0-9.]+ ns; no guest starts over"):
+        two(sender, computes)
+
+
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 

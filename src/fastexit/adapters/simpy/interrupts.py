@@ -7,13 +7,14 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters.simpy.actions import Guest, GuestError
 from fastexit.costs.meter import TimedOutcome
 from fastexit.costs.vcpu import TimedVcpu
+from fastexit.events import Event, ExtInt, Interrupt, Nmi, Smi
 from fastexit.outcome import Effect, Outcome, Path
 from fastexit.reasons import SvmExit, VmxExit
+from fastexit.settle import waits_to_go_in
 
 if TYPE_CHECKING:
     from fastexit.adapters.simpy.cpu import Cpu
@@ -49,7 +50,6 @@ class Interruptible:
         self._interrupt_reason = SvmExit.INTERRUPT if svm else VmxExit.EXTERNAL_INTERRUPT
         self._window_reason = SvmExit.VINTR if svm else VmxExit.INTERRUPT_WINDOW
         self._arrived: deque[Effect] = deque()
-        self._injected: deque[int] = deque()
         self._kicked = self._told = False
         self._owed: deque[TimedOutcome] = deque()
         self._bell = sim.env.event()
@@ -66,7 +66,6 @@ class Interruptible:
     def arrive(self, effect: Effect, exit: TimedOutcome | None = None) -> None:
         """Something for this vCPU reaches its pCPU; ``exit``: by an exit of its own, whose time is still to pass."""
         if exit is not None:
-            self._injected.extend(self._entered())
             self._owed.append(exit)
         self._arrived.append(effect)
         if not self._bell.triggered:
@@ -80,7 +79,6 @@ class Interruptible:
         """A wake-up: KVM_RUN goes on. A notification is 0xF1 then, whose handler wakes the thread."""
         if effect & Effect.WAKE:
             self.sim.ledger.watch(self.v.run)
-            self._injected.extend(self._entered())
         elif effect & Effect.NOTIFY:
             notification = self.v.notification
             for index in self.sim.machine.host_interrupt(notification.cpu, notification.vector):
@@ -92,7 +90,6 @@ class Interruptible:
         sim = self.sim
         out = sim.ledger.watch(act) if icr is None else sim.ledger.watch_ipi(self.v, icr, act)
         assert isinstance(out, TimedOutcome)
-        self._injected.extend(self._entered())
         ns = sim.ns
         for sent in out.sent:
             way = "schedule" if sent.effect & Effect.WAKE else "flight"
@@ -116,14 +113,6 @@ class Interruptible:
             self.sim.ledger.exit(self, cause, out.path.name, took)
         return took
 
-    def _entered(self) -> list[int]:
-        """The vector that the last entry injected, once."""
-        vector = self.v.injected
-        if vector is None:
-            return []
-        self.v.machine.mem[self.v.own + L.K_INTERRUPT] = 0
-        return [vector]
-
     def _look(self) -> Guest:
         """Take what has arrived, then interrupts, until there is nothing more."""
         self._rearm()
@@ -146,11 +135,11 @@ class Interruptible:
                     continue
                 yield from self._exit("kick", lambda: v.exit(self._interrupt_reason))
                 continue
-            if not v.rflags & R.RFLAGS_IF and not self._injected:
+            if not v.rflags & R.RFLAGS_IF and not waits_to_go_in(v):
                 break  # an injected interrupt is through its gate, which an entry that was left at once has closed
-            vector = self._next()
-            if vector is not None:
-                yield from self._interrupt(vector)
+            event = self._next()
+            if event is not None:
+                yield from self._goes_in(event)
             elif v.irq_window:
                 yield from self._exit("interrupt window", lambda: v.exit(self._window_reason))
             else:
@@ -159,20 +148,34 @@ class Interruptible:
         if self._arrived and not self._bell.triggered:
             self._bell.succeed()
 
-    def _next(self) -> int | None:
-        """The interrupt that the guest's CPU takes now: injected by an entry, or delivered by the virtual APIC."""
-        if self._injected:
-            return self._injected.popleft()
-        if not self.v.apicv:
-            return None
-        if not self._svm:
-            return self.v.hw_deliver()
+    def _next(self) -> Event | None:
+        """What goes into the guest's CPU now: injected by an entry, or delivered by the virtual APIC."""
+        v = self.v
+        if waits_to_go_in(v) or not self._svm or not v.apicv:
+            return v.take()
         # AVIC's targets have the vector in IRR before the doorbell has reached them.
-        vector = self.v.ack() if self._told else None
-        self._told = vector is not None
-        return vector
+        event = v.take() if self._told else None
+        self._told = event is not None
+        return event
 
-    def _interrupt(self, vector: int) -> Guest:
+    def _goes_in(self, event: Event) -> Guest:
+        match event:
+            case Interrupt(vector):
+                yield from self._interrupt(vector, eoi=True)
+            case ExtInt(vector):
+                yield from self._interrupt(vector, eoi=False)
+            case Nmi():
+                masked = ~self.v.rflags & R.RFLAGS_IF
+                yield from self._interrupt(R.VECTOR_NMI, eoi=False)
+                self.v.nmi_masked = False
+                self.v.rflags &= ~masked
+            case Smi():
+                self.v.rsm()
+            case _:
+                if self.sim.strict:
+                    raise GuestError(f"vCPU {self.index}: {event} at {self.sim.env.now:g} ns; no guest starts over")
+
+    def _interrupt(self, vector: int, eoi: bool) -> Guest:
         """Through the gate, the handler, EOI, IRET."""
         sim, v = self.sim, self.v
         v.rflags &= ~R.RFLAGS_IF
@@ -181,7 +184,8 @@ class Interruptible:
         sim.ledger.taken(self, vector)
         yield from self._handle(vector)
         self.check()
-        yield from self._exit("EOI", lambda: v.hw_wrmsr(R.MSR_X2APIC_EOI, 0))
+        if eoi:
+            yield from self._exit("EOI", lambda: v.hw_wrmsr(R.MSR_X2APIC_EOI, 0))
         v.rflags |= R.RFLAGS_IF
 
     def _handle(self, vector: int) -> Guest:

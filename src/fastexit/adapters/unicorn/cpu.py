@@ -19,7 +19,7 @@ from fastexit.adapters.unicorn import hook as H
 from fastexit.adapters.unicorn.fault import DB, UD, Fault
 from fastexit.adapters.unicorn.gate import RF, TF, Event, canonical
 from fastexit.adapters.unicorn.hook import Stop
-from fastexit.adapters.unicorn.interrupts import MARK, WAITS, Interruptible
+from fastexit.adapters.unicorn.interrupts import Interruptible
 from fastexit.adapters.unicorn.state import LONG, SIZE_32
 from fastexit.adapters.unicorn.syscall import syscall, sysenter
 from fastexit.checks import integer
@@ -60,6 +60,7 @@ class UnicornCpu(Interruptible):
     started: bool
     asleep: bool
     poked: bool
+    waits: bool
 
     def __init__(self, host: UnicornHost, index: int) -> None:
         super().__init__(host, index)
@@ -78,7 +79,7 @@ class UnicornCpu(Interruptible):
     @property
     def state(self) -> str:
         """not started, running, halted, or waiting for SIPI."""
-        if self._mem[self._own + L.K_MP_STATE] in WAITS:
+        if self.waits:
             return "waiting for SIPI"
         if not self.started:
             return "not started"
@@ -99,9 +100,9 @@ class UnicornCpu(Interruptible):
             if not canonical(integer(value, name)):
                 raise ValueError(f"{name} {value:#x} is not a canonical address")
         self.long_mode(rip, rsp)
-        if self._mem[self._own + L.K_MP_STATE] != R.MP_RUNNABLE:
+        if self.vcpu.get_mp_state() != R.MP_RUNNABLE:
             self.vcpu.set_mp_state(R.MP_RUNNABLE)
-        self._mem[self._own + L.K_CS] = MARK
+        self.waits = False
         self.started, self.asleep, self.poked = True, False, True
 
     def slice(self, budget: int) -> int:
@@ -281,20 +282,16 @@ class UnicornCpu(Interruptible):
         self.write("RAX", value & _U32)
         self.write("RDX", value >> 32)
 
-    def _at(self, ns: int) -> int:
-        """The vCPU's TSC when the machine's clock is there."""
-        row = L.TSC + self.vcpu.index * L.TSC_STRIDE
-        khz = self._mem[L.H_TSC_KHZ] ^ self._mem[row + L.TSC_RATE]
-        return ns * khz // 1_000_000 + self._mem[row + L.TSC_OFFSET]
-
     def _ticks(self) -> int:
         """What the TSC has counted in this slice, which the machine's clock has not."""
         time, done = self.host.machine.time, self.words[H.COUNT] - self._slice_began
-        return self._at(time + self.host.ns(done)) - self._at(time)
+        row = L.TSC + self.vcpu.index * L.TSC_STRIDE
+        khz = self._mem[L.H_TSC_KHZ] ^ self._mem[row + L.TSC_RATE]
+        return (time + self.host.ns(done)) * khz // 1_000_000 - time * khz // 1_000_000
 
     def tsc(self) -> int:
         """The guest's TSC: the vCPU's at the machine's clock, and what this slice has done since."""
-        return self._at(self.host.machine.time) + self._ticks() & L.NONE
+        return self.vcpu.tsc + self._ticks() & L.NONE
 
     def _rdtsc(self, stop: Stop) -> None:
         rip = self._begin(stop)
@@ -374,7 +371,7 @@ class UnicornCpu(Interruptible):
         outcome = self.vcpu.exit(self._hlt)
         self._end(rip)
         self._after_access(outcome)
-        self.asleep = outcome.user is None and self._mem[self._hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE
+        self.asleep = outcome.user is None and self.vcpu.mode == R.OUTSIDE_GUEST_MODE
 
     def _move_cr8(self, stop: Stop) -> None:
         """MOV to or from CR8, which a TPR shadow makes an access to TPR."""

@@ -1,7 +1,7 @@
 """What an emulated CPU does between two instructions: interrupts, NMIs, INIT and SIPI of its vCPU reach the guest.
 
-A kick is an external-interrupt exit, an opened window an exit of its own, a notification moves PIR to IRR. What
-an entry of the vCPU injects, or APICv delivers, goes through the guest's IDT.
+Vcpu.settle does what the host has to between two instructions, Vcpu.take says what goes in: an interrupt through the
+guest's IDT, a reset by INIT and SIPI. An SMI's handler returns at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fastexit import events
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters.unicorn import hook as H
@@ -18,15 +19,13 @@ from fastexit.adapters.unicorn.fault import ERROR_CODE
 from fastexit.adapters.unicorn.gate import Event, take
 from fastexit.adapters.unicorn.hook import Stop
 from fastexit.outcome import Path
-from fastexit.reasons import SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
     from fastexit.vcpu import Vcpu
 
 WAITS = frozenset({R.MP_UNINITIALIZED, R.MP_INIT_RECEIVED})
-MARK = 0xFFFF
-"""What Vcpu.cs is while the CPU runs; INIT and SIPI write something else."""
+RESET_CS, RESET_IP = 0xF000, 0xFFF0
 
 
 @dataclass
@@ -60,60 +59,54 @@ class Interruptible(Engine):
         self.started: bool = False
         self.asleep: bool = False
         self.poked: bool = True
-        self._mem, self._own, self._hot = host.machine.mem, self.vcpu.own, self.vcpu.hot
-        svm = host.machine.vendor == "svm"
-        self._window = SvmExit.VINTR if svm else VmxExit.INTERRUPT_WINDOW
-        self._nmi_window = SvmExit.IRET if svm else VmxExit.NMI_WINDOW
-        self._interrupt = host.machine.dispatcher.vendor.interrupt_reason
-        self._avic = svm and host.machine.apicv
+        self.waits: bool = self.vcpu.get_mp_state() in WAITS
+        self._mem = host.machine.mem
+        self._avic = host.machine.vendor == "svm" and host.machine.apicv
         self._flags = R.RFLAGS_FIXED
         self._rip = self._irets = 0
         self._nmi_masked = self.vcpu.nmi_masked
 
     def _settle(self) -> bool:
-        """What the vCPU waits for happens; False when the CPU sleeps."""
+        """What the vCPU waits for happens, and what goes in is taken; False when the CPU sleeps."""
         v = self.vcpu
         self._flags = self.read("EFLAGS")
+        self._sync()
         while True:
-            if self._mem[self._own + L.K_CS] != MARK and self._mem[self._own + L.K_MP_STATE] not in WAITS:
-                self._restart()
-            self._sync()
-            mode = self._mem[self._hot + L.HOT_MODE]
-            if mode == R.OUTSIDE_GUEST_MODE:
-                if not self._run():
-                    return False
-            elif mode == R.EXITING_GUEST_MODE:
-                v.exit(self._interrupt)
-            elif v.irq_window and self._takes_interrupts():
-                v.exit(self._window)
-            elif v.nmi_window and not self._nmi_masked and not self.words[H.SHADOW]:
-                v.exit(self._nmi_window)
-            else:
-                v.hw_notify()
-                if not self._deliver():
+            if v.settle():
+                event = v.take()
+                if event is None:
+                    self.asleep = False
                     return True
-
-    def _run(self) -> bool:
-        """KVM_RUN, as often as it returns without an answer; False when the vCPU sleeps."""
-        while not self.vcpu.run():
-            if self.vcpu.exit_reason is None:
+                self._goes_in(event)
+                self._sync()
+            elif v.exit_reason is None:
                 self.asleep = True
                 return False
-        self.asleep = False
-        return True
+
+    def _goes_in(self, event: events.Event) -> None:
+        match event:
+            case events.Interrupt(vector) | events.ExtInt(vector):
+                self._take(vector)
+            case events.Nmi():
+                self._nmi_masked, self._irets = True, self.words[H.IRETS]
+                self._take(R.VECTOR_NMI)
+            case events.Smi():
+                self.vcpu.rsm()
+            case events.Init():
+                self.waits = not self.vcpu.apic_base & R.APICBASE_BSP
+                if not self.waits:  # else SIPI says where
+                    self._restart(RESET_CS, RESET_IP)
+            case events.Sipi(vector):
+                self.waits = False
+                self._restart(vector << 8, 0)
 
     def _sync(self) -> None:
         """The vCPU sees the guest's registers, as an exit would save them."""
-        mem, own = self._mem, self._own
-        mem[own + L.K_RFLAGS] = self._flags
-        mem[own + L.K_SHADOW] = self.words[H.SHADOW]
-        mem[own + L.K_RIP] = self._rip = self.read("RIP")
+        v = self.vcpu
+        v.rflags, v.shadow, self._rip = self._flags, self.words[H.SHADOW], self.read("RIP")
+        v.rip = self._rip
         if self._nmi_masked and self.words[H.IRETS] != self._irets:
-            self._nmi_masked = self.vcpu.nmi_masked = False
-
-    def _takes_interrupts(self) -> bool:
-        """The guest takes interrupts."""
-        return bool(self._flags & R.RFLAGS_IF) and not self.words[H.SHADOW]
+            self._nmi_masked = v.nmi_masked = False
 
     def _armed(self) -> int:
         """Something waits until the guest opens its window."""
@@ -121,34 +114,6 @@ class Interruptible(Engine):
         if v.irq_window or v.nmi_window or self._nmi_masked or self._mem[v.vec + L.VEC_RVI]:
             return 1
         return int(self._avic and v.pending() is not None)
-
-    def _injected(self) -> bool:
-        """What an entry injected goes through the guest's IDT."""
-        done = False
-        if self.vcpu.nmi_masked and not self._nmi_masked:
-            self._nmi_masked, self._irets = True, self.words[H.IRETS]
-            self._take(R.VECTOR_NMI)
-            done = True
-        word = self._own + L.K_INTERRUPT
-        if self._mem[word]:
-            vector, self._mem[word] = self._mem[word] - 1, 0
-            self._take(vector)
-            done = True
-        return done
-
-    def _deliver(self) -> bool:
-        """What the CPU delivers by itself under APICv."""
-        if self._injected():
-            return True
-        if not self._takes_interrupts():
-            return False
-        vector = self.vcpu.hw_deliver()
-        if vector is None and self._avic and self.vcpu.apicv and self.vcpu.pending() is not None:
-            vector = self.vcpu.ack()
-        if vector is None:
-            return False
-        self._take(vector)
-        return True
 
     def _take(self, vector: int) -> None:
         self.counters.taken[vector] += 1
@@ -173,8 +138,7 @@ class Interruptible(Engine):
         self.words[H.SHADOW] = self.words[H.DUE] = 0
         self._flags = self.read("EFLAGS")
 
-    def _restart(self) -> None:
-        """Real mode where SIPI says, or at the reset vector where the boot CPU took an INIT."""
-        self.real_mode(self.vcpu.cs, self.vcpu.rip)
-        self._mem[self._own + L.K_CS] = MARK
+    def _restart(self, selector: int, offset: int) -> None:
+        """Real mode there, everything else as INIT leaves it."""
+        self.real_mode(selector, offset)
         self._flags, self.started, self._nmi_masked = R.RFLAGS_FIXED, True, False
