@@ -101,6 +101,21 @@ def test_pages_for_readers_run(page: Path) -> None:
         exec(block, {})
 
 
+def test_event_loop_is_its_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page shows the example, whose IPIs go round and whose timers tick."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "event-loop.md").read_text(), flags=re.DOTALL)
+    assert (ROOT / "examples" / "event_loop.py").read_text().split('"""\n\n', 1)[1] == block
+    assert len([line for line in block.splitlines() if line]) <= 40
+    scope: dict = {}
+    exec(block, scope)
+    ticks = [(vcpu, ns) for ns, vcpu, vector in scope["taken"] if vector == scope["TICK"]]
+    assert sorted(vcpu for vcpu, _ in ticks) == [vcpu for vcpu in range(16) for _ in range(3)]
+    path = [vcpu for _, vcpu, vector in scope["taken"] if vector == scope["IPI"]]
+    assert path == [(1 + hop) % 16 for hop in range(len(path))]
+    assert len(path) > 500
+    assert "48 ticks" in capsys.readouterr().out
+
+
 def test_make_targets_exist() -> None:
     """Every `make TARGET` that README names is in the Makefile."""
     makefile = (ROOT / "Makefile").read_text()

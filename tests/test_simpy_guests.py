@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -406,3 +408,10 @@ def test_counting_begins_anew() -> None:
     sim = two(sends, computes, handlers={0xFD: lambda cpu, vector: None})
     sim.ledger.clear()
     assert (sim.stats().exits, sim.stats().interrupts, sim.stats().ns) == ((), (), 0)
+
+
+def test_small_example(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "simpy_timers.py"))
+    shown = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert shown["timer"][1] == shown["preemption"][3] == "20"
+    assert int(shown["line"][1]) > 5
