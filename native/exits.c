@@ -62,11 +62,15 @@ static __attribute__((noinline, cold)) void call_hooks(fx_machine *m, const uint
     struct fx_hooks hooks = m->hooks;
     uint16_t list[FX_MAX_VCPUS];
     uint32_t n = words ? list_of(words, vcpu, head, list) : told.n;
+    int paused;
 
     if (!words)
         memcpy(list, told.list, n * sizeof *list);
+    paused = pause_trace(m);
     for (uint32_t i = 0; i < n; i++)
         call_each(&hooks, list[i] >> TARGETS_EFFECT_SHIFT, list[i] & TARGETS_VCPU);
+    if (paused)
+        resume_trace(m);
 }
 
 static inline int32_t put(struct fx_result *out, uint64_t code, uint64_t value, uint32_t vcpu, uint32_t target,
@@ -79,7 +83,24 @@ static inline int32_t put(struct fx_result *out, uint64_t code, uint64_t value, 
     out->vcpu = vcpu;
     out->target = target;
     out->vector = vector;
+    out->cycles_ipi = out->cycles = out->cycles_spent = FX_NO_CYCLES;
     return out->status = status_of(code);
+}
+
+/* Modelled time of a vCPU's last exit, access or KVM_RUN. What an entry waited is counted in ns. */
+static __attribute__((noinline, cold)) void put_cycles(const uint64_t *words, struct fx_result *out, uint32_t vcpu)
+{
+    const uint64_t *row = METER(words, vcpu);
+    uint64_t ns = OWN(words, vcpu)[FX_K_WAITED] - row[FX_METER_WAITED];
+    unsigned __int128 cycles = (unsigned __int128)ns * words[FX_PRICES + FX_PRICE_GHZ];
+    uint32_t rest = (uint32_t)cycles;
+    uint64_t waited = (uint64_t)(cycles >> 32);
+
+    waited += rest > 1u << 31 || (rest == 1u << 31 && waited & 1);
+    out->cycles_ipi = row[FX_METER_IPI];
+    out->cycles_spent = row[FX_METER_SPENT] + waited;
+    if (__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE))
+        out->cycles = out->cycles_spent;
 }
 
 /* The result of a vCPU's exit. */
@@ -89,6 +110,8 @@ static inline int32_t put_exit(fx_machine *m, const uint64_t *words, struct fx_r
     uint64_t head = OWN(words, vcpu)[FX_K_TARGETS];
     int32_t status = put(out, code, value, vcpu, target_of(code, head), vector);
 
+    if (__builtin_expect(words[FX_H_CONFIG] & FX_CONFIG_COSTS, 0))
+        put_cycles(words, out, vcpu);
     if (__builtin_expect(m->hooked && code & CODE_EFFECTS, 0)) /* last: a hook may use this result */
         call_hooks(m, words, vcpu, head);
     return status;

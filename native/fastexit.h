@@ -136,6 +136,7 @@ struct fx_config {
     uint32_t disable_quirks; /* KVM_CAP_DISABLE_QUIRKS */
     uint32_t boot_cpu_id;
     uint32_t hv_features; /* FX_HVF_*: the guest's CPUID, which FX_HYPERV_ENFORCE enforces; 0: all of them */
+    const char *costs;    /* a cost profile's name, or the path of one's TOML file; NULL: no modelled time */
 };
 
 /* Enlightenments in the Hyper-V leaves of the guest's CPUID. */
@@ -189,6 +190,9 @@ enum {
 #define FX_NOBODY 0xFFFFFFFFu  /* nothing to do for anybody */
 #define FX_SEVERAL 0xFFFFFFFEu /* more than one vCPU: targets() has them, each with its effects */
 
+/* fx_result.cycles and its like where there are none */
+#define FX_NO_CYCLES 0xFFFFFFFFFFFFFFFFull
+
 /* What one exit, message or timer came to. */
 struct fx_result {
     uint8_t completion; /* how far the fast handler got */
@@ -203,6 +207,10 @@ struct fx_result {
     uint32_t vcpu;   /* whose exit or timer it was; FX_NOBODY for a message, a line, a chip's work */
     uint32_t target;
     uint32_t vector; /* that the ICR or the message named, sent or not; else 0 */
+    /* Modelled time of an exit, an hw_ access or enter(), under fx_config.costs; FX_NO_CYCLES without, and of all else */
+    uint64_t cycles_ipi;   /* until the IPI has left to its last target; FX_NO_CYCLES without one that anybody accepted */
+    uint64_t cycles;       /* until the guest runs again; FX_NO_CYCLES when it waits, or is back in user space */
+    uint64_t cycles_spent; /* what was charged, whatever came of it */
 };
 
 /* What KVM_EXIT_HYPERV is about. */
@@ -220,6 +228,39 @@ struct fx_hv_exit {
     uint32_t system_event; /* KVM_SYSTEM_EVENT_* of the last KVM_EXIT_SYSTEM_EVENT: 2 reset, 3 crash; 0: none */
     uint32_t reserved;
 };
+
+/* What goes into a guest's CPU. */
+enum {
+    FX_EVENT_INTERRUPT = 1, /* of the local APIC */
+    FX_EVENT_EXTINT = 2,    /* of the PIC, or by interrupt(): the APIC has no part in it, and gets no EOI */
+    FX_EVENT_NMI = 3,       /* until the guest's IRET, which clears fx_cpu.nmi_masked, the next one waits */
+    FX_EVENT_SMI = 4,       /* the CPU enters SMM; rsm() is the way back */
+    FX_EVENT_INIT = 5,
+    FX_EVENT_SIPI = 6       /* real mode at vector times 0x1000 */
+};
+
+struct fx_event {
+    uint32_t kind; /* FX_EVENT_* */
+    uint32_t vector;
+};
+
+/* fx_trace.context: what its vCPU's thread may not be interrupted by. */
+enum {
+    FX_IRQS_OFF = 1,
+    FX_PREEMPT_OFF = 2
+};
+
+/* One tracepoint of KVM's, with its fields. */
+struct fx_trace {
+    uint32_t event;   /* FX_TP_* */
+    uint32_t vcpu;    /* FX_NOBODY: the host's */
+    uint32_t context; /* FX_IRQS_OFF | ... */
+    uint32_t reserved;
+    uint64_t args[7]; /* in the event's order; trace_text() prints them */
+};
+
+/* Called with each record, in order, by the thread whose call has made it; set_trace() says when. */
+typedef void (*fx_tracer)(void *context, const struct fx_trace *record);
 
 /* A vCPU, and what the host has to do for it. */
 struct fx_target {
@@ -297,6 +338,10 @@ struct fx_cpu {
     uint32_t mode;     /* 0 outside the guest, 1 in it, 2 told to leave it */
     uint32_t injected; /* vector + 1 of the interrupt that an entry injected last, or 0 */
     uint32_t exited;   /* KVM_EXIT_* + 1 of the last return of KVM_RUN, 0 while it runs */
+    uint32_t nmi_masked; /* set, too: 1 from an NMI's delivery to its IRET */
+    uint32_t real_mode;  /* set, too: CR0.PE is clear, so exceptions have no error code; FX_BOOT_X2APIC clears it */
+    uint32_t smm;        /* 1 in SMM */
+    uint32_t cr8;        /* TPR[7:4]; hw_cr8() is how the guest writes it */
 };
 
 /* The calls. Set size and abi; fx_open fills in the rest, as far as size goes. */
@@ -335,7 +380,8 @@ struct fx_ops {
     int32_t (*ack)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
     int32_t (*eoi)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
 
-    /* RIP, RFLAGS and interrupt shadow are set, all fields read. FX_E_RANGE: a shadow that is none. [vcpu] */
+    /* RIP, RFLAGS, interrupt shadow, NMI mask and real mode are set, all fields read. FX_E_RANGE: a shadow that is none,
+     * a mask or mode that is neither 0 nor 1. [vcpu] */
     int32_t (*get_cpu)(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu);
     int32_t (*set_cpu)(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu);
 
@@ -467,6 +513,31 @@ struct fx_ops {
     /* Virtual-interrupt delivery by the CPU (VMX with APICv), if the guest runs and takes any: FX_OK and the vector, or
      * FX_NOTHING. [vcpu] */
     int32_t (*hw_deliver)(fx_machine *m, uint32_t vcpu, uint32_t *vector);
+    /* MOV to CR8, as the other accesses. FX_GP for more than 15. [vcpu] */
+    int32_t (*hw_cr8)(fx_machine *m, uint32_t vcpu, uint64_t value, struct fx_result *result);
+
+    /* For a host that has a CPU of its own, and keeps RFLAGS, shadow and NMI mask by set_cpu():
+     *     while ((status = fx.settle(m, v, &result)) == FX_MORE) whom result.effects are for is told;
+     *     status FX_OK: while (fx.take(m, v, &event) == FX_OK) the CPU takes it; then it runs.
+     * settle() does one thing that happens between two guest instructions: KVM_RUN where the vCPU is outside, the exit of
+     * a kick, of an interrupt or NMI window that is open. FX_MORE: it did, and result says what came of it. FX_OK: nothing
+     * is left, notifications have been taken. FX_BLOCKED, FX_USER: as enter(). [vcpu] */
+    int32_t (*settle)(fx_machine *m, uint32_t vcpu, struct fx_result *result);
+    /* What goes into the guest's CPU next, once: what entries have injected, in order (five are remembered), then what
+     * virtual-interrupt delivery or AVIC delivers, if the guest takes interrupts now. FX_NOTHING: no more. [vcpu] */
+    int32_t (*take)(fx_machine *m, uint32_t vcpu, struct fx_event *event);
+
+    /* Modelled time from now on, see fx_config.costs; NULL: none. FX_E_RANGE and fx_last_error() say what is wrong with a
+     * table. No snapshot has it, so a restored machine begins without. [alone] [python] */
+    int32_t (*set_costs)(fx_machine *m, const char *costs);
+
+    /* Each tracepoint of every call goes to trace, before the call returns and before its hooks are called; NULL: tracing
+     * ends. Calls of this machine then wait for each other, so trace makes none, but for trace_text(). Of a call that has
+     * more than FX_TRACE_CAPACITY records, the rest is lost. Costs nothing while off. In no snapshot. [alone] */
+    int32_t (*set_trace)(fx_machine *m, fx_tracer trace, void *context);
+    /* A record as ftrace prints it after the time stamp, in the text of the machine's kernel: Python's m.trace.lines().
+     * FX_NOTHING: that kernel has no such line. FX_E_SIZE: it does not fit. [any] [python] */
+    int32_t (*trace_text)(fx_machine *m, const struct fx_trace *record, char *line, uint64_t size);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */
@@ -496,12 +567,14 @@ uint32_t fx_abi_version(void);
 FX_SAME_SIZE(fx_pid, 64);
 FX_SAME_SIZE(fx_exit, 32);
 FX_SAME_SIZE(fx_outcome, 16);
-FX_SAME_SIZE(fx_config, 72);
-FX_SAME_SIZE(fx_result, 32);
+FX_SAME_SIZE(fx_config, 80);
+FX_SAME_SIZE(fx_result, 56);
 FX_SAME_SIZE(fx_hv_exit, 40);
 FX_SAME_SIZE(fx_target, 8);
 FX_SAME_SIZE(fx_route, 24);
-FX_SAME_SIZE(fx_cpu, 40);
+FX_SAME_SIZE(fx_event, 8);
+FX_SAME_SIZE(fx_trace, 72);
+FX_SAME_SIZE(fx_cpu, 56);
 #undef FX_SAME_SIZE
 
 #ifdef __cplusplus

@@ -31,6 +31,8 @@ using Target = struct ::fx_target;
 using Cpu = struct ::fx_cpu;
 using Region = struct ::fx_region;
 using Route = struct ::fx_route;
+using Event = struct ::fx_event;
+using Trace = struct ::fx_trace;
 
 /* What a call came to: true is FX_OK. */
 class [[nodiscard]] Status {
@@ -57,6 +59,7 @@ struct Config : fx_config {
     Config &flags(uint32_t bits) noexcept { return fx_config::flags |= bits, *this; }
     Config &vendor(uint32_t number) noexcept { return fx_config::vendor = number, *this; }
     Config &kernel(uint32_t number) noexcept { return fx_config::kernel = number, *this; }
+    Config &costs(const char *profile) noexcept { return fx_config::costs = profile, *this; }
 };
 
 /* struct fx_hooks for an object with any of notify(vcpu), wake(vcpu), kick(vcpu) and doorbell(vcpu), which outlives the
@@ -360,6 +363,27 @@ public:
     [[nodiscard]] Status hw_deliver(uint32_t vcpu, uint32_t &vector) noexcept
     {
         return Status{fx_hw_deliver(m, vcpu, &vector)};
+    }
+    [[nodiscard]] Status hw_cr8(uint32_t vcpu, uint64_t value, Result &result) noexcept
+    {
+        return Status{fx_hw_cr8(m, vcpu, value, &result)};
+    }
+    [[nodiscard]] Status settle(uint32_t vcpu, Result &result) noexcept
+    {
+        return Status{fx_settle(m, vcpu, &result)};
+    }
+    [[nodiscard]] Status take(uint32_t vcpu, struct fx_event &event) noexcept
+    {
+        return Status{fx_take(m, vcpu, &event)};
+    }
+    [[nodiscard]] Status set_costs(const char *costs) noexcept { return Status{fx_set_costs(m, costs)}; }
+    [[nodiscard]] Status set_trace(fx_tracer trace, void *context) noexcept
+    {
+        return Status{fx_set_trace(m, trace, context)};
+    }
+    [[nodiscard]] Status trace_text(const struct fx_trace &record, char *line, uint64_t size) noexcept
+    {
+        return Status{fx_trace_text(m, &record, line, size)};
     }
     // calls:end
 

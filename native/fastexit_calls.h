@@ -77,6 +77,12 @@ int32_t fx_hw_mmio_write(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t
                          struct fx_result *result);
 int32_t fx_hw_mmio_read(fx_machine *m, uint32_t vcpu, uint32_t offset, uint32_t length, struct fx_result *result);
 int32_t fx_hw_deliver(fx_machine *m, uint32_t vcpu, uint32_t *vector);
+int32_t fx_hw_cr8(fx_machine *m, uint32_t vcpu, uint64_t value, struct fx_result *result);
+int32_t fx_settle(fx_machine *m, uint32_t vcpu, struct fx_result *result);
+int32_t fx_take(fx_machine *m, uint32_t vcpu, struct fx_event *event);
+int32_t fx_set_costs(fx_machine *m, const char *costs);
+int32_t fx_set_trace(fx_machine *m, fx_tracer trace, void *context);
+int32_t fx_trace_text(fx_machine *m, const struct fx_trace *record, char *line, uint64_t size);
 /* cffi:end */
 
 #ifdef __GNUC__

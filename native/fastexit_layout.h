@@ -12,7 +12,7 @@
 
 /* cffi:begin */
 enum {
-    FX_ABI_VERSION = 6,
+    FX_ABI_VERSION = 7,
     FX_MAX_VCPUS = 4096,
     FX_HOT = 12288,
     FX_HOT_STRIDE = 16
@@ -23,6 +23,7 @@ enum {
     FX_H_CONFIG = 3,   /* owner */
     FX_H_API = 5,      /* owner */
     FX_H_NVCPUS = 6,   /* owner */
+    FX_H_TRACE_HEAD = 13, /* remote */
     FX_H_NOW = 16,     /* owner */
     FX_H_TSC_KHZ = 17, /* owner */
     FX_H_GUEST_MEMORY = 42, /* owner; in no snapshot, as the next */
@@ -48,6 +49,10 @@ enum {
     FX_K_RFLAGS = 9,
     FX_K_SHADOW = 11,
     FX_K_TARGETS = 13,
+    FX_K_NMI_MASKED = 19,
+    FX_K_IRQ_WINDOW = 28,
+    FX_K_WAITED = 49,
+    FX_K_NMI_WINDOW = 65,
     FX_K_INTERRUPT = 39,
     FX_K_CS = 26,
     FX_K_MSR_DATA = 27,
@@ -57,6 +62,9 @@ enum {
     FX_K_HFLAGS = 53,
     FX_K_USER_EXIT = 80,
     FX_K_ISR = 88,
+    FX_TRACE = 1034240,
+    FX_TRACE_STRIDE = 8,
+    FX_TRACE_CAPACITY = 131072,
     FX_TARGETS = 2082816, /* a sender's own row */
     FX_TARGETS_STRIDE = 1024,
     FX_HOST = 4096, /* behind the vCPUs' rows: the host's, when it sends itself */
@@ -93,13 +101,21 @@ enum {
     FX_RESAMPLER_SIGNALS = 1, /* remote */
     FX_IRQ = 6699890,
     FX_IRQ_STRIDE = 4,
+    FX_IRQ_WENT_IN = 3,
     FX_TSC = 6716274,
     FX_TSC_STRIDE = 4,
     FX_TSC_LAST_NSEC = 6732658,
     FX_TSC_WORDS = 8,
     FX_HOST_TIMERS = 8,
     FX_HOST_WORK_PIT = 9,
-    FX_WORDS = 6732800
+    FX_PRICES = 6732800, /* from here on in no snapshot */
+    FX_PRICE_GHZ = 63,
+    FX_METER = 6732864,
+    FX_METER_STRIDE = 16,
+    FX_METER_SPENT = 0,
+    FX_METER_IPI = 1,
+    FX_METER_WAITED = 2,
+    FX_WORDS = 6798848
 };
 
 enum {
@@ -107,10 +123,64 @@ enum {
     FX_CONFIG_APICV = 2,
     FX_CONFIG_THREADS = 4,
     FX_CONFIG_SPLIT_IRQCHIP = 8,
+    FX_CONFIG_TRACE = 2048,
     FX_CONFIG_KVM_HYPERV = 1048576,
+    FX_CONFIG_COSTS = 8388608,
     FX_FLAG_X2APIC = 2,
     FX_FLAG_APICV = 8,
-    FX_HF_REAL_MODE = 16 /* of FX_K_HFLAGS */
+    FX_HF_SMM = 1, /* of FX_K_HFLAGS */
+    FX_HF_REAL_MODE = 16
+};
+
+/* fx_trace.event: KVM's tracepoints. Numbers never change. */
+enum {
+    FX_TP_ENTRY = 1,
+    FX_TP_EXIT = 2,
+    FX_TP_MSR_READ = 3,
+    FX_TP_MSR_WRITE = 4,
+    FX_TP_APIC_READ = 5,
+    FX_TP_APIC_WRITE = 6,
+    FX_TP_APIC_IPI = 7,
+    FX_TP_ACCEPT_IRQ = 8,
+    FX_TP_APICV_ACCEPT_IRQ = 9,
+    FX_TP_EOI = 10,
+    FX_TP_MSI_SET_IRQ = 11,
+    FX_TP_INJ_VIRQ = 12,
+    FX_TP_PV_EOI = 13,
+    FX_TP_FAST_MMIO = 14,
+    FX_TP_HV_TIMER_STATE = 15,
+    FX_TP_WAIT_LAPIC_EXPIRE = 16,
+    FX_TP_APICV_INHIBIT_CHANGED = 17,
+    FX_TP_AVIC_INCOMPLETE_IPI = 18,
+    FX_TP_AVIC_DOORBELL = 19,
+    FX_TP_AVIC_KICK_VCPU_SLOWPATH = 20,
+    FX_TP_USERSPACE_EXIT = 21,
+    FX_TP_PI_IRTE_UPDATE = 22,
+    FX_TP_INJ_EXCEPTION = 23,
+    FX_TP_HV_HYPERCALL = 24,
+    FX_TP_HV_HYPERCALL_DONE = 25,
+    FX_TP_HV_SEND_IPI = 26,
+    FX_TP_HV_SEND_IPI_EX = 27,
+    FX_TP_HV_FLUSH_TLB = 28,
+    FX_TP_HV_FLUSH_TLB_EX = 29,
+    FX_TP_HV_NOTIFY_ACKED_SINT = 30,
+    FX_TP_HV_SYNIC_SET_IRQ = 31,
+    FX_TP_HV_SYNIC_SEND_EOI = 32,
+    FX_TP_HV_SYNIC_SET_MSR = 33,
+    FX_TP_HV_STIMER_SET_CONFIG = 34,
+    FX_TP_HV_STIMER_SET_COUNT = 35,
+    FX_TP_HV_STIMER_START_PERIODIC = 36,
+    FX_TP_HV_STIMER_START_ONE_SHOT = 37,
+    FX_TP_HV_STIMER_CALLBACK = 38,
+    FX_TP_HV_STIMER_CLEANUP = 39,
+    FX_TP_HV_STIMER_EXPIRATION = 40,
+    FX_TP_SET_IRQ = 41,
+    FX_TP_HYPERCALL = 42,
+    FX_TP_IOAPIC_SET_IRQ = 43,
+    FX_TP_IOAPIC_DELAYED_EOI_INJ = 44,
+    FX_TP_PIC_SET_IRQ = 45,
+    FX_TP_ACK_IRQ = 46,
+    FX_TP_PIO = 47
 };
 
 /* Words of a hot row behind the descriptor. Remote: any thread may write it, with atomics only. */

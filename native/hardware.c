@@ -4,7 +4,7 @@
 #include "shim.h"
 
 /* The numbers of kernels/instruction.py. */
-enum { HW_WRMSR, HW_RDMSR, HW_MMIO_WRITE, HW_MMIO_READ };
+enum { HW_WRMSR, HW_RDMSR, HW_MMIO_WRITE, HW_MMIO_READ, HW_CR8 };
 
 static int32_t executed(fx_machine *m, uint32_t vcpu, uint32_t access, uint64_t where, uint32_t length, uint64_t value,
                         uint32_t vector, struct fx_result *out)
@@ -67,6 +67,11 @@ static inline int32_t vector_by(uint64_t (*kernel)(uint64_t, uint64_t), fx_machi
         return FX_NOTHING;
     *vector = (uint32_t)found;
     return FX_OK;
+}
+
+static int32_t op_hw_cr8(fx_machine *m, uint32_t vcpu, uint64_t value, struct fx_result *out)
+{
+    return executed(m, vcpu, HW_CR8, 0, 0, value, 0, out);
 }
 
 static int32_t op_hw_deliver(fx_machine *m, uint32_t vcpu, uint32_t *vector)

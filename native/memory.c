@@ -35,7 +35,7 @@ static uint32_t crc32_of(const unsigned char *bytes, uint64_t n)
 
 static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t *needed)
 {
-    uint64_t *words = words_of(m), n, bytes = 0;
+    uint64_t *words = words_of(m), n, bytes = 0, config;
     struct head head = { MAGIC, FX_ABI_VERSION, 0, 0, 0 };
     unsigned char *at = buffer;
 
@@ -75,6 +75,9 @@ static int32_t op_snapshot(fx_machine *m, void *buffer, uint64_t size, uint64_t 
         at += rows[i].words * 8;
     }
     at = (unsigned char *)buffer + sizeof head; /* nor is the guest's memory */
+    memcpy(&config, at + FX_H_CONFIG * 8, 8); /* nor prices, nor the tracer */
+    config &= ~(uint64_t)(FX_CONFIG_COSTS | (tracers[m - machines].call ? FX_CONFIG_TRACE : 0));
+    memcpy(at + FX_H_CONFIG * 8, &config, 8);
     memset(at + FX_H_GUEST_MEMORY * 8, 0, 8);
     memset(at + FX_H_GUEST_BYTES * 8, 0, 8);
     head.vcpus = (uint32_t)n;

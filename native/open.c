@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #include "shim.h"
 
+static const struct fx_ops calls; /* calls.c */
+
 /* ------------------------------------------------------------------------------------------------ structs that grow */
 
 /* What size and abi say that a struct of the host's has, from its first version on. */
@@ -88,6 +90,7 @@ static fx_machine *take_place(void)
 
 static void give_back(fx_machine *m, uint64_t *words)
 {
+    set_tracer(m, NULL, NULL);
     if (words)
         munmap(words, BYTES);
     __atomic_store_n(&m->taken, 0, __ATOMIC_RELEASE);
@@ -141,6 +144,7 @@ static int32_t make(const struct fx_config *config, const void *snapshot, uint64
         give_back(m, words);
         return fail(status, quiet, "%s", *why ? why : fx_strerror(status));
     }
+    words[FX_H_CONFIG] &= ~(uint64_t)FX_CONFIG_TRACE; /* which Python had on; here nobody would read it */
     m->hooks = *hooks;
     m->hooked = hooks->notify || hooks->wake || hooks->kick || hooks->doorbell;
     __atomic_store_n(&m->words, words, __ATOMIC_RELEASE);
@@ -173,6 +177,21 @@ CFFI_DLLEXPORT int32_t fx_open(const struct fx_config *config, const struct fx_h
     if (status == FX_OK && ops)
         give_calls(ops);
     return status;
+}
+
+static int32_t op_set_costs(fx_machine *m, const char *costs)
+{
+    uint64_t *words = words_of(m);
+    char why[400] = "";
+    int32_t status;
+
+    last_error[0] = 0;
+    if (!words)
+        return refuse(m);
+    status = start(1);
+    if (status == FX_OK)
+        status = fxp_costs(words, costs, why, sizeof why);
+    return status == FX_OK ? FX_OK : fail(status, 1, "%s", *why ? why : fx_strerror(status));
 }
 
 /* Python copies as many bytes as the host says; no more may be read than the snapshot itself says that it has. */

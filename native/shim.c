@@ -63,11 +63,14 @@ CFFI_DLLEXPORT const char *fx_strerror(int32_t status)
     return "unknown status";
 }
 
+static int32_t start(int quiet);
+
+#include "trace.c"
 #include "exits.c"
 #include "hardware.c"
 #include "vcpu.c"
 #include "chips.c"
 #include "memory.c"
 #include "python.c"
-#include "calls.c"
 #include "open.c"
+#include "calls.c"

@@ -16,6 +16,9 @@ enum {
     FXP_MSR_X2APIC_ICR = 0x830,
     FXP_MSR_HV_ICR = 0x40000071,
     FXP_APIC_ICR = 0x300,
+    FXP_APIC_TASKPRI = 0x80,
+    FXP_RFLAGS_IF = 0x200,
+    FXP_REQ_EVENT = 0x4000,
     FXP_LAPIC_PAGE_BYTES = 0x400,
     FXP_APIC_PAGE_BYTES = 0x1000,
     FXP_PIT_STATE_BYTES = 72,
@@ -79,6 +82,8 @@ struct fxp_table {
     uint64_t (*door_access)(uint64_t handle, uint64_t v, uint64_t access, uint64_t where, uint64_t length,
                             uint64_t value);
     uint64_t (*deliver_pending)(uint64_t handle, uint64_t v);
+    uint64_t (*door_window)(uint64_t handle, uint64_t v, uint64_t nmi);
+    uint64_t (*take_event)(uint64_t handle, uint64_t v);
 };
 /* cffi:end */
 
@@ -86,6 +91,8 @@ struct fxp_table {
 CFFI_DLLEXPORT int32_t fxp_start(struct fxp_table *table, char *line, uint32_t room);
 CFFI_DLLEXPORT int32_t fxp_header(const struct fx_config *config, uint64_t *words, char *line, uint32_t room);
 CFFI_DLLEXPORT int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *words, char *line, uint32_t room);
+CFFI_DLLEXPORT int32_t fxp_costs(uint64_t *words, const char *costs, char *line, uint32_t room);
+CFFI_DLLEXPORT int32_t fxp_text(uint64_t *words, const struct fx_trace *record, char *line, uint32_t room);
 
 #define NONE UINT64_MAX
 #define MMIO_WRITE (1u << 31)
@@ -107,6 +114,7 @@ CFFI_DLLEXPORT int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *wor
 
 #define HOT(words, v) ((words) + FX_HOT + (uint64_t)(v)*FX_HOT_STRIDE)
 #define OWN(words, v) ((words) + FX_KVM + (uint64_t)(v)*FX_KVM_STRIDE)
+#define METER(words, v) ((words) + FX_METER + (uint64_t)(v)*FX_METER_STRIDE)
 #define HV(words, v) ((words) + FX_HV + (uint64_t)(v)*FX_HV_STRIDE)
 
 struct fx_machine {

@@ -38,6 +38,10 @@ static int32_t op_get_cpu(fx_machine *m, uint32_t vcpu, struct fx_cpu *cpu)
         .mode = (uint32_t)__atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE),
         .injected = (uint32_t)own[FX_K_INTERRUPT],
         .exited = (uint32_t)own[FX_K_USER_EXIT],
+        .nmi_masked = !!own[FX_K_NMI_MASKED],
+        .real_mode = !!(own[FX_K_HFLAGS] & FX_HF_REAL_MODE),
+        .smm = !!(own[FX_K_HFLAGS] & FX_HF_SMM),
+        .cr8 = words[FX_PAGE + (uint64_t)vcpu * FX_PAGE_STRIDE + FXP_APIC_TASKPRI / 8] >> 4 & 0xf,
     };
     return FX_OK;
 }
@@ -50,12 +54,16 @@ static int32_t op_set_cpu(fx_machine *m, uint32_t vcpu, const struct fx_cpu *cpu
         return refuse(m);
     if (vcpu >= words[FX_H_NVCPUS])
         return FX_E_VCPU;
-    if (cpu->shadow > 3)
+    if (cpu->shadow > 3 || cpu->nmi_masked > 1 || cpu->real_mode > 1)
         return FX_E_RANGE;
     own = OWN(words, vcpu);
     own[FX_K_RIP] = cpu->rip;
     own[FX_K_RFLAGS] = cpu->rflags;
     own[FX_K_SHADOW] = cpu->shadow;
+    if (own[FX_K_NMI_MASKED] && !cpu->nmi_masked && (is_svm(words) || own[FX_K_NMI_WINDOW])) /* an IRET: look again */
+        __atomic_fetch_or(&HOT(words, vcpu)[FX_HOT_REQUESTS], FXP_REQ_EVENT, __ATOMIC_SEQ_CST);
+    own[FX_K_NMI_MASKED] = cpu->nmi_masked;
+    own[FX_K_HFLAGS] = (own[FX_K_HFLAGS] & ~(uint64_t)FX_HF_REAL_MODE) | (cpu->real_mode ? FX_HF_REAL_MODE : 0);
     return FX_OK;
 }
 
@@ -83,6 +91,79 @@ static int32_t op_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
         return FX_NOTHING;
     exit = (struct fx_exit){ vcpu, is_svm(words) ? FXP_SVM_INTERRUPT : FXP_VMX_EXTERNAL_INTERRUPT, 0, 0, 0, 0 };
     return one(m, words, &exit, out);
+}
+
+/* Whether the guest's CPU takes maskable interrupts now. */
+static int takes_interrupts(const uint64_t *own)
+{
+    return own[FX_K_RFLAGS] & FXP_RFLAGS_IF && !own[FX_K_SHADOW];
+}
+
+static uint64_t *went_in(uint64_t *words, uint32_t vcpu)
+{
+    return words + FX_IRQ + (uint64_t)vcpu * FX_IRQ_STRIDE + FX_IRQ_WENT_IN;
+}
+
+/* What happened between two instructions is told, and there may be more. */
+static int32_t more(struct fx_result *out, int32_t status)
+{
+    return status < 0 || status == FX_UNHANDLED ? status : (out->status = FX_MORE);
+}
+
+static int32_t op_settle(fx_machine *m, uint32_t vcpu, struct fx_result *out)
+{
+    uint64_t *words = words_of(m), *own, mode, code;
+    int32_t status;
+
+    if (!words || !out)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    own = OWN(words, vcpu);
+    mode = __atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE);
+    if (*went_in(words, vcpu))
+        return put(out, 0, 0, vcpu, FX_NOBODY, 0);
+    if (!mode) {
+        status = op_enter(m, vcpu, out);
+        return status > 0 && !*went_in(words, vcpu) ? status : more(out, status);
+    }
+    if (mode == 2) /* told to leave */
+        return more(out, op_reenter(m, vcpu, out));
+    if (own[FX_K_IRQ_WINDOW] && takes_interrupts(own)) {
+        code = table.door_window(handle(words), vcpu, 0);
+    } else if (own[FX_K_NMI_WINDOW] && !own[FX_K_NMI_MASKED] && !own[FX_K_SHADOW]) {
+        code = table.door_window(handle(words), vcpu, 1);
+    } else {
+        table.process_notification(handle(words), vcpu);
+        return put(out, 0, 0, vcpu, FX_NOBODY, 0);
+    }
+    if (code == NONE)
+        return FX_UNHANDLED;
+    return more(out, put_exit(m, words, out, code, 0, vcpu, 0));
+}
+
+static int32_t op_take(fx_machine *m, uint32_t vcpu, struct fx_event *event)
+{
+    uint64_t *words = words_of(m), word, *own;
+
+    if (!words || !event)
+        return refuse(m);
+    if (vcpu >= words[FX_H_NVCPUS])
+        return FX_E_VCPU;
+    own = OWN(words, vcpu);
+    word = table.take_event(handle(words), vcpu);
+    if (!word) {
+        uint64_t runs = __atomic_load_n(&HOT(words, vcpu)[FX_HOT_MODE], __ATOMIC_ACQUIRE);
+
+        if (!runs || !(HOT(words, vcpu)[FX_HOT_FLAGS] & FX_FLAG_APICV) || !takes_interrupts(own))
+            return FX_NOTHING;
+        word = (is_svm(words) ? table.ack : table.deliver_pending)(handle(words), vcpu);
+        if (word == NONE)
+            return FX_NOTHING;
+        word |= FX_EVENT_INTERRUPT << 8;
+    }
+    *event = (struct fx_event){ (uint32_t)(word >> 8), word & 0xff };
+    return FX_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------- user space's ioctls */
@@ -304,8 +385,11 @@ static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results
         put(out, code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
         if (m->hooked && out->effects) { /* for its own vCPU, and in no list */
             struct fx_hooks hooks = m->hooks;
+            int paused = pause_trace(m);
 
             call_each(&hooks, out->effects, (uint32_t)v);
+            if (paused)
+                resume_trace(m);
         }
     }
     for (v = 0; (v = table.hv_timer_exit(handle(words), v)) != NONE;) {

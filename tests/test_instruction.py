@@ -121,3 +121,45 @@ def test_l2_and_replaced_handlers_are_left_alone() -> None:
     before = m.snapshot()
     assert load("door_access")(m.handle, 0, HW_WRMSR, 0x830, 0, 0x41) == (1 << 64) - 1
     assert m.snapshot() == before
+
+
+@pytest.mark.parametrize("options", MACHINES, ids=lambda options: "-".join(map(str, options.values())))
+def test_windows_and_cr8(options: dict[str, Any]) -> None:
+    """MOV to CR8, and the exits of windows that have opened: equal outcomes, trace lines and memory."""
+    rng = random.Random(str(options))
+    pair = [fx.Machine(vcpus=2, **options) for _ in range(2)]
+    windows = set()
+    for m in pair:
+        m.boot_x2apic()
+        m.trace.enable()
+    for step in range(200):
+        index, kind, value = rng.randrange(2), rng.random(), rng.randrange(17)
+        vector = rng.choice([0x31, 0x91, 0xE1])
+        said: list[object] = []
+        for m, python in zip(pair, (True, False), strict=True):
+            v = m.vcpus[index]
+            vendor = m.dispatcher.vendor
+            if kind < 0.3 and python:
+                said.append(m.hardware.move_to_cr8(v, value))
+            elif kind < 0.3:
+                said.append(load("door_access")(m.handle, index, 4, 0, 0, value))
+            elif kind < 0.5 and (v.irq_window or v.nmi_window):
+                nmi = v.nmi_window
+                windows.add(nmi)
+                reason = vendor.nmi_window_reason if nmi else vendor.window_reason
+                code = 0 if python else load("door_window")(m.handle, index, int(nmi))
+                said.append(v.exit(reason) if python else OUTCOMES[code])
+            elif kind < 0.6:
+                v.nmi()
+            elif kind < 0.7:
+                v.rflags ^= R.RFLAGS_IF
+            elif kind < 0.75:
+                v.nmi_masked = False
+            elif kind < 0.9:
+                m.signal_msi(0xFEE0_0000 | index << 12, vector)
+            else:
+                v.wrmsr(0x80B, 0)
+        assert not said or said[0] == said[1], (step, kind)
+        assert pair[0].snapshot() == pair[1].snapshot(), (step, kind)
+    assert pair[0].trace.lines() == pair[1].trace.lines()
+    assert windows

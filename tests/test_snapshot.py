@@ -226,6 +226,22 @@ def test_earlier_abi_version(abi: int) -> None:
     refuses(HEAD.pack(magic, abi, n, zlib.crc32(body), length + 8) + body, "snapshot is damaged: its size")
 
 
+def test_abi_version_6() -> None:
+    """It had the same words in its snapshots; routes of its own stay."""
+    m = fx.Machine(vcpus=2)
+    m.set_gsi_routing([("ioapic", 3, 3), ("msi", 30, 0xFEE0_1000, 0x41)])
+    data = m.snapshot()
+    magic, _, n, _, length = HEAD.unpack_from(data)
+    body = np.frombuffer(data, dtype=np.uint64, offset=HEAD.size).copy()
+
+    def of(words: int) -> bytes:
+        body[L.H_ABI], body[L.H_WORDS] = 6, words
+        return HEAD.pack(magic, 6, n, zlib.crc32(body.tobytes()), length) + body.tobytes()
+
+    assert fx.Machine.restore(of(6_732_800)).snapshot() == data
+    refuses(of(L.WORDS), "snapshot is damaged: its header")
+
+
 def test_whose_eois_an_earlier_version_was_told() -> None:
     """What the embedder had said of user space's IOAPIC stays; the pin of the RTC is no word of his."""
     first = kvm_word(4, L.K_IOAPIC_HANDLED)

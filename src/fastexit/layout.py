@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x5449_5845_5453_4146  # "FASTEXIT"
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_VCPUS = 4096  # no more than bytes in a page: an index fits the low bits of an aligned address
 MAX_VCPU_ID = 4095
 NONE = (1 << 64) - 1
@@ -101,6 +101,7 @@ CONFIG_RETPOLINE = 1 << 19
 CONFIG_KVM_HYPERV = 1 << 20
 CONFIG_HYPERV = 1 << 21
 CONFIG_HYPERV_ENFORCE = 1 << 22
+CONFIG_COSTS = 1 << 23  # the compiled loop adds up prices; in no snapshot
 
 # ------------------------------------------------------------------ APIC map: two copies, the writer fills the idle one
 MAP_PRESENT = 0  # 0: the map was dropped, every delivery takes the slow scan
@@ -531,7 +532,71 @@ TSC_CURRENT = TSC_LAST_NSEC + 3  # cur_tsc_offset, the offset of those that are 
 TSC_USER = TSC_LAST_NSEC + 4  # user_set_tsc
 TSC_WORDS = 8
 
-WORDS = -(-(TSC_LAST_NSEC + TSC_WORDS) // 512) * 512
+# ------------------------- modelled time of the compiled loop; in no snapshot, and nothing without CONFIG_COSTS
+PRICES = -(-(TSC_LAST_NSEC + TSC_WORDS) // 512) * 512
+"""Cycles of what the loop charges in one piece: a stage of a cost profile or several, calls through pointers included.
+"""
+P_EXIT = 0
+P_FAST_CHECK = 1
+P_SRCU_LOCK = 2
+P_SRCU_UNLOCK = 3
+P_REENTER = 4
+P_LEAVE = 5
+P_HOST_IRQ = 6
+P_BACK = 7
+P_EXIT_CHECKS = 8
+P_SKIP = 9
+P_DISPATCH_DIRECT = 10
+P_DISPATCH_INDIRECT = 11
+P_LOOP_TAIL = 12
+P_REQUESTS = 13
+P_EVENT_CHECK = 14
+P_CR8_INTERCEPT = 15
+P_INJECT = 16
+P_SWITCH = 17
+P_SYNC_PIR = 18
+P_ENTRY = 19
+P_BLOCK = 20
+P_USER_EXIT = 21
+P_MSR_ACCESS = 22
+P_LAPIC_ACCESS = 23
+P_DEVICE = 24
+P_IOAPIC_EOI = 25
+P_ICR = 26
+P_ACCEPT = 27
+P_TIMER = 28
+P_PREEMPTION_TIMER = 29
+P_HRTIMER = 30
+P_EMULATOR = 31
+P_HALT = 32
+P_HYPERCALL = 33
+P_HV_HYPERCALL = 34
+P_HV_TARGET = 35
+P_GUEST_MEMORY = 36
+P_NOTIFY = 37
+P_KICK = 38
+P_WAKE = 39
+P_DOORBELL = 40
+P_HW_ACCESS = 41
+P_HW_IPI = 42
+P_OTHER_EXIT = 43
+PRICE_GHZ = 63  # cycles a nanosecond, times 2**32
+PRICE_WORDS = 64
+
+METER = PRICES + PRICE_WORDS
+"""A row a vCPU, which its thread alone writes: what its exit has cost so far, and what a handler has done."""
+METER_STRIDE = 16
+METER_SPENT = 0
+METER_IPI = 1  # cycles until its IPI had left to the last target, or NONE
+METER_WAITED = 2  # K_WAITED as it was in front of the exit
+METER_ACCEPTED = 3  # calls of __apic_accept_irq
+METER_NEEDY = 4  # those after which the host had something to do
+METER_EFFECTS = 5  # what that cost
+METER_AVIC = 6  # 3 words, the same of targets that AVIC's hardware had reached
+METER_EOIS = 9  # 3 words, K_IOAPIC_EOIS, K_HV_DEADLINE and K_HRTIMER as they were
+METER_STIMERS = 12  # 4 words, deadlines of the synthetic timers as they were
+
+WORDS = -(-(METER + MAX_VCPUS * METER_STRIDE) // 512) * 512
 BYTES = WORDS * 8
 
 VCPU_BYTES = 8 * (HOT_STRIDE + VEC_STRIDE + PAGE_STRIDE + KVM_STRIDE)

@@ -28,9 +28,9 @@ from fastexit.traits import RULES, Trait
 
 _HEAD = struct.Struct("<8sIIII")
 _MAGIC = b"FXSNAP\0\0"
-_READABLE = (3, 4, 5, L.ABI_VERSION)
+_READABLE = (3, 4, 5, 6, L.ABI_VERSION)
 """ABI versions of snapshots that are read; 3 is that of fastexit 0.1.0. Up to 4 a machine had no words of Hyper-V, up
-to 5 none of the irqchip's."""
+to 5 none of the irqchip's; since 6 the words of a snapshot have stayed the same."""
 
 
 _U32 = 0xFFFF_FFFF
@@ -57,6 +57,7 @@ def pack(words: np.ndarray) -> bytes:
     parts = [words[rows].copy() for rows in regions(n)]
     fixed, kvm = parts[0], parts[_KVM]
     kvm.reshape(n, L.KVM_STRIDE)[:, L.K_TARGETS] = 0  # whose list is not in it
+    fixed[L.H_CONFIG] &= np.uint64(~L.CONFIG_COSTS & U64)  # prices stay behind
     fixed[[L.H_GUEST_MEMORY, L.H_GUEST_BYTES]] = 0  # an address means nothing elsewhere, and what is there is not in it
     body = b"".join(part.tobytes() for part in parts) + pack_routes(words)
     return _HEAD.pack(_MAGIC, L.ABI_VERSION, n, zlib.crc32(body), len(body)) + body
@@ -91,7 +92,8 @@ def unpack(data: bytes, words: np.ndarray) -> None:
         at += r.stop - r.start
     routes = source[at:]
     if abi < L.ABI_VERSION:
-        parts, routes = _from_earlier(abi, parts, n)
+        parts, earlier = _from_earlier(abi, parts, n)
+        routes = routes if earlier is None else earlier
         rows = regions(n)
     fixed, tables, hot, vec, _, kvm, hv, chips, routing, irq, tscs, tsc = parts
     _check_header(fixed, n)
@@ -116,17 +118,19 @@ def unpack(data: bytes, words: np.ndarray) -> None:
     words[L.H_HV_EVENTFDS] = 0
 
 
-_EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168, 5: 6_670_848}
+_EARLIER_WORDS = {3: 2_076_672, 4: 6_343_168, 5: 6_670_848, 6: 6_732_800}
 _EARLIER_PENDING_DB = 13
 """Up to version 3 a queued #DB lay where the targets are now."""
 
 
-def _from_earlier(abi: int, parts: list[np.ndarray], n: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The parts of an earlier ABI version as today's has them: Hyper-V's words and chips are new ones."""
+def _from_earlier(abi: int, parts: list[np.ndarray], n: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The parts of an earlier ABI version as today's has them: Hyper-V's words and chips are new ones, with routes."""
     parts = [part.copy() for part in parts]
     fixed, kvm = parts[0], parts[_KVM].reshape(n, L.KVM_STRIDE)
     require(fixed[L.H_ABI] == abi and fixed[L.H_WORDS] == _EARLIER_WORDS[abi], "its header")
     fixed[L.H_ABI], fixed[L.H_WORDS] = L.ABI_VERSION, L.WORDS
+    if abi >= _ROUTED:
+        return parts, None
     if abi == 3:
         kvm[:, L.K_PENDING_DB] = kvm[:, _EARLIER_PENDING_DB]
         kvm[:, _EARLIER_PENDING_DB] = 0

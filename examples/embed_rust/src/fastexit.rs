@@ -20,9 +20,9 @@ impl Machine {
     /// A machine in x2APIC mode; without one, the line that says why.
     pub fn open(vcpus: u32) -> Result<Machine, String> {
         let (size, mut m) = (size_of::<fx_config>() as u32, ptr::null_mut());
-        let (vendor, kernel, apic_ids, rest) = (0, 0, ptr::null(), [0; 10]);
-        let config =
-            fx_config { size, abi: FX_ABI_VERSION, vcpus, vendor, kernel, flags: FX_BOOT_X2APIC, apic_ids, rest };
+        let (vendor, kernel, apic_ids, rest, costs) = (0, 0, ptr::null(), [0; 10], ptr::null());
+        let (abi, flags) = (FX_ABI_VERSION, FX_BOOT_X2APIC);
+        let config = fx_config { size, abi, vcpus, vendor, kernel, flags, apic_ids, rest, costs };
         match unsafe { fx_open(&config, ptr::null(), &mut m, ptr::null_mut()) } {
             0 => Ok(Machine(m, vcpus)),
             _ => Err(unsafe { CStr::from_ptr(fx_last_error()) }.to_string_lossy().into_owned()),

@@ -3,7 +3,7 @@
 #![allow(non_camel_case_types)]
 use std::ffi::{c_char, c_void};
 
-pub const FX_ABI_VERSION: u32 = 6;
+pub const FX_ABI_VERSION: u32 = 7;
 pub const FX_BOOT_X2APIC: u32 = 1;
 
 #[repr(C)]
@@ -15,7 +15,7 @@ pub struct fx_machine {
 #[rustfmt::skip]
 pub struct fx_config {
     pub size: u32, pub abi: u32, pub vcpus: u32, pub vendor: u32, pub kernel: u32, pub flags: u32,
-    pub apic_ids: *const u32, pub rest: [u32; 10],
+    pub apic_ids: *const u32, pub rest: [u32; 10], pub costs: *const c_char,
 }
 
 #[repr(C)]
@@ -24,6 +24,7 @@ pub struct fx_config {
 pub struct fx_result {
     pub completion: u8, pub path: u8, pub fault: u8, pub refusal: u8, pub accepted: i16, pub user: u8, pub effects: u8,
     pub value: u64, pub status: i32, pub vcpu: u32, pub target: u32, pub vector: u32,
+    pub cycles_ipi: u64, pub cycles: u64, pub cycles_spent: u64,
 }
 
 #[repr(C)]

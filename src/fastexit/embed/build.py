@@ -38,6 +38,8 @@ _PYTHON_API = """
 int32_t fxp_start(struct fxp_table *table, char *line, uint32_t room);
 int32_t fxp_header(const struct fx_config *config, uint64_t *words, char *line, uint32_t room);
 int32_t fxp_unpack(const void *data, uint64_t size, uint64_t *words, char *line, uint32_t room);
+int32_t fxp_costs(uint64_t *words, const char *costs, char *line, uint32_t room);
+int32_t fxp_text(uint64_t *words, const struct fx_trace *record, char *line, uint32_t room);
 """
 _PC = """prefix=${pcfiledir}
 

@@ -26,7 +26,7 @@ SHIPPED = *HEADERS, "fastexit_calls.h", "fastexit.hpp"
 """What a host may include: the ABI, and what calls.py makes of it."""
 SHIM = "shim.h"
 """What the library's own C declares for itself: the kernels' table."""
-PARTS = "shim.c", "exits.c", "hardware.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
+PARTS = "shim.c", "exits.c", "hardware.c", "trace.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
 """The library's own C; the first one includes the others."""
 SOURCES = *SHIPPED, SHIM, *PARTS
 
@@ -69,6 +69,8 @@ ENTRIES = (
     "door_rsm",
     "door_access",
     "deliver_pending",
+    "door_window",
+    "take_event",
 )
 """Kernel entries in the order of struct fxp_table."""
 
@@ -140,10 +142,11 @@ CONFIG = np.dtype(
         ("disable_quirks", "<u4"),
         ("boot_cpu_id", "<u4"),
         ("hv_features", "<u4"),
+        ("costs", "<u8"),
     ],
     align=True,
 )
-"""struct fx_config; ``apic_ids`` is an address."""
+"""struct fx_config; ``apic_ids`` and ``costs`` are addresses."""
 
 RESULT = np.dtype(
     [
@@ -159,6 +162,9 @@ RESULT = np.dtype(
         ("vcpu", "<u4"),
         ("target", "<u4"),
         ("vector", "<u4"),
+        ("cycles_ipi", "<u8"),
+        ("cycles", "<u8"),
+        ("cycles_spent", "<u8"),
     ],
     align=True,
 )

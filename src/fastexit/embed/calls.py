@@ -68,10 +68,22 @@ def source() -> str:
         rows.append(f"    .{call.name} = fx_{call.name},")
         if not call.given:
             head = f"CFFI_DLLEXPORT int32_t fx_{call.name}("
-            body = f"    return op_{call.name}({', '.join(call.arguments)});"
-            functions += [_wrapped(head, call.params, ")"), "{", body, "}", ""]
+            done = f"op_{call.name}({', '.join(call.arguments)})"
+            body = [f"    return {done};"] if call.name in _NOT_HELD else _HELD.replace("DONE", done).splitlines()
+            functions += [_wrapped(head, call.params, ")"), "{", *body, "}", ""]
     return "\n".join([*_SOURCE_HEAD, *functions, *_TABLE_HEAD, *rows, "};", ""])
 
+
+_NOT_HELD = frozenset({"set_trace", "trace_text"})
+_HELD = """\
+    int held = hold(m);
+    int32_t status = DONE;
+
+    if (held)
+        let_go(m);
+    return status;
+"""
+"""Around each call: what tracing takes."""
 
 _RETURNED = {
     "struct fx_result *result": "Result &result",
@@ -101,7 +113,7 @@ def _method(call: Call) -> str:
 
 def _reference(param: str) -> str:
     """A struct that is one: a reference; an array keeps its pointer."""
-    one = re.fullmatch(r"(const )?struct (fx_exit|fx_cpu|fx_region|fx_hv_exit|fx_event) \*(\w+)", param)
+    one = re.fullmatch(r"(const )?struct (fx_exit|fx_cpu|fx_region|fx_hv_exit|fx_event|fx_trace) \*(\w+)", param)
     return f"{one[1] or ''}struct {one[2]} &{one[3]}" if one and one[3] != "exits" else param
 
 

@@ -13,9 +13,13 @@ import numpy as np
 
 from fastexit import __version__
 from fastexit import layout as L
+from fastexit.config import profile_of, release_of
+from fastexit.costs.prices import price_words
+from fastexit.costs.profile import CostProfile, cost_profile, cost_profiles
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Status
 from fastexit.snapshot import unpack
+from fastexit.tracepoints.ring import Trace, Words
 
 
 class _Refused(Exception):
@@ -43,6 +47,39 @@ def _header(ffi: Any, config: Any, words: Any) -> None:
     ids = [] if config.apic_ids == ffi.NULL else ffi.unpack(config.apic_ids, min(config.vcpus, L.MAX_VCPUS + 1))
     for word, value in cabi.header(config, ids).items():
         words[word] = value
+    _costs(ffi, words, config.costs)
+
+
+def _costs(ffi: Any, words: Any, costs: Any) -> None:
+    """Fill in the prices of a cost profile, or take them away."""
+    if costs == ffi.NULL:
+        words[L.H_CONFIG] &= ~L.CONFIG_COSTS
+        return
+    name = ffi.string(costs).decode(errors="replace")
+    try:
+        profile = cost_profile(name) if name in cost_profiles() else CostProfile.load(name)
+    except OSError as error:
+        known = ", ".join(cost_profiles())
+        raise ValueError(f"costs {name!r}: no such profile ({known}), nor a file: {error.strerror}") from None
+    kernel = profile_of(np.frombuffer(ffi.buffer(words, L.BYTES), dtype=np.uint64)).name
+    for word, value in price_words(profile, kernel).items():
+        words[word] = value
+    words[L.H_CONFIG] |= L.CONFIG_COSTS
+
+
+def _text(ffi: Any, words: Any, record: Any, line: Any, room: int) -> None:
+    """The text of a record, into its place."""
+    memory = np.frombuffer(ffi.buffer(words, L.BYTES), dtype=np.uint64)
+    vcpu = record.vcpu if record.vcpu < words[L.H_NVCPUS] else -1
+    kernel = profile_of(memory).name
+    trace = Trace(Words(memory, memory.data, kernel, release_of(memory) or kernel))
+    text = trace.line(record.event, vcpu, list(record.args))
+    if text is None:
+        raise _Refused(Status.NOTHING, "")
+    told = text.encode() + b"\0"
+    if len(told) > room:
+        raise _Refused(Status.E_SIZE, "")
+    ffi.memmove(line, told, len(told))
 
 
 def _unpack(ffi: Any, data: Any, size: int, words: Any) -> None:
@@ -75,10 +112,27 @@ def attach(ffi: Any) -> None:
         ffi.memmove(line, told + b"\0", len(told) + 1)
         return status
 
-    for name, work in (("fxp_start", _start), ("fxp_header", _header), ("fxp_unpack", _unpack)):
+    works: dict[str, Callable[..., object]] = {
+        "fxp_start": _start,
+        "fxp_header": _header,
+        "fxp_unpack": _unpack,
+        "fxp_costs": _costs,
+    }
+    for name, work in works.items():
 
         def function(*args: Any, _work: Callable[..., object] = work) -> int:
             *given, line, room = args
             return answer(_work, ffi, tuple(given), line, room)
 
         ffi.def_extern(name=name, error=int(Status.E_PYTHON))(function)
+
+    def text(words: Any, record: Any, line: Any, room: int) -> int:
+        try:
+            _text(ffi, words, record, line, room)
+        except _Refused as refused:
+            return refused.status
+        except BaseException:  # a record that no kernel has written
+            return Status.E_RANGE
+        return Status.OK
+
+    ffi.def_extern(name="fxp_text", error=int(Status.E_PYTHON))(text)

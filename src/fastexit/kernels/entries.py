@@ -132,6 +132,7 @@ _ON_ONE_VCPU = {
     1: {
         "door_reset": cdoor.reset_vcpu,
         "door_interrupt": cdoor.interrupt,
+        "door_window": instruction.window,
         "apic_access_eoi": accelerated.access_eoi,
         "set_eoi_accelerated": accelerated.set_eoi,
         "write_nodecode": accelerated.write_nodecode,

@@ -5,14 +5,14 @@ avic.py are the CPU's part, virtualized.py is KVM's of the exits that they make.
 """
 
 from ..jit.declare import kernel
-from . import apicv, avic, virtualized
+from . import apicv, avic, cr8, meter, steptime, virtualized
 from . import typed as k
 from .lapicreg import reg
 from .loop import find_row, run_exit, start_run
 from .shared import hot, own
 from .virtualized import LENGTH_SHIFT, OFFSET_SHIFT, WRITE
 
-HW_WRMSR, HW_RDMSR, HW_MMIO_WRITE, HW_MMIO_READ = (k.U(i) for i in range(4))
+HW_WRMSR, HW_RDMSR, HW_MMIO_WRITE, HW_MMIO_READ, HW_CR8 = (k.U(i) for i in range(5))
 _BYTE = k.U(0xFF)
 
 
@@ -26,6 +26,8 @@ def _cpu(m, v, access, where, length, value):
             return avic.rdmsr(m, v, where)
         if access == HW_MMIO_WRITE:
             return avic.mmio_write(m, v, where, length, value)
+        if access == HW_CR8:
+            return cr8.move_to_cr8(m, v, value)
         return avic.mmio_read(m, v, where, length)
     if access == HW_WRMSR:
         return apicv.wrmsr(m, v, where, value)
@@ -33,6 +35,8 @@ def _cpu(m, v, access, where, length, value):
         return apicv.rdmsr(m, v, where)
     if access == HW_MMIO_WRITE:
         return apicv.mmio_write(m, v, where, length, value)
+    if access == HW_CR8:
+        return apicv.move_to_cr8(m, v, value)
     return apicv.mmio_read(m, v, where, length)
 
 
@@ -96,14 +100,36 @@ def execute(m, v, access, where, length, value):
     m[own(m, v) + k.K_TARGETS] = k.ZERO
     code = _cpu(m, v, access, where, length, value)
     if not code & k.CODE_EXIT:
+        if m[k.H_CONFIG] & k.CONFIG_COSTS:
+            meter.reset(m, v)
+            msr = access == HW_WRMSR and where == k.MSR_X2APIC_ICR
+            icr = msr or (access == HW_MMIO_WRITE and where == k.APIC_ICR)
+            steptime.executed(m, v, k.ONE if icr else k.ZERO, code)
         return code
     how = (where & k.U(0xFFF)) << OFFSET_SHIFT | length << LENGTH_SHIFT
     if access == HW_MMIO_WRITE:
         how = how | WRITE
     reason = (code >> k.CODE_EXIT_REASON_SHIFT) & k.U(0xFFFF)
     if m[k.H_CONFIG] & k.CONFIG_SVM:
+        if access == HW_CR8:
+            row = virtualized.MOVE_TO_CR8 | k.INSN_LEN_MOV_CR << k.ROW_LENGTH_SHIFT
+            return run_exit(m, v, row, k.SVM_WRITE_CR8, k.ZERO, value, k.ZERO)
         if reason == k.SVM_AVIC_INCOMPLETE_IPI or reason == k.SVM_AVIC_UNACCELERATED_ACCESS:
             return _svm_exit(m, v, code, how, value)
     elif reason != k.VMX_MSR_WRITE and reason != k.VMX_MSR_READ and reason != k.VMX_EPT_MISCONFIG:
         return _vmx_exit(m, v, code, how, value)
     return _plain_exit(m, v, access, where, length, value)
+
+
+@kernel("u8(words, u8, u8)")
+def window(m, v, nmi):
+    """The exit of an interrupt window that is open, or of an NMI window: an outcome code; NONE as in execute."""
+    if m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
+        return k.NONE
+    svm = m[k.H_CONFIG] & k.CONFIG_SVM
+    if nmi:
+        reason = k.SVM_IRET if svm else k.VMX_NMI_WINDOW
+        return run_exit(m, v, virtualized.NMI_WINDOW, reason, k.ZERO, k.ZERO, k.ZERO)
+    reason = k.SVM_VINTR if svm else k.VMX_INTERRUPT_WINDOW
+    row = virtualized.INTERRUPT_WINDOW | k.ROW_SHORTCUT
+    return run_exit(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO)

@@ -14,6 +14,7 @@ from . import typed as k
 from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
 from .irq import set_irr
 from .match import delivery_mode, lowest_priority, matches
+from .meter import accepted, reached
 from .pid import post
 from .shared import clear_word_bits, emit, hot, increment, kick, make_request, or_word, own, tell, wake
 
@@ -71,9 +72,8 @@ def complete_delivery(m, v, icr, me):
         emit(m, k.TP_APICV_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     if m[k.H_RULES] & k.R_AVIC_OLD:
         in_guest = m[own(m, v) + k.K_AVIC_ENTRY] & k.AVIC_RUNNING != k.ZERO
-    if in_guest:
-        return ring_doorbell(m, v, me)
-    return wake(m, v)
+    code = ring_doorbell(m, v, me) if in_guest else wake(m, v)
+    return reached(m, me, code) if m[k.H_CONFIG] & k.CONFIG_COSTS else code
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -143,16 +143,22 @@ def _accept_other(m, v, icr, me):
 
 
 @kernel("u8(words, u8, u8, u8)")
-def accept(m, v, icr, me):
-    """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
-    if m[k.H_CONFIG] & k.CONFIG_TRACE:
-        emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+def _accept(m, v, icr, me):
     mode = delivery_mode(icr)
     if mode > k.DM_LOWEST:
         return _accept_other(m, v, icr, me)
     if mode == k.DM_LOWEST:
         increment(m, own(m, v) + k.K_ARB_PRIO)
     return _accept_fixed(m, v, icr, me)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def accept(m, v, icr, me):
+    """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
+    code = _accept(m, v, icr, me)
+    return accepted(m, me, code) if m[k.H_CONFIG] & k.CONFIG_COSTS else code
 
 
 @kernel("u8(words, u8, u8, u8, u8)")

@@ -16,7 +16,7 @@ from fastexit.reasons import VmxExit
 
 from ..jit.atomics import load_acquire
 from ..jit.declare import inlined, kernel
-from . import bus, hypercall, steps, virtualized
+from . import bus, hypercall, meter, steps, steptime, virtualized
 from . import typed as k
 from .cr8 import sync_cr8_to_lapic
 from .eoi import take_pv_eoi
@@ -126,6 +126,8 @@ def run_exit(m, v, row, reason, msr, value, info):
     """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
         start_run(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.reset(m, v)
     m[own(m, v) + k.K_TARGETS] = k.ZERO
     code = vendor_run(m, v, row, reason, msr, value, info)
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
@@ -138,6 +140,8 @@ def run_exit(m, v, row, reason, msr, value, info):
 @kernel("u8(words, u8)")
 def kvm_run(m, v):
     """Call KVM_RUN: 0 when the vCPU is in the guest then, CODE_BLOCKED, or the USER code of a return."""
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.reset(m, v)
     if load_acquire(m, hot(m, v) + k.HOT_MODE) != k.OUTSIDE_GUEST_MODE:
         return k.ZERO
     m[own(m, v) + k.K_TARGETS] = k.ZERO
@@ -209,11 +213,14 @@ def vendor_run(m, v, row, reason, msr, value, info):
     sync_cr8_to_lapic(m, v)
     if not traces_late(m):
         trace_exit(m, v, row, reason, msr, info)
-    if m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
-        return k.ZERO
-    code = reenter(m, v, _fast_stage(m, v, row, msr, value))
-    if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
-        steps.trace_reentry(m, v)
+    locks = steptime.exits(m, v) if m[k.H_CONFIG] & k.CONFIG_COSTS else k.ZERO
+    code = k.ZERO
+    if not m[k.H_TRAITS] & k.T_HOOK_IRQOFF:
+        code = reenter(m, v, _fast_stage(m, v, row, msr, value))
+        if code & k.CODE_COMPLETION == k.COMPLETION_REENTER:
+            steps.trace_reentry(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.ran(m, v, row & k.ROW_OPERATION, msr, info, code, locks)
     return code
 
 
@@ -249,8 +256,12 @@ def sent(m, v):
 @kernel("u8(words, u8, u8, u8, u8, u8, u8, u8)")
 def leave_and_handle(m, v, row, reason, msr, value, info, code):
     """Steps 13-20 of an exit that did not re-enter: its outcome code."""
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.leaves(m, v)
     guest_mode_outside(m, v)
     code = handle_exit_irqoff(m, v, row, msr, value, code)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.left(m, v, row & k.ROW_OPERATION, msr, info, code)
     irq_window(m, v)
     guest_time_stop(m, v)
     srcu_lock(m, v)
@@ -312,6 +323,8 @@ def sync_from_vapic(m, v):
 def return_to_user(m, v, code):
     """Return from KVM_RUN for the USER field of an outcome code; a signal makes it -EINTR, UNKNOWN is -EINVAL."""
     user = code & k.CODE_USER
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.charge(m, v, k.P_USER_EXIT, k.ONE)
     errno = k.EINTR if user == k.USER_INTR else k.EINVAL if user == k.USER_UNKNOWN else k.ZERO
     return steps.finish_run(m, v, (user >> k.CODE_USER_SHIFT) - k.ONE, errno)
 
@@ -321,6 +334,8 @@ def handle_exit(m, v, row, reason, msr, value, info, code):
     """Step 20: the generic handler unless the fast path was there already."""
     if traces_late(m):
         trace_exit(m, v, row, reason, msr, info)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.charge(m, v, k.P_EXIT_CHECKS, k.ONE)
     return generic(m, v, row, msr, value, info, code)
 
 
@@ -331,13 +346,21 @@ def generic(m, v, row, msr, value, info, code):
     if completion == k.COMPLETION_SKIP:
         # The skip's verdict is ignored, as it was from the seed to 5.7: a KVM_EXIT_DEBUG is lost.
         skip(m, v, _length(row))
+        if m[k.H_CONFIG] & k.CONFIG_COSTS:
+            meter.charge(m, v, k.P_SKIP, k.ONE)
         return code
     if completion != k.COMPLETION_NONE:
         return code
-    if not row & k.ROW_SHORTCUT or not m[k.H_CONFIG] & k.CONFIG_RETPOLINE:
+    direct = row & k.ROW_SHORTCUT and m[k.H_CONFIG] & k.CONFIG_RETPOLINE
+    if not direct:
         # Everything else is an indirect call, which a retpoline makes dear.
         m[own(m, v) + k.K_INDIRECT_CALLS] = m[own(m, v) + k.K_INDIRECT_CALLS] + k.ONE
-    return code | operate(m, v, row, msr, value, info)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.dispatched(m, v, k.ONE if direct else k.ZERO)
+    code = code | operate(m, v, row, msr, value, info)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.work(m, v, row & k.ROW_OPERATION, msr, info, code, k.ONE)
+    return code
 
 
 @kernel("u8(words, u8, u8, u8, u8, u8)")
@@ -366,6 +389,8 @@ def vcpu_run(m, v, forced):
         else:
             user = steps.block(m, v)
             if user == steps.BLOCKED:
+                if m[k.H_CONFIG] & k.CONFIG_COSTS:
+                    meter.charge(m, v, k.P_BLOCK, k.ONE)
                 return k.CODE_BLOCKED
             if user == steps.AGAIN:
                 continue
@@ -386,13 +411,19 @@ def vcpu_enter_guest(m, v, forced):
         user = steps.service_requests(m, v)
         if user:
             return user
-        if inject_events(m, v) == steps.BLOCKED and not forced:
+        waits = inject_events(m, v)
+        if m[k.H_CONFIG] & k.CONFIG_COSTS:
+            steptime.injected(m, v)
+        if waits == steps.BLOCKED and not forced:
             return AROUND
     if forced:
         m[host + k.K_MP_STATE] = k.MP_RUNNABLE
     preempt_disable(m, v)
     irqs_off(m, v)
-    if steps.enter(m, v) == steps.ENTERED:
+    runs = steps.enter(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        steptime.entered(m, v, runs)
+    if runs == steps.ENTERED:
         guest_time_start(m, v)
         steps.vm_entry(m, v)
         return exit_at_once(m, v)

@@ -6,7 +6,7 @@ these steps one by one; loop.py strings the same steps together. events.py has w
 
 from ..jit.atomics import exchange, fence
 from ..jit.declare import kernel
-from . import bus, hypervcall, msr, scan, stimerservice
+from . import bus, hypervcall, meter, msr, scan, stimerservice
 from . import typed as k
 from .clock import hv_in_use
 from .eoi import take_pv_eoi
@@ -72,6 +72,8 @@ def service_requests(m, v):
     A request behind the one that leaves to user space stays pending.
     """
     requests = hot(m, v) + k.HOT_REQUESTS
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.charge(m, v, k.P_REQUESTS, k.ONE)
     if clear_word_bits(m, requests, k.REQ_REPORT_TPR_ACCESS) & k.REQ_REPORT_TPR_ACCESS:
         return k.USER_TPR_ACCESS
     if clear_word_bits(m, requests, k.REQ_SMI) & k.REQ_SMI:
@@ -86,7 +88,11 @@ def service_requests(m, v):
     if m[requests] & (k.REQ_HV_CRASH | k.REQ_HV_RESET | k.REQ_HV_EXIT):
         return _tell_user(m, v)
     if clear_word_bits(m, requests, k.REQ_HV_STIMER) & k.REQ_HV_STIMER:
+        if m[k.H_CONFIG] & k.CONFIG_COSTS:
+            meter.stimers(m, v)
         stimerservice.process(m, v)
+        if m[k.H_CONFIG] & k.CONFIG_COSTS:
+            meter.stimers_served(m, v)
     if clear_word_bits(m, requests, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
         update_vcpu(m, v)
     # The rest has nothing to do here: timers migrate, EOI bitmaps are read where they are used. One of the above may
@@ -105,7 +111,11 @@ def loop_tail(m, v):
     requests = hot(m, v) + k.HOT_REQUESTS
     if m[requests] & k.REQ_UNBLOCK:
         clear_word_bits(m, requests, k.REQ_UNBLOCK)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.begin(m, v)
     inject_if_pending(m, v)
+    if m[k.H_CONFIG] & k.CONFIG_COSTS:
+        meter.tail(m, v)
     if m[own(m, v) + k.K_USER_WINDOW] and ready_for_user(m, v):
         return k.USER_IRQ_WINDOW_OPEN
     return k.USER_INTR if m[requests] & k.REQ_SIGNAL else k.ZERO

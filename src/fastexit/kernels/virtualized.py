@@ -1,4 +1,4 @@
-"""Exits that a CPU makes of an access to its virtualised APIC: what their generic handlers do, compiled.
+"""Exits that a CPU makes of an access to its virtualised APIC, and those of windows: their generic handlers, compiled.
 
 Models: handle_apic_access, handle_apic_write, handle_apic_eoi_induced, handle_tpr_below_threshold,
 handle_ept_violation at the APIC's page, avic_incomplete_ipi_interception, avic_unaccelerated_access_interception, as
@@ -11,13 +11,14 @@ accessed: the vector of EXITINFO2 in bits 7:0, the offset from bit 8 on, the len
 from fastexit.exits.table import Op
 
 from ..jit.declare import kernel
-from . import accelerated, avic, bus, msr
+from . import accelerated, avic, bus, inhibit, msr
 from . import typed as k
-from .shared import hot, own
+from .shared import hot, make_request, own
 
 APIC_ACCESS, APIC_WRITE, EOI_INDUCED, TPR_BELOW_THRESHOLD, EPT_VIOLATION, INCOMPLETE_IPI, UNACCELERATED_ACCESS = (
     k.U(max(Op) + 1 + i) for i in range(7)
 )
+INTERRUPT_WINDOW, NMI_WINDOW, MOVE_TO_CR8 = (UNACCELERATED_ACCESS + k.U(1 + i) for i in range(3))
 """Operations behind those of exits/table.py."""
 OFFSET_SHIFT, LENGTH_SHIFT = k.U(8), k.U(24)
 WRITE = k.ONE << k.U(32)
@@ -66,6 +67,17 @@ def _unaccelerated(m, v, where, value, info):
     return _emulate(m, v, offset | within, where, value)
 
 
+@kernel("u8(words, u8, u8)")
+def _window(m, v, nmi):
+    """handle_interrupt_window, handle_nmi_window; SVM's VINTR, and its IRET, behind which NMIs are unmasked."""
+    row, svm = own(m, v), m[k.H_CONFIG] & k.CONFIG_SVM
+    m[row + (k.K_NMI_WINDOW if nmi else k.K_IRQ_WINDOW)] = k.ZERO
+    if nmi and svm:
+        m[row + k.K_NMI_MASKED] = k.ZERO
+    make_request(m, v, k.REQ_EVENT)
+    return k.ZERO if nmi else inhibit.irq_window(m, v, k.ZERO)
+
+
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def operate(m, v, op, where, value, info):
     """Do what the exit asks for: an outcome code."""
@@ -82,4 +94,8 @@ def operate(m, v, op, where, value, info):
         return _emulate(m, v, (where >> OFFSET_SHIFT) & _PAGE, where, value)
     if op == INCOMPLETE_IPI:
         return avic.incomplete_ipi(m, v, info, where)
+    if op == INTERRUPT_WINDOW or op == NMI_WINDOW:
+        return _window(m, v, k.ONE if op == NMI_WINDOW else k.ZERO)
+    if op == MOVE_TO_CR8:
+        return msr.emulate_cr8(m, v, value, k.ONE)
     return _unaccelerated(m, v, where, value, info)

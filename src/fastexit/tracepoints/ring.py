@@ -8,7 +8,7 @@ not kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,13 +23,22 @@ RECORD = np.dtype([("event", "<u4"), ("vcpu", "<i4"), ("args", "<u8", (7,))])
 """One record: event is layout.TP_*, vcpu the index of its vCPU (-1: none), args what the event prints."""
 
 
+class Words(NamedTuple):
+    """A machine's memory without the rest of it: what its trace is read from."""
+
+    words: np.ndarray
+    mem: memoryview
+    kernel: str
+    release: str
+
+
 class Trace:
     """``machine.trace``: switch on, read as records or text, clear.
 
     A generation has no line for a tracepoint that came later, so there may be fewer lines than records.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine | Words) -> None:
         self._mem = machine.mem
         self._words = machine.words
         release = printed_as(machine.kernel, machine.release)
@@ -111,13 +120,17 @@ class Trace:
         words = self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE : L.TRACE_STRIDE].tolist()
         for n, record in enumerate(self.records()):
             event, vcpu = int(record["event"]), int(record["vcpu"])
-            template = self._formats.get(event)
-            if template is None:
-                continue
-            vcpu_id = self._mem[L.KVM + vcpu * L.KVM_STRIDE + L.K_VCPU_ID] if vcpu >= 0 else 0
-            line = text(template, self._source, event, vcpu_id, record["args"].tolist())
+            line = self.line(event, vcpu, record["args"].tolist())
             if line is not None:
                 yield n, vcpu, context_text(event, words[n], self._columns), line
+
+    def line(self, event: int, vcpu: int, args: list[int]) -> str | None:
+        """Give the line of one record, of no vCPU where ``vcpu`` is -1; None where the release has none."""
+        template = self._formats.get(event)
+        if template is None:
+            return None
+        vcpu_id = self._mem[L.KVM + vcpu * L.KVM_STRIDE + L.K_VCPU_ID] if vcpu >= 0 else 0
+        return text(template, self._source, event, vcpu_id, args)
 
     def _descriptor(self, vcpu_id: int) -> int:
         """Where the posted-interrupt descriptor of a vCPU lies in the machine's memory, in bytes; 0: no such vCPU."""

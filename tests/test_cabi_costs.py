@@ -1,0 +1,126 @@
+"""Modelled time at the C door against the Python door's, exit by exit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastexit as fx
+from embedded import Door, compiled
+from fastexit import layout as L
+from fastexit.costs.meter import TimedOutcome
+from fastexit.embed.cabi import Open, Status
+from test_prices import exits
+
+NO_CYCLES = (1 << 64) - 1
+MACHINES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"costs": "skylake-retpoline"}, {}),
+    ({"costs": "skylake-mitigations-off", "kernel": "5.6", "apicv": False}, {"kernel": 2, "flags": Open.NO_APICV}),
+    ({"costs": "epyc", "vendor": "svm", "kernel": "6.12"}, {"vendor": 1, "kernel": 6}),
+]
+
+
+def told(result: Any) -> tuple[int | None, ...]:
+    three = result.cycles_ipi, result.cycles, result.cycles_spent
+    return tuple(None if cycles == NO_CYCLES else cycles for cycles in three)
+
+
+def expected(out: TimedOutcome) -> tuple[int | None, ...]:
+    return out.cycles_ipi, out.cycles, out.cycles_spent
+
+
+def at_c(door: Door, m: Any, v: int, name: str, args: tuple[Any, ...]) -> Any:
+    if name == "exit":
+        return door.exit(m, door.ffi.new("struct fx_exit *", {"vcpu": v, "reason": args[0]}))[1]
+    if name == "hv_hypercall":
+        return door.hv_hypercall(m, v, *args, *(0,) * (3 - len(args)), door.ffi.NULL)[1]
+    if name.endswith("write") and name != "wrmsr":  # C names the length first
+        args = args[0], args[2], args[1]
+    return getattr(door, name)(m, v, *args)[1]
+
+
+@compiled
+@pytest.mark.parametrize(("python", "c"), MACHINES, ids=lambda given: "-".join(map(str, given.values())) or "default")
+def test_the_same_cycles(door: Door, python: dict[str, Any], c: dict[str, Any]) -> None:
+    """Every exit's cycles are TimedOutcome's; those of enter() are run_cycles."""
+    p = fx.Machine(vcpus=3, **python)
+    p.boot_x2apic()
+    costs = door.ffi.new("char[]", python["costs"].encode())
+    flags = Open.BOOT_X2APIC | Open.QUIET | c.get("flags", 0)
+    m = door.open(**{"vcpus": 3, **c, "flags": flags, "costs": costs})
+    rng, sent = random.Random(str(c)), 0
+    for step in range(400):
+        index, v = (number := rng.randrange(3)), p.vcpus[number]
+        if rng.random() < 0.2:
+            v.hw_notify(), v.ack(), p.signal_msi(0xFEE0_0000 | index << 12, 0x51)
+            door.fx.notify(m, index), door.vector("ack", m, index)
+            assert told(door.inject(m, 0xFEE0_0000 | index << 12, 0x51)[1]) == (None, None, None)
+            runs = v.run()
+            assert (door.fx.enter(m, index, door.result) == Status.OK) == runs
+            assert door.result.cycles_spent == v.run_cycles  # type: ignore[attr-defined]
+            continue
+        name, args = exits(v, rng)
+        try:
+            getattr(v, name)(*args)
+        except (fx.GeneralProtection, fx.InvalidOpcode):
+            pass
+        result = at_c(door, m, index, name, args)
+        assert told(result) == expected(v.timed), (step, name, args)  # type: ignore[attr-defined]
+        assert door.snapshot(m) == p.snapshot(), (step, name, args)
+        sent += result.cycles_ipi != NO_CYCLES
+    assert sent > 20
+    door.fx.close(m)
+
+
+@compiled
+def test_hardware_and_preemption_timers(door: Door) -> None:
+    """An IPI that the CPU sends by itself, and an exit that set_time makes."""
+    p = fx.Machine(vcpus=2, costs="ipiv-host", ipiv=True, kernel="6.12")
+    p.boot_x2apic()
+    costs = door.ffi.new("char[]", b"ipiv-host")
+    m = door.open(kernel=6, flags=Open.BOOT_X2APIC | Open.IPIV | Open.QUIET, costs=costs)
+    for v in range(2):
+        p.vcpus[v].wrmsr(0x808, 0)
+        door.wrmsr(m, v, 0x808, 0)
+    out = p.vcpus[0].hw_wrmsr(0x830, 1 << 32 | 0x41)
+    assert told(door.hw_wrmsr(m, 0, 0x830, 1 << 32 | 0x41)[1]) == expected(out) == (150, 150, 150)  # type: ignore[arg-type]
+    for msr, value in ((0x832, 0x4_00EC), (0x6E0, 5_000)):
+        p.vcpus[1].wrmsr(msr, value)
+        assert told(door.wrmsr(m, 1, msr, value)[1]) == expected(p.vcpus[1].timed)  # type: ignore[attr-defined]
+    ((_, late),) = p.set_time(10_000)
+    (result,) = door.set_time(m, 10_000)
+    assert late.path is fx.Path.FAST
+    assert told(result) == expected(p.vcpus[1].timed)  # type: ignore[attr-defined]
+    door.fx.close(m)
+
+
+@compiled
+def test_tables(door: Door, tmp_path: Path) -> None:
+    """By name, by path, none; a wrong one is one line; a snapshot has none."""
+    m = door.open(flags=Open.BOOT_X2APIC | Open.QUIET)
+    assert told(door.wrmsr(m, 0, 0x808, 0)[1]) == (None, None, None)
+    assert door.fx.set_costs(m, b"skylake-retpoline") == Status.OK
+    named = told(door.wrmsr(m, 0, 0x808, 0)[1])
+    assert named[1] == named[2] > 1000  # type: ignore[operator]
+    table = tmp_path / "mine.toml"
+    table.write_text('base = "skylake-retpoline"\nvm_exit = { cycles = 100400, source = "assumed" }\n')
+    assert door.fx.set_costs(m, str(table).encode()) == Status.OK
+    assert told(door.wrmsr(m, 0, 0x808, 0)[1])[1] == named[1] + 100_000  # type: ignore[operator]
+    for wrong, says in ((b"nowhere", "no such profile (epyc, "), (str(tmp_path).encode(), "directory")):
+        assert door.fx.set_costs(m, wrong) == Status.E_RANGE
+        assert says in door.last_error()
+        place = door.ffi.new("fx_machine **")
+        config = door.config(costs=door.ffi.new("char[]", wrong))
+        assert door.lib.fx_open(config, door.ffi.NULL, place, door.ffi.NULL) == Status.E_RANGE
+    assert told(door.wrmsr(m, 0, 0x808, 0)[1])[1] == named[1] + 100_000  # type: ignore[operator]
+    status, copy = door.restore(door.snapshot(m))
+    assert status == Status.OK
+    assert told(door.wrmsr(copy, 0, 0x808, 0)[1]) == (None, None, None)
+    assert not fx.Machine.restore(door.snapshot(m)).mem[L.H_CONFIG] & L.CONFIG_COSTS
+    assert door.fx.set_costs(m, door.ffi.NULL) == Status.OK
+    assert told(door.wrmsr(m, 0, 0x808, 0)[1]) == (None, None, None)
+    for each in (m, copy):
+        door.fx.close(each)
