@@ -608,6 +608,37 @@ CFFI_DLLEXPORT int32_t fx_take(fx_machine *m, uint32_t vcpu, struct fx_event *ev
     return status;
 }
 
+CFFI_DLLEXPORT int32_t fx_advance(fx_machine *m, uint64_t ns)
+{
+    int held = hold(m);
+    int32_t status = op_advance(m, ns);
+
+    if (held)
+        let_go(m);
+    return status;
+}
+
+CFFI_DLLEXPORT int32_t fx_run_timers(fx_machine *m, uint32_t vcpu, struct fx_result *results, uint64_t room,
+                                     uint64_t *count)
+{
+    int held = hold(m);
+    int32_t status = op_run_timers(m, vcpu, results, room, count);
+
+    if (held)
+        let_go(m);
+    return status;
+}
+
+CFFI_DLLEXPORT int32_t fx_next_timer_of(fx_machine *m, uint32_t vcpu, uint64_t *ns)
+{
+    int held = hold(m);
+    int32_t status = op_next_timer_of(m, vcpu, ns);
+
+    if (held)
+        let_go(m);
+    return status;
+}
+
 CFFI_DLLEXPORT int32_t fx_set_costs(fx_machine *m, const char *costs)
 {
     int held = hold(m);
@@ -692,6 +723,9 @@ static const struct fx_ops calls = {
     .hw_cr8 = fx_hw_cr8,
     .settle = fx_settle,
     .take = fx_take,
+    .advance = fx_advance,
+    .run_timers = fx_run_timers,
+    .next_timer_of = fx_next_timer_of,
     .set_costs = fx_set_costs,
     .set_trace = fx_set_trace,
     .trace_text = fx_trace_text,

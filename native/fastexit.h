@@ -527,6 +527,15 @@ struct fx_ops {
      * virtual-interrupt delivery or AVIC delivers, if the guest takes interrupts now. FX_NOTHING: no more. [vcpu] */
     int32_t (*take)(fx_machine *m, uint32_t vcpu, struct fx_event *event);
 
+    /* A clock that goes on by itself, in the place of set_time(): it is at ns, or later where another thread has said so.
+     * FX_E_RANGE: beyond 63 bits, as there. [any] */
+    int32_t (*advance)(fx_machine *m, uint64_t ns);
+    /* Timers that are due, results as of set_time(): those of a vCPU, by its thread [vcpu], or with FX_NOBODY what is no
+     * vCPU's, the PIT's ticks and the IOAPIC's delayed work, of which only what has effects has a result [any]. */
+    int32_t (*run_timers)(fx_machine *m, uint32_t vcpu, struct fx_result *results, uint64_t room, uint64_t *count);
+    /* When run_timers() has something to do next: FX_OK or FX_NOTHING. [vcpu], FX_NOBODY [any] */
+    int32_t (*next_timer_of)(fx_machine *m, uint32_t vcpu, uint64_t *ns);
+
     /* Modelled time from now on, see fx_config.costs; NULL: none. FX_E_RANGE and fx_last_error() say what is wrong with a
      * table. No snapshot has it, so a restored machine begins without. [alone] [python] */
     int32_t (*set_costs)(fx_machine *m, const char *costs);

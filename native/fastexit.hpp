@@ -376,6 +376,15 @@ public:
     {
         return Status{fx_take(m, vcpu, &event)};
     }
+    [[nodiscard]] Status advance(uint64_t ns) noexcept { return Status{fx_advance(m, ns)}; }
+    [[nodiscard]] Status run_timers(uint32_t vcpu, struct fx_result *results, uint64_t room, uint64_t &count) noexcept
+    {
+        return Status{fx_run_timers(m, vcpu, results, room, &count)};
+    }
+    [[nodiscard]] Status next_timer_of(uint32_t vcpu, uint64_t &ns) noexcept
+    {
+        return Status{fx_next_timer_of(m, vcpu, &ns)};
+    }
     [[nodiscard]] Status set_costs(const char *costs) noexcept { return Status{fx_set_costs(m, costs)}; }
     [[nodiscard]] Status set_trace(fx_tracer trace, void *context) noexcept
     {

@@ -69,6 +69,7 @@ static int32_t start(int quiet);
 #include "exits.c"
 #include "hardware.c"
 #include "vcpu.c"
+#include "clock.c"
 #include "chips.c"
 #include "memory.c"
 #include "python.c"

@@ -84,6 +84,12 @@ struct fxp_table {
     uint64_t (*deliver_pending)(uint64_t handle, uint64_t v);
     uint64_t (*door_window)(uint64_t handle, uint64_t v, uint64_t nmi);
     uint64_t (*take_event)(uint64_t handle, uint64_t v);
+    uint64_t (*advance_clock)(uint64_t handle, uint64_t ns);
+    uint64_t (*due_timer_of)(uint64_t handle, uint64_t v);
+    uint64_t (*hv_timer_exits)(uint64_t handle, uint64_t v);
+    uint64_t (*next_timer_of)(uint64_t handle, uint64_t v);
+    uint64_t (*run_machine_timer)(uint64_t handle, uint64_t sender);
+    uint64_t (*next_machine_timer)(uint64_t handle);
 };
 /* cffi:end */
 

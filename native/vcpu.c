@@ -1,5 +1,5 @@
 /*
- * The guest's CPU, KVM_RUN, the ioctls of a vCPU, and time.
+ * The guest's CPU, KVM_RUN, and the ioctls of a vCPU.
  */
 #include "shim.h"
 
@@ -346,74 +346,3 @@ static int32_t op_complete_hypercall(fx_machine *m, uint32_t vcpu, uint64_t valu
     HV(words, vcpu)[FX_HV_EXIT_CONTROL] = value;
     return FX_OK;
 }
-
-/* --------------------------------------------------------------------------------------------------------------- time */
-
-/* config.latest_clock: (2^63 - 1) * 10^6 / khz, at most 2^63 - 1. */
-static uint64_t latest_clock(uint64_t khz)
-{
-    uint64_t most = INT64_MAX, million = 1000000;
-
-    return khz <= million ? most : most / khz * million + most % khz * million / khz;
-}
-
-static int32_t op_set_time(fx_machine *m, uint64_t ns, struct fx_result *results, uint64_t room, uint64_t *count)
-{
-    uint64_t *words = words_of(m), v;
-    struct fx_exit exit = { 0, FXP_VMX_PREEMPTION_TIMER, 0, 0, 0, 0 };
-    struct fx_result *out;
-
-    if (!words || !count || (room && !results))
-        return refuse(m);
-    *count = 0;
-    if (ns < words[FX_H_NOW] || ns > latest_clock(words[FX_H_TSC_KHZ]))
-        return FX_E_RANGE;
-    words[FX_H_NOW] = ns;
-    while ((v = table.due_timer(handle(words))) != NONE) {
-        uint64_t code, number = v / FX_MAX_VCPUS;
-
-        if (*count == room)
-            return FX_MORE;
-        code = table.fire_timer(handle(words), v);
-        if (number >= FX_HOST_TIMERS) {
-            if (number >= FX_HOST_WORK_PIT)
-                tell(m, words, FX_HOST, code, &results[(*count)++]);
-            continue;
-        }
-        v &= FX_MAX_VCPUS - 1; /* above is which of its timers it was */
-        out = &results[(*count)++];
-        put(out, code, 0, (uint32_t)v, code & CODE_EFFECTS ? (uint32_t)v : FX_NOBODY, 0);
-        if (m->hooked && out->effects) { /* for its own vCPU, and in no list */
-            struct fx_hooks hooks = m->hooks;
-            int paused = pause_trace(m);
-
-            call_each(&hooks, out->effects, (uint32_t)v);
-            if (paused)
-                resume_trace(m);
-        }
-    }
-    for (v = 0; (v = table.hv_timer_exit(handle(words), v)) != NONE;) {
-        if (*count == room)
-            return FX_MORE;
-        exit.vcpu = (uint32_t)v;
-        if (one(m, words, &exit, &results[*count]) == FX_UNHANDLED)
-            v++; /* in L2, which the compiled handlers leave alone */
-        else
-            ++*count;
-    }
-    return FX_OK;
-}
-
-static int32_t op_next_timer(fx_machine *m, uint64_t *ns)
-{
-    uint64_t *words = words_of(m), when;
-
-    if (!words || !ns)
-        return refuse(m);
-    when = table.next_timer(handle(words));
-    if (when == NONE)
-        return FX_NOTHING;
-    *ns = when;
-    return FX_OK;
-}
-

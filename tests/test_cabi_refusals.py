@@ -89,7 +89,7 @@ def test_null_and_closed(door: Door) -> None:
         "hw_mmio_read",
         "hw_deliver",
     }
-    with_vcpu |= {"hw_cr8", "settle", "take"}
+    with_vcpu |= {"hw_cr8", "settle", "take", "run_timers", "next_timer_of"}
     may_be_null = {("hv_hypercall", 4), ("set_costs", 0)}
     for name, field in ffi.typeof("struct fx_ops").fields[2:]:
         if name in ("restore", "set_trace"):

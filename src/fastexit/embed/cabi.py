@@ -26,7 +26,10 @@ SHIPPED = *HEADERS, "fastexit_calls.h", "fastexit.hpp"
 """What a host may include: the ABI, and what calls.py makes of it."""
 SHIM = "shim.h"
 """What the library's own C declares for itself: the kernels' table."""
-PARTS = "shim.c", "exits.c", "hardware.c", "trace.c", "vcpu.c", "chips.c", "memory.c", "python.c", "calls.c", "open.c"
+PARTS = (
+    *("shim.c", "trace.c", "exits.c", "hardware.c", "vcpu.c", "clock.c", "chips.c", "memory.c", "python.c"),
+    *("calls.c", "open.c"),
+)
 """The library's own C; the first one includes the others."""
 SOURCES = *SHIPPED, SHIM, *PARTS
 
@@ -71,6 +74,12 @@ ENTRIES = (
     "deliver_pending",
     "door_window",
     "take_event",
+    "advance_clock",
+    "due_timer_of",
+    "hv_timer_exits",
+    "next_timer_of",
+    "run_machine_timer",
+    "next_machine_timer",
 )
 """Kernel entries in the order of struct fxp_table."""
 
