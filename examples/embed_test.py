@@ -135,7 +135,7 @@ def rust_host() -> None:
 def _page() -> tuple[str, str]:
     """The program of docs/embedding.md, and what it prints."""
     text = (ROOT / "docs" / "embedding.md").read_text()
-    program, shown = re.findall(r"```(?:c|text)\n(.*?)```", text, flags=re.DOTALL)
+    program, shown, *_ = re.findall(r"```(?:c|text)\n(.*?)```", text, flags=re.DOTALL)
     return program, shown
 
 

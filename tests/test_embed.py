@@ -360,7 +360,7 @@ def test_the_lines_of_the_page_work_in_a_folder_with_a_space(library: Path, tmp_
     """All that docs/embedding.md has a shell do; with pkg-config and cmake where those are here."""
     page = (ROOT / "docs" / "embedding.md").read_text()
     program, cmake, shown = first_blocks("c", "cmake", "text")
-    first, build_and_run, others = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    first, build_and_run, others, cpp, *_ = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     folder = tmp_path / "two words"
     tool = folder / "venv" / "bin" / "fastexit"
     tool.parent.mkdir(parents=True)
@@ -385,6 +385,10 @@ def test_the_lines_of_the_page_work_in_a_folder_with_a_space(library: Path, tmp_
     if shutil.which("cmake"):
         shell(with_cmake)
         assert shell("./build/demo") == shown
+    if shutil.which("c++"):
+        (folder / "main.cpp").write_text(*first_blocks("cpp"))
+        shell(f"rm demo; {cpp}")
+        assert shell("./demo") == "vCPU 1 gets vector 0xfd\n"
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", 'a "name"', "$HOME", "back\\slash", "a;b & c"])
