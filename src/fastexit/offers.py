@@ -16,6 +16,8 @@ from fastexit.releases import generation, numbers, release
 
 MSR_FILTER_SINCE = "5.10"
 """KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR came with it."""
+BUS_CYCLES_SINCE = "6.12"
+"""KVM_CAP_X86_APIC_BUS_CYCLES_NS came with it."""
 LATER_API_SINCE = "6.18.17"
 LATER_API = R.X2API_SUPPRESS_EOI | R.X2API_NO_SUPPRESS_EOI
 """Flags of KVM_CAP_X2APIC_API that came later than the others."""
@@ -33,7 +35,7 @@ class Offer(NamedTuple):
 
 OFFERS = (
     Offer("x2apic_api", LATER_API_SINCE, lambda s: s["x2apic_api"] & LATER_API),
-    Offer("bus_cycle_ns", "6.12", lambda s: s["bus_cycle_ns"] != 1),
+    Offer("bus_cycle_ns", BUS_CYCLES_SINCE, lambda s: s["bus_cycle_ns"] != 1),
     Offer("cmci", "6.1", lambda s: s["cmci"]),
     Offer("hyperv", "5.15", lambda s: s["hyperv"] == "enforce"),
     Offer("ipiv", "6.1", lambda s: s["ipiv"] and s["vendor"] == "vmx"),

@@ -67,6 +67,11 @@ ffi.cdef(
     struct kvm_pit_config { uint32_t flags, pad[15]; };
     struct kvm_pit_state2 { uint8_t channels[72]; uint32_t flags, reserved[9]; };
     struct kvm_reinject_control { uint8_t pit_reinject, reserved[31]; };
+    struct kvm_signal_mask { uint32_t len; };
+    struct signal_set { uint32_t len; uint8_t signals[8]; };
+    struct kvm_device_attr { uint32_t flags, group; uint64_t attr, addr; };
+    struct kvm_translation { uint64_t linear_address, physical_address; uint8_t valid, writeable, usermode, pad[5]; };
+    struct kvm_debugregs { uint64_t db[4], dr6, dr7, flags, reserved[9]; };
     struct kvm_clock_data { uint64_t clock; uint32_t flags, pad0; uint64_t realtime, host_tsc; uint32_t pad[4]; };
     struct kvm_run {
         uint8_t request_interrupt_window, immediate_exit, padding[6];
@@ -79,7 +84,13 @@ ffi.cdef(
             struct { uint64_t phys_addr; uint8_t data[8]; uint32_t len; uint8_t is_write; } mmio;
             struct { uint8_t error, pad[7]; uint32_t reason, index; uint64_t data; } msr;
             struct { uint8_t vector; } eoi;
+            struct { uint64_t reason; uint32_t cpu; } fail_entry;
+            struct { uint32_t suberror, ndata; uint64_t data[16]; } internal;
+            struct { uint32_t type, ndata; uint64_t data[16]; } system_event;
+            uint8_t whole[256];
         };
+        uint64_t kvm_valid_regs, kvm_dirty_regs;
+        struct kvm_regs regs;
     };
     """
 )
@@ -100,6 +111,7 @@ GET_VCPU_MMAP_SIZE = _request(0x04)
 GET_SUPPORTED_CPUID = _request(0x05, "kvm_cpuid2", reads=True, writes=True)
 CREATE_VCPU = _request(0x41)
 SET_USER_MEMORY_REGION = _request(0x46, "kvm_userspace_memory_region", writes=True)
+SET_TSS_ADDR = _request(0x47)
 CREATE_IRQCHIP = _request(0x60)
 IRQ_LINE = _request(0x61, "kvm_irq_level", writes=True)
 GET_IRQCHIP = _request(0x62, "kvm_irqchip", reads=True, writes=True)
@@ -116,9 +128,11 @@ GET_REGS = _request(0x81, "kvm_regs", reads=True)
 SET_REGS = _request(0x82, "kvm_regs", writes=True)
 GET_SREGS = _request(0x83, "kvm_sregs", reads=True)
 SET_SREGS = _request(0x84, "kvm_sregs", writes=True)
+TRANSLATE = _request(0x85, "kvm_translation", reads=True, writes=True)
 INTERRUPT = _request(0x86, "kvm_interrupt", writes=True)
 GET_MSRS = _request(0x88, "kvm_msrs", reads=True, writes=True)
 SET_MSRS = _request(0x89, "kvm_msrs", writes=True)
+SET_SIGNAL_MASK = _request(0x8B, "kvm_signal_mask", writes=True)
 GET_LAPIC = _request(0x8E, "kvm_lapic_state", reads=True)
 SET_LAPIC = _request(0x8F, "kvm_lapic_state", writes=True)
 SET_CPUID2 = _request(0x90, "kvm_cpuid2", writes=True)
@@ -132,6 +146,10 @@ SET_PIT2 = _request(0xA0, "kvm_pit_state2", writes=True)
 GET_VCPU_EVENTS = _request(0x9F, "kvm_vcpu_events", reads=True)
 SET_VCPU_EVENTS = _request(0xA0, "kvm_vcpu_events", writes=True)
 ENABLE_CAP = _request(0xA3, "kvm_enable_cap", writes=True)
+SET_DEVICE_ATTR = _request(0xE1, "kvm_device_attr", writes=True)
+GET_DEVICE_ATTR = _request(0xE2, "kvm_device_attr", writes=True)
+SET_DEBUGREGS = _request(0xA2, "kvm_debugregs", writes=True)
+SET_TSC_KHZ = _request(0xA2)
 GET_TSC_KHZ = _request(0xA3)
 SIGNAL_MSI = _request(0xA5, "kvm_msi", writes=True)
 SMI = _request(0xB7)
@@ -139,7 +157,10 @@ HYPERV_EVENTFD = _request(0xBD, "kvm_hyperv_eventfd", writes=True)
 X86_SET_MSR_FILTER = _request(0xC6, "kvm_msr_filter", writes=True)
 
 CAP_HYPERV = 44
+CAP_TSC_CONTROL = 60
+CAP_GET_TSC_KHZ = 61
 CAP_MAX_VCPUS = 66
+CAP_SYNC_REGS = 74
 CAP_DISABLE_QUIRKS = 116
 CAP_X86_SMM = 117
 CAP_SPLIT_IRQCHIP = 121
@@ -147,7 +168,9 @@ CAP_MAX_VCPU_ID = 128
 CAP_X2APIC_API = 129
 CAP_HYPERV_SYNIC = 123
 CAP_HYPERV_SYNIC2 = 148
+CAP_IMMEDIATE_EXIT = 136
 CAP_X86_USER_SPACE_MSR = 188
+CAP_X86_MSR_FILTER = 189
 CAP_HYPERV_ENFORCE_CPUID = 199
 CAP_DISABLE_QUIRKS2 = 213
 CAP_X86_APIC_BUS_CYCLES_NS = 237
