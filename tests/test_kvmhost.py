@@ -1,0 +1,270 @@
+"""Guests of machine code on this machine's /dev/kvm whose irqchip is fastexit: what comes in, once, and is ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bareguest import FIRST, IOAPIC, NEXT, NMI_VECTOR, WANTED, Guest, ever, increment, out, repeated, spin, store
+from conftest import INTERPRETED
+from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, summary
+from fastexit.adapters.kvmhost.memory import MIB
+from fastexit.trace.replay import replay
+from real_kvm import kvm
+
+APICS = "xapic", "x2apic"
+SECONDS = 60
+TIMER, IPI, LEVEL, TICK = 0xEC, 0x61, 0x51, 0x30
+
+
+@contextmanager
+def guest(vcpus: int = 1, apic: str = "xapic", **options: Any) -> Iterator[Guest]:
+    with KvmHost(vcpus, memory=2 * MIB, **options) as host:
+        yield Guest(host, apic)
+
+
+def ran(g: Guest, trace: Path | None = None) -> list[ModelVcpu]:
+    """Runs it to its end; EOIs are as many as interrupts taken, and the trace is predicted."""
+    g.load()
+    if trace is not None:
+        g.host.record(trace)
+    ended = g.host.run(SECONDS)
+    assert (ended.reason, ended.code) == ("exit port", 0), ended.detail
+    vcpus = [vcpu for vcpu in g.host.vcpus if isinstance(vcpu, ModelVcpu)]
+    assert [g.host.recorder.eois[v.index] for v in vcpus] == [sum(v.taken.values()) for v in vcpus]
+    g.host.close()
+    if trace is not None:
+        report = replay(str(trace))
+        assert [mismatch for mismatch in report.mismatches] == []
+    return vcpus
+
+
+@kvm
+@pytest.mark.parametrize("apic", APICS)
+def test_timer(apic: str, tmp_path: Path) -> None:
+    with guest(apic=apic, min_timer_period_us=0) as g:
+        code = g.register(0x3E0, 0xB) + g.register(0x320, 0x2_0000 | TIMER) + g.register(0x380, 200_000)
+        g.program(0, code + g.wait(0, TIMER, 20) + b"\xfa" + g.register(0x380, 0) + g.finish())
+        g.handler(0, TIMER)
+        (v,) = ran(g, tmp_path / "trace")
+        assert g.host.ended == Ended("exit port", 0)
+    assert v.taken[TIMER] >= 20
+    assert g.count(0, TIMER) == v.taken[TIMER]
+
+
+@kvm
+def test_deadline(tmp_path: Path) -> None:
+    """The guest's TSC is the clock that its deadline is due by."""
+    with guest(apic="x2apic", deadline=True) as g:
+        arm = b"\x0f\x31\x05\x00\x00\x10\x00\x83\xd2\x00\xb9\xe0\x06\x00\x00\x0f\x30"  # RDTSC + 2^20 into TSC_DEADLINE
+        begin = g.register(0x320, 0x4_0000 | TIMER) + FIRST
+        again = arm + WANTED + g.until(g.counter(0, TIMER)) + NEXT
+        g.program(0, begin + repeated(10, again) + g.finish())
+        g.handler(0, TIMER)
+        (v,) = ran(g, tmp_path / "trace")
+        assert (g.count(0, TIMER), v.taken[TIMER], g.host.recorder.deadlines) == (10, 10, [10])
+
+
+@kvm
+@pytest.mark.parametrize("apic", APICS)
+@pytest.mark.parametrize("vcpus", [1, 2, 4])
+def test_ipis_go_round(vcpus: int, apic: str, tmp_path: Path) -> None:
+    """Each CPU sleeps until the one before has sent to it, and sends to the next; one lost would stop them all."""
+    rounds = 30 if INTERPRETED else 200
+    with guest(vcpus, apic) as g:
+        for cpu in range(vcpus):
+            send = g.register(0x300, (cpu + 1) % vcpus << 32 | 0x4000 | IPI)
+            receive = WANTED + g.until(g.counter(cpu, IPI)) + NEXT
+            begin = FIRST
+            if cpu == 0:
+                g.program(0, g.start_others(vcpus) + begin + repeated(rounds, send + receive) + g.finish())
+            else:
+                g.program(cpu, begin + repeated(rounds, receive + send) + ever())
+            g.handler(cpu, IPI)
+        vcpu = ran(g, tmp_path / "trace")
+        assert [g.count(cpu, IPI) for cpu in range(vcpus)] == [rounds] * vcpus
+        told = summary(g.host, 1.0)
+        assert [row["icr_writes"] for row in told["vcpus"]] == [rounds + 2 * (vcpus - 1), *[rounds] * (vcpus - 1)]
+        fast = {row["kernel"]: row["fast"] for row in told["kernels"]}
+        assert fast["6.1"] == (rounds * vcpus if apic == "x2apic" else 0)
+    assert [v.events["Sipi"] for v in vcpu] == [0] + [1] * (vcpus - 1)
+
+
+@kvm
+@pytest.mark.parametrize("apic", APICS)
+def test_level_interrupt_by_ioapic(apic: str, tmp_path: Path) -> None:
+    """A device holds its line until the handler tells it; the EOI reaches the IOAPIC, or it would not come again."""
+    pin, times = 17, 20
+    with guest(apic=apic) as g:
+        entry = b"".join(
+            store(IOAPIC, 0x10 + 2 * pin + half) + store(IOAPIC + 0x10, value)
+            for half, value in ((1, 0), (0, 0x8000 | LEVEL))
+        )
+        raised = out(0x2000 + pin, 1) + WANTED + g.until(g.counter(0, LEVEL)) + NEXT
+        g.program(0, entry + FIRST + repeated(times, raised) + g.finish())
+        g.handler(0, LEVEL, out(0x2000 + pin, 0))
+        (v,) = ran(g, tmp_path / "trace")
+        assert (g.count(0, LEVEL), v.taken[LEVEL]) == (times, times)
+
+
+@kvm
+def test_pic_and_pit(tmp_path: Path) -> None:
+    with guest() as g:
+        pics = b"".join(
+            out(p, v) for p, v in ((0x20, 0x11), (0x21, TICK), (0x21, 4), (0x21, 1), (0x21, 0xFE), (0xA1, 0xFF))
+        )
+        pit = out(0x43, 0x34) + out(0x40, 0xA9) + out(0x40, 4)  # 1 kHz
+        g.program(0, pics + g.register(0x350, 0x700) + pit + g.wait(0, TICK, 10) + b"\xfa" + g.finish())
+        g.handler(0, TICK, out(0x20, 0x20), eoi=False)
+        (v,) = ran(g, tmp_path / "trace")
+        assert g.count(0, TICK) == v.external[TICK] >= 10
+
+
+@kvm
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_nmis(vcpus: int, tmp_path: Path) -> None:
+    times, to = 20, vcpus - 1
+    with guest(vcpus, "x2apic") as g:
+        send = g.register(0x300, to << 32 | 0x4400) + WANTED
+        seen = spin(g.counter(to, NMI_VECTOR))
+        again = send + seen + NEXT
+        g.program(0, g.start_others(vcpus) + FIRST + repeated(times, again) + g.finish())
+        g.handler(0, NMI_VECTOR, eoi=False)
+        if vcpus > 1:
+            g.program(1, ever())
+            g.handler(1, NMI_VECTOR, eoi=False)
+        v = ran(g, tmp_path / "trace")
+        assert (g.count(to, NMI_VECTOR), v[to].events["Nmi"]) == (times, times)
+
+
+@kvm
+def test_init_of_a_running_cpu() -> None:
+    """INIT takes it out of an endless loop, SIPI starts it again, as often as it is asked."""
+    times = 10
+    with guest(2) as g:
+        init = g.register(0x300, 1 << 32 | 0x4500) + g.register(0x300, 1 << 32 | 0x4608) + WANTED
+        seen = spin(g.counter(1, 0))
+        g.program(0, FIRST + repeated(times, init + seen + NEXT) + g.finish())
+        g.program(1, b"\xeb\xfe")
+        vcpus = ran(g)
+        assert (g.count(1, 0), vcpus[1].events["Init"], vcpus[1].events["Sipi"]) == (times, times, times)
+
+
+@kvm
+def test_a_storm_loses_nothing() -> None:
+    """Timers on all CPUs, IPIs to everybody and a level line at once."""
+    vcpus, times = 4, 20 if INTERPRETED else 300
+    with guest(vcpus, "x2apic", min_timer_period_us=0) as g:
+        timer = g.register(0x3E0, 0xB) + g.register(0x320, 0x2_0000 | TIMER) + g.register(0x380, 2_000_000)
+        for cpu in range(vcpus):
+            # One that still waits in the target's IRR would swallow the next: the last one has to have been taken.
+            send = b"".join(
+                WANTED + b"\xff\xcb" + spin(g.counter(to, IPI + cpu)) + g.register(0x300, to << 32 | 0x4000 | IPI + cpu)
+                for to in range(vcpus)
+                if to != cpu
+            )
+            answered = b"".join(WANTED + g.until(g.counter(cpu, IPI + other)) for other in range(vcpus) if other != cpu)
+            work = FIRST + repeated(times, send + answered + NEXT)
+            first = g.start_others(vcpus) if cpu == 0 else b""
+            first += b"\xbb\x01\x00\x00\x00" + b"".join(spin(g.counter(other, 0)) for other in range(vcpus))
+            done = increment(g.counter(0, 255))
+            last = g.wait(0, 255, vcpus) + g.finish() if cpu == 0 else b"\xfb\xf4\xeb\xfd"
+            g.program(cpu, first + timer + work + done + last)
+            g.handler(cpu, TIMER)
+            for other in range(vcpus):
+                g.handler(cpu, IPI + other)
+        g.load()
+        assert g.host.run(SECONDS) == Ended("exit port", 0)
+        for cpu in range(vcpus):
+            assert [g.count(cpu, IPI + other) for other in range(vcpus) if other != cpu] == [times] * (vcpus - 1)
+
+
+@kvm
+def test_same_guest_on_kvms_own_irqchip() -> None:
+    with guest(2, irqchip="kernel") as g:
+        g.program(0, g.start_others(2) + g.finish(7))
+        g.program(1, ever())
+        g.load()
+        assert g.host.run(SECONDS) == Ended("exit port", 7)
+        with pytest.raises(ValueError, match="trace-cmd record -e kvm"):
+            g.host.record(Path("nowhere"))
+
+
+@kvm
+def test_triple_fault_says_where() -> None:
+    with guest() as g:
+        g.program(0, b"\x0f\x0b")
+        g.load()
+        ended = g.host.run(SECONDS)
+        assert (ended.reason, ended.code) == ("triple fault of vCPU 0", 1)
+        assert "RIP 0x10:0x1" in ended.detail
+
+
+@kvm
+def test_time_is_up_and_threads_end() -> None:
+    with guest(4) as g:
+        g.program(0, b"\xeb\xfe")
+        g.load()
+        began = time.monotonic()
+        assert g.host.run(0.2).reason == "time is up"
+        assert time.monotonic() - began < 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("vcpu", "clockwork"))]
+
+
+@kvm
+def test_an_error_of_a_thread_is_the_callers() -> None:
+    with guest() as g:
+        g.program(0, out(0x99, 1) + ever())
+        g.load()
+
+        def broken(port: int, size: int, value: int) -> None:
+            raise RuntimeError("a device's own fault")
+
+        g.host.ports.write = broken  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="a device's own fault"):
+            g.host.run(SECONDS)
+
+
+@kvm
+def test_typed_bytes_come_by_interrupt() -> None:
+    """The guest echoes what its serial port's interrupt brings, until it reads a q."""
+    got: list[bytes] = []
+    with guest(console=got.append) as g:
+        entry = store(IOAPIC, 0x18 + 1) + store(IOAPIC + 0x10, 0) + store(IOAPIC, 0x18) + store(IOAPIC + 0x10, LEVEL)
+        setup = out(0x21, 0xFF) + out(0xA1, 0xFF) + out(0x3FC, 8) + out(0x3F9, 1)
+        g.program(0, entry + setup + b"\xfb\xf4\xeb\xfc")
+        read = b"\x66\xba\xf8\x03\xec\x3c\x71\x75\x04\xe6\xf4\xfa\xf4\xee"  # IN; CMP 'q'; JNE; OUT F4; CLI HLT; OUT
+        more = b"\x66\xba\xfd\x03\xec\xa8\x01\x75" + (-(len(read) + 9) & 0xFF).to_bytes(1, "little")
+        g.handler(0, LEVEL, read + more)
+        g.load()
+        g.host.type(b"hello q")
+        assert g.host.run(SECONDS) == Ended("exit port", ord("q"))
+    assert b"".join(got) == b"hello "
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"vcpus": 0}, "at least one vCPU"),
+        ({"vcpus": 65}, "out of range 0..0x40"),
+        ({"irqchip": "split"}, "unknown irqchip 'split'"),
+        ({"irqchip": "kernel", "hyperv": True}, "irqchip='fastexit'"),
+    ],
+)
+def test_what_is_no_host(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        KvmHost(**options)
+
+
+@kvm
+def test_settings_are_the_machines() -> None:
+    with guest(kernel="6.1", vendor="svm", slow=False) as g:
+        assert (g.host.machine.kernel, g.host.machine.vendor) == ("6.1", "svm")
+    with pytest.raises(TypeError, match="no setting of a Machine"):
+        KvmHost(kernal="6.1")
