@@ -19,7 +19,7 @@ from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
-from fastexit.cli import commands, costs, kernels, report
+from fastexit.cli import boot, commands, costs, kernels, report
 from fastexit.profile import NEWEST, PROFILES, profiles
 from fastexit.releases import generation
 
@@ -32,6 +32,7 @@ _EPILOG = f"""examples:
   fastexit verify --ops 20000                    is the model like the KVM of this very machine?
   fastexit verify --kernel 6.1                   ... like that kernel's, booted in an emulated machine?
   fastexit kernels run 6.1 -- fastexit verify    the same by ioctls of a process there: its kvm_amd is /dev/kvm
+  fastexit boot 6.1 --vcpus 4                    a real guest on /dev/kvm whose irqchip is the model
   fastexit demo --output out                     everything, on a real trace
   fastexit embed build -o fx                     a shared library for simulators in C
   fastexit costs template > mine.toml            modelled time by numbers of your own
@@ -270,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", default="fastexit-demo", metavar="DIR", help="where pictures go (default: fastexit-demo)"
     )
+
+    boot.add(subparsers, raw, _kernel, _how_many, _seconds)
 
     embed = subparsers.add_parser("embed", help="The C door: build libfastexit, and what to compile a host with.")
     steps = embed.add_subparsers(dest="step", required=True, metavar="STEP")

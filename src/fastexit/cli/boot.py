@@ -1,0 +1,219 @@
+"""``fastexit boot``: a real guest whose interrupts are fastexit's, and what they did."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastexit.checks import quoted
+from fastexit.cli.commands import UsageError, complain, print_json
+
+if TYPE_CHECKING:
+    from fastexit.adapters.kvmhost.host import KvmHost
+
+TIME_IS_UP = 124
+CONSOLE = "console=ttyS0 panic=-1"
+_ABOUT = """Boot a guest on /dev/kvm without KVM's irqchip: its local APICs, IOAPIC, PICs and PIT are fastexit.
+
+IMAGE is a Linux kernel (bzImage or vmlinux), a version of one in the cache (fastexit kernels list), or a multiboot
+program. A kernel without --initrd gets a static busybox with a shell. The terminal is its serial port; ^C ends it.
+
+  fastexit boot 6.1 --vcpus 4                    a shell; exit switches the machine off
+  fastexit boot 6.1 --run 'cat /proc/interrupts' --trace guest.trace.xz
+  fastexit boot apic.flat --vcpus 2 --append ''  kvm-unit-tests: the exit code is the guest's
+  fastexit boot 6.1 --irqchip kernel             the same guest on KVM's own irqchip
+
+Exit code: the guest's by port 0xf4 (0 where it switches itself off), 1 for a panic or a triple fault, 2 for what this
+host or KVM cannot do, 124 when --seconds are over."""
+
+
+def add(subparsers: Any, raw: Any, kernel: Callable[[str], str], how_many: Callable[[str], int], seconds: Any) -> None:
+    """Add the command to a parser's."""
+    boot: argparse.ArgumentParser = subparsers.add_parser(
+        "boot", help="Boot a real guest whose interrupts are fastexit's.", description=_ABOUT, formatter_class=raw
+    )
+    boot.set_defaults(run=run)
+    boot.add_argument("image", metavar="IMAGE", help="a file, or a version of a kernel in the cache: 6.1, 6.1.192")
+    boot.add_argument("--vcpus", type=how_many, default=1, metavar="N", help="default: 1; at most 64")
+    boot.add_argument("--memory", type=how_many, default=256, metavar="MIB", help="default: 256")
+    boot.add_argument("--initrd", type=Path, metavar="FILE", help="an initrd, or the module of a multiboot program")
+    boot.add_argument("--run", dest="command_line", metavar="COMMAND", help="run this in place of a shell, and end")
+    boot.add_argument("--append", default="", metavar="ARGS", help="more for the guest's command line")
+    boot.add_argument("--irqchip", choices=("fastexit", "kernel"), default="fastexit", help="default: fastexit")
+    boot.add_argument("--kernel", type=kernel, metavar="VERSION", help="the kernel that fastexit is like (the newest)")
+    boot.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="of the model (default: vmx)")
+    boot.add_argument("--apicv", action="store_true", help="the model posts interrupts, or has AVIC")
+    boot.add_argument("--no-x2apic", action="store_true", help="the guest's CPUID has no x2APIC")
+    boot.add_argument(
+        "--deadline", choices=("yes", "no", "auto"), default="auto", help="the TSC-deadline timer (default: auto)"
+    )
+    boot.add_argument("--hyperv", action="store_true", help="the guest finds Hyper-V's interface")
+    boot.add_argument(
+        "--slow-host",
+        choices=("yes", "no", "auto"),
+        default="auto",
+        help="this KVM emulates ring 0: slow time down and fill its gaps (default: auto, for kvm_pvm)",
+    )
+    boot.add_argument("--seconds", type=seconds, metavar="S", help="end it after so long")
+    boot.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the model's tracepoints; .xz and .gz are packed"
+    )
+    boot.add_argument("--quiet", action="store_true", help="no tables at the end")
+    boot.add_argument("--json", action="store_true", help="JSON on standard output; the console goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``fastexit boot``."""
+    from fastexit.adapters.kvmhost.host import KvmHost
+    from fastexit.adapters.kvmhost.memory import MIB
+    from fastexit.adapters.kvmhost.summary import summary
+    from fastexit.adapters.kvmhost.terminal import Terminal
+    from fastexit.cli import commands
+
+    path, image = _image(args.image)
+    initrd = None if args.initrd is None else _read(args.initrd)
+    if args.irqchip == "kernel" and (args.trace or args.hyperv):
+        raise UsageError("--irqchip kernel: --trace and --hyperv are fastexit's")
+    if args.trace is not None:
+        commands._check_file(args.trace, "--trace")
+    settings: dict[str, Any] = {"vendor": args.vendor, "apicv": args.apicv}
+    if args.kernel is not None:
+        settings["kernel"] = args.kernel
+    if args.irqchip == "kernel":
+        settings = {}
+    else:
+        commands._compile()
+    out = sys.stderr if args.json else sys.stdout
+    out.flush()
+    choice = {"yes": True, "no": False, "auto": None}
+    with KvmHost(
+        args.vcpus,
+        memory=args.memory * MIB,
+        irqchip=args.irqchip,
+        console=_writer(out.fileno()),
+        x2apic=not args.no_x2apic,
+        deadline=choice[args.deadline],
+        hyperv=args.hyperv,
+        slow=choice[args.slow_host],
+        **settings,
+    ) as host:
+        _load(host, path, image, initrd, args)
+        trace = None if args.trace is None else host.record(args.trace)
+        began = time.monotonic()
+        with Terminal(host.type, host.serial.room):
+            ended = host.run(args.seconds)
+        told = summary(host, time.monotonic() - began)
+        if trace is not None:
+            host.close()
+            told["trace"] = {"file": str(args.trace), "lines": trace.lines, "lost": trace.lost}
+    if args.json:
+        print_json(told)
+    elif not args.quiet:
+        show(told)
+    if ended.detail or (ended.code == 2 and ended.reason != "exit port"):
+        complain(f"{ended.reason}: {ended.detail}" if ended.detail else ended.reason)
+    return TIME_IS_UP if ended.reason == "time is up" else ended.code
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{quoted(str(path))}: {error.strerror}") from None
+
+
+def _image(name: str) -> tuple[Path, bytes]:
+    """The image's file and bytes: a version of a kernel in the cache is its file."""
+    from fastexit.kvm.lab import kernels
+
+    path = Path(name)
+    if not path.exists() and os.sep not in name and name[:1].isdigit():
+        path = kernels.find(name).image
+    return path, _read(path)
+
+
+def _load(host: KvmHost, path: Path, image: bytes, initrd: bytes | None, args: argparse.Namespace) -> None:
+    from fastexit.adapters.kvmhost import linux, multiboot, slow, userland
+
+    try:
+        if multiboot.header(image) is not None and not linux.is_vmlinux(image):
+            if args.command_line is not None:
+                raise ValueError("--run is for Linux kernels")
+            host.load(image, f"{path.name} {args.append}".rstrip(), initrd)
+            return
+        if initrd is None:
+            initrd = userland.initramfs(args.command_line)
+        elif args.command_line is not None:
+            raise ValueError("--run needs the initrd that is made here: leave out --initrd")
+        line = f"{CONSOLE} {slow.parameters(host.tsc.khz)}" if host.slow else CONSOLE
+        host.load(image, f"{line} {args.append}".rstrip(), initrd)
+    except ValueError as error:
+        raise UsageError(f"{quoted(str(path))}: {error}") from None
+
+
+def _writer(fd: int) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(fd, data) :]
+
+    return write
+
+
+def show(told: dict[str, Any]) -> None:
+    """Tables of what `summary` has."""
+    from rich import box
+    from rich.table import Table
+
+    from fastexit.cli.show import console
+
+    out = console()
+    print()
+    chip = "KVM's own irqchip"
+    if told["irqchip"] == "fastexit":
+        chip = f"fastexit like {told['kernel']} ({told['vendor']}, APICv {'on' if told['apicv'] else 'off'})"
+    rows = told["vcpus"]
+    table = Table(title=f"{told['ended']} after {told['seconds']:.1f} s; {chip}", box=box.SIMPLE_HEAVY)
+    table.add_column("")
+    for row in rows:
+        table.add_column(f"vCPU {row['vcpu']}", justify="right")
+
+    def line(name: str, values: list[int]) -> None:
+        if any(values):
+            table.add_row(name, *(f"{value:,}" for value in values))
+
+    for name in ("interrupts", "eois", "icr_writes", "deadlines", "kicked"):
+        line(_NAMES[name], [row.get(name, 0) for row in rows])
+    for kind, text in (("paths", "writes, {} path"), ("exits", "exit {}"), ("events", "into the guest: {}")):
+        for name in dict.fromkeys(name for row in rows for name in row.get(kind, {})):
+            line(text.format(name), [row.get(kind, {}).get(name, 0) for row in rows])
+    vectors = sorted({vector for row in rows for vector in row.get("vectors", {})}, key=lambda text: int(text, 16))
+    for vector in vectors:
+        line(f"vector {vector}", [row["vectors"].get(vector, 0) for row in rows])
+    out.print(table)
+    if told.get("kernels") and told["kernels"][0]["ipis"]:
+        shares = Table(title="IPIs that each kernel would take fast", box=box.SIMPLE_HEAVY)
+        for column in ("kernel", "fast", "of", "share", "why not"):
+            shares.add_column(column, justify="left" if column in ("kernel", "why not") else "right")
+        for row in told["kernels"]:
+            why = ", ".join(f"{reason} {count:,}" for reason, count in row["refusals"].items())
+            share = f"{100 * row['fast'] / row['ipis']:.1f} %"
+            shares.add_row(row["kernel"], f"{row['fast']:,}", f"{row['ipis']:,}", share, why)
+        out.print(shares)
+    if "trace" in told:
+        trace = told["trace"]
+        lost = f", {trace['lost']:,} lost" if trace["lost"] else ""
+        print(f"{trace['lines']:,} trace lines{lost} in {trace['file']}: fastexit report, fastexit replay")
+
+
+_NAMES = {
+    "interrupts": "interrupts taken",
+    "eois": "EOIs",
+    "icr_writes": "ICR writes",
+    "deadlines": "TSC_DEADLINE writes",
+    "kicked": "KVM_RUNs ended by a kick",
+}
