@@ -13,13 +13,14 @@ from pathlib import Path
 
 import answers
 import costmodel
+import lenient
 import pathlengths
 import verified
 
 import fastexit as fx
 import windows
 from fastexit.insight.walk import MODELLED, walk
-from fastexit.profile import PROFILES
+from fastexit.profile import PROFILES, named
 from fastexit.releases import DISTRIBUTIONS, all_series, generation
 from fastexit.trace import BUNDLED
 from fastexit.trace.replay import replay
@@ -84,10 +85,10 @@ def stable() -> str:
 
 
 def traits() -> str:
-    """Which behaviour each generation has, for docs/model.md."""
-    rows = ["| trait | " + " | ".join(PROFILES) + " |", "|---|" + "---|" * len(PROFILES)]
+    """Which behaviour each generation and the manual's profile have, for docs/model.md."""
+    rows = ["| trait | " + " | ".join(named()) + " |", "|---|" + "---|" * len(named())]
     for trait in Trait:
-        marks = ("x" if profile.traits & trait else "" for profile in PROFILES.values())
+        marks = ("x" if profile.traits & trait else "" for profile in named().values())
         rows.append(f"| `{trait.name}` | " + " | ".join(marks) + " |")
     return "\n".join(rows)
 
@@ -114,6 +115,7 @@ SECTIONS = {
         "deadlines": pathlengths.deadlines,
         "constants": costmodel.constants,
     },
+    ROOT / "docs" / "lenient.md": lenient.SECTIONS,
     ROOT / "docs" / "model.md": {"traits": traits, "stable": stable},
     ROOT / "docs" / "performance.md": {"instructions": instructions},
     ROOT / "docs" / "report.md": answers.SECTIONS,

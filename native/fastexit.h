@@ -88,7 +88,8 @@ enum {
     FX_KERNEL_5_15 = 9,
     FX_KERNEL_6_6 = 10,
     FX_KERNEL_6_8 = 11,
-    FX_KERNEL_7_3 = 12
+    FX_KERNEL_7_3 = 12,
+    FX_KERNEL_SDM = 256 /* the manual's rules, no kernel: reserved bits fault, errors are logged */
 };
 
 /* fx_config.flags */

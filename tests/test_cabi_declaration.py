@@ -18,7 +18,7 @@ from fastexit import regs as R
 from fastexit.embed import cabi
 from fastexit.embed.cabi import Open, Status
 from fastexit.jit import declare
-from fastexit.profile import PROFILES
+from fastexit.profile import named
 from fastexit.settings import SETTINGS
 from generations import ON_TRIAL
 
@@ -95,7 +95,7 @@ def test_numbers_are_written_out() -> None:
 
 def test_enums_are_pythons() -> None:
     known = constants("FX_")
-    numbers = {name: row.number + 1 for name, row in PROFILES.items() if name not in ON_TRIAL}
+    numbers = {name: row.number + 1 for name, row in named().items() if name not in ON_TRIAL}
     kernels = {f"KERNEL_{name.upper().replace('.', '_').replace('-', '_')}": n for name, n in numbers.items()}
     assert {name: n for name, n in known.items() if name.startswith("KERNEL_")} == {"KERNEL_DEFAULT": 0} | kernels
     assert {name: known[f"HVF_{name}"] for name in hyperv.HvFeature.__members__} == dict(hyperv.HvFeature.__members__)

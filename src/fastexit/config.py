@@ -17,7 +17,7 @@ from fastexit import regs as R
 from fastexit.checks import U64, integer, one_of, quoted
 from fastexit.hyperv import ALL_FEATURES, HvFeature
 from fastexit.irqchip import created
-from fastexit.profile import PROFILES, Profile, numbered
+from fastexit.profile import SDM, Profile, named, numbered
 from fastexit.releases import generation, has_fast_path, release
 from fastexit.settings import SETTINGS, Settings
 from fastexit.traits import HYPERV, RULES
@@ -29,6 +29,8 @@ def header(settings: Settings) -> dict[int, int]:
     """Header words of a machine with these settings. ValueError for what KVM or the hardware would refuse."""
     chosen: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()} | dict(settings)
     _check(chosen)
+    if chosen["kernel"] == SDM.name:
+        _follow_the_manual(chosen)
     svm = chosen["vendor"] == "svm"
     if chosen["hv_timer"] is None:
         chosen["hv_timer"] = not svm
@@ -72,8 +74,16 @@ def header(settings: Settings) -> dict[int, int]:
         L.H_HV_VP_INDICES: offers.room(kernel).vcpus,
         L.H_INHIBITS: 0 if chosen["apicv"] else 1 << R.Inhibit.DISABLED,
         **created(chosen["irqchip"]),
-        **({} if kernel in PROFILES else release_words(kernel)),
+        **({} if kernel in named() else release_words(kernel)),
     }
+
+
+def _follow_the_manual(chosen: dict[str, Any]) -> None:
+    """What KVM deviates in and user space may switch off is off: quirks, 8-bit broadcasts, the shortest period."""
+    chosen["disable_quirks"] |= R.QUIRK_LINT0_REENABLED | R.QUIRK_LAPIC_MMIO_HOLE
+    chosen["x2apic_api"] |= R.X2API_32BIT_IDS | R.X2API_NO_BROADCAST_QUIRK
+    if chosen["min_timer_period_us"] == SETTINGS["min_timer_period_us"].default:
+        chosen["min_timer_period_us"] = 0
 
 
 def release_words(release: str) -> dict[int, int]:

@@ -43,7 +43,7 @@ from fastexit.jit import declare
 from fastexit.jit.declare import load
 from fastexit.kernels import entries as _entries
 from fastexit.outcome import CODE_ACCEPTED_SHIFT, CODE_EFFECTS_SHIFT, CODE_GP, OUTCOMES, Effect, Outcome, Target
-from fastexit.profile import NEWEST, Profile
+from fastexit.profile import NEWEST, SDM, Profile
 from fastexit.reasons import SvmExit, VmxExit
 from fastexit.routing import Irqfd, Routing
 from fastexit.settings import Settings, documented, refuse_unknown
@@ -208,6 +208,8 @@ class Machine:
 
     @fastpath.setter
     def fastpath(self, on: bool) -> None:
+        if on and self.profile is SDM:
+            raise ValueError("kernel 'sdm' is the manual, which has no fast path")
         config = self.mem[L.H_CONFIG]
         self.mem[L.H_CONFIG] = config | L.CONFIG_FASTPATH if on else config & ~L.CONFIG_FASTPATH
 

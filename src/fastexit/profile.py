@@ -528,11 +528,26 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-ORDER = {name: place for place, name in enumerate(PROFILES)}
-"""Generation -> its place, oldest first. Only for comparing: a generation that is put in later moves the places."""
-
 NEWEST = next(reversed(PROFILES))
 """The generation that a machine is like when nobody names one."""
+
+SDM = Profile(
+    "sdm",
+    255,
+    f"SDM vol. 3A, chapter 10; the rest as {PROFILES[NEWEST].tree}",
+    PROFILES[NEWEST].traits & ~_T.ICR_ANY_RESOLVED
+    | _T.RESERVED_BITS_GP
+    | _T.STATUS_READ_ONLY
+    | _T.ERRORS_LOGGED
+    | _T.MASKED_TICK_LOST
+    | _T.ENABLED_RESET,
+    "nothing: the manual has no fast path",
+)
+"""No kernel: a local APIC by the manual, for who tests against that. In all that is not in the manual it is like the
+newest generation, and it stands where that does; `profiles` has kernels alone."""
+
+ORDER = {name: place for place, name in enumerate(PROFILES)} | {SDM.name: len(PROFILES) - 1}
+"""Generation -> its place, oldest first. Only for comparing: a generation that is put in later moves the places."""
 
 
 def since(kernel: str, first: str) -> bool:
@@ -556,12 +571,17 @@ def as_of(table: Mapping[str, _Entry], kernel: str) -> _Entry | None:
     return table[max(held, key=ORDER.__getitem__)] if held else None
 
 
+def named() -> dict[str, Profile]:
+    """Everything that a machine can be made like by name: the generations, oldest first, and the manual."""
+    return PROFILES | {SDM.name: SDM}
+
+
 def numbered(number: int) -> Profile:
     """Find the profile with that number; ValueError lists the numbers that there are."""
-    for known in PROFILES.values():
+    for known in named().values():
         if known.number == number:
             return known
-    numbers = ", ".join(f"{known.number} ({known.name})" for known in PROFILES.values())
+    numbers = ", ".join(f"{known.number} ({known.name})" for known in named().values())
     raise ValueError(f"unknown kernel number {number}: one of {numbers}")
 
 

@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from fastexit.checks import quoted
-from fastexit.profile import PROFILES, Profile
+from fastexit.profile import PROFILES, SDM, Profile, named
 
 FIRST = 5, 4
 """The series on which the patch was written; the oldest one that has a generation."""
@@ -70,7 +70,7 @@ def generation(kernel: str) -> Profile:
     """Find the generation of a kernel: one of `profiles` by name, or the newest that is not later than a release.
 
     Args:
-        kernel: "seed-v3", "6.12", "v6.12.3", "5.15.0-105-generic", ...
+        kernel: "seed-v3", "6.12", "v6.12.3", "5.15.0-105-generic", ..., or "sdm", which is the manual's and no kernel.
 
     The row's traits are those of its ``tree``; a release that says its patch level and is older than a change of its
     series has the traits from before it (`Profile.stable`), and one of a later series that has no row has what came
@@ -82,13 +82,15 @@ def generation(kernel: str) -> Profile:
     """
     if not isinstance(kernel, str):
         raise TypeError(f"kernel is {type(kernel).__name__}, not a string such as {next(reversed(PROFILES))!r}")
+    if kernel == SDM.name:
+        return SDM
     if kernel in PROFILES:
         return PROFILES[kernel]
     asked = release(kernel)
     if asked is None:
         raise ValueError(
             f"unknown kernel {quoted(kernel)}: a release from {_dotted(FIRST)} on, such as 5.13 or v6.12.3, "
-            f"or one of {', '.join(PROFILES)}"
+            f"or one of {', '.join(named())}"
         )
     if asked.series < FIRST:
         raise ValueError(
@@ -126,7 +128,11 @@ def numbers(kernel: str) -> tuple[int, int, int]:
 
 
 def has_fast_path(kernel: str) -> bool:
-    """Tell whether a kernel has the fast path by itself. 5.4 and 5.5 are as the patch found them, without it."""
+    """Tell whether a kernel has the fast path by itself. 5.4 and 5.5 are as the patch found them, without it, and the
+    manual has none.
+    """
+    if kernel == SDM.name:
+        return False
     asked = None if kernel in PROFILES else release(kernel)
     return asked is None or asked.series >= FAST_FIRST
 

@@ -44,7 +44,12 @@ class Settings(TypedDict, total=False):
     """Machine's keywords that say what user space, KVM's module parameters and the guest's CPUID make of it."""
 
     kernel: Annotated[
-        str, Setting(NEWEST, "the generation to be like; fastexit.profiles() lists them, the last one is the default.")
+        str,
+        Setting(
+            NEWEST,
+            "the generation to be like; fastexit.profiles() lists them, the last one is the default. "
+            '"sdm" is the manual\'s APIC, and no kernel.',
+        ),
     ]
     vendor: Annotated[str, Setting("vmx", 'Intel\'s "vmx" or AMD\'s "svm".', choices=("vmx", "svm"), bit=L.CONFIG_SVM)]
     apicv: Annotated[

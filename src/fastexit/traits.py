@@ -117,6 +117,21 @@ class Trait(IntFlag):
     MMIO_NOT_VECTORING = 1 << 38
     """An access to a device during the delivery of an event is an error on both vendors, whichever exit it takes."""
 
+    # -- the manual's rules, which no kernel has: SDM vol. 3A, chapter 10
+    RESERVED_BITS_GP = 1 << 40
+    """A reserved bit faults in any x2APIC register, so does anything but 0 to EOI (SDM 10.12.1.2, 10.12.1.3). In xAPIC
+    mode such bits of SVR and ICR read as 0 (10.6.1, 10.9)."""
+    STATUS_READ_ONLY = 1 << 41
+    """Delivery status and remote IRR of LVT entries are what the APIC says, 0, whatever is written (SDM 10.5.1)."""
+    ERRORS_LOGGED = 1 << 42
+    """Vectors below 16 that are sent or received, which are not delivered, and registers of the xAPIC page that there
+    are not, are errors: the next write of ESR shows them, and the first one behind a write is LVTERR's interrupt (SDM
+    10.5.2, 10.5.3)."""
+    MASKED_TICK_LOST = 1 << 44
+    """A timer that runs out while its LVT entry is masked, or the APIC off, interrupts nobody (SDM 10.5.1)."""
+    ENABLED_RESET = 1 << 43
+    """An APIC that APICBASE enables anew begins as after a reset, but for its id (SDM 10.12.5.1)."""
+
     # -- rules of registers
     TDCR_MASKED = 1 << 64
     """TDCR keeps its three bits alone; before, whatever was written read back."""

@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against",
         metavar="PROGRAM",
         help="an own APIC instead of a kernel, which speaks docs/apic-protocol.md; --kernel is then whose rules it is "
-        "held against",
+        "held against: 6.18, sdm (the manual's)",
     )
     verify.add_argument("args", nargs="*", metavar="ARG", help="arguments of that program, behind --")
     verify.add_argument("--well-formed", action="store_true", help="with --against: no reserved bit is ever set")

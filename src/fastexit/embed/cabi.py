@@ -17,7 +17,7 @@ from fastexit.config import header as config_header
 from fastexit.hyperv import ALL_FEATURES, HvFeature
 from fastexit.jit import declare
 from fastexit.kernels import entries as _entries
-from fastexit.profile import NEWEST, PROFILES
+from fastexit.profile import NEWEST, named
 from fastexit.settings import SETTINGS, Settings
 
 NATIVE = Path(__file__).parent / "native"
@@ -202,7 +202,7 @@ def keywords(config: Any) -> Settings:
 
     ValueError for numbers that the header does not know. ``config`` has the struct's fields as attributes.
     """
-    kernels = {known.number + 1: name for name, known in PROFILES.items()}
+    kernels = {known.number + 1: name for name, known in named().items()}
     flags = int(config.flags)
     unknown = flags & ~sum(Open)
     for name, value, known in (

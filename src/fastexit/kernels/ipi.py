@@ -13,6 +13,7 @@ from ..jit.declare import ctz, inlined, kernel
 from . import typed as k
 from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
 from .irq import set_irr
+from .lapicreg import reg, word
 from .match import delivery_mode, lowest_priority, matches
 from .meter import accepted, reached
 from .pid import post
@@ -252,12 +253,54 @@ def rewrite_lowest(m, icr, dest, hint):
     return icr
 
 
+@kernel("u8(words, u8, u8, u8)")
+def log_error(m, v, error, me):
+    """An error for ESR (SDM 10.5.3): it waits in the dword behind that register until a write shows it.
+
+    The first one since such a write is LVTERR's interrupt; the LVT's own vector may be an error, too.
+    """
+    at = word(m, v, k.APIC_ESR)
+    old = or_word(m, at, error << k.U(32)) >> k.U(32)
+    lvt = reg(m, v, k.APIC_LVTERR)
+    takes = k.FLAG_HW | k.FLAG_SW
+    if old or lvt & k.LVT_MASKED or m[hot(m, v) + k.HOT_FLAGS] & takes != takes:
+        return k.ZERO
+    if not lvt & k.U(0xF0):
+        or_word(m, at, k.ESR_RECEIVE_ILLEGAL << k.U(32))
+        return k.ZERO
+    return accept(m, v, (lvt & k.ICR_VECTOR) | k.ICR_LEVEL, me) & ~k.CODE_ACCEPTED_NONE
+
+
+@kernel("u8(u8)")
+def is_illegal(icr):
+    """Tell whether an interrupt has a vector below 16 that is to go through IRR (SDM 10.5.2)."""
+    return k.ONE if not icr & k.U(0xF0) and delivery_mode(icr) <= k.DM_LOWEST else k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8, u8, u8)")
+def _err(m, src, icr, dest, hint, me):
+    """An illegal vector: an error of its sender and of whom it would have reached, where it goes no further."""
+    code = k.ZERO if src == k.NONE else log_error(m, src, k.ESR_SEND_ILLEGAL, me)
+    if lowest_priority(icr, hint):
+        best = choose_lowest(m, src, icr, dest)
+        return code if best == k.NONE else combine(code, log_error(m, best, k.ESR_RECEIVE_ILLEGAL, me))
+    for i in range(m[k.H_NVCPUS]):
+        v = k.U(i)
+        if _is_candidate(m, v, src, icr | dest << k.U(32)):
+            code = combine(code, log_error(m, v, k.ESR_RECEIVE_ILLEGAL, me))
+    return code
+
+
 @inlined
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver(m, src, icr, dest, hint, me):
     """kvm_irq_delivery_to_apic: the map if it can, else the scan."""
-    if m[k.H_TRAITS] & k.T_LOWEST_REWRITE_FIRST:
-        icr = rewrite_lowest(m, icr, dest, hint)
+    traits = m[k.H_TRAITS]
+    if traits & (k.T_LOWEST_REWRITE_FIRST | k.T_ERRORS_LOGGED):
+        if traits & k.T_ERRORS_LOGGED and is_illegal(icr):
+            return _err(m, src, icr, dest, hint, me)
+        if traits & k.T_LOWEST_REWRITE_FIRST:
+            icr = rewrite_lowest(m, icr, dest, hint)
     code = deliver_fast(m, src, icr, dest, hint, me)
     if code != UNRESOLVED:
         return code

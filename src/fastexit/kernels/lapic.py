@@ -13,16 +13,18 @@ from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .eoi import set_eoi
 from .inhibit import id_written
-from .ipi import send
+from .ipi import log_error, send
 from .irq import update_ppr
 from .lapicreg import (
     reg,
     set_reg,
     set_x2apic_icr,
     vector_slot,
+    word,
     x2apic_icr,
 )
-from .shared import NOT_MINE, emit, hot, make_request, own
+from .manual import is_register, reserved, svr_writable
+from .shared import NOT_MINE, clear_word_bits, emit, hot, make_request, or_word, own
 from .timer import current_count, timer_mode_mask, update_lvtt, write_tdcr, write_tmict
 
 
@@ -83,6 +85,8 @@ def _write_lvt(m, v, offset, value, writable):
         watch_lint0(m, v)
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_SW:
         value = value | k.LVT_MASKED
+    if m[k.H_TRAITS] & k.T_STATUS_READ_ONLY:
+        writable = writable & ~k.LVT_READ_ONLY
     set_reg(m, v, offset, value & writable)
     return k.ZERO
 
@@ -92,6 +96,8 @@ def _write_svr(m, v, value):
     writable = k.SVR_WRITABLE
     if reg(m, v, k.APIC_LVR) & k.LVR_DIRECTED_EOI:
         writable = writable | k.SVR_SUPPRESS_EOI
+    if m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
+        writable = svr_writable(m, v)
     set_spiv(m, v, value & writable)
     if value & k.SVR_ENABLE:
         return k.ZERO
@@ -113,6 +119,8 @@ def _write_icr(m, v, value):
     The IPI leaves before the value can be read back.
     """
     value = value & ~k.ICR_BUSY
+    if m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
+        value = value & ~k.ICR_RESERVED
     code = send(m, v, value | (reg(m, v, k.APIC_ICR2) << k.U(32)))
     set_reg(m, v, k.APIC_ICR, value)
     return code
@@ -169,6 +177,15 @@ def _report_tpr_access(m, v):
     return k.ZERO
 
 
+@kernel("u8(words, u8)")
+def _show_errors(m, v):
+    """A write of ESR: what has been logged since the last one can be read, and the next error interrupts again."""
+    at = word(m, v, k.APIC_ESR)
+    errors = clear_word_bits(m, at, k.NONE) >> k.U(32)
+    or_word(m, at, errors)
+    return k.ZERO
+
+
 @kernel("u8(words, u8, u8, u8)")
 def reg_write(m, v, offset, value):
     """kvm_lapic_reg_write of a 32-bit value at a 16-byte aligned offset; the trace line precedes any failure."""
@@ -196,6 +213,8 @@ def reg_write(m, v, offset, value):
     elif offset == k.APIC_ESR:
         if in_x2apic_mode(m, v) and value != k.ZERO:
             code = k.CODE_GP
+        elif m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
+            _show_errors(m, v)
     else:
         code = _write_lvt_or_fail(m, v, offset, value)
     return code | recalculate(m, v)
@@ -231,12 +250,16 @@ def x2apic_msr_write(m, v, msr, value):
         return k.CODE_GP
     offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
     if offset == k.APIC_ICR:
+        if value & k.ICR_BUSY and m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
+            return k.CODE_GP
         return x2apic_icr_write(m, v, value)
     if offset == k.APIC_ICR2:
         # Before 6.0 this was refused ahead of the trace line; later it fails as any register does.
         if m[k.H_TRAITS] & k.T_TRACE_ICR2_FIRST:
             return k.CODE_GP
     if value >> k.U(32) and m[k.H_TRAITS] & k.T_MSR_UPPER_GP:
+        return k.CODE_GP
+    if value and m[k.H_TRAITS] & k.T_RESERVED_BITS_GP and value & reserved(m, v, offset):
         return k.CODE_GP
     return reg_write(m, v, offset, value & k.LOW32)
 
@@ -339,13 +362,17 @@ def mmio_write(m, v, gpa, length, value):
         return _unclaimed(m)
     if length != k.U(4) or offset & k.U(0xF):
         return k.ZERO
-    return reg_write(m, v, offset, value & k.LOW32) & k.CODE_DELIVERY
+    code = reg_write(m, v, offset, value & k.LOW32)
+    if code & k.CODE_GP and m[k.H_TRAITS] & k.T_ERRORS_LOGGED and not is_register(m, offset):
+        code = code | log_error(m, v, k.ESR_ILLEGAL_REGISTER, v)
+    return code & k.CODE_DELIVERY
 
 
 @kernel("u8(words, u8, u8, u8)")
 def mmio_read(m, v, gpa, length):
     """apic_mmio_read: value in K_MSR_DATA, 0 where KVM leaves the destination alone; or NOT_MINE, and 0.
 
+    For the manual's machines a register that there is not is an error, whose interrupt is the code.
     5.6 to 5.8 read over the register's end: what was on KVM's stack is 0 here.
     """
     out = own(m, v) + k.K_MSR_DATA
@@ -364,6 +391,8 @@ def mmio_read(m, v, gpa, length):
     if across and (not m[k.H_RULES] & k.R_READ_ACROSS_TRACED or offset > k.APIC_SELF_IPI):
         return k.ZERO
     if not readable(m, v, aligned):
+        if m[k.H_TRAITS] & k.T_ERRORS_LOGGED and length == k.U(4) and not is_register(m, aligned):
+            return log_error(m, v, k.ESR_ILLEGAL_REGISTER, v)
         return k.ZERO
     value = reg_read(m, v, aligned, offset)
     m[out] = (value >> ((offset & k.U(0xF)) << k.U(3))) & mask

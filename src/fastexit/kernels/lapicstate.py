@@ -62,29 +62,6 @@ def _store_base(m, v, value):
     return effects
 
 
-@kernel("u8(words, u8, u8, u8)")
-def set_base(m, v, value, host):
-    """kvm_apic_set_base: CODE_GP when the value or, for a guest, the transition is not allowed.
-
-    The value that is there already passes unchecked, whatever it is.
-    """
-    old = m[own(m, v) + k.K_APIC_BASE]
-    if value == old:
-        return k.ZERO
-    mode = k.APICBASE_EN | k.APICBASE_EXTD
-    if value & k.APICBASE_RESERVED or value >> m[k.H_MAXPHYADDR] or value & mode == k.APICBASE_EXTD:
-        return k.CODE_GP
-    if value & k.APICBASE_EXTD and not m[k.H_CONFIG] & k.CONFIG_X2APIC_CPUID:
-        return k.CODE_GP
-    if not host:
-        if old & mode == mode and value & mode == k.APICBASE_EN:
-            return k.CODE_GP
-        if old & mode == k.ZERO and value & mode == mode:
-            return k.CODE_GP
-    effects = _store_base(m, v, value)
-    return effects | recalculate(m, v)
-
-
 @kernel("u8(words, u8)")
 def _clear_pid(m, v):
     """vmx_apicv_pre_state_restore, earlier vmx_apicv_post_state_restore: what was posted is gone."""
@@ -125,6 +102,8 @@ def reset(m, v, init):
     else:
         m[word(m, v, k.APIC_ICR)] = k.ZERO
     set_reg(m, v, k.APIC_ESR, k.ZERO)
+    if m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
+        m[word(m, v, k.APIC_ESR)] = k.ZERO
     set_reg(m, v, k.APIC_TDCR, k.ZERO)
     set_reg(m, v, k.APIC_TMICT, k.ZERO)
     update_divide(m, v)
@@ -144,6 +123,31 @@ def reset(m, v, init):
         _clear_pid(m, v)
     restore(m, v)
     return recalculate(m, k.NONE if init else v)
+
+
+@kernel("u8(words, u8, u8, u8)")
+def set_base(m, v, value, host):
+    """kvm_apic_set_base: CODE_GP when the value or, for a guest, the transition is not allowed.
+
+    The value that is there already passes unchecked, whatever it is.
+    """
+    old = m[own(m, v) + k.K_APIC_BASE]
+    if value == old:
+        return k.ZERO
+    mode = k.APICBASE_EN | k.APICBASE_EXTD
+    if value & k.APICBASE_RESERVED or value >> m[k.H_MAXPHYADDR] or value & mode == k.APICBASE_EXTD:
+        return k.CODE_GP
+    if value & k.APICBASE_EXTD and not m[k.H_CONFIG] & k.CONFIG_X2APIC_CPUID:
+        return k.CODE_GP
+    if not host:
+        if old & mode == mode and value & mode == k.APICBASE_EN:
+            return k.CODE_GP
+        if old & mode == k.ZERO and value & mode == mode:
+            return k.CODE_GP
+    effects = _store_base(m, v, value)
+    if m[k.H_TRAITS] & k.T_ENABLED_RESET and value & k.APICBASE_EN and not old & k.APICBASE_EN:
+        effects = effects | reset(m, v, k.ONE)
+    return effects | recalculate(m, v)
 
 
 @kernel("u8(words, u8)")

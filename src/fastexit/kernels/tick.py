@@ -7,7 +7,7 @@ kvm_wait_lapic_expire. Spec: SDM vol. 3A 10.5.4.
 from ..jit.declare import kernel
 from . import typed as k
 from .clock import MILLION, can_post, guest_tsc, hv_in_use, nanoseconds, virtual_khz
-from .ipi import accept
+from .ipi import accept, log_error
 from .lapicreg import reg, set_reg
 from .shared import emit, hot, kick, make_request, own, vec
 
@@ -31,6 +31,8 @@ def local_deliver(m, v, offset, me):
     lvt = reg(m, v, offset)
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or lvt & k.LVT_MASKED:
         return k.ZERO
+    if not lvt & (k.U(0xF0) | k.ICR_DM) and m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
+        return log_error(m, v, k.ESR_RECEIVE_ILLEGAL, me)
     code = accept(m, v, (lvt & (k.ICR_VECTOR | k.ICR_DM | k.ICR_TRIGGER)) | k.ICR_LEVEL, me)
     if offset == k.APIC_LVTPC and code & k.CODE_ACCEPTED_NONE and _masks_itself(m):
         set_reg(m, v, offset, lvt | k.LVT_MASKED)
@@ -52,14 +54,20 @@ def inject_pending(m, v, me):
 
 
 @kernel("u8(words, u8)")
-def has_pending(m, v):
-    """apic_has_pending_timer: a tick that LVTT would let through now; a masked one waits."""
-    if not m[own(m, v) + k.K_TIMER_PENDING]:
-        return k.ZERO
+def _goes_through(m, v):
+    """Tell whether LVTT would let a tick through."""
     enabled = k.FLAG_HW | k.FLAG_SW
     if m[hot(m, v) + k.HOT_FLAGS] & enabled != enabled or reg(m, v, k.APIC_LVTT) & k.LVT_MASKED:
         return k.ZERO
     return k.ONE
+
+
+@kernel("u8(words, u8)")
+def has_pending(m, v):
+    """apic_has_pending_timer: a tick that LVTT would let through now; a masked one waits."""
+    if not m[own(m, v) + k.K_TIMER_PENDING]:
+        return k.ZERO
+    return _goes_through(m, v)
 
 
 @kernel("u8(words, u8)")
@@ -148,6 +156,8 @@ def expired(m, v, from_hrtimer):
     row = own(m, v)
     if m[row + k.K_TIMER_PENDING]:
         return k.ZERO
+    if m[k.H_TRAITS] & k.T_MASKED_TICK_LOST and not _goes_through(m, v):
+        return inject_pending(m, v, k.NONE) & ~k.CODE_ACCEPTED_NONE
     if m[row + k.K_TIMER_MODE] == k.TIMER_DEADLINE or hv_in_use(m, v):
         m[row + k.K_EXPIRED_DEADLINE] = m[row + k.K_TSC_DEADLINE]
     if not from_hrtimer and _posted_at_once(m, v):

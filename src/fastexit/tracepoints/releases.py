@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from fastexit.profile import PROFILES
-from fastexit.releases import release
+from fastexit.releases import generation, release
 
 _Entry = TypeVar("_Entry")
 
@@ -37,7 +36,7 @@ def printed_as(kernel: str, named: str) -> Numbers:
     >>> printed_as("6.1", "6.1"), printed_as("6.1", "6.1.0-57-cloud-amd64"), printed_as("6.1", "6.1.20")
     ((6, 1, 192), (6, 1, 192), (6, 1, 20))
     """
-    tree, found = numbers(PROFILES[kernel].tree.split()[-1]), release(named)
+    tree, found = numbers(generation(kernel).tree.split()[-1]), release(named)
     if named == kernel or found is None:
         return tree
     if found.patch is not None:
