@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_a_planted_fault_is_found_and_made_short(fault: str, tmp_path: Path) -> 
         again = replay("apic", found.setup.keywords(), found.history, other=mine)
         assert again is not None
         assert again.text == found.text
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_sample_in_c_agrees_and_its_fault_is_found(compiler: str, tmp_path: Path) -> None:
+    cc = shutil.which(compiler)
+    if cc is None:
+        pytest.skip(f"{compiler} is not installed")
+    text = SAMPLE.with_suffix(".c").read_text()
+    for name, source in (("right", text), ("wrong", text.replace("dest >> 16 == ldr >> 16 &&", ""))):
+        (tmp_path / f"{name}.c").write_text(source)
+        options = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1"]
+        subprocess.run([cc, *options, "-o", str(tmp_path / name), str(tmp_path / f"{name}.c")], check=True)
+    with fx.kvm.ApicProgram([str(tmp_path / "right")]) as mine:
+        report = fx.kvm.verify(OPS, other=mine, well_formed=True)
+    assert report.agreed, report.divergence
+    with fx.kvm.ApicProgram([str(tmp_path / "wrong")]) as mine:
+        found = fx.kvm.verify(3 * OPS, other=mine, well_formed=True, shorten=10).divergence
+    assert found is not None
+    assert "IRR" in found.text
 
 
 def test_the_script_shows_it(tmp_path: Path) -> None:
