@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastexit.profile import PROFILES
 from fastexit.traits import Trait
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +170,8 @@ def faults() -> str:
         return "No run is kept yet: `python tests/trait_faults.py`."
     found = {told["trait"]: told for told in table["tried"] if told["found"]}
     beyond = {name: why for name, why in table["beyond"].items() if name not in found}
-    open_ = sorted({trait.name or "" for trait in Trait} - set(found) - set(beyond))
+    of_kernels = {trait.name or "" for trait in Trait if any(row.traits & trait for row in PROFILES.values())}
+    open_ = sorted(of_kernels - set(found) - set(beyond))
     last = max(told["operations"] for told in found.values())
     rows = [
         f"{len(found)} traits were noticed, the last after {last:,} operations. "
