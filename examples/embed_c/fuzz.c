@@ -76,17 +76,41 @@ static int32_t windows_msr(fx_machine *m, uint32_t v, struct fx_result *out)
     }
 }
 
+/* What a host does that has a CPU of its own. */
+static int32_t cpu_call(fx_machine *m, uint32_t v, int null, struct fx_result *out, uint32_t *vector)
+{
+    struct fx_event event;
+    struct fx_result results[2];
+    uint64_t count;
+
+    switch (some(13)) {
+    case 0: return fx.hw_wrmsr(m, v, msr(), value(), out);
+    case 1: return fx.hw_wrmsr(m, v, some(2) ? 0x83f : 0x80b, some(2) ? 0 : some(256), out);
+    case 2: return fx.hw_rdmsr(m, v, msr(), out);
+    case 3: return fx.hw_mmio_write(m, v, some(0x1000), 1u << some(4), (uint32_t)value(), out);
+    case 4: return fx.hw_mmio_read(m, v, some(0x1000), 1u << some(4), out);
+    case 5: return fx.hw_cr8(m, v, some(20), out);
+    case 6: return fx.hw_deliver(m, v, vector);
+    case 7: return fx.settle(m, v, out);
+    case 8: return fx.take(m, v, null ? NULL : &event);
+    case 9: return null ? FX_E_NULL : fx.nmi(m, v);
+    case 10: return null ? FX_E_NULL : some(2) ? fx.smi(m, v) : fx.rsm(m, v);
+    case 11: return fx.run_timers(m, v, results, some(3), null ? NULL : &count);
+    default: return null ? FX_E_NULL : fx.interrupt(m, v, some(300));
+    }
+}
+
 /* A call whose machine, vCPU and pointers are as given. */
 static int32_t call(fx_machine *m, uint32_t v, int null)
 {
     static unsigned char page[1024];
     struct fx_result result, *out = null ? NULL : &result;
-    struct fx_cpu cpu = { .rflags = any(), .shadow = some(4) };
+    struct fx_cpu cpu = { .rflags = any(), .shadow = some(4), .nmi_masked = some(2), .real_mode = !some(8) };
     uint32_t word, *vector = null ? NULL : &word;
     struct fx_hv_exit told;
     uint64_t count, xmm[12];
 
-    switch (some(19)) {
+    switch (some(24)) {
     case 0: return fx.wrmsr(m, v, msr(), value(), out);
     case 1: return fx.wrmsr(m, v, MSR_X2APIC_ICR, value(), out);
     case 2: return fx.rdmsr(m, v, msr(), out);
@@ -110,6 +134,10 @@ static int32_t call(fx_machine *m, uint32_t v, int null)
             xmm[i] = value();
         return fx.hv_hypercall(m, v, control(), place(), place(), some(4) ? xmm : NULL, out);
     case 18: return windows_msr(m, v, out);
+    case 19:
+    case 20:
+    case 21:
+    case 22: return cpu_call(m, v, null, out, vector);
     default:
         if (some(2))
             return fx.get_cpu(m, v, null ? NULL : &cpu);
