@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,28 @@ def test_tables(door: Door, tmp_path: Path) -> None:
     assert told(door.wrmsr(m, 0, 0x808, 0)[1]) == (None, None, None)
     for each in (m, copy):
         door.fx.close(each)
+
+
+@compiled
+def test_each_thread_has_its_time(door: Door) -> None:
+    """vCPUs of several threads, at once: every exit costs what it costs alone."""
+    vcpus, exits = 4, 500
+    costs = door.ffi.new("char[]", b"skylake-retpoline")
+    m = door.open(vcpus=vcpus, flags=Open.BOOT_X2APIC | Open.QUIET, costs=costs)
+    alone = [(door.wrmsr(m, v, 0x808, 0), told(door.wrmsr(m, v, 0x808, 0x20)[1]))[1] for v in range(vcpus)]
+    assert len(set(alone)) == 1
+    seen: list[set[tuple[int | None, ...]]] = [set() for _ in range(vcpus)]
+
+    def run(v: int) -> None:
+        result = door.ffi.new("struct fx_result *")
+        for _ in range(exits):
+            assert door.fx.wrmsr(m, v, 0x808, 0x20, result) == Status.OK
+            seen[v].add(told(result))
+
+    threads = [threading.Thread(target=run, args=(v,)) for v in range(vcpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [{alone[0]}] * vcpus
+    door.fx.close(m)
