@@ -128,10 +128,11 @@ def test_an_edit_while_a_process_runs_is_not_kept(copy: Copy) -> None:
     assert copy.run() == f"41{COMPILED}"
 
 
+@pytest.mark.parametrize("how", ["inlined", "apart"])
 @pytest.mark.parametrize("switch", ["NUMBA_DEBUGINFO", "NUMBA_OPT"])
-def test_numbas_switches(copy: Copy, switch: str) -> None:
-    """Neither stops a compilation that inlines a kernel by force."""
-    leaf = LEAF.replace("import kernel", "import inlined, kernel").replace("@kernel", "@inlined\n@kernel")
+def test_numbas_switches(copy: Copy, switch: str, how: str) -> None:
+    """Neither stops a compilation that inlines a kernel by force, or keeps it out of its callers."""
+    leaf = LEAF.replace("import kernel", f"import {how}, kernel").replace("@kernel", f"@{how}\n@kernel")
     copy.write("kernels/leaf.py", leaf.format(bit="1"))
     assert copy.run(**{switch: "1"}) == f"41{COMPILED}"
 

@@ -235,6 +235,16 @@ def test_an_irqfd_and_a_line_are_messages() -> None:
     assert not any(m.vcpus[1].get_lapic()[R.APIC_IRR : R.APIC_IRR + 4])
 
 
+def test_the_ioapics_pins_are_messages() -> None:
+    m = machine(2, irqchip="full")
+    ioregsel, iowin = 0xFEC0_0000, 0xFEC0_0010
+    for register, value in ((0x10 + 2 * 5 + 1, 1 << 24), (0x10 + 2 * 5, 9)):  # pin 5: id 1, vector 9
+        m.vcpus[0].mem_write(ioregsel, register)
+        m.vcpus[0].mem_write(iowin, value)
+    m.irq_line(5, 1)
+    assert [errors(v) for v in m.vcpus] == [0, RECEIVE]
+
+
 def test_broadcasts_and_shorthands_reach_everybody() -> None:
     m = machine(3)
     m.vcpus[0].wrmsr(ICR, fx.icr(vector=5, shorthand=fx.Shorthand.ALL_BUT_SELF))

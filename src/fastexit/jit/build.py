@@ -144,6 +144,9 @@ class Build:
                 function.linkage = module.get_global(made.environment.env_name).linkage = "internal"
                 if declared.function.inline:
                     function.attributes.add("alwaysinline")
+                if declared.function.apart:
+                    function.attributes.add("noinline")
+                    function.attributes.add("cold")
         faces = {name: self.made[declared].fndesc for name, declared in entries.items()}
         symbols = {name: (face.llvm_cpython_wrapper_name, face.llvm_cfunc_wrapper_name) for name, face in faces.items()}
         return Code(_machine_code(cpu_target.target_context.codegen()._tm, self._library.optimized()), symbols)

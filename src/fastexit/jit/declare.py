@@ -50,6 +50,7 @@ class Callee:
         update_wrapper(self, python)
         self._name = name
         self.inline = False
+        self.apart = False
 
     def __call__(self, *_values: Any) -> Any:
         raise TypeError(f"kernel {self._name} can be called by kernels only; an @entry, through load()")
@@ -88,6 +89,15 @@ def inlined(function: Any) -> Any:
     """Make a kernel part of every kernel that calls it: ``@inlined`` above ``@kernel``. For the hottest only."""
     if JIT:
         function.inline = True
+    return function
+
+
+def apart(function: Any) -> Any:
+    """Keep a kernel out of those that call it: ``@apart`` above ``@kernel``. For what hardly ever runs beside what is
+    hot, which would save registers for it.
+    """
+    if JIT:
+        function.apart = True
     return function
 
 

@@ -13,7 +13,7 @@ level, for the whole EOI. Spec: 82093AA datasheet.
 from ..jit.declare import kernel
 from . import rtc
 from . import typed as k
-from .ipi import ACCEPT, NOBODY, deliver
+from .ipi import ACCEPT, NOBODY, deliver, is_illegal, log_illegal
 from .irqlock import lock, unlock
 from .match import matches
 from .shared import emit
@@ -40,6 +40,8 @@ def service(m, pin, line_status, me):
         m[at] = m[at] | k.ONE << pin
     icr = entry & AS_ICR | k.ICR_LEVEL
     dest = entry >> k.REDIR_DEST_SHIFT
+    if is_illegal(m, icr):
+        return log_illegal(m, k.NONE, icr, dest, k.ZERO, me)
     if pin == rtc.RTC_PIN and line_status:
         code = rtc.deliver(m, icr, dest, me)
     else:

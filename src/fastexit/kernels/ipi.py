@@ -9,7 +9,7 @@ Results are delivery codes: accepted count and Effect bits of outcome.CODE. Spec
 """
 
 from ..jit.atomics import load_acquire
-from ..jit.declare import ctz, inlined, kernel
+from ..jit.declare import apart, ctz, inlined, kernel
 from . import typed as k
 from .apicmap import MEMBER_BITS, UNRESOLVED, member, members
 from .irq import set_irr
@@ -253,6 +253,7 @@ def rewrite_lowest(m, icr, dest, hint):
     return icr
 
 
+@apart
 @kernel("u8(words, u8, u8, u8)")
 def log_error(m, v, error, me):
     """An error for ESR (SDM 10.5.3): it waits in the dword behind that register until a write shows it.
@@ -271,14 +272,18 @@ def log_error(m, v, error, me):
     return accept(m, v, (lvt & k.ICR_VECTOR) | k.ICR_LEVEL, me) & ~k.CODE_ACCEPTED_NONE
 
 
-@kernel("u8(u8)")
-def is_illegal(icr):
-    """Tell whether an interrupt has a vector below 16 that is to go through IRR (SDM 10.5.2)."""
-    return k.ONE if not icr & k.U(0xF0) and delivery_mode(icr) <= k.DM_LOWEST else k.ZERO
+@inlined
+@kernel("u8(words, u8)")
+def is_illegal(m, icr):
+    """Tell whether an interrupt is an error: by the manual a vector below 16 does not go through IRR (SDM 10.5.2)."""
+    if icr & k.U(0xF0) or not m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
+        return k.ZERO
+    return k.ONE if delivery_mode(icr) <= k.DM_LOWEST else k.ZERO
 
 
+@apart
 @kernel("u8(words, u8, u8, u8, u8, u8)")
-def _err(m, src, icr, dest, hint, me):
+def log_illegal(m, src, icr, dest, hint, me):
     """An illegal vector: an error of its sender and of whom it would have reached, where it goes no further."""
     code = k.ZERO if src == k.NONE else log_error(m, src, k.ESR_SEND_ILLEGAL, me)
     if lowest_priority(icr, hint):
@@ -295,16 +300,23 @@ def _err(m, src, icr, dest, hint, me):
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def deliver(m, src, icr, dest, hint, me):
     """kvm_irq_delivery_to_apic: the map if it can, else the scan."""
-    traits = m[k.H_TRAITS]
-    if traits & (k.T_LOWEST_REWRITE_FIRST | k.T_ERRORS_LOGGED):
-        if traits & k.T_ERRORS_LOGGED and is_illegal(icr):
-            return _err(m, src, icr, dest, hint, me)
-        if traits & k.T_LOWEST_REWRITE_FIRST:
-            icr = rewrite_lowest(m, icr, dest, hint)
+    if m[k.H_TRAITS] & k.T_LOWEST_REWRITE_FIRST:
+        icr = rewrite_lowest(m, icr, dest, hint)
     code = deliver_fast(m, src, icr, dest, hint, me)
     if code != UNRESOLVED:
         return code
     return deliver_slow(m, src, rewrite_lowest(m, icr, dest, hint), dest, hint, me)
+
+
+@apart
+@kernel("u8(words, u8, u8)")
+def send_illegal(m, v, icr):
+    """A send of an interrupt that is an error."""
+    dest = destination(m, v, icr)
+    low = icr & k.LOW32
+    if m[k.H_CONFIG] & k.CONFIG_TRACE:
+        emit(m, k.TP_APIC_IPI, v, low, dest, k.ZERO)
+    return log_illegal(m, v, low, dest, k.ZERO, v)
 
 
 @inlined

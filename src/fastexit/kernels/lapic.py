@@ -8,12 +8,12 @@ A write returns a delivery code (see ipi.py), with CODE_GP when the register doe
 latter, since MMIO has no way to fault.
 """
 
-from ..jit.declare import kernel
+from ..jit.declare import apart, kernel
 from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .eoi import set_eoi
 from .inhibit import id_written
-from .ipi import log_error, send
+from .ipi import is_illegal, log_error, send, send_illegal
 from .irq import update_ppr
 from .lapicreg import (
     reg,
@@ -23,7 +23,7 @@ from .lapicreg import (
     word,
     x2apic_icr,
 )
-from .manual import is_register, reserved, svr_writable
+from .manual import is_register, reserved, writable
 from .shared import NOT_MINE, clear_word_bits, emit, hot, make_request, or_word, own
 from .timer import current_count, timer_mode_mask, update_lvtt, write_tdcr, write_tmict
 
@@ -85,8 +85,6 @@ def _write_lvt(m, v, offset, value, writable):
         watch_lint0(m, v)
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_SW:
         value = value | k.LVT_MASKED
-    if m[k.H_TRAITS] & k.T_STATUS_READ_ONLY:
-        writable = writable & ~k.LVT_READ_ONLY
     set_reg(m, v, offset, value & writable)
     return k.ZERO
 
@@ -96,8 +94,6 @@ def _write_svr(m, v, value):
     writable = k.SVR_WRITABLE
     if reg(m, v, k.APIC_LVR) & k.LVR_DIRECTED_EOI:
         writable = writable | k.SVR_SUPPRESS_EOI
-    if m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
-        writable = svr_writable(m, v)
     set_spiv(m, v, value & writable)
     if value & k.SVR_ENABLE:
         return k.ZERO
@@ -119,8 +115,6 @@ def _write_icr(m, v, value):
     The IPI leaves before the value can be read back.
     """
     value = value & ~k.ICR_BUSY
-    if m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
-        value = value & ~k.ICR_RESERVED
     code = send(m, v, value | (reg(m, v, k.APIC_ICR2) << k.U(32)))
     set_reg(m, v, k.APIC_ICR, value)
     return code
@@ -177,15 +171,6 @@ def _report_tpr_access(m, v):
     return k.ZERO
 
 
-@kernel("u8(words, u8)")
-def _show_errors(m, v):
-    """A write of ESR: what has been logged since the last one can be read, and the next error interrupts again."""
-    at = word(m, v, k.APIC_ESR)
-    errors = clear_word_bits(m, at, k.NONE) >> k.U(32)
-    or_word(m, at, errors)
-    return k.ZERO
-
-
 @kernel("u8(words, u8, u8, u8)")
 def reg_write(m, v, offset, value):
     """kvm_lapic_reg_write of a 32-bit value at a 16-byte aligned offset; the trace line precedes any failure."""
@@ -213,8 +198,6 @@ def reg_write(m, v, offset, value):
     elif offset == k.APIC_ESR:
         if in_x2apic_mode(m, v) and value != k.ZERO:
             code = k.CODE_GP
-        elif m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
-            _show_errors(m, v)
     else:
         code = _write_lvt_or_fail(m, v, offset, value)
     return code | recalculate(m, v)
@@ -243,23 +226,74 @@ def x2apic_icr_write(m, v, value):
     return code
 
 
+@kernel("u8(words, u8)")
+def _show_errors(m, v):
+    """A write of ESR: what has been logged since the last one can be read, and the next error interrupts again."""
+    at = word(m, v, k.APIC_ESR)
+    errors = clear_word_bits(m, at, k.NONE) >> k.U(32)
+    or_word(m, at, errors)
+    return k.ZERO
+
+
+@kernel("u8(words, u8, u8, u8)")
+def _trace_write(m, v, offset, value):
+    return emit(m, k.TP_APIC_WRITE, v, offset, value, k.ZERO) if m[k.H_CONFIG] & k.CONFIG_TRACE else k.ZERO
+
+
+@apart
+@kernel("u8(words, u8, u8, u8)")
+def strict_write(m, v, offset, value):
+    """reg_write of a machine that is the manual's: what is reserved or read-only is dropped, errors are logged."""
+    value = writable(m, v, offset, value)
+    if offset == k.APIC_ESR and not (value and in_x2apic_mode(m, v)):
+        _show_errors(m, v)
+    icr = value
+    if offset == k.APIC_SELF_IPI and in_x2apic_mode(m, v):
+        icr = (k.SH_SELF << k.ICR_SHORTHAND_SHIFT) | value
+    elif offset == k.APIC_ICR:
+        icr = value | (reg(m, v, k.APIC_ICR2) << k.U(32))
+    else:
+        return reg_write(m, v, offset, value)
+    if not is_illegal(m, icr):
+        return reg_write(m, v, offset, value)
+    _trace_write(m, v, offset, value)
+    code = send_illegal(m, v, icr)
+    if offset == k.APIC_ICR:
+        set_reg(m, v, offset, value)
+    return code
+
+
+@apart
+@kernel("u8(words, u8, u8, u8)")
+def _strict_msr_write(m, v, offset, value):
+    """x2apic_msr_write by the manual: every reserved bit faults."""
+    if value & reserved(m, v, offset):
+        return k.CODE_GP
+    if offset != k.APIC_ICR:
+        return strict_write(m, v, offset, value)
+    if not is_illegal(m, value):
+        return x2apic_icr_write(m, v, value)
+    code = send_illegal(m, v, value)
+    set_x2apic_icr(m, v, value)
+    _trace_write(m, v, k.APIC_ICR, value)
+    return code
+
+
 @kernel("u8(words, u8, u8, u8)")
 def x2apic_msr_write(m, v, msr, value):
     """kvm_x2apic_msr_write for an MSR in 0x800-0x8FF."""
     if not in_x2apic_mode(m, v):
         return k.CODE_GP
     offset = (msr - k.MSR_X2APIC_BASE) << k.U(4)
+    if m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
+        return _strict_msr_write(m, v, offset, value)
     if offset == k.APIC_ICR:
-        if value & k.ICR_BUSY and m[k.H_TRAITS] & k.T_RESERVED_BITS_GP:
-            return k.CODE_GP
         return x2apic_icr_write(m, v, value)
     if offset == k.APIC_ICR2:
         # Before 6.0 this was refused ahead of the trace line; later it fails as any register does.
         if m[k.H_TRAITS] & k.T_TRACE_ICR2_FIRST:
             return k.CODE_GP
     if value >> k.U(32) and m[k.H_TRAITS] & k.T_MSR_UPPER_GP:
-        return k.CODE_GP
-    if value and m[k.H_TRAITS] & k.T_RESERVED_BITS_GP and value & reserved(m, v, offset):
         return k.CODE_GP
     return reg_write(m, v, offset, value & k.LOW32)
 
@@ -362,10 +396,11 @@ def mmio_write(m, v, gpa, length, value):
         return _unclaimed(m)
     if length != k.U(4) or offset & k.U(0xF):
         return k.ZERO
-    code = reg_write(m, v, offset, value & k.LOW32)
-    if code & k.CODE_GP and m[k.H_TRAITS] & k.T_ERRORS_LOGGED and not is_register(m, offset):
-        code = code | log_error(m, v, k.ESR_ILLEGAL_REGISTER, v)
-    return code & k.CODE_DELIVERY
+    if m[k.H_TRAITS] & k.T_ERRORS_LOGGED:
+        if not is_register(m, offset):
+            return log_error(m, v, k.ESR_ILLEGAL_REGISTER, v)
+        return strict_write(m, v, offset, value & k.LOW32) & k.CODE_DELIVERY
+    return reg_write(m, v, offset, value & k.LOW32) & k.CODE_DELIVERY
 
 
 @kernel("u8(words, u8, u8, u8)")

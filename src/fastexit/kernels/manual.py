@@ -18,8 +18,10 @@ def svr_writable(m, v):
 
 @kernel("u8(words, u8, u8)")
 def reserved(m, v, offset):
-    """Bits of a register at which an x2APIC write faults; registers that fault or take anything have none."""
-    if offset == k.APIC_EOI:
+    """Bits of a register at which an x2APIC write faults; of registers that fault anyway, the upper half."""
+    if offset == k.APIC_ICR:
+        return k.ICR_RESERVED | k.ICR_BUSY
+    if offset == k.APIC_EOI or offset == k.APIC_ESR:
         return k.NONE
     if offset == k.APIC_TASKPRI or offset == k.APIC_SELF_IPI:
         return ~k.ICR_VECTOR
@@ -35,7 +37,19 @@ def reserved(m, v, offset):
         return ~k.LVT_WRITABLE_LINT
     if offset == k.APIC_LVTTHMR or offset == k.APIC_LVTPC or offset == k.APIC_LVTCMCI:
         return ~k.LVT_WRITABLE_LOCAL
-    return k.ZERO
+    return k.HIGH32
+
+
+@kernel("u8(words, u8, u8, u8)")
+def writable(m, v, offset, value):
+    """What a write of a register leaves of a value, where it does not fault: status is the APIC's, the rest reads 0."""
+    if offset == k.APIC_SPIV:
+        return value & svr_writable(m, v)
+    if offset == k.APIC_ICR:
+        return value & ~(k.ICR_RESERVED | k.ICR_BUSY)
+    if (offset >= k.APIC_LVTT and offset <= k.APIC_LVTERR) or offset == k.APIC_LVTCMCI:
+        return value & ~k.LVT_READ_ONLY
+    return value
 
 
 @kernel("u8(words, u8)")

@@ -5,7 +5,7 @@ Spec: SDM vol. 3A 10.11.
 
 from ..jit.declare import kernel
 from . import typed as k
-from .ipi import deliver
+from .ipi import deliver, is_illegal, log_illegal
 from .shared import emit, own
 
 
@@ -50,4 +50,6 @@ def signal_msi(m, address, data, me):
     hint = redirection_hint(address)
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_MSI_SET_IRQ, k.NONE, icr, dest, hint)
+    if is_illegal(m, icr):
+        return log_illegal(m, k.NONE, icr, dest, hint, me)
     return deliver(m, k.NONE, icr, dest, hint, me)

@@ -7,7 +7,7 @@ has the table's making. Spec: Documentation/virt/kvm/api.rst, KVM_SET_GSI_ROUTIN
 from ..jit.declare import kernel
 from . import i8259, ioapic, msi, synic
 from . import typed as k
-from .ipi import NOBODY, UNRESOLVED, combine, deliver, deliver_fast, is_illegal
+from .ipi import NOBODY, UNRESOLVED, combine, deliver, deliver_fast, is_illegal, log_illegal
 from .irqlock import lock, unlock
 from .shared import ask_all, emit, own
 
@@ -43,6 +43,8 @@ def _set_msi(m, address, data, level, me):
         return NOBODY
     _message(m, address, data, me)
     hint = msi.redirection_hint(address)
+    if is_illegal(m, data):
+        return log_illegal(m, k.NONE, msi.as_icr(address, data), msi.destination(m, address), hint, me)
     return deliver(m, k.NONE, msi.as_icr(address, data), msi.destination(m, address), hint, me)
 
 
@@ -112,7 +114,7 @@ def _at_once(m, gsi, me):
         return UNRESOLVED
     if msi.route_invalid(m, a):
         return NOBODY
-    if m[k.H_TRAITS] & k.T_ERRORS_LOGGED and is_illegal(b):
+    if is_illegal(m, b):
         return _set_msi(m, a, b, k.ONE, me)
     _message(m, a, b, me)
     hint = msi.redirection_hint(a)
