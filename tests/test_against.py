@@ -103,6 +103,71 @@ def test_the_sample_in_c_agrees_and_its_fault_is_found(compiler: str, tmp_path: 
     assert "IRR" in found.text
 
 
+ALL = {spoken._METHODS.get(word, word) for word in spoken.CAPABILITIES}
+SPOKEN = [sys.executable, str(Path(__file__).with_name("spoken_machine.py"))]
+
+
+@pytest.mark.parametrize("kernel", ["sdm", "7.3", "5.10"])
+def test_the_whole_protocol(kernel: str) -> None:
+    """A Machine at the other end of the line agrees with itself, and is asked all that there is."""
+    with fx.kvm.ApicProgram([*SPOKEN, kernel]) as mine:
+        report = fx.kvm.verify(1500, other=mine, kernel=kernel)
+        assert report.agreed, report.divergence
+        count = report.kinds["apic"]
+        assert set(count.names) == ALL - {
+            "lowest",
+            "get_lapic",
+            "set_msr",
+            "get_msr",
+        }  # which are asked where the others are not
+        assert not count.left_out
+    with fx.kvm.ApicProgram([*SPOKEN, kernel, "wrmsr", "rdmsr", "lowest", "take", "write"]) as mine:
+        report = fx.kvm.verify(500, other=mine, kernel=kernel, seed=2)
+        assert report.agreed, report.divergence
+        assert {"set_msr", "get_msr"} <= set(report.kinds["apic"].names)
+        assert "take" in report.kinds["apic"].left_out
+
+
+def test_what_a_cpu_takes_is_read_strictly(tmp_path: Path) -> None:
+    said = ("none", "nmi", "sipi 18", "sipi 0x12", "init", "bang")
+    greeted = "input()\nprint('ok 1 x set_msr take', flush=True)\ninput()\nprint('ok', flush=True)\n"
+    text = f"{greeted}for said in {said}:\n    input(), print('ok', said, flush=True)"
+    with fx.kvm.ApicProgram(program(tmp_path, text)) as mine:
+        vcpu = mine.machine(apic_ids=[0]).vcpus[0]
+        assert [vcpu.take() for _ in range(5)] == ["none", "nmi", "sipi 0x12", "sipi 0x12", "init"]
+        with pytest.raises(ApicFailed, match=r"line 8 \(take 0\): answered 'ok bang', not ok and none, nmi"):
+            vcpu.take()
+
+
+def test_events_are_taken() -> None:
+    """By the CPUs of both sides: an INIT that is not one, told apart."""
+    seen: dict[str, int] = {}
+
+    class Deaf(Neutral):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            for vcpu in self.vcpus:
+                vcpu.set_mp_state(0)
+
+    truth = own.taken
+
+    def counting(vcpu: Any) -> str:
+        event = truth(vcpu)
+        seen[event.partition(" ")[0]] = seen.get(event.partition(" ")[0], 0) + 1
+        return "nmi" if event == "init" and isinstance(vcpu.machine, Deaf) and Deaf.deaf else event
+
+    Deaf.deaf = False  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "taken", counting)
+        assert fx.kvm.verify(800, other=Deaf, only="ipis", shorten=1).agreed
+        assert set(seen) == {"none", "nmi", "smi", "init", "sipi"}
+        Deaf.deaf = True  # type: ignore[attr-defined]
+        found = fx.kvm.verify(800, other=Deaf, only="ipis", shorten=10).divergence
+    assert found is not None
+    assert "expected init, yours says nmi" in found.text
+    assert len(found.history) <= 4
+
+
 def test_the_script_shows_it(tmp_path: Path) -> None:
     old, new, _ = FAULTS["SVR loses its vector"]
     with fx.kvm.ApicProgram(program(tmp_path, SAMPLE.read_text().replace(old, new))) as mine:
@@ -299,6 +364,19 @@ def test_what_cannot_be_compared_is_refused() -> None:
         fx.kvm.verify(10, other=Neutral, only="guest")
     with pytest.raises(TypeError, match="neither a Lab nor something that makes machines"):
         fx.kvm.verify(10, other=3)
+
+
+def test_an_object_may_make_machines() -> None:
+    class Factory:
+        made = 0
+
+        def machine(self, **settings: Any) -> Little:
+            self.made += 1
+            return Little(**settings)
+
+    factory = Factory()
+    assert fx.kvm.verify(100, other=factory, only="registers").agreed
+    assert factory.made == 2  # one is looked at
 
 
 def test_names_are_declared_once() -> None:

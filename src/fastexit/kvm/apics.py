@@ -69,6 +69,13 @@ class ApicVcpu(Protocol):
         """The CPU takes it: out of IRR, into ISR. Its vector, or None."""
         ...
 
+    def take(self) -> str | None:
+        """What the CPU takes next that is no interrupt of its APIC: "nmi", "smi", "init", "sipi 0x12", or None.
+
+        INIT resets the APIC then, not before, and a vCPU that is not the BSP waits for SIPI. Handlers are over at once.
+        """
+        ...
+
 
 class Apics(Protocol):
     """A machine of somebody's own APICs, as `verify` wants it from a class or any other callable.

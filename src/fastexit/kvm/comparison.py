@@ -175,8 +175,9 @@ def verify(
         progress: called with operations done and wanted.
         shorten: seconds for making the story of a difference shorter; 0 leaves it as it was found.
         other: who is compared; None is /dev/kvm of this machine. A `Lab`; somebody's own APICs: an `ApicProgram`, or
-            anything callable that makes machines with `Apics`' face from Oracle's keywords. What they lack is left out,
-            and the report says so. An attribute ``host`` of the callable, a `Host`, says what the model has to be like.
+            anything callable, or with a method ``machine``, that makes machines with `Apics`' face from Oracle's
+            keywords. What they lack is left out, and the report says so. An attribute ``host`` of the callable, a
+            `Host`, says what the model has to be like.
         kernel: whose rules own APICs are held against: a generation, a release, or "sdm" (default: the newest
             kernel's), without APICv.
         well_formed: own APICs are asked nothing with a reserved bit in it, nor what KVM and the manual see differently.

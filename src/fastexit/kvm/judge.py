@@ -70,7 +70,10 @@ def local() -> Judge:
 
 
 def of(other: Callable[..., Any] | Lab | Judge | None) -> Judge:
-    """The judge that ``other`` means: None is this machine's KVM, a Lab its kernel, a callable makes machines."""
+    """The judge that ``other`` means: None is this machine's KVM, a Lab its kernel, a callable makes machines.
+
+    So does an object's method ``machine``.
+    """
     if other is None:
         return local()
     if isinstance(other, Judge):
@@ -79,9 +82,10 @@ def of(other: Callable[..., Any] | Lab | Judge | None) -> Judge:
     if judge is not None:
         found: Judge = judge()
         return found
-    if not callable(other):
-        raise TypeError(f"{other!r} is neither a Lab nor something that makes machines")
-    return _maker(other)
+    make = other if callable(other) else getattr(other, "machine", None)
+    if not callable(make):
+        raise TypeError(f"{other!r} is neither a Lab nor something that makes machines, nor has it a method machine")
+    return _maker(make)
 
 
 def _maker(make: Callable[..., Any]) -> Judge:

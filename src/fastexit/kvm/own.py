@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from fastexit import regs as r
+from fastexit.events import Nmi, Sipi, Smi
 from fastexit.kvm import wellformed
 from fastexit.kvm.apics import ApicFailed, face
 from fastexit.kvm.host import Host
@@ -61,6 +62,8 @@ IGNORABLE = tuple(dict.fromkeys(map(short_name, READ)))
 """Names of registers that need not be compared."""
 TICKS = ("set_time", "wrmsr", "set_msr", "mmio_write")
 """Behind what a tick of a timer may become an interrupt."""
+BY_ITSELF = ("wrmsr", "rdmsr", "mmio_write", "mmio_read", "set_msr", "get_msr", "pending", "ack")
+"""What a vCPU that waits for SIPI does not do."""
 XAPIC_IDS = 0xFF
 TRIES = 200
 
@@ -83,11 +86,19 @@ class OwnTwins(Twins):
         super().__init__(setup, witness, judge)
         self.known: frozenset[str] = face(self.real)
         self.ignored: frozenset[int] = frozenset(offset for offset in READ if short_name(offset) in self.judge.ignored)
+        self.masks: dict[bool, int] = {mode: self._mask(mode) for mode in (False, True)}
+        """By mode, which bits of a page are compared."""
         self.time: int = BOOTED_NS
+        self.waiting: set[int] = set()
+        """vCPUs that wait for SIPI."""
         if "set_time" in self.known:
             self.real.set_time(self.time)
         for vcpu in (*self.model.vcpus, *(self.real.vcpus if "set_mp_state" in self.known else ())):
             vcpu.set_mp_state(r.MP_RUNNABLE)
+
+    def _mask(self, x2apic: bool) -> int:
+        offsets = [o for o in COMPARED if o not in self.ignored and not (x2apic and o in IN_XAPIC)]
+        return sum(0xFFFF_FFFF << 8 * offset for offset in offsets)
 
     @classmethod
     def draw(cls, rng: random.Random, host: Host, ids: tuple[int, ...] | None) -> Setup:
@@ -153,17 +164,40 @@ class OwnTwins(Twins):
 
     def _ipis(self, rng: random.Random, i: int) -> list[Op]:
         x2apic = self.vcpus[i].x2apic
+        if chance(rng, 0.12) and len(self.vcpus) > 1:
+            return self._start(rng, i)
         if x2apic and chance(rng, 0.1):
             return [self._write(i, r.APIC_SELF_IPI, self._fit(r.APIC_SELF_IPI, self._value(rng, r.APIC_SELF_IPI)))]
         low = self._icr_low(rng)
-        if not x2apic:
-            dest = xapic_destination(rng, self) << r.XAPIC_DEST_SHIFT
-            return [("mmio_write", i, r.APIC_ICR2, dest, 4), ("mmio_write", i, r.APIC_ICR, low, 4)]
-        dest = destination(rng, self) & 0xFFFF_FFFF
-        return [self._write(i, r.APIC_ICR, dest << r.ICR_DEST_SHIFT | low)]
+        dest = destination(rng, self) & 0xFFFF_FFFF if x2apic else xapic_destination(rng, self)
+        return [*self._send(i, dest, low), *self._taken(low)]
+
+    def _send(self, i: int, dest: int, low: int) -> list[Op]:
+        """An IPI."""
+        if self.vcpus[i].x2apic:
+            return [self._write(i, r.APIC_ICR, dest << r.ICR_DEST_SHIFT | low)]
+        high = (dest & 0xFF) << r.XAPIC_DEST_SHIFT
+        return [("mmio_write", i, r.APIC_ICR2, high, 4), ("mmio_write", i, r.APIC_ICR, low, 4)]
+
+    def _taken(self, low: int) -> list[Op]:
+        """What everybody's CPU takes behind an NMI or an SMI, where that is told: nothing of it stays behind."""
+        if low >> r.ICR_DM_SHIFT & 7 not in (r.DM_NMI, r.DM_SMI) or "take" not in self.known:
+            return []
+        return [("take", n) for n in range(len(self.vcpus))] * 2
+
+    def _start(self, rng: random.Random, i: int) -> list[Op]:
+        """INIT and SIPI for another vCPU, which takes each at once; then its APIC is enabled again."""
+        other = rng.choice([n for n in range(len(self.vcpus)) if n != i])
+        dest = self.vcpus[other].id if self.vcpus[i].x2apic else self.vcpus[other].xapic_id
+        init, startup = (mode << r.ICR_DM_SHIFT | r.ICR_LEVEL for mode in (r.DM_INIT, r.DM_STARTUP))
+        take = ("take", other)
+        ops = [*self._send(i, dest, init), take, *self._send(i, dest, startup | rng.randrange(256)), take, take]
+        if chance(rng, 0.3):
+            ops = ops[len(self._send(i, dest, init)) + 1 :]  # a SIPI that nobody waits for
+        return [*ops, self._write(other, r.APIC_SPIV, 0x1FF)]
 
     def _icr_low(self, rng: random.Random) -> int:
-        """The low half of an ICR; no INIT and no SIPI, which are the business of who runs the vCPU."""
+        """The low half of an ICR; no INIT and no SIPI: nobody may be left waiting."""
         low = icr_low(rng) if not self.judge.well_formed else wellformed.icr_low(rng)
         mode = low >> r.ICR_DM_SHIFT & 7
         if mode in (r.DM_INIT, r.DM_STARTUP) or (mode == r.DM_LOWEST and "lowest" not in self.known):
@@ -206,11 +240,12 @@ class OwnTwins(Twins):
 
     def _messages(self, rng: random.Random, i: int) -> list[Op]:
         low = self._icr_low(rng) & (0x7FF | r.ICR_TRIGGER | r.ICR_LEVEL)
-        return [("signal_msi", self._message_address(rng), low)]
+        return [("signal_msi", self._message_address(rng), low), *self._taken(low)]
 
     def _message_address(self, rng: random.Random) -> int:
         if not self.judge.well_formed:
-            return msi_address(rng, self) & ~8  # the redirection hint arbitrates as lowest priority does
+            # the redirection hint arbitrates as lowest priority does; bits 39:32 are nobody's, and KVM's ioctl fails
+            return msi_address(rng, self) & ~(8 | 0xFF << 32)
         target = rng.choice(self.vcpus)
         return 0xFEE0_0000 | (target.id & 0xFF) << 12 | (target.id & ~0xFF) << 32
 
@@ -284,13 +319,20 @@ class OwnTwins(Twins):
         if op[0] not in self.known:
             self.left_out[op[0]] += 1
             return
+        if op[0] in BY_ITSELF and op[1] in self.waiting:
+            return  # in a replay that left out its SIPI
         super().step(op)
         self.names[op[0]] += 1
 
     def carry_out(self, op: Op) -> None:
-        expected, got = carried_out(self.model, op), carried_out(self.real, op)
+        drained = "take" not in self.known
+        expected, got = (carried_out(side, op, drained) for side in (self.model, self.real))
         if op[0] == "set_time":
             self.time = op[1]
+        if op[0] == "take" and expected == "init" and self.model.vcpus[op[1]].vcpu_id:
+            self.waiting.add(op[1])
+        elif op[0] == "take" and str(expected).startswith("sipi"):
+            self.waiting.discard(op[1])
         if op[0] == "signal_msi" and (got is None or op[2] & r.ICR_DM):
             return  # who counts is told for Fixed interrupts alone
         self.same_result(op, expected, got)
@@ -313,22 +355,14 @@ class OwnTwins(Twins):
             seen = self.vcpus[i]
             seen.apic_base, seen.page = model.apic_base, model.get_lapic()
             if others:
-                page, other = self._registers_of(seen.page, seen.x2apic), self._registers_of(others[i], seen.x2apic)
+                mask = self.masks[seen.x2apic]
+                page, other = (int.from_bytes(_whole(page), "little") & mask for page in (seen.page, others[i]))
                 if page != other:
-                    text = differences(page, other)
+                    text = differences(*(part.to_bytes(r.LAPIC_PAGE_BYTES, "little") for part in (page, other)))
                     found = self.divergence(f"vCPU {i}: {text}")
                     found.what = frozenset(name for name in IGNORABLE if re.search(rf"\b(APIC_)?{name}\b", text))
                     raise found
         self.pages += len(others)
-
-    def _registers_of(self, page: bytes, x2apic: bool) -> bytes:
-        if len(page) != r.LAPIC_PAGE_BYTES:
-            raise ValueError(f"get_lapic gave {len(page)} bytes, not {r.LAPIC_PAGE_BYTES}")
-        kept = bytearray(r.LAPIC_PAGE_BYTES)
-        for offset in COMPARED:
-            if offset not in self.ignored and not (x2apic and offset in IN_XAPIC):
-                kept[offset : offset + 4] = page[offset : offset + 4]
-        return bytes(kept)
 
     def divergence(self, text: str) -> Divergence:
         """The error that carries the story, and what was said to the other side."""
@@ -337,11 +371,37 @@ class OwnTwins(Twins):
         return found
 
 
-def settle(vcpu: Vcpu) -> None:
-    """What KVM does between two instructions: a tick that waits becomes an interrupt; NMIs and SMIs go in."""
+def _whole(page: bytes) -> bytes:
+    if len(page) != r.LAPIC_PAGE_BYTES:
+        raise ValueError(f"get_lapic gave {len(page)} bytes, not {r.LAPIC_PAGE_BYTES}")
+    return page
+
+
+def settle(vcpu: Vcpu, drained: bool) -> None:
+    """What KVM does between two instructions: a tick that waits becomes an interrupt; NMIs and SMIs go in.
+
+    ``drained``: nobody asks for them.
+    """
     vcpu.settle()
-    while vcpu.take() is not None:
+    while drained and taken(vcpu) != "none":
+        pass
+
+
+def taken(vcpu: Any) -> str:
+    """What a CPU takes next that is no interrupt of its APIC: none, nmi, smi, init, sipi and the vector.
+
+    A Machine's comes out of SMM and of the NMI's handler at once.
+    """
+    if isinstance(vcpu, Vcpu):
         vcpu.settle()
+    event = vcpu.take()
+    if isinstance(event, Smi) and isinstance(vcpu, Vcpu):
+        vcpu.rsm()
+    elif isinstance(event, Nmi) and isinstance(vcpu, Vcpu):
+        vcpu.nmi_masked = False
+    if isinstance(event, Sipi):
+        return f"sipi {event.vector:#x}"
+    return "none" if event is None else event if isinstance(event, str) else type(event).__name__.lower()
 
 
 def accessed(op: Op) -> str:
@@ -355,12 +415,12 @@ def accessed(op: Op) -> str:
     return ""
 
 
-def carried_out(machine: Any, op: Op) -> Any:
+def carried_out(machine: Any, op: Op, drained: bool) -> Any:
     """What an operation came to, as far as both sides say the same: "#GP", a value, or None."""
-    result = apply(machine, op)
+    result = taken(machine.vcpus[op[1]]) if op[0] == "take" else apply(machine, op)
     if isinstance(machine, Machine) and op[0] in TICKS:
         for vcpu in machine.vcpus if op[0] == "set_time" else (machine.vcpus[op[1]],):
-            settle(vcpu)
+            settle(vcpu, drained)
     if op[0] in ("wrmsr", "mmio_write", "set_lapic", "set_time"):
         return result if result in ("#GP", "EINVAL") else None
     if op[0] == "set_msr":

@@ -28,12 +28,13 @@ LONGEST = 4096
 """Bytes of an answer's line: a page has 2,048 digits."""
 CAPABILITIES = (
     *("wrmsr", "rdmsr", "write", "read", "set_msr", "get_msr", "lapic", "set_lapic", "msi", "pending", "ack", "time"),
-    "lowest",
+    *("take", "lowest"),
 )
 """What a program may say it knows; unknown words are left for later versions."""
 _METHODS = {"write": "mmio_write", "read": "mmio_read", "lapic": "get_lapic", "msi": "signal_msi", "time": "set_time"}
 """Words of the protocol that are called otherwise in `Apics`."""
 WORDS = {method: word for word, method in _METHODS.items()}
+SIPI = "ok sipi and a vector"
 SHOWN = 60
 """Characters of an answer that a message shows."""
 
@@ -301,6 +302,17 @@ class SpokenVcpu:
     def ack(self) -> int | None:
         """The vector that is taken."""
         return self._vector(f"ack {self.index}")
+
+    def take(self) -> str:
+        """What the CPU takes that is no interrupt of the APIC."""
+        request = f"take {self.index}"
+        answer = self.program.ask(request)
+        ok, _, event = answer.partition(" ")
+        if ok == "ok" and event in ("none", "nmi", "smi", "init"):
+            return event
+        if ok == "ok" and event.startswith("sipi "):
+            return f"sipi {_number(self.program, request, f'ok {event[5:]}', SIPI):#x}"
+        raise self.program.failed(request, answer, f"ok and none, nmi, smi, init; {SIPI}")
 
     def _vector(self, request: str) -> int | None:
         answer = self.program.ask(request)
