@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 
 import fastexit as fx
+from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
-from fastexit.outcome import OUTCOMES, SHORT, SHORT_CODES, Effect, Fastpath, Path
+from fastexit.outcome import (
+    ADDRESSED_SHIFT,
+    CODE_ADDRESSED,
+    OUTCOMES,
+    SHORT,
+    SHORT_CODES,
+    Effect,
+    Fastpath,
+    Path,
+    addressed,
+)
 
 compiled = pytest.mark.skipif(not declare.JIT, reason="interpreted kernels have no door of machine code")
 
@@ -179,12 +190,25 @@ def test_a_batch_gives_up_the_gil() -> None:
 
 def test_short_codes() -> None:
     """Every short code names the outcome that its bits say, and the same object as the full code does."""
-    assert len(SHORT) == SHORT_CODES == 32
+    assert len(SHORT) == SHORT_CODES == 2
     for i, outcome in enumerate(SHORT):
         assert outcome is OUTCOMES[outcome.code]
         assert (outcome.path, outcome.completion, outcome.reentered) == (Path.FAST, Fastpath.REENTER_GUEST, True)
-        assert (outcome.accepted, outcome.effects) == (i & 1, Effect(i >> 1))
+        assert (outcome.accepted, outcome.effects, outcome.targets) == (i, Effect.NONE, ())
         assert outcome.code >= SHORT_CODES
+
+
+@pytest.mark.parametrize("accepted", [0, 1])
+@pytest.mark.parametrize("effect", Effect)
+def test_codes_that_name_their_target(effect: Effect, accepted: int) -> None:
+    """Each names the outcome of one target that its bits say, and is no code of an outcome."""
+    for vcpu in (0, 1, L.MAX_VCPUS - 1):
+        code = CODE_ADDRESSED | (effect << 12 | vcpu) << ADDRESSED_SHIFT | accepted
+        outcome = addressed(code)
+        assert (outcome.path, outcome.completion, outcome.reentered) == (Path.FAST, Fastpath.REENTER_GUEST, True)
+        assert (outcome.accepted, outcome.effects, outcome.targets) == (accepted, effect, ((vcpu, effect),))
+        assert addressed(code) == outcome == OUTCOMES[outcome.code]
+        assert not outcome.code & CODE_ADDRESSED
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())

@@ -12,7 +12,7 @@ from fastexit import config
 from fastexit import layout as L
 from fastexit.settings import SETTINGS, Settings
 
-NO_SETTINGS = {"FASTPATH", "TRACE", "LINT0_REENABLED", "MMIO_HOLE", "HYPERV_ENFORCE"}
+NO_SETTINGS = {"FASTPATH", "TRACE", "LINT0_REENABLED", "MMIO_HOLE", "HYPERV_ENFORCE", "COSTS"}
 """Bits of H_CONFIG that a running machine changes, that disable_quirks takes away, or that are a setting's second."""
 NO_SWITCHES = {"kernel", "hyperv_features"}
 
@@ -50,7 +50,7 @@ def test_switch_is_its_bit(name: str) -> None:
 def test_help_shows_every_setting() -> None:
     """At run time the signature has each keyword with its type and default, and the docstring says what it means."""
     parameters, text = inspect.signature(fx.Machine).parameters, inspect.getdoc(fx.Machine)
-    assert list(parameters) == ["vcpus", "apic_ids", "costs", "dispatcher", *SETTINGS]
+    assert list(parameters) == ["vcpus", "apic_ids", "costs", "dispatcher", "clock", *SETTINGS]
     assert text
     assert "{settings}" not in text
     for name, setting in SETTINGS.items():

@@ -80,7 +80,7 @@ class CompiledVcpu(Vcpu):
             code = UNHANDLED
         if code == UNHANDLED:
             return super().mem_read(gpa, length)
-        return user_read(code) if code & CODE_USER else self._mem[self._data]
+        return user_read(code, self._mem[self._data]) if code & CODE_USER else self._mem[self._data]
 
     def mmio_write(self, offset: int, value: int, length: int = 4) -> Outcome:
         """Vcpu.mmio_write."""

@@ -505,7 +505,8 @@ class Machine:
             raise ValueError("the machine's time is its clock's: run_timers fires what is due")
         ns, khz = integer(ns, "time"), self.mem[L.H_TSC_KHZ]
         if ns > self._latest:
-            raise ValueError(f"time {ns} is later than {self._latest}: ns and TSC ticks at {khz} kHz exceed 63 bits")
+            too_late = f"time {ns} is later than {self._latest}"
+            raise ValueError(f"{too_late}: ns and TSC ticks at {khz} kHz would exceed 63 bits")
         if ns < self.time:
             raise ValueError(f"time {ns} has passed: the clock is at {self.time}")
         self.mem[L.H_NOW] = ns

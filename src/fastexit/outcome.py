@@ -326,9 +326,14 @@ class UserRead(int):
 _USER_READS: dict[int, UserRead] = {}
 
 
-def user_read(code: int) -> UserRead:
-    """The UserRead of an outcome code that leaves to user space."""
+def user_read(code: int, got: int) -> int:
+    """What a read gives: a UserRead where its outcome code leaves it to user space, else what it got.
+
+    A vCPU may leave for another reason behind a read that is done: a window, a signal, a single step.
+    """
     reason = (code & CODE_USER) >> CODE_USER_SHIFT
+    if reason - 1 not in (KvmExit.MMIO, KvmExit.IO, KvmExit.X86_RDMSR):
+        return got
     if reason not in _USER_READS:
         read = UserRead(0)
         read.user = KvmExit(reason - 1)

@@ -119,7 +119,7 @@ class Vcpu(VcpuIoctls):
         """What an RDMSR came to."""
         if code & CODE_GP:
             raise self._faulted(msr)
-        return user_read(code) if code & CODE_USER else self.read_data
+        return user_read(code, self.read_data)
 
     def _faulted(self, msr: int) -> GeneralProtection:
         return GeneralProtection(f"RDMSR {msr:#x} on vCPU {self.index}: #GP(0)")
@@ -226,7 +226,7 @@ class Vcpu(VcpuIoctls):
 
     def _read(self, exit: Exit) -> int:
         code = self._loop.run_exit(self, exit)
-        return user_read(code) if code & CODE_USER else self.read_data
+        return user_read(code, self.read_data)
 
     def _gpa(self, gpa: int) -> int:
         return integer(gpa, "guest-physical address", (1 << self._mem[L.H_MAXPHYADDR]) - 1)
@@ -293,7 +293,7 @@ class Vcpu(VcpuIoctls):
         """A read of the xAPIC page as the CPU executes it: as mmio_read, of 1, 2 or 4 bytes."""
         offset = integer(offset, "xAPIC page offset", 0xFFF)
         code = self.machine.hardware.mmio_read(self, offset, access_size(length))
-        return user_read(code) if code & CODE_USER else self.read_data
+        return user_read(code, self.read_data)
 
     @property
     def cr8(self) -> int:

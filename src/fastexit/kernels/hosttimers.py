@@ -15,6 +15,8 @@ WHICH_SHIFT = stimerservice.WHICH_SHIFT
 PIT_TIMER = k.HOST_TIMER_PIT << WHICH_SHIFT
 PIT_WORK = k.HOST_WORK_PIT << WHICH_SHIFT
 IOAPIC_WORK = k.HOST_WORK_IOAPIC << WHICH_SHIFT
+LATEST = k.NONE - k.ONE
+"""A clock that a host has written without sense must not reach what never comes."""
 
 
 @kernel("u8(words)")
@@ -46,9 +48,10 @@ def fire(m, which, me):
 @kernel("u8(words, u8)")
 def run_one(m, me):
     """Do one thing of the machine's own that is due, beside threads that do the same: Effect code, NONE for nothing."""
-    if i8254.fires(m) <= m[k.H_NOW]:
+    now = umin(m[k.H_NOW], LATEST)
+    if i8254.fires(m) <= now:
         lock(m)
-        is_mine = i8254.fires(m) <= m[k.H_NOW]
+        is_mine = i8254.fires(m) <= now
         if is_mine:
             i8254.fire(m)
         unlock(m)
@@ -56,7 +59,7 @@ def run_one(m, me):
             return k.ZERO
     if m[k.PIT_WORK]:
         return i8254.work(m, me)
-    return ioapicpin.inject_delayed(m, me) if ioapicpin.delayed(m) <= m[k.H_NOW] else k.NONE
+    return ioapicpin.inject_delayed(m, me) if ioapicpin.delayed(m) <= now else k.NONE
 
 
 @kernel("u8(words)")

@@ -172,10 +172,12 @@ def when(m, which):
 @kernel("u8(words, u8)")
 def due_of(m, v):
     """Which hrtimer of a vCPU fires next at or before now, by its number above the index; NONE when none does."""
-    best = v if m[own(m, v) + k.K_HRTIMER] <= m[k.H_NOW] else k.NONE
+    first = m[own(m, v) + k.K_HRTIMER]
+    best = v if first <= m[k.H_NOW] and first != k.NONE else k.NONE
     if not m[k.H_HV_STIMERS]:
         return best
-    first = m[own(m, v) + k.K_HRTIMER] if best != k.NONE else k.NONE
+    if best == k.NONE:
+        first = k.NONE
     for number in range(k.STIMERS):
         then = _fires(m, v, k.U(number))
         if then <= m[k.H_NOW] and then < first:

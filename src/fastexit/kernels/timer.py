@@ -150,7 +150,7 @@ def fire(m, v):
 def settle(m, v):
     """An hrtimer that was started when it was due fires as soon as the host lets its interrupt in."""
     code = k.ZERO
-    while m[own(m, v) + k.K_HRTIMER] <= m[k.H_NOW]:
+    while m[own(m, v) + k.K_HRTIMER] <= m[k.H_NOW] and m[own(m, v) + k.K_HRTIMER] != k.NONE:
         code = code | fire(m, v)
     return code
 
