@@ -13,6 +13,7 @@ from apics import LVTT, TMCCT, TMICT, machine
 from conftest import INTERPRETED
 from fastexit import layout as L
 from fastexit import regs as r
+from fastexit.jit.declare import load
 
 PERIODIC = 0x200EC
 
@@ -198,3 +199,13 @@ def test_ticks_of_the_pit_are_nobodys_twice() -> None:
     for thread in threads:
         thread.join()
     assert m.mem[L.PIT_PENDING] == 200
+
+
+def test_a_clock_of_more_than_63_bits_stands_still() -> None:
+    """A timer's next target would wrap, and be due for ever."""
+    m = fx.Machine(vcpus=1)
+    m.boot_x2apic()
+    m.vcpus[0].wrmsr(0x832, 0x2_00EC)
+    load("advance_clock")(m.handle, 1_000)
+    for ns in (1 << 63, (1 << 64) - 1):
+        assert load("advance_clock")(m.handle, ns) == m.time == 1_000

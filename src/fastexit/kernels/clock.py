@@ -17,6 +17,8 @@ from . import typed as k
 from .shared import hot, own, replace_if
 
 MILLION = k.U(1_000_000)
+LATEST = k.U((1 << 63) - 1)
+"""KTIME_MAX: the host's clock has 63 bits."""
 
 
 @kernel("u8(u8)")
@@ -36,9 +38,12 @@ def at_rate(khz, ns):
 
 @kernel("u8(words, u8)")
 def advance(m, ns):
-    """Move the clock to ``ns``, unless another thread has moved it further: where it is."""
+    """Move the clock to ``ns``, unless another thread has moved it further: where it is.
+
+    Beyond 63 bits it does not go: a timer's next target would wrap, and be due for ever.
+    """
     now = m[k.H_NOW]
-    while now < ns:
+    while now < ns and ns <= LATEST:
         was = replace_if(m, k.H_NOW, now, ns)
         now = ns if was == now else was
     return now
