@@ -129,6 +129,7 @@ enum {
     FX_FLAG_X2APIC = 2,
     FX_FLAG_APICV = 8,
     FX_HF_SMM = 1, /* of FX_K_HFLAGS */
+    FX_HF_GIF_CLEAR = 8,
     FX_HF_REAL_MODE = 16
 };
 

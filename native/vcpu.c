@@ -96,7 +96,7 @@ static int32_t op_reenter(fx_machine *m, uint32_t vcpu, struct fx_result *out)
 /* Whether the guest's CPU takes maskable interrupts now. */
 static int takes_interrupts(const uint64_t *own)
 {
-    return own[FX_K_RFLAGS] & FXP_RFLAGS_IF && !own[FX_K_SHADOW];
+    return own[FX_K_RFLAGS] & FXP_RFLAGS_IF && !own[FX_K_SHADOW] && !(own[FX_K_HFLAGS] & FX_HF_GIF_CLEAR);
 }
 
 static uint64_t *went_in(uint64_t *words, uint32_t vcpu)
@@ -131,7 +131,8 @@ static int32_t op_settle(fx_machine *m, uint32_t vcpu, struct fx_result *out)
         return more(out, op_reenter(m, vcpu, out));
     if (own[FX_K_IRQ_WINDOW] && takes_interrupts(own)) {
         code = table.door_window(handle(words), vcpu, 0);
-    } else if (own[FX_K_NMI_WINDOW] && !own[FX_K_NMI_MASKED] && !own[FX_K_SHADOW]) {
+    } else if (own[FX_K_NMI_WINDOW] && !own[FX_K_NMI_MASKED] && !own[FX_K_SHADOW] &&
+               !(own[FX_K_HFLAGS] & FX_HF_GIF_CLEAR)) {
         code = table.door_window(handle(words), vcpu, 1);
     } else {
         table.process_notification(handle(words), vcpu);

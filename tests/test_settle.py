@@ -304,3 +304,20 @@ def test_reads_that_user_space_answers(dispatcher: str) -> None:
     v.complete_msr(data=9)
     assert type(v.rdmsr(LVTT)) is int
     assert type(v.rdmsr(SVR)) is int
+
+
+def test_no_window_opens_while_gif_is_clear() -> None:
+    """SVM: behind CLGI an NMI waits for STGI, whatever the mask says; settle comes to an end all the same."""
+    m = fx.Machine(vcpus=1, vendor="svm", kernel="6.6", apicv=False)
+    m.boot_x2apic()
+    v = m.vcpus[0]
+    v.wrmsr(0x808, 0)
+    v.rflags |= 0x200
+    v.gif = False
+    v.nmi()
+    assert v.settle()
+    assert v.nmi_window
+    assert v.take() is None
+    v.gif = True
+    assert v.settle()
+    assert v.take() == fx.Nmi()

@@ -50,7 +50,7 @@ def _act(v: Vcpu) -> bool | None:
         v.exit(vendor.interrupt_reason)
     elif v.irq_window and takes_interrupts(v):
         v.exit(vendor.window_reason)
-    elif v.nmi_window and not v.nmi_masked and not v.shadow:
+    elif v.nmi_window and not v.nmi_masked and not v.shadow and v.gif:
         v.exit(vendor.nmi_window_reason)
     else:
         v.hw_notify()
@@ -59,8 +59,8 @@ def _act(v: Vcpu) -> bool | None:
 
 
 def takes_interrupts(v: Vcpu) -> bool:
-    """The guest's CPU takes maskable interrupts now."""
-    return bool(v.rflags & R.RFLAGS_IF) and not v.shadow
+    """The guest's CPU takes maskable interrupts now. SVM's global interrupt flag stands above RFLAGS.IF."""
+    return bool(v.rflags & R.RFLAGS_IF) and not v.shadow and v.gif
 
 
 def take(v: Vcpu) -> Event | None:
