@@ -40,10 +40,12 @@ def at_rate(khz, ns):
 def advance(m, ns):
     """Move the clock to ``ns``, unless another thread has moved it further: where it is.
 
-    Beyond 63 bits it does not go: a timer's next target would wrap, and be due for ever.
+    Beyond 63 bits, of ns or of TSC, it does not go: a timer's next target would wrap, and be due for ever.
     """
     now = m[k.H_NOW]
-    while now < ns and ns <= LATEST:
+    if ns > LATEST or at_rate(m[k.H_TSC_KHZ], ns) > LATEST:
+        return now
+    while now < ns:
         was = replace_if(m, k.H_NOW, now, ns)
         now = ns if was == now else was
     return now
