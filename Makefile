@@ -10,7 +10,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-browser test-long test-pythons lint clean
-.PHONY: docs embed-test verify verify-kernels verify-mutants bench bench-check bench-instructions
+.PHONY: docs embed-test soak verify verify-kernels verify-inside verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +57,9 @@ test-pythons: $(STAMP) ## a part of the suite on each Python from 3.11 to 3.14 t
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
 	@$(PY) examples/embed_test.py
 
+soak: compile ## 10^9 exits of four threads, ten minutes or more: nothing lost, nothing invented
+	@$(PYTEST) -m long -s -n0 tests/test_soak.py
+
 verify: compile ## the model against the KVM of this machine, an hour or two; writes docs/verified.md
 	@mkdir -p build/verify
 	@for seed in 1 2 3; do \
@@ -93,6 +96,18 @@ verify-kernels: compile ## the model against the lab's kernels, hours; kernels a
 			--ops $$(($(OPERATIONS) / $${job#*:})) --keep $$file > /dev/null; \
 		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; done; \
 	$(PY) docs/verified.py build/verify/kernels/*.json && $(PY) docs/generate.py && exit $$failed
+
+INSIDE ?= 5.10 6.1 6.12 6.18 7.3
+verify-inside: compile ## the model against the lab's kernels as ordinary hosts, from within their machines, an hour or two
+	@mkdir -p build/verify/inside
+	@failed=0; \
+	for kernel in $(INSIDE); do for job in msr:20 guest:25 runs:33; do \
+		kind=$${job%:*}; file=build/verify/inside/$$kernel-$$kind.json; \
+		echo "== inside $$kernel, $$kind"; \
+		$(PY) -m fastexit kernels run $$kernel -- fastexit verify --kind $$kind \
+			--ops $$(($(OPERATIONS) / $${job#*:})) --json > $$file; \
+		case $$? in 0) ;; 1) failed=1;; *) exit 2;; esac; done; done; \
+	$(PY) docs/verified.py --inside build/verify/inside/*.json && $(PY) docs/generate.py && exit $$failed
 
 bench: $(STAMP) ## pytest benchmarks: against C, fast beside generic path; writes build/bench/ and docs/results.md
 	@rm -f build/bench/results.json

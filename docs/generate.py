@@ -128,6 +128,7 @@ SECTIONS = {
     ROOT / "docs" / "verified.md": {
         "runs": verified.runs,
         "kernels": verified.kernels,
+        "inside": verified.inside,
         "vmx": verified.vmx,
         "mutants": verified.mutants,
         "faults": verified.faults,

@@ -1,5 +1,7 @@
 """What `fastexit verify` found, as docs/verified.md: ``python docs/verified.py build/verify/*.json`` keeps reports.
 
+Behind ``--inside`` are those of a verify that ran inside a lab's machine (`fastexit kernels run`).
+
 A report is what `fastexit verify --json` printed, or the mutants' table of `make verify-mutants`. They are kept in
 docs/verified.json, from which docs/generate.py writes the page.
 """
@@ -16,6 +18,7 @@ from fastexit.traits import Trait
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "verified.json"
+INSIDE = "--inside"
 PLANTED = ("planted", "windows", "irqchip")
 """Results of the three programs that plant faults and ask a kernel."""
 
@@ -78,6 +81,30 @@ def kernels() -> str:
                 f"| {count['operations']:,}{beside} | {count['machines']:,} | {count['pages']:,} "
                 f"| {count['trace_lines']:,} | {found} | {report['seed']}, {report['began'][:10]} |"
             )
+    return "\n".join(rows)
+
+
+def inside() -> str:
+    """One row a kernel and kind: the kernel's /dev/kvm, by ioctls of a process inside its machine."""
+    reports = kept().get("inside")
+    if not reports:
+        return "No run is kept yet: `make verify-inside`."
+    rows = [
+        f"{sum(report['operations'] for report in reports):,} operations, "
+        f"{sum(report['divergences'] for report in reports)} differences.",
+        "",
+        "| kernel | modelled as | module | kind | operations | machines | pages | found | minutes | seed, date |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        host = report["host"]
+        found = "0" if report["agreed"] else f"first after {report['operations']:,}"
+        rows += [
+            f"| {host['version'] or host['release']} | {host['kernel']} | {host['module']} | {kind} "
+            f"| {count['operations']:,} | {count['machines']:,} | {count['pages']:,} | {found} "
+            f"| {report['seconds'] / 60:.1f} | {report['seed']}, {report['began'][:10]} |"
+            for kind, count in report["kinds"].items()
+        ]
     return "\n".join(rows)
 
 
@@ -257,9 +284,14 @@ def main() -> None:
     Of runs with kernels of the lab, those that compared the same.
     """
     known = kept()
-    read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    names, ran_inside = [name for name in sys.argv[1:] if name != INSIDE], INSIDE in sys.argv[1:]
+    read = [json.loads(Path(name).read_text()) for name in names]
     if not read:
         sys.exit("name the reports to keep")
+    if ran_inside:
+        again = {_of_what(one) for one in read}
+        before = [one for one in known.get("inside", []) if _of_what(one) not in again]
+        known["inside"], read = sorted([*before, *read], key=_order), []
     for one in read:
         if "beyond" in one:
             known["faults"] = one

@@ -317,10 +317,8 @@ class RunLoop:
         """A slow exit is over: back into the guest, unless user space is asked."""
         self.out()
         if result.user is None:
-            told = list(self.m.told)
             self._after_iteration()
             state = self.run()
-            self.m.told = told  # what an entry asks for, no outcome says
             if isinstance(state, KvmExit):
                 result.user = state
             result.blocked = state == BLOCKED

@@ -319,8 +319,11 @@ def test_the_target_of_a_sender_that_is_reset_behind_its_exit(door: Door) -> Non
     _, result = door.mmio_write(m, 0, 0x300, 4, 5 << 8)
     assert (result.effects, result.target) == (fx.Effect.KICK, 1)
     status, result = door.mmio_write(m, 1, 0x300, 4, 0x51)
-    assert (status, result.effects, result.target) == (Status.BLOCKED, fx.Effect.NOTIFY, 3)
-    assert notified(door, m) == [(v, fx.Effect.KICK) for v in (0, 2, 3)], "all scan for the new map"
+    assert (status, result.effects) == (Status.BLOCKED, fx.Effect.NOTIFY | fx.Effect.KICK)
+    told = door.targets(m, 1)
+    assert told[0] == (3, fx.Effect.NOTIFY)
+    assert told[1:] == [(v, fx.Effect.KICK) for v in (0, 2, 3)], "all scan for the new map"
+    assert notified(door, m) == [(v, fx.Effect.KICK) for v in (0, 2, 3)]
     door.fx.close(m)
 
 

@@ -180,8 +180,8 @@ def test_what_hardware_sends() -> None:
     assert (out.effects, v.targets) == (WAKE, ((1, WAKE),))
 
 
-def test_what_an_entry_asks_for_is_in_no_list() -> None:
-    """An outcome says nothing of it: an interrupt window that AVIC is inhibited for, the map that an INIT changes."""
+def test_what_the_way_to_an_entry_asks_for() -> None:
+    """An interrupt window that AVIC is inhibited for, the map that an INIT changes: of the exit before, or of run()."""
     m = fx.Machine(vcpus=3, vendor="svm", irqchip="split", kernel="6.18")
     for v in m.vcpus:
         v.mmio_write(r.APIC_SPIV, 0x1FF)
@@ -191,7 +191,8 @@ def test_what_an_entry_asks_for_is_in_no_list() -> None:
         other.exit(fx.SvmExit.INTERRUPT)
     v.interrupt(0x31)
     assert v.run()
-    assert (m.vcpus[2].mode, v.targets, m.inhibits) == (r.EXITING_GUEST_MODE, (), {r.Inhibit.IRQWIN})
+    assert (m.vcpus[2].mode, m.inhibits) == (r.EXITING_GUEST_MODE, {r.Inhibit.IRQWIN})
+    assert v.targets == ((0, KICK), (2, KICK))
     for other in m.vcpus:
         other.exit(fx.SvmExit.INTERRUPT)
     v.rflags |= r.RFLAGS_IF
@@ -208,9 +209,39 @@ def test_what_an_entry_asks_for_is_in_no_list() -> None:
     m.vcpus[0].mmio_write(r.APIC_ICR, fx.icr(delivery=fx.DeliveryMode.INIT, level=True))
     assert m.vcpus[0].targets == ((2, KICK),)
     out = m.vcpus[2].exit(fx.SvmExit.INTERRUPT)
-    assert (out.blocked, out.effects, m.vcpus[2].targets) == (True, fx.Effect.NONE, ())
+    assert (out.blocked, out.effects, out.targets) == (True, KICK, m.vcpus[2].targets)
+    assert {target.vcpu for target in out.targets} == {0, 1, 3}
     assert m.inhibits == set()
     assert m.vcpus[3].mode == r.EXITING_GUEST_MODE
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+def test_whom_an_init_kicks(dispatcher: str, vendor: str) -> None:
+    """Everybody in the guest scans the IOAPIC again for the new map: said by an exit, run() and an ioctl, once."""
+    m = running(4, dispatcher=dispatcher, vendor=vendor)
+    v = m.vcpus[2]
+    interrupt = fx.SvmExit.INTERRUPT if vendor == "svm" else fx.VmxExit.EXTERNAL_INTERRUPT
+    init = fx.icr(dest=2, delivery=fx.DeliveryMode.INIT, level=True)
+    others = [((n, KICK),) for n in (0, 1, 3)]
+
+    def again() -> None:
+        m.vcpus[0].wrmsr(ICR, fx.icr(dest=2, vector=1, delivery=fx.DeliveryMode.SIPI, level=True))
+        v.run()
+        v.wrmsr(0x80F, 0x1FF)
+        for one in m.vcpus:
+            one.exit(interrupt)
+        m.vcpus[0].wrmsr(ICR, init)
+
+    m.vcpus[0].wrmsr(ICR, init)
+    out = v.exit(interrupt)
+    assert (out.effects, [(target,) for target in out.targets]) == (KICK, others)
+    again()
+    assert v.get_mp_state() == r.MP_INIT_RECEIVED
+    assert [(target,) for target in v.targets] == others
+    v.set_mp_state(r.MP_RUNNABLE)
+    assert v.run()
+    assert v.exit(interrupt).effects == fx.Effect.NONE
 
 
 def test_wake_up_vector() -> None:

@@ -194,9 +194,10 @@ class VcpuIoctls(VcpuState):
         return OUTCOMES[load("kick")(self._handle, self.index, L.NONE)].effects
 
     def get_mp_state(self) -> int:
-        """KVM_GET_MP_STATE; processes a pending INIT and SIPI first."""
+        """KVM_GET_MP_STATE; processes a pending INIT and SIPI first. ``targets``: whom an INIT kicks."""
         self._loop.leave_guest(self)
         load("accept_events")(self._handle, self.index)
+        self._mem[self.own + L.K_SENT] = 0  # there is no outcome, only targets
         state = self._mem[self.own + L.K_MP_STATE]
         if state in (R.MP_HALTED, R.MpState.AP_RESET_HOLD) and self._mem[self.own + L.K_PV_UNHALTED]:
             return R.MpState.RUNNABLE

@@ -37,6 +37,7 @@ def reset_vcpu(m, v, power):
     leave_guest(m, v)
     row = own(m, v)
     reset_vcpu_init(m, v)
+    m[row + k.K_SENT] = k.ZERO  # there is no outcome, only targets
     clear_word_bits(m, row + k.K_PENDING_EVENTS, k.PENDING_INIT | k.PENDING_SIPI)
     if not power:
         state = k.MP_RUNNABLE if m[row + k.K_APIC_BASE] & k.APICBASE_BSP else k.MP_INIT_RECEIVED

@@ -68,8 +68,7 @@ def _icr_two_halves(m, v, icr):
         low = icr & k.LOW32 & ~k.ICR_BUSY
         code = send(m, v, low | (reg(m, v, k.APIC_ICR2) << k.U(32)))
         set_reg(m, v, k.APIC_ICR, low)
-        recalculate(m, k.NONE)
-        return code
+        return code | recalculate(m, v)
     icr = icr & ~k.ICR_BUSY
     code = send(m, v, icr)
     set_reg(m, v, k.APIC_ICR2, icr >> k.U(32))

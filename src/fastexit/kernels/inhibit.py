@@ -21,7 +21,7 @@ from . import typed as k
 from .avictable import addressable, refresh
 from .irq import recount
 from .lapicreg import reg
-from .shared import ask_all, clear_word_bits, emit, hot, hv, make_request, or_word, own, replace_if
+from .shared import ask_all, clear_word_bits, emit, hot, hv, make_request, or_word, own, replace_if, sent_on_the_way
 
 EARLY = k.INHIBIT_DISABLED | k.INHIBIT_HYPERV
 EARLY_SVM = k.INHIBIT_NESTED | k.INHIBIT_IRQWIN | k.INHIBIT_PIT_REINJ
@@ -209,7 +209,7 @@ def _window_counted(m, v, on):
             break
     if m[k.H_INHIBITS] & ~k.INHIBIT_IRQWIN or new != on:
         return k.ZERO
-    return change(m, k.NONE, k.INHIBIT_IRQWIN, on)
+    return sent_on_the_way(m, v, change(m, v, k.INHIBIT_IRQWIN, on))
 
 
 @kernel("u8(words, u8, u8)")
@@ -231,8 +231,9 @@ def irq_window(m, v, on):
         return k.ZERO
     if m[k.H_RULES] & k.R_IRQWIN_COUNTED:
         return _window_counted(m, v, k.ONE) if on and not m[own(m, v) + k.K_AVIC_WINDOW] else k.ZERO
-    # An entry that asks for a window has no outcome to say whom it kicks; the exit that closes it has.
-    effects = change(m, k.NONE if on else v, k.INHIBIT_IRQWIN, on)
+    effects = change(m, v, k.INHIBIT_IRQWIN, on)
+    if on:  # by an entry; the exit that closes the window has an outcome
+        effects = sent_on_the_way(m, v, effects)
     if not m[k.H_RULES] & k.R_APICV_AT_ENTRY:
         if clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_APICV_UPDATE) & k.REQ_APICV_UPDATE:
             update_vcpu(m, v)

@@ -23,7 +23,7 @@ from .lapic import (
 from .lapicreg import icr_is_split, reg, set_reg, vector_slot, version, word, x2apic_ldr
 from .pid import clear as clear_pid
 from .pid import sync_pir_to_irr
-from .shared import copy_words, hot, make_request, own, vec
+from .shared import copy_words, hot, make_request, own, sent_on_the_way, vec
 from .timer import cancel, current_count, start, update_divide, update_lvtt
 
 
@@ -70,7 +70,10 @@ def _clear_pid(m, v):
 
 @kernel("u8(words, u8, u8)")
 def reset(m, v, init):
-    """kvm_lapic_reset: RESET (vCPU creation) or, with init, the INIT flavour that keeps mode, ID and x2APIC LDR."""
+    """kvm_lapic_reset: RESET (vCPU creation) or, with init, the INIT flavour that keeps mode, ID and x2APIC LDR.
+
+    An INIT happens on the way to an entry: whom its new map asks for a scan is told by the outcome before it.
+    """
     row = own(m, v)
     if not m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST:
         _clear_pid(m, v)
@@ -122,7 +125,8 @@ def reset(m, v, init):
     if m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST and m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_APICV:
         _clear_pid(m, v)
     restore(m, v)
-    return recalculate(m, k.NONE if init else v)
+    effects = recalculate(m, v)
+    return sent_on_the_way(m, v, effects) if init else effects
 
 
 @kernel("u8(words, u8, u8, u8)")

@@ -235,6 +235,13 @@ def tell(m, me, target, code):
     return code
 
 
+@kernel("u8(words, u8, u8)")
+def sent_on_the_way(m, v, code):
+    """Keep effects of what happens on the way to an entry for the outcome of the exit before it: 0."""
+    m[own(m, v) + k.K_SENT] = m[own(m, v) + k.K_SENT] | (code & k.CODE_EFFECTS)
+    return k.ZERO
+
+
 @kernel("u8(words, u8, u8, u8)")
 def ask(m, v, request, me):
     """kvm_make_vcpus_request_mask for one vCPU: Effect code KICK if it was in the guest. Nobody is woken for it.
