@@ -161,6 +161,8 @@ class KvmHost:
         self.vcpus = [ModelVcpu(self, index, *made) for index, made in enumerate(files)]
         self._hyperv = hyperv
         if hyperv:
+            for v in self.machine.vcpus:
+                v.enable_synic(version=2)
             self.ports.add(SintDevice(self.machine, self.line, ROUTES), SINTS, 4)
 
     def _connect(self, slower: int) -> None:
