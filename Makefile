@@ -10,7 +10,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-browser test-long test-pythons lint clean
-.PHONY: docs embed-test soak verify verify-kernels verify-inside verify-mutants bench bench-check bench-instructions
+.PHONY: docs embed-test boot-lab soak verify verify-kernels verify-inside verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -56,6 +56,13 @@ test-pythons: $(STAMP) ## a part of the suite on each Python from 3.11 to 3.14 t
 
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
 	@$(PY) examples/embed_test.py
+
+BOOTED ?= 6.1
+BOOTS ?= 20
+boot-lab: compile ## Linux on fastexit's irqchip inside the lab's kvm_amd, 20 boots each with 1, 2 and 4 vCPUs, half an hour
+	@image=$$($(PY) -c "from fastexit.kvm.lab import kernels; print(kernels.find('$(BOOTED)').image)") && \
+	$(PY) -m fastexit kernels run $(BOOTED) --cpus 2 --memory 3072 --timeout 7200 --with $$image --with /bin/busybox \
+		-- python examples/boot_lab.py $$image --times $(BOOTS)
 
 soak: compile ## 10^9 exits of four threads, ten minutes or more: nothing lost, nothing invented
 	@$(PYTEST) -m long -s -n0 tests/test_soak.py
