@@ -8,7 +8,7 @@ import fastexit as fx
 from fastexit.kvm.own import settle, taken
 from fastexit.kvm.spoken import CAPABILITIES
 
-KERNEL, *WITHOUT = sys.argv[1:]
+KERNEL, *WITHOUT = sys.argv[1:] or [fx.profiles()[-1]]
 METHODS = {"write": "mmio_write", "read": "mmio_read"}
 
 
@@ -53,15 +53,20 @@ def answer(m: fx.Machine, word: str, first: str, *rest: str) -> str:
     return "ok none" if result is None else f"ok {result:#x}"
 
 
-m = None
-for line in sys.stdin:
-    word, *rest = line.split()
-    if word == "hello":
-        said = (
-            f"ok 1 Machine({KERNEL}) {' '.join(word for word in CAPABILITIES if word not in WITHOUT)} from-the-future"
-        )
-    elif word == "machine":
-        m, said = machine(*rest), "ok"
-    else:
-        said = answer(m, word, *rest)
-    print(said, flush=True)
+def main() -> None:
+    """One answer a line, until standard input ends."""
+    m = None
+    for line in sys.stdin:
+        word, *rest = line.split()
+        if word == "hello":
+            known = " ".join(word for word in CAPABILITIES if word not in WITHOUT)
+            said = f"ok 1 Machine({KERNEL}) {known} from-the-future"
+        elif word == "machine":
+            m, said = machine(*rest), "ok"
+        else:
+            said = answer(m, word, *rest)
+        print(said, flush=True)
+
+
+if __name__ == "__main__":
+    main()
