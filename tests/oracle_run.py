@@ -317,8 +317,11 @@ class RunLoop:
         """A slow exit is over: back into the guest, unless user space is asked."""
         self.out()
         if result.user is None:
+            told = len(self.m.told)
             self._after_iteration()
             state = self.run()
+            # Its own thread is on the way to the entry, which sees what it has done for its own vCPU.
+            self.m.told[told:] = [one for one in self.m.told[told:] if one[0] != self.v.index]
             if isinstance(state, KvmExit):
                 result.user = state
             result.blocked = state == BLOCKED
