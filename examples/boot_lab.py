@@ -18,7 +18,7 @@ def boot(image: str, vcpus: int) -> str:
     """Nothing, or what went wrong."""
     command = [sys.executable, "-m", "fastexit", "boot", image, "--vcpus", str(vcpus), "--seconds", "300"]
     command += ["--append", "quiet", "--run", "echo came to user space", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if "came to user space" not in done.stderr:
         return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing was said'])[-1]}"
     told = json.loads(done.stdout)

@@ -351,6 +351,10 @@ def _judged(args: argparse.Namespace) -> AbstractContextManager[Any]:
     if args.args or args.well_formed or args.ignore:
         what = args.args[0] if args.args else "--well-formed" if args.well_formed else "--ignore"
         raise UsageError(f"{what} is for an own APIC: name it with --against")
+    from fastexit.kvm.own import GROUPS, OwnTwins
+
+    if args.only in (OwnTwins.kind, *GROUPS):
+        raise UsageError(f"--only {args.only}: it is compared with own APICs alone: --against")
     if args.kernel is not None or args.image is not None or args.modules is not None:
         from fastexit.kvm.lab.lab import Lab
 
