@@ -417,7 +417,6 @@ def test_counters() -> None:
     [
         (b"\xcd\x77", "CPU 0 at 0x1008: triple fault, vector 0x77 has no usable gate"),
         (b"\x31\xc9\xf7\xf1", "CPU 0 at 0x100a: triple fault, vector 0x0 has no usable gate"),  # xor ecx, ecx; div ecx
-        (b"\xa1" + struct.pack("<Q", 0x3000_0000), "CPU 0 at 0x1008: Invalid memory read"),
     ],
 )
 def test_guest_that_cannot_go_on(code: bytes, message: str) -> None:

@@ -15,6 +15,7 @@ from unicorn import x86_const
 
 from fastexit import layout as L
 from fastexit import regs as R
+from fastexit.adapters.unicorn import firmware as firmware
 from fastexit.adapters.unicorn import hook as H
 from fastexit.adapters.unicorn.fault import DB, UD, Fault
 from fastexit.adapters.unicorn.gate import RF, TF, Event, canonical
@@ -23,8 +24,8 @@ from fastexit.adapters.unicorn.interrupts import Interruptible
 from fastexit.adapters.unicorn.state import LONG, SIZE_32
 from fastexit.adapters.unicorn.syscall import syscall, sysenter
 from fastexit.checks import integer
-from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path
-from fastexit.reasons import SvmExit, VmxExit
+from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path, UserRead
+from fastexit.reasons import KvmExit, SvmExit, VmxExit
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
@@ -130,39 +131,73 @@ class UnicornCpu(Interruptible):
         self._sync()
         return words[H.COUNT] - first
 
-    # --------------------------------------------------------------------------------------------- the APIC's registers
+    # ------------------------------------------------------------------------------------- the APIC's page and devices
+
+    def _reach_devices(self) -> None:
+        """What is no memory is devices, up to the firmware: the APIC's page and the IOAPIC's are among them."""
+        base, end = self.host.memory_bytes, firmware.BASE
+        self.uc.mmio_map(base, end - base, self._device_read, base, self._device_write, base)
+        for instruction, act in (
+            (x86_const.UC_X86_INS_IN, self._port_read),
+            (x86_const.UC_X86_INS_OUT, self._port_write),
+        ):
+            self.uc.hook_add(unicorn.UC_HOOK_INSN, act, None, 1, 0, instruction)
 
     def _map_apic(self) -> None:
-        """The page at APICBASE becomes a device, unless memory is there: it hides the APIC, as KVM's memslots do."""
-        page = self.vcpu.apic_base & R.APICBASE.mask("BASE")
-        if page in self._apic_pages or self.host.physical(page, 0x1000) is not None:
-            return
-        self._apic_pages.add(page)
-        self.uc.mmio_map(page, 0x1000, self._mmio_read, page, self._mmio_write, page)
+        """The page at APICBASE is a device above 4 GiB, too. Memory hides it, as KVM's memslots do."""
+        page = self.vcpu.apic_page
+        if page > firmware.BASE and page not in self._apic_pages:
+            self._apic_pages.add(page)
+            self.uc.mmio_map(page, 0x1000, self._device_read, page, self._device_write, page)
 
-    def _mmio_read(self, uc: Any, offset: int, size: int, page: int) -> int:
-        nobody = (1 << 8 * size) - 1
-        if not self._begin_mmio(page):
-            return nobody
-        outcome = OUTCOMES[self._hardware.mmio_read(self.vcpu, offset, size)]
-        self._after_access(outcome)
-        return nobody if outcome.user is not None else self.vcpu.read_data
-
-    def _mmio_write(self, uc: Any, offset: int, size: int, value: int, page: int) -> None:
-        if not self._begin_mmio(page):
-            return
-        outcome = self.vcpu.hw_mmio_write(offset, value & (1 << 8 * size) - 1, size)
-        if offset == R.APIC_ICR:
-            self._count_ipi(outcome)
-        self._after_access(outcome)
-
-    def _begin_mmio(self, page: int) -> bool:
-        """False where nobody answers."""
-        if page != self.vcpu.apic_base & R.APICBASE.mask("BASE"):
-            return False
-        self.counters.mmio += 1
+    def _device_read(self, uc: Any, offset: int, size: int, base: int) -> int:
+        address, v = base + offset, self.vcpu
         self._begin_access()
-        return True
+        if address & ~0xFFF == v.apic_page:
+            self.counters.mmio += 1
+            outcome = OUTCOMES[self._hardware.mmio_read(v, address & 0xFFF, size)]
+            self._after_access(outcome)
+            if outcome.user is None:
+                return v.read_data
+            return self._answer_to(self.host.devices.memory_read(self, address, size), size)
+        self.counters.devices += 1
+        value = v.mem_read(address, size)
+        if isinstance(value, UserRead):
+            return self._answer_to(self.host.devices.memory_read(self, address, size), size)
+        return value
+
+    def _device_write(self, uc: Any, offset: int, size: int, value: int, base: int) -> None:
+        address, v = base + offset, self.vcpu
+        value &= (1 << 8 * size) - 1
+        self._begin_access()
+        if address & ~0xFFF == v.apic_page:
+            self.counters.mmio += 1
+            outcome = v.hw_mmio_write(address & 0xFFF, value, size)
+            if address & 0xFFF == R.APIC_ICR:
+                self._count_ipi(outcome)
+        else:
+            self.counters.devices += 1
+            outcome = v.mem_write(address, value, size)
+        if outcome.user is KvmExit.MMIO:
+            self.host.devices.memory_write(self, address, value, size)
+        self._after_access(outcome)
+
+    def _port_read(self, uc: Any, port: int, size: int, data: Any) -> int:
+        self._begin_access()
+        self.counters.devices += 1
+        value = self.vcpu.io_read(port, size)
+        if isinstance(value, UserRead):
+            return self._answer_to(self.host.devices.port_read(self, port, size), size)
+        return value
+
+    def _port_write(self, uc: Any, port: int, size: int, value: int, data: Any) -> None:
+        self._begin_access()
+        self.counters.devices += 1
+        value &= (1 << 8 * size) - 1
+        outcome = self.vcpu.io_write(port, value, size)
+        if outcome.user is KvmExit.IO:
+            self.host.devices.port_write(self, port, value, size)
+        self._after_access(outcome)
 
     def _begin_access(self) -> None:
         """Whatever comes of an access to a device is looked at before the next instruction."""
@@ -170,42 +205,12 @@ class UnicornCpu(Interruptible):
         self._flags = self.read("EFLAGS")
         self._sync()
 
-    # --------------------------------------------------------------------------------------- devices behind the APIC
-
-    def _reach_devices(self) -> None:
-        """The IOAPIC's page becomes a device where the machine has an IOAPIC; ports are the machine's in any case."""
-        if not self._mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP:
-            base = R.IOAPIC_DEFAULT_BASE
-            self.uc.mmio_map(base, 0x1000, self._ioapic_read, base, self._ioapic_write, base)
-        for instruction, act in (
-            (x86_const.UC_X86_INS_IN, self._port_read),
-            (x86_const.UC_X86_INS_OUT, self._port_write),
-        ):
-            self.uc.hook_add(unicorn.UC_HOOK_INSN, act, None, 1, 0, instruction)
-
-    def _ioapic_read(self, uc: Any, offset: int, size: int, base: int) -> int:
-        self._begin_access()
-        self.counters.devices += 1
-        return self._answered(self.vcpu.mem_read(base + offset, size), size)
-
-    def _ioapic_write(self, uc: Any, offset: int, size: int, value: int, base: int) -> None:
-        self._begin_access()
-        self.counters.devices += 1
-        self._after_access(self.vcpu.mem_write(base + offset, value & (1 << 8 * size) - 1, size))
-
-    def _port_read(self, uc: Any, port: int, size: int, data: Any) -> int:
-        self._begin_access()
-        self.counters.devices += 1
-        return self._answered(self.vcpu.io_read(port, size), size)
-
-    def _port_write(self, uc: Any, port: int, size: int, value: int, data: Any) -> None:
-        self._begin_access()
-        self.counters.devices += 1
-        self._after_access(self.vcpu.io_write(port, value & (1 << 8 * size) - 1, size))
-
-    def _answered(self, value: int, size: int) -> int:
-        """What a read gives: all ones where it has left to user space, which has no device there."""
-        return value if self.vcpu.exit_reason is None else (1 << 8 * size) - 1
+    def _answer_to(self, value: int, size: int) -> int:
+        """User space's answer to a read."""
+        value &= (1 << 8 * size) - 1
+        if self.vcpu.user_io or self.vcpu.user_mmio:
+            self.vcpu.complete_access(value)
+        return value
 
     def _after_access(self, outcome: Outcome) -> None:
         self.counters.paths[outcome.path] += 1

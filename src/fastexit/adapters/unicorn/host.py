@@ -29,12 +29,13 @@ except ImportError:
     raise ImportError("unicorn is not installed: pip install unicorn") from None
 
 from fastexit.adapters.unicorn.cpu import UnicornCpu
+from fastexit.adapters.unicorn.devices import Devices
 from fastexit.adapters.unicorn.fault import GuestError
 from fastexit.adapters.unicorn.gate import idt
 from fastexit.adapters.unicorn.hook import Native, Stop, native
 from fastexit.adapters.unicorn.interrupts import Counters
 
-__all__ = ["Counters", "Ended", "GuestError", "Stop", "UnicornCpu", "UnicornHost", "idt"]
+__all__ = ["Counters", "Devices", "Ended", "GuestError", "Stop", "UnicornCpu", "UnicornHost", "idt"]
 
 PAGE = 0x1000
 MOST_MEMORY = 0xFEC0_0000
@@ -59,13 +60,22 @@ class UnicornHost:
         memory: bytes of guest memory from address 0, whole pages.
         quantum: instructions a CPU does before it is the next one's turn; an IPI to a CPU that runs arrives no later.
         mips: million instructions a second of each CPU, by which the machine's clock goes.
+        devices: what is at ports and addresses where the machine has none; nobody by default.
 
     ``memory`` is the guest's memory, ``cpus`` the CPUs. CPUs run at the same time as far as the clock goes: a round of
     slices takes as long as its longest slice, and the clock stands still within it; RDTSC does not.
     TypeError or ValueError for what cannot be; ImportError where unicorn is missing or too old.
     """
 
-    def __init__(self, machine: Machine, memory: int = 1 << 20, *, quantum: int = 1000, mips: int = 1000) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        memory: int = 1 << 20,
+        *,
+        quantum: int = 1000,
+        mips: int = 1000,
+        devices: Devices | None = None,
+    ) -> None:
         if not isinstance(machine, Machine):
             raise TypeError(f"machine is {type(machine).__name__}, not a fastexit.Machine")
         if machine in _HAVE_A_HOST:
@@ -79,6 +89,7 @@ class UnicornHost:
         self.machine = machine
         self.quantum = quantum
         self.mips = mips
+        self.devices: Devices = devices or Devices()
         self.native: Native = native()
         self._block = mmap.mmap(-1, memory)
         self.memory: memoryview[int] = memoryview(self._block)
