@@ -200,12 +200,15 @@ def test_what_a_forged_word_can_do() -> None:
 
 
 def test_targets_of_all_that_settled() -> None:
-    """Two exits of one settle() have asked for two others, by what an EOI of the paravirtual kind let through."""
-    m, sender, v = in_guest(0, 1, 2)
-    sender.wrmsr(ICR, fx.icr(dest=1, vector=0x51))
+    """Whom each thing that settle() did was for, in one list: an INIT on the way has all others scan the new map."""
+    m, sender, v = in_guest(0, 1, 2, 3)
+    sender.wrmsr(ICR, INIT_1)
     assert v.settle()
+    assert v.targets == tuple((n, fx.Effect.KICK) for n in (0, 2, 3))
+    assert v.take() == fx.Init()
+    assert not v.settle()
     assert v.targets == ()
-    assert m.vcpus[0].targets == ((1, fx.Effect.KICK),)
+    assert {other.mode for other in m.vcpus if other is not v} == {r.EXITING_GUEST_MODE}
 
 
 def test_a_sleeper() -> None:

@@ -48,7 +48,7 @@ from fastexit.reasons import SvmExit, VmxExit
 from fastexit.routing import Irqfd, Routing
 from fastexit.settings import Settings, documented, refuse_unknown
 from fastexit.snapshot import pack, unpack
-from fastexit.targets import outcome_of, told
+from fastexit.targets import for_itself, outcome_of, told
 from fastexit.tracepoints.ring import Trace
 from fastexit.traits import Trait
 from fastexit.vcpu import Vcpu
@@ -516,10 +516,9 @@ class Machine:
             outcome = OUTCOMES[load("fire_timer")(self.handle, index)]
             if index // L.MAX_VCPUS < L.HOST_TIMERS:
                 vcpu = index & L.MAX_VCPUS - 1
-                happened.append((vcpu, _for(vcpu, outcome)))
+                happened.append((vcpu, for_itself(vcpu, outcome)))
             elif index // L.MAX_VCPUS >= L.HOST_WORK_PIT:
-                effects = [(vcpu, _for(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT])) for vcpu, effect in self.targets]
-                happened += effects or [(0, outcome)]
+                happened += self._one_each() or [(0, outcome)]
         index = load("hv_timer_exit")(self.handle, 0)
         while index != L.NONE:
             exit = Exit(self.dispatcher.vendor.forced_reason)
@@ -536,8 +535,12 @@ class Machine:
         self.look_at_clock()
         row, happened = self.host_row(), []
         while load("run_machine_timer")(self.handle, row) != L.NONE:
-            happened += [(vcpu, _for(vcpu, OUTCOMES[effect << CODE_EFFECTS_SHIFT])) for vcpu, effect in self.targets]
+            happened += self._one_each()
         return happened
+
+    def _one_each(self) -> list[tuple[int, Outcome]]:
+        """This thread's targets, each with an outcome of its own."""
+        return [(one.vcpu, for_itself(one.vcpu, OUTCOMES[one.effect << CODE_EFFECTS_SHIFT])) for one in self.targets]
 
     def next_machine_timer(self) -> int | None:
         """When run_timers has something to do next, ns, or None."""
@@ -702,11 +705,6 @@ def _checked(costs: Costs | None, dispatcher: str) -> CostProfile | None:
     if one_of(dispatcher, "dispatcher", ("python", "compiled")) == "compiled" and costs is not None:
         raise ValueError("costs are seen step by step: they need dispatcher='python'")
     return None if costs is None else cost_profile(costs)
-
-
-def _for(vcpu: int, outcome: Outcome) -> Outcome:
-    """The outcome of a timer that had something to do for its own vCPU."""
-    return outcome.to((Target(vcpu, outcome.effects),)) if outcome.effects else outcome
 
 
 def _kind(exits: Any) -> str:

@@ -61,3 +61,8 @@ def outcome_of(mem: memoryview, sender: int, code: int) -> Outcome:
     if head >> TARGETS_COUNT_SHIFT == 1:
         return _SINGLE[code << 16 | head & 0xFFFF]
     return OUTCOMES[code].to(told(mem, sender))
+
+
+def for_itself(vcpu: int, outcome: Outcome) -> Outcome:
+    """The outcome of what had something to do for one vCPU, of which nobody was told: a timer's, for its own."""
+    return outcome.to((Target(vcpu, outcome.effects),)) if outcome.effects else outcome

@@ -29,7 +29,7 @@ from fastexit.outcome import (
     user_read,
 )
 from fastexit.settle import settle, take
-from fastexit.targets import outcome_of, told
+from fastexit.targets import for_itself, outcome_of, told
 
 if TYPE_CHECKING:
     from fastexit.events import Event
@@ -262,8 +262,8 @@ class Vcpu(VcpuIoctls):
 
         Each Target is a vCPU's index and what the host has to do for it, so the effects of all of them together are
         Outcome.effects. A vCPU that accepted the interrupt and needs nothing is not among them. The next exit of this
-        vCPU, by whatever door, begins a new list; other vCPUs have lists of their own. Read it in the vCPU's thread. Of
-        what happens on the way of an entry, and of an INIT that the vCPU takes, nobody is told here.
+        vCPU, by whatever door, begins a new list; other vCPUs have lists of their own. Read it in the vCPU's thread.
+        Those of an exit's way back to the guest, an INIT that the vCPU takes there among it, are the exit's.
         """
         return told(self._mem, self.index)
 
@@ -351,7 +351,7 @@ class Vcpu(VcpuIoctls):
         happened = []
         while (which := load("due_timer_of")(self._handle, self.index)) != L.NONE:
             outcome = OUTCOMES[load("fire_timer")(self._handle, which)]
-            happened.append(outcome.to((Target(self.index, outcome.effects),)) if outcome.effects else outcome)
+            happened.append(for_itself(self.index, outcome))
         while load("hv_timer_exits")(self._handle, self.index):
             code = self._loop.run_exit(self, Exit(self._loop.vendor.forced_reason))
             happened.append(outcome_of(self._mem, self.index, code))
