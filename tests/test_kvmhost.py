@@ -11,10 +11,28 @@ from typing import Any
 
 import pytest
 
-from bareguest import FIRST, IOAPIC, NEXT, NMI_VECTOR, WANTED, Guest, ever, increment, out, repeated, spin, store
+from bareguest import (
+    CLI,
+    FIRST,
+    HLT,
+    IOAPIC,
+    NEXT,
+    NMI_VECTOR,
+    STI,
+    WANTED,
+    Guest,
+    ever,
+    increment,
+    out,
+    repeated,
+    spin,
+    store,
+)
 from conftest import INTERPRETED
+from fastexit import Nmi
 from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, summary
 from fastexit.adapters.kvmhost.memory import MIB
+from fastexit.kvm import ioctl as K
 from fastexit.trace.replay import replay
 from real_kvm import kvm
 
@@ -98,6 +116,20 @@ def test_ipis_go_round(vcpus: int, apic: str, tmp_path: Path) -> None:
 
 @kvm
 @pytest.mark.parametrize("apic", APICS)
+def test_a_priority_lowered_before_a_halt(apic: str, tmp_path: Path) -> None:
+    """CR8 keeps an IPI to oneself off, IF keeps it off when CR8 no longer does: HLT has to be woken by it."""
+    times = 20
+    raised, lowered = (b"\xb8" + bytes([value, 0, 0, 0]) + b"\x44\x0f\x22\xc0" for value in (15, 0))  # MOV CR8, RAX
+    with guest(apic=apic) as g:
+        again = CLI + raised + g.register(0x300, 0x4_4000 | IPI) + lowered + STI + HLT
+        g.program(0, repeated(times, again) + g.finish())
+        g.handler(0, IPI)
+        (v,) = ran(g, tmp_path / "trace")
+        assert (g.count(0, IPI), v.taken[IPI]) == (times, times)
+
+
+@kvm
+@pytest.mark.parametrize("apic", APICS)
 def test_level_interrupt_by_ioapic(apic: str, tmp_path: Path) -> None:
     """A device holds its line until the handler tells it; the EOI reaches the IOAPIC, or it would not come again."""
     pin, times = 17, 20
@@ -141,6 +173,25 @@ def test_nmis(vcpus: int, tmp_path: Path) -> None:
             g.handler(1, NMI_VECTOR, eoi=False)
         v = ran(g, tmp_path / "trace")
         assert (g.count(to, NMI_VECTOR), v[to].events["Nmi"]) == (times, times)
+
+
+@kvm
+def test_an_nmi_that_kvm_still_has_ends_a_halt() -> None:
+    """STI; HLT keeps it off until the CPU has left with HLT; a handler of an NMI that halts waits for the next."""
+    with guest() as g:
+        g.program(0, g.finish())
+        g.load()
+        (v,) = (vcpu for vcpu in g.host.vcpus if isinstance(vcpu, ModelVcpu))
+        halts = [v._wakes()]
+        v._deliver(Nmi())
+        halts.append(v._wakes())
+        events = K.ffi.new("struct kvm_vcpu_events *")
+        K.call(v.fd, K.GET_VCPU_EVENTS, events)
+        events.nmi.masked, events.flags = 1, 0
+        K.call(v.fd, K.SET_VCPU_EVENTS, events)
+        halts.append(v._wakes())
+        ended = g.host.run(SECONDS)
+    assert (halts, ended.reason) == ([False, True, False], "exit port")
 
 
 @kvm

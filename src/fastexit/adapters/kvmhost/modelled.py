@@ -51,6 +51,8 @@ class ModelVcpu(HostVcpu):
         self._stood_at = 0
         self._waits = False
         """An access of the guest's is answered, and KVM has not been told yet."""
+        self._queued = False
+        """KVM was given an NMI or an SMI, and may still have it."""
         svm = host.machine.vendor == "svm"
         self._hlt = SvmExit.HLT if svm else VmxExit.HLT
         self._gate = host.gate
@@ -108,15 +110,18 @@ class ModelVcpu(HostVcpu):
         """The model learns how the CPU has left the guest."""
         v, run = self.v, self.kvm_run
         v.rip = int(run.regs.rip)
+        if run.cr8 != self._cr8:
+            # Told while nothing may go in: with IF set it would have been an exit of its own (KVM_EXIT_SET_TPR).
+            # What it lets through goes in behind the exit that is told next, which may be a HLT that it has to wake.
+            v.rflags = R.RFLAGS_FIXED
+            v.cr8 = self._cr8 = int(run.cr8)
+            self.tell(v.targets)
         # KVM says whether an interrupt may go in, not why not. An interrupt shadow that the model knew of would keep
         # NMIs out as well, which KVM keeps by itself.
         halted = ran and run.exit_reason == KvmExit.HLT
         v.rflags = IF_SET if run.if_flag and (run.ready_for_interrupt_injection or halted) else R.RFLAGS_FIXED
         if v.smm and not run.flags & IN_SMM:
             v.rsm()
-        if run.cr8 != self._cr8:
-            v.cr8 = self._cr8 = int(run.cr8)
-            self.tell(v.targets)
 
     def _deliver(self, event: Any) -> None:
         """An event goes into the real CPU."""
@@ -129,10 +134,12 @@ class ModelVcpu(HostVcpu):
             v.rflags = R.RFLAGS_FIXED  # its gate clears IF, and there is room for one
         elif isinstance(event, fx.Nmi):
             K.call(self.fd, K.NMI)
+            self._queued = True
             v.nmi_masked = False
         elif isinstance(event, fx.Smi):
             if self._has_smm:
                 K.call(self.fd, K.SMI)
+                self._queued = True
             elif v.smm:
                 v.rsm()
         elif isinstance(event, fx.Init):
@@ -143,6 +150,19 @@ class ModelVcpu(HostVcpu):
             self._complete()
             self.registers.sipi(event.vector, v.apic_base)
             self._begins()
+
+    def _wakes(self) -> bool:
+        """Whether an NMI or SMI that KVM was given has yet to go in, so that HLT does not wait.
+
+        An interrupt shadow keeps it off: STI; HLT comes out as KVM_EXIT_HLT, for without an APIC KVM does not look.
+        """
+        if not self._queued:
+            return False
+        events = K.ffi.new("struct kvm_vcpu_events *")
+        K.call(self.fd, K.GET_VCPU_EVENTS, events)
+        nmi, smi = events.nmi, events.smi
+        self._queued = bool(nmi.pending or nmi.injected or smi.pending)
+        return bool(nmi.injected or (nmi.pending and not nmi.masked) or (smi.pending and not smi.smm))
 
     def _begins(self) -> None:
         v = self.v
@@ -188,7 +208,8 @@ class ModelVcpu(HostVcpu):
             self._waits = True
             self._rdmsr()
         elif reason == KvmExit.HLT:
-            self._told(self.v.exit(self._hlt))
+            if not self._wakes():
+                self._told(self.v.exit(self._hlt))
         elif reason in (KvmExit.IO, KvmExit.MMIO):
             self._waits = True
             self.common(reason)
