@@ -247,3 +247,39 @@ def test_models_are_like_an_ordinary_host(version: str, kind: str, tmp_path: Pat
     assert report["agreed"]
     assert report["host"]["module"] == "kvm_amd"
     assert not report["host"]["nrips"]
+
+
+CHURN = """
+import threading, time
+from fastexit.adapters.kvmhost.memory import MIB, Memory
+from fastexit.adapters.kvmhost.vm import Vm
+from fastexit.kvm.device import LOCAL
+
+end = time.monotonic() + 60
+
+def busy():
+    while time.monotonic() < end:
+        sum(range(1000))
+
+threading.Thread(target=busy).start()
+made = 0
+while time.monotonic() < end:
+    vm = Vm(Memory(2 * MIB), in_kernel=False, device=LOCAL)
+    vm.vcpu(0)
+    vm.close()
+    made += 1
+print(made)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(WHY_NO_LAB is not None, reason=WHY_NO_LAB or "")
+def test_machines_come_and_go_beside_a_busy_cpu(tmp_path: Path) -> None:
+    """The kernel rewrites its code for the first and last vCPU of a kind, which TCG's other CPU must not run into."""
+    with (tmp_path / "made").open("wb+") as out:
+        command = ["python", "-c", CHURN]
+        ended = inside.run(kernels.find("6.12"), command, cpus=2, memory_mib=2048, stdout=out, seconds=300)
+        out.seek(0)
+        made = int(out.read())
+    assert ended.code == 0
+    assert made > 50

@@ -35,6 +35,8 @@ EXACT = ("-icount", "shift=0,sleep=off")
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check"
 """A machine that a busy host keeps from running misses ticks, which the kernel's check takes for a broken timer."""
 _STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|c)")
+"""The firmware clears its screen in front of the first line."""
 _TELLING = re.compile(r"Kernel panic|fastexit-init:|BUG:|Oops|unable to|Out of memory")
 
 
@@ -197,6 +199,6 @@ class _Dozing(_Attended):
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()
+        return _ESCAPES.sub("", path.read_text(errors="replace")).splitlines()
     except OSError:
         return []
