@@ -2,8 +2,8 @@
 
     fastexit kernels run 6.1 --cpus 2 --memory 3072 --with VMLINUZ -- python examples/boot_lab.py VMLINUZ --times 20
 
-A boot counts when the command of its user space has run, the guest has switched itself off, and every vCPU has ended as
-many interrupts as it took.
+A boot counts when the command of its user space has run, the guest has switched itself off, every vCPU has ended as
+many interrupts as it took, and replay predicts its trace without a mismatch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import json
 import subprocess
 import sys
 
+from fastexit.trace.replay import replay
+
+TRACE = "/tmp/boot.trace"
+
 
 def boot(image: str, vcpus: int) -> str:
     """Nothing, or what went wrong."""
     command = [sys.executable, "-m", "fastexit", "boot", image, "--vcpus", str(vcpus), "--seconds", "300"]
-    command += ["--append", "quiet", "--run", "echo came to user space", "--json"]
+    command += ["--append", "quiet", "--run", "echo came to user space", "--json", "--trace", TRACE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if "came to user space" not in done.stderr:
         return f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing was said'])[-1]}"
@@ -25,7 +29,9 @@ def boot(image: str, vcpus: int) -> str:
     if told["ended"] != "switched off":
         return f"it ended with {told['ended']}"
     uneven = [v for v in told["vcpus"] if v["interrupts"] != v["eois"]]
-    return ", ".join(f"vCPU {v['vcpu']}: {v['interrupts']} interrupts, {v['eois']} EOIs" for v in uneven)
+    wrong = [f"vCPU {v['vcpu']}: {v['interrupts']} interrupts, {v['eois']} EOIs" for v in uneven]
+    wrong += [str(mismatch) for mismatch in replay(TRACE).mismatches[:1]]
+    return ", ".join(wrong)
 
 
 def main() -> None:

@@ -1,14 +1,18 @@
-"""The PC round the guest: serial port, ACPI tables, CMOS, fw_cfg, ports that end it; no KVM is needed."""
+"""The PC round the guest: serial port, ACPI tables, CMOS, fw_cfg, ports that end it, its trace; no KVM is needed."""
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastexit.adapters.kvmhost import acpi, aml, userland
+import fastexit as fx
+from fastexit.adapters.kvmhost import acpi, aml, tracefile, userland
 from fastexit.adapters.kvmhost.firmware import Cmos, FwCfg, configuration
 from fastexit.adapters.kvmhost.gate import Gate
 from fastexit.adapters.kvmhost.memory import MIB, Memory
@@ -391,3 +395,30 @@ def test_no_busybox_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     struct.pack_into("<I", data, 64, 1)
     dynamic.write_bytes(data)
     assert userland.busybox() == bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("kept", [1, 4, 1 << 20])
+@pytest.mark.parametrize("name", ["guest.trace", "guest.trace.xz", "guest.trace.gz"])
+def test_lines_have_the_time_at_which_they_were_taken(
+    kept: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines are made when there is time for it, or when many wait; nothing of it shows."""
+    monkeypatch.setattr(tracefile, "MOST_KEPT", kept)
+    m, now = fx.Machine(vcpus=2), 0
+    m.boot_x2apic()
+    trace = tracefile.TraceFile(tmp_path / name, m, lambda: now)
+    expected = []
+    for now in (1_000, 2_000_000, 3_500_000_000):
+        m.vcpus[now % 3 % 2].wrmsr(0x830, fx.icr(dest=1, vector=0x61))
+        expected += [line.replace(line.split()[3], f"{now / 1e9:.6f}:") for line in m.trace.text().splitlines()]
+        trace.drain()
+        assert not len(m.trace)
+    trace.close()
+    opened = {".xz": lzma.open, ".gz": gzip.open}.get((tmp_path / name).suffix, open)
+    with opened(tmp_path / name, "rt") as file:
+        lines = [line for line in file if not line.startswith("#")]
+    assert [line.split() for line in lines] == [line.split() for line in expected]
+    assert (trace.lines, trace.lost) == (len(lines), 0)

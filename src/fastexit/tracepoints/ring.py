@@ -23,6 +23,24 @@ RECORD = np.dtype([("event", "<u4"), ("vcpu", "<i4"), ("args", "<u8", (7,))])
 """One record: event is layout.TP_*, vcpu the index of its vCPU (-1: none), args what the event prints."""
 
 
+FIRST_PID = 1000
+"""The process id that is printed for the thread of vCPU 0."""
+
+
+class Line(NamedTuple):
+    """One line of a trace."""
+
+    record: int
+    """Its record's number."""
+    vcpu: int
+    """The index of the vCPU that it is about, -1 where it is about none."""
+    context: str
+    """What ftrace prints in front of the time stamp: "d..1." or ".....". The fast path's signature: an IPI that leaves
+    before host interrupts are on again has a d."""
+    text: str
+    """``event: payload``."""
+
+
 class Words(NamedTuple):
     """A machine's memory without the rest of it: what its trace is read from."""
 
@@ -79,50 +97,47 @@ class Trace:
 
     def records(self) -> np.ndarray:
         """A copy of the records since the last clear, dtype RECORD, oldest first."""
-        raw = self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE].reshape(-1, L.TRACE_STRIDE)
-        out = np.empty(len(raw), dtype=RECORD)
-        out["event"] = raw[:, 0] & np.uint64(0xFF)
-        out["vcpu"] = (raw[:, 0] >> np.uint64(8)).astype(np.uint32).astype(np.int64) - 1
-        out["args"] = raw[:, 1:]
-        for event in set(out["event"].tolist()):
-            out["args"][out["event"] == event, ARGUMENTS.get(event, 3) :] = 0  # what an older record left there
-        return out
+        return _records(self._raw())
 
     def contexts(self) -> list[str]:
-        """Give what ftrace prints in front of the time stamp, for every line that `lines` has: "d..1." or ".....".
-
-        The fast path's signature: an IPI that leaves before host interrupts are on again has a d.
-        """
-        return [context for _, _, context, _ in self._lines()]
+        """Give the context of every line that `lines` has, see `Line`."""
+        return [line.context for line in self.lines_of(self._raw())]
 
     def vcpus(self) -> list[int]:
         """Index of the vCPU that each line of `lines` is about, -1 where it is about none."""
-        return [vcpu for _, vcpu, _, _ in self._lines()]
+        return [line.vcpu for line in self.lines_of(self._raw())]
 
     def lines(self) -> list[str]:
         """``event: payload`` of every record, as ftrace prints it after the time stamp."""
-        return [line for _, _, _, line in self._lines()]
+        return [line.text for line in self.lines_of(self._raw())]
 
     def text(self) -> str:
         """All records as ftrace text. The model has no clock: a record's number serves as its microsecond."""
-        out = []
-        for n, vcpu, context, line in self._lines():
-            task = f"vcpu{vcpu}" if vcpu >= 0 else "host"
-            seconds, micros = divmod(n, 1_000_000)
-            out.append(f"{task:>16}-{1000 + vcpu:<7} [{max(vcpu, 0):03d}] {context} {seconds:5d}.{micros:06d}: {line}")
-        return "\n".join(out) + ("\n" if out else "")
+        return "".join(ftrace_line(line, 1000 * line.record) for line in self.lines_of(self._raw()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.lines())
 
-    def _lines(self) -> Iterator[tuple[int, int, str, str]]:
-        """Number, vCPU index, context and line of every record that this generation has a line for."""
-        words = self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE : L.TRACE_STRIDE].tolist()
-        for n, record in enumerate(self.records()):
-            event, vcpu = int(record["event"]), int(record["vcpu"])
-            line = self.line(event, vcpu, record["args"].tolist())
+    def drain(self) -> np.ndarray:
+        """Give the records as the ring has them, a row each, and forget them: a copy and no more.
+
+        `lines_of` makes lines of it whenever there is time. A machine that is traced for long has them all so.
+        """
+        raw = self._raw().copy()
+        self.clear()
+        return raw
+
+    def lines_of(self, raw: np.ndarray) -> Iterator[Line]:
+        """Give a line for every record of ``raw`` that this generation has a line for; `drain` gives such arrays."""
+        words = raw[:, 0].tolist()
+        for n, record in enumerate(_records(raw).tolist()):
+            event, vcpu, arguments = record
+            line = self.line(event, vcpu, arguments.tolist())
             if line is not None:
-                yield n, vcpu, context_text(event, words[n], self._columns), line
+                yield Line(n, vcpu, context_text(event, words[n], self._columns), line)
+
+    def _raw(self) -> np.ndarray:
+        return self._words[L.TRACE : L.TRACE + len(self) * L.TRACE_STRIDE].reshape(-1, L.TRACE_STRIDE)
 
     def line(self, event: int, vcpu: int, args: list[int]) -> str | None:
         """Give the line of one record, of no vCPU where ``vcpu`` is -1; None where the release has none."""
@@ -137,3 +152,21 @@ class Trace:
         ids = self._words[L.KVM + L.K_VCPU_ID : L.KVM + self._mem[L.H_NVCPUS] * L.KVM_STRIDE : L.KVM_STRIDE]
         found = np.flatnonzero(ids == vcpu_id)
         return 8 * (L.HOT + int(found[0]) * L.HOT_STRIDE) if len(found) else 0
+
+
+def ftrace_line(line: Line, ns: int) -> str:
+    """A line as ftrace prints it, with its newline; the thread of vCPU N is ``vcpuN``, with the process id 1000 + N."""
+    task = f"vcpu{line.vcpu}" if line.vcpu >= 0 else "host"
+    seconds, rest = divmod(ns, 1_000_000_000)
+    who = f"{task:>16}-{FIRST_PID + line.vcpu:<7} [{max(line.vcpu, 0):03d}]"
+    return f"{who} {line.context} {seconds:5d}.{rest // 1000:06d}: {line.text}\n"
+
+
+def _records(raw: np.ndarray) -> np.ndarray:
+    out = np.empty(len(raw), dtype=RECORD)
+    out["event"] = raw[:, 0] & np.uint64(0xFF)
+    out["vcpu"] = (raw[:, 0] >> np.uint64(8)).astype(np.uint32).astype(np.int64) - 1
+    out["args"] = raw[:, 1:]
+    for event in set(out["event"].tolist()):
+        out["args"][out["event"] == event, ARGUMENTS.get(event, 3) :] = 0  # what an older record left there
+    return out

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from fastexit.machine import Machine
+from fastexit.tracepoints.ring import ftrace_line
 
 HEAD = "# tracer: nop\n#\n"
-FIRST_PID = 1000
-"""Threads' ids: vCPU 0 has this one. tracepoints.ring numbers them alike."""
+MOST_KEPT = 1 << 20
+"""Records that wait to become lines, at most: 64 bytes each."""
 
 
 class TraceFile:
@@ -31,6 +34,9 @@ class TraceFile:
         self.lost: int = 0
         self._file: IO[str] = _opened(path)
         self._file.write(HEAD)
+        self._kept: list[tuple[int, np.ndarray]] = []
+        """What `drain` took, with its time: the guest's CPUs wait for it, so no line is made there."""
+        self._records = 0
         self._trace.clear()
         self._trace.enable()
 
@@ -39,19 +45,29 @@ class TraceFile:
         trace = self._trace
         if not len(trace):
             return
-        seconds, rest = divmod(self._clock(), 1_000_000_000)
-        stamp = f"{seconds:5d}.{rest // 1000:06d}"
-        for vcpu, context, line in zip(trace.vcpus(), trace.contexts(), trace.lines(), strict=True):
-            task = f"vcpu{vcpu}" if vcpu >= 0 else "host"
-            self._file.write(f"{task:>16}-{FIRST_PID + vcpu:<7} [{max(vcpu, 0):03d}] {context} {stamp}: {line}\n")
-            self.lines += 1
         self.lost += trace.lost
-        trace.clear()
+        records = trace.drain()
+        self._kept.append((self._clock(), records))
+        self._records += len(records)
+        if self._records >= MOST_KEPT:
+            self._write()
+
+    def _write(self) -> None:
+        """Makes lines of what is kept."""
+        if not self._kept:
+            return
+        times = [ns for ns, records in self._kept for _ in range(len(records))]
+        for line in self._trace.lines_of(np.concatenate([records for _, records in self._kept])):
+            self._file.write(ftrace_line(line, times[line.record]))
+            self.lines += 1
+        self._kept.clear()
+        self._records = 0
 
     def close(self) -> None:
         """Switches tracing off and ends the file."""
         self._trace.disable()
         self.drain()
+        self._write()
         self._file.close()
 
 

@@ -242,7 +242,7 @@ class Player:
             return action()
         finally:
             thread = who if isinstance(who, str) else f"v{who}"
-            self.seen.lines[thread] += map(told, trace.contexts(), trace.lines())
+            self.seen.lines[thread] += [told(line.context, line.text) for line in trace.lines_of(trace.drain())]
             if isinstance(who, int):
                 self._due += [(t.vcpu, t.effect) for t in self.machine.vcpus[who].targets]
                 if self.machine.vcpus[who].real_mode:
@@ -270,8 +270,9 @@ class Player:
     def _sort(self) -> None:
         """Lines of what happened by itself, each to the thread of its vCPU."""
         trace = self.machine.trace
-        for vcpu, context, line in zip(trace.vcpus(), trace.contexts(), trace.lines(), strict=True):
-            self.seen.lines[f"v{vcpu}" if vcpu >= 0 else HOST].append(told(context, line))
+        for line in trace.lines_of(trace.drain()):
+            thread = f"v{line.vcpu}" if line.vcpu >= 0 else HOST
+            self.seen.lines[thread].append(told(line.context, line.text))
 
     def _out(self, i: int, port: int) -> None:
         v = self.machine.vcpus[i]
