@@ -126,7 +126,7 @@ class Machine:
         self.x2apic = x2apic
         self.tsc_deadline = tsc_deadline
         self.maxphyaddr = maxphyaddr
-        self.clears_pir_last = self.at("5.8") <= generation < self.at("6.1")
+        self.clears_pir_last = generation < self.at("6.1")
         self.trace: list[str] = []
         self.running: Vcpu | None = None  # on the CPU where an operation happens
         self.told: list[tuple[int, str]] = []  # whom the host was asked to do something for since then, and what

@@ -185,7 +185,7 @@ class Vcpu(Doors):
     # -------------------------------------------------------------------------------------------- reset and INIT
 
     def _reset(self, *, init: bool) -> None:
-        if not self.m.clears_pir_last or self.apicv:
+        if not self.m.clears_pir_last:
             self.pir.clear()
         self.pv_eoi_msr = 0  # nothing here enables it
         if init:
@@ -225,6 +225,8 @@ class Vcpu(Doors):
         self._recount_isr()
         self.arb_prio = 0
         self._update_ppr()
+        if self.m.clears_pir_last and self.apicv:
+            self.pir.clear()  # what the lower PPR let through is in the IRR by now
         self.m.rebuild_map()
         self.v_tpr = 0
         if not self.apicv:
@@ -729,6 +731,8 @@ class Vcpu(Doors):
 
     def scan_ioapic(self) -> None:
         """What an entry does when routes or destinations may have changed; here user space says whose EOIs are told."""
+        if self.hw_enabled:
+            self.sync_pir()
 
     def _suppresses_eoi(self) -> bool:
         return bool(self.m.x2apic_api & r.X2API_SUPPRESS_EOI and self.reg(r.APIC_SPIV) & r.SVR_SUPPRESS_EOI)

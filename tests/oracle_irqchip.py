@@ -138,6 +138,7 @@ class Vcpu(oracle_apic.Vcpu):
             self.m.eoi(self, vector)
 
     def scan_ioapic(self) -> None:
+        super().scan_ioapic()
         if not self.hw_enabled:
             return
         self.ioapic_handled = set()

@@ -119,10 +119,6 @@ READ: dict[str, tuple[str, str]] = {
         "apic_update_lvtt of 5.4.286 and 5.6.4",
         "test_timer_generations.py::test_change_of_mode_and_the_preemption_timer",
     ),
-    "RESTORE_CLEARS_PIR_LAST": (
-        "kvm_apic_set_state of 5.7.6 (no tick is posted there) and 5.8.18",
-        "test_timer_generations.py::test_deadline_that_runs_out_in_the_restore",
-    ),
     "PI_NOTIFIES_SELF": (
         "vmx_deliver_posted_interrupt of 5.8.18 and 5.10.262",
         "test_timer_generations.py::test_tick_of_a_fast_exit_and_who_is_notified",

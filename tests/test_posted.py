@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import fastexit as fx
 from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit.declare import load
+from fastexit.profile import since
 from generations import kernels
 
-ICR = 0x830
+ICR, TPR = 0x830, 0x808
 ON, SN = 1, 2
 KICKING = kernels(before="6.1")
 INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
@@ -331,3 +333,26 @@ def test_order_of_a_sync() -> None:
     assert words.log.index("write mode") < words.log.index("read control")
     assert words.log.index("write control") < min(i for i, entry in enumerate(words.log) if "PIR" in entry)
     assert irr(m.vcpus[1]) == {0x41}
+
+
+@pytest.mark.parametrize("fell", [False, True], ids=["PPR stays", "PPR falls"])
+@pytest.mark.parametrize("restore", ["INIT", "KVM_SET_LAPIC"])
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_what_was_posted_before_a_restore(kernel: str, restore: str, fell: bool) -> None:
+    """A PPR that falls has apic_update_ppr look for interrupts, so PIR is in IRR before 5.4 to 5.15 empty it.
+
+    Asked of the kvm_intel of 5.10.262 and 6.1.192, with APICv: 0x46 is left by the first alone, and if PPR falls.
+    """
+    m = booted(kernel, x2apic_api=1)
+    v = m.vcpus[1]
+    page = bytearray(v.get_lapic())
+    struct.pack_into("<I", page, r.APIC_PROCPRI, 0xF0 if fell else 0)
+    if fell:
+        v.set_msr(TPR, 0x50)
+    assert m.signal_msi(0xFEE0_1000, 0x46) == 1
+    if restore == "INIT":
+        assert m.signal_msi(0xFEE0_1000, r.DM_INIT << 8) == 1
+        assert v.get_mp_state() == r.MP_INIT_RECEIVED
+    else:
+        v.set_lapic(bytes(page))
+    assert v.pending() == (0x46 if fell and not since(kernel, "6.1") else None)

@@ -21,7 +21,7 @@ import strategies as s
 from fastexit import offers
 from fastexit import regs as r
 from generations import DRAWN
-from pair import SETTLE, Pair, minimised
+from pair import SETTLE, Pair, first_difference, minimised
 
 EXAMPLES = 12 if s.JIT else 4
 OPS = 120 if s.JIT else 50
@@ -149,6 +149,39 @@ def test_whole_lives_at_length(close: bool) -> None:
         vendor = rng.choice(VENDORS)
         config = lively_config(rng, hv_timer=vendor == "vmx" and rng.random() < 0.5, vendor=vendor)
         live(config, rng, 200, tuple(s.LIVELY_OPS), close=close)
+
+
+FOUND: dict[str, list[s.Op]] = {
+    "what was posted before an INIT": [
+        ("set_msr", 1, r.MSR_APICBASE, 0xFEE0_0C00),
+        ("set_msr", 1, 0x80F, 0x1FF),
+        ("set_mp_state", 1, r.MP_RUNNABLE),
+        ("set_sregs", 1, 0xFEE0_0C00, 3),
+        ("set_events", 1, 0, False, None, True),
+        ("signal_msi", 0xFEE0_1000, 0x46),
+        ("host_interrupt", 1),  # whose entry scans the IOAPIC, too, and empties PIR for that
+    ],
+    "what was posted before an INIT, no scan to come": [
+        ("set_msr", 1, r.MSR_APICBASE, 0xFEE0_0C00),
+        ("set_msr", 1, 0x80F, 0x1FF),
+        ("set_mp_state", 1, r.MP_RUNNABLE),
+        ("set_sregs", 1, 0xFEE0_0C00, 3),
+        ("run", 1),
+        ("set_events", 1, 0, False, None, True),
+        ("signal_msi", 0xFEE0_1000, 0x46),
+        ("host_interrupt", 1),
+    ],
+}
+"""Lives that showed a difference, each reduced to what it needs."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("apicv", [True, False], ids=["apicv", "plain"])
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_what_lives_have_found(kernel: str, vendor: str, apicv: bool, name: str) -> None:
+    config = s.Config(apic_ids=(0, 1, 2), kernel=kernel, vendor=vendor, apicv=apicv)
+    assert first_difference(config, fx.Machine, FOUND[name], close=False) is None
 
 
 def test_generations_stand_in_order() -> None:

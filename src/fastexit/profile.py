@@ -40,6 +40,7 @@ _UNTIL_5_15 = (
     | _T.PV_EOI_ALWAYS_CLEARED
     | _T.PV_EOI_STORED_FIRST
     | _T.PIT_SPEAKER_APART
+    | _T.RESTORE_CLEARS_PIR_LAST
 )
 _UNTIL_6_1 = (
     _T.MAP_BY_VOTES
@@ -248,7 +249,6 @@ PROFILES: dict[str, Profile] = {
             | _T.TRACE_EXIT_LATE_SVM
             | _T.CR8_KEEPS_TPR_BIT_2
             | _T.READ_ACROSS_TRACED
-            | _T.RESTORE_CLEARS_PIR_LAST
             | _T.V_TPR_KEPT_BY_AVIC
             | _T.INHIBIT_X2APIC
             | _UNTIL_5_8
@@ -274,7 +274,6 @@ PROFILES: dict[str, Profile] = {
             | _T.SVM_NEXT_RIP
             | _T.INHIBITS
             | _T.TRACE_EXIT_LATE_SVM
-            | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
             | _T.TIMER_NO_CATCH_UP
             | _T.FILTER_RANGES_COUNTED
@@ -320,7 +319,6 @@ PROFILES: dict[str, Profile] = {
             | _T.SVM_NEXT_RIP
             | _T.INHIBITS
             | _T.TRACE_EXIT_LATE_SVM
-            | _T.RESTORE_CLEARS_PIR_LAST
             | _T.PI_NOTIFIES_SELF
             | _T.TIMER_NO_CATCH_UP
             | _T.LVTPC_KEPT_ON_AMD

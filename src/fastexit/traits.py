@@ -213,7 +213,8 @@ class Trait(IntFlag):
     SET_LAPIC_KEEPS_WAIT = 1 << 111
     """KVM_SET_LAPIC leaves the deadline for which the next entry has to wait."""
     RESTORE_CLEARS_PIR_LAST = 1 << 92
-    """KVM_SET_LAPIC and reset clear PIR and ON at their end, with what was posted meanwhile."""
+    """KVM_SET_LAPIC and reset clear PIR and ON at their end, with what was posted meanwhile; what went to IRR before,
+    because PPR fell, stays there."""
 
     # -- descriptors
     SN_ON_EVERY_PUT = 1 << 93

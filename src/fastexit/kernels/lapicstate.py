@@ -10,7 +10,7 @@ from . import typed as k
 from .apicmap import mark_dirty, recalculate
 from .avictable import restore
 from .inhibit import base_written, id_written
-from .irq import compute_ppr, recount, update_cr8_intercept, update_ppr
+from .irq import recount, update_cr8_intercept, update_ppr
 from .irqlock import lock, unlock
 from .lapic import (
     in_x2apic_mode,
@@ -218,7 +218,8 @@ def _store_vectors(m, v, offset, base):
 def set_state(m, v):
     """kvm_apic_set_state of the page in H_STAGE: CODE_GP for EINVAL, and even then SVR has been applied.
 
-    Nothing is masked. PPR is recomputed before the ISR bits are counted, so it may still show the old ISR.
+    Nothing is masked. PPR is recomputed before the ISR bits are counted, so it may still show the old ISR; where the
+    page's was higher, what was posted goes to IRR, and stays there when PIR is emptied later.
     """
     if not m[k.H_RULES] & k.R_RESTORE_CLEARS_PIR_LAST:
         _clear_pid(m, v)
@@ -236,10 +237,7 @@ def set_state(m, v):
         mark_dirty(m)
     effects = effects | recalculate(m, v)
     set_reg(m, v, k.APIC_LVR, version(m, v))
-    if m[k.H_RULES] & k.R_CR8_WITH_PPR and m[k.H_CONFIG] & k.CONFIG_SVM:
-        update_ppr(m, v)
-    else:
-        compute_ppr(m, v)
+    update_ppr(m, v)
     row = own(m, v)
     cancel(m, v)
     if not m[k.H_RULES] & k.R_SET_LAPIC_KEEPS_WAIT:

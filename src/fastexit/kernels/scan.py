@@ -78,12 +78,14 @@ def _scan_routes(m, v):
 @kernel("u8(words, u8)")
 def scan(m, v):
     """vcpu_scan_ioapic, for REQ_SCAN_IOAPIC. A set that the embedder gave stays, as does that of a disabled APIC."""
-    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW or m[k.IRQ + v * k.IRQ_STRIDE + k.IRQ_GIVEN]:
+    if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
+        return k.ZERO
+    sync_pir_to_irr(m, v)
+    if m[k.IRQ + v * k.IRQ_STRIDE + k.IRQ_GIVEN]:
         return k.ZERO
     for i in range(4):
         m[own(m, v) + k.K_IOAPIC_HANDLED + k.U(i)] = k.ZERO
     m[k.IRQ + v * k.IRQ_STRIDE + k.IRQ_STALE] = k.ZERO
-    sync_pir_to_irr(m, v)
     if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
         return _scan_routes(m, v)
     return _scan_pins(m, v)
