@@ -19,7 +19,7 @@ from fastexit import layout as L
 from fastexit.embed import build, cabi
 
 SOURCE = Path(__file__).parent / "native" / "soak.c"
-FAULTS = ("lost", "invented", "line", "timer", "init", "lock")
+FAULTS = ("lost", "invented", "line", "init", "lock", "timer", "late timer", "early timer", "second tick")
 WRONG = ("lost", "invented", "lines lost", "timers lost", "registers wrong", "locks held", "accepted wrongly")
 pytestmark = pytest.mark.skipif(INTERPRETED or BOUNDS, reason="a host wants kernels as they are meant to run")
 
@@ -47,10 +47,12 @@ def soak(program: Path, exits: int, seed: int = 1, planted: str = "") -> tuple[i
     return done.returncode, json.loads(done.stdout)
 
 
-def test_nothing_is_lost(program: Path) -> None:
-    code, counts = soak(program, 2_000_000)
+@pytest.mark.parametrize("timers", ["preemption timer", "hrtimer"])
+def test_nothing_is_lost(program: Path, timers: str) -> None:
+    code, counts = soak(program, 2_000_000, seed=1 + (timers == "hrtimer"))
     assert (code, {name: counts[name] for name in WRONG}) == (0, dict.fromkeys(WRONG, 0))
-    for what in ("fast", "broadcasts", "levels", "again", "ticks", "resets", "gone_by_init"):
+    timers_too = ("ticks", "periodic_ticks", "meanwhile", "timers_gone_by_init")
+    for what in ("fast", "broadcasts", "levels", "again", "resets", "gone_by_init", *timers_too):
         assert counts[what], f"none: {what}"
 
 
