@@ -215,6 +215,26 @@ def test_avic_comes_and_goes(kernel: str) -> None:
     assert tpr_of(v) == (left_of(kernel, 0x8D) if has(kernel, Trait.CR8_FOLLOWS_AVIC) else 0x8D)
 
 
+@pytest.mark.parametrize("intercepted", [False, True], ids=["free", "intercepted"])
+@pytest.mark.parametrize("kernel", [k for k in fx.profiles() if has(k, Trait.INHIBITS)])
+def test_avic_comes_back_to_what_kvm_wrote(kernel: str, intercepted: bool) -> None:
+    """6.8.0 sync_lapic_to_cr8: V_TPR is that of the last entry without AVIC, for one with AVIC does not load it."""
+    m = xapic(kernel)
+    v = m.vcpus[0]
+    m.set_inhibit(r.Inhibit.DISABLED, True)
+    v.set_lapic(patched(v, {r.APIC_TASKPRI: 0x50}))
+    if intercepted:
+        m.signal_msi(0xFEE0_0000, 0x41)
+    v.exit(fx.SvmExit.INTERRUPT)
+    assert not v.apicv
+    v.set_lapic(patched(v, {r.APIC_TASKPRI: 0x30}))
+    m.set_inhibit(r.Inhibit.DISABLED, False)
+    v.run()
+    assert v.apicv
+    v.get_lapic()
+    assert tpr_of(v) == (0x50 if has(kernel, Trait.V_TPR_KEPT_BY_AVIC) else 0x30)
+
+
 def test_snapshot_keeps_it() -> None:
     m = machine()
     m.vcpus[0].wrmsr(TPR, 0x8D)

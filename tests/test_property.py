@@ -171,6 +171,12 @@ FOUND: dict[str, list[s.Op]] = {
         ("signal_msi", 0xFEE0_1000, 0x46),
         ("host_interrupt", 1),
     ],
+    "a TPR that user space wrote while AVIC was away": [
+        ("set_sregs", 0, 0xFEE0_0100, 3),
+        ("host_interrupt", 0),
+        ("set_sregs", 0, 0xFEE0_0900, 8),
+        ("host_interrupt", 0),
+    ],
 }
 """Lives that showed a difference, each reduced to what it needs."""
 

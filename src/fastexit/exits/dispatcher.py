@@ -70,6 +70,7 @@ class Dispatcher:
         self.vendor = vendor
         self.profile = profile
         self.hook_irqoff: bool = bool(profile.traits & Trait.HOOK_IRQOFF)
+        self.v_tpr_stays: bool = bool(profile.traits & Trait.V_TPR_KEPT_BY_AVIC)
         self.fast_exit: Callable[[int, int, int], int] = self._first_fast_exit
         self.kept_entry_info: int = 0 if memory[L.H_CONFIG] & L.CONFIG_SVM else ~R.VECTORING_INFO_VALID & 0xFFFF_FFFF
         self.wrmsr_fast: bool = not self.hook_irqoff and vendor.wrmsr_reason in vendor.fast_run
@@ -194,7 +195,7 @@ class Dispatcher:
 
     def sync_cr8_to_lapic(self, v: Vcpu) -> None:
         """SVM: TPR is what the VMCB's four bits of it say."""
-        if self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_CR8_FREE:
+        if self.mem[v.hot + L.HOT_FLAGS] & L.FLAG_CR8_FREE or self.v_tpr_stays:
             load("sync_cr8_to_lapic")(self.handle, v.index)
 
     def after_run(self, v: Vcpu, exit: Exit, code: int) -> int:

@@ -163,8 +163,6 @@ def _switch_cr8(m, v):
     active = m[at] & k.FLAG_APICV
     if m[k.H_RULES] & k.R_CR8_FOLLOWS_AVIC:
         m[at] = m[at] | k.FLAG_CR8_FREE if active else m[at] & ~k.FLAG_CR8_FREE
-    if not active:
-        m[own(m, v) + k.K_V_TPR] = k.ZERO
     return active
 
 
@@ -175,7 +173,7 @@ def init_vmcb(m, v):
         return k.ZERO
     if not _switch_cr8(m, v):
         m[hot(m, v) + k.HOT_FLAGS] = m[hot(m, v) + k.HOT_FLAGS] & ~k.FLAG_CR8_FREE
-    elif m[k.H_RULES] & k.R_V_TPR_KEPT_BY_AVIC:
+    if m[k.H_RULES] & k.R_V_TPR_KEPT_BY_AVIC and m[k.H_CONFIG] & k.CONFIG_APICV:
         m[own(m, v) + k.K_V_TPR] = k.ONE
     return k.ZERO
 
