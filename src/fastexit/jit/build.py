@@ -11,14 +11,18 @@ from __future__ import annotations
 import gc
 import operator
 from collections import Counter
+from copy import copy
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding as ll
 import numba
 import numpy as np
+from llvmlite import ir as llvm
 from numba.core import cgutils, compiler, ir, typed_passes, types, untyped_passes
+from numba.core.callconv import CPUCallConv
 from numba.core.codegen import JITCodeLibrary
+from numba.core.cpu import CPUContext
 from numba.core.imputils import lower_constant
 from numba.core.lowering import Lower
 from numba.core.registry import cpu_target
@@ -74,12 +78,60 @@ class _Library(JITCodeLibrary):
         return whole
 
 
+class _Direct(CPUCallConv):
+    """A kernel takes words and returns one, all in registers.
+
+    numba's own functions return a status, and their result by way of memory, since they may raise.
+    """
+
+    def get_function_type(self, restype: Any, argtypes: Any) -> llvm.FunctionType:
+        result = self.context.data_model_manager[restype].get_return_type()
+        return llvm.FunctionType(result, list(self._get_arg_packer(argtypes).argument_types))
+
+    def decorate_function(self, fn: Any, args: Any, fe_argtypes: Any, noalias: bool = False) -> None:
+        self._get_arg_packer(fe_argtypes).assign_names(fn.args, [f"arg.{name}" for name in args])
+
+    def get_arguments(self, func: Any) -> Any:
+        return func.args
+
+    def return_value(self, builder: Any, retval: Any) -> None:
+        builder.ret(retval)
+
+    def return_user_exc(self, builder: Any, *_error: Any, **_more: Any) -> None:
+        """What numba's ``range`` has for a step of 0, which LLVM sees to be none."""
+        trap = builder.module.declare_intrinsic("llvm.trap", (), llvm.FunctionType(llvm.VoidType(), []))
+        builder.call(trap, [])
+        builder.unreachable()
+
+    def call_function(self, *_call: Any) -> Any:
+        raise TypeError("kernels call kernels, and nothing of numba's that may raise")
+
+
+class _Context(CPUContext):
+    """numba's, where kernels are called by a convention of their own."""
+
+    @property
+    def call_conv(self) -> Any:
+        return _Direct(self)
+
+
+def _target() -> Any:
+    """What kernels are compiled for: numba's own target, whose functions may raise, where bounds are checked."""
+    if declare.BOUNDSCHECK:
+        return cpu_target.target_context
+    context = copy(cpu_target.target_context)
+    context.__class__ = _Context
+    context.cached_internal_func = {}
+    return context
+
+
 class Build:
     """One compilation: every kernel that is added becomes a function of the same library."""
 
     def __init__(self) -> None:
         self.made: dict[Kernel, Any] = {}
         self._library = _Library("fastexit")
+        self._target = _target()
         self._collecting = gc.isenabled()
 
     def __enter__(self) -> Build:
@@ -123,7 +175,7 @@ class Build:
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         flags.enable_ssa = flags.debuginfo = False
         flags.boundscheck = declare.BOUNDSCHECK
-        contexts = cpu_target.typing_context, cpu_target.target_context
+        contexts = cpu_target.typing_context, self._target
         made = compiler.compile_extra(
             *contexts, declared.python, args, result, flags, {}, library=self._library, pipeline_class=_Stages
         )

@@ -19,12 +19,12 @@ _OBJECT = llvm.IntType(8).as_pointer()
 
 
 def emit_c(module: llvm.Module, name: str, kernel: llvm.Function, raises: bool) -> None:
-    """Add ``uint64_t name(uint64_t, ...)`` around a kernel as numba makes it.
+    """Add ``uint64_t name(uint64_t, ...)`` around a kernel.
 
     One that ``raises``, because bounds are checked, has nobody to tell here, and stops the process.
     """
-    words = kernel.args[2:]
-    outer = llvm.Function(module, llvm.FunctionType(_WORD, [word.type for word in words]), name)
+    words = [word.type for word in arguments(kernel, raises)]
+    outer = llvm.Function(module, llvm.FunctionType(_WORD, words), name)
     builder = llvm.IRBuilder(outer.append_basic_block())
     status, result = call(builder, kernel, outer.args, raises)
     if raises:
@@ -39,7 +39,7 @@ def emit_python(module: llvm.Module, name: str, kernel: llvm.Function, raises: b
     outer = llvm.Function(module, kind, name)
     builder = llvm.IRBuilder(outer.append_basic_block())
     _, given, count = outer.args
-    wanted = len(kernel.args) - 2
+    wanted = len(arguments(kernel, raises))
     with _failing(builder, builder.icmp_signed("!=", count, _WORD(wanted))):
         builder.call(_api(module, "PyErr_BadArgument", llvm.IntType(32)), [])
     convert = _api(module, "PyLong_AsUnsignedLongLong", _WORD, _OBJECT)
@@ -62,11 +62,16 @@ def emit_python(module: llvm.Module, name: str, kernel: llvm.Function, raises: b
     builder.ret(builder.call(_api(module, "PyLong_FromUnsignedLongLong", _OBJECT, _WORD), [result]))
 
 
+def arguments(kernel: llvm.Function, raises: bool) -> tuple[Any, ...]:
+    """What a kernel is given; behind the places for its result and an error, where it may raise."""
+    return kernel.args[2:] if raises else kernel.args
+
+
 def call(builder: llvm.IRBuilder, kernel: llvm.Function, words: list[Any], raises: bool = False) -> tuple[Any, Any]:
-    """Status and result of a kernel, called as numba has it: result and error by pointer, then the arguments."""
-    result, error = (argument.type for argument in kernel.args[:2])
-    slot = cgutils.alloca_once(builder, result.pointee)
-    place = cgutils.alloca_once(builder, error.pointee) if raises else error(None)
+    """Status and result of a kernel. One that raises is called as numba has it: result and error by pointer."""
+    if not raises:
+        return None, builder.call(kernel, words)
+    slot, place = (cgutils.alloca_once(builder, argument.type.pointee) for argument in kernel.args[:2])
     status = builder.call(kernel, [slot, place, *words])
     return status, builder.load(slot)
 
