@@ -2,8 +2,9 @@
 
 A kernel is declared with its full signature. The first use of an entry compiles all entries of its module, with every
 kernel they reach, into one piece of machine code: each kernel is typed once, and LLVM sees the whole. ``build`` does
-that, with ``emit`` and ``door``, and they are all that leans on numba and its internals; ``cache`` keeps the code on
-disk, ``load`` brings it into the process. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a plain Python function.
+that, with ``stages``, ``target``, ``emit`` and ``door``, and they are all that leans on numba and its internals;
+``cache`` keeps the code on disk, ``load`` brings it into the process. With ``NUMBA_DISABLE_JIT=1`` every kernel stays a
+plain Python function.
 """
 
 from __future__ import annotations
