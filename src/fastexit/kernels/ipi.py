@@ -153,13 +153,22 @@ def _accept(m, v, icr, me):
     return _accept_fixed(m, v, icr, me)
 
 
+@apart
 @kernel("u8(words, u8, u8, u8)")
-def accept(m, v, icr, me):
-    """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
+def _accept_watched(m, v, icr, me):
+    """The same where somebody looks on: the trace, or whoever adds up what it costs."""
     if m[k.H_CONFIG] & k.CONFIG_TRACE:
         emit(m, k.TP_ACCEPT_IRQ, me, m[own(m, v) + k.K_VCPU_ID], icr, k.ZERO)
     code = _accept(m, v, icr, me)
     return accepted(m, me, code) if m[k.H_CONFIG] & k.CONFIG_COSTS else code
+
+
+@kernel("u8(words, u8, u8, u8)")
+def accept(m, v, icr, me):
+    """__apic_accept_irq: one interrupt at one APIC. The trace line comes first, even if the interrupt is discarded."""
+    if m[k.H_CONFIG] & (k.CONFIG_TRACE | k.CONFIG_COSTS):
+        return _accept_watched(m, v, icr, me)
+    return _accept(m, v, icr, me)
 
 
 @kernel("u8(words, u8, u8, u8, u8)")
