@@ -5,7 +5,7 @@ words. Every call here and in steptime.py is made under CONFIG_COSTS only. A vCP
 several threads have their times side by side.
 """
 
-from ..jit.declare import kernel, umin
+from ..jit.declare import apart, kernel, umin
 from . import typed as k
 from .shared import clear_words, hv, own
 
@@ -24,6 +24,7 @@ def charge(m, v, price, count):
     return m[at]
 
 
+@apart
 @kernel("u8(words, u8)")
 def reset(m, v):
     """An exit, an access or a KVM_RUN begins to cost."""
@@ -34,6 +35,7 @@ def reset(m, v):
     return k.ZERO
 
 
+@apart
 @kernel("u8(words, u8)")
 def begin(m, v):
     """Look at what a handler will change, in front of it."""
@@ -102,6 +104,7 @@ def deliveries(m, v, counted, ipi):
 # --------------------------------------------------------------------------------------------- on the way to an entry
 
 
+@apart
 @kernel("u8(words, u8)")
 def tail(m, v):
     """The loop's tail, with the APIC that accepts a tick."""
@@ -115,6 +118,7 @@ def _stimer(m, v, i):
     return hv(m, v) + k.HV_STIMER + i * k.STIMER_STRIDE + k.STIMER_DEADLINE
 
 
+@apart
 @kernel("u8(words, u8)")
 def stimers(m, v):
     """Look at the synthetic timers, in front of their service."""
@@ -124,6 +128,7 @@ def stimers(m, v):
     return k.ZERO
 
 
+@apart
 @kernel("u8(words, u8)")
 def stimers_served(m, v):
     """Step 2 behind the service of the synthetic timers: what they sent, and those that were started or cancelled."""

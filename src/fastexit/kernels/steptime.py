@@ -4,7 +4,7 @@ Models: what costs/dispatcher.py charges and costs/meter.py knows of handlers; t
 exit by exit. The handler of an exit is known by its operation.
 """
 
-from ..jit.declare import kernel
+from ..jit.declare import apart, kernel
 from . import hypervcall, virtualized
 from . import typed as k
 from .meter import begin, charge, deliveries, row
@@ -138,6 +138,7 @@ def _skips(op):
     return k.ONE if op == k.OP_IO_WRITE or op == k.OP_IO_READ else k.ZERO
 
 
+@apart
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def work(m, v, op, where, info, code, generic):
     """The handler of an exit, fast or generic, by what it was and what it left behind.
@@ -174,6 +175,7 @@ def _wrmsr_exit(m, op):
     return k.ONE if op == k.OP_WRMSR or (op == k.OP_RDMSR and m[k.H_CONFIG] & k.CONFIG_SVM) else k.ZERO
 
 
+@apart
 @kernel("u8(words, u8)")
 def exits(m, v):
     """Step 11 up to the fast handler; how often SRCU has been taken by now."""
@@ -182,6 +184,7 @@ def exits(m, v):
     return m[own(m, v) + k.K_SRCU_LOCKS]
 
 
+@apart
 @kernel("u8(words, u8, u8, u8, u8, u8, u8)")
 def ran(m, v, op, where, info, code, locks):
     """Step 11 with its fast handler, before which SRCU had been taken ``locks`` times, and the re-entry behind it."""
@@ -198,6 +201,7 @@ def ran(m, v, op, where, info, code, locks):
     return k.ZERO
 
 
+@apart
 @kernel("u8(words, u8)")
 def leaves(m, v):
     """Steps 13 and 14 up to its fast handler."""
@@ -205,6 +209,7 @@ def leaves(m, v):
     return charge(m, v, k.P_LEAVE, k.ONE)
 
 
+@apart
 @kernel("u8(words, u8, u8, u8, u8, u8)")
 def left(m, v, op, where, info, code):
     """Step 14 with the fast handler of the first generations, steps 15 to 18."""
@@ -217,6 +222,7 @@ def left(m, v, op, where, info, code):
     return charge(m, v, k.P_BACK, k.ONE)
 
 
+@apart
 @kernel("u8(words, u8, u8)")
 def dispatched(m, v, direct):
     """Step 20 between its checks and the generic handler."""
@@ -224,6 +230,7 @@ def dispatched(m, v, direct):
     return charge(m, v, k.P_DISPATCH_DIRECT if direct else k.P_DISPATCH_INDIRECT, k.ONE)
 
 
+@apart
 @kernel("u8(words, u8)")
 def injected(m, v):
     """Step 3."""
@@ -235,6 +242,7 @@ def injected(m, v):
     return k.ZERO
 
 
+@apart
 @kernel("u8(words, u8, u8)")
 def entered(m, v, runs):
     """Steps 4 to 9, and up to the guest where they end in it; an entry that is cancelled takes SRCU again."""
@@ -244,6 +252,7 @@ def entered(m, v, runs):
     return charge(m, v, k.P_ENTRY if runs else k.P_SRCU_LOCK, k.ONE)
 
 
+@apart
 @kernel("u8(words, u8, u8, u8)")
 def executed(m, v, icr, code):
     """An access that hardware did by itself; ``icr``: it was a write of the ICR."""
