@@ -91,16 +91,20 @@ class UnicornCpu(Interruptible):
         """Instructions begun so far. One that writes to its own page of code begins twice, as Unicorn has it."""
         return self.words[H.COUNT]
 
-    def start(self, rip: int, *, rsp: int = 0) -> None:
+    def start(self, rip: int, *, rsp: int = 0, bits: int = 64) -> None:
         """Let it run at ``rip`` in 64-bit mode, whatever it waited for: 4 GiB mapped as they are, interrupts off.
 
-        CS and SS are the firmware's (64-bit code 0x08, data 0x10), and there is no IDT. A CPU that is not started waits
-        for INIT and SIPI, and begins in real mode. TypeError or ValueError for what is no address.
+        CS and SS are the firmware's (64-bit code 0x08, data 0x10), and there is no IDT. With ``bits=32`` it is
+        protected mode without paging, all segments flat, as a Multiboot loader leaves it. A CPU that is not started
+        waits for INIT and SIPI, and begins in real mode. TypeError or ValueError for what is no address, or no such
+        mode.
         """
+        if integer(bits, "bits") not in (32, 64):
+            raise ValueError(f"bits {bits}: 64 or 32")
         for name, value in (("rip", rip), ("rsp", rsp)):
-            if not canonical(integer(value, name)):
-                raise ValueError(f"{name} {value:#x} is not a canonical address")
-        self.long_mode(rip, rsp)
+            if not canonical(integer(value, name)) or bits == 32 and value > _U32:
+                raise ValueError(f"{name} {value:#x} is not a{' 32-bit' if bits == 32 else ' canonical'} address")
+        self.long_mode(rip, rsp) if bits == 64 else self.protected_mode(rip, rsp)
         if self.vcpu.get_mp_state() != R.MP_RUNNABLE:
             self.vcpu.set_mp_state(R.MP_RUNNABLE)
         self.waits = False

@@ -231,12 +231,24 @@ class Engine:
         self._fresh_long_mode(firmware.CODE64, rip, firmware.DATA, rsp)
         self._carry_out(firmware.IRETQ, 1)
 
+    def protected_mode(self, eip: int, esp: int) -> None:
+        """32-bit mode at ``eip`` without paging: flat segments, the firmware's GDT, no IDT, interrupts off."""
+        self._fresh_long_mode(firmware.CODE32, firmware.PROTECTED_MODE, firmware.DATA, 0)
+        self.write("RAX", firmware.CR0_PROTECTED)
+        self.write("RBX", firmware.DATA)
+        self.write("RDI", eip)
+        self._carry_out(firmware.IRETQ, firmware.STEPS)
+        self.uc.msr_write(MSR_EFER, 0)
+        for name in ("CR3", "CR4", "RAX", "RBX", "RDI"):
+            self.write(name, 0)
+        self.write("RSP", esp)
+
     def real_mode(self, selector: int, offset: int) -> None:
         """Real mode at CS:IP, everything else as INIT leaves it."""
         self._fresh_long_mode(firmware.CODE16, firmware.REAL_MODE - firmware.BASE, firmware.DATA16, 0)
         self.host.write_firmware(firmware.FAR_POINTER, firmware.far_pointer(selector, offset))
         self.write("RAX", firmware.CR0_RESET)
-        self._carry_out(firmware.IRETQ, firmware.REAL_MODE_STEPS)
+        self._carry_out(firmware.IRETQ, firmware.STEPS)
         self.uc.msr_write(MSR_EFER, 0)
         for name in ("CR3", "CR4", "RAX", "RSP"):
             self.write(name, 0)

@@ -11,9 +11,9 @@ import struct
 
 BASE = 0xFFFF_0000
 BYTES = 0x1_0000
-IRETQ, REAL_MODE, RESET_VECTOR = BASE, BASE + 0x10, BASE + 0xFFF0
+IRETQ, REAL_MODE, PROTECTED_MODE, RESET_VECTOR = BASE, BASE + 0x10, BASE + 0x40, BASE + 0xFFF0
 GDT, FAR_POINTER, FRAME, PML4 = BASE + 0x100, BASE + 0x200, BASE + 0x800, BASE + 0x1000
-CODE64, DATA, CODE16, DATA16 = 0x08, 0x10, 0x18, 0x20
+CODE64, DATA, CODE16, DATA16, CODE32 = 0x08, 0x10, 0x18, 0x20, 0x28
 
 _PDPT, _PDS = PML4 + 0x1000, PML4 + 0x2000
 _PRESENT_WRITE, _LARGE = 3, 0x83
@@ -22,9 +22,14 @@ _TO_REAL_MODE = bytes.fromhex(
     "8edb 8ec3 8ed3 8ee3 8eeb"  # mov ds, es, ss, fs, gs, bx
     "2eff2e0002"  # jmp far [cs:0x200]
 )
-REAL_MODE_STEPS = 8
-"""The IRETQ and these."""
-CR0_RESET, CR0_LONG = 0x10, 0x8000_0033  # ET; PG, NE, ET, MP, PE
+_TO_PROTECTED_MODE = bytes.fromhex(
+    "0f22c0"  # mov cr0, eax: paging off, and with it long mode
+    "8edb 8ec3 8ed3 8ee3 8eeb"  # mov ds, es, ss, fs, gs, bx
+    "ffe7"  # jmp edi
+)
+STEPS = 8
+"""The IRETQ and these, of either."""
+CR0_RESET, CR0_PROTECTED, CR0_LONG = 0x10, 0x11, 0x8000_0033  # ET; PE; PG, NE, MP
 CR4_LONG = 0x620  # PAE, OSFXSR, OSXMMEXCPT
 DESCRIPTORS = (
     0,
@@ -32,6 +37,7 @@ DESCRIPTORS = (
     0x00CF_9300_0000_FFFF,  # data
     0x0000_9B00_0000_FFFF | (BASE & 0xFF_FFFF) << 16 | BASE >> 24 << 56,  # 16-bit code, here
     0x0000_9300_0000_FFFF,  # 16-bit data
+    0x00CF_9B00_0000_FFFF,  # 32-bit code
 )
 GDT_LIMIT = 8 * len(DESCRIPTORS) - 1
 
@@ -45,6 +51,7 @@ def image() -> bytearray:
 
     put(IRETQ, bytes.fromhex("48cf"))
     put(REAL_MODE, _TO_REAL_MODE)
+    put(PROTECTED_MODE, _TO_PROTECTED_MODE)
     put(RESET_VECTOR, bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp to the hlt
     put(GDT, struct.pack(f"<{len(DESCRIPTORS)}Q", *DESCRIPTORS))
     put(PML4, struct.pack("<Q", _PDPT | _PRESENT_WRITE))
