@@ -55,7 +55,7 @@ test-pythons: $(STAMP) ## a part of the suite on each Python from 3.11 to 3.14 t
 	@$(PY) .ci/pythons.py
 
 embed-test: compile ## every host that fastexit can be inside of, built and run, some minutes; what is missing is named
-	@$(PY) examples/embed_test.py
+	@$(PY) .ci/embed_test.py
 
 BOOTED ?= 6.1
 BOOTS ?= 20

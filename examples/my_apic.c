@@ -1,20 +1,18 @@
-/* A local APIC in C, x2APIC mode alone, that speaks docs/apic-protocol.md:
-   cc -o my_apic examples/my_apic.c && fastexit verify --against ./my_apic --well-formed */
+/* x2APIC mode by docs/apic-protocol.md: cc -o my_apic my_apic.c && fastexit verify --against ./my_apic --well-formed */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { BASE = 0x1B, ID = 2, TPR = 8, PPR = 0xA, EOI, LDR = 0xD, DFR, SVR, ISR, IRR = 0x20, ICR = 0x30, SELF = 0x3F };
-static const uint32_t kept[64] = {[TPR] = 0xFF, [SVR] = 0x1FF, [0x38] = ~0u, [0x3E] = 0xB, /* what can be written */
+static const uint64_t kept[64] = {[TPR] = 0xFF, [SVR] = 0x1FF, [ICR] = ~0ull, [0x38] = ~0u, [0x3E] = 0xB, /* writable */
                                   [0x32] = 0x700FF, 0x107FF, 0x107FF, 0x1A7FF, 0x1A7FF, 0x100FF};
 typedef struct { uint64_t id, base, reg[64]; } apic;
 static apic cpu[64], *end = cpu;
 
 static int top(const apic *a, int set) { /* the highest vector of ISR or IRR, or -1 */
-    int v = 255;
-    while (v >= 0 && !(a->reg[set + v / 32] >> v % 32 & 1)) v--;
-    return v;
+    for (int v = 255;; v--)
+        if (v < 0 || a->reg[set + v / 32] >> v % 32 & 1) return v;
 }
 static void flip(apic *a, int set, int v) { a->reg[set + v / 32] ^= 1u << v % 32; }
 static uint64_t shown(const apic *a, int at) { /* a register as it reads */
@@ -33,7 +31,6 @@ static void send(const apic *from, uint64_t icr) {
 }
 static void put(apic *a, int at, uint64_t value) {
     if (at == EOI && top(a, ISR) >= 0) flip(a, ISR, top(a, ISR));
-    if (at == ICR) a->reg[ICR] = value;
     if (at == ICR || at == SELF) send(a, at == ICR ? value : value | 1 << 18);
     if (kept[at]) a->reg[at] = value & kept[at];
     for (int lvt = 0x32; lvt < 0x38 && !(a->reg[SVR] & 0x100); lvt++) a->reg[lvt] |= 0x10000;
@@ -46,11 +43,10 @@ static void machine(char *ids) {
 }
 
 int main(void) {
-    char line[8192], *word;
+    char line[8192], *word, *field;
     for (; fgets(line, sizeof line, stdin) && (word = strtok(line, " \n")); puts(""), fflush(stdout)) {
         uint64_t n[3] = {0}; /* vCPU, MSR, value; of a message address, data */
-        char *field = strtok(NULL, " \n");
-        if (!strcmp(word, "machine")) machine(field);
+        if ((field = strtok(NULL, " \n")) && !strcmp(word, "machine")) machine(field);
         for (int i = 0; i < 3 && field; i++, field = strtok(NULL, " \n")) n[i] = strtoull(field, NULL, 0);
         apic *a = &cpu[n[0] % 64];
         int at = n[1] & 63, next = top(a, IRR) >> 4 > (int)shown(a, PPR) >> 4 ? top(a, IRR) : -1;
@@ -60,7 +56,7 @@ int main(void) {
         printf(!strcmp(word, "hello") ? "ok 1 my_apic.c wrmsr rdmsr lapic msi pending ack" : "ok ");
         if (!strcmp(word, "rdmsr")) printf("%" PRIu64, n[1] == BASE ? a->base : shown(a, at));
         if (!strcmp(word, "ack") || !strcmp(word, "pending")) next < 0 ? printf("none") : printf("%d", next);
-        for (int i = 0; !strcmp(word, "lapic") && i < 1024; i++)
+        for (int i = 0; !strcmp(word, "lapic") && i < 1024; i++) /* 16 bytes a register */
             printf("%02x", i % 16 < 8 ? (unsigned)(shown(a, i / 16) >> i % 16 * 8) & 0xFF : 0);
     }
 }

@@ -26,7 +26,7 @@ from fastexit.embed import build, cabi, host
 from fastexit.layout import ABI_VERSION
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "embed_c"
+EXAMPLE = ROOT / "tests" / "embed_c"
 compiled = pytest.mark.skipif(INTERPRETED or BOUNDS, reason="a host wants kernels as they are meant to run")
 
 

@@ -30,7 +30,7 @@ def machine(kernel: str = "6.18", vcpus: int = 2, **options: Any) -> fx.Machine:
 
 
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("simpy_ipi", ROOT / "examples" / "simpy_ipi.py")
+    spec = importlib.util.spec_from_file_location("simpy_ipi", ROOT / "benchmarks" / "simpy_ipi.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -30,7 +30,7 @@ MACHINES = ({}, APICV_OFF, SVM, SVM | APICV_OFF, {"ipiv": True}, {"kernel": "5.6
 
 
 def example() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "unicorn_ipi.py"
+    path = Path(__file__).parents[1] / "benchmarks" / "unicorn_ipi.py"
     spec = importlib.util.spec_from_file_location("unicorn_ipi", path)
     assert spec
     assert spec.loader

@@ -1,5 +1,4 @@
-//! A safe wrapper. fastexit.h says of each call who may make it, and here the borrow checker sees to it: [vcpu] takes a
-//! `&mut Vcpu`, which one thread has; [any] a `&Machine`; [alone] a `&mut Machine`, which nobody has beside a Vcpu.
+//! A safe wrapper: fastexit.h's [vcpu] is a `&mut Vcpu`, [any] a `&Machine`, [alone] a `&mut Machine` beside no Vcpu.
 use crate::sys::*;
 use std::{ffi::CStr, marker::PhantomData, ptr};
 
@@ -19,10 +18,7 @@ fn filled(call: impl FnOnce(*mut fx_result) -> i32) -> fx_result {
 impl Machine {
     /// A machine in x2APIC mode; without one, the line that says why.
     pub fn open(vcpus: u32) -> Result<Machine, String> {
-        let (size, mut m) = (size_of::<fx_config>() as u32, ptr::null_mut());
-        let (vendor, kernel, apic_ids, rest, costs) = (0, 0, ptr::null(), [0; 10], ptr::null());
-        let (abi, flags) = (FX_ABI_VERSION, FX_BOOT_X2APIC);
-        let config = fx_config { size, abi, vcpus, vendor, kernel, flags, apic_ids, rest, costs };
+        let (config, mut m) = (fx_config::new(vcpus, FX_BOOT_X2APIC), ptr::null_mut());
         match unsafe { fx_open(&config, ptr::null(), &mut m, ptr::null_mut()) } {
             0 => Ok(Machine(m, vcpus)),
             _ => Err(unsafe { CStr::from_ptr(fx_last_error()) }.to_string_lossy().into_owned()),

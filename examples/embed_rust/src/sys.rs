@@ -18,6 +18,14 @@ pub struct fx_config {
     pub apic_ids: *const u32, pub rest: [u32; 10], pub costs: *const c_char,
 }
 
+impl fx_config {
+    /// 0 in every other field is the default. Bindgen's has derive(Default) instead.
+    pub fn new(vcpus: u32, flags: u32) -> Self {
+        let size = std::mem::size_of::<Self>() as u32;
+        Self { size, abi: FX_ABI_VERSION, vcpus, flags, ..unsafe { std::mem::zeroed() } }
+    }
+}
+
 #[repr(C)]
 #[rustfmt::skip]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -1,4 +1,4 @@
-/* What the parts of the example share. */
+/* What the parts of the host share. */
 #ifndef HOST_H
 #define HOST_H
 

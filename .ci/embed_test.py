@@ -1,4 +1,5 @@
-"""Build and run every host there is: C with all its checks, CMake, pkg-config, a wheel, C++, Rust, SimPy, Unicorn.
+"""Build and run every host there is: ``make embed-test``. C with all its checks, CMake, pkg-config, a wheel, C++, Rust,
+an event loop, SimPy, Unicorn, APICs of one's own.
 
 What a machine does not have is skipped and named. Exit code 1 when anything that could run has failed.
 """
@@ -22,7 +23,10 @@ from fastexit.embed import build
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+TESTS = ROOT / "tests"
 SCRATCH = ROOT / "build" / "embed-test"
+KERNELS = "FASTEXIT_KVM_UNIT_TESTS"
+"""Names the folder x86/ of a built tree of kvm-unit-tests."""
 
 
 class Missing(Exception):
@@ -47,20 +51,21 @@ def run(*line: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def make(*targets: str, language: str = "c", place: str = "", **variables: str) -> None:
-    """Targets of an example's Makefile, in a folder of their own."""
-    example = EXAMPLES / f"embed_{language}"
-    build = os.path.relpath(SCRATCH / (place or language), example)  # a target of make's has no space in its name
+def make(*targets: str, folder: Path = TESTS / "embed_c", place: str = "", **variables: str) -> None:
+    """Targets of a host's Makefile, built in a folder of their own."""
+    build = os.path.relpath(SCRATCH / (place or folder.name), folder)  # a target of make's has no space in its name
     given = {"PYTHON": sys.executable, "BUILD": build, **variables}
-    run("make", "-s", *(f"{name}={value}" for name, value in given.items()), *targets, cwd=example)
+    run("make", "-s", *(f"{name}={value}" for name, value in given.items()), *targets, cwd=folder)
 
 
 def need(program: str) -> None:
+    """That a program is in PATH."""
     if shutil.which(program) is None:
         raise Missing(f"no {program}")
 
 
 def need_c() -> None:
+    """That a C program can be built with Python inside."""
     need("make")
     try:
         build.compiler()
@@ -81,46 +86,58 @@ def need_sanitizer(name: str) -> None:
                 raise Missing(f"-fsanitize={name} does not work here")
 
 
+def c_example() -> None:
+    """Two threads, a clock and timers."""
+    need_c()
+    make("check", folder=EXAMPLES / "embed_c", place="c")
+
+
 def c_host() -> None:
+    """The C door against the Python door, timed, stormed, fuzzed."""
     need_c()
     make("check", "time", "storm", "fuzz")
 
 
 def full_storm() -> None:
+    """Nothing lost of 10^8."""
     need_c()
     make("storm-full")
 
 
 def address_sanitizer() -> None:
+    """With UndefinedBehaviorSanitizer."""
     need_sanitizer("address")
     need_sanitizer("undefined")
     make("asan")
 
 
 def thread_sanitizer() -> None:
+    """No race in the library's C."""
     need_sanitizer("thread")
     make("tsan")
 
 
 def cmake() -> None:
+    """The example by find_package."""
     need_c()
     need("cmake")
-    make("cmake")
+    make("cmake", folder=EXAMPLES / "embed_c", place="c-cmake")
 
 
 def cpp_host(compiler: str) -> None:
     """Eight threads, a level interrupt and a copy, without exceptions and without a warning."""
     need_c()
     need(compiler)
-    make("check", language="cpp", place=compiler, CXX=compiler)
+    make("check", folder=EXAMPLES / "embed_cpp", place=compiler, CXX=compiler)
 
 
 def cpp_cmake() -> None:
+    """The same by find_package."""
     need_c()
     need("cmake")
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise Missing("no C++ compiler")
-    make("cmake", language="cpp", place="cpp-cmake")
+    make("cmake", folder=EXAMPLES / "embed_cpp", place="cpp-cmake")
 
 
 def rust_host() -> None:
@@ -129,7 +146,7 @@ def rust_host() -> None:
     cargo = shutil.which("cargo") or shutil.which("cargo", path=str(Path.home() / ".cargo" / "bin"))
     if cargo is None:
         raise Missing("no cargo")
-    make("check", language="rust", CARGO=cargo)
+    make("check", folder=EXAMPLES / "embed_rust", place="rust", CARGO=cargo)
 
 
 def _page() -> tuple[str, str]:
@@ -148,6 +165,7 @@ def _demo(folder: Path, options: list[str]) -> None:
 
 
 def pkg_config() -> None:
+    """The program of docs/embedding.md."""
     need_c()
     need("pkg-config")
     folder = SCRATCH / "pkg-config"
@@ -189,32 +207,78 @@ def adapter(module: str, *examples: str) -> None:
     """The tests of an adapter, and its examples."""
     if importlib.util.find_spec(module) is None:
         raise Missing(f"no {module}: pip install {module}")
-    run(sys.executable, "-m", "pytest", "-q", "-m", "", f"tests/test_{module}.py")
+    tests = sorted(TESTS.glob(f"test_{module}*.py"))
+    run(sys.executable, "-m", "pytest", "-q", "-m", "not long", *tests)
     for example in examples:
         run(sys.executable, *example.split())
 
 
+def event_loop() -> None:
+    """A heap of events; nothing else is needed."""
+    run(sys.executable, EXAMPLES / "event_loop.py")
+
+
+def kernels() -> None:
+    """kvm-unit-tests on Unicorn's CPUs."""
+    if importlib.util.find_spec("unicorn") is None:
+        raise Missing("no unicorn: pip install unicorn")
+    if not os.environ.get(KERNELS):
+        raise Missing(f"no kvm-unit-tests: {KERNELS}=TREE/x86 says where they are")
+    run(sys.executable, "-m", "pytest", "-q", TESTS / "test_unicorn_kernels.py")
+
+
+def own_apic(program: str | Path) -> None:
+    """An APIC of one's own agrees with the model where KVM and the SDM do."""
+    run(sys.executable, "-m", "fastexit", "verify", "--against", program, "--well-formed", "--ops", "5000")
+
+
+def own_apic_in_c() -> None:
+    """The same in C."""
+    try:
+        compiler = build.compiler()
+    except ValueError as missing:
+        raise Missing(str(missing)) from None
+    program = SCRATCH / "my_apic"
+    run(*compiler, "-O1", "-Wall", "-Wextra", EXAMPLES / "my_apic.c", "-o", program)
+    own_apic(program)
+
+
 def c_abi() -> None:
+    """Each call of the C door against the Python door's."""
     need_c()
-    files = [*sorted((ROOT / "tests").glob("test_cabi*.py")), ROOT / "tests" / "test_embed.py"]
+    files = [*sorted(TESTS.glob("test_cabi*.py")), TESTS / "test_embed.py"]
     run(sys.executable, "-m", "pytest", "-q", "-m", "not long", *files)  # the long ones are the steps below
 
 
 STEPS: dict[str, Callable[[], None]] = {
     "C ABI against Python": c_abi,
-    "C host: two threads": c_host,
-    "C host: 10^8 IPIs": full_storm,
-    "C host: AddressSanitizer": address_sanitizer,
-    "C host: ThreadSanitizer": thread_sanitizer,
-    "C host: CMake": cmake,
-    "C host: pkg-config": pkg_config,
-    "C host: from a wheel": wheel,
-    "C++ host: g++": lambda: cpp_host("g++"),
-    "C++ host: clang++": lambda: cpp_host("clang++"),
-    "C++ host: CMake": cpp_cmake,
-    "Rust host": rust_host,
-    "SimPy": lambda: adapter("simpy", "examples/simpy_ipi.py --quick --output build/embed-test/simpy"),
-    "Unicorn": lambda: adapter("unicorn", "examples/unicorn_ipi.py", "examples/unicorn_ipi.py --xapic"),
+    "C example": c_example,
+    "C example: CMake": cmake,
+    "C: two threads, fuzzer": c_host,
+    "C: 10^8 IPIs": full_storm,
+    "C: AddressSanitizer": address_sanitizer,
+    "C: ThreadSanitizer": thread_sanitizer,
+    "C: pkg-config": pkg_config,
+    "C: from a wheel": wheel,
+    "C++: g++": lambda: cpp_host("g++"),
+    "C++: clang++": lambda: cpp_host("clang++"),
+    "C++: CMake": cpp_cmake,
+    "Rust": rust_host,
+    "event loop": event_loop,
+    "SimPy": lambda: adapter(
+        "simpy",
+        "examples/simpy_timers.py",
+        "benchmarks/simpy_ipi.py --quick --output build/embed-test/simpy",
+    ),
+    "Unicorn": lambda: adapter(
+        "unicorn",
+        "examples/unicorn_guest.py",
+        "benchmarks/unicorn_ipi.py",
+        "benchmarks/unicorn_ipi.py --xapic",
+    ),
+    "Unicorn: kvm-unit-tests": kernels,
+    "own APIC: Python": lambda: own_apic(EXAMPLES / "my_apic.py"),
+    "own APIC: C": own_apic_in_c,
 }
 
 

@@ -1,8 +1,8 @@
 """Guest programs that send each other IPIs on emulated CPUs, with fastexit as their APICs.
 
-    python examples/unicorn_ipi.py               # 2 CPUs, then 4, in x2APIC mode
-    python examples/unicorn_ipi.py --xapic       # the same by the xAPIC page
-    python examples/unicorn_ipi.py --speed       # what the hook and an exit cost on this machine
+    python benchmarks/unicorn_ipi.py               # 2 CPUs, then 4, in x2APIC mode
+    python benchmarks/unicorn_ipi.py --xapic       # the same by the xAPIC page
+    python benchmarks/unicorn_ipi.py --speed       # what the hook and an exit cost on this machine
 
 Each CPU sends the next one an IPI and sleeps until it has had as many as it has sent. The guest counts in its memory,
 the machine counts, and the host counts what went through the guest's IDT: all three have to agree. Exit code 1 if not.

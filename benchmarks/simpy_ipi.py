@@ -1,7 +1,7 @@
 """Latency of IPIs by kernel generation, simulated with SimPy: ping-pong, and a storm of TLB shootdowns.
 
-    python examples/simpy_ipi.py                       # some 20 s; build/simpy-ipi.png and .svg
-    python examples/simpy_ipi.py --quick --json        # small machines, numbers only where matplotlib is missing
+    python benchmarks/simpy_ipi.py                       # some 20 s; build/simpy-ipi.png and .svg
+    python benchmarks/simpy_ipi.py --quick --json        # small machines, numbers only where matplotlib is missing
 
 Every vCPU has work of its own. Ping-pong: it asks a random other one, which answers from its interrupt handler, and
 polls for the answer; the latency is there and back. Storm: some vCPUs flush the TLB of all others, as Linux does in
