@@ -30,7 +30,7 @@ from bareguest import (
 )
 from conftest import INTERPRETED
 from fastexit import Nmi
-from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, summary
+from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, clock, host, summary
 from fastexit.adapters.kvmhost.memory import MIB
 from fastexit.kvm import ioctl as K
 from fastexit.trace.replay import replay
@@ -43,8 +43,8 @@ TIMER, IPI, LEVEL, TICK = 0xEC, 0x61, 0x51, 0x30
 
 @contextmanager
 def guest(vcpus: int = 1, apic: str = "xapic", **options: Any) -> Iterator[Guest]:
-    with KvmHost(vcpus, memory=2 * MIB, **options) as host:
-        yield Guest(host, apic)
+    with KvmHost(vcpus, memory=2 * MIB, **options) as made:
+        yield Guest(made, apic)
 
 
 def ran(g: Guest, trace: Path | None = None) -> list[ModelVcpu]:
@@ -87,6 +87,38 @@ def test_deadline(tmp_path: Path) -> None:
         g.handler(0, TIMER)
         (v,) = ran(g, tmp_path / "trace")
         assert (g.count(0, TIMER), v.taken[TIMER], g.host.recorder.deadlines) == (10, 10, [10])
+
+
+class Apart(clock.Clock):
+    """Goes with the guest's TSC, but is not what that says."""
+
+    seconds = 0
+
+    def __call__(self) -> int:
+        return super().__call__() + self.seconds * 1_000_000_000
+
+
+@kvm
+@pytest.mark.parametrize("seconds", [-30, 30])
+def test_deadline_where_kvm_moves_the_tsc(seconds: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As it does where CPUs' TSCs are not to be trusted: a deadline is neither early nor late, and reads as written."""
+    monkeypatch.setattr(clock, "is_steady", lambda device: False)
+    monkeypatch.setattr(Apart, "seconds", seconds)
+    monkeypatch.setattr(host, "Clock", Apart)
+    wrong = 0x9A
+    with guest(apic="x2apic", deadline=True) as g:
+        now = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"  # RDTSC into RAX
+        later = now + b"\x48\x05\x00\x00\x00\x01\x49\x89\xc0"  # ADD RAX, 2^24; MOV R8, RAX
+        arm = later + b"\x48\x89\xc2\x48\xc1\xea\x20\xb9\xe0\x06\x00\x00\x0f\x30"  # into TSC_DEADLINE
+        kept = b"\xb9\xe0\x06\x00\x00\x0f\x32\x48\xc1\xe2\x20\x48\x09\xd0\x4c\x39\xc0\x74\x05"  # RDMSR; CMP R8; JE
+        early = now + b"\x4c\x39\xc0\x73\x05"  # CMP RAX, R8; JAE
+        tell = b"\x48\x31\xc0\xe6" + bytes([wrong])
+        body = arm + kept + tell + WANTED + g.until(g.counter(0, TIMER)) + early + tell + NEXT
+        begin = g.register(0x320, 0x4_0000 | TIMER) + FIRST
+        g.program(0, begin + repeated(10, body) + g.finish())
+        g.handler(0, TIMER)
+        (v,) = ran(g, tmp_path / "trace")
+        assert (g.count(0, TIMER), v.taken[TIMER], g.host.ports.unclaimed[wrong]) == (10, 10, 0)
 
 
 @kvm

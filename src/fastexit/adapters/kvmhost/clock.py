@@ -2,7 +2,8 @@
 
 Models: nothing. A guest's TSC is the CPU's, moved; the model's TSC is its clock times a frequency. So the clock is the
 guest's TSC divided by that frequency, and a deadline in the guest's TSC is due on the model's clock when it is due on
-the guest's.
+the guest's. Where the CPUs' TSCs are not to be trusted, KVM moves a guest's at every entry, after a clock of the
+kernel's: there a deadline means how long it is from now on, by the TSC that the guest sees now.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cffi import FFI
 
 from fastexit.kvm import ioctl as K
+from fastexit.kvm.device import LOCAL, Device
 from fastexit.regs import MSR_TSC
 
 RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
@@ -22,14 +25,21 @@ RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 NS_PER_MS = 1_000_000
 TSC_CONTROL, TSC_OFFSET = 0, 0
 """KVM_VCPU_TSC_CTRL and its attribute, from Linux 5.16 on."""
+CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 U64 = (1 << 64) - 1
 
 
-class Tsc:
-    """The host's TSC; ``begin`` is what it was when the vCPU's was 0."""
+def is_steady(device: Device) -> bool:
+    """Whether the host's kernel goes by its CPUs' TSCs itself; if it does not, KVM may move those of its guests."""
+    return (device.text(CLOCKSOURCE) or "").strip() == "tsc"
 
-    def __init__(self, fd: int) -> None:
+
+class Tsc:
+    """The host's TSC; ``begin`` is what it was when the vCPU's was 0, and still is while the host is ``steady``."""
+
+    def __init__(self, fd: int, device: Device = LOCAL) -> None:
         ffi: Any = FFI()
+        self.steady: bool = is_steady(device)
         self.khz: int = K.call(fd, K.GET_TSC_KHZ)
         try:
             self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -51,6 +61,11 @@ class Tsc:
             before = self.read()
             K.call(fd, K.GET_MSRS, self._msr)
             return (before + self.read()) // 2 - int(self._msr.data) & U64
+
+    def of(self, fd: int) -> int:
+        """What a vCPU's TSC is now."""
+        begin = self._begin(fd)
+        return self.read() - begin & U64
 
     def move(self, fd: int, by: int) -> None:
         """Moves a vCPU's TSC."""

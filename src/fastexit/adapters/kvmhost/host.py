@@ -128,7 +128,7 @@ class KvmHost:
             oracle.add_hyperv(table, HV.ALL_FEATURES)
         files = [self.vm.vcpu(index) for index in range(count)]
         slower = SLOWER if self.slow else 1
-        self.tsc: Tsc = Tsc(files[0][0])
+        self.tsc: Tsc = Tsc(files[0][0], self.vm.device)
         self.clock: Clock = Clock(self.tsc)
         for index, (fd, _) in enumerate(files):
             made = cpuid.guest(

@@ -53,6 +53,8 @@ class ModelVcpu(HostVcpu):
         """An access of the guest's is answered, and KVM has not been told yet."""
         self._queued = False
         """KVM was given an NMI or an SMI, and may still have it."""
+        self._ahead = 0
+        """How far the model's TSC was ahead of the guest's at the last deadline."""
         svm = host.machine.vendor == "svm"
         self._hlt = SvmExit.HLT if svm else VmxExit.HLT
         self._gate = host.gate
@@ -230,6 +232,10 @@ class ModelVcpu(HostVcpu):
         if msr in ICRS:
             self.host.recorder.ipi(v, msr, value)
         before = int(run.apic_base)
+        if msr == R.MSR_TSC_DEADLINE and value and not self.host.tsc.steady:
+            guest = self.host.tsc.of(self.fd)
+            self._ahead = v.tsc - guest
+            value = min(max(value + self._ahead, 1), (1 << 64) - 1)
         outcome = v.wrmsr(msr, value)
         self.host.recorder.wrote(self.index, msr, outcome)
         self.tell(outcome.targets)
@@ -254,6 +260,8 @@ class ModelVcpu(HostVcpu):
             return
         finally:
             self.tell(v.targets)
+        if msr == R.MSR_TSC_DEADLINE and value:
+            value = value - self._ahead & (1 << 64) - 1
         run.msr.data, run.msr.error = value, 0
 
     def _put_msr(self, msr: int, value: int) -> None:
