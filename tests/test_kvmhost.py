@@ -30,6 +30,7 @@ from bareguest import (
 )
 from conftest import INTERPRETED
 from fastexit import Nmi
+from fastexit import layout as L
 from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, clock, host, summary
 from fastexit.adapters.kvmhost.memory import MIB
 from fastexit.kvm import ioctl as K
@@ -110,7 +111,8 @@ def test_deadline_where_kvm_moves_the_tsc(seconds: int, monkeypatch: pytest.Monk
         now = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"  # RDTSC into RAX
         later = now + b"\x48\x05\x00\x00\x00\x01\x49\x89\xc0"  # ADD RAX, 2^24; MOV R8, RAX
         arm = later + b"\x48\x89\xc2\x48\xc1\xea\x20\xb9\xe0\x06\x00\x00\x0f\x30"  # into TSC_DEADLINE
-        kept = b"\xb9\xe0\x06\x00\x00\x0f\x32\x48\xc1\xe2\x20\x48\x09\xd0\x4c\x39\xc0\x74\x05"  # RDMSR; CMP R8; JE
+        read = b"\xb9\xe0\x06\x00\x00\x0f\x32\x48\xc1\xe2\x20\x48\x09\xd0"  # RDMSR of it
+        kept = read + b"\x74\x0a\x4c\x39\xc0\x74\x05"  # JZ, for one that is due; CMP RAX, R8; JE
         early = now + b"\x4c\x39\xc0\x73\x05"  # CMP RAX, R8; JAE
         tell = b"\x48\x31\xc0\xe6" + bytes([wrong])
         body = arm + kept + tell + WANTED + g.until(g.counter(0, TIMER)) + early + tell + NEXT
@@ -351,3 +353,46 @@ def test_settings_are_the_machines() -> None:
         assert (g.host.machine.kernel, g.host.machine.vendor) == ("6.1", "svm")
     with pytest.raises(TypeError, match="no setting of a Machine"):
         KvmHost(kernal="6.1")
+
+
+@kvm
+@pytest.mark.parametrize("apic", APICS)
+def test_timers_leave_time_for_the_guest(apic: str) -> None:
+    """A periodic timer that is due again before anybody could serve it: the program under it comes to its end."""
+    with guest(apic=apic, min_timer_period_us=0, bus_cycle_ns=1) as g:
+        timer = g.register(0x3E0, 0xB) + g.register(0x320, 0x2_0000 | TIMER) + g.register(0x380, 5_000)
+        g.program(0, timer + b"\xfb" + repeated(100_000, b"") + b"\xfa" + g.finish())
+        g.handler(0, TIMER)
+        (v,) = ran(g)
+        assert v.taken[TIMER] > 10
+
+
+@kvm
+def test_pit_leaves_time_for_the_guest() -> None:
+    with guest() as g:
+        pics = b"".join(
+            out(p, v) for p, v in ((0x20, 0x11), (0x21, TICK), (0x21, 4), (0x21, 1), (0x21, 0xFE), (0xA1, 0xFF))
+        )
+        pit = out(0x43, 0x34) + out(0x40, 0x40) + out(0x40, 0)  # 54 us
+        g.program(0, pics + g.register(0x350, 0x700) + pit + b"\xfb" + repeated(100_000, b"") + b"\xfa" + g.finish())
+        g.handler(0, TICK, out(0x20, 0x20), eoi=False)
+        (v,) = ran(g)
+        assert v.external[TICK] > 10
+
+
+@kvm
+def test_a_storm_that_the_ioapic_puts_off_goes_on() -> None:
+    """Behind 10,000 EOIs of a line that stays up it waits 10 ms: somebody has to look then."""
+    pin, seen = 17, 30
+    with guest() as g:
+        entry = b"".join(
+            store(IOAPIC, 0x10 + 2 * pin + half) + store(IOAPIC + 0x10, value)
+            for half, value in ((1, 0), (0, 0x8000 | LEVEL))
+        )
+        g.program(
+            0, out(0x21, 0xFF) + out(0xA1, 0xFF) + entry + out(0x2000 + pin, 1) + g.wait(0, LEVEL, seen) + g.finish()
+        )
+        g.handler(0, LEVEL)
+        g.host.machine.mem[L.IOAPIC + L.IOAPIC_EOIS + pin] = 10_000 - seen // 2
+        (v,) = ran(g)
+        assert v.taken[LEVEL] >= seen

@@ -67,13 +67,17 @@ class ModelVcpu(HostVcpu):
         v, kick, host = self.v, self.kick, self.host
         kick.taken()  # before anything is looked at: what comes later ends the run or the sleep
         with self._gate:
-            for outcome in v.run_timers():
-                self.tell(outcome.targets)
+            if host.clock() >= self.pace.earliest():
+                for outcome in v.run_timers():
+                    self.pace.fired()
+                    self.tell(outcome.targets)
             runs = self._settled()
             due = v.next_timer()
             window = runs and (v.irq_window or (v.apicv and v.pending() is not None))
         if host.ended is not None:
             return
+        if due is not None:
+            due = max(due, self.pace.earliest())
         wait = None if due is None else max(0, due - host.clock())
         if not runs:
             if v.exit_reason is not None and v.exit_reason is not KvmExit.INTR:
@@ -87,10 +91,11 @@ class ModelVcpu(HostVcpu):
         run = self.kvm_run
         run.request_interrupt_window = window
         run.cr8 = self._cr8 = v.cr8
-        ran = self.enter()
+        stood, ran = v.rip, self.enter()
         self._waits = False
         with self._gate:
             self._look(ran)
+            self.pace.left(host.clock(), free=v.rflags == IF_SET, moved=ran or v.rip != stood)
             if ran:
                 self._exit(int(run.exit_reason))
             elif host.slow:
@@ -129,6 +134,7 @@ class ModelVcpu(HostVcpu):
         """An event goes into the real CPU."""
         v = self.v
         self.events[type(event).__name__] += 1
+        self.pace.delivered(self.host.clock())
         if isinstance(event, fx.Interrupt | fx.ExtInt):
             (self.taken if isinstance(event, fx.Interrupt) else self.external)[event.vector] += 1
             self._interrupt.irq = event.vector
@@ -211,6 +217,7 @@ class ModelVcpu(HostVcpu):
             self._rdmsr()
         elif reason == KvmExit.HLT:
             if not self._wakes():
+                self.pace.rests()
                 self._told(self.v.exit(self._hlt))
         elif reason in (KvmExit.IO, KvmExit.MMIO):
             self._waits = True
@@ -239,6 +246,8 @@ class ModelVcpu(HostVcpu):
         outcome = v.wrmsr(msr, value)
         self.host.recorder.wrote(self.index, msr, outcome)
         self.tell(outcome.targets)
+        if msr == EOI_MSR:
+            self.host.clockwork.ended()
         run.msr.error = outcome.fault is not None
         if outcome.fault is None:
             if msr == R.MSR_APICBASE and v.apic_base != before:
@@ -318,3 +327,5 @@ class ModelVcpu(HostVcpu):
         self.tell(outcome.targets)
         if outcome.user is KvmExit.MMIO:
             v.complete_access()
+        else:
+            self.host.clockwork.ended()

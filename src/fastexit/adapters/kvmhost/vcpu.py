@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastexit.adapters.kvmhost.emulate import complete, instruction
 from fastexit.adapters.kvmhost.kick import Kick
+from fastexit.adapters.kvmhost.pace import Pace
 from fastexit.adapters.kvmhost.power import Ended
 from fastexit.adapters.kvmhost.registers import Registers
 from fastexit.kvm import ioctl as K
@@ -38,6 +39,7 @@ class HostVcpu:
         self.kvm_run: Any = kvm_run
         self.registers: Registers = Registers(self.fd)
         self.kick: Kick = Kick()
+        self.pace: Pace = Pace()
         self.exits: Counter[KvmExit] = Counter()
         self.kicked: int = 0
         self.thread: threading.Thread = threading.Thread(target=self._main, name=f"vcpu{index}", daemon=True)
