@@ -333,6 +333,26 @@ def test_typed_bytes_come_by_interrupt() -> None:
     assert b"".join(got) == b"hello "
 
 
+@kvm
+def test_who_types_and_a_guest_that_reads_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Where one exit is done after the other, as for a trace: the port's lock and the gate, in one order."""
+    with guest() as g:
+        g.host.record(tmp_path / "trace")
+        for port, value in ((0x3FC, 8), (0x3F9, 1)):
+            g.host.ports.write(port, 1, value)
+        typed = threading.Thread(target=g.host.type, args=(b"x",), daemon=True)
+        read = threading.Thread(target=g.host.ports.read, args=(0x3FD, 1), daemon=True)
+        with g.host.gate:
+            typed.start()
+            typed.join(0.2)
+            assert typed.is_alive()
+            read.start()
+            read.join(5)
+            assert not read.is_alive()
+        typed.join(5)
+        assert not typed.is_alive()
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

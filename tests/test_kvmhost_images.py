@@ -227,8 +227,8 @@ def test_long_mode_has_its_tables() -> None:
 @pytest.mark.parametrize(
     ("image", "why"),
     [
-        (b"", "not a bzImage"),
-        (bytes(4096), "not a bzImage"),
+        (b"", "neither a Linux kernel"),
+        (bytes(4096), "neither a Linux kernel"),
         (bzimage()[:0x300], "cut off behind its first sectors"),
         (bzimage()[:-2000], "cut off"),
         (bzimage()[: 5 * 512 + 0x200], "cut off behind its first sectors"),

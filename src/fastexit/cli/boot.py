@@ -16,8 +16,17 @@ from fastexit.cli.commands import UsageError, complain, print_json
 if TYPE_CHECKING:
     from fastexit.adapters.kvmhost.host import KvmHost
 
-TIME_IS_UP = 124
-CONSOLE = "console=ttyS0 panic=-1"
+FAILED, TIME_IS_UP, INTERRUPTED = 2, 124, 130
+CONSOLE, EARLY = "console=ttyS0 panic=-1", "earlyprintk=ttyS0"
+"""The second one is for hosts on which nothing would be seen for minutes."""
+MOST_VCPUS, LEAST_MIB, MOST_MIB = 64, 2, 1 << 16
+"""The host's own limits: importing it would make every command slower."""
+MOST_BYTES = 1 << 30
+"""Of an image or an initrd."""
+SLOW = (
+    "this KVM emulates ring 0: Linux takes a minute or more, and cannot run programs"
+    " (fastexit kernels run VERSION -- fastexit boot ... can)"
+)
 _ABOUT = """Boot a guest on /dev/kvm without KVM's irqchip: its local APICs, IOAPIC, PICs and PIT are fastexit.
 
 IMAGE is a Linux kernel (bzImage or vmlinux), a version of one in the cache (fastexit kernels list), or a multiboot
@@ -29,24 +38,42 @@ program. A kernel without --initrd gets a static busybox with a shell. The termi
   fastexit boot 6.1 --irqchip kernel             the same guest on KVM's own irqchip
 
 Exit code: the guest's by port 0xf4 (0 where it switches itself off), 1 for a panic or a triple fault, 2 for what this
-host or KVM cannot do, 124 when --seconds are over."""
+host or KVM cannot do, 124 when --seconds are over, 130 for ^C, 143 for SIGTERM; counts are told for these, too."""
 
 
-def add(subparsers: Any, raw: Any, kernel: Callable[[str], str], how_many: Callable[[str], int], seconds: Any) -> None:
+def _vcpus(text: str) -> int:
+    return _within(text, 1, MOST_VCPUS, "a number of vCPUs")
+
+
+def _mib(text: str) -> int:
+    return _within(text, LEAST_MIB, MOST_MIB, "a size in MiB")
+
+
+def _within(text: str, least: int, most: int, what: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not {what} from {least} to {most}")
+    return value
+
+
+def add(subparsers: Any, raw: Any, kernel: Callable[[str], str], seconds: Any) -> None:
     """Add the command to a parser's."""
     boot: argparse.ArgumentParser = subparsers.add_parser(
         "boot", help="Boot a real guest whose interrupts are fastexit's.", description=_ABOUT, formatter_class=raw
     )
     boot.set_defaults(run=run)
     boot.add_argument("image", metavar="IMAGE", help="a file, or a version of a kernel in the cache: 6.1, 6.1.192")
-    boot.add_argument("--vcpus", type=how_many, default=1, metavar="N", help="default: 1; at most 64")
-    boot.add_argument("--memory", type=how_many, default=256, metavar="MIB", help="default: 256")
+    boot.add_argument("--vcpus", type=_vcpus, default=1, metavar="N", help=f"default: 1; at most {MOST_VCPUS}")
+    boot.add_argument("--memory", type=_mib, default=256, metavar="MIB", help=f"default: 256; at most {MOST_MIB}")
     boot.add_argument("--initrd", type=Path, metavar="FILE", help="an initrd, or the module of a multiboot program")
     boot.add_argument("--run", dest="command_line", metavar="COMMAND", help="run this in place of a shell, and end")
     boot.add_argument("--append", default="", metavar="ARGS", help="more for the guest's command line")
     boot.add_argument("--irqchip", choices=("fastexit", "kernel"), default="fastexit", help="default: fastexit")
     boot.add_argument("--kernel", type=kernel, metavar="VERSION", help="the kernel that fastexit is like (the newest)")
-    boot.add_argument("--vendor", choices=("vmx", "svm"), default="vmx", help="of the model (default: vmx)")
+    boot.add_argument("--vendor", choices=("vmx", "svm"), help="of the model (default: vmx)")
     boot.add_argument("--apicv", action="store_true", help="the model posts interrupts, or has AVIC")
     boot.add_argument("--no-x2apic", action="store_true", help="the guest's CPUID has no x2APIC")
     boot.add_argument(
@@ -72,23 +99,18 @@ def run(args: argparse.Namespace) -> int:
     from fastexit.adapters.kvmhost.host import KvmHost
     from fastexit.adapters.kvmhost.memory import MIB
     from fastexit.adapters.kvmhost.summary import summary
-    from fastexit.adapters.kvmhost.terminal import Terminal
     from fastexit.cli import commands
 
+    settings = _settings(args)
     path, image = _image(args.image)
     initrd = None if args.initrd is None else _read(args.initrd)
-    if args.irqchip == "kernel" and (args.trace or args.hyperv):
-        raise UsageError("--irqchip kernel: --trace and --hyperv are fastexit's")
     if args.trace is not None:
         commands._check_file(args.trace, "--trace")
-    settings: dict[str, Any] = {"vendor": args.vendor, "apicv": args.apicv}
-    if args.kernel is not None:
-        settings["kernel"] = args.kernel
-    if args.irqchip == "kernel":
-        settings = {}
-    else:
+    if args.irqchip == "fastexit":
         commands._compile()
     out = sys.stderr if args.json else sys.stdout
+    if out is None:
+        raise UsageError("standard error is closed: with --json the guest's console goes there")
     out.flush()
     choice = {"yes": True, "no": False, "auto": None}
     with KvmHost(
@@ -105,9 +127,8 @@ def run(args: argparse.Namespace) -> int:
         _load(host, path, image, initrd, args)
         trace = None if args.trace is None else host.record(args.trace)
         began = time.monotonic()
-        with Terminal(host.type, host.serial.room):
-            ended = host.run(args.seconds)
-        told = summary(host, time.monotonic() - began)
+        code = _attended(host, args.seconds)
+        told = summary(host, time.monotonic() - began) | {"code": code}
         if trace is not None:
             host.close()
             told["trace"] = {"file": str(args.trace), "lines": trace.lines, "lost": trace.lost}
@@ -115,22 +136,52 @@ def run(args: argparse.Namespace) -> int:
         print_json(told)
     elif not args.quiet:
         show(told)
-    if ended.detail or (ended.code == 2 and ended.reason != "exit port"):
-        complain(f"{ended.reason}: {ended.detail}" if ended.detail else ended.reason)
+    if told["detail"] or code in (INTERRUPTED, FAILED) and told["ended"] != "exit port":
+        complain(": ".join(filter(None, (told["ended"], told["detail"]))))
+    return code
+
+
+def _attended(host: KvmHost, seconds: float | None) -> int:
+    """The guest runs, with the user's terminal at its serial port; the exit code, behind ^C and SIGTERM, too."""
+    from fastexit.adapters.kvmhost.terminal import Terminal
+
+    try:
+        with Terminal(host.type, host.serial.room):
+            ended = host.run(seconds)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return TIME_IS_UP if ended.reason == "time is up" else ended.code
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's; UsageError for options that would say nothing."""
+    asked = {name: getattr(args, name) for name in ("kernel", "vendor", "apicv") if getattr(args, name)}
+    if args.irqchip == "kernel":
+        void = [f"--{name}" for name in (*asked, "trace", "hyperv") if getattr(args, name)]
+        if void:
+            raise UsageError(f"--irqchip kernel: {', '.join(void)}: for the irqchip of fastexit alone")
+    return asked
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{quoted(str(path))}: {error.strerror}") from None
+    if len(data) > MOST_BYTES:
+        raise UsageError(f"{quoted(str(path))} has more than {MOST_BYTES >> 20} MiB")
+    return data
 
 
 def _image(name: str) -> tuple[Path, bytes]:
     """The image's file and bytes: a version of a kernel in the cache is its file."""
     from fastexit.kvm.lab import kernels
 
+    if not name:
+        raise UsageError("IMAGE is empty: name a file, or a version of a kernel in the cache")
     path = Path(name)
     if not path.exists() and os.sep not in name and name[:1].isdigit():
         path = kernels.find(name).image
@@ -150,8 +201,12 @@ def _load(host: KvmHost, path: Path, image: bytes, initrd: bytes | None, args: a
             initrd = userland.initramfs(args.command_line)
         elif args.command_line is not None:
             raise ValueError("--run needs the initrd that is made here: leave out --initrd")
-        line = f"{CONSOLE} {slow.parameters(host.tsc.khz)}" if host.slow else CONSOLE
+        line = CONSOLE
+        if host.slow:
+            line = f"{CONSOLE} {EARLY} {slow.parameters(host.tsc.khz)}"
         host.load(image, f"{line} {args.append}".rstrip(), initrd)
+        if host.slow and not args.quiet:
+            complain(SLOW)
     except ValueError as error:
         raise UsageError(f"{quoted(str(path))}: {error}") from None
 
@@ -176,8 +231,9 @@ def show(told: dict[str, Any]) -> None:
     chip = "KVM's own irqchip"
     if told["irqchip"] == "fastexit":
         chip = f"fastexit like {told['kernel']} ({told['vendor']}, APICv {'on' if told['apicv'] else 'off'})"
+    print(f"{told['ended']} after {told['seconds']:.1f} s; {chip}")
     rows = told["vcpus"]
-    table = Table(title=f"{told['ended']} after {told['seconds']:.1f} s; {chip}", box=box.SIMPLE_HEAVY)
+    table = Table(box=box.SIMPLE_HEAVY)
     table.add_column("")
     for row in rows:
         table.add_column(f"vCPU {row['vcpu']}", justify="right")

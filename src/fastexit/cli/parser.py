@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", default="fastexit-demo", metavar="DIR", help="where pictures go (default: fastexit-demo)"
     )
 
-    boot.add(subparsers, raw, _kernel, _how_many, _seconds)
+    boot.add(subparsers, raw, _kernel, _seconds)
 
     embed = subparsers.add_parser("embed", help="The C door: build libfastexit, and what to compile a host with.")
     steps = embed.add_subparsers(dest="step", required=True, metavar="STEP")

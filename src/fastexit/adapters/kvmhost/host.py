@@ -240,7 +240,8 @@ class KvmHost:
 
     def type(self, data: bytes) -> None:
         """Bytes for the guest's serial port."""
-        self.serial.receive(data)
+        with self.gate:  # before the port's own lock, as a vCPU that accesses it
+            self.serial.receive(data)
 
     def run(self, seconds: float | None = None) -> Ended:
         """Lets the guest run until it ends, or for so long: why it is over. In the thread that ^C goes to."""
@@ -249,6 +250,9 @@ class KvmHost:
             thread.start()
         try:
             self._over.wait(seconds)
+        except BaseException:
+            self.end(Ended("interrupted", 130))
+            raise
         finally:
             self.end(Ended("time is up", 0))
             self._stop()

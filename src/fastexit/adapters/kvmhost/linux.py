@@ -52,7 +52,7 @@ class Image(NamedTuple):
 def image(data: bytes) -> Image:
     """A bzImage's parts; ValueError for what is none, is damaged, or has no 64-bit entry."""
     if len(data) < HEADER_ENDS or data[0x202:0x206] != MAGIC or _word(data, 0x1FE, "<H") != BOOT_FLAG:
-        raise ValueError("not a bzImage")
+        raise ValueError("neither a Linux kernel (bzImage, vmlinux) nor a multiboot program")
     version = _word(data, 0x206, "<H")
     if version < FIRST_WITH_64_BITS or not _word(data, 0x236, "<H") & KERNEL_64:
         raise ValueError(f"a bzImage of boot protocol {version >> 8}.{version & 0xFF:02}, without a 64-bit entry")
