@@ -206,7 +206,7 @@ class Machine(oracle.Machine):
         at, generation = self.at, self.at(kernel)
         self.stale_eois_rescan = generation >= at("6.18")
         self.scans_by_old_mode = generation >= at("7.3")
-        self.split_scan_looks_at_pending = generation >= at("6.12")
+        self.split_scan_looks_at_pending = generation >= at("6.6")
         self.poll_bit_7 = generation > at("6.1")
         self.unmasking_resamples = generation >= at("6.6")
         self.full = irqchip == "full"
@@ -584,7 +584,7 @@ class Machine(oracle.Machine):
     def create_pit(self, speaker: bool = True) -> None:
         if self.pit is not None or not self.full:
             raise ValueError("EEXIST or ENOENT")
-        self.pit = Pit(speaker)
+        self.pit = Pit(speaker, apart=self.generation < self.at("6.1"))
         self.scan(self.vcpus)
 
     def reinject_control(self, reinject: bool) -> None:

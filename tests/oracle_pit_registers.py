@@ -75,8 +75,10 @@ class Pit:
     """Three channels, and what they share."""
 
     speaker: bool
+    apart: bool = False  # the speaker's bit is no flag
     reinject: bool = True
     flags: int = 0
+    sound: int = 0
     channels: list[Channel] = field(default_factory=lambda: [Channel(), Channel(), Channel(gate=0)])
 
     def acked(self) -> None:
@@ -87,7 +89,9 @@ class Pit:
 
     def io_write(self, port: int, value: int, length: int) -> bool:
         if port == SPEAKER and self.speaker and length == 1:
-            self.flags = self.flags & ~SPEAKER_DATA | value & SPEAKER_DATA
+            self.sound = value & SPEAKER_DATA
+            if not self.apart:
+                self.flags = self.flags & ~SPEAKER_DATA | self.sound
             self.channels[2].gate = value & 1
             return True
         if not (port in COUNTER_PORTS or port == CONTROL) or port + length > CONTROL + 1:
@@ -119,7 +123,7 @@ class Pit:
 
     def io_read(self, port: int, length: int) -> int | None:
         if port == SPEAKER and self.speaker and length == 1:
-            return self.channels[2].gate | self.flags & SPEAKER_DATA
+            return self.channels[2].gate | (self.sound if self.apart else self.flags & SPEAKER_DATA)
         if not (port in COUNTER_PORTS or port == CONTROL) or port + length > CONTROL + 1:
             return None
         if port == CONTROL:

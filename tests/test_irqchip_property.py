@@ -16,6 +16,7 @@ import pytest
 import fastexit as fx
 import irqchip_pair
 import irqchip_plain
+import oracle_irqchip
 from fastexit import layout as L
 from fastexit.kvm.irqchip import ChipProgram, IrqchipTwins
 from fastexit.kvm.judge import local
@@ -131,3 +132,16 @@ def test_the_plain_irqchip_is_the_kernels() -> None:
     """What stands for the kernel here does as the kernel does."""
     found = irqchip_pair.played(irqchip_pair.PlainTwins, 500, 6, judge=local())
     assert found is None, found.script()
+
+
+@pytest.mark.parametrize("kernel", fx.profiles())
+def test_the_speakers_bit(kernel: str) -> None:
+    """5.15.215 speaker_ioport_write: a word of its own; later a flag that KVM_GET_PIT2 shows."""
+    machine, model = fx.Machine(1, kernel=kernel), oracle_irqchip.Machine(1, kernel=kernel)
+    machine.create_pit()
+    model.create_pit()
+    assert model.pit is not None
+    machine.vcpus[0].io_write(0x61, 0x1A)
+    model.pit.io_write(0x61, 0x1A, 1)
+    assert machine.get_pit() == model.get_pit()
+    assert int(machine.vcpus[0].io_read(0x61)) & 2 == (model.pit.io_read(0x61, 1) or 0) & 2 == 2
