@@ -372,8 +372,7 @@ struct fx_ops {
     /* 0xf2 reaches the pCPU of a vCPU: FX_OK when its CPU took PIR to IRR, else FX_NOTHING. [vcpu] */
     int32_t (*notify)(fx_machine *m, uint32_t vcpu);
     /* The next vCPU, from index first on, for which something is to be done: FX_OK or FX_NOTHING. What a thread is
-     * about to do already may be told once more, which does no harm. Here also are the kicks that no result names: of the
-     * KVM_RUN that an exit of a vCPU outside the guest stands for. [any] */
+     * about to do already may be told once more, which does no harm. [any] */
     int32_t (*attention)(fx_machine *m, uint32_t first, uint32_t *vcpu, uint32_t *effects);
 
     /* The guest's CPU: deliverable vector; IRR to ISR; end of interrupt. FX_OK and the vector, or FX_NOTHING. [vcpu] */

@@ -104,6 +104,7 @@ class RunLoop:
         """
         if self.v.in_guest:
             return
+        self.m.told.clear()
         self.in_kvm_run = True
         self.v.blocked = False
         self._answer()
@@ -111,7 +112,7 @@ class RunLoop:
         while (state := self._enter(forced=True)) != GUEST:
             if state is None:
                 self._after_iteration()
-        self.m.told.clear()
+        self.m.told[:] = [one for one in self.m.told if one[0] != self.v.index]
 
     def exit(self) -> None:
         """The guest leaves by itself, wherever it was before."""

@@ -12,6 +12,7 @@ from fastexit.kernels import loop, steps
 ELSEWHERE = {
     "wrmsr": "entries.fast_exit and unicast",
     "reflect_to_l1": "no exit of L2 reaches the compiled loop",
+    "begin_targets": "shared.begin_targets",
     "skip": "msr.skip",
     "inject_events": "events.inject_events",
     "sync_cr8_to_lapic": "cr8.sync_cr8_to_lapic",

@@ -244,6 +244,98 @@ def test_whom_an_init_kicks(dispatcher: str, vendor: str) -> None:
     assert v.exit(interrupt).effects == fx.Effect.NONE
 
 
+def _init_for_one_outside(**options: object) -> fx.Machine:
+    """vCPU 3 is out of the guest, and takes an INIT when it comes in: the new APIC map has all others scan."""
+    m = running(**options)
+    v = m.vcpus[3]
+    v.get_lapic()
+    m.vcpus[0].wrmsr(ICR, fx.icr(dest=3, delivery=fx.DeliveryMode.INIT, level=True))
+    assert m.vcpus[0].targets == ()
+    return m
+
+
+SCANS = ((0, KICK), (1, KICK), (2, KICK))
+DOORS = {
+    "wrmsr": lambda v: v.wrmsr(0x808, 0x10),
+    "icr": lambda v: v.wrmsr(ICR, fx.icr(dest=9, vector=0x41)),
+    "exit": lambda v: v.exit(fx.VmxExit.EXTERNAL_INTERRUPT),
+    "hw_wrmsr": lambda v: v.hw_wrmsr(0x808, 0x10),
+    "rdmsr": lambda v: v.rdmsr(0x802),
+    "port": lambda v: v.io_write(0x20, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dispatcher": "compiled"}, {"costs": "skylake-retpoline"}, {"apicv": False}], ids=str
+)
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kernel", ["5.6", "6.18"])
+def test_an_exit_has_what_its_own_entry_asked_for(kernel: str, door: str, options: dict) -> None:
+    """A vCPU outside exits: the KVM_RUN that this stands for asks something of others, and the outcome says whom."""
+    m = _init_for_one_outside(kernel=kernel, **options)
+    v = m.vcpus[3]
+    out = DOORS[door](v)
+    assert v.targets == SCANS
+    if isinstance(out, fx.Outcome):
+        assert (out.effects, out.targets) == (KICK, SCANS)
+    assert v.wrmsr(0x808, 0x20).targets == v.targets == ()
+
+
+def test_a_batch_has_it_too() -> None:
+    m = _init_for_one_outside()
+    got = m.run(records((3, 0x808, 0x10), (3, 0x808, 0x20)))
+    assert [int(value) for value in got["value"]] == [3 << 32 | KICK << 12, 0]
+
+
+def test_a_vcpu_that_somebody_brought_in_has_told_of_it() -> None:
+    """Dispatcher.start_run has no outcome, and the exit behind it is not asked for what that sent."""
+    for dispatcher in ("python", "compiled"):
+        m = _init_for_one_outside(dispatcher=dispatcher)
+        v = m.vcpus[3]
+        m.dispatcher.start_run(v)
+        assert v.targets == SCANS
+        assert v.wrmsr(0x808, 0x10).effects is fx.Effect.NONE
+        assert v.targets == ()
+
+
+@pytest.mark.parametrize("vendor", ["vmx", "svm"])
+@pytest.mark.parametrize("apicv", [True, False])
+def test_an_outcome_with_costs_leaves_nobody_out(vendor: str, apicv: bool) -> None:
+    """Its targets are the exit's, those among them whom no IPI reaches; each has its cycle."""
+    m = running(vendor=vendor, apicv=apicv, costs="epyc" if vendor == "svm" else "skylake-retpoline")
+    rng, kicks = np.random.default_rng(3), 0
+    for _ in range(400):
+        v = m.vcpus[int(rng.integers(4))]
+        match int(rng.integers(8)):
+            case 0:
+                out = v.wrmsr(0x80F, int(rng.choice([0xFF, 0x1FF])))
+            case 1:
+                v.mem_write(0xFEC0_0000, 0x10 + int(rng.integers(48)))
+                out = v.mem_write(0xFEC0_0010, int(rng.integers(1 << 32)) & 0x0003_8AFF)
+            case 2:
+                v.get_lapic()
+                continue
+            case 3:
+                out = v.wrmsr(ICR, fx.icr(dest=int(rng.integers(4)), delivery=fx.DeliveryMode.INIT, level=True))
+            case 4:
+                out = v.wrmsr(0x80B, 0)
+            case _:
+                out = v.wrmsr(ICR, fx.icr(vector=0x41 + int(rng.integers(9)), shorthand=int(rng.integers(4)), dest=1))
+        assert sorted(out.targets) == sorted(v.targets)
+        united = fx.Effect.NONE
+        for one in out.targets:
+            united |= one.effect
+        assert united == out.effects
+        assert [(one.vcpu, one.effect) for one in out.sent] == list(out.targets)
+        cycles = [one.cycles for one in out.sent]
+        assert cycles == sorted(cycles)
+        assert not cycles or cycles[-1] <= out.cycles_spent
+        kicks += sum(one.effect is KICK for one in out.targets)
+        for one in m.vcpus:
+            one.settle()
+    assert kicks > 20
+
+
 def test_wake_up_vector() -> None:
     """0xF1 makes a vCPU exit: its pCPU wakes whoever blocks there."""
     m = running(vtd_pi=True)

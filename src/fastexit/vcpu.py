@@ -263,7 +263,8 @@ class Vcpu(VcpuIoctls):
         Each Target is a vCPU's index and what the host has to do for it, so the effects of all of them together are
         Outcome.effects. A vCPU that accepted the interrupt and needs nothing is not among them. The next exit of this
         vCPU, by whatever door, begins a new list; other vCPUs have lists of their own. Read it in the vCPU's thread.
-        Those of an exit's way back to the guest, an INIT that the vCPU takes there among it, are the exit's.
+        Those of an exit's way back to the guest, an INIT that the vCPU takes there among it, are the exit's; so are
+        those of the KVM_RUN that an exit of a vCPU outside the guest stands for.
         """
         return told(self._mem, self.index)
 

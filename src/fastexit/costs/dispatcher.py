@@ -72,15 +72,23 @@ class TimedDispatcher(Dispatcher):
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Dispatcher.run_exit, from the guest's instruction on; the vCPU's ``timed`` is its outcome."""
         if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            self.start_run(v)
+            self.come_in(v)
         code, meter = self.metered(lambda: super(TimedDispatcher, self).run_exit(v, exit))
         self.done(v, code, meter)
         return code
 
     def done(self, v: Vcpu, code: int, meter: Meter) -> None:
         """An exit is over."""
+        meter.tell_rest(v.targets)
         in_guest = self.mem[v.hot + L.HOT_MODE] != R.OUTSIDE_GUEST_MODE
         v.timed = TimedOutcome(code, meter, in_guest)  # type: ignore[attr-defined]
+
+    def begin_targets(self, v: Vcpu) -> int:
+        """Dispatcher.begin_targets: what an entry has asked of others was before the exit's first cycle."""
+        told = super().begin_targets(v)
+        if told:
+            self.meter.tell_rest(v.targets)
+        return told
 
     def kvm_run(self, v: Vcpu) -> bool:
         """Dispatcher.kvm_run; the vCPU's ``run_cycles`` are what it cost."""
@@ -374,6 +382,7 @@ class TimedDispatcher(Dispatcher):
                 meter.charge(step, "preemption_timer")
             if self.mem[v.own + L.K_HRTIMER] != old.hrtimer:
                 meter.charge(step, "hrtimer")
+        meter.tell_rest(v.targets)
         if work.skips and code & CODE_COMPLETION != COMPLETION_SKIP:
             meter.charge(step, "skip")
 

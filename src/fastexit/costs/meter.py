@@ -5,6 +5,7 @@ dispatcher.py charges while an exit runs, batch.py from what a record tells.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,6 +119,17 @@ class Meter:
         self.spent: int = 0
         self.ipi: int | None = None
         self.sent: list[Sent] = []
+
+    def tell_rest(self, targets: tuple[Target, ...]) -> None:
+        """Targets that no IPI and no tick had, such as a kick for a new APIC map: told by now."""
+        if len(targets) == len(self.sent):
+            return
+        told = Counter(Target(sent.vcpu, sent.effect) for sent in self.sent)
+        for target in targets:
+            if told[target]:
+                told[target] -= 1
+            else:
+                self.sent.append(Sent(target.vcpu, target.effect, self.spent))
 
     def charge(self, step: str, stage: str, count: int = 1) -> None:
         """A stage, and the calls through pointers that it makes."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.checks import integer
-from fastexit.costs.meter import Meter, Sent, TimedOutcome
+from fastexit.costs.meter import Meter, TimedOutcome
 from fastexit.exits.exit import Exit
 from fastexit.outcome import Outcome, Path
 from fastexit.vcpu import Vcpu
@@ -85,14 +85,13 @@ class TimedVcpu(Vcpu):
         """An instruction that may not exit: then nothing was charged, and the CPU's own time is."""
         loop = self._loop
         if loop.mem[self.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            loop.start_run(self)
+            loop.come_in(self)
         self.timed = None
         result = act()
         if self.timed is None:
             meter = Meter(loop.costs, loop.calls)
             meter.charge("hardware", "hw_ipi" if icr else "hw_access")
             if icr and isinstance(result, Outcome) and result.path is Path.HARDWARE and not result.fault:
-                meter.sent += [Sent(vcpu, effect, meter.spent) for vcpu, effect in self.targets]
                 if result.accepted > 0:
                     meter.ipi = meter.spent
             loop.done(self, result.code if isinstance(result, Outcome) else 0, meter)

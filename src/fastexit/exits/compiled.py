@@ -99,9 +99,9 @@ class CompiledDispatcher(Dispatcher):
         """Dispatcher.kvm_run."""
         return not load("door_run")(self.handle, v.index)
 
-    def start_run(self, v: Vcpu) -> None:
-        """Dispatcher.start_run."""
-        load("start_run")(self.handle, v.index)
+    def come_in(self, v: Vcpu) -> None:
+        """Dispatcher.come_in."""
+        load("come_in")(self.handle, v.index)
 
     def leave_guest(self, v: Vcpu) -> None:
         """Dispatcher.leave_guest."""

@@ -94,8 +94,9 @@ class Dispatcher:
             if code is None:
                 code = self.fast_exit(v.where, msr, value)
             if code == CODE_NOT_IN_GUEST:
-                self.start_run(v)
-                code = self.fast_exit(v.where, msr, value)
+                self.come_in(v)
+                asked = self.mem[v.own + L.K_SENT]  # which the one call does not add to its outcome
+                code = CODE_NOT_IN_GUEST if asked else self.fast_exit(v.where, msr, value)
             if code < SHORT_CODES:
                 return SHORT[code]
             if code & CODE_ADDRESSED:
@@ -103,20 +104,22 @@ class Dispatcher:
             if code & CODE_COMPLETION == COMPLETION_REENTER:
                 return outcome_of(self.mem, v.index, code)
         exit = Exit(self.vendor.wrmsr_reason, msr, value, self.vendor.wrmsr_info1, length=R.INSN_LEN_WRMSR)
-        code = self.run_exit(v, exit) if code is None else self.after_run(v, exit, code)
+        code = self.run_exit(v, exit) if code in (None, CODE_NOT_IN_GUEST) else self.after_run(v, exit, code)
         return outcome_of(self.mem, v.index, code)
 
     def run_exit(self, v: Vcpu, exit: Exit) -> int:
         """Any exit, until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
         if self.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            self.start_run(v)
-        self.mem[v.own + L.K_TARGETS] = 0
+            self.come_in(v)
+        told = self.begin_targets(v)
         code = self.vendor_run(v, exit)
         if code & CODE_COMPLETION != COMPLETION_REENTER:
             return self.after_run(v, exit, code)
         # The timer's next period may have run out as well.
         again = self.exit_at_once(v) if exit.reason == self.vendor.forced_reason else IN_GUEST
-        return code if again == IN_GUEST else code | self.go_on(v, again)
+        if again != IN_GUEST:
+            return code | self.go_on(v, again)
+        return code | self.sent(v) if told else code
 
     def kvm_run(self, v: Vcpu) -> bool:
         """KVM_RUN as user space calls it, or a sleeper that goes on: True when the vCPU is in the guest then.
@@ -134,12 +137,25 @@ class Dispatcher:
         self.sent(v)  # there is no outcome, only targets
         return runs
 
+    def begin_targets(self, v: Vcpu) -> int:
+        """An exit's list of targets is empty, or has what the entry that it stands for asked of others: its effects."""
+        told = self.mem[v.own + L.K_SENT]
+        if not told:
+            self.mem[v.own + L.K_TARGETS] = 0
+        return told
+
     def start_run(self, v: Vcpu) -> None:
-        """KVM_RUN up to the VM entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says.
+        """KVM_RUN up to the entry, on the caller's word that the vCPU runs guest code, whatever its mp_state says."""
+        self.come_in(v)
+        self.sent(v)
+
+    def come_in(self, v: Vcpu) -> None:
+        """start_run for an exit that is about to happen: what the entry asks of other vCPUs is for that exit's outcome.
 
         A return to user space that stands before the entry (an EOI for its IOAPIC, say) happens, and user space calls
         KVM_RUN again.
         """
+        self.mem[v.own + L.K_TARGETS] = 0
         code = CODE_USER
         while code:
             code = load("begin_run")(self.handle, v.index)
@@ -148,7 +164,6 @@ class Dispatcher:
                 self.return_to_user(v, code)
             else:
                 code = self.vcpu_run(v, forced=True)
-        self.sent(v)
 
     def leave_guest(self, v: Vcpu) -> None:
         """A signal takes the vCPU out of the guest, or out of its sleep, and out of KVM_RUN, as any vCPU ioctl needs.

@@ -57,11 +57,11 @@ class Hardware:
         """``plain`` is the exit that every access would cause if the CPU virtualised nothing."""
         loop = self.loop
         if loop.mem[v.hot + L.HOT_MODE] == R.OUTSIDE_GUEST_MODE:
-            loop.start_run(v)
-        loop.mem[v.own + L.K_TARGETS] = 0
+            loop.come_in(v)
+        loop.begin_targets(v)
         if not self.vendor.hardware:
             return loop.run_exit(v, plain)
         code = load(f"{self.vendor.hardware}_{access}")(loop.handle, v.index, *args)
         if not code & CODE_EXIT:
-            return code
+            return code | loop.sent(v)
         return loop.run_exit(v, self.vendor.hardware_exit(v, plain, code))

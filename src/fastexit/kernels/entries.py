@@ -95,6 +95,7 @@ _ON_ONE_VCPU = {
         "hv_timer_exits": hvtimer.exits_now,
         "next_timer_of": stimerservice.next_of,
         "sync_cr8_to_lapic": cr8.sync_cr8_to_lapic,
+        "come_in": loop.come_in,
         "start_run": loop.start_run,
         "tpr_below_threshold": accelerated.tpr_below_threshold,
         "deliver_pending": apicv.deliver_pending,

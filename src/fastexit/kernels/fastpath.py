@@ -114,10 +114,10 @@ def x2apic_icr(m, v, icr):
     return code | k.CODE_FAST
 
 
-@kernel("u8(words, u8)")
-def _of_a_tick(m, v):
-    """The effects of a fast exit that may have posted its own vCPU's tick: nobody else is in the list then."""
-    return k.EFFECT_NOTIFY_CODE if m[own(m, v) + k.K_TARGETS] else k.ZERO
+@kernel("u8(words, u8, u8)")
+def _of_a_tick(m, v, told):
+    """The effects of a fast exit that may have posted its own vCPU's tick, which alone was told behind ``told``."""
+    return k.EFFECT_NOTIFY_CODE if m[own(m, v) + k.K_TARGETS] != told else k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
@@ -125,8 +125,9 @@ def tsc_deadline(m, v, value):
     """handle_fastpath_set_tscdeadline: from 5.8 where the preemption timer serves it, in 6.18 always."""
     traits = m[k.H_TRAITS]
     if traits & k.T_TSCDL_ALWAYS or (traits & k.T_TSCDL_HV_TIMER and can_use_hv(m, v)):
+        told = m[own(m, v) + k.K_TARGETS]
         set_deadline(m, v, value)
-        return k.CODE_FAST | _of_a_tick(m, v)
+        return k.CODE_FAST | _of_a_tick(m, v, told)
     if traits & k.T_TSCDL_HV_TIMER:
         return refuse(k.RF_NO_HV_TIMER)
     return refuse(k.RF_MSR)
@@ -243,8 +244,9 @@ def preemption_timer(m, v):
         return k.CODE_FAST | k.COMPLETION_HANDLED
     elif m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2 and hv_in_use(m, v):
         return refuse(k.RF_NESTED)
+    told = m[own(m, v) + k.K_TARGETS]
     expire_hv(m, v)
-    return k.CODE_FAST | k.COMPLETION_REENTER | _of_a_tick(m, v)
+    return k.CODE_FAST | k.COMPLETION_REENTER | _of_a_tick(m, v, told)
 
 
 @kernel("u8(words, u8)")

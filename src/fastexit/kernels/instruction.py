@@ -8,8 +8,8 @@ from ..jit.declare import kernel
 from . import apicv, avic, cr8, meter, steptime, virtualized
 from . import typed as k
 from .lapicreg import reg
-from .loop import find_row, run_exit, start_run
-from .shared import hot, own
+from .loop import come_in, find_row, run_exit, sent
+from .shared import begin_targets, hot, own
 from .virtualized import LENGTH_SHIFT, OFFSET_SHIFT, WRITE
 
 HW_WRMSR, HW_RDMSR, HW_MMIO_WRITE, HW_MMIO_READ, HW_CR8 = (k.U(i) for i in range(5))
@@ -96,8 +96,8 @@ def execute(m, v, access, where, length, value):
     if m[k.H_HANDLERS] or m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_L2:
         return k.NONE
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
-        start_run(m, v)
-    m[own(m, v) + k.K_TARGETS] = k.ZERO
+        come_in(m, v)
+    begin_targets(m, v)
     code = _cpu(m, v, access, where, length, value)
     if not code & k.CODE_EXIT:
         if m[k.H_CONFIG] & k.CONFIG_COSTS:
@@ -105,7 +105,7 @@ def execute(m, v, access, where, length, value):
             msr = access == HW_WRMSR and where == k.MSR_X2APIC_ICR
             icr = msr or (access == HW_MMIO_WRITE and where == k.APIC_ICR)
             steptime.executed(m, v, k.ONE if icr else k.ZERO, code)
-        return code
+        return code | sent(m, v) if m[own(m, v) + k.K_SENT] else code
     how = (where & k.U(0xFFF)) << OFFSET_SHIFT | length << LENGTH_SHIFT
     if access == HW_MMIO_WRITE:
         how = how | WRITE

@@ -25,7 +25,7 @@ from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, r
 from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .shared import hot, own
+from .shared import begin_targets, hot, own
 from .tick import trace_wait
 
 VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
@@ -125,16 +125,19 @@ def traces_late(m):
 def run_exit(m, v, row, reason, msr, value, info):
     """Run one exit until the vCPU is in the guest again, waits, or is back in user space: its outcome code."""
     if m[hot(m, v) + k.HOT_MODE] == k.OUTSIDE_GUEST_MODE:
-        start_run(m, v)
+        come_in(m, v)
     if m[k.H_CONFIG] & k.CONFIG_COSTS:
         meter.reset(m, v)
-    m[own(m, v) + k.K_TARGETS] = k.ZERO
+    begin_targets(m, v)
+    told = m[own(m, v) + k.K_SENT]
     code = vendor_run(m, v, row, reason, msr, value, info)
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
         return after_run(m, v, row, reason, msr, value, info, code)
     # The timer's next period may have run out as well.
     again = exit_at_once(m, v) if row & k.ROW_OPERATION == k.OP_TIMER else IN_GUEST
-    return code if again == IN_GUEST else code | go_on(m, v, again)
+    if again != IN_GUEST:
+        return code | go_on(m, v, again)
+    return code | sent(m, v) if told else code
 
 
 @kernel("u8(words, u8)")
@@ -158,18 +161,26 @@ def kvm_run(m, v):
 
 @kernel("u8(words, u8)")
 def start_run(m, v):
-    """Take a vCPU from user space into the guest, on the caller's word that it is there.
+    """Take a vCPU from user space into the guest, on the caller's word that it is there."""
+    come_in(m, v)
+    sent(m, v)
+    return k.ZERO
+
+
+@kernel("u8(words, u8)")
+def come_in(m, v):
+    """start_run for an exit that is about to happen: what the entry asks of other vCPUs is for that exit's outcome.
 
     A return of KVM_RUN that stands before the entry (an EOI for user space's IOAPIC, say) happens, and user space then
     calls KVM_RUN again.
     """
+    m[own(m, v) + k.K_TARGETS] = k.ZERO
     while True:
         user = steps.begin_run(m, v)
         steps.wake_up(m, v)
         if user:
             return_to_user(m, v, user)
         elif not vcpu_run(m, v, k.ONE):
-            sent(m, v)
             return k.ZERO
 
 

@@ -13,7 +13,7 @@ from ..jit.atomics import (
     fetch_or,
     test_and_set_bit,
 )
-from ..jit.declare import kernel
+from ..jit.declare import inlined, kernel
 from . import typed as k
 
 NOT_MINE = k.NONE
@@ -233,6 +233,15 @@ def tell(m, me, target, code):
         else:
             m[at] = k.TARGETS_ONE | one
     return code
+
+
+@inlined
+@kernel("u8(words, u8)")
+def begin_targets(m, v):
+    """An exit begins a list of targets, or goes on with what the entry that it stands for has asked of others."""
+    if not m[own(m, v) + k.K_SENT]:
+        m[own(m, v) + k.K_TARGETS] = k.ZERO
+    return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
