@@ -109,7 +109,9 @@ def test_deadlines_are_in_the_guests_tsc(khz: int) -> None:
         (lambda cpu: cpu.set_timer(vector=0xEC, ns=0.2), "0.2 ns is no time for the timer: 1 to 549755813760 ns"),
         (lambda cpu: cpu.set_timer(vector=0xEC, us=1e9), "1e+12 ns is no time for the timer"),
         (lambda cpu: cpu.tsc_deadline(us=5), "vCPU 0: the timer is not in deadline mode"),
-        (lambda cpu: cpu.tsc_deadline(vector=5), "either us= or ns="),
+        (lambda cpu: cpu.tsc_deadline(vector=0xEC), "either us= or ns="),
+        (lambda cpu: cpu.set_timer(vector=15, us=1), "vector 15 is none that an APIC delivers: 16 to 255"),
+        (lambda cpu: cpu.tsc_deadline(vector=0, us=1), "vector 0 is none that an APIC delivers"),
     ],
 )
 def test_timers_refuse(wanted: Any, complaint: str) -> None:
@@ -200,8 +202,60 @@ def test_what_has_not_run_says_so() -> None:
     def yields(cpu: Cpu):
         yield cpu.ipi(dest=1, vector=0xFD)
 
-    with pytest.raises(RuntimeError, match=r"<cpu.ipi\(...\) of vCPU 0, to be run with yield from: "):
+    with pytest.raises(
+        GuestError, match=r"vCPU 0: cpu.ipi\(...\) is no event to wait for: yield from cpu.ipi\(...\); .*:\d+"
+    ):
         two(yields, computes)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_whom_no_ipi_reaches_is_kicked_too(outside: bool) -> None:
+    """An entry of the IOAPIC has its target scan, a new APIC map all others: each of them exits once for it."""
+    m = machine(vcpus=3)
+
+    def guest(cpu: Cpu):
+        for index, value in ((0x11 + 2 * 20, 1 << 24), (0x10 + 2 * 20, 0x8041)):
+            yield from cpu.mem_write(0xFEC0_0000, index)
+            yield from cpu.mem_write(0xFEC0_0010, value)
+        yield from cpu.wait(10_000)
+        if outside:
+            cpu.v.get_lapic()
+        yield from cpu.wrmsr(0x80F, 0xFF)
+        yield from cpu.wait(10_000)
+
+    def computes(cpu: Cpu):
+        yield from cpu.compute(100_000)
+
+    sim = Simulation(m)
+    for cpu, does in zip(sim.cpus, (guest, computes, computes)):
+        cpu.start(does)
+    sim.run()
+    kicks = {row.vcpu: row.exits for row in sim.stats().exits if row.cause == "kick"}
+    assert kicks == {1: 3, 2: 1}
+    assert [v.mode for v in m.vcpus] == [1, 1, 1]
+
+
+def test_a_sleepers_entry_asks_something_of_others() -> None:
+    """An INIT wakes it; the new APIC map has everybody else scan."""
+    m = machine(vcpus=3)
+
+    def sender(cpu: Cpu):
+        yield from cpu.compute(1_000)
+        yield from cpu.wrmsr(0x830, fx.icr(dest=1, delivery=fx.DeliveryMode.INIT, level=True))
+        yield from cpu.wait(50_000)
+
+    def sleeps(cpu: Cpu):
+        yield from cpu.halt()
+
+    def computes(cpu: Cpu):
+        yield from cpu.compute(100_000)
+
+    sim = Simulation(m, strict=False)
+    for cpu, does in zip(sim.cpus, (sender, sleeps, computes)):
+        cpu.start(does)
+    sim.run()
+    kicks = {row.vcpu: row.exits for row in sim.stats().exits if row.cause == "kick"}
+    assert kicks == {0: 1, 2: 1}
 
 
 def test_actions_may_be_kept_and_run_later() -> None:

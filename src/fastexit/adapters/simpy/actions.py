@@ -61,6 +61,15 @@ class Action(Generator[Any, Any, Any]):
         """Of the generator: SimPy shows it in its errors."""
         return getattr(self._work, "gi_frame", None)
 
+    @property
+    def callbacks(self) -> Any:
+        """What SimPy asks an event for that a guest has yielded: this is none, and ``from`` is missing."""
+        self._begun = True
+        raise GuestError(
+            f"vCPU {self._cpu.index}: cpu.{self._name}(...) is no event to wait for: "
+            f"yield from cpu.{self._name}(...); {self._where()}"
+        )
+
     def __repr__(self) -> str:
         return f"<cpu.{self._name}(...) of vCPU {self._cpu.index}, to be run with yield from: {self._where()}>"
 

@@ -79,6 +79,7 @@ class Interruptible:
         """A wake-up: KVM_RUN goes on. A notification is 0xF1 then, whose handler wakes the thread."""
         if effect & Effect.WAKE:
             self.sim.ledger.watch(self.v.run)
+            self.sim.tell(self.v.targets)
         elif effect & Effect.NOTIFY:
             notification = self.v.notification
             for index in self.sim.machine.host_interrupt(notification.cpu, notification.vector):
@@ -90,12 +91,8 @@ class Interruptible:
         sim = self.sim
         out = sim.ledger.watch(act) if icr is None else sim.ledger.watch_ipi(self.v, icr, act)
         assert isinstance(out, TimedOutcome)
-        ns = sim.ns
         for sent in out.sent:
-            way = "schedule" if sent.effect & Effect.WAKE else "flight"
-            target = sim.cpus[sent.vcpu]
-            delay = ns(sent.cycles) + ns(sim.costs[way])
-            sim.after(delay, partial(target.arrive, sent.effect))
+            sim.tell([(sent.vcpu, sent.effect)], sim.ns(sent.cycles))
         if any(charge.stage in _TIMER_STAGES for charge in out.charges):
             sim.arm()
         if out.user is not None:

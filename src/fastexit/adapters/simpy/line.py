@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from fastexit.checks import integer
-from fastexit.outcome import Effect
 
 if TYPE_CHECKING:
     from fastexit.adapters.simpy.simulation import Simulation
@@ -46,8 +44,6 @@ class Line:
         self.level = level
         machine = sim.machine
         accepted = sim.ledger.watch(lambda: machine.irq_line(self.gsi, level))
-        for vcpu, effect in machine.targets:
-            way = "schedule" if effect & Effect.WAKE else "flight"
-            sim.after(sim.ns(sim.costs[way]), partial(sim.cpus[vcpu].arrive, effect))
+        sim.tell(machine.targets)
         sim.arm()
         return accepted

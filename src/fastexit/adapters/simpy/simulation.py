@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastexit import regs as R
@@ -13,6 +14,7 @@ from fastexit.adapters.simpy.line import Line
 from fastexit.adapters.simpy.stats import Stats, gather
 from fastexit.costs.profile import CostProfile
 from fastexit.machine import Machine
+from fastexit.outcome import Effect
 
 if TYPE_CHECKING:
     import simpy
@@ -90,6 +92,12 @@ class Simulation:
             ns *= 1 + self.random.uniform(-self.jitter, self.jitter)
         self.env.timeout(ns).callbacks.append(lambda _event: act())
 
+    def tell(self, targets: Iterable[tuple[int, Effect]], ns: float = 0.0) -> None:
+        """What the host does for vCPUs reaches them ``flight`` later than ``ns`` from now, a sleeper ``schedule``."""
+        for vcpu, effect in targets:
+            way = "schedule" if effect & Effect.WAKE else "flight"
+            self.after(ns + self.ns(self.costs[way]), partial(self.cpus[vcpu].arrive, effect))
+
     def set_time(self) -> None:
         """The machine's clock follows the simulation's; timers that are due fire."""
         now = int(self.env.now)
@@ -97,8 +105,12 @@ class Simulation:
             before = [cpu.v.timed for cpu in self.cpus]
             due = self.machine.next_timer()
             for index, out in self.ledger.watch_time(due, lambda: self.machine.set_time(now)):
-                cpu = self.cpus[index]
-                cpu.arrive(out.effects, None if cpu.v.timed is before[index] else cpu.v.timed)
+                cpu, exit = self.cpus[index], self.cpus[index].v.timed
+                if exit is None or exit is before[index]:
+                    cpu.arrive(out.effects)
+                else:  # a preemption timer's
+                    cpu.arrive(out.effects, exit)
+                    self.tell(target for target in exit.targets if target.vcpu != index)
         self.arm()
 
     def arm(self) -> None:

@@ -11,6 +11,7 @@ from fastexit.checks import integer
 _LVTT, _TMICT, _TDCR = (R.MSR_X2APIC_BASE + (reg >> 4) for reg in (R.APIC_LVTT, R.APIC_TMICT, R.APIC_TDCR))
 _DIVISORS = {1: 0b1011, 2: 0b0000, 4: 0b0001, 8: 0b0010, 16: 0b0011, 32: 0b1000, 64: 0b1001, 128: 0b1010}
 """What divides the bus clock, and the divide configuration register's bits for it."""
+_FIRST_VECTOR = 16
 
 
 class Timers(Instructions):
@@ -24,9 +25,10 @@ class Timers(Instructions):
 
         Three WRMSRs: LVTT, TDCR, TMICT. KVM lets no periodic timer tick more often than ``min_timer_period_us``, a
         parameter of its module: 200 us unless the machine was made with another one (``Machine(min_timer_period_us=0)``
-        lifts it). ValueError for less than one cycle of the APIC bus, or more than the count and its divisor hold.
+        lifts it). ValueError for less than one cycle of the APIC bus, or more than the count and its divisor hold, and
+        for a vector below 16, which no APIC delivers.
         """
-        length, vector = _length(us, ns), integer(vector, "vector", 0xFF)
+        length, vector = _length(us, ns), _vector(vector)
         bus = self.v.machine.mem[L.H_BUS_NS]
         divisor = next((divisor for divisor in _DIVISORS if round(length / (bus * divisor)) <= 0xFFFF_FFFF), 0)
         count = round(length / (bus * divisor)) if divisor else 0
@@ -45,7 +47,7 @@ class Timers(Instructions):
         """
         length = _length(us, ns)
         if vector is not None:
-            yield from self._wrmsr(_LVTT, integer(vector, "vector", 0xFF) | R.TIMER_DEADLINE)
+            yield from self._wrmsr(_LVTT, _vector(vector) | R.TIMER_DEADLINE)
         elif not self._deadline_mode:
             raise ValueError(f"vCPU {self.index}: the timer is not in deadline mode: tsc_deadline(..., vector=...)")
         self.sim.set_time()
@@ -56,6 +58,12 @@ class Timers(Instructions):
     def stop_timer(self) -> Guest:
         """Stop the timer: 0 into IA32_TSC_DEADLINE or TMICT, whichever it runs by."""
         yield from self._wrmsr(R.MSR_TSC_DEADLINE if self._deadline_mode else _TMICT, 0)
+
+
+def _vector(vector: int) -> int:
+    if integer(vector, "vector", 0xFF) < _FIRST_VECTOR:
+        raise ValueError(f"vector {vector} is none that an APIC delivers: {_FIRST_VECTOR} to 255")
+    return vector
 
 
 def _length(us: float | None, ns: float | None) -> float:
