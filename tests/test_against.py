@@ -364,6 +364,18 @@ def test_what_cannot_be_compared_is_refused() -> None:
         fx.kvm.verify(10, other=Neutral, only="guest")
     with pytest.raises(TypeError, match="neither a Lab nor something that makes machines"):
         fx.kvm.verify(10, other=3)
+    with pytest.raises(TypeError, match=r"ApicProgram is a class: one that has been made is .* ApicProgram\(...\)"):
+        fx.kvm.verify(10, other=fx.kvm.ApicProgram)
+
+
+def test_too_few_vcpus_are_told() -> None:
+    class Few(Neutral):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.vcpus = self.vcpus[:1]
+
+    with pytest.raises(TypeError, match="Few has 1 vcpus for 3 apic_ids"):
+        fx.kvm.verify(50, other=Few, ids=(0, 1, 7), only="msr")
 
 
 def test_an_object_may_make_machines() -> None:

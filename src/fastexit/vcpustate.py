@@ -47,7 +47,11 @@ class VcpuState:
 
     @property
     def rflags(self) -> int:
-        """Guest RFLAGS. IF is 0 after reset: the embedder then delivers by ack(); with IF set, an entry injects."""
+        """Guest RFLAGS. IF is 0 after reset: the embedder then delivers by ack(); with IF set, an entry injects.
+
+        It is the embedder's to keep as its CPU has it, before each settle() and exit. An entry that injects and is left
+        at once, because more waits behind, clears IF, as the gate does through which the event went.
+        """
         return self._mem[self.own + L.K_RFLAGS]
 
     @rflags.setter

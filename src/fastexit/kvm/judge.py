@@ -80,6 +80,10 @@ def of(other: Callable[..., Any] | Lab | Judge | None) -> Judge:
         return other
     judge = getattr(other, "judge", None)
     if judge is not None:
+        if isinstance(other, type):
+            raise TypeError(
+                f"{other.__name__} is a class: one that has been made is what verify asks, {other.__name__}(...)"
+            )
         found: Judge = judge()
         return found
     make = other if callable(other) else getattr(other, "machine", None)

@@ -161,6 +161,9 @@ class Twins:
         self.x2apic: bool = setup.x2apic
         self.real: Any = self.judge.make(**setup.keywords())
         try:
+            there, ids = len(getattr(self.real, "vcpus", setup.apic_ids)), len(setup.apic_ids)
+            if there != ids:
+                raise TypeError(f"{type(self.real).__name__} has {there} vcpus for {ids} apic_ids")
             self.model: Machine = self.make_model()
         except BaseException:
             self.close()
