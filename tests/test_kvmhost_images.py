@@ -117,8 +117,8 @@ def test_multiboot_header_says_where() -> None:
         (with_header(1 << 16, 0x20_0000, 0x20_0000, 0x30_0000, 0, 0x20_0000) + CODE, "addresses are not in the file"),
         (with_header(1 << 16, 0x20_0000, 0x1F_0000, 0, 0, 0x20_0000) + CODE, "addresses are not in the file"),
         (kernel32(at=0x8000), "to 0x8000, below 1 MiB"),
-        (kernel32(memory=64 * MIB), "the guest has it to 0x800000"),
-        (kernel32(at=0xFFFF_F000, memory=0x2000), "the guest has it to 0x800000"),
+        (kernel32(memory=64 * MIB), "the guest has 8 MiB"),
+        (kernel32(at=0xFFFF_F000, memory=0x2000), "the guest has 8 MiB"),
         (kernel32(entry=0x10), "entry 0x10 is in nothing that is loaded"),
         (kernel32(memory=8), "has 0x4c bytes for 0x8 of memory"),
         (kernel32()[:-1], "segment 0 is cut off"),
@@ -278,7 +278,14 @@ def test_a_byte_changed_anywhere_is_loaded_or_refused(made: bytes) -> None:
         assert "\n" not in why
 
 
-def test_elf_program_knows_its_end() -> None:
-    assert elf.program(VMLINUX).ends() == 0x110_2000
+def test_nothing_is_stored_of_a_program_that_does_not_fit() -> None:
+    memory, program = Memory(32 * MIB), elf.program(VMLINUX)
+    assert elf.place(memory, program.entry, program.segments) == 0x110_2000
+    there = [memory.read(segment.address, len(segment.data)) for segment in program.segments]
+    assert there == [segment.data for segment in program.segments]
+    memory = Memory(32 * MIB)
+    with pytest.raises(ValueError, match="takes memory to 33 MiB: the guest has 32 MiB"):
+        elf.place(memory, program.entry, [*program.segments, elf.Segment(31 * MIB, b"x", MIB + 1)])
+    assert not any(memory.read(16 * MIB, 2 * MIB))
     assert elf.program(VMLINUX).bits == 64
     assert elf.program(kernel32()).bits == 32

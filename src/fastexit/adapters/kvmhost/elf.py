@@ -1,4 +1,4 @@
-"""What an ELF program wants to have loaded, 32 bits or 64.
+"""What an ELF program wants to have loaded, 32 bits or 64, and how a kernel's parts come into a guest's memory.
 
 Models: nothing. Images come from anywhere: every offset and size is checked against the file before it is used.
 """
@@ -6,7 +6,10 @@ Models: nothing. Images come from anywhere: every offset and size is checked aga
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from fastexit.adapters.kvmhost.memory import FIRST_MIB_ENDS, MIB, Memory
 
 MAGIC = b"\x7fELF"
 LOADED = 1
@@ -29,9 +32,23 @@ class Program(NamedTuple):
     entry: int
     segments: list[Segment]
 
-    def ends(self) -> int:
-        """The first address behind all segments."""
-        return max(segment.address + segment.memory for segment in self.segments)
+
+def place(memory: Memory, entry: int, segments: Sequence[Segment]) -> int:
+    """Puts segments into a guest's memory: where the last one ends. ValueError, before any is stored, if one cannot be.
+
+    A program begins in one of them, and above 1 MiB: what a boot protocol needs lies below.
+    """
+    for segment in segments:
+        ends = segment.address + segment.memory
+        if segment.address < FIRST_MIB_ENDS:
+            raise ValueError(f"it wants to be loaded to {segment.address:#x}, below 1 MiB")
+        if not memory.within(segment.address, segment.memory):
+            raise ValueError(f"it takes memory to {-(-ends // MIB)} MiB: the guest has {memory.low // MIB} MiB")
+    if not any(segment.address <= entry < segment.address + segment.memory for segment in segments):
+        raise ValueError(f"its entry {entry:#x} is in nothing that is loaded")
+    for segment in segments:
+        memory.write(segment.address, segment.data, "the kernel")
+    return max(segment.address + segment.memory for segment in segments)
 
 
 def program(image: bytes) -> Program:

@@ -178,20 +178,7 @@ def load(data: bytes, memory: Memory, command: str, *, initrd: bytes | None = No
         entry = found.address + ENTRY_64
     if program is not None:
         loaded, entry = program.segments, program.entry
-    ends = 0
-    for segment in loaded:
-        if segment.address < FIRST_MIB_ENDS:
-            raise ValueError(f"the kernel wants to be loaded to {segment.address:#x}, below 1 MiB")
-        if not memory.within(segment.address, segment.memory):
-            raise ValueError(
-                f"the kernel takes memory to {(segment.address + segment.memory) // FIRST_MIB_ENDS} MiB: "
-                f"the guest has {memory.low // FIRST_MIB_ENDS} MiB"
-            )
-        ends = max(ends, segment.address + segment.memory)
-    if not any(segment.address <= entry < segment.address + segment.memory for segment in loaded):
-        raise ValueError(f"the kernel's entry {entry:#x} is in nothing that is loaded")
-    for segment in loaded:
-        memory.write(segment.address, segment.data, "the kernel")
+    ends = elf.place(memory, entry, loaded)
     line = command.encode() + b"\0"
     if len(line) > min(longest + 1, COMMAND_BYTES):
         raise ValueError(f"a command line of {len(line) - 1} bytes: the kernel takes {min(longest, COMMAND_BYTES - 1)}")

@@ -71,19 +71,7 @@ def load(image: bytes, memory: Memory, command: str, module: bytes | None = None
     if found is None:
         raise ValueError("there is no multiboot header in it")
     entry, segments = parts(image, found)
-    ends = 0
-    for segment in segments:
-        if segment.address < FIRST_MIB_ENDS:
-            raise ValueError(f"it wants to be loaded to {segment.address:#x}, below 1 MiB")
-        if not memory.within(segment.address, segment.memory):
-            raise ValueError(
-                f"it takes memory to {segment.address + segment.memory:#x}: the guest has it to {memory.low:#x}"
-            )
-        ends = max(ends, segment.address + segment.memory)
-    if not any(segment.address <= entry < segment.address + segment.memory for segment in segments):
-        raise ValueError(f"its entry {entry:#x} is in nothing that is loaded")
-    for segment in segments:
-        memory.write(segment.address, segment.data, "multiboot program")
+    ends = elf.place(memory, entry, segments)
     line = command.encode() + b"\0"
     if len(line) + len(NAME) + 17 > TEXT_BYTES:
         raise ValueError(f"a command line of {len(line)} bytes is too long")

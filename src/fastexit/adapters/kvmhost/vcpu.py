@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ EMULATION = 1
 """KVM_INTERNAL_ERROR_EMULATION."""
 
 
-class HostVcpu:
+class HostVcpu(ABC):
     """A vCPU of a KvmHost. ``exits`` counts KVM_RUN's returns by their reason, ``kicked`` those by a signal."""
 
     def __init__(self, host: KvmHost, index: int, fd: int, kvm_run: Any) -> None:
@@ -56,9 +57,9 @@ class HostVcpu:
         finally:
             self.kick.detach()
 
+    @abstractmethod
     def turn(self) -> None:
         """What is due between two runs, and a run with its exit."""
-        raise NotImplementedError
 
     def enter(self) -> bool:
         """KVM_RUN: False where a kick ended it, or it did not begin."""
@@ -118,10 +119,11 @@ class HostVcpu:
         """OUT."""
         self.host.ports.write(port, size, value)
 
+    @abstractmethod
     def memory_read(self, at: int, size: int) -> int:
-        """A read of what is no memory: all ones."""
-        return (1 << 8 * size) - 1
+        """A read of what is no memory."""
 
+    @abstractmethod
     def memory_write(self, at: int, size: int, value: int) -> None:
         """A write to what is no memory."""
 
@@ -155,3 +157,10 @@ class KernelVcpu(HostVcpu):
         self.exits[KvmExit(reason)] += 1
         if not self.common(reason) and reason != KvmExit.HLT:
             self.host.end(Ended(f"vCPU {self.index} left with {KvmExit(reason).name}", FAILED))
+
+    def memory_read(self, at: int, size: int) -> int:
+        """Nobody answers: all ones."""
+        return (1 << 8 * size) - 1
+
+    def memory_write(self, at: int, size: int, value: int) -> None:
+        """Nobody takes it."""
