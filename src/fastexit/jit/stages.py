@@ -23,7 +23,6 @@ from numba.core.registry import cpu_target
 from numba.core.typeinfer import TypeInferer
 
 from .emit import parse
-from .target import Target
 
 
 class Made(NamedTuple):
@@ -33,7 +32,7 @@ class Made(NamedTuple):
     signature: Any
 
 
-def compile_into(library: Any, target: Target, function: Callable[..., Any], signature: str) -> Made:
+def compile_into(library: Any, target: Any, function: Callable[..., Any], signature: str) -> Made:
     """Put a kernel into a library."""
     args, result = parse(signature)
     identity = bytecode.FunctionIdentity.from_function(function)
@@ -67,7 +66,7 @@ class _Quiet:
         return nullcontext()
 
 
-def _infer(code: Any, target: Target, args: Any, result: Any) -> tuple[Any, Any]:
+def _infer(code: Any, target: Any, args: Any, result: Any) -> tuple[Any, Any]:
     """Types of variables, and signatures of calls and operators. Kernels that are called are compiled on the way."""
     context = cpu_target.typing_context
     inferer = TypeInferer(context, code, _Quiet())

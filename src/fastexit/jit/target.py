@@ -46,7 +46,7 @@ class _Direct(CPUCallConv):
         raise TypeError("kernels call kernels, and nothing of numba's that may raise")
 
 
-class Target(CPUContext):
+class _Target(CPUContext):
     """numba's target as it is when a compilation begins. Where bounds are checked, kernels may raise as numba's do."""
 
     implementations: dict[tuple[Any, Any], Any]
@@ -66,12 +66,12 @@ class Target(CPUContext):
         return self.implementations[key]
 
 
-def new_target() -> Target:
+def new_target() -> Any:
     """A target for one compilation."""
     numbas = cpu_target.target_context
     numbas.refresh()  # imports much of numba
     target = copy(numbas)
-    target.__class__ = Target
+    target.__class__ = _Target
     target.cached_internal_func = {}
     target.implementations = {}
     target.enable_boundscheck = declare.BOUNDSCHECK
