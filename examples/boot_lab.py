@@ -20,7 +20,7 @@ TRACE = "/tmp/boot.trace"
 
 def boot(image: str, vcpus: int) -> str:
     """Nothing, or what went wrong."""
-    command = [sys.executable, "-m", "fastexit", "boot", image, "--vcpus", str(vcpus), "--seconds", "300"]
+    command = [sys.executable, "-m", "fastexit", "boot", image, "--vcpus", str(vcpus), "--seconds", "600"]
     command += ["--append", "quiet", "--run", "echo came to user space", "--json", "--trace", TRACE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if "came to user space" not in done.stderr:

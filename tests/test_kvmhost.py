@@ -90,13 +90,14 @@ def test_deadline(tmp_path: Path) -> None:
         assert (g.count(0, TIMER), v.taken[TIMER], g.host.recorder.deadlines) == (10, 10, [10])
 
 
-class Apart(clock.Clock):
-    """Goes with the guest's TSC, but is not what that says."""
+class Moved(clock.Tsc):
+    """Was not what it is now when the machine was made."""
 
     seconds = 0
 
-    def __call__(self) -> int:
-        return super().__call__() + self.seconds * 1_000_000_000
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.begin += self.seconds * 1000 * self.khz
 
 
 @kvm
@@ -104,8 +105,8 @@ class Apart(clock.Clock):
 def test_deadline_where_kvm_moves_the_tsc(seconds: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As it does where CPUs' TSCs are not to be trusted: a deadline is neither early nor late, and reads as written."""
     monkeypatch.setattr(clock, "is_steady", lambda device: False)
-    monkeypatch.setattr(Apart, "seconds", seconds)
-    monkeypatch.setattr(host, "Clock", Apart)
+    monkeypatch.setattr(Moved, "seconds", seconds)
+    monkeypatch.setattr(host, "Tsc", Moved)
     wrong = 0x9A
     with guest(apic="x2apic", deadline=True) as g:
         now = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"  # RDTSC into RAX

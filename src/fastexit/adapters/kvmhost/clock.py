@@ -22,7 +22,7 @@ from fastexit.regs import MSR_TSC
 
 RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 """RDTSC; SHL RDX, 32; OR RAX, RDX; RET."""
-NS_PER_MS = 1_000_000
+NS_PER_MS, LEAST_NS = 1_000_000, 200_000
 TSC_CONTROL, TSC_OFFSET = 0, 0
 """KVM_VCPU_TSC_CTRL and its attribute, from Linux 5.16 on."""
 CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
@@ -40,6 +40,7 @@ class Tsc:
     def __init__(self, fd: int, device: Device = LOCAL) -> None:
         ffi: Any = FFI()
         self.steady: bool = is_steady(device)
+        self._told = False
         self.khz: int = K.call(fd, K.GET_TSC_KHZ)
         try:
             self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -56,16 +57,21 @@ class Tsc:
     def _begin(self, fd: int) -> int:
         try:
             K.call(fd, K.GET_DEVICE_ATTR, self._attribute)
+            self._told = True
             return -int(self._offset[0]) & U64
         except OSError:
             before = self.read()
             K.call(fd, K.GET_MSRS, self._msr)
             return (before + self.read()) // 2 - int(self._msr.data) & U64
 
-    def of(self, fd: int) -> int:
-        """What a vCPU's TSC is now."""
-        begin = self._begin(fd)
-        return self.read() - begin & U64
+    def behind(self, fd: int, moved: int) -> int:
+        """How far KVM has put a vCPU's TSC back, beside what the guest has moved it by; less than 0: forward.
+
+        What is less than can be measured is nothing, where KVM does not tell the offset.
+        """
+        by = self._begin(fd) - self.begin + moved & U64
+        by -= (by >> 63) << 64
+        return by if self._told or abs(by) > self.khz * LEAST_NS // NS_PER_MS else 0
 
     def move(self, fd: int, by: int) -> None:
         """Moves a vCPU's TSC."""

@@ -53,8 +53,8 @@ class ModelVcpu(HostVcpu):
         """An access of the guest's is answered, and KVM has not been told yet."""
         self._queued = False
         """KVM was given an NMI or an SMI, and may still have it."""
-        self._ahead = 0
-        """How far the model's TSC was ahead of the guest's at the last deadline."""
+        self._moved = self._behind = 0
+        """By how much the guest has moved its TSC, and how far KVM had put it back at the last deadline."""
         svm = host.machine.vendor == "svm"
         self._hlt = SvmExit.HLT if svm else VmxExit.HLT
         self._gate = host.gate
@@ -240,9 +240,8 @@ class ModelVcpu(HostVcpu):
             self.host.recorder.ipi(v, msr, value)
         before = int(run.apic_base)
         if msr == R.MSR_TSC_DEADLINE and value and not self.host.tsc.steady:
-            guest = self.host.tsc.of(self.fd)
-            self._ahead = v.tsc - guest
-            value = min(max(value + self._ahead, 1), (1 << 64) - 1)
+            self._behind = self.host.tsc.behind(self.fd, self._moved)
+            value = min(max(value + self._behind, 1), (1 << 64) - 1)
         outcome = v.wrmsr(msr, value)
         self.host.recorder.wrote(self.index, msr, outcome)
         self.tell(outcome.targets)
@@ -270,7 +269,7 @@ class ModelVcpu(HostVcpu):
         finally:
             self.tell(v.targets)
         if msr == R.MSR_TSC_DEADLINE and value:
-            value = value - self._ahead & (1 << 64) - 1
+            value = value - self._behind & (1 << 64) - 1
         run.msr.data, run.msr.error = value, 0
 
     def _put_msr(self, msr: int, value: int) -> None:
@@ -288,6 +287,7 @@ class ModelVcpu(HostVcpu):
         by = value - (now if msr == R.MSR_TSC else adjust)
         self._put_msr(R.MSR_TSC_ADJUST, adjust + by & (1 << 64) - 1)
         self.host.tsc.move(self.fd, by)
+        self._moved += by
 
     def port_read(self, port: int, size: int) -> int:
         """IN: a chip of the model's answers, or the host."""
