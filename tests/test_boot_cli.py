@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from bareguest import out, wrmsr
-from fastexit.adapters.kvmhost import host, memory, multiboot
+from fastexit.adapters.kvmhost import host, memory, multiboot, userland
 from fastexit.adapters.kvmhost.tracefile import HEAD
 from fastexit.cli import boot, main
 from fastexit.kvm import device
@@ -92,6 +92,7 @@ def refused(capfd: pytest.CaptureFixture[str], *args: str) -> str:
         (["/"], "'/': Is a directory"),
         (["0.1"], "kernel '0.1' is not in the cache"),
         (["IMAGE", "--initrd", "nowhere"], "'nowhere': No such file or directory"),
+        (["IMAGE", "--initrd", "IMAGE", "--run", "true"], "--run needs the initrd that is made here"),
         (["IMAGE", "--vcpus", "0"], "'0' is not a number of vCPUs from 1 to 64"),
         (["IMAGE", "--vcpus", "65"], "'65' is not a number of vCPUs from 1 to 64"),
         (["IMAGE", "--memory", "1"], "'1' is not a size in MiB from 2 to 65536"),
@@ -142,10 +143,9 @@ def test_limits_are_the_hosts() -> None:
         (HELLO[:16], [], "the multiboot header is cut off"),
         (HELLO[:32], [], "its entry 0x100020 is in nothing that is loaded"),
         (HELLO, ["--run", "true"], "--run is for Linux kernels"),
-        (bytes(10_000), ["--run", "true", "--initrd", "IMAGE"], "--run needs the initrd that is made here"),
         (HELLO, ["--initrd", "IMAGE", "--memory", "2"], ""),
     ],
-    ids=["empty", "zeros", "elf", "header", "nothing", "run", "initrd", "too big"],
+    ids=["empty", "zeros", "elf", "header", "nothing", "run", "too big"],
 )
 def test_images_that_are_none(
     data: bytes, args: list[str], why: str, image: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
@@ -155,6 +155,15 @@ def test_images_that_are_none(
         why = "the guest has"
     made = image(data)
     assert why in refused(capfd, made, *[made if word == "IMAGE" else word for word in args])
+
+
+@kvm
+def test_no_busybox_for_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, image: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(userland, "PLACES", ())
+    assert "neither a Linux kernel" in refused(capfd, image(bytes(10_000)))
+    assert "no static busybox for an initramfs" in refused(capfd, image(b"\x7fELF\2" + bytes(100)))
 
 
 # ------------------------------------------------------------------------------------------------------ how it ends

@@ -34,7 +34,7 @@ program. A kernel without --initrd gets a static busybox with a shell. The termi
 
   fastexit boot 6.1 --vcpus 4                    a shell; exit switches the machine off
   fastexit boot 6.1 --run 'cat /proc/interrupts' --trace guest.trace.xz
-  fastexit boot apic.flat --vcpus 2 --append ''  kvm-unit-tests: the exit code is the guest's
+  fastexit boot apic.flat --vcpus 2              kvm-unit-tests: the exit code is the guest's
   fastexit boot 6.1 --irqchip kernel             the same guest on KVM's own irqchip
 
 Exit code: the guest's by port 0xf4 (0 where it switches itself off), 1 for a panic or a triple fault, 2 for what this
@@ -157,6 +157,8 @@ def _attended(host: KvmHost, seconds: float | None) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The model's; UsageError for options that would say nothing."""
+    if args.command_line is not None and args.initrd is not None:
+        raise UsageError("--run needs the initrd that is made here: leave out --initrd")
     asked = {name: getattr(args, name) for name in ("kernel", "vendor", "apicv") if getattr(args, name)}
     if args.irqchip == "kernel":
         void = [f"--{name}" for name in (*asked, "trace", "hyperv") if getattr(args, name)]
@@ -197,10 +199,10 @@ def _load(host: KvmHost, path: Path, image: bytes, initrd: bytes | None, args: a
                 raise ValueError("--run is for Linux kernels")
             host.load(image, f"{path.name} {args.append}".rstrip(), initrd)
             return
+        if not linux.is_vmlinux(image):
+            linux.image(image)  # what is none is told before a busybox is missed for it
         if initrd is None:
             initrd = userland.initramfs(args.command_line)
-        elif args.command_line is not None:
-            raise ValueError("--run needs the initrd that is made here: leave out --initrd")
         line = CONSOLE
         if host.slow:
             line = f"{CONSOLE} {EARLY} {slow.parameters(host.tsc.khz)}"
