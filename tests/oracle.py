@@ -129,6 +129,7 @@ class Machine:
         self.clears_pir_last = generation < self.at("6.1")
         self.trace: list[str] = []
         self.running: Vcpu | None = None  # on the CPU where an operation happens
+        self.drawn_from = False  # somebody looks at it to draw an operation, which changes nothing
         self.told: list[tuple[int, str]] = []  # whom the host was asked to do something for since then, and what
         self.vcpus: list[Vcpu] = []
         self.map: ApicMap | None = None

@@ -783,8 +783,9 @@ class Vcpu(Doors):
 
     def get_lapic(self) -> bytes:
         """KVM_GET_LAPIC."""
-        self.thread.leave()
-        self.sync_pir()
+        if not self.m.drawn_from:
+            self.thread.leave()
+            self.sync_pir()
         page = ZEROES | self.words
         for base, vectors in ((r.APIC_ISR, self.isr), (r.APIC_TMR, self.tmr), (r.APIC_IRR, self.irr)):
             for v in vectors:

@@ -189,4 +189,4 @@ def minimised(config: Config, factory: Callable[..., Any], ops: list[Op], *, clo
             else:
                 ops = shorter
     found = first_difference(config, factory, ops, close=close)
-    return found or "the difference does not show again on replay"
+    return found or f"the difference does not show again on replay of {story(config, ops)}"

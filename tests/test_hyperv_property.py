@@ -327,6 +327,7 @@ OPS_OF_A_LIFE: dict[str, tuple[float, Callable[[random.Random, oh.Machine], Op]]
 }
 
 
+@s.unchanged
 def next_op(rng: random.Random, model: oh.Machine) -> Op:
     if model.next_op is not None:
         op, model.next_op = model.next_op, None

@@ -148,7 +148,10 @@ def test_whole_lives_at_length(close: bool) -> None:
         rng = random.Random(seed)
         vendor = rng.choice(VENDORS)
         config = lively_config(rng, hv_timer=vendor == "vmx" and rng.random() < 0.5, vendor=vendor)
-        live(config, rng, 200, tuple(s.LIVELY_OPS), close=close)
+        try:
+            live(config, rng, 200, tuple(s.LIVELY_OPS), close=close)
+        except AssertionError as difference:
+            raise AssertionError(f"seed {seed}: {difference}") from None
 
 
 FOUND: dict[str, list[s.Op]] = {
