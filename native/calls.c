@@ -659,6 +659,17 @@ CFFI_DLLEXPORT int32_t fx_trace_text(fx_machine *m, const struct fx_trace *recor
     return op_trace_text(m, record, line, size);
 }
 
+CFFI_DLLEXPORT int32_t fx_run_results(fx_machine *m, const struct fx_exit *exits, struct fx_result *results,
+                                      uint64_t n, uint64_t *done)
+{
+    int held = hold(m);
+    int32_t status = op_run_results(m, exits, results, n, done);
+
+    if (held)
+        let_go(m);
+    return status;
+}
+
 static const struct fx_ops calls = {
     .size = sizeof(struct fx_ops),
     .abi = FX_ABI_VERSION,
@@ -729,4 +740,5 @@ static const struct fx_ops calls = {
     .set_costs = fx_set_costs,
     .set_trace = fx_set_trace,
     .trace_text = fx_trace_text,
+    .run_results = fx_run_results,
 };

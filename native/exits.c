@@ -103,6 +103,8 @@ static __attribute__((noinline, cold)) void put_cycles(const uint64_t *words, st
         out->cycles = out->cycles_spent;
 }
 
+static int32_t op_irq_line(fx_machine *m, uint32_t gsi, uint32_t level, struct fx_result *out);
+
 /* The result of a vCPU's exit. */
 static inline int32_t put_exit(fx_machine *m, const uint64_t *words, struct fx_result *out, uint64_t code, uint64_t value,
                                uint32_t vcpu, uint32_t vector)
@@ -160,6 +162,8 @@ static __attribute__((noinline)) int32_t one(fx_machine *m, uint64_t *words, con
     if (table.run(handle(words), handle(exit), handle(&outcome), 0, 1) != 1)
         return FX_UNHANDLED;
     memcpy(&code, &outcome, sizeof code);
+    if (exit->reason == FX_NOTIFICATION) /* no exit */
+        return put(out, code, 0, exit->vcpu, FX_NOBODY, 0);
     if (exit->reason == (svm ? FXP_SVM_VMMCALL : FXP_VMX_VMCALL))
         return put_exit(m, words, out, code, rax_of(words, exit->vcpu, code), exit->vcpu, 0);
     return put_exit(m, words, out, code, reads(exit, svm) ? outcome.value : 0, exit->vcpu, vector_of(words, exit, svm));
@@ -306,6 +310,8 @@ static int32_t op_exit(fx_machine *m, const struct fx_exit *exit, struct fx_resu
     copy = *exit;
     if (copy.vcpu >= words[FX_H_NVCPUS])
         return FX_E_VCPU;
+    if (copy.reason == FX_IRQ_LINE)
+        return op_irq_line(m, copy.msr, copy.info, out);
     if (!table.first_bad(handle(words), handle(&copy), 1))
         return FX_E_RANGE;
     return one(m, words, &copy, out);
@@ -348,6 +354,30 @@ static int32_t op_run(fx_machine *m, const struct fx_exit *exits, struct fx_outc
     }
     *done = ~stopped;
     return exits[~stopped].vcpu >= words[FX_H_NVCPUS] ? FX_E_VCPU : FX_E_RANGE;
+}
+
+static int32_t op_run_results(fx_machine *m, const struct fx_exit *exits, struct fx_result *results, uint64_t n,
+                              uint64_t *done)
+{
+    uint64_t *words = words_of(m);
+    int32_t status;
+
+    if (!words || !done || (n && (!exits || !results)))
+        return refuse(m);
+    *done = 0;
+    if (!n)
+        return FX_OK;
+    if (n > PTRDIFF_MAX / sizeof *results)
+        return FX_E_SIZE;
+    *done = table.first_bad(handle(words), handle(exits), n);
+    if (*done < n)
+        return exits[*done].vcpu >= words[FX_H_NVCPUS] ? FX_E_VCPU : FX_E_RANGE;
+    for (*done = 0; *done < n; ++*done) {
+        status = op_exit(m, exits + *done, results + *done);
+        if (status == FX_UNHANDLED || status < 0)
+            return status;
+    }
+    return FX_OK;
 }
 
 /* --------------------------------------------------------------------------------------------- the world outside vCPUs */

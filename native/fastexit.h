@@ -547,6 +547,11 @@ struct fx_ops {
     /* A record as ftrace prints it after the time stamp, in the text of the machine's kernel: Python's m.trace.lines().
      * FX_NOTHING: that kernel has no such line. FX_E_SIZE: it does not fit. [any] [python] */
     int32_t (*trace_text)(fx_machine *m, const struct fx_trace *record, char *line, uint64_t size);
+
+    /* run() with what exit() says of each, its cycles and its target among it, and with hooks. [vcpu] for all vCPUs that
+     * it names. */
+    int32_t (*run_results)(fx_machine *m, const struct fx_exit *exits, struct fx_result *results, uint64_t n,
+                           uint64_t *done);
 };
 
 /* A new machine, with the vCPUs that config names. hooks may be NULL, ops too once they have been had. [python] */

@@ -394,6 +394,11 @@ public:
     {
         return Status{fx_trace_text(m, &record, line, size)};
     }
+    [[nodiscard]] Status run_results(const struct fx_exit *exits, struct fx_result *results, uint64_t n,
+                                     uint64_t &done) noexcept
+    {
+        return Status{fx_run_results(m, exits, results, n, &done)};
+    }
     // calls:end
 
 private:

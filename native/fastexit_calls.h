@@ -86,6 +86,8 @@ int32_t fx_next_timer_of(fx_machine *m, uint32_t vcpu, uint64_t *ns);
 int32_t fx_set_costs(fx_machine *m, const char *costs);
 int32_t fx_set_trace(fx_machine *m, fx_tracer trace, void *context);
 int32_t fx_trace_text(fx_machine *m, const struct fx_trace *record, char *line, uint64_t size);
+int32_t fx_run_results(fx_machine *m, const struct fx_exit *exits, struct fx_result *results, uint64_t n,
+                       uint64_t *done);
 /* cffi:end */
 
 #ifdef __GNUC__

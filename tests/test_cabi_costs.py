@@ -150,3 +150,58 @@ def test_each_thread_has_its_time(door: Door) -> None:
         thread.join()
     assert seen == [{alone[0]}] * vcpus
     door.fx.close(m)
+
+
+@compiled
+@pytest.mark.parametrize("costs", [None, "skylake-retpoline"])
+def test_a_batch_with_whole_results(door: Door, costs: str | None) -> None:
+    """run_results says of each record what exit says of it, a line's and a notification's among them."""
+    one, other = (
+        door.open(vcpus=3, flags=Open.BOOT_X2APIC | Open.QUIET, costs=name)
+        for name in [door.ffi.new("char[]", costs.encode()) if costs else door.ffi.NULL] * 2
+    )
+    rng, wrmsr, n = random.Random(4), int(fx.VmxExit.MSR_WRITE), 300
+    exits = door.ffi.new("struct fx_exit[]", n)
+    for exit in exits:
+        icr = rng.randrange(4) << 32 | rng.randrange(0x30, 0x40) | rng.choice((0, 0, 3 << 18))
+        drawn = [
+            (wrmsr, 0x830, 0, icr),
+            (wrmsr, 0x830, 0, icr),
+            (wrmsr, 0x80B, 0, 0),
+            (L.NOTIFICATION, 0, 0, 0),
+            (L.IRQ_LINE, rng.choice((4, 20)), rng.randrange(2), 0),
+            (int(fx.VmxExit.MSR_READ), 0x802, 0, 0),
+            (int(fx.VmxExit.EPT_MISCONFIG), 0, 4 | L.MMIO_WRITE, rng.choice((0x38, 0x0002_8000 | 0x51))),
+        ]
+        exit.vcpu = rng.randrange(3)
+        exit.reason, exit.msr, exit.info, exit.value = rng.choice(drawn)
+        exit.gpa = 0xFEC0_0000 + rng.choice((0, 0x10)) if exit.reason == fx.VmxExit.EPT_MISCONFIG else 0
+    results, done = door.ffi.new("struct fx_result[]", n), door.ffi.new("uint64_t *")
+    assert door.fx.run_results(one, exits, results, n, done) == Status.OK
+    assert done[0] == n
+    several = lines = 0
+    for i in range(n):
+        _, result = door.exit(other, exits + i)
+        assert bytes(door.ffi.buffer(results + i)) == bytes(door.ffi.buffer(result)), i
+        several += result.target == 0xFFFF_FFFE
+        if exits[i].reason == L.IRQ_LINE:
+            lines += result.target < 3
+            assert (result.vcpu, result.cycles_spent) == (0xFFFF_FFFF, NO_CYCLES)
+        elif exits[i].reason == L.NOTIFICATION or costs is None:
+            assert (result.vcpu, result.cycles_spent) == (exits[i].vcpu, NO_CYCLES)
+        else:
+            assert result.cycles_spent < 1 << 32
+    assert door.snapshot(one) == door.snapshot(other)
+    assert several
+    assert lines
+
+    exits[2].vcpu = 3
+    assert door.fx.run_results(one, exits, results, n, done) == Status.E_VCPU
+    assert done[0] == 2
+    assert door.snapshot(one) == door.snapshot(other), "none has run"
+    exits[2].vcpu, exits[2].reason = 0, 0xFFFF
+    assert door.fx.run_results(one, exits, results, n, done) == Status.UNHANDLED
+    assert done[0] == 2
+    assert door.fx.run_results(one, door.ffi.NULL, results, n, done) == Status.E_NULL
+    assert door.fx.run_results(one, door.ffi.NULL, door.ffi.NULL, 0, done) == Status.OK
+    door.fx.close(one), door.fx.close(other)
