@@ -436,3 +436,33 @@ def test_a_reader_that_has_seen_enough(image: Callable[[bytes], str]) -> None:
         process.stdout.close()
         assert process.wait(SECONDS) == 0
         assert process.stderr.read() == b""
+
+
+@kvm
+def test_a_reader_that_reads_no_more_keeps_nobody(image: Callable[[bytes], str]) -> None:
+    """The console's pipe is full, and ^C ends the guest all the same."""
+    talks = program(b"\x66\xba\xf8\x03\xb0x\xb9\x00\x00\x02\x00\xee\xe2\xfd" + END)
+    reads, writes = os.pipe()
+    fcntl.fcntl(writes, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(
+        [*COMMAND, image(talks), "--quiet"], stdout=writes, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stderr is not None
+        os.close(writes)
+        try:
+            before, ends = -1, time.monotonic() + SECONDS
+            while (there := waiting(reads)) != before or not there:
+                assert time.monotonic() < ends
+                before = there
+                time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 130
+            assert process.stderr.read() == b"fastexit: interrupted\n"
+        finally:
+            process.kill()
+            os.close(reads)
+
+
+def waiting(fd: int) -> int:
+    """Bytes that wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ CONSOLE, EARLY = "console=ttyS0 panic=-1", "earlyprintk=ttyS0"
 """The second one is for hosts on which nothing would be seen for minutes."""
 MOST_VCPUS, LEAST_MIB, MOST_MIB = 64, 2, 1 << 16
 """The host's own limits: importing it would make every command slower."""
+PATIENCE = 0.2
+"""Seconds between two looks whether a guest that waits for its reader is over."""
 MOST_BYTES = 1 << 30
 """Of an image or an initrd."""
 SLOW = (
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         args.vcpus,
         memory=args.memory * MIB,
         irqchip=args.irqchip,
-        console=_writer(out.fileno()),
+        console=_writer(out.fileno(), lambda: host.ended is not None),
         x2apic=not args.no_x2apic,
         deadline=choice[args.deadline],
         hyperv=args.hyperv,
@@ -213,10 +216,15 @@ def _load(host: KvmHost, path: Path, image: bytes, initrd: bytes | None, args: a
         raise UsageError(f"{quoted(str(path))}: {error}") from None
 
 
-def _writer(fd: int) -> Callable[[bytes], None]:
+def _writer(fd: int, over: Callable[[], bool]) -> Callable[[bytes], None]:
+    """Writes all of it; what nobody reads keeps no guest that is over."""
+
     def write(data: bytes) -> None:
         while data:
-            data = data[os.write(fd, data) :]
+            if select.select([], [fd], [], PATIENCE)[1]:
+                data = data[os.write(fd, data) :]
+            elif over():
+                return
 
     return write
 
