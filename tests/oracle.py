@@ -126,6 +126,7 @@ class Machine:
         self.x2apic = x2apic
         self.tsc_deadline = tsc_deadline
         self.maxphyaddr = maxphyaddr
+        self.pir_while_active = generation < self.at("5.15")
         self.clears_pir_last = generation < self.at("6.1")
         self.trace: list[str] = []
         self.running: Vcpu | None = None  # on the CPU where an operation happens

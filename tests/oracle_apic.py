@@ -631,7 +631,9 @@ class Vcpu(Doors):
         )
 
     def sync_pir(self) -> None:
-        """Moves posted interrupts into the IRR."""
+        """Moves posted interrupts into the IRR; old kernels do not look for any while APICv is inhibited."""
+        if self.m.pir_while_active and not self.apicv:
+            return
         self.irr |= self.pir
         self.pir.clear()
 

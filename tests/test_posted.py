@@ -356,3 +356,21 @@ def test_what_was_posted_before_a_restore(kernel: str, restore: str, fell: bool)
     else:
         v.set_lapic(bytes(page))
     assert v.pending() == (0x46 if fell and not since(kernel, "6.1") else None)
+
+
+@pytest.mark.parametrize("kernel", kernels("5.6"))
+def test_what_was_posted_before_an_inhibit(kernel: str) -> None:
+    """The kvm_intel of 5.10.262 loses it where SynIC inhibits APICv; 5.15.89 looks into PIR all the same."""
+    m = booted(kernel)
+    v = m.vcpus[1]
+    run(v)
+    v.get_lapic()
+    assert send(m, 1, 0x46).accepted == 1
+    m.set_inhibit(r.Inhibit.DISABLED, True)
+    run(v)
+    assert not v.apicv
+    assert v.pending() == (0x46 if since(kernel, "5.15") else None)
+    m.set_inhibit(r.Inhibit.DISABLED, False)
+    run(v)
+    assert v.apicv
+    assert v.pending() == 0x46

@@ -77,7 +77,8 @@ BEYOND: dict[str, str] = {
         NEEDS_PROGRAMS + "KVM_SET_LAPIC and deadlines of a vCPU with APICv",
     ),
     **dict.fromkeys(
-        ("INHIBIT_REQUESTS_EVENT", "APICV_AT_ENTRY"), NEEDS_PROGRAMS + "an inhibit while an interrupt waits"
+        ("INHIBIT_REQUESTS_EVENT", "APICV_AT_ENTRY", "PIR_WHILE_ACTIVE"),
+        NEEDS_PROGRAMS + "an inhibit while an interrupt waits",
     ),
     "MMIO_NOT_VECTORING": "a guest whose stack or vector table is a device",
 }

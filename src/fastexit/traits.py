@@ -86,6 +86,8 @@ class Trait(IntFlag):
     """A target that is not in guest mode is kicked; later kernels only wake it."""
     PI_EMPTY_LOSES_RVI = 1 << 28
     """ON with an empty PIR reports no pending vector, so RVI becomes 0."""
+    PIR_WHILE_ACTIVE = 1 << 45
+    """Nobody looks into PIR while APICv is inhibited, so what was posted before waits until it is active again."""
 
     # -- APICv inhibits
     INHIBITS = 1 << 29

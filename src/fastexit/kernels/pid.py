@@ -103,6 +103,8 @@ def sync_pir_to_irr(m, v):
     if m[k.H_CONFIG] & k.CONFIG_SVM or not m[k.H_CONFIG] & k.CONFIG_APICV:
         return highest_irr(m, v)
     pid = hot(m, v)
+    if not m[pid + k.HOT_FLAGS] & k.FLAG_APICV and m[k.H_TRAITS] & k.T_PIR_WHILE_ACTIVE:
+        return highest_irr(m, v)
     got = False
     if m[pid + k.PID_CONTROL_WORD] & k.PID_ON:
         clear_bits_first(m, pid + k.PID_CONTROL_WORD, k.PID_ON)

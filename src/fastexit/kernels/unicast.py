@@ -62,6 +62,7 @@ IRRELEVANT = (
     | k.T_TIMER_NO_CATCH_UP
     | k.T_PI_KICK
     | k.T_PI_EMPTY_LOSES_RVI
+    | k.T_PIR_WHILE_ACTIVE
     | k.T_INHIBITS
     | k.T_INHIBIT_ID_BASE
     | k.T_INHIBIT_MAP
