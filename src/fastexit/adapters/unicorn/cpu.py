@@ -17,6 +17,7 @@ from fastexit import layout as L
 from fastexit import regs as R
 from fastexit.adapters.unicorn import firmware as firmware
 from fastexit.adapters.unicorn import hook as H
+from fastexit.adapters.unicorn.engine import CR0_PE
 from fastexit.adapters.unicorn.fault import DB, UD, Fault
 from fastexit.adapters.unicorn.gate import RF, TF, Event, canonical
 from fastexit.adapters.unicorn.hook import Stop
@@ -26,6 +27,7 @@ from fastexit.adapters.unicorn.syscall import syscall, sysenter
 from fastexit.checks import integer
 from fastexit.outcome import CODE_GP, OUTCOMES, Outcome, Path, UserRead
 from fastexit.reasons import KvmExit, SvmExit, VmxExit
+from fastexit.vcpu import HYPERCALL_REGISTERS
 
 if TYPE_CHECKING:
     from fastexit.adapters.unicorn.host import UnicornHost
@@ -68,6 +70,7 @@ class UnicornCpu(Interruptible):
         self._hardware = host.machine.hardware
         svm = host.machine.vendor == "svm"
         self._hlt = SvmExit.HLT if svm else VmxExit.HLT
+        self._hypercall_reason = SvmExit.VMMCALL if svm else VmxExit.VMCALL
         self._cr8 = (SvmExit.READ_CR8, SvmExit.WRITE_CR8) if svm else None
         self._apic_pages: set[int] = set()
         self._slice_began = 0
@@ -382,6 +385,28 @@ class UnicornCpu(Interruptible):
         self._after_access(outcome)
         self.asleep = outcome.user is None and self.vcpu.mode == R.OUTSIDE_GUEST_MODE
 
+    def _hypercall(self, stop: Stop) -> None:
+        """VMCALL or VMMCALL: KVM takes either for its vendor's own. User space leaves a call that is its to KVM."""
+        rip = self._begin(stop)
+        self.words[H.SIZE] = 3  # which Unicorn does not know: it has no VMX
+        v, wide = self.vcpu, self.in_64_bit_mode()
+        v.real_mode = not self.read("CR0") & CR0_PE
+        registers = {name: self.read(name.upper()) for name in HYPERCALL_REGISTERS}
+        xmm: list[int] = []
+        if self._mem[L.H_CONFIG] & L.CONFIG_HYPERV:
+            for n in range(6):
+                both = self.uc.reg_read(x86_const.UC_X86_REG_XMM0 + n)
+                xmm += both & L.NONE, both >> 64
+        outcome = v.exit(self._hypercall_reason, **registers, xmm=xmm, bits64=wide, cpl=self.ring())
+        if outcome.user is not None:
+            v.run()
+        if outcome.fault:
+            self._trap = outcome.fault
+            return
+        self.write("RAX", v.read_data)
+        self._after_access(outcome)
+        self._end(rip)
+
     def _move_cr8(self, stop: Stop) -> None:
         """MOV to or from CR8, which a TPR shadow makes an access to TPR."""
         rip = self._begin(stop)
@@ -416,6 +441,7 @@ _HANDLERS = {
     Stop.RDTSCP: UnicornCpu._rdtsc,
     Stop.CPUID: UnicornCpu._cpuid,
     Stop.HLT: UnicornCpu._halt,
+    Stop.HYPERCALL: UnicornCpu._hypercall,
     Stop.CR8_WRITE: UnicornCpu._move_cr8,
     Stop.CR8_READ: UnicornCpu._move_cr8,
     Stop.SYSCALL: UnicornCpu._system_call,

@@ -49,6 +49,7 @@ class Stop(IntEnum):
     SYSCALL = 11
     SYSENTER = 12
     PORT = 13
+    HYPERCALL = 14
 
 
 BY_NAME = (Stop.WRMSR, Stop.RDMSR, Stop.RDTSC)
@@ -88,6 +89,7 @@ def native() -> Native:
     why_rdtscp, why_cpuid = int(Stop.RDTSCP), int(Stop.CPUID)
     why_cr8_write, why_cr8_read = int(Stop.CR8_WRITE), int(Stop.CR8_READ)
     why_syscall, why_sysenter, why_port = int(Stop.SYSCALL), int(Stop.SYSENTER), int(Stop.PORT)
+    why_hypercall = int(Stop.HYPERCALL)
 
     @cfunc(types.void(word, word, types.uint32, block))
     def on_instruction(uc: Any, address: Any, size: Any, s: Any) -> None:
@@ -179,6 +181,8 @@ def native() -> Native:
             elif second == 0x01:
                 if third == 0xF9:
                     why = why_rdtscp
+                elif third == 0xC1 or third == 0xD9:  # VMCALL, VMMCALL
+                    why = why_hypercall
                 elif operand == 7 and third < 0xC0:  # INVLPG
                     s[STALE] = 1
             elif second == 0x38 and third == 0x82:  # INVPCID
