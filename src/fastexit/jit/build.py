@@ -100,8 +100,21 @@ class Build:
     def add(self, declared: Kernel) -> None:
         """Put a kernel into the library. What it calls is added on the way, when its calls are typed."""
         made = compile_into(self._library, self._target, declared.python, declared.signature)
-        _teach(declared.function, made.descriptor)
+        self._teach(declared.function, made.descriptor)
         self.made[declared] = made
+
+    def _teach(self, function: Any, descriptor: Any) -> None:
+        """Say what a call of a compiled kernel becomes in others: no error comes back, unless bounds are checked."""
+        if declare.BOUNDSCHECK:
+            cpu_target.target_context.insert_user_function(function, descriptor)
+            return
+        kernel = self._library.shared.get_global(descriptor.llvm_func_name)
+
+        def call(_context: Any, builder: Any, _sig: Any, args: Any, loc: Any = None) -> Any:
+            return builder.call(kernel, args)
+
+        call.signature, call.libs = descriptor.argtypes, ()
+        cpu_target.target_context._defns[function].append(call, call.signature)
 
     def finish(self, entries: dict[str, Kernel]) -> Code:
         """The machine code; what is no entry is private to the library, so that LLVM may inline it away."""
@@ -138,20 +151,6 @@ def _symbols(made: Made) -> tuple[str, str]:
 def _machine_code(machine: Any, module: Any) -> bytes:
     """An object file; a test asks for text instead."""
     return machine.emit_object(module)
-
-
-def _teach(function: Any, descriptor: Any) -> None:
-    """What a call of a compiled kernel becomes in others: no error comes back, unless bounds are checked."""
-    if declare.BOUNDSCHECK:
-        cpu_target.target_context.insert_user_function(function, descriptor)
-        return
-
-    def call(context: Any, builder: Any, _sig: Any, args: Any) -> Any:
-        _, result = door.call(builder, context.declare_function(builder.module, descriptor), args)
-        return result
-
-    call.signature, call.libs = descriptor.argtypes, ()
-    cpu_target.target_context._defns[function].append(call, call.signature)
 
 
 class _Callee(types.Callable):
