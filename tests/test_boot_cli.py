@@ -19,7 +19,7 @@ import pytest
 
 from bareguest import out, wrmsr
 from fastexit.adapters.kvmhost import host, memory, multiboot, userland
-from fastexit.adapters.kvmhost.tracefile import HEAD
+from fastexit.adapters.kvmhost.tracefile import HEAD, TraceFile
 from fastexit.cli import boot, main
 from fastexit.kvm import device
 from fastexit.trace.replay import replay
@@ -233,6 +233,25 @@ def test_trace_is_read_again(
     assert json.loads(capfd.readouterr().out)["mismatches"] == []
     assert main(["report", str(trace), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)
+
+
+@kvm
+def test_a_long_trace_is_announced_and_written_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(boot, "MANY", 20)
+    code, _, errors = booted(capfd, image(IPIS), "--trace", str(tmp_path / "trace"))
+    assert (code, len(errors.splitlines())) == (CODE, 1)
+    assert errors.endswith("more lines of the trace\n")
+    closed: list[TraceFile] = []
+
+    def interrupted(self: TraceFile) -> None:
+        closed.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TraceFile, "_write", interrupted)
+    code, _, errors = booted(capfd, image(IPIS), "--trace", str(tmp_path / "trace"), "--quiet")
+    assert (code, errors, len(closed)) == (130, "fastexit: interrupted\n", 1)
 
 
 # ----------------------------------------------------------------------------------------------- terminal and input

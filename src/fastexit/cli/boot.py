@@ -22,6 +22,8 @@ CONSOLE, EARLY = "console=ttyS0 panic=-1", "earlyprintk=ttyS0"
 """The second one is for hosts on which nothing would be seen for minutes."""
 MOST_VCPUS, LEAST_MIB, MOST_MIB = 64, 2, 1 << 16
 """The host's own limits: importing it would make every command slower."""
+MANY = 50_000
+"""Lines of a trace that take seconds to write."""
 PATIENCE = 0.2
 """Seconds between two looks whether a guest that waits for its reader is over."""
 MOST_BYTES = 1 << 30
@@ -133,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         code = _attended(host, args.seconds)
         told = summary(host, time.monotonic() - began) | {"code": code}
         if trace is not None:
+            if trace.waiting > MANY and not args.quiet:
+                complain(f"writing {trace.waiting:,} more lines of the trace")
             host.close()
             told["trace"] = {"file": str(args.trace), "lines": trace.lines, "lost": trace.lost}
     if args.json:

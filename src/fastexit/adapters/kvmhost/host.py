@@ -294,10 +294,12 @@ class KvmHost:
         self.end(Ended("closed", 0))
         if self.vcpus:
             self._stop()
-        if self.trace is not None:
-            self.trace.close()
-            self.trace = None
-        self.vm.close()
+        trace, self.trace = self.trace, None  # whoever is interrupted does not begin again
+        try:
+            if trace is not None:
+                trace.close()
+        finally:
+            self.vm.close()
 
 
 RESET = Start(16, 0xFFF0)

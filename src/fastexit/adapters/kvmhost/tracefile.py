@@ -36,7 +36,8 @@ class TraceFile:
         self._file.write(HEAD)
         self._kept: list[tuple[int, np.ndarray]] = []
         """What `drain` took, with its time: the guest's CPUs wait for it, so no line is made there."""
-        self._records = 0
+        self.waiting: int = 0
+        """Records that are no lines yet."""
         self._trace.clear()
         self._trace.enable()
 
@@ -48,8 +49,8 @@ class TraceFile:
         self.lost += trace.lost
         records = trace.drain()
         self._kept.append((self._clock(), records))
-        self._records += len(records)
-        if self._records >= MOST_KEPT:
+        self.waiting += len(records)
+        if self.waiting >= MOST_KEPT:
             self._write()
 
     def _write(self) -> None:
@@ -61,14 +62,16 @@ class TraceFile:
             self._file.write(ftrace_line(line, times[line.record]))
             self.lines += 1
         self._kept.clear()
-        self._records = 0
+        self.waiting = 0
 
     def close(self) -> None:
         """Switches tracing off and ends the file."""
         self._trace.disable()
-        self.drain()
-        self._write()
-        self._file.close()
+        try:
+            self.drain()
+            self._write()
+        finally:
+            self._file.close()
 
 
 def _opened(path: Path) -> IO[str]:
