@@ -321,8 +321,9 @@ class RunLoop:
             told = len(self.m.told)
             self._after_iteration()
             state = self.run()
-            # Its own thread is on the way to the entry, which sees what it has done for its own vCPU.
-            self.m.told[told:] = [one for one in self.m.told[told:] if one[0] != self.v.index]
+            # Its own thread is on the way to the entry, which sees what it has done for its own vCPU. Its notification
+            # comes behind the entry: a preemption timer that had run out has made an exit of the guest's.
+            self.m.told[told:] = [one for one in self.m.told[told:] if one[0] != self.v.index or one[1] == "NOTIFY"]
             if isinstance(state, KvmExit):
                 result.user = state
             result.blocked = state == BLOCKED

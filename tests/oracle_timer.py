@@ -104,7 +104,7 @@ class Timer:
             self._stretch()
             left = max(0, self.target - self.m.now)
             scaled = left * self.divide // old
-            self.deadline = min(self.deadline + self.m.cycles(scaled) - self.m.cycles(left), U64)
+            self.deadline = self.deadline + self.m.cycles(scaled) - self.m.cycles(left) & U64
             self.target = self.m.now + scaled
             self._restart()
 

@@ -229,7 +229,7 @@ class Dispatcher:
         return user | self.sent(v)
 
     def sent(self, v: Vcpu) -> int:
-        """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
+        """Effects of what was sent on the way to the entry, for the outcome of the exit before it."""
         effects = self.mem[v.own + L.K_SENT] & CODE_EFFECTS
         self.mem[v.own + L.K_SENT] = 0
         return effects
@@ -401,8 +401,12 @@ class Dispatcher:
         exit = Exit(self.vendor.forced_reason)
         while load("exits_at_once")(self.handle, v.index):
             code = self.vendor_run(v, exit)
-            if code & CODE_COMPLETION != COMPLETION_REENTER:
-                return self.leave_and_handle(v, exit, code) & CODE_USER or AROUND
+            again = code & CODE_COMPLETION == COMPLETION_REENTER
+            if not again:
+                code = self.leave_and_handle(v, exit, code)
+            mem[v.own + L.K_SENT] |= code & CODE_EFFECTS
+            if not again:
+                return code & CODE_USER or AROUND
         return IN_GUEST
 
     def service_requests(self, v: Vcpu) -> int:

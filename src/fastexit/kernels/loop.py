@@ -25,7 +25,7 @@ from .fastpath import handle_preemption_timer, hlt, preemption_timer, reenter, r
 from .fastpath import wrmsr as fast_wrmsr
 from .halt import emulate_halt
 from .msr import emulate_rdmsr, emulate_wrmsr, skip
-from .shared import begin_targets, hot, own
+from .shared import begin_targets, hot, own, sent_on_the_way
 from .tick import trace_wait
 
 VMX_ROWS, SVM_ROWS = (np.array(packed_rows(rows), dtype=np.uint64) for rows in (VMX, SVM))
@@ -257,7 +257,7 @@ def go_on(m, v, user):
 
 @kernel("u8(words, u8)")
 def sent(m, v):
-    """What the way to the entry has sent to other vCPUs: their effects, for the outcome of the exit before it."""
+    """Effects of what was sent on the way to the entry, for the outcome of the exit before it."""
     effects = m[own(m, v) + k.K_SENT] & k.CODE_EFFECTS
     m[own(m, v) + k.K_SENT] = k.ZERO
     return effects
@@ -453,8 +453,11 @@ def exit_at_once(m, v):
     while steps.exits_at_once(m, v):
         row = find_row(m, reason, k.ZERO)
         code = vendor_run(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO)
-        if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
+        again = code & k.CODE_COMPLETION == k.COMPLETION_REENTER
+        if not again:
             code = leave_and_handle(m, v, row, reason, k.ZERO, k.ZERO, k.ZERO, code)
+        sent_on_the_way(m, v, code)
+        if not again:
             return code & k.CODE_USER if code & k.CODE_USER else AROUND
     return IN_GUEST
 
