@@ -44,9 +44,11 @@ OURS = frozenset(
 )
 """MSRs that fastexit answers for; all others are Unicorn's."""
 ICRS = frozenset(R.MSR_X2APIC_BASE + (offset >> 4) for offset in (R.APIC_ICR, R.APIC_SELF_IPI))
+CLOCKED = frozenset({R.MSR_TSC_DEADLINE, R.MSR_X2APIC_BASE + (R.APIC_TMICT >> 4)})
+"""MSRs whose writes start a timer."""
 CPUID_X2APIC, CPUID_DEADLINE, CPUID_APIC = 1 << 21, 1 << 24, 1 << 9
 """Of leaf 1: the first two of ECX, the last of EDX."""
-LEAF_TOPOLOGY = 0xB
+LEAF_TOPOLOGY, LEAF_ADDRESSES = 0xB, 0x8000_0008
 TOPOLOGY_LEVELS = 1, 2
 """SMT and core: sub-leaves 0 and 1. Each CPU is a package by itself, as Unicorn's leaf 1 and 4 have it."""
 PRIVILEGED = frozenset({Stop.WRMSR, Stop.RDMSR, Stop.HLT, Stop.CR8_WRITE, Stop.CR8_READ})
@@ -64,6 +66,7 @@ class UnicornCpu(Interruptible):
     asleep: bool
     poked: bool
     waits: bool
+    put_off: bool
 
     def __init__(self, host: UnicornHost, index: int) -> None:
         super().__init__(host, index)
@@ -74,6 +77,7 @@ class UnicornCpu(Interruptible):
         self._cr8 = (SvmExit.READ_CR8, SvmExit.WRITE_CR8) if svm else None
         self._apic_pages: set[int] = set()
         self._slice_began = 0
+        self.put_off = False
         self._map_apic()
         self._reach_devices()
 
@@ -118,7 +122,7 @@ class UnicornCpu(Interruptible):
         words = self.words
         self._slice_began = first = words[H.COUNT]
         end = first + budget
-        self.poked = False
+        self.poked = self.put_off = False
         if not self._settle():
             return 0
         while words[H.COUNT] < end:
@@ -133,7 +137,7 @@ class UnicornCpu(Interruptible):
                     _HANDLERS[stop](self, stop)
             if self._trap is not None:
                 self._exception(self._trap)
-            if self.asleep or not self._settle():
+            if self.asleep or self.put_off or not self._settle():
                 break
         self._sync()
         return words[H.COUNT] - first
@@ -254,11 +258,18 @@ class UnicornCpu(Interruptible):
         self.words[H.PASS] = 1
         self.words[H.COUNT] -= 1
 
+    def _put_it_off(self) -> None:
+        """The instruction is the next slice's first: the machine's clock is then where the guest's TSC is."""
+        self.words[H.COUNT] -= 1
+        self.put_off = True
+
     def _wrmsr(self, stop: Stop) -> None:
         rip = self._begin(stop)
         msr = self.read("RCX") & _U32
         if msr not in OURS:
             return self._leave_to_unicorn(stop)
+        if msr in CLOCKED and self.words[H.COUNT] - 1 != self._slice_began:
+            return self._put_it_off()
         value = (self.read("RDX") & _U32) << 32 | self.read("RAX") & _U32
         if msr == R.MSR_TSC:  # the machine's clock is at the slice's beginning
             value = value - self._ticks() & L.NONE
@@ -371,6 +382,8 @@ class UnicornCpu(Interruptible):
             self.write("RCX", self.read("RCX") & ~(CPUID_X2APIC | CPUID_DEADLINE) | offered)
             if not self.vcpu.apic_base & R.APICBASE_EN:
                 self.write("RDX", self.read("RDX") & ~CPUID_APIC)
+        elif leaf == LEAF_ADDRESSES:
+            self.write("RAX", self.read("RAX") & 0xFFFF_FF00 | self._mem[L.H_MAXPHYADDR])
         elif leaf == LEAF_TOPOLOGY:
             level = TOPOLOGY_LEVELS[subleaf] if subleaf < len(TOPOLOGY_LEVELS) else 0
             self.write("RBX", 1 if level else 0)

@@ -169,7 +169,10 @@ class UnicornHost:
             done = 0
             for cpu in self.cpus:
                 if (cpu.poked or not cpu.asleep) and cpu.state != "not started":
-                    done = max(done, cpu.slice(budget))
+                    mine = cpu.slice(budget)
+                    done = max(done, mine)
+                    if cpu.put_off:  # the round ends early, for whoever comes behind it
+                        budget = mine
             if done:
                 self._advance(done)
             elif all(cpu.asleep and not cpu.poked or not cpu.started for cpu in self.cpus):
