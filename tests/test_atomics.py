@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastexit.jit import atomics, declare
-from fastexit.jit.declare import JIT, ctz, entry, kernel, load, msb, open_words, popcount
+from fastexit.jit.declare import JIT, apart, ctz, entry, kernel, load, msb, open_words, popcount
 from fastexit.kernels.typed import ONE, ZERO, U
 
 MASK = (1 << 64) - 1
@@ -298,6 +298,24 @@ def test_one_instruction(monkeypatch: pytest.MonkeyPatch, name: str, instruction
     code = declare._compile({name: declare.ENTRIES[name]}).objects
     assert re.search(instruction, code)
     assert ("cmpxchg" in code) == ("cmpxchg" in instruction)
+
+
+@pytest.mark.skipif(
+    not JIT or declare.BOUNDSCHECK or platform.machine() != "x86_64", reason="machine code of x86-64, no bounds checked"
+)
+def test_a_kernel_returns_in_a_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is stored for its caller to load, and there is no status, which no kernel would set."""
+    from fastexit.jit import build
+
+    monkeypatch.setattr(build, "_machine_code", lambda machine, module: machine.emit_assembly(module))
+    successor = apart(kernel("u8(u8)")(lambda x: x + np.uint64(1)))
+    kernel("u8(u8)")(lambda x: successor(x))
+    try:
+        code = declare._compile({"twice": declare.KERNELS.pop()}).objects
+    finally:
+        declare.CALLEES.pop(declare.KERNELS.pop().function)
+    assert re.search(r"leaq\s+1\(%rdi\), %rax\s+retq", code)
+    assert not re.search(r"\(%rsp\), %rax", code)
 
 
 def race(name: str, memory: Memory, rounds: int) -> int:
