@@ -198,6 +198,14 @@ FOUND: dict[str, list[s.Op]] = {
         ("mmio_write", 0, r.APIC_ICR, 0x4, 4),
         ("mmio_read", 0, r.APIC_TMCCT, 4),
     ],
+    "two periods that have run out": [
+        ("mmio_write", 0, r.APIC_SPIV, 0x1FF, 4),
+        ("mmio_write", 0, r.APIC_TDCR, 11, 4),
+        ("mmio_write", 0, r.APIC_LVTT, 0x2_00B4, 4),
+        ("mmio_write", 0, r.APIC_TMICT, 300_000, 4),
+        ("set_time", 2_000_000),
+        ("mmio_read", 0, r.APIC_TMCCT, 4),
+    ],
 }
 """Lives that showed a difference, each reduced to what it needs."""
 

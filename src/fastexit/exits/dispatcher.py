@@ -115,11 +115,12 @@ class Dispatcher:
         code = self.vendor_run(v, exit)
         if code & CODE_COMPLETION != COMPLETION_REENTER:
             return self.after_run(v, exit, code)
+        timer = exit.reason == self.vendor.forced_reason
+        if not timer and not told:
+            return code
         # The timer's next period may have run out as well.
-        again = self.exit_at_once(v) if exit.reason == self.vendor.forced_reason else IN_GUEST
-        if again != IN_GUEST:
-            return code | self.go_on(v, again)
-        return code | self.sent(v) if told else code
+        again = self.exit_at_once(v) if timer else IN_GUEST
+        return code | (self.sent(v) if again == IN_GUEST else self.go_on(v, again))
 
     def kvm_run(self, v: Vcpu) -> bool:
         """KVM_RUN as user space calls it, or a sleeper that goes on: True when the vCPU is in the guest then.

@@ -133,11 +133,12 @@ def run_exit(m, v, row, reason, msr, value, info):
     code = vendor_run(m, v, row, reason, msr, value, info)
     if code & k.CODE_COMPLETION != k.COMPLETION_REENTER:
         return after_run(m, v, row, reason, msr, value, info, code)
+    timer = row & k.ROW_OPERATION == k.OP_TIMER
+    if not timer and not told:
+        return code
     # The timer's next period may have run out as well.
-    again = exit_at_once(m, v) if row & k.ROW_OPERATION == k.OP_TIMER else IN_GUEST
-    if again != IN_GUEST:
-        return code | go_on(m, v, again)
-    return code | sent(m, v) if told else code
+    again = exit_at_once(m, v) if timer else IN_GUEST
+    return code | (sent(m, v) if again == IN_GUEST else go_on(m, v, again))
 
 
 @kernel("u8(words, u8)")
