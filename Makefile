@@ -10,7 +10,7 @@ export FASTEXIT_CACHE_DIR ?= $(CURDIR)/build/kernel-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile compile-bounds test-jit test-nojit test-bounds test-browser test-long test-pythons lint clean
-.PHONY: docs embed-test boot-lab soak verify verify-kernels verify-inside verify-mutants bench bench-check bench-instructions
+.PHONY: docs embed-test boot-lab unit-tests soak verify verify-kernels verify-inside verify-mutants bench bench-check bench-instructions
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,6 +63,9 @@ boot-lab: compile ## Linux on fastexit's irqchip inside the lab's kvm_amd, 20 bo
 	@image=$$($(PY) -c "from fastexit.kvm.lab import kernels; print(kernels.find('$(BOOTED)').image)") && \
 	$(PY) -m fastexit kernels run $(BOOTED) --cpus 2 --memory 3072 --timeout 7200 --with $$image --with /bin/busybox \
 		-- python examples/boot_lab.py $$image --times $(BOOTS)
+
+unit-tests: compile ## kvm-unit-tests' interrupt tests on fastexit's irqchip; FASTEXIT_KVM_UNIT_TESTS is their folder x86
+	@$(PY) examples/unit_tests.py $${FASTEXIT_KVM_UNIT_TESTS:?is not set: the folder x86 of a built kvm-unit-tests} --beside
 
 soak: compile ## 10^9 exits of four threads, ten minutes or more: nothing lost, nothing invented
 	@$(PYTEST) -m long -s -n0 tests/test_soak.py

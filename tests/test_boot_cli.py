@@ -58,6 +58,14 @@ IPIS = program(X2APIC + b"".join(wrmsr(0x830, 0x4_0041) for _ in range(20)) + EN
 IPI_AND_SPIN = program(X2APIC + wrmsr(0x830, 0x4_0041) + say("ready\n") + b"\xeb\xfe")
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """In the background of a shell SIGINT is ignored, and would be by the processes that are begun here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Callable[[bytes], str]:
     def made(data: bytes) -> str:

@@ -72,7 +72,7 @@ def test_two_threads_and_the_python_door(program: Path, tmp_path: Path) -> None:
     done = run_host(program, "check", str(tmp_path / "check.bin"), "2000")
     assert done.returncode == 0, done.stderr
     scope: dict = {"__name__": "check"}
-    exec(compile((EXAMPLE / "check.py").read_text(), "check.py", "exec"), scope)
+    exec(compile((EXAMPLE / "judge.py").read_text(), "check.py", "exec"), scope)
     assert scope["main"](str(tmp_path / "check.bin")) == 0
     data = bytearray((tmp_path / "check.bin").read_bytes())
     data[8 + 80 * 17 + 8] ^= 1  # the completion of IPI 17

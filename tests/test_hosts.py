@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 LINES = 60
 WORDS = ".py", ".c", ".cpp", ".rs", ".toml", ".txt", ""
-RUN_BY_MAKE = "boot_lab.py", "my_apic.py", "unicorn_kernel.py"
+RUN_BY_MAKE = "boot_lab.py", "my_apic.py", "unicorn_kernel.py", "unit_tests.py"
 """Examples that ask for more than nothing: a lab, verify, an image."""
 
 
@@ -79,7 +79,7 @@ def test_what_is_missing_is_named(
 )
 def test_examples_in_python_run(path: Path) -> None:
     if path.name in RUN_BY_MAKE:
-        pytest.skip("asks for more: make embed-test, make boot-lab")
+        pytest.skip("asks for more: make embed-test, boot-lab, unit-tests")
     for module in ("simpy", "unicorn"):
         if path.stem.startswith(module):
             pytest.importorskip(module)

@@ -16,7 +16,7 @@ extern struct fx_ops fx;
 /* A machine whose guest has booted into x2APIC mode, each vCPU inside the guest; the program ends without one. */
 fx_machine *machine(uint32_t vcpus, uint32_t flags);
 
-int check(const char *path, uint64_t ipis); /* a stream on two threads, written down for check.py */
+int check(const char *path, uint64_t ipis); /* a stream on two threads, written down for judge.py */
 int storm(uint64_t ipis, uint64_t plant);   /* two threads at full speed: nothing lost, nothing invented */
 int timing(double limit);                   /* the C door against the lower bound, in its multiples */
 int fuzz(uint64_t calls);                   /* bad input */

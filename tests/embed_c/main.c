@@ -2,7 +2,7 @@
  * Two vCPU threads in C that interrupt each other through fastexit's C door, counted and compared.
  *
  *     embed_c check FILE [IPIS]   a stream of IPIs, each answered by the other thread; results and memory go to FILE,
- *                                 which check.py compares with the Python door, bit by bit
+ *                                 which judge.py compares with the Python door, bit by bit
  *     embed_c storm [IPIS [N]]    both at full speed: 0 lost, 0 invented; or N of each, which must be noticed
  *     embed_c time [LIMIT]        nanoseconds an IPI, against the lower bound; 1 above LIMIT times as much
  *     embed_c fuzz [CALLS]        bad input gets error codes
