@@ -74,6 +74,14 @@ def test_a_guest_comes_to_its_own(entry: int, exits: int, begins_free: bool) -> 
     assert cpu.own > cpu.now / 10
 
 
+def test_the_share_is_the_guests() -> None:
+    """Ticks of a shorter period than their service: the guest has several times what they take."""
+    cpu = Cpu(100 * US, 1_000 * US, 3)
+    for _ in range(3000):
+        cpu.turn()
+    assert cpu.own > cpu.now / 2
+
+
 def test_timers_that_are_served_in_time_are_not_late() -> None:
     cpu = Cpu(4_000 * US, 20 * US, 3)
     for _ in range(3000):

@@ -1,4 +1,4 @@
-"""How soon a vCPU's timers may interrupt it again: what serving the last one took, the guest has for itself first.
+"""How soon a vCPU's timers may interrupt it again: some times what serving the last one took, the guest has first.
 
 Models: nothing. Where CPUs are emulated, or shared by many, an exit to user space can take so long that serving a tick
 takes longer than the time to the next. A guest whose ticks came when they are due would serve them and do nothing else,
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 LONGEST = 1_000_000_000
 """ns that a timer is kept waiting at most, however long serving the last one took."""
+SHARE = 4
+"""How many times longer than the serving of a timer the guest has for itself."""
 LEAST = 50_000
 """ns for a guest that a kick has kept from doing anything, though what it came for cannot go in yet; doubled, each
 time that this was too little."""
@@ -53,5 +55,5 @@ class Pace:
         """Timers that are due earlier wait until then."""
         if self._began == NEVER:
             return self._again
-        until = self._ended + min(self._ended - self._began, LONGEST)
+        until = self._ended + min(SHARE * (self._ended - self._began), LONGEST)
         return max(min(until, self._began + LONGEST) if self._serving else until, self._again)
