@@ -112,7 +112,7 @@ class RunLoop:
         while (state := self._enter(forced=True)) != GUEST:
             if state is None:
                 self._after_iteration()
-        self.m.told[:] = [one for one in self.m.told if one[0] != self.v.index]
+        self.m.told[:] = self._seen_by_others(self.m.told)
 
     def exit(self) -> None:
         """The guest leaves by itself, wherever it was before."""
@@ -314,6 +314,13 @@ class RunLoop:
             self.v.in_guest = False
             self.v.take_pv_eoi()
 
+    def _seen_by_others(self, told: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Of what its thread asked on the way to the entry, what it does not see for itself there.
+
+        Its own notification comes behind the entry: a preemption timer that had run out has made an exit of its guest.
+        """
+        return [one for one in told if one[0] != self.v.index or one[1] == "NOTIFY"]
+
     def _finish(self, result: Result) -> Result:
         """A slow exit is over: back into the guest, unless user space is asked."""
         self.out()
@@ -321,9 +328,7 @@ class RunLoop:
             told = len(self.m.told)
             self._after_iteration()
             state = self.run()
-            # Its own thread is on the way to the entry, which sees what it has done for its own vCPU. Its notification
-            # comes behind the entry: a preemption timer that had run out has made an exit of the guest's.
-            self.m.told[told:] = [one for one in self.m.told[told:] if one[0] != self.v.index or one[1] == "NOTIFY"]
+            self.m.told[told:] = self._seen_by_others(self.m.told[told:])
             if isinstance(state, KvmExit):
                 result.user = state
             result.blocked = state == BLOCKED

@@ -198,6 +198,14 @@ FOUND: dict[str, list[s.Op]] = {
         ("mmio_write", 0, r.APIC_ICR, 0x4, 4),
         ("mmio_read", 0, r.APIC_TMCCT, 4),
     ],
+    "an exit of a vCPU outside, whose entry finds the timer run out": [
+        ("set_msr", 0, r.MSR_APICBASE, 0xFEE0_0D00),
+        ("set_msr", 0, 0x80F, 0x1FF),
+        ("set_msr", 0, 0x832, 0x2_00EE),
+        ("set_msr", 0, 0x838, 1000),
+        ("set_time", 5_000_000),
+        ("guest_wrmsr", 0, 0x832, 0x4_003F),
+    ],
     "two periods that have run out": [
         ("mmio_write", 0, r.APIC_SPIV, 0x1FF, 4),
         ("mmio_write", 0, r.APIC_TDCR, 11, 4),
