@@ -12,10 +12,12 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from fastexit.trace.replay import replay
 
-TRACE = "/tmp/boot.trace"
+TRACE = str(Path(tempfile.gettempdir()) / "boot.trace")
 
 
 def boot(image: str, vcpus: int) -> str:
