@@ -16,7 +16,8 @@ from fastexit import layout as L
 from fastexit import regs as r
 from fastexit.jit import declare
 from fastexit.outcome import (
-    ADDRESSED_SHIFT,
+    ADDRESSED_MOST,
+    CODE,
     CODE_ADDRESSED,
     OUTCOMES,
     SHORT,
@@ -198,17 +199,20 @@ def test_short_codes() -> None:
         assert outcome.code >= SHORT_CODES
 
 
-@pytest.mark.parametrize("accepted", [0, 1])
+@pytest.mark.parametrize("path", [Path.FAST, Path.SLOW])
+@pytest.mark.parametrize("completion", [Fastpath.REENTER_GUEST, Fastpath.EXIT_HANDLED])
+@pytest.mark.parametrize("accepted", range(ADDRESSED_MOST + 1))
 @pytest.mark.parametrize("effect", Effect)
-def test_codes_that_name_their_target(effect: Effect, accepted: int) -> None:
+def test_codes_that_name_their_target(effect: Effect, accepted: int, completion: Fastpath, path: Path) -> None:
     """Each names the outcome of one target that its bits say, and is no code of an outcome."""
+    fields = {"COMPLETION": completion, "PATH": path, "EFFECTS": effect}
     for vcpu in (0, 1, L.MAX_VCPUS - 1):
-        code = CODE_ADDRESSED | (effect << 12 | vcpu) << ADDRESSED_SHIFT | accepted
+        code = CODE_ADDRESSED | CODE.encode({**fields, "ACCEPTED": effect << 12 | vcpu, "MSR_WHY": accepted})
         outcome = addressed(code)
-        assert (outcome.path, outcome.completion, outcome.reentered) == (Path.FAST, Fastpath.REENTER_GUEST, True)
+        assert (outcome.path, outcome.completion) == (path, completion)
         assert (outcome.accepted, outcome.effects, outcome.targets) == (accepted, effect, ((vcpu, effect),))
+        assert outcome.code == CODE.encode({**fields, "ACCEPTED": accepted})
         assert addressed(code) == outcome == OUTCOMES[outcome.code]
-        assert not outcome.code & CODE_ADDRESSED
 
 
 @pytest.mark.parametrize("kernel", fx.profiles())

@@ -131,6 +131,7 @@ CODE_EFFECTS_SHIFT = CODE.shift("EFFECTS")
 CODE_BLOCKED = CODE.mask("BLOCKED")
 CODE_HARDWARE = Path.HARDWARE << CODE.shift("PATH")
 CODE_MSR_WHY = CODE.mask("MSR_WHY")
+CODE_MSR_WHY_SHIFT = CODE.shift("MSR_WHY")
 CODE_EXIT = CODE.mask("_63")
 """No outcome: the CPU could not do it. It exits with the reason in bits 47:32; bits 31:0 are the qualification."""
 CODE_EXIT_REASON_SHIFT = 32
@@ -291,16 +292,18 @@ SHORT = [OUTCOMES[SENT | accepted << CODE_ACCEPTED_SHIFT] for accepted in range(
 An int this small exists already, and a list gives its Outcome faster than a dictionary does."""
 SHORT_CODES = len(SHORT)
 CODE_ADDRESSED = CODE_EXIT
-"""No outcome code but what a door makes of one for one target: that of SHORT in bit 0, the target in the 16 bits from
-ADDRESSED_SHIFT on."""
-ADDRESSED_SHIFT = 1
+"""No outcome code but what a door makes of one for one target: the target's 16 bits are in ACCEPTED, and what was there
+in the two bits of MSR_WHY."""
+ADDRESSED_MOST = CODE_MSR_WHY >> CODE_MSR_WHY_SHIFT
+"""What ACCEPTED may be at most."""
 
 
 def addressed(code: int) -> Outcome:
     """The Outcome of CODE_ADDRESSED; it is kept in REENTRIES."""
-    target = target_of(code >> ADDRESSED_SHIFT)
-    plain = OUTCOMES[SENT | (code & 1) << CODE_ACCEPTED_SHIFT | target.effect << CODE_EFFECTS_SHIFT]
-    outcome = plain.to((target,))
+    target = target_of(code >> CODE_ACCEPTED_SHIFT)
+    accepted = (code & CODE_MSR_WHY) >> CODE_MSR_WHY_SHIFT
+    plain = code & ~(CODE_ADDRESSED | CODE_MSR_WHY | CODE_ACCEPTED_NONE) | accepted << CODE_ACCEPTED_SHIFT
+    outcome = OUTCOMES[plain].to((target,))
     if len(REENTRIES) < KEPT:
         REENTRIES[code] = outcome
     return outcome

@@ -42,9 +42,26 @@ def short(m, v, code):
     """What unicast.send came to, for Python: the short code, with the target for which something is to be done."""
     accepted = (code >> k.CODE_ACCEPTED_SHIFT) & k.ONE
     told = m[own(m, v) + k.K_TARGETS]
-    if not told:
-        return accepted
-    return k.CODE_ADDRESSED | (told & k.LOW16) << k.ADDRESSED_SHIFT | accepted
+    return _addressed(code, accepted, told) if told else accepted
+
+
+@inlined
+@kernel("u8(words, u8, u8)")
+def with_target(m, v, code):
+    """An outcome code; CODE_ADDRESSED where there is one target, so that Python finds the outcome with one look."""
+    told = m[own(m, v) + k.K_TARGETS]
+    accepted = (code & k.CODE_ACCEPTED_NONE) >> k.CODE_ACCEPTED_SHIFT
+    if not code & k.CODE_EFFECTS or told >> k.TARGETS_COUNT_SHIFT != k.ONE or accepted > k.ADDRESSED_MOST:
+        return code
+    return _addressed(code, accepted, told)
+
+
+@inlined
+@kernel("u8(u8, u8, u8)")
+def _addressed(code, accepted, told):
+    """CODE_ADDRESSED of a code."""
+    target = (told & k.LOW16) << k.CODE_ACCEPTED_SHIFT
+    return k.CODE_ADDRESSED | (code & ~k.CODE_ACCEPTED_NONE) | target | accepted << k.CODE_MSR_WHY_SHIFT
 
 
 @kernel("u8(words, u8, u8, u8)")
@@ -55,6 +72,6 @@ def wrmsr(m, v, msr, value):
         if code:
             if unicast.again(m, v):
                 return short(m, v, code)
-            return behind_unicast(m, v, code, value)
+            return with_target(m, v, behind_unicast(m, v, code, value))
     svm = m[k.H_CONFIG] & k.CONFIG_SVM
-    return run(m, v, k.SVM_MSR if svm else k.VMX_MSR_WRITE, msr, k.ONE if svm else k.ZERO, value)
+    return with_target(m, v, run(m, v, k.SVM_MSR if svm else k.VMX_MSR_WRITE, msr, k.ONE if svm else k.ZERO, value))
