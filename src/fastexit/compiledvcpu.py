@@ -33,11 +33,11 @@ class CompiledVcpu(Vcpu):
         """Vcpu.wrmsr."""
         try:
             code = self._wrmsr(self.where, msr, value)
+            return ENDED[code]
+        except KeyError:
+            pass
         except _DECLINED:
             code = UNHANDLED
-        outcome = ENDED.get(code)
-        if outcome is not None:
-            return outcome
         return super().wrmsr(msr, value) if code == UNHANDLED else ended(self, code)
 
     def rdmsr(self, msr: int) -> int:
@@ -65,11 +65,11 @@ class CompiledVcpu(Vcpu):
         """Vcpu.mem_write."""
         try:
             code = self._exit(self.where, self._mmio, gpa, length | L.MMIO_WRITE, value)
+            return ENDED[code]
+        except KeyError:
+            pass
         except _DECLINED:
             code = UNHANDLED
-        outcome = ENDED.get(code)
-        if outcome is not None:
-            return outcome
         return super().mem_write(gpa, value, length) if code == UNHANDLED else ended(self, code)
 
     def mem_read(self, gpa: int, length: int = 4) -> int:
