@@ -6,13 +6,13 @@ lines of an access itself (kvm_msr, kvm_mmio, kvm_hv_hypercall, kvm_pv_eoi), els
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from fastexit import hyperv as HV
 from fastexit import regs as R
 
 
-class Door(Enum):
+class Door(StrEnum):
     """A way to the APIC, by its name in reports."""
 
     X2APIC = "x2APIC MSR"
@@ -36,7 +36,7 @@ class Door(Enum):
     """kvm_msr was not recorded, and the guest is a Windows."""
 
 
-class Doing(Enum):
+class Doing(StrEnum):
     """What an access is for, by its name in reports."""
 
     IPI = "IPI"
