@@ -319,11 +319,18 @@ class Pty:
         assert termios.tcgetattr(self.theirs) == self.before
         return code
 
+    def hang_up(self) -> None:
+        """The window is closed: whoever is at the terminal gets SIGHUP, and nothing can be written any more."""
+        for end in self.theirs, self.ours:
+            os.close(end)
+        self.ours = self.theirs = -1
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self.ours)
-        os.close(self.theirs)
+        if self.ours >= 0:
+            os.close(self.ours)
+            os.close(self.theirs)
 
 
 @pytest.fixture
@@ -373,6 +380,21 @@ def test_sigterm_ends_it_in_order(at_terminal: Callable[..., Pty], tmp_path: Pat
     assert f"in {trace}" in pty.shown.replace("\r\n", "")
     assert "Traceback" not in pty.shown
     assert replay(str(trace)).mismatches == []
+
+
+@kvm
+@pytest.mark.parametrize(("options", "code"), [(["--quiet"], 128 + signal.SIGHUP), ([], 2)], ids=["quiet", "tells"])
+def test_a_closed_terminal_leaves_a_whole_trace(
+    options: list[str], code: int, at_terminal: Callable[..., Pty], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.xz"
+    pty = at_terminal(IPI_AND_SPIN, "--trace", str(trace), *options)
+    pty.wait_for("ready")
+    pty.until(lambda: not pty.echoes())
+    pty.hang_up()
+    assert pty.process.wait(SECONDS) == code
+    report = replay(str(trace))
+    assert (report.mismatches, report.problems) == ([], [])
 
 
 @kvm

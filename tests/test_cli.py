@@ -458,20 +458,38 @@ def test_demo_json_is_json(capsys: pytest.CaptureFixture[str], small_trace: Path
     assert sorted(Path(path).suffix for path in found["pictures"]) == [".png", ".svg"]
 
 
-def test_sigterm_ends_it_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_order(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command holds, an emulated machine say, is let go when the process is asked to end."""
-    before = signal.getsignal(signal.SIGTERM)
+    outside = signal.signal(number, signal.default_int_handler)  # whoever runs the tests may ignore it
     let_go = []
 
     def held(_args: argparse.Namespace) -> int:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(30)
         finally:
             let_go.append(True)
         return 0
 
     monkeypatch.setattr(commands, "info", held)
-    with pytest.raises(SystemExit) as ended:
-        main(["info"])
-    assert (ended.value.code, let_go, signal.getsignal(signal.SIGTERM)) == (128 + signal.SIGTERM, [True], before)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["info"])
+        found = ended.value.code, let_go, signal.getsignal(number)
+    finally:
+        signal.signal(number, outside)
+    assert found == (128 + number, [True], signal.default_int_handler)
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(_args: argparse.Namespace) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    monkeypatch.setattr(commands, "info", ended)
+    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert (main(["info"]), signal.getsignal(signal.SIGHUP)) == (0, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, outside)

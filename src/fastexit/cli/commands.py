@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ class UsageError(Exception):
 
 
 def complain(text: str) -> None:
-    """One line on stderr, where there is one."""
+    """One line on stderr, where there is one; nobody reads one whose terminal is gone."""
     if sys.stderr is not None:
-        print(f"fastexit: {text}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"fastexit: {text}", file=sys.stderr)
 
 
 def _compile() -> None:

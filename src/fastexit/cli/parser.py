@@ -310,15 +310,22 @@ def _abandon_stdout() -> None:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """SIGTERM ends the command as ^C does, emulated machines with it; in another thread it stays the process's."""
+    """SIGTERM ends the command as ^C does, emulated machines with it; so does a terminal that is closed.
+
+    A signal that the process was told to ignore (nohup) stays ignored, and in another thread they are the process's.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in taken:
+        signal.signal(number, _terminated)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def _terminated(number: int, _frame: object) -> None:
