@@ -90,6 +90,7 @@ class Machine:
         # since SVM has virtual NMIs, KVM counts NMIs and keeps the mask of SVM apart from what INIT clears
         self.nmis_counted = generation >= self.at("6.4")
         self.tpr_bit_2_stays = self.reads_beyond = self.at("5.6") <= generation < self.at("5.10")
+        self.split_scan_syncs = generation >= self.at("5.15") and generation != self.at("6.8")
         kept_on_amd = generation >= self.at("5.15") and generation != self.at("6.8")
         self.lvtpc_masked = not (self.tpr_bit_2_stays or (kept_on_amd and vendor == "svm"))
         self.id_from_page = generation < self.at("6.6") or generation == self.at("6.8")

@@ -733,7 +733,7 @@ class Vcpu(Doors):
 
     def scan_ioapic(self) -> None:
         """What an entry does when routes or destinations may have changed; here user space says whose EOIs are told."""
-        if self.hw_enabled:
+        if self.hw_enabled and (not self.m.split_irqchip or self.m.split_scan_syncs):
             self.sync_pir()
 
     def _suppresses_eoi(self) -> bool:

@@ -104,10 +104,12 @@ _BACKPORTED = (
     | _T.TIMER_NO_CATCH_UP
     | _T.CR8_FOLLOWS_AVIC
     | _T.TICK_ONLY_IN_RUN
+    | _T.SCAN_SPLIT_SYNCS
 )
 _FROM_6_18 = (
     _FROM_6_6
     | _T.SCAN_STALE
+    | _T.SCAN_SPLIT_SYNCS
     | _T.SVM_NEXT_RIP
     | _T.ICR_ANY_RESOLVED
     | _T.ICR_NO_RESERVED
@@ -325,6 +327,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TIMER_NO_CATCH_UP
             | _T.LVTPC_KEPT_ON_AMD
             | _T.INHIBIT_X2APIC
+            | _T.SCAN_SPLIT_SYNCS
             | _UNTIL_5_15
             | _UNTIL_6_1
             | _UNTIL_6_6
@@ -340,6 +343,7 @@ PROFILES: dict[str, Profile] = {
                 Stable("5.15.116", added=_T.REENTRY_COUNTED),
                 Stable("5.15.137", added=_T.LVTPC_MASKED),
                 Stable("5.15.157", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("5.15.162", added=_T.SCAN_SPLIT_SYNCS),
                 Stable("5.15.194", removed=_T.V_TPR_KEPT_BY_AVIC),
                 Stable("5.15.198", added=_T.TIMER_NO_CATCH_UP),
             ),
@@ -352,6 +356,7 @@ PROFILES: dict[str, Profile] = {
                     | _T.REENTRY_COUNTED
                     | _T.LVTPC_MASKED
                     | _T.LVTPC_KEPT_ON_AMD
+                    | _T.SCAN_SPLIT_SYNCS
                     | _T.TIMER_NO_CATCH_UP,
                 ),
             ),
@@ -378,6 +383,7 @@ PROFILES: dict[str, Profile] = {
                 Stable("6.1.60", added=_T.LVTPC_MASKED),
                 Stable("6.1.66", removed=_T.RESTORE_CLEARS_PIR_LAST),
                 Stable("6.1.88", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("6.1.96", added=_T.SCAN_SPLIT_SYNCS),
                 Stable("6.1.107", added=_T.ONE_SHOT_RESTORES_EXPIRED),
                 Stable("6.1.113", added=_T.ICR_NO_RESERVED | _T.ICR_RESERVED_GP),
                 Stable("6.1.149", added=_T.ICR_SPLIT_SVM | _T.FORCED_EXIT_HANDLED),
@@ -413,6 +419,7 @@ PROFILES: dict[str, Profile] = {
             stable=(
                 Stable("6.6.3", removed=_T.RESTORE_CLEARS_PIR_LAST),
                 Stable("6.6.29", added=_T.LVTPC_KEPT_ON_AMD),
+                Stable("6.6.36", added=_T.SCAN_SPLIT_SYNCS),
                 Stable("6.6.54", added=_T.ICR_NO_RESERVED | _T.ICR_RESERVED_GP),
                 Stable("6.6.78", added=_T.ICR_SPLIT_SVM, removed=_T.ID_FROM_PAGE),
                 Stable("6.6.103", added=_T.FORCED_EXIT_HANDLED),
@@ -439,6 +446,7 @@ PROFILES: dict[str, Profile] = {
             | _T.TSC_FIRST_WRITE_KEPT
             | _FROM_6_6,
             "as 6.6, reserved bits or not",
+            later=(Stable("6.10", added=_T.SCAN_SPLIT_SYNCS),),
         ),
         Profile(
             "6.12",
@@ -465,6 +473,7 @@ PROFILES: dict[str, Profile] = {
             | _T.AVIC_ID_REFUSED
             | _T.STIMER_SATURATES
             | _T.TSC_FIRST_WRITE_KEPT
+            | _T.SCAN_SPLIT_SYNCS
             | _FROM_6_6,
             "Fixed + physical unicast with reserved bits clear; re-enters the guest; HLT",
             stable=(

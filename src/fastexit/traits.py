@@ -284,6 +284,8 @@ class Trait(IntFlag):
     """The EOI of a vector that a vCPU has from an entry that now means others makes it scan again."""
     SCAN_SPLIT_PENDING = 1 << 110
     """Split irqchip: a vCPU's handled vectors have those that it is still to end, whomever their messages mean now."""
+    SCAN_SPLIT_SYNCS = 1 << 46
+    """Split irqchip: a scan empties PIR into IRR first, as one of the irqchip's own IOAPIC always did."""
     SCAN_OLD_MODE = 1 << 127
     """Who scans behind a write of an entry: whom its old destination meant in its old mode; before, in the new one."""
     RESAMPLER_ASKED = 1 << 113

@@ -3,7 +3,7 @@
 Models: vcpu_scan_ioapic, kvm_ioapic_scan_entry, kvm_scan_ioapic_routes, kvm_scan_ioapic_irq. Until the next entry the
 old set holds, for EOIs by the host, too. Differs by generation: from 6.15 on a vector that is in the set only because
 an earlier entry sent it asks for another scan when it ends; up to 6.1 messages of a split irqchip are in the set by
-their destination alone.
+their destination alone, and up to 6.9, but for stable kernels of 2024 and later, its scan leaves PIR alone.
 """
 
 from ..jit.declare import kernel, umin
@@ -80,12 +80,14 @@ def scan(m, v):
     """vcpu_scan_ioapic, for REQ_SCAN_IOAPIC. A set that the embedder gave stays, as does that of a disabled APIC."""
     if not m[hot(m, v) + k.HOT_FLAGS] & k.FLAG_HW:
         return k.ZERO
-    sync_pir_to_irr(m, v)
+    split = m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP
+    if not split or m[k.H_TRAITS] & k.T_SCAN_SPLIT_SYNCS:
+        sync_pir_to_irr(m, v)
     if m[k.IRQ + v * k.IRQ_STRIDE + k.IRQ_GIVEN]:
         return k.ZERO
     for i in range(4):
         m[own(m, v) + k.K_IOAPIC_HANDLED + k.U(i)] = k.ZERO
     m[k.IRQ + v * k.IRQ_STRIDE + k.IRQ_STALE] = k.ZERO
-    if m[k.H_CONFIG] & k.CONFIG_SPLIT_IRQCHIP:
+    if split:
         return _scan_routes(m, v)
     return _scan_pins(m, v)

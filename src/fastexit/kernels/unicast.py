@@ -74,6 +74,7 @@ IRRELEVANT = (
     | k.T_TRACE_DOORBELL
     | k.T_MMIO_NOT_VECTORING
     | k.T_INHIBITED_PAGE_UNMAPPED
+    | k.T_SCAN_SPLIT_SYNCS
 )
 """Traits that make no difference here: of other exits, of values that are declined, of traces, of the other vendor, and
 PI_KICK, which pid.rouse looks at. A generation with any other trait, one that is not listed yet included, is declined.
