@@ -569,10 +569,17 @@ def test_a_kernel_boots_and_answers() -> None:
     vm.close()  # the machine is gone already
 
 
-def test_what_a_machine_said_has_no_screen_codes_and_no_stamps(tmp_path: Path) -> None:
+def test_what_a_machine_said_has_no_screen_codes_and_no_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of it; a crash has more to tell, which is kept."""
+    kept = tmp_path / "kernels"
+    monkeypatch.setenv("FASTEXIT_KERNELS_DIR", str(kept))
     said = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n\x1b[2J[   31.949528] Oops: int3: 0000 [#1]\n[   31.95] CPU: 1\n"
     (tmp_path / "console").write_bytes(said)
     assert qemu.Emulated(["true"], tmp_path, ()).why_ended() == "Oops: int3: 0000 [#1]"
+    kept.mkdir()
+    words = kept / qemu.LAST_WORDS
+    assert qemu.Emulated(["true"], tmp_path, ()).why_ended() == f"Oops: int3: 0000 [#1] (all of it: {words})"
+    assert words.read_bytes() == said
 
 
 @lab_is_there

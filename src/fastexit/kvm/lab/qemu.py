@@ -38,6 +38,8 @@ _STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|c)")
 """The firmware clears its screen in front of the first line."""
 _TELLING = re.compile(r"Kernel panic|fastexit-init:|BUG:|Oops|unable to|Out of memory")
+LAST_WORDS = "last-console"
+"""File beside the kernels: the console of the last machine whose kernel crashed."""
 
 
 def program(emulator: str = EMULATOR) -> str:
@@ -172,7 +174,18 @@ class Emulated:
         stamped = (*_lines(self._console), *_lines(self._said))
         lines = [line for line in (_STAMP.sub("", line).strip() for line in stamped) if line]
         telling = [line for line in lines if _TELLING.search(line)]
-        return next(iter((*telling, *reversed(lines))), f"{EMULATOR} ended with {self._process.returncode}")
+        if telling:
+            return f"{telling[0]}{self._kept()}"
+        return lines[-1] if lines else f"{EMULATOR} ended with {self._process.returncode}"
+
+    def _kept(self) -> str:
+        """Keeps the console of a kernel that crashed, with its registers and call trace; where that is."""
+        kept = directory() / LAST_WORDS
+        try:
+            shutil.copyfile(self._console, kept)
+        except OSError:
+            return ""
+        return f" (all of it: {kept})"
 
 
 class _Attended(Wire):
