@@ -275,7 +275,7 @@ print(made)
 @pytest.mark.long
 @pytest.mark.skipif(WHY_NO_LAB is not None, reason=WHY_NO_LAB or "")
 def test_machines_come_and_go_beside_a_busy_cpu(tmp_path: Path) -> None:
-    """The kernel rewrites its code for the first and last vCPU of a kind, which TCG's other CPU must not run into."""
+    """The kernel rewrites its code for the first and last vCPU of a kind; the other CPU may be about to run it."""
     with (tmp_path / "made").open("wb+") as out:
         command = ["python", "-c", CHURN]
         ended = inside.run(kernels.find("6.12"), command, cpus=2, memory_mib=2048, stdout=out, seconds=300)

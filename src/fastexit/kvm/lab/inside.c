@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <linux/kvm.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -89,30 +88,6 @@ static void mounted(const char *kind, const char *where)
 {
 	mkdir(where, 0755);
 	mount(kind, where, kind, 0, NULL);
-}
-
-/*
- * Two machines of KVM's that nobody runs keep its static keys as they are: preempt notifiers, vCPUs without an APIC, APICs
- * that are disabled by hardware and by software. Each first and last user of such a key rewrites the kernel's code while
- * the other CPUs run it, and TCG, which translates what it read a moment ago, then takes a breakpoint that is gone: an
- * oops, or a CPU that waits for ever. KVM behaves the same with a key on; it looks at the vCPU in place of the key.
- */
-static void hold_keys(void)
-{
-	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), bare = ioctl(kvm, KVM_CREATE_VM, 0);
-	int with_irqchip = ioctl(kvm, KVM_CREATE_VM, 0), vcpu;
-	struct kvm_sregs sregs;
-
-	if (with_irqchip < 0) /* a kernel without KVM's modules */
-		return;
-	if (ioctl(bare, KVM_CREATE_VCPU, 0) < 0 || ioctl(with_irqchip, KVM_CREATE_IRQCHIP, 0))
-		fail("/dev/kvm");
-	vcpu = ioctl(with_irqchip, KVM_CREATE_VCPU, 0);
-	if (vcpu < 0 || ioctl(vcpu, KVM_GET_SREGS, &sregs))
-		fail("/dev/kvm");
-	sregs.apic_base = 0;
-	if (ioctl(vcpu, KVM_SET_SREGS, &sregs))
-		fail("/dev/kvm");
 }
 
 static int open_frames(void)
@@ -317,7 +292,6 @@ int main(void)
 	chmod("/tmp", 01777);
 	symlink("/proc/self/fd", "/dev/fd");
 	load_modules();
-	hold_keys();
 	if (ioperm(OUTPUT, PORTS, 1))
 		fail("ioperm");
 	signal(SIGPIPE, SIG_IGN);

@@ -32,6 +32,11 @@ PARAMETERS = {"kvm-amd": "avic=0 vgif=0 nrips=0"}
 """What the emulated CPU does not have, or has in a way that is nobody's."""
 EXACT = ("-icount", "shift=0,sleep=off")
 """The machine's clock counts instructions, 1 ns each; halting jumps to the next timer."""
+ACCELERATOR = "tcg,thread=single"
+"""CPUs take turns in one thread. With a thread each, one translates code while another rewrites it, as the kernel does
+for its static keys when virtual machines come and go, and runs what was never there: an oops, or a CPU that waits for
+ever.
+"""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check"
 """A machine that a busy host keeps from running misses ticks, which the kernel's check takes for a broken timer."""
 _STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
@@ -58,7 +63,7 @@ def modules_of(kernel: Kernel) -> list[tuple[str, bytes, str]]:
 def plain(kernel: Kernel, scratch: Path, *, cpus: int, memory_mib: int, cpu: str = CPU) -> list[str]:
     """QEMU's arguments for any machine of a lab: ``scratch`` has its initramfs, and gets what its console says."""
     return [
-        *("-M", "q35,accel=tcg", "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
+        *("-M", "q35", "-accel", ACCELERATOR, "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
         *("-nodefaults", "-nographic", "-no-reboot", "-no-user-config"),
         *("-kernel", str(kernel.image), "-initrd", str(scratch / "initramfs")),
         *("-append", COMMAND_LINE),
