@@ -60,10 +60,12 @@ IPI_AND_SPIN = program(X2APIC + wrmsr(0x830, 0x4_0041) + say("ready\n") + b"\xeb
 
 @pytest.fixture(autouse=True)
 def interrupts_are_heard() -> Iterator[None]:
-    """In the background of a shell SIGINT is ignored, and would be by the processes that are begun here."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """In the background of a shell SIGINT is ignored, by nohup SIGHUP, and would be by the processes begun here."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
