@@ -391,7 +391,7 @@ def test_a_closed_terminal_leaves_a_whole_trace(
 ) -> None:
     trace = tmp_path / "trace.xz"
     pty = at_terminal(IPI_AND_SPIN, "--trace", str(trace), *options)
-    pty.wait_for("ready")
+    pty.wait_for("ready\r\n")  # a line end on its way would find no terminal, which is another way to end
     pty.until(lambda: not pty.echoes())
     pty.hang_up()
     assert pty.process.wait(SECONDS) == code
