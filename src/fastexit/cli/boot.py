@@ -43,7 +43,8 @@ program. A kernel without --initrd gets a static busybox with a shell. The termi
   fastexit boot 6.1 --irqchip kernel             the same guest on KVM's own irqchip
 
 Exit code: the guest's by port 0xf4 (0 where it switches itself off), 1 for a panic or a triple fault, 2 for what this
-host or KVM cannot do, 124 when --seconds are over, 130 for ^C, 143 for SIGTERM; counts are told for these, too."""
+host or KVM cannot do, 124 when --seconds are over, 130 for ^C, 143 for SIGTERM, 129 for a closed
+terminal; counts are told for these, too."""
 
 
 def _vcpus(text: str) -> int:
