@@ -9,9 +9,9 @@ import shlex
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastexit import __version__
 from fastexit.checks import quoted
@@ -31,8 +31,17 @@ class UsageError(Exception):
 def complain(text: str) -> None:
     """One line on stderr, where there is one; nobody reads one whose terminal is gone."""
     if sys.stderr is not None:
-        with suppress(OSError):
-            print(f"fastexit: {text}", file=sys.stderr)
+        try:
+            print(f"fastexit: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            abandon(sys.stderr)
+
+
+def abandon(stream: TextIO) -> None:
+    """Points a standard stream elsewhere: what it holds cannot be written, and its flush at exit would say so again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _compile() -> None:

@@ -8,7 +8,6 @@ write to, said in one line on stderr.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -301,13 +300,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _abandon_stdout() -> None:
-    """Point stdout elsewhere: what it still holds cannot be written, and its flush at exit would say so again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
-
-
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
     """SIGTERM ends the command as ^C does, emulated machines with it; so does a terminal that is closed.
@@ -351,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_in_order():
             return _run(argv)
     except BrokenPipeError:  # the reader has seen enough (``| head``)
-        _abandon_stdout()
+        commands.abandon(sys.stdout)
         return 0
     except KeyboardInterrupt:
         commands.complain("interrupted")
@@ -361,5 +353,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sys.stdout.flush()
         except OSError:
-            _abandon_stdout()
+            commands.abandon(sys.stdout)
         return 2
