@@ -43,8 +43,8 @@ program. A kernel without --initrd gets a static busybox with a shell. The termi
   fastexit boot 6.1 --irqchip kernel             the same guest on KVM's own irqchip
 
 Exit code: the guest's by port 0xf4 (0 where it switches itself off), 1 for a panic or a triple fault, 2 for what this
-host or KVM cannot do, 124 when --seconds are over, 130 for ^C, 143 for SIGTERM, 129 for a closed
-terminal; counts are told for these, too."""
+host or KVM cannot do, 124 when --seconds are over, 129 for a closed terminal, 130 for ^C, 143 for SIGTERM; counts are
+told for the last four, too."""
 
 
 def _vcpus(text: str) -> int:
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attended(host: KvmHost, seconds: float | None) -> int:
-    """The guest runs, with the user's terminal at its serial port; the exit code, behind ^C and SIGTERM, too."""
+    """The guest runs, with the user's terminal at its serial port; the exit code, behind ^C and a signal, too."""
     from fastexit.adapters.kvmhost.terminal import Terminal
 
     try:
