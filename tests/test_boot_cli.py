@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import lzma
 import os
 import signal
 import struct
@@ -56,6 +57,7 @@ ECHO = program(
 X2APIC = b"\xb9\x1b\x00\x00\x00\x0f\x32\x0d\x00\x04\x00\x00\x0f\x30" + wrmsr(0x80F, 0x1FF)
 IPIS = program(X2APIC + b"".join(wrmsr(0x830, 0x4_0041) for _ in range(20)) + END)
 IPI_AND_SPIN = program(X2APIC + wrmsr(0x830, 0x4_0041) + say("ready\n") + b"\xeb\xfe")
+IPI_AND_TALK = program(X2APIC + wrmsr(0x830, 0x4_0041) + say("ready\n") + out(0x3F8, ord("x")) + b"\xeb\xf5")
 
 
 @pytest.fixture(autouse=True)
@@ -371,6 +373,58 @@ def test_control_c_ends_it_and_tells(data: bytes, at_terminal: Callable[..., Pty
     assert "Traceback" not in pty.shown
 
 
+AT_A_MOMENT = """
+import os, signal, sys, termios, threading
+
+owner, name, number = eval(sys.argv.pop(1))
+real = getattr(owner, name)
+
+
+def and_then(*args, **kwargs):
+    done = real(*args, **kwargs)
+    if owner is termios or args[0].name == "vcpu0":
+        os.kill(os.getpid(), number)
+    return done
+
+
+setattr(owner, name, and_then)
+from fastexit.cli.parser import main
+
+sys.exit(main(["boot", *sys.argv[1:]]))
+"""
+
+
+@kvm
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("moment", ["termios, 'tcsetattr'", "threading.Thread, 'start'", "threading.Thread, 'join'"])
+def test_a_signal_at_any_moment_ends_it_in_order(
+    moment: str, number: str, at_terminal: Callable[..., Pty], tmp_path: Path
+) -> None:
+    """While the terminal is set, or set again, vCPUs begun or waited for: what was told a second time among them."""
+    command = [sys.executable, "-c", AT_A_MOMENT, f"{moment}, signal.{number}"]
+    trace = tmp_path / "trace.xz"
+    pty = at_terminal(IPI_AND_SPIN, "--seconds", "1", "--trace", str(trace), command=command)
+    over = moment.endswith("'join'")
+    assert pty.ended() == (124 if over else 128 + getattr(signal, number))
+    assert ("time is up after" if over else "interrupted after") in pty.shown
+    assert f"in {trace}" in pty.shown.replace("\r\n", "")
+    assert "Traceback" not in pty.shown
+    assert lzma.open(trace).read()  # whole, and of a guest that may have had no time for an exit
+
+
+@kvm
+def test_control_c_once_more_waits_for_nothing(at_terminal: Callable[..., Pty]) -> None:
+    """A second one, and not the same key held down, ends a clean-up that takes long."""
+    slow = AT_A_MOMENT.replace(
+        "os.kill(os.getpid(), number)", "[(os.kill(os.getpid(), number), time.sleep(0.6)) for _ in range(9)]"
+    )
+    command = [sys.executable, "-c", "import time\n" + slow, "threading.Thread, 'join', signal.SIGINT"]
+    pty = at_terminal(SPIN, "--seconds", "0.1", command=command)
+    assert pty.ended() == 130
+    assert pty.shown.endswith("fastexit: interrupted\r\n")
+    assert "Traceback" not in pty.shown
+
+
 @kvm
 def test_sigterm_ends_it_in_order(at_terminal: Callable[..., Pty], tmp_path: Path) -> None:
     trace = tmp_path / "trace.xz"
@@ -385,16 +439,18 @@ def test_sigterm_ends_it_in_order(at_terminal: Callable[..., Pty], tmp_path: Pat
 
 
 @kvm
-@pytest.mark.parametrize(("options", "code"), [(["--quiet"], 128 + signal.SIGHUP), ([], 2)], ids=["quiet", "tells"])
+@pytest.mark.parametrize("options", [["--quiet"], []], ids=["quiet", "tells"])
+@pytest.mark.parametrize("data", [IPI_AND_SPIN, IPI_AND_TALK], ids=["spins", "prints"])
 def test_a_closed_terminal_leaves_a_whole_trace(
-    options: list[str], code: int, at_terminal: Callable[..., Pty], tmp_path: Path
+    data: bytes, options: list[str], at_terminal: Callable[..., Pty], tmp_path: Path
 ) -> None:
+    """Also where the guest finds that nothing can be written any more before SIGHUP comes."""
     trace = tmp_path / "trace.xz"
-    pty = at_terminal(IPI_AND_SPIN, "--trace", str(trace), *options)
-    pty.wait_for("ready\r\n")  # a line end on its way would find no terminal, which is another way to end
+    pty = at_terminal(data, "--trace", str(trace), *options)
+    pty.wait_for("ready")
     pty.until(lambda: not pty.echoes())
     pty.hang_up()
-    assert pty.process.wait(SECONDS) == code
+    assert pty.process.wait(SECONDS) == 128 + signal.SIGHUP
     report = replay(str(trace))
     assert (report.mismatches, report.problems) == ([], [])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastexit.checks import quoted
-from fastexit.cli.commands import UsageError, complain, print_json
+from fastexit.cli import signals
+from fastexit.cli.commands import UsageError, abandon, complain, print_json
 
 if TYPE_CHECKING:
     from fastexit.adapters.kvmhost.host import KvmHost
 
-FAILED, TIME_IS_UP, INTERRUPTED = 2, 124, 130
+FAILED, TIME_IS_UP, CLOSED, INTERRUPTED = 2, 124, 128 + signal.SIGHUP, 128 + signal.SIGINT
+STOPPED = "interrupted"
+"""Why a guest is over that did not end itself."""
 CONSOLE, EARLY = "console=ttyS0 panic=-1", "earlyprintk=ttyS0"
 """The second one is for hosts on which nothing would be seen for minutes."""
 MOST_VCPUS, LEAST_MIB, MOST_MIB = 64, 2, 1 << 16
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         args.vcpus,
         memory=args.memory * MIB,
         irqchip=args.irqchip,
-        console=_writer(out.fileno(), lambda: host.ended is not None),
+        console=_writer(out.fileno(), lambda: host),
         x2apic=not args.no_x2apic,
         deadline=choice[args.deadline],
         hyperv=args.hyperv,
@@ -140,10 +145,16 @@ def run(args: argparse.Namespace) -> int:
                 complain(f"writing {trace.waiting:,} more lines of the trace")
             host.close()
             told["trace"] = {"file": str(args.trace), "lines": trace.lines, "lost": trace.lost}
-    if args.json:
-        print_json(told)
-    elif not args.quiet:
-        show(told)
+    try:
+        if args.json:
+            print_json(told)
+        elif not args.quiet:
+            show(told)
+        sys.stdout.flush()
+    except OSError:
+        if code != CLOSED:
+            raise
+        abandon(sys.stdout)  # it was the terminal's
     if told["detail"] or code in (INTERRUPTED, FAILED) and told["ended"] != "exit port":
         complain(": ".join(filter(None, (told["ended"], told["detail"]))))
     return code
@@ -151,15 +162,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _attended(host: KvmHost, seconds: float | None) -> int:
     """The guest runs, with the user's terminal at its serial port; the exit code, behind ^C and a signal, too."""
+    from fastexit.adapters.kvmhost.power import Ended
     from fastexit.adapters.kvmhost.terminal import Terminal
 
-    try:
-        with Terminal(host.type, host.serial.room):
-            ended = host.run(seconds)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    with signals.told(lambda number: host.end(Ended(STOPPED, 128 + number))), Terminal(host.type, host.serial.room):
+        ended = host.run(seconds)
     return TIME_IS_UP if ended.reason == "time is up" else ended.code
 
 
@@ -221,14 +228,23 @@ def _load(host: KvmHost, path: Path, image: bytes, initrd: bytes | None, args: a
         raise UsageError(f"{quoted(str(path))}: {error}") from None
 
 
-def _writer(fd: int, over: Callable[[], bool]) -> Callable[[bytes], None]:
+def _writer(fd: int, host: Callable[[], KvmHost]) -> Callable[[bytes], None]:
     """Writes all of it; what nobody reads keeps no guest that is over."""
+    from fastexit.adapters.kvmhost.power import Ended
+
+    terminal = os.isatty(fd)
 
     def write(data: bytes) -> None:
         while data:
             if select.select([], [fd], [], PATIENCE)[1]:
-                data = data[os.write(fd, data) :]
-            elif over():
+                try:
+                    data = data[os.write(fd, data) :]
+                except OSError as error:
+                    if not terminal or error.errno != errno.EIO:
+                        raise
+                    host().end(Ended(STOPPED, CLOSED))  # its SIGHUP may come later
+                    return
+            elif host().ended is not None:
                 return
 
     return write

@@ -8,17 +8,14 @@ write to, said in one line on stderr.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from fastexit import __version__
 from fastexit.checks import QUOTED, quoted
-from fastexit.cli import boot, commands, costs, kernels, report
+from fastexit.cli import boot, commands, costs, kernels, report, signals
 from fastexit.profile import NEWEST, PROFILES, profiles
 from fastexit.releases import generation
 
@@ -300,30 +297,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM ends the command as ^C does, emulated machines with it; so does a terminal that is closed.
-
-    A signal that the process was told to ignore (nohup) stays ignored, and in another thread they are the process's.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in taken:
-        signal.signal(number, _terminated)
-    try:
-        yield
-    finally:
-        for number, handler in taken.items():
-            signal.signal(number, handler)
-
-
-def _terminated(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def _run(argv: Sequence[str] | None) -> int:
     try:
         own, words = kernels.split(sys.argv[1:] if argv is None else argv)
@@ -340,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.complain("standard output is closed")
         return 2
     try:
-        with _ended_in_order():
+        with signals.ended_in_order():
             return _run(argv)
     except BrokenPipeError:  # the reader has seen enough (``| head``)
         commands.abandon(sys.stdout)

@@ -245,10 +245,9 @@ class KvmHost:
 
     def run(self, seconds: float | None = None) -> Ended:
         """Lets the guest run until it ends, or for so long: why it is over. In the thread that ^C goes to."""
-        threads = self._threads()
-        for thread in threads:
-            thread.start()
         try:
+            for thread in self._threads():
+                thread.start()
             self._over.wait(seconds)
         except BaseException:
             self.end(Ended("interrupted", 130))

@@ -356,8 +356,8 @@ def _by_keys(fd: int) -> Iterator[None]:
     before = termios.tcgetattr(fd)
     now = termios.tcgetattr(fd)
     now[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(fd, termios.TCSADRAIN, now)
     try:
+        termios.tcsetattr(fd, termios.TCSADRAIN, now)
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
