@@ -24,7 +24,7 @@ from fastexit.kvm import comparison, judge
 from fastexit.kvm import ioctl as K
 from fastexit.kvm import operations as ops
 from fastexit.kvm.device import KvmUnavailable, upstream
-from fastexit.kvm.lab import initramfs, kernels, qemu, traces, wire
+from fastexit.kvm.lab import initramfs, kernels, lastwords, qemu, traces, vmxmachine, wire
 from fastexit.kvm.lab.device import LATCHED_INIT_AT, SEEN, LabDevice, ioctl_record
 from fastexit.kvm.lab.turnstile import Turnstile
 from fastexit.kvm.lab.wire import Answer, Ask
@@ -577,9 +577,32 @@ def test_what_a_machine_said_has_no_screen_codes_and_no_stamps(tmp_path: Path, m
     (tmp_path / "console").write_bytes(said)
     assert qemu.Emulated(["true"], tmp_path, ()).why_ended() == "Oops: int3: 0000 [#1]"
     kept.mkdir()
-    words = kept / qemu.LAST_WORDS
+    words = kept / lastwords.KEPT
     assert qemu.Emulated(["true"], tmp_path, ()).why_ended() == f"Oops: int3: 0000 [#1] (all of it: {words})"
     assert words.read_bytes() == said
+
+
+def test_what_bochs_says_last_is_its_kernels_crash_before_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTEXIT_KERNELS_DIR", str(tmp_path))
+
+    def ended() -> str:
+        machine = vmxmachine._Emulated(["true"], {}, tmp_path)
+        with pytest.raises(KvmUnavailable, match=r"the lab's machine ended: ") as found:
+            machine.until("ready", 60)
+        machine.end()
+        return str(found.value).partition("ended: ")[2]
+
+    assert ended() == "nothing was said"
+    (tmp_path / "log").write_text("00000000000e[      ] >>PANIC<< no BIOS\nlast\n")
+    assert ended() == "00000000000e[      ] >>PANIC<< no BIOS"
+    (tmp_path / "log").write_text("last\n")
+    (tmp_path / "console").write_text("[    1.0] first\r\n[    2.0] then\r\n")
+    assert ended() == "then"
+    (tmp_path / "console").write_text("[    1.0] BUG: bad\n[    2.0] RIP: there\n")
+    assert ended() == f"BUG: bad (all of it: {tmp_path / lastwords.KEPT})"
+    assert (tmp_path / lastwords.KEPT).read_bytes() == (tmp_path / "console").read_bytes()
 
 
 @lab_is_there

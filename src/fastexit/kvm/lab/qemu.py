@@ -6,7 +6,6 @@ Models: nothing. No KVM below, no root, no network, no disk.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from fastexit.kvm.host import KvmUnavailable
 from fastexit.kvm.lab.initramfs import init_program, initramfs
 from fastexit.kvm.lab.kernels import MODULES, Kernel, directory
+from fastexit.kvm.lab.lastwords import last_words
 from fastexit.kvm.lab.wire import BYTES, Answer, Record, Wire, WireBroken
 
 EMULATOR = "qemu-system-x86_64"
@@ -39,12 +39,6 @@ ever.
 """
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check"
 """A machine that a busy host keeps from running misses ticks, which the kernel's check takes for a broken timer."""
-_STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
-_ESCAPES = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|c)")
-"""The firmware clears its screen in front of the first line."""
-_TELLING = re.compile(r"Kernel panic|fastexit-init:|BUG:|Oops|unable to|Out of memory")
-LAST_WORDS = "last-console"
-"""File beside the kernels: the console of the last machine whose kernel crashed."""
 
 
 def program(emulator: str = EMULATOR) -> str:
@@ -176,21 +170,7 @@ class Emulated:
         """None while the machine runs, else one line of what it said last."""
         if self._process.poll() is None:
             return None
-        stamped = (*_lines(self._console), *_lines(self._said))
-        lines = [line for line in (_STAMP.sub("", line).strip() for line in stamped) if line]
-        telling = [line for line in lines if _TELLING.search(line)]
-        if telling:
-            return f"{telling[0]}{self._kept()}"
-        return lines[-1] if lines else f"{EMULATOR} ended with {self._process.returncode}"
-
-    def _kept(self) -> str:
-        """Keeps the console of a kernel that crashed, with its registers and call trace; where that is."""
-        kept = directory() / LAST_WORDS
-        try:
-            shutil.copyfile(self._console, kept)
-        except OSError:
-            return ""
-        return f" (all of it: {kept})"
+        return last_words(self._console, self._said) or f"{EMULATOR} ended with {self._process.returncode}"
 
 
 class _Attended(Wire):
@@ -213,10 +193,3 @@ class _Dozing(_Attended):
             return super().trip(records, seconds)
         finally:
             self._emulated.tell(signal.SIGSTOP)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return _ESCAPES.sub("", path.read_text(errors="replace")).splitlines()
-    except OSError:
-        return []

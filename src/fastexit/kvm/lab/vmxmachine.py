@@ -21,6 +21,7 @@ from fastexit.kvm.lab import vmxboot
 from fastexit.kvm.lab.bochs import Tree
 from fastexit.kvm.lab.initramfs import init_program, initramfs
 from fastexit.kvm.lab.kernels import MODULES, Kernel, directory
+from fastexit.kvm.lab.lastwords import last_words
 
 BOOT_SECONDS = 200.0
 """Of the emulator's CPU time: some ten to thirty."""
@@ -159,16 +160,9 @@ class _Emulated:
         self._lines += [line.decode(errors="replace") for line in lines]
 
     def _last(self) -> str:
-        """What was said last by the kernel, by Bochs' log or on its stderr."""
-        for name in ("console", "log", "stderr"):
-            try:
-                lines = (self._scratch / name).read_text(errors="replace").strip().splitlines()
-            except OSError:
-                continue
-            told = [line for line in lines if "panic" in line.lower()]
-            if told or (lines and name == "console"):
-                return (told or lines)[-1].strip()
-        return "nothing was said"
+        """What was said last by Bochs' log, on its stderr or by the kernel."""
+        console, log, said = (self._scratch / name for name in ("console", "log", "stderr"))
+        return last_words(console, log, said, console) or "nothing was said"
 
     def end(self) -> None:
         self._process.kill()
