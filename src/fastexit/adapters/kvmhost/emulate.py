@@ -6,11 +6,15 @@ CLAC and STAC. INT3: KVM injects its exception (KVM_SET_VCPU_EVENTS). kvm_pvm is
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastexit.adapters.kvmhost.memory import Memory
 from fastexit.adapters.kvmhost.registers import Registers
 from fastexit.kvm import ioctl as K
 
 LONGEST = 15
+HAS_BYTES = 1
+"""KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES."""
 FWAIT, INT3 = 0x9B, 0xCC
 CLAC, STAC = b"\x0f\x01\xca", b"\x0f\x01\xcb"
 RFLAGS_AC = 1 << 18
@@ -18,10 +22,9 @@ BREAKPOINT = 3
 PREFIXES = frozenset({0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3})
 
 
-def complete(registers: Registers, memory: Memory, fd: int) -> str | None:
-    """Does the instruction at RIP if it is one of those: its name; None where it is not."""
+def complete(registers: Registers, code: bytes, fd: int) -> str | None:
+    """Does the instruction that begins with ``code`` if it is one of those: its name; None where it is not."""
     regs = registers.read()
-    code = instruction(memory, fd, int(regs.rip))
     at = 0
     while at < len(code) and code[at] in PREFIXES:
         at += 1
@@ -60,6 +63,18 @@ def _modrm_bytes(code: bytes, at: int) -> int:
     elif mode == 0 and base == 5:
         return size + 4
     return size + (0, 1, 4)[mode]
+
+
+def refused(internal: Any) -> bytes:
+    """The bytes that KVM's emulator gave up at (KVM_INTERNAL_ERROR_EMULATION), and may be more; none if it tells none.
+
+    What is in memory by now may be another instruction: Linux puts INT3 in front of what it rewrites while other CPUs
+    run there.
+    """
+    if internal.ndata < 3 or not internal.data[0] & HAS_BYTES:
+        return b""
+    told = bytes(K.ffi.buffer(internal.data))[8:24]
+    return told[1 : 1 + min(told[0], LONGEST)]
 
 
 def instruction(memory: Memory, fd: int, rip: int) -> bytes:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from fastexit.adapters.kvmhost.emulate import complete, instruction
+from fastexit.adapters.kvmhost.emulate import complete, instruction, refused
 from fastexit.adapters.kvmhost.kick import Kick
 from fastexit.adapters.kvmhost.pace import Pace
 from fastexit.adapters.kvmhost.power import Ended
@@ -130,17 +130,18 @@ class HostVcpu(ABC):
     def _internal_error(self) -> None:
         """An instruction that this KVM's emulator does not have is done here, if it is one of a few."""
         internal = self.kvm_run.internal
-        if internal.suberror == EMULATION and self.host.slow:
-            done = complete(self.registers, self.host.memory, self.fd)
+        code = b""
+        if internal.suberror == EMULATION:
+            code = refused(internal) or instruction(self.host.memory, self.fd, int(self.registers.read().rip))
+            done = complete(self.registers, code, self.fd) if self.host.slow else None
             if done is not None:
                 self.host.completed[done] += 1
                 return
-        code = instruction(self.host.memory, self.fd, int(self.registers.read().rip)).hex(" ")
         self.host.end(
             Ended(
                 f"KVM cannot emulate what vCPU {self.index} does",
                 FAILED,
-                f"suberror {internal.suberror}, {code or 'no memory'} at {self.registers.describe()}",
+                f"suberror {internal.suberror}, {code.hex(' ') or 'no memory'} at {self.registers.describe()}",
             )
         )
 
