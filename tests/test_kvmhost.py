@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from fastexit import layout as L
 from fastexit.adapters.kvmhost import Ended, KvmHost, ModelVcpu, clock, host, summary
 from fastexit.adapters.kvmhost.memory import MIB
 from fastexit.kvm import ioctl as K
+from fastexit.reasons import KvmExit
 from fastexit.trace.replay import replay
 from real_kvm import kvm
 
@@ -318,8 +320,30 @@ def test_time_is_up_and_threads_end() -> None:
         g.load()
         began = time.monotonic()
         assert g.host.run(0.2).reason == "time is up"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < SECONDS
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("vcpu", "clockwork"))]
+
+
+@kvm
+def test_what_is_closed_can_be_looked_at() -> None:
+    """A vCPU's run area stays as long as somebody has it, and not longer."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("kvm-vcpu")
+
+    gc.collect()
+    before = mapped()
+    with guest() as g:
+        g.program(0, g.finish())
+        g.load()
+        assert g.host.run(SECONDS).reason == "exit port"
+    run, reason = g.host.vcpus[0].kvm_run, g.host.vcpus[0].kvm_run.exit_reason
+    assert (reason, mapped()) == (KvmExit.IO, before + 1)
+    del g
+    gc.collect()
+    assert run.exit_reason == reason
+    del run
+    assert mapped() == before
 
 
 @kvm
@@ -367,9 +391,9 @@ def test_who_types_and_a_guest_that_reads_do_not_wait_for_each_other(tmp_path: P
             typed.join(0.2)
             assert typed.is_alive()
             read.start()
-            read.join(5)
+            read.join(SECONDS)
             assert not read.is_alive()
-        typed.join(5)
+        typed.join(SECONDS)
         assert not typed.is_alive()
 
 
@@ -401,7 +425,7 @@ def test_timers_leave_time_for_the_guest(apic: str) -> None:
     """A periodic timer that is due again before anybody could serve it: the program under it comes to its end."""
     with guest(apic=apic, min_timer_period_us=0, bus_cycle_ns=1) as g:
         timer = g.register(0x3E0, 0xB) + g.register(0x320, 0x2_0000 | TIMER) + g.register(0x380, 5_000)
-        g.program(0, timer + b"\xfb" + repeated(100_000, b"") + b"\xfa" + g.finish())
+        g.program(0, timer + g.wait(0, TIMER, 11) + repeated(100_000, b"") + b"\xfa" + g.finish())
         g.handler(0, TIMER)
         (v,) = ran(g)
         assert v.taken[TIMER] > 10

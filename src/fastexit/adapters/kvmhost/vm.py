@@ -38,7 +38,6 @@ class Vm:
         self.device: Device = device
         self.memory: Memory = memory
         self._files: list[int] = []
-        self._areas: list[mmap.mmap] = []
         try:
             self.system: int = self._file(device.open())
             self.fd: int = self._file(K.call(self.system, K.CREATE_VM))
@@ -84,8 +83,7 @@ class Vm:
         """KVM_CREATE_VCPU: its file descriptor, and its ``struct kvm_run``."""
         fd = self._file(K.call(self.fd, K.CREATE_VCPU, apic_id))
         area = mmap.mmap(fd, self.run_bytes)
-        self._areas.append(area)
-        run = K.ffi.cast("struct kvm_run *", K.ffi.from_buffer(area))
+        run = K.ffi.from_buffer("struct kvm_run *", area)  # which keeps the area
         run.kvm_valid_regs = SYNC_REGS
         return fd, run
 
@@ -97,4 +95,3 @@ class Vm:
         """Gives every file back; run areas go with the last reference to them."""
         while self._files:
             self.device.close(self._files.pop())
-        self._areas.clear()
