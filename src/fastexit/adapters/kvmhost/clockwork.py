@@ -38,6 +38,7 @@ class Clockwork:
         try:
             while host.ended is None:
                 self._changed.clear()
+                self._until = None  # whoever ends an interrupt meanwhile has it looked at again
                 began = host.clock()
                 with host.gate:
                     if began >= earliest:

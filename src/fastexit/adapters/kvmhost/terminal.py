@@ -84,7 +84,8 @@ class Terminal:
                 try:
                     data = os.read(self._input, AT_ONCE)
                 except OSError:
-                    waits = os.isatty(self._input) and not self._is_ours()
+                    # In the background, unless it came to the foreground since: a terminal that is gone is none.
+                    waits = os.isatty(self._input)
                     if waits:
                         continue
                     return
