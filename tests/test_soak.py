@@ -29,12 +29,12 @@ def program() -> Path:
     need_compiler()
     cabi.addresses()
     library = built()
-    target = library / "soak"
+    target, half = library / "soak", library / f"soak.{os.getpid()}"
     line = [*build.compiler(), "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    line += [*shlex.split(build.cflags(library)), str(SOURCE), "-o", str(target), *shlex.split(build.libs(library))]
+    line += [*shlex.split(build.cflags(library)), str(SOURCE), "-o", str(half), *shlex.split(build.libs(library))]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return target
+    return half.replace(target)
 
 
 def soak(program: Path, exits: int, seed: int = 1, planted: str = "") -> tuple[int, dict[str, float]]:

@@ -189,7 +189,7 @@ class ApicProgram:
     def _death(self) -> str:
         assert self._process is not None
         try:
-            code = self._process.wait(timeout=1)
+            code = self._process.wait(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             return "closed its output"
         return f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
