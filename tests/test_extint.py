@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastexit as fx
 from fastexit import regs as r
+from real_kvm import kvm
 
 VENDORS = ("vmx", "svm")
 LINT0, IF = 0x835, 1 << 9
@@ -196,3 +198,89 @@ def test_no_window_with_an_event_under_way() -> None:
     out = v.exit(fx.VmxExit.EXCEPTION_NMI, intr_info=0x8000_0202, info2=0x8000_0041)
     assert out.user is None
     assert run(v).user is OPEN
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_no_window_where_the_pic_is_kvms(vendor: str) -> None:
+    v = fx.Machine(vcpus=1, vendor=vendor, irqchip="full").vcpus[0]
+    v.request_interrupt_window = True
+    assert not v.request_interrupt_window
+    v.rflags |= IF
+    assert run(v).user is None
+
+
+@pytest.mark.parametrize("dispatcher", ["python", "compiled"])
+@pytest.mark.parametrize(("kernel", "ends"), [("7.0", True), ("7.1", False), ("7.3", False)])
+def test_a_window_that_is_asked_for_and_served_for_ever(kernel: str, ends: bool, dispatcher: str) -> None:
+    """From 7.1 on what AVIC delivers again serves user space's window; each cancels the entry till a signal comes."""
+
+    def machine() -> fx.Vcpu:
+        m = fx.Machine(vcpus=1, vendor="svm", irqchip="split", kernel=kernel, dispatcher=dispatcher)
+        v = m.vcpus[0]
+        v.request_interrupt_window = True
+        v.set_events(interrupt=0x24)
+        return v
+
+    v = machine()
+    assert v.run() is ends
+    assert v.exit_reason is (None if ends else fx.KvmExit.INTR)
+    assert v.request_interrupt_window
+    v = machine()
+    assert v.rdmsr(0x1B) & r.APICBASE_EN, "who says that it runs guest code asks for no window"
+    assert v.request_interrupt_window is ends
+    row = np.zeros(1, fx.EXIT)
+    row["reason"], row["msr"] = fx.SvmExit.MSR, 0x1B
+    v = machine()
+    v.machine.run(row)
+    assert v.request_interrupt_window is ends
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_window_is_asked_for_by_whoever_could_inject(vendor: str) -> None:
+    """kvm_cpu_accept_dm_intr, whether the guest takes interrupts now or not: an entry leaves again at once, if so."""
+    v = booted(vendor).vcpus[0]
+    v.request_interrupt_window = True
+    assert run(v).user is OPEN
+    assert v.run()
+    assert v.irq_window
+    assert window(v).user is OPEN
+    v.interrupt(0x31)
+    assert v.run()
+    assert (v.injected, v.irq_window) == (0x31, False), "its place was taken as the entry began"
+    v.set_msr(LINT0, 0x10700)
+    assert v.run()
+    assert not v.irq_window
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_settle_ends_where_user_space_may_inject(vendor: str) -> None:
+    v = booted(vendor).vcpus[0]
+    v.request_interrupt_window = True
+    assert run(v).user is OPEN
+    assert not v.settle()
+    assert v.exit_reason is OPEN
+    v.request_interrupt_window = False
+    assert v.settle()
+
+
+@kvm
+@pytest.mark.parametrize(("lint0", "interrupts"), [(0x700, True), (0x700, False), (0x10700, True)])
+def test_windows_are_like_the_kernels(lint0: int, interrupts: bool) -> None:
+    """A guest that does nothing that exits leaves KVM_RUN before its first instruction, or never."""
+    with fx.kvm.Oracle(1, irqchip="split") as vm:
+        page = bytearray(vm.vcpus[0].get_lapic())
+        page[0xF0:0xF4], page[0x350:0x354] = (0x1FF).to_bytes(4, "little"), lint0.to_bytes(4, "little")
+        vm.vcpus[0].set_lapic(bytes(page))
+        guest = vm.vcpus[0].ready()
+        guest._run.request_interrupt_window = 1
+        with guest.limit(0.3), pytest.raises((RuntimeError, TimeoutError)) as stopped:
+            guest.execute(b"\xeb\xfe", interrupts=interrupts)
+        m = fx.Machine(1, **vm.keywords)
+        m.vcpus[0].set_lapic(bytes(page))
+    v = m.vcpus[0]
+    v.rflags = 2 | IF * interrupts
+    v.request_interrupt_window = True
+    assert v.run()
+    opens = v.irq_window and interrupts
+    assert ("KVM_EXIT 7" in str(stopped.value)) is opens
+    assert window(v).user is OPEN if opens else run(v).user is None

@@ -78,6 +78,9 @@ HV_EVENTFD_SIGNALS = 1
 HV_EVENTFD_STRIDE = 2
 HEADER_WORDS = 512
 
+MOST_ROUNDS = 1000
+"""Tries of vcpu_run to enter of which each cancels itself, as KVM's can for ever: then a signal comes."""
+
 CONFIG_SVM = 1 << 0
 CONFIG_APICV = 1 << 1
 CONFIG_THREADS = 1 << 2

@@ -23,6 +23,7 @@ from fastexit import regs as R
 from fastexit.events import Event, Interrupt, decode
 from fastexit.jit.declare import load
 from fastexit.outcome import Target
+from fastexit.reasons import KvmExit
 from fastexit.targets import tell
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def _act(v: Vcpu) -> bool | None:
     if mode == R.EXITING_GUEST_MODE:
         v.exit(vendor.interrupt_reason)
     elif v.irq_window and takes_interrupts(v):
-        v.exit(vendor.window_reason)
+        # What user space waits for it gets, and would get again by the next KVM_RUN.
+        return v.exit(vendor.window_reason).user is not KvmExit.IRQ_WINDOW_OPEN
     elif v.nmi_window and not v.nmi_masked and not v.shadow and v.gif:
         v.exit(vendor.nmi_window_reason)
     else:

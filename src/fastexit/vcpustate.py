@@ -259,12 +259,15 @@ class VcpuState:
 
     @property
     def request_interrupt_window(self) -> bool:
-        """run->request_interrupt_window: user space wants KVM_EXIT_IRQ_WINDOW_OPEN."""
+        """run->request_interrupt_window: user space wants KVM_EXIT_IRQ_WINDOW_OPEN.
+
+        With a full irqchip the PIC is KVM's, which ignores it (dm_request_for_irq_injection): it stays False.
+        """
         return bool(self._mem[self.own + L.K_USER_WINDOW])
 
     @request_interrupt_window.setter
     def request_interrupt_window(self, on: bool) -> None:
-        self._mem[self.own + L.K_USER_WINDOW] = int(bool(on))
+        self._mem[self.own + L.K_USER_WINDOW] = int(bool(on and self._mem[L.H_CONFIG] & L.CONFIG_SPLIT_IRQCHIP))
 
     @property
     def report_tpr_access(self) -> bool:

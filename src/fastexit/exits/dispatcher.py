@@ -352,6 +352,7 @@ class Dispatcher:
     def vcpu_run(self, v: Vcpu, forced: bool = False) -> int:
         """The loop until the vCPU is in the guest (0), waits (CODE_BLOCKED) or KVM_RUN has returned (a USER code)."""
         mem = self.mem
+        rounds = 0
         while True:
             if forced or mem[v.own + L.K_MP_STATE] == R.MP_RUNNABLE:
                 code = self.vcpu_enter_guest(v, forced)
@@ -366,9 +367,19 @@ class Dispatcher:
                 code = code or AROUND
             if code == AROUND:
                 code = self.loop_tail(v)
+                rounds += 1
+                if not code and rounds >= L.MOST_ROUNDS:
+                    code = self.give_up(v, forced)
             if code:
                 self.return_to_user(v, code)
                 return code
+
+    def give_up(self, v: Vcpu, forced: bool) -> int:
+        """Entries that only cancel each other end with a signal; before an exit, without user space's window."""
+        if not forced:
+            return user_code(KvmExit.INTR)
+        self.mem[v.own + L.K_USER_WINDOW] = 0
+        return 0
 
     def loop_tail(self, v: Vcpu) -> int:
         """Behind an iteration that stays in the kernel: timer ticks become interrupts, signals are seen."""

@@ -290,9 +290,13 @@ def ready_for_user(m, v):
     row = own(m, v)
     if m[row + k.K_EXCEPTION] or m[row + k.K_PENDING_DB] or m[row + k.K_REINJECT] & INTR_INFO_VALID:
         return k.ZERO
-    if has_extint(m, v) or not accepts_extint(m, v):
-        return k.ZERO
-    return interrupt_allowed(m, v)
+    return interrupt_allowed(m, v) if _has_room_for_user(m, v) else k.ZERO
+
+
+@kernel("u8(words, u8)")
+def _has_room_for_user(m, v):
+    """kvm_cpu_accept_dm_intr: no vector of user space's waits, and LINT0 would let one in."""
+    return k.ZERO if has_extint(m, v) or not accepts_extint(m, v) else k.ONE
 
 
 @kernel("u8(words, u8)")
@@ -433,7 +437,8 @@ def inject_events(m, v):
     """
     row = own(m, v)
     asked = clear_word_bits(m, hot(m, v) + k.HOT_REQUESTS, k.REQ_EVENT) & k.REQ_EVENT
-    if not asked and not m[row + k.K_USER_WINDOW]:
+    window = _has_room_for_user(m, v) if m[row + k.K_USER_WINDOW] else k.ZERO  # before an INIT resets LINT0
+    if not asked and not window:
         return k.ZERO
     accept_events(m, v)
     if m[row + k.K_MP_STATE] == k.MP_INIT_RECEIVED:
@@ -456,7 +461,7 @@ def inject_events(m, v):
             if not _inject_interrupt(m, v, can_inject):
                 force = k.ONE
     m[row + k.K_FORCE_EXIT] = force
-    if m[row + k.K_USER_WINDOW] and not ready_for_user(m, v):
+    if window:
         _ask_for_window(m, v)
     enabled = k.FLAG_HW | k.FLAG_SW
     if m[hot(m, v) + k.HOT_FLAGS] & enabled == enabled:

@@ -393,6 +393,7 @@ def vcpu_run(m, v, forced):
 
     ``forced`` is the caller's word that the vCPU runs guest code, whatever its mp_state said.
     """
+    rounds = k.ZERO
     while True:
         if forced or m[own(m, v) + k.K_MP_STATE] == k.MP_RUNNABLE:
             user = vcpu_enter_guest(m, v, forced)
@@ -410,9 +411,26 @@ def vcpu_run(m, v, forced):
                 user = AROUND
         if user == AROUND:
             user = steps.loop_tail(m, v)
+            rounds = rounds + k.ONE
+            if not user and rounds >= k.MOST_ROUNDS:
+                user = give_up(m, v, forced)
         if user:
             return_to_user(m, v, user)
             return user
+
+
+@kernel("u8(words, u8, u8)")
+def give_up(m, v, forced):
+    """Give up entering behind MOST_ROUNDS: the USER code of the signal that alone ends such rounds in KVM, too.
+
+    From 7.1 on an interrupt that AVIC has to deliver again serves the window that user space asked for, which is then
+    asked for again, and both have the entry cancelled. Where the caller says that the vCPU runs guest code, user space
+    has asked for no window.
+    """
+    if not forced:
+        return k.USER_INTR
+    m[own(m, v) + k.K_USER_WINDOW] = k.ZERO
+    return k.ZERO
 
 
 @kernel("u8(words, u8, u8)")
