@@ -57,6 +57,23 @@ def test_an_embedders_devices_answer(machine: dict) -> None:
     assert not host.machine.vcpus[1].user_io
 
 
+def test_a_device_cannot_run_its_host() -> None:
+    refused: list[str] = []
+
+    class Runs(Devices):
+        def port_read(self, cpu: Any, port: int, size: int) -> int:
+            with pytest.raises(RuntimeError, match="cannot run the host again") as found:
+                cpu.host.run(instructions=5)
+            refused.append(str(found.value))
+            return 0
+
+    host = guest(b"\xe4\x99" + STOP)
+    host.devices = Runs()
+    assert host.run(instructions=10_000) is Ended.IDLE
+    assert host.run(instructions=10) is Ended.IDLE
+    assert len(refused) == 1
+
+
 def test_nobody_answers() -> None:
     host = guest(CODE + STOP)
     assert host.run(instructions=10_000) is Ended.IDLE

@@ -99,6 +99,7 @@ class UnicornHost:
         self._firmware_view = memoryview(self._firmware)
         self.firmware_address: int = ctypes.addressof(ctypes.c_char.from_buffer(self._firmware))
         self.clock: int = 0
+        self._running = False
         self._began = machine.time
         self.cpus: list[UnicornCpu] = [UnicornCpu(self, index) for index in range(len(machine.vcpus))]
         _HAVE_A_HOST.add(machine)
@@ -152,13 +153,15 @@ class UnicornHost:
         """Let the CPUs run, round by round, until ``until(host)`` is true, they sleep for good or time is up.
 
         ``instructions``: how far the clock goes, in instructions of one CPU. GuestError names the CPU that cannot go
-        on, and why.
+        on, and why; RuntimeError in a device's callback.
         """
         if until is not None and not callable(until):
             raise TypeError(f"until is {type(until).__name__}, not a function of the host")
         goal = None if instructions is None else self.clock + integer(instructions, "instructions")
         if not any(cpu.started for cpu in self.cpus):
             raise ValueError("no CPU has been started: host.cpus[0].start(address)")
+        if self._running:
+            raise RuntimeError("a CPU is running: a device's callback cannot run the host again")
         self.poke()
         while True:
             if until is not None and until(self):
@@ -166,13 +169,7 @@ class UnicornHost:
             if goal is not None and self.clock >= goal:
                 return Ended.INSTRUCTIONS
             budget = self._budget(goal)
-            done = 0
-            for cpu in self.cpus:
-                if (cpu.poked or not cpu.asleep) and cpu.state != "not started":
-                    mine = cpu.slice(budget)
-                    done = max(done, mine)
-                    if cpu.put_off:  # the round ends early, for whoever comes behind it
-                        budget = mine
+            done = self._round(budget)
             if done:
                 self._advance(done)
             elif all(cpu.asleep and not cpu.poked or not cpu.started for cpu in self.cpus):
@@ -180,6 +177,21 @@ class UnicornHost:
                 if ahead is None:
                     return Ended.IDLE
                 self._advance(ahead if goal is None else min(ahead, goal - self.clock))
+
+    def _round(self, budget: int) -> int:
+        """A slice of each CPU that does not sleep; instructions of the longest one."""
+        done = 0
+        self._running = True
+        try:
+            for cpu in self.cpus:
+                if (cpu.poked or not cpu.asleep) and cpu.state != "not started":
+                    mine = cpu.slice(budget)
+                    done = max(done, mine)
+                    if cpu.put_off:  # the round ends early, for whoever comes behind it
+                        budget = mine
+        finally:
+            self._running = False
+        return done
 
     def _budget(self, goal: int | None) -> int:
         budget = self.quantum if goal is None else min(self.quantum, goal - self.clock)
