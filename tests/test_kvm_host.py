@@ -220,6 +220,26 @@ def test_nothing_is_left() -> None:
 
 
 @kvm
+def test_what_is_closed_is_no_other_vm() -> None:
+    """A new one gets the numbers of its files."""
+    closed = used(1)
+    closed.close()
+    with Oracle(1) as other:
+        before = other.vcpus[0].get_lapic()
+        for access in (
+            lambda: closed.vcpus[0].set_msr(0x808, 0x30),
+            lambda: closed.vcpus[0].wrmsr(0x808, 0x30),
+            closed.vcpus[0].get_lapic,
+            lambda: closed.signal_msi(0xFEE0_0000, 0x41),
+            lambda: closed.add_vcpu(7),
+        ):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                access()
+        assert bytes(other.vcpus[0].get_lapic()) == bytes(before)
+        assert other.vcpus[0].wrmsr(0x808, 0x20)
+
+
+@kvm
 @pytest.mark.parametrize("name", ["SET_CPUID2", "CREATE_VCPU", "CREATE_IRQCHIP", "GET_VCPU_MMAP_SIZE"])
 def test_nothing_is_left_by_errors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """An ioctl fails half-way through; of those that come for each vCPU, the second."""

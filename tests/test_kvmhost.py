@@ -326,7 +326,7 @@ def test_time_is_up_and_threads_end() -> None:
 
 @kvm
 def test_what_is_closed_can_be_looked_at() -> None:
-    """A vCPU's run area stays as long as somebody has it, and not longer."""
+    """Its vCPUs have what their run areas had at the end; an area itself stays as long as somebody has it."""
 
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("kvm-vcpu")
@@ -337,13 +337,52 @@ def test_what_is_closed_can_be_looked_at() -> None:
         g.program(0, g.finish())
         g.load()
         assert g.host.run(SECONDS).reason == "exit port"
-    run, reason = g.host.vcpus[0].kvm_run, g.host.vcpus[0].kvm_run.exit_reason
-    assert (reason, mapped()) == (KvmExit.IO, before + 1)
+        mine = g.host.vcpus[0].kvm_run
+    assert mapped() == before + 1
+    assert g.host.vcpus[0].kvm_run.exit_reason == mine.exit_reason == KvmExit.IO
+    del mine
+    assert mapped() == before
+    assert g.host.vcpus[0].kvm_run.exit_reason == KvmExit.IO
+
+
+@kvm
+def test_the_clock_outlives_its_host() -> None:
+    with guest() as g:
+        machine, read = g.host.machine, g.host.tsc.read
     del g
     gc.collect()
-    assert run.exit_reason == reason
-    del run
-    assert mapped() == before
+    assert machine.time < machine.time
+    assert read() < read()
+
+
+@kvm
+def test_what_is_closed_is_no_other_host() -> None:
+    """A new one gets the numbers of its files."""
+    with guest() as g:
+        closed = g.host
+    with guest():
+        for access in closed.vcpus[0].registers.read, closed.vcpus[0].enter, lambda: closed.vm.irq_line(1, 1):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                access()
+
+
+@kvm
+@pytest.mark.parametrize("way", ["close", "run"])
+def test_a_thread_of_the_guests_does_not_wait_for_itself(way: str) -> None:
+    said: list[str] = []
+
+    def console(_data: bytes) -> None:
+        with pytest.raises(RuntimeError, match="use end") as refused:
+            getattr(g.host, way)()
+        said.append(str(refused.value))
+
+    with guest(2, console=console) as g:
+        g.program(0, g.start_others(2) + b"\xbb\x01\x00\x00\x00" + spin(g.counter(1, 255)) + g.finish())
+        g.program(1, out(0x3F8, 0x78) + increment(g.counter(1, 255)) + ever())
+        g.load()
+        g.host.gate.serialise(list)
+        assert g.host.run(SECONDS) == Ended("exit port", 0)
+    assert len(said) == 1
 
 
 @kvm

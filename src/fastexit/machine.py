@@ -184,7 +184,8 @@ class Machine:
 
         Assign any writable buffer, of which whole pages count; it stays alive with the machine and is in no snapshot.
         By default a private sparse one of 3 GiB, made for Windows guests (hyperv) at once and for others when it is
-        first asked for. TypeError or ValueError for what is no writable, contiguous buffer of at least a page.
+        first asked for. TypeError or ValueError for what is no writable, contiguous buffer of at least a page. No other
+        thread may run exits while another one is assigned: what is replaced may be gone at once.
         """
         if self._guest_memory is None:
             self.guest_memory = reserve(DEFAULT_BYTES)
@@ -193,8 +194,10 @@ class Machine:
 
     @guest_memory.setter
     def guest_memory(self, buffer: Any) -> None:
-        self._guest_memory, self.mem[L.H_GUEST_MEMORY] = opened(buffer)
-        self.mem[L.H_GUEST_BYTES] = self._guest_memory.nbytes // PAGE * PAGE
+        view, address = opened(buffer)
+        self.mem[L.H_GUEST_BYTES] = 0  # never the old size with the new address
+        self._guest_memory, self.mem[L.H_GUEST_MEMORY] = view, address
+        self.mem[L.H_GUEST_BYTES] = view.nbytes // PAGE * PAGE
 
     @property
     def threads(self) -> bool:

@@ -143,7 +143,7 @@ class Guest:
 
     def close(self) -> None:
         """Unmaps the run area."""
-        self._run = None
+        self._run, self._fd = None, K.CLOSED
         self._mapping.close()
 
     def call(self, request: int, argument: Any = None) -> int:

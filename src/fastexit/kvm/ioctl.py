@@ -96,6 +96,8 @@ ffi.cdef(
 )
 _libc: Any = ffi.dlopen(None)
 
+CLOSED = -1
+"""For a file descriptor that was closed: its number may be another VM's by now."""
 _KVM = 0xAE
 
 

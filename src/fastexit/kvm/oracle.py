@@ -148,8 +148,11 @@ class Oracle(Chips):
         return f"<Oracle {len(self.vcpus)} vCPUs, {self.host.release}, {self.host.module or 'KVM'}>"
 
     def close(self) -> None:
-        """Gives back every file and mapping; twice does no harm."""
+        """Gives back every file and mapping; twice does no harm. What comes behind it is OSError (EBADF)."""
         self._finalizer()
+        self.fd = K.CLOSED
+        for vcpu in self.vcpus:
+            vcpu.fd = K.CLOSED
 
     def watch(self, *, states: bool = False) -> None:
         """Tells what will be asked behind each operation: a kernel that is far away answers in one go."""

@@ -34,19 +34,31 @@ def is_steady(device: Device) -> bool:
     return (device.text(CLOCKSOURCE) or "").strip() == "tsc"
 
 
+_PAGE: list[mmap.mmap] = []
+"""RDTSC as code, of the process: a function made of it keeps no page, and stays with whoever holds a machine."""
+
+
+def _rdtsc() -> Callable[[], int]:
+    """Read the CPU's TSC. OSError where nobody may run code of his own."""
+    if not _PAGE:
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        page.write(RDTSC)
+        _PAGE.append(page)
+    ffi: Any = FFI()
+    read: Callable[[], int] = ffi.cast("unsigned long (*)(void)", ffi.from_buffer(_PAGE[0]))
+    return read
+
+
 class Tsc:
     """The host's TSC; ``begin`` is what it was when the vCPU's was 0, and still is while the host is ``steady``."""
 
     def __init__(self, fd: int, device: Device = LOCAL) -> None:
-        ffi: Any = FFI()
         self.steady: bool = is_steady(device)
         self._told = False
         self.khz: int = K.call(fd, K.GET_TSC_KHZ)
         try:
-            self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-            self._page.write(RDTSC)
-            self.read: Callable[[], int] = ffi.cast("unsigned long (*)(void)", ffi.from_buffer(self._page))
-        except OSError:  # nobody may run code of his own
+            self.read: Callable[[], int] = _rdtsc()
+        except OSError:
             self.read = lambda: time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) * self.khz // NS_PER_MS
         self._offset = K.ffi.new("uint64_t *")
         self._attribute = K.ffi.new("struct kvm_device_attr *", {"group": TSC_CONTROL, "attr": TSC_OFFSET})

@@ -244,7 +244,11 @@ class KvmHost:
             self.serial.receive(data)
 
     def run(self, seconds: float | None = None) -> Ended:
-        """Lets the guest run until it ends, or for so long: why it is over. In the thread that ^C goes to."""
+        """Lets the guest run until it ends, or for so long: why it is over. In the thread that ^C goes to.
+
+        RuntimeError in a thread of its own.
+        """
+        self._outside()
         try:
             for thread in self._threads():
                 thread.start()
@@ -289,7 +293,8 @@ class KvmHost:
                 thread.join(0.5)
 
     def close(self) -> None:
-        """Ends the guest if it runs, and gives back files and memory."""
+        """Ends the guest if it runs, and gives back files and memory. RuntimeError in a thread of its own."""
+        self._outside()
         self.end(Ended("closed", 0))
         if self.vcpus:
             self._stop()
@@ -299,6 +304,13 @@ class KvmHost:
                 trace.close()
         finally:
             self.vm.close()
+            for vcpu in self.vcpus:
+                vcpu.closed()
+
+    def _outside(self) -> None:
+        """Who waits for the guest's threads may be none of them: a device's callback, for one."""
+        if self.vcpus and threading.current_thread() in self._threads():
+            raise RuntimeError("a thread of the guest's own cannot wait for its end: use end()")
 
 
 RESET = Start(16, 0xFFF0)

@@ -95,7 +95,7 @@ class Registers:
     """KVM_SET_REGS and KVM_SET_SREGS of one vCPU."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd: int = fd
         self._regs = K.ffi.new("struct kvm_regs *")
         self._sregs = K.ffi.new("struct kvm_sregs *")
         self._debug = K.ffi.new("struct kvm_debugregs *", {"dr6": 0xFFFF_0FF0, "dr7": 0x400})
@@ -106,7 +106,7 @@ class Registers:
         K.ffi.memmove(regs, bytes(K.ffi.sizeof("struct kvm_regs")), K.ffi.sizeof("struct kvm_regs"))
         regs.rip, regs.rflags = start.rip, R.RFLAGS_FIXED
         regs.rax, regs.rbx, regs.rsi = start.rax, start.rbx, start.rsi
-        K.call(self._fd, K.GET_SREGS, self._sregs)
+        K.call(self.fd, K.GET_SREGS, self._sregs)
         if start.bits == 16:
             regs.rdx = SIGNATURE
             self._sregs.cr0 |= CR0_NW | CR0_CD
@@ -122,9 +122,9 @@ class Registers:
         regs = self._regs
         K.ffi.memmove(regs, bytes(K.ffi.sizeof("struct kvm_regs")), K.ffi.sizeof("struct kvm_regs"))
         regs.rip, regs.rflags, regs.rdx = rip, R.RFLAGS_FIXED, SIGNATURE
-        K.call(self._fd, K.GET_SREGS, self._sregs)
+        K.call(self.fd, K.GET_SREGS, self._sregs)
         real_mode(self._sregs, selector, base)
-        K.call(self._fd, K.SET_DEBUGREGS, self._debug)
+        K.call(self.fd, K.SET_DEBUGREGS, self._debug)
         self._put(apic_base)
 
     def sipi(self, vector: int, apic_base: int) -> None:
@@ -133,18 +133,18 @@ class Registers:
 
     def _put(self, apic_base: int) -> None:
         self._sregs.apic_base = apic_base
-        K.call(self._fd, K.SET_SREGS, self._sregs)
-        K.call(self._fd, K.SET_REGS, self._regs)
+        K.call(self.fd, K.SET_SREGS, self._sregs)
+        K.call(self.fd, K.SET_REGS, self._regs)
 
     def read(self) -> Any:
         """KVM_GET_REGS."""
-        K.call(self._fd, K.GET_REGS, self._regs)
+        K.call(self.fd, K.GET_REGS, self._regs)
         return self._regs
 
     def describe(self) -> str:
         """RIP, CS, CR0 to CR4 and EFER in a line, for whoever has to find out what a guest died of."""
         regs = self.read()
-        K.call(self._fd, K.GET_SREGS, self._sregs)
+        K.call(self.fd, K.GET_SREGS, self._sregs)
         s = self._sregs
         return (
             f"RIP {s.segments[0].selector:#x}:{regs.rip:#x} RSP {regs.rsp:#x} RFLAGS {regs.rflags:#x} "

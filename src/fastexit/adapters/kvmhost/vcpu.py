@@ -46,6 +46,12 @@ class HostVcpu(ABC):
         self.thread: threading.Thread = threading.Thread(target=self._main, name=f"vcpu{index}", daemon=True)
         self._run_area: Any = K.ffi.cast("char *", self.kvm_run)
 
+    def closed(self) -> None:
+        """Its VM is closed: ``kvm_run`` is a copy, what would be an ioctl is OSError (EBADF) from now on."""
+        self.fd = self.registers.fd = K.CLOSED
+        self.kvm_run = K.ffi.new("struct kvm_run *", self.kvm_run[0])
+        self._run_area = K.ffi.cast("char *", self.kvm_run)
+
     def _main(self) -> None:
         host = self.host
         try:

@@ -92,6 +92,7 @@ class Vm:
         K.call(self.fd, K.IRQ_LINE, K.ffi.new("struct kvm_irq_level *", {"irq": gsi, "level": level}))
 
     def close(self) -> None:
-        """Gives every file back; run areas go with the last reference to them."""
+        """Gives every file back. A run area, and its vCPU with it, goes with the last reference to `kvm_run`."""
         while self._files:
             self.device.close(self._files.pop())
+        self.system = self.fd = K.CLOSED
