@@ -244,7 +244,7 @@ def test_closes_behind_an_error(root: int) -> None:
 @kvm
 @pytest.mark.parametrize("how", ["with KernelTrace():\n    ", "trace = KernelTrace()\n"])
 def test_closes_on_interrupt(root: int, how: str) -> None:
-    process = child(f"{OPEN}{how}print('open', flush=True); time.sleep({SECONDS})")
+    process = child(f"{OPEN}{how}print('open', flush=True); [time.sleep(0.05) for _ in range(20 * {SECONDS})]")
     assert len(instances(root, process.pid)) == 1
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=SECONDS)[1]
@@ -253,7 +253,9 @@ def test_closes_on_interrupt(root: int, how: str) -> None:
 
 @kvm
 def test_a_killed_one_leaves_an_empty_directory_until_the_next(root: int) -> None:
-    process = child(f"{OPEN}trace = KernelTrace()\nprint('open', flush=True); time.sleep({SECONDS})")
+    process = child(
+        f"{OPEN}trace = KernelTrace()\nprint('open', flush=True); [time.sleep(0.05) for _ in range(20 * {SECONDS})]"
+    )
     (name,) = instances(root, process.pid)
     with KernelTrace():  # the living are left alone
         assert instances(root, process.pid) == [name]

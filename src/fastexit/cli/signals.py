@@ -46,32 +46,38 @@ def told(tell: Callable[[int], object]) -> Iterator[None]:
         yield
         return
     reads, writes = os.pipe()
-    first: list[float] = []
+    os.set_blocking(writes, False)
+    before = _heard(signal.SIGINT, *ENDING)
+    told_of: list[int] = []
+    struck: list[float] = []
 
     def main() -> None:
         while number := os.read(reads, 1):
-            tell(number[0])
+            if number[0] in before and not told_of:
+                told_of.append(number[0])
+                tell(number[0])
 
     def heard(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and first and time.monotonic() - first[0] > IMPATIENT:
-            raise KeyboardInterrupt
-        if not first:
-            first.append(time.monotonic())
-            os.write(writes, bytes((number,)))
+        if number == signal.SIGINT:
+            struck.append(time.monotonic())
+            if struck[-1] - struck[0] > IMPATIENT:
+                raise KeyboardInterrupt
 
     teller = threading.Thread(target=main, name="signals", daemon=True)
     teller.start()
-    before = _heard(signal.SIGINT, *ENDING)
-    for number in before:
-        signal.signal(number, heard)
+    # A handler in Python waits for the main thread, which may be on its way to sleep and would not wake up for it.
+    outside = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:
+        for number in before:
+            signal.signal(number, heard)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if first and number in ENDING else handler)
+        signal.set_wakeup_fd(outside)
         os.close(writes)
         teller.join()
         os.close(reads)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if told_of and number in ENDING else handler)
 
 
 def _heard(*numbers: signal.Signals) -> dict[signal.Signals, Callable[[int, FrameType | None], object] | int]:
